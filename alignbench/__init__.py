@@ -1,0 +1,18 @@
+"""alignbench: fair comparison of methods that align flow-matching text-to-image models with human preferences.
+
+What a plug-in author imports is here; the heavy modules load on first use, so that ``alignbench --help`` stays fast.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "AlignMethod": "method", "Loss": "method", "Evaluator": "evaluator", "Metric": "evaluator", "Reward": "evaluator",
+    "Flow": "flow", "Batch": "flow", "Cond": "flow", "Prompt": "prompts", "UserError": "config",
+}  # fmt: skip
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'alignbench' has no attribute '{name}'")
+    return getattr(import_module(f"alignbench.{_HOME[name]}"), name)
