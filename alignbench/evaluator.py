@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -10,6 +10,7 @@ from alignbench.config import Config
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
     from PIL.Image import Image
     from torch import Tensor
 
@@ -37,12 +38,18 @@ class Evaluator(Config):
         """The weight and configuration files that determine the score. UserError if one is missing or unreadable."""
         return []
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """UserError for the first prompt that this evaluator cannot score. Cheap: called before any model is loaded."""
+
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row per image, one column per metric (by ``Metric.name``)."""
+        """One row per image, one column per metric (by ``Metric.name``). NaN: this image could not be scored."""
         raise NotImplementedError
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] -> (B,) scores, in the unit of ``metrics[0]``; differentiable if the class says so."""
+        """(B, 3, H, W) pixels in [0, 1] -> (B,) scores: ``metrics[0]``, in its unit unless a setting names another.
+
+        Differentiable if the class says so.
+        """
         raise NotImplementedError
 
 
@@ -60,3 +67,58 @@ class Reward:
     def loss(self, score: Tensor) -> Tensor:
         """(B,) per-sample losses: ``relu(margin - score)``, or ``-score`` without a margin (LeapAlign eq. 11)."""
         return -score if self.margin is None else (self.margin - score).relu()
+
+
+SCORED_AT_ONCE = 32  # images per pass; no score depends on it beyond rounding
+
+
+def in_batches(
+    score: Callable[[Sequence[Image], Sequence[Prompt]], Tensor],
+    images: Sequence[Image],
+    prompts: Sequence[Prompt],
+    column: str,
+) -> pd.DataFrame:
+    """One row per image: ``score`` applied to batches of (images, prompts) without gradient, as column ``column``."""
+    import pandas as pd
+    import torch
+
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+    rows: list[float] = []
+    with torch.no_grad():
+        for start in range(0, len(images), SCORED_AT_ONCE):
+            part = slice(start, start + SCORED_AT_ONCE)
+            rows += score(images[part], prompts[part]).double().tolist()
+    return pd.DataFrame({column: rows}, dtype="float64")
+
+
+def device() -> torch.device:
+    """Where images are scored: this process's GPU when there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def to_tensor(image: Image) -> Tensor:
+    """Any PIL image -> (3, H, W) in [0, 1], as torchvision's ToTensor after ``convert("RGB")``."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def check_range(pixels: Tensor) -> Tensor:
+    """``pixels``, proven to be on the scale [0, 1] (within rounding). ValueError otherwise."""
+    low, high = float(pixels.detach().amin()), float(pixels.detach().amax())
+    if low < -0.01 or high > 1.01:
+        raise ValueError(f"pixels must lie in [0, 1]; these lie in [{low:.3g}, {high:.3g}]")
+    return pixels
+
+
+def to_pil(pixels: Tensor) -> Image:
+    """(3, H, W) in [0, 1] -> an 8-bit RGB image, rounded to nearest as diffusers does."""
+    import torch
+    from PIL import Image
+
+    levels = (pixels.detach().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from alignbench.config import Config
+from alignbench.config import Config, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,14 +15,17 @@ if TYPE_CHECKING:
 
 
 class Loss(NamedTuple):
-    """``value``: scalar to minimise, a mean over the batch's samples. ``metrics``: numbers to record, not to train on."""
+    """``value``: scalar to minimise, a mean over the batch's samples. ``metrics``: numbers to record, not to train on.
+
+    The metric "reward" is the mean raw score of the images; the record shows it as ``reward_mean``.
+    """
 
     value: Tensor
     metrics: dict[str, float | Tensor] = {}  # noqa: RUF012 - never mutated
 
 
 class AlignMethod(Config):
-    """An alignment method: its fields are its hyperparameters. Define ``loss``, or ``updates`` for several per rollout."""
+    """An alignment method: its fields are its hyperparameters. Define ``loss``, or ``updates`` for several losses."""
 
     name: ClassVar[str]
     trains: ClassVar[bool] = True
@@ -30,12 +33,17 @@ class AlignMethod(Config):
 
     def check(self, batch: int, differentiable: bool) -> None:
         """Raise UserError for settings that cannot work with ``batch`` samples per micro-batch and this reward."""
+        require(self.steps >= 1, "method.steps", f"{self.steps} sampler steps are too few", "choose 1 or more")
 
     def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:
         raise NotImplementedError(f"{type(self).__name__} defines neither loss() nor updates()")
 
     def updates(self, flow: Flow, reward: Reward, batch: Batch) -> Iterator[Iterable[Loss]]:
-        """Outer: one optimizer update each. Inner: one backward each; gradients of the inner losses add up."""
+        """Outer: one optimizer update each. Inner: one backward each; gradients of the inner losses add up.
+
+        How many there are may depend on the settings and on ``batch.step_rng``, never on the samples. What stands
+        before the first yield (a rollout) sees the weights of before the first update.
+        """
         yield (self.loss(flow, reward, batch) for _ in range(1))
 
     def modules(self, flow: Flow) -> dict[str, nn.Module]:
@@ -43,7 +51,32 @@ class AlignMethod(Config):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
+        """What changes during training beside weights (a sliding window): tensors and plain data."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave, for an exact resume."""
+
+
+class Pathwise(AlignMethod):
+    """A method that differentiates the reward through the sampler; subclasses choose which path the gradient takes."""
+
+    def check(self, batch: int, differentiable: bool) -> None:
+        super().check(batch, differentiable)
+        why = f"{self.name} needs the gradient of the reward, and this evaluator has none"
+        require(differentiable, "reward", why, "choose a differentiable evaluator, or a policy-gradient method")
+
+
+def reward_loss(flow: Flow, reward: Reward, batch: Batch, x_0: Tensor, weight: Tensor | float = 1.0) -> Loss:
+    """Mean over samples of ``weight`` (B,) times the reward's loss at the image of the latents ``x_0``."""
+    score = reward(flow.decode(x_0), batch.prompts)
+    metrics: dict[str, float | Tensor] = {"reward": score.detach().mean()}
+    if reward.margin is not None:
+        metrics["hinge_closed"] = (score.detach() >= reward.margin).double().mean()
+    return Loss((weight * reward.loss(score)).mean(), metrics)
+
+
+def require(holds: bool, where: str, what: str, instead: str) -> None:
+    """Raise UserError("where: what; what instead") unless the settings hold."""
+    if not holds:
+        raise UserError(f"{where}: {what}; {instead}")

@@ -1,14 +1,136 @@
-"""Prompts: where they come from, and which ones a step sees."""
+"""Prompts: where they come from, and what makes a list of them unusable.
+
+Two file forms: ``.txt`` (a prompt per line) and ``.jsonl`` (an object per line with "prompt", and "tag" for its task;
+the whole object is kept as metadata, as GenEval's lines are).
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from alignbench.config import UserError, did_you_mean, read_text
+
+SHAPES = Path(__file__).parent / "shapes" / "assets" / "prompts"
+SPLITS = ("train", "val", "test")
 
 
 class Prompt(NamedTuple):
-    """One prompt. ``tag`` is its task (GenEval's six, or a style); ``metadata`` is GenEval's line, when there is one."""
+    """One prompt. ``tag``: its task (GenEval's six, or a style). ``metadata``: its line in a .jsonl file, all of it."""
 
     id: str
     text: str
     tag: str = ""
     metadata: dict[str, Any] | None = None
+
+
+def prompt_id(text: str) -> str:
+    """The same for the same text, wherever it stands."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def locate(name: str, where: str) -> Path:
+    """The file that ``name`` means: "shapes/train", "shapes/val", "shapes/test", or a path."""
+    world, _, split = name.partition("/")
+    if world == "shapes" and not Path(name).exists():
+        if split not in SPLITS:
+            raise UserError(f"{where}: there are no prompts '{name}'{did_you_mean(split, SPLITS, 'shapes/')}")
+        return SHAPES / f"{split}.jsonl"
+    if Path(name).suffix not in (".txt", ".jsonl"):
+        raise UserError(
+            f"{where}: '{name}' is no prompt file; give a .txt or .jsonl file, or shapes/train, /val, /test"
+        )
+    return Path(name)
+
+
+def load_prompts(name: str, where: str = "prompts") -> list[Prompt]:
+    """The prompts of a file or packaged list, in order. UserError (``file:line: what``) for the first unusable line."""
+    path = locate(name, where)
+    lines = read_text(path).removesuffix("\n").split("\n")  # not splitlines(): it also splits at U+2028 and others
+    if lines == [""]:
+        raise UserError(f"{path}: the file is empty; write one prompt per line")
+    prompts, seen = [], dict[str, int]()
+    for number, line in enumerate(lines, 1):
+        spot = f"{path}:{number}"
+        prompt = (_from_json if path.suffix == ".jsonl" else _from_text)(line.removesuffix("\r"), spot)
+        if prompt.id in seen:
+            raise UserError(
+                f"{spot}: the prompt {prompt.text!r} is already on line {seen[prompt.id]}; keep one of them"
+            )
+        seen[prompt.id] = number
+        prompts.append(prompt)
+    return prompts
+
+
+def _from_text(line: str, spot: str) -> Prompt:
+    return Prompt(prompt_id(line), _checked(line, spot))
+
+
+def _from_json(line: str, spot: str) -> Prompt:
+    if not line.strip():
+        raise UserError(f"{spot}: the line is empty; remove it")
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{spot}: not JSON: {error}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
+        raise UserError(f'{spot}: expected an object with a text "prompt"')
+    tag = data.get("tag", "")
+    if not isinstance(tag, str):
+        raise UserError(f'{spot}: "tag" is {tag!r}; it must be text')
+    return Prompt(prompt_id(data["prompt"]), _checked(data["prompt"], spot), tag, data)
+
+
+def _checked(text: str, spot: str) -> str:
+    if not text.strip():
+        raise UserError(f"{spot}: the prompt is empty; remove the line")
+    if text != text.strip():
+        raise UserError(f"{spot}: the prompt {text!r} has space around it; remove it")
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+            name = {"\n": "a line break", "\t": "a tab"}.get(character, f"the control character U+{ord(character):04X}")
+            raise UserError(f"{spot}: {name} inside the prompt {text!r}; put every prompt on one line of plain text")
+    return text
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """sha256 of all that training and scoring see of a prompt list, in order."""
+    plain = json.dumps([prompt[1:] for prompt in prompts], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def check_vocabulary(prompts: Sequence[Prompt], name: str, tokenizers: Sequence[Path], where: str = "prompts") -> None:
+    """UserError for the first prompt with a piece that a text encoder's own tokenizer does not know. Loads no model.
+
+    ``tokenizers``: ``tokenizer.json`` files; those that can spell every text (byte-level ones) find nothing.
+    """
+    for file in tokenizers:
+        unknown = _unknown_pieces(file)
+        for number, prompt in enumerate(prompts, 1):
+            if piece := unknown(prompt.text):
+                spot = f"{locate(name, where)}:{number}"
+                raise UserError(
+                    f"{spot}: the model's text encoder has no token for {piece!r} in {prompt.text!r}; "
+                    "write the prompt without it"
+                )
+
+
+def _unknown_pieces(file: Path) -> Callable[[str], str]:
+    """text -> its first piece that becomes the unknown token, or ""."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    model = json.loads(read_text(file))["model"]
+    unk = tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
+
+    def first(text: str) -> str:
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        spans = (span for token, span in zip(encoded.ids, encoded.offsets) if token == unk)
+        return next((text[a:b].strip() for a, b in spans), "")
+
+    return first

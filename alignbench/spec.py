@@ -2,58 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from alignbench.config import Config, UserError
+import msgspec
+from msgspec import Meta
+
+from alignbench.config import Config, UserError, settings
+from alignbench.plugins import Registry
+from alignbench.prompts import Prompt
+from alignbench.prompts import digest as prompts_digest
+
+Count = Annotated[int, Meta(ge=1)]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
 
 
 class Optimizer(Config):
     """AdamW, and what surrounds it. Defaults: LeapAlign section 6.1 (clip: FlowBP's; the paper is silent)."""
 
-    lr: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
-    warmup: int = 0  # updates of linear warm-up
-    clip: float | None = 1.0  # gradient norm, per parameter group
-    ema: float | None = 0.995
+    lr: Positive = 1e-5
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 1e-4
+    warmup: Annotated[int, Meta(ge=0)] = 0  # updates of linear warm-up
+    clip: Positive | None = 1.0  # gradient norm, per parameter group
+    ema: Share | None = 0.995
 
 
 class Budget(Config):
     """When training ends. Exactly one is set."""
 
-    images: int | None = None
-    nfe: int | None = None  # network forwards per image, with and without gradient, summed over images
-    gpu_seconds: float | None = None
-    updates: int | None = None
+    images: Count | None = None
+    nfe: Count | None = None  # network forwards per image, with and without gradient, summed over images
+    gpu_seconds: Positive | None = None
+    updates: Count | None = None
 
     def __post_init__(self) -> None:
         chosen = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
         if len(chosen) != 1:
-            raise UserError(f"budget: set exactly one of images, nfe, gpu_seconds, updates; got {', '.join(chosen) or 'none'}")
+            got = " and ".join(chosen) or "none"
+            raise UserError(f"budget: set exactly one of images, nfe, gpu_seconds, updates; got {got}")
 
 
 class Training(Config):
     """Everything about training that is not the method's own."""
 
-    optimizer: Optimizer = Optimizer()
     budget: Budget
-    batch: int = 64  # images per batch over all ranks
-    micro_batch: int | None = None  # images per backward on one rank; None: batch / ranks at once
-    seed: int = 0
-    checkpoint_every: int = 25  # batches; not part of the run's id
+    optimizer: Optimizer = Optimizer()
+    batch: Count = 64  # images per batch over all ranks
+    micro_batch: Count | None = None  # images per backward on one rank; None: batch / ranks at once
+    seed: Annotated[int, Meta(ge=0)] = 0
+    checkpoint_every: Count = 25  # batches; not part of the run's id
 
 
 class Protocol(Config):
     """How evaluation images are made: part of every image set's id."""
 
     prompts: str
-    images_per_prompt: int = 4
-    steps: int = 50
-    guidance: float = 3.5
-    size: int = 1024
-    weights: str = "ema"  # or "last"
-    seed: int = 0  # noise of image (prompt, index) comes from (seed, prompt id, index)
+    images_per_prompt: Count = 4
+    steps: Count = 50
+    guidance: NotNegative = 3.5
+    size: Count = 1024  # pixels, square
+    weights: Literal["ema", "last"] = "ema"
+    seed: Annotated[int, Meta(ge=0)] = 0  # noise of image (prompt, index) comes from (seed, prompt id, index)
+
+
+class RewardSettings(Config):
+    """The evaluator that methods are trained on, and the margin (lambda) of the hinge relu(margin - score)."""
+
+    evaluator: dict[str, Any]
+    margin: float | None = None
 
 
 class RunSpec(Config):
@@ -65,3 +89,131 @@ class RunSpec(Config):
     reward: dict[str, Any]
     prompts: str
     training: Training
+
+
+class Base(Config):
+    """What all runs of a sweep share, before ``grid`` and ``overrides``."""
+
+    backend: dict[str, Any]
+    reward: RewardSettings
+    prompts: str
+    training: Training
+
+
+class Case(Config):
+    """One row of the table."""
+
+    label: Annotated[str, Meta(min_length=1)]
+    method: dict[str, Any]
+
+
+class Override(Config):
+    """A visible exception: settings for the runs that ``match`` (all of them if it is empty), and why."""
+
+    set: dict[str, Any]
+    match: dict[str, Any] = msgspec.field(default_factory=dict)
+    reason: str = ""
+
+
+class Evaluation(Config):
+    """Which images are made of every run, and who scores them."""
+
+    protocol: Protocol
+    evaluators: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    limit: Count | None = None  # the first prompts only: for a quick look; everything made of it says SUBSET
+
+
+class Sweep(Config):
+    """A sweep file: ``cases`` times ``grid``, each a variation of ``base``."""
+
+    schema: Literal[1]
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    base: Base
+    cases: Annotated[list[Case], Meta(min_length=1)]
+    evaluation: Evaluation
+    grid: dict[str, Annotated[list[Any], Meta(min_length=1)]] = msgspec.field(default_factory=dict)
+    overrides: list[Override] = msgspec.field(default_factory=list)
+
+
+# -- ids: content in, ten hex digits out ------------------------------------------------------------------------------
+
+
+def content_id(content: Any) -> str:
+    """Ten hex digits of the canonical JSON of plain data: a million ids before a clash becomes likely."""
+    plain = json.dumps(msgspec.to_builtins(content), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(plain.encode()).hexdigest()[:10]
+
+
+def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
+    """Of everything that determines the weights; the label is not part of it. ``prompts``: those of ``spec.prompts``.
+
+    All methods that train nothing share one id per backend: their weights are the same.
+    """
+    backend = registry.make("backend", spec.backend, "backend")
+    if not registry.get("method", spec.method["name"], "method").trains:  # type: ignore[attr-defined]
+        own = set(getattr(backend, "training_only", ()))
+        sampled = {key: value for key, value in spec.backend.items() if key not in own}
+        return content_id({"backend": sampled, "backend files": fingerprint(backend.files())})
+    evaluator = registry.make("evaluator", spec.reward["evaluator"], "reward.evaluator")
+    training = settings(spec.training)
+    del training["checkpoint_every"]
+    content = {
+        "backend": spec.backend,
+        "backend files": fingerprint(backend.files()),
+        "method": spec.method,
+        "method source": registry.source("method", spec.method["name"]),
+        "reward": evaluator_content(evaluator, registry),
+        "margin": spec.reward["margin"],
+        "prompts": prompts_digest(prompts),
+        "training": training,
+    }
+    return content_id(content)
+
+
+def image_set_id(run: str, trains: bool, protocol: Protocol, prompts: Sequence[Prompt]) -> str:
+    """Of the weights and everything that determines the images. ``prompts``: those of ``protocol.prompts``."""
+    content = settings(protocol) | {"run": run, "prompts": prompts_digest(prompts)}
+    if not trains:  # no average is kept of weights that never move
+        del content["weights"]
+    return content_id(content)
+
+
+def evaluator_content(evaluator: Any, registry: Registry) -> dict[str, Any]:
+    """Everything that determines the scores of given images."""
+    return {
+        "settings": settings(evaluator),
+        "version": evaluator.version,
+        "files": fingerprint(evaluator.files()),
+        "source": registry.source("evaluator", evaluator.name),
+    }
+
+
+WHOLE = 256 * 2**20  # bytes: larger files are sampled
+SAMPLE = 16 * 2**20
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """One digest of the files' names (with their folder's) and content. UserError if one cannot be read."""
+    named = sorted((f"{path.parent.name}/{path.name}", _file_digest(path)) for path in files)
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        stat = path.stat()
+        return _content_digest(str(path), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+@functools.cache
+def _content_digest(path: str, size: int, mtime: int) -> str:
+    """sha256 of the content; of a file over 256 MB: of its size, head, middle and tail."""
+    with open(path, "rb") as file:
+        if size <= WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.sha256(str(size).encode())
+        for start in (0, (size - SAMPLE) // 2, size - SAMPLE):
+            file.seek(start)
+            found.update(file.read(SAMPLE))
+        return found.hexdigest()

@@ -109,7 +109,8 @@ def relations(a, b) -> set[str]:
     return {name for name, holds in names.items() if holds}
 
 
-def _correct(found: list[Detection], metadata: dict) -> bool:
+def satisfies(found: list[Detection], metadata: dict) -> bool:
+    """GenEval's verdict on what `check` found: everything asked for is there; more may be."""
     threshold = COUNT if metadata["tag"] == "counting" else DETECT
     groups = []
     for clause in metadata["include"]:
@@ -130,16 +131,20 @@ def _correct(found: list[Detection], metadata: dict) -> bool:
     )
 
 
+def exactly(found: list[Detection], metadata: dict) -> bool:
+    """`satisfies`, and nothing else: the exact number of objects and no junk."""
+    exact = len(found) == sum(c["count"] for c in metadata["include"])
+    return exact and all(d.score > DETECT for d in found) and satisfies(found, metadata)
+
+
 def correct(image: np.ndarray, metadata: dict) -> bool:
-    """GenEval's own, lenient verdict: everything asked for is there; more may be."""
-    return _correct(detect(image), metadata)
+    """GenEval's own, lenient verdict on a picture."""
+    return satisfies(check(image), metadata)
 
 
 def strict(image: np.ndarray, metadata: dict) -> bool:
-    """Correct, and nothing else in the picture: the exact number of objects and no junk."""
-    found = check(image)
-    exact = len(found) == sum(c["count"] for c in metadata["include"])
-    return exact and all(d.score > DETECT for d in found) and _correct(found, metadata)
+    """The strict verdict on a picture: lenient conditions and nothing extra."""
+    return exactly(check(image), metadata)
 
 
 def junk(image: np.ndarray) -> int:

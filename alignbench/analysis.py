@@ -1,0 +1,194 @@
+"""From the store's two frames to means, paired changes and verdicts; every number that a report prints is made here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from alignbench import stats
+from alignbench.stats import Estimate
+
+ALPHA = 0.05
+UNTRAINED = -1  # the seed of a method that trains nothing
+ROLES = ("train", "held-out", "check")  # in the order of the table's columns
+
+
+class Measure(NamedTuple):
+    """One metric of one evaluator, as the sweep uses it."""
+
+    evaluator: str
+    name: str
+    unit: str = ""
+    higher_is_better: bool = True
+    by_task: bool = False
+    role: str = "held-out"
+    version: str = ""
+
+
+class Scores(NamedTuple):
+    """All images of one measure. ``values[label]``: (P, I, S), nan where missing or not ok; S = 1 if untrained."""
+
+    prompts: NDArray  # (P,) ids, sorted
+    tags: NDArray  # (P,) the task of each
+    values: dict[str, stats.Array]
+
+
+class Comparison(NamedTuple):
+    """A paired difference, its p-value after Holm over the comparisons it was made with, and what may be said."""
+
+    estimate: Estimate
+    p_holm: float
+
+    @property
+    def verdict(self) -> str:
+        if np.isnan(self.p_holm):
+            return "not measured" if np.isnan(self.estimate.mean) else "spread unknown"
+        if self.p_holm >= ALPHA or self.estimate.mean == 0:
+            return "cannot tell"
+        return "up" if self.estimate.mean > 0 else "down"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Numbers of one sweep: ``means[measure][label]``, and ``changes[measure][label]`` against ``base``, if any."""
+
+    labels: list[str]
+    base: str | None  # the first method that trains nothing
+    seeds: dict[str, list[int]]  # planned training seeds of each label
+    measures: list[Measure]
+    scores: dict[Measure, Scores]
+    means: dict[Measure, dict[str, Estimate]] = field(default_factory=dict)
+    changes: dict[Measure, dict[str, Comparison]] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> list[str]:
+        return [label for label in self.labels if self.seeds[label] != [UNTRAINED]]
+
+    def compare(self, measure: Measure, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
+        """Paired differences first - second, of a trained method and any other, with Holm over exactly these pairs."""
+        data = self.scores[measure]
+        strata = data.tags if measure.by_task else None
+        pools = {trained: self._pool(measure, strata, trained) for trained in {b in self.trained for _, b in pairs}}
+        found = [
+            stats.paired_difference(data.values[a], data.values[b], strata, pooled=pools[b in self.trained])
+            for a, b in pairs
+        ]
+        return [Comparison(*pair) for pair in zip(found, stats.holm([estimate.p for estimate in found]))]
+
+    def _pool(self, measure: Measure, strata: NDArray | None, pairs: bool) -> stats.SeedSpread | None:
+        """Spread between trainings: of a trained method minus an untrained one, or of the ``pairs`` of trained ones."""
+        values = self.scores[measure].values
+        if pairs:
+            able = [label for label in self.trained if (~np.isnan(values[label])).any((0, 1)).sum() > 1]
+            spread = (values[a] - values[b] for a, b in itertools.combinations(able, 2))
+            return stats.pool_seeds(spread, strata, df_per_seed=len(able) - 1)
+        base = values[self.base] if self.base is not None else 0.0
+        return stats.pool_seeds((values[label] - base for label in self.trained), strata)
+
+    def averages(self, measure: Measure, task: str | None = None) -> dict[str, Estimate]:
+        """label -> mean, over all prompts or over those of one task."""
+        data = self.scores[measure]
+        chosen = np.full(len(data.tags), True) if task is None else data.tags == task
+        strata = data.tags[chosen] if measure.by_task and task is None else None
+        values = {label: data.values[label][chosen] for label in self.labels}
+        pooled = stats.pool_seeds((values[label] for label in self.trained), strata)
+        return {
+            label: stats.mean_interval(values[label], strata, pooled=pooled if label in self.trained else None)
+            for label in self.labels
+        }
+
+    def tasks(self, measure: Measure) -> dict[str, dict[str, Estimate]]:
+        """task -> label -> mean over the task's prompts."""
+        return {str(task): self.averages(measure, str(task)) for task in np.unique(self.scores[measure].tags)}
+
+    def best(self, measure: Measure) -> tuple[str | None, list[str]]:
+        """(winner, methods not distinguishable from it). A winner's gain over base survives Holm; else None."""
+        sign = 1 if measure.higher_is_better else -1
+        measured = {k: sign * v.mean for k, v in self.means[measure].items() if np.isfinite(v.mean)}
+        if not measured or self.base is None:
+            return None, []
+        leader = max(measured, key=measured.__getitem__)
+        change = self.changes[measure].get(leader)
+        if change is None or not better(change, measure):
+            return None, []
+        rivals = [label for label in measured if label not in (leader, self.base)]
+        close = self.compare(measure, [(leader, rival) for rival in rivals])
+        return leader, [rival for rival, result in zip(rivals, close) if not better(result, measure)]
+
+    def coverage(self, measure: Measure, label: str, images: int) -> tuple[int, int]:
+        """(valid scores, expected scores), for runs of ``images`` pictures each."""
+        return int((~np.isnan(self.scores[measure].values[label])).sum()), images * len(self.seeds[label])
+
+
+def better(comparison: Comparison, measure: Measure) -> bool:
+    return comparison.verdict == ("up" if measure.higher_is_better else "down")
+
+
+def worse(comparison: Comparison, measure: Measure) -> bool:
+    return comparison.verdict == ("down" if measure.higher_is_better else "up")
+
+
+def analyse(manifest: dict[str, Any], scores: pd.DataFrame) -> Analysis:
+    """All means, and all paired changes against base with Holm over the methods of one measure."""
+    seeds: dict[str, list[int]] = {label: [] for label in manifest["cases"]}
+    for run in manifest["runs"]:
+        seeds.setdefault(run["label"], []).append(_seed(run["seed"]))
+    seeds = {label: sorted(set(found)) for label, found in seeds.items()}
+    labels = list(seeds)
+    base = next((label for label in labels if seeds[label] == [UNTRAINED]), None)
+    measures = _measures(manifest["runs"])
+    analysis = Analysis(labels, base, seeds, measures, _scores(scores, measures, seeds))
+    for measure in measures:
+        analysis.means[measure] = analysis.averages(measure)
+        pairs = [(label, base) for label in analysis.trained] if base is not None else []
+        analysis.changes[measure] = dict(zip([a for a, _ in pairs], analysis.compare(measure, pairs)))
+    return analysis
+
+
+def _seed(seed: int | None) -> int:
+    return UNTRAINED if seed is None else int(seed)
+
+
+def _measures(runs: Iterable[dict[str, Any]]) -> list[Measure]:
+    """Every metric that some run is scored on, by role, then in the order of the sweep."""
+    found: dict[tuple[str, str], Measure] = {}
+    for run in runs:
+        for entry in run["scores"]:
+            about = {"role": entry["role"], "version": entry["version"]}
+            for metric in entry["metrics"]:
+                found.setdefault((entry["evaluator"], metric["name"]), Measure(entry["evaluator"], **about, **metric))
+    return sorted(found.values(), key=lambda measure: ROLES.index(measure.role))
+
+
+def _scores(frame: pd.DataFrame, measures: Sequence[Measure], seeds: dict[str, list[int]]) -> dict[Measure, Scores]:
+    training_seeds = sorted({seed for found in seeds.values() for seed in found if seed != UNTRAINED})
+    score = frame["score"].to_numpy(float, na_value=np.nan)
+    valid = frame["ok"].eq(True).fillna(False).to_numpy(bool) & np.isfinite(score)
+    frame = frame.assign(score=np.where(valid, score, np.nan))
+    parts = dict(iter(frame.groupby(["evaluator", "metric"], sort=False, observed=True)))
+    empty = frame.iloc[:0]
+    return {m: _cube(parts.get((m.evaluator, m.name), empty), seeds, training_seeds) for m in measures}
+
+
+def _cube(part: pd.DataFrame, seeds: dict[str, list[int]], training_seeds: list[int]) -> Scores:
+    """One measure's rows as arrays on common axes, so that pairing is subtraction and nan takes a pair out."""
+    row, prompts = pd.factorize(part["prompt_id"], sort=True)
+    image, images = pd.factorize(part["index"], sort=True)
+    tags = np.full(len(prompts), "", object)
+    tags[row] = part["tag"].fillna("").to_numpy(object)
+    label = part["label"].to_numpy(object)
+    seed = part["seed"].to_numpy(int)
+    values = {}
+    for name, planned in seeds.items():
+        axis = [UNTRAINED] if planned == [UNTRAINED] else training_seeds
+        cube = np.full((len(prompts), len(images), max(len(axis), 1)), np.nan)
+        mine = (label == name) & np.isin(seed, axis)
+        cube[row[mine], image[mine], np.searchsorted(axis, seed[mine])] = part["score"].to_numpy(float)[mine]
+        values[name] = cube
+    return Scores(np.asarray(prompts, object), tags.astype(str), values)

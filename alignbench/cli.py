@@ -1,0 +1,356 @@
+"""The command line. Heavy modules load inside the verbs, so that help, lists and reports come at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignbench.config import UserError
+
+if TYPE_CHECKING:
+    from alignbench.plugins import Registry
+    from alignbench.store import Store
+    from alignbench.sweep import Cell, Document, Plan
+
+DONE, USAGE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 130
+EPILOG = """\
+SWEEP is a YAML file, or the name of a packaged one (see `alignbench ls sweeps`). Settings on the command line beat the
+file: training.batch=8 (every run), evaluation.protocol.steps=10, grid.training.seed=[0,1], seed=3.
+Exit codes: 0 all done, 1 a mistake in what was asked (nothing was run), 2 some runs failed, 130 interrupted.
+"""
+KINDS = ("methods", "evaluators", "backends", "prompts", "sweeps")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code."""
+    arguments = parse(argv)
+    try:
+        return arguments.verb(arguments)
+    except UserError as error:
+        print(f"alignbench: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("alignbench: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the output was piped into `head`
+        sys.stdout = None  # type: ignore[assignment]  # nothing more to flush
+        return DONE
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Settings may stand anywhere: argparse itself takes them only right after the sweep."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if not hasattr(arguments, "words") or any(word.startswith("-") for word in rest):
+        rest and top.error(f"unknown: {' '.join(rest)}")
+    else:
+        arguments.words += rest
+    return arguments
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """One line and exit code 1, as for every other mistake."""
+        print(f"alignbench: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(
+        prog="alignbench",
+        description="Fair comparison of methods that align flow-matching text-to-image models with human preferences.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = top.add_subparsers(metavar="VERB", required=True, title="verbs", parser_class=Parser)
+    add = {name: _verb(verbs, name, function) for name, function in VERBS.items()}
+    for name in ("run", "sweep", "status", "report", "validate", "plan"):
+        _document(add[name], optional=name in ("run", "status"))
+    for name in ("run", "sweep", "ls", "validate", "plan"):
+        add[name].add_argument("--plugin", metavar="FILE", action="append", default=[], help=PLUGIN)
+    for name in ("run", "sweep", "status", "report", "validate", "plan"):
+        add[name].add_argument(
+            "--store", metavar="DIR", default="store", help="where results are kept (default: store)"
+        )
+    for name in ("sweep", "plan"):
+        add[name].add_argument("--only", metavar="KEY=VALUE", nargs="+", default=[], help=ONLY)
+    add["sweep"].add_argument("--launcher", default="local", help="local: worker processes; debug: in this process")
+    add["sweep"].add_argument(
+        "-j", "--jobs", type=_count, metavar="N", help="workers at a time (default: GPUs or cores)"
+    )
+    add["run"].add_argument("--method", required=True, help="of the sweep's cases, or any method with its defaults")
+    add["report"].add_argument("--out", metavar="DIR", help="where to write the report (default: outputs/<sweep>)")
+    add["ls"].add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
+    return top
+
+
+PLUGIN = "a Python file with methods or evaluators of your own; may be given several times"
+ONLY = "run only these: method=refl, '!seed=2', or any setting's path; several values of one key are alternatives"
+
+
+def _verb(verbs: Any, name: str, function: Any) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=function.__doc__.partition("\n")[0], description=function.__doc__, epilog=EPILOG)
+    verb.set_defaults(verb=function)
+    return verb
+
+
+def _document(verb: argparse.ArgumentParser, optional: bool) -> None:
+    words = "sweep, then settings as path.to.setting=value"
+    verb.add_argument("words", nargs="*" if optional else "+", metavar="SWEEP [a.b=c]", help=words)
+    verb.add_argument("--seeds", metavar="0,1,...", help="training seeds, instead of the file's")
+    verb.add_argument("--limit", metavar="N", type=_count, help="the first N evaluation prompts only; stamped SUBSET")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
+    return int(text)
+
+
+# -- verbs ------------------------------------------------------------------------------------------------------------
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """Make everything of a sweep that is not in the store yet: train, generate, score."""
+    from alignbench.launch import check_launcher
+
+    check_launcher(arguments.launcher)
+    store = _store(arguments)
+    plan = _plan(arguments)
+    return _make(arguments, plan, _selected(plan, arguments.only), store, arguments.launcher, arguments.jobs)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make one run in the foreground: the first of a sweep (default: quickstart) with --method."""
+    from alignbench.sweep import UNTRAINED, Document
+
+    store = _store(arguments)
+    document = _read(arguments, default="quickstart")
+    cases = document.data.get("cases") or []
+    if not any((case.get("method") or {}).get("name") == arguments.method for case in cases):
+        cases = [*cases, {"label": arguments.method, "method": {"name": arguments.method}}]
+        document = Document(document.path, document.data | {"cases": cases}, document.run_sets, document.command)
+    plan = _resolve(document, _registry(arguments))
+    cell = next(cell for cell in plan.cells if cell.spec.method["name"] == arguments.method)
+    code = _make(arguments, plan, [cell], store, "debug", None)
+    results = _results(store, plan.manifest() | {"runs": [r for r in plan.manifest()["runs"] if r["id"] == cell.id]})
+    means = results.scores.groupby("metric", sort=False)["score"].mean()
+    for metric, mean in means.items():
+        print(f"{metric}: {mean:.4f}")
+    print(f"{store.root / 'runs' / cell.id}" + ("" if cell.seed == UNTRAINED else f" (seed {cell.seed})"))
+    return code
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """What the store has: of every sweep run in it, or of each run of one."""
+    from alignbench.store import read_json
+
+    store = _store(arguments)
+    if arguments.words:
+        results = _results(store, _manifest(arguments, store))
+        for run in results.manifest["runs"]:
+            state, reason = results.state(run)
+            seed = "" if run["seed"] < 0 else f", seed {run['seed']}"
+            print(f"{run['label']}{seed}: {state}{f': {reason}' if reason else ''}  ({run['id']})")
+        return DONE
+    for path in store.manifests():
+        results = _results(store, read_json(path) or {"runs": []})
+        states = [results.state(run)[0] for run in results.manifest["runs"]]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        print(f"{path.stem}: {counts}  (alignbench report {results.manifest.get('sweep', path.stem)})")
+    if not store.manifests():
+        print(f"no sweep was run in {store.root} yet; try: alignbench sweep quickstart")
+    return DONE
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Print the table of a sweep from what the store has, and write it with a CSV and a picture grid."""
+    from alignbench.report import build
+
+    store = _store(arguments)
+    manifest = _manifest(arguments, store)
+    paths = build(_results(store, manifest), Path(arguments.out or f"outputs/{manifest['name']}"))
+    print(paths[0].read_text(encoding="utf-8"))
+    print("\n".join(f"written: {path}" for path in paths))
+    return DONE
+
+
+def ls(arguments: argparse.Namespace) -> int:
+    """What can be named in a sweep, with a line on each. Imports none of it."""
+    registry = _registry(arguments)
+    for kind in [arguments.kind] if arguments.kind else KINDS:
+        if not arguments.kind:
+            print(f"{kind}:")
+        for name, text in _listed(kind, registry):
+            print(f"  {name:<12} {text}".rstrip())
+    return DONE
+
+
+def validate(arguments: argparse.Namespace) -> int:
+    """Check a sweep file with its plug-ins, weights, prompts and store. Makes nothing."""
+    _store(arguments)
+    plan = _plan(arguments)
+    evaluators = ", ".join(score.name for score in plan.scores)
+    print(f"{plan.document.path}: fine; {len(plan.cells)} runs, {len(plan.prompts)} prompts, scored by {evaluators}")
+    return DONE
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """The runs of a sweep: what the store has of each, and what the rest will roughly cost. Makes nothing."""
+    from alignbench.launch import missing
+
+    store = _store(arguments)
+    plan = _plan(arguments)
+    cells = _selected(plan, arguments.only)
+    runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
+    images = len(plan.prompts) * plan.evaluation.protocol.images_per_prompt
+    for cell in cells:
+        todo = [part.kind for part in missing(store, runs[cell.spec.label, cell.seed])]
+        stages = {"run": "train" if cell.trains else "", "images": f"{images} images", "scores": "score"}
+        steps = ", ".join(dict.fromkeys(stages[kind] for kind in todo if stages[kind])) or "nothing to do"
+        cost = _cost(cell) if cell.trains and "run" in todo else ""
+        print(f"{cell.title}: {steps}{cost}  ({cell.id})")
+    print(_summary(store, plan, cells))
+    return DONE
+
+
+VERBS = {
+    "run": run,
+    "sweep": sweep,
+    "status": status,
+    "report": report,
+    "ls": ls,
+    "validate": validate,
+    "plan": plan,
+}
+
+
+# -- their parts ------------------------------------------------------------------------------------------------------
+
+
+def _store(arguments: argparse.Namespace) -> Store:
+    """The store, proven usable; nothing is written to it."""
+    from alignbench.store import Store
+
+    store = Store(arguments.store)
+    store.check_writable()
+    return store
+
+
+def _registry(arguments: argparse.Namespace) -> Registry:
+    from alignbench.plugins import Registry
+
+    return Registry(arguments.plugin)
+
+
+def _read(arguments: argparse.Namespace, default: str | None = None) -> Document:
+    from alignbench.sweep import read
+
+    files = [word for word in arguments.words if "=" not in word]
+    if len(files) > 1 or not (files or default):
+        raise UserError(f"command line: name one sweep, got {', '.join(files) or 'none'}")
+    assignments = [word for word in arguments.words if "=" in word]
+    return read(files[0] if files else str(default), assignments, arguments.seeds, arguments.limit)
+
+
+def _resolve(document: Document, registry: Registry) -> Plan:
+    from alignbench.sweep import resolve
+
+    return resolve(document, registry)
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    return _resolve(_read(arguments), _registry(arguments))
+
+
+def _selected(plan: Plan, only: Sequence[str]) -> list[Cell]:
+    from alignbench.sweep import select
+
+    return select(plan.cells, only)
+
+
+def _make(
+    arguments: argparse.Namespace, plan: Plan, cells: Sequence[Cell], store: Store, launcher: str, jobs: int | None
+) -> int:
+    """Record the manifest, make what is missing, name what failed."""
+    from alignbench.launch import launch
+    from alignbench.store import write_json
+
+    store.open()
+    write_json(store.root / "sweeps" / plan.document.manifest, plan.manifest())
+    print(_summary(store, plan, cells), file=sys.stderr)
+    outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=arguments.plugin)
+    failed = [outcome for outcome in outcomes if outcome.state != "done"]
+    for outcome in failed:
+        log = store.root / "runs" / outcome.cell.id / "log.txt"
+        print(f"alignbench: {outcome.cell.title} failed: {outcome.reason} (log: {log})", file=sys.stderr)
+    if failed:
+        print(
+            f"alignbench: {len(failed)} of {len(outcomes)} runs failed; they are tried again next time", file=sys.stderr
+        )
+    return SOME_FAILED if failed else DONE
+
+
+def _summary(store: Store, plan: Plan, cells: Sequence[Cell]) -> str:
+    """``6 runs: 0 to train, 0 image sets to make, 0 scores to compute``."""
+    from alignbench.launch import missing
+
+    runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
+    parts = {part.lock: part for cell in cells for part in missing(store, runs[cell.spec.label, cell.seed])}
+    trained = {cell.id for cell in cells if cell.trains}
+    train = sum(part.kind == "run" and part.id in trained for part in parts.values())
+    images, scores = (sum(part.kind == kind for part in parts.values()) for kind in ("images", "scores"))
+    return f"{len(cells)} runs: {train} to train, {images} image sets to make, {scores} scores to compute"
+
+
+def _cost(cell: Cell) -> str:
+    """A rough number of network evaluations of training."""
+    budget, steps = cell.spec.training.budget, cell.spec.method["steps"]
+    if budget.nfe:
+        return f", {budget.nfe:,} NFE"
+    images = budget.images or (budget.updates or 0) * cell.spec.training.batch
+    if images:
+        return f" on {images:,} images of {steps} steps, roughly {images * steps:,} NFE"
+    return f" for {budget.gpu_seconds:,} GPU-seconds"
+
+
+def _manifest(arguments: argparse.Namespace, store: Store) -> dict[str, Any]:
+    """The manifest of a sweep that was run: by its file and the same settings, or by the name that `status` shows."""
+    from alignbench.store import read_json
+
+    word = arguments.words[0]
+    named = store.root / "sweeps" / f"{word}.json"
+    path = named if named.is_file() else store.root / "sweeps" / _read(arguments).manifest
+    found = read_json(path)
+    if found is None:
+        known = ", ".join(path.stem for path in store.manifests())
+        raise UserError(
+            f"{' '.join(arguments.words)}: was not run in {store.root} as it stands; "
+            f"run `alignbench sweep` with the same words (in the store: {known or 'nothing'})"
+        )
+    return found
+
+
+def _results(store: Store, manifest: dict[str, Any]) -> Any:
+    from alignbench.store import Results
+
+    return Results(store.root, manifest)
+
+
+def _listed(kind: str, registry: Registry) -> list[tuple[str, str]]:
+    from alignbench.prompts import SHAPES, SPLITS
+    from alignbench.sweep import sweeps
+
+    if kind == "prompts":
+        return [(f"shapes/{split}", str(SHAPES / f"{split}.jsonl")) for split in SPLITS]
+    if kind == "sweeps":
+        return [(name, str(path)) for name, path in sweeps().items()]
+    names = registry.names(kind.removesuffix("s"))  # type: ignore[arg-type]
+    return [(name, registry.entries[kind.removesuffix("s"), name].doc) for name in names]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Evaluation images: each a function of (weights, protocol, prompt, index) and of nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alignbench.evaluator import to_pil
+from alignbench.flow import integrate, seeded
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from alignbench.prompts import Prompt
+    from alignbench.spec import Protocol
+
+# Matrix kernels round differently for different batch shapes, so the shape is fixed by the image size alone: last and
+# resumed batches are padded to it. (At one shape a row's bits depend neither on its place nor on its neighbours.)
+VALUES_PER_PASS = 2**18  # latent numbers: one 1024 px image of FLUX.1, four of 512 px
+IMAGES_PER_PASS = 16
+
+
+def generate(
+    flow: Any,
+    prompts: Sequence[Prompt],
+    protocol: Protocol,
+    done: Collection[tuple[str, int]] = (),
+    *,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[Prompt, int, Image]]:
+    """Yield (prompt, index, image), prompt by prompt, without the (prompt id, index) pairs in ``done``.
+
+    ``flow`` carries the weights to be evaluated; its ``at(size=, guidance=)`` gives the view that makes the images.
+    ``shard`` = (rank, ranks) makes every ranks-th image. Noise is drawn on the CPU from (seed, prompt id, index).
+    """
+    flow = flow.at(size=protocol.size, guidance=protocol.guidance)
+    wanted = [(prompt, index) for prompt in prompts for index in range(protocol.images_per_prompt)]
+    missing = [item for item in wanted[shard[0] :: shard[1]] if (item[0].id, item[1]) not in done]
+    sigmas = flow.sigmas(protocol.steps)
+    size = _images_per_pass(flow)
+    for start in range(0, len(missing), size):
+        items = missing[start : start + size]
+        pixels = _pixels(flow, items + items[-1:] * (size - len(items)), protocol.seed, sigmas)
+        yield from ((prompt, index, to_pil(image)) for (prompt, index), image in zip(items, pixels))
+
+
+def _images_per_pass(flow: Any) -> int:
+    values = math.prod(flow.noise(1, [torch.Generator()]).shape)
+    return max(1, min(IMAGES_PER_PASS, VALUES_PER_PASS // values))
+
+
+def _pixels(flow: Any, items: Sequence[tuple[Prompt, int]], seed: int, sigmas: Tensor) -> Tensor:
+    """(B, 3, H, W) for B = len(items)."""
+    noise = flow.noise(len(items), [seeded(seed, prompt.id, index) for prompt, index in items])
+    cond = flow.encode([prompt.text for prompt, _ in items])
+    with torch.no_grad():
+        return flow.decode(integrate(flow, noise, sigmas, cond))

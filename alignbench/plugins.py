@@ -1,0 +1,165 @@
+"""What can be named in a sweep: built-in methods, evaluators and backends, plug-in files, and installed packages.
+
+Names are read from source text, so that listing them imports nothing; only what a sweep uses is imported. A class is
+found if it stands at the top of its file, has ``name = "..."`` in its body, and derives from ``AlignMethod`` or
+``Evaluator``, directly or through another class that does.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from alignbench.config import Config, UserError, class_name, decode, did_you_mean, read_text
+
+Kind = Literal["method", "evaluator", "backend"]
+GROUP = "alignbench.plugins"  # entry points of installed packages: each names a module
+BUILT_IN: dict[str, Kind | None] = {  # package -> what a class derived from Config itself is there
+    "alignbench.methods": None,
+    "alignbench.evaluators": None,
+    "alignbench.backends": "backend",
+}
+ROOTS: dict[str, Kind] = {"AlignMethod": "method", "Pathwise": "method", "Evaluator": "evaluator"}
+
+
+class Entry(NamedTuple):
+    """A class that a sweep can name, as its source text shows it."""
+
+    kind: Kind
+    name: str
+    cls: str
+    doc: str  # first line of the docstring
+    path: Path
+    module: str  # to import; a plug-in file's is made up from its content
+    plugin: bool  # not shipped with alignbench: its source is part of what a run's id hashes
+
+
+class Registry:
+    """Everything that can be named. ``plugins``: paths of plug-in files. UserError for one that is broken."""
+
+    def __init__(self, plugins: Sequence[str] = ()) -> None:
+        self.plugins = [str(Path(path).resolve()) for path in plugins]
+        self.entries: dict[tuple[str, str], Entry] = {}
+        kinds: dict[str, Kind] = dict(ROOTS)  # class name -> kind, growing as classes are found
+        for path, module, plain in _built_in_files():
+            self._add(_scan(path, module, False, kinds, plain))
+        for point in entry_points(group=GROUP):
+            self._add(_scan(_module_file(point.value), point.value, True, kinds))
+        for path in map(Path, self.plugins):
+            found = list(_scan(path, f"alignbench_plugin_{path.stem}_{digest(path)[:8]}", True, kinds))
+            if not found:
+                raise UserError(f"{path}: no class in it derives from AlignMethod or Evaluator and sets name = '...'")
+            self._add(found)
+
+    def _add(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            known = self.entries.setdefault((entry.kind, entry.name), entry)
+            if known is not entry:
+                taken = f"the {entry.kind} '{entry.name}' exists already in {known.path}"
+                raise UserError(f"{entry.path}: {taken}; choose another name")
+
+    def names(self, kind: Kind) -> list[str]:
+        return sorted(name for k, name in self.entries if k == kind)
+
+    def entry(self, kind: Kind, name: Any, where: str) -> Entry:
+        """UserError, with the nearest name and all of them, if there is none of that name."""
+        if (kind, name) not in self.entries:
+            known = did_you_mean(str(name), self.names(kind), f"{kind}s")
+            raise UserError(f"{where}: there is no {kind} '{name}'{known}")
+        return self.entries[kind, name]
+
+    def get(self, kind: Kind, name: str, where: str) -> type[Config]:
+        """The class: its module is imported now. UserError if that fails."""
+        entry = self.entry(kind, name, where)
+        cls = getattr(_import(entry), entry.cls)
+        if class_name(cls) != name or not issubclass(cls, Config):
+            raise UserError(f"{entry.path}: {entry.cls} is not a class of settings with name = '{name}'")
+        return cls
+
+    def make(self, kind: Kind, settings: Any, where: str) -> Any:
+        """``{name: ..., field: ...}`` as an instance, strictly."""
+        if not isinstance(settings, dict) or "name" not in settings:
+            raise UserError(f"{where}: expected settings with a 'name'{did_you_mean('', self.names(kind), f'{kind}s')}")
+        cls = self.get(kind, settings["name"], f"{where}.name")
+        return decode(cls, {key: value for key, value in settings.items() if key != "name"}, where)
+
+    def source(self, kind: Kind, name: str) -> str | None:
+        """sha256 of the file that defines a plug-in's class; None for built-ins, whose revision is recorded instead."""
+        entry = self.entries[kind, name]
+        return digest(entry.path) if entry.plugin else None
+
+
+def digest(path: Path) -> str:
+    """sha256 of a small file."""
+    return hashlib.sha256(read_text(path).encode()).hexdigest()
+
+
+def _built_in_files() -> Iterator[tuple[Path, str, Kind | None]]:
+    for package, plain in BUILT_IN.items():
+        folder = _module_file(package).parent
+        for path in sorted(folder.glob("[!_]*.py")):
+            yield path, f"{package}.{path.stem}", plain
+
+
+def _module_file(module: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise UserError(f"entry point {GROUP}: there is no module '{module}'; reinstall the package that names it")
+    return Path(spec.origin)
+
+
+def _scan(path: Path, module: str, plugin: bool, kinds: dict[str, Kind], plain: Kind | None = None) -> Iterator[Entry]:
+    """The entries that a file defines, from its syntax tree. ``plain``: what a class derived from Config itself is."""
+    try:
+        tree = ast.parse(read_text(path))
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: not Python: {error.msg}") from None
+    local = dict(kinds) | ({"Config": plain} if plain else {})
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        bases = (base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "") for base in node.bases)
+        kind = next((local[base] for base in bases if base in local), None)
+        if kind is None:
+            continue
+        local[node.name] = kinds[node.name] = kind
+        if (name := _literal_name(node)) is not None:
+            doc = (ast.get_docstring(node) or "").partition("\n")[0]
+            yield Entry(kind, name, node.name, doc, path, module, plugin)
+
+
+def _literal_name(node: ast.ClassDef) -> str | None:
+    """The value of ``name = "..."`` or ``name: ClassVar[str] = "..."`` in a class body."""
+    for statement in node.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        value = getattr(statement, "value", None)
+        if any(isinstance(t, ast.Name) and t.id == "name" for t in targets) and isinstance(value, ast.Constant):
+            return value.value if isinstance(value.value, str) else None
+    return None
+
+
+def _import(entry: Entry) -> Any:
+    if entry.module in sys.modules:
+        return sys.modules[entry.module]
+    try:
+        if not entry.module.startswith("alignbench_plugin_"):
+            return importlib.import_module(entry.module)
+        spec = importlib.util.spec_from_file_location(entry.module, entry.path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[entry.module] = module  # msgspec resolves annotations through it
+        spec.loader.exec_module(module)
+        return module
+    except UserError:
+        raise
+    except Exception as error:  # whatever the author's file raises
+        sys.modules.pop(entry.module, None)
+        raise UserError(f"{entry.path}: cannot be imported: {type(error).__name__}: {error}") from error

@@ -1,0 +1,459 @@
+"""The report of a sweep: one table, what it supports, what is missing, and how to make it again.
+
+A pure function of the store: no model is loaded, and the same scores give the same bytes. What is particular to a sweep
+(title, introduction, questions) is a module ``alignbench.reports.<sweep name>``; without one the report is generic.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from alignbench import grid, stats, store
+from alignbench.analysis import UNTRAINED, Analysis, Measure, analyse, better, worse
+from alignbench.table import DECIMALS, Cell, Column, Table, escape, interval, number
+
+MIB = 2**20
+COSTS = (  # (column of the costs frame, title, unit, divisor, decimals)
+    ("nfe_forward", "NFE without gradient", "", 1, 0),
+    ("nfe_grad", "NFE with gradient", "", 1, 0),
+    ("images", "images", "", 1, 0),
+    ("reward_calls", "reward calls", "", 1, 0),
+    ("decodes", "decodes", "", 1, 0),
+    ("seconds", "time", "s", 1, 0),
+    ("peak_memory_bytes", "peak memory", "MiB", MIB, 0),
+)
+LEGEND = """\
+Every cell is a mean with its 95 % interval: a bootstrap over prompts (all images of a prompt together; for scores
+marked "by task" within each task) and training seeds. **Bold**: the best mean of a column, if its paired gain over
+{base} survives Holm's correction for the {count} methods compared. (=): not distinguishable from the bold one, by the
+same rule. No bold in a column: the best mean is not shown to be better than {base}. [train]: the reward that the
+methods were trained on; [held-out]: a scorer that took no part in training; [check]: an automatic check of what the
+prompt asks. Costs are those of training alone, means over finished seeds; NFE counts network evaluations per image,
+summed over images.
+"""
+
+
+class Words(NamedTuple):
+    """What a report module says about its sweep."""
+
+    title: str
+    intro: str = ""
+    questions: Sequence[tuple[str, Sequence[str]]] = ()
+
+
+def build(results: store.Results, out: Path) -> list[Path]:
+    """Write ``<name>.md``, ``<name>.csv`` and ``<name>-grid.png`` (if there is any picture) into ``out``; the paths."""
+    manifest = results.manifest
+    name = manifest["name"]
+    analysis = analyse(manifest, results.scores)
+    picture = _picture_grid(results, analysis)
+    paths = [out / f"{name}.md", out / f"{name}.csv"]
+    text = markdown(manifest, results.costs, analysis, f"{name}-grid.png" if picture else None, made_with(results))
+    store.write(paths[0], text)
+    store.write(paths[1], tidy(analysis, results.costs).csv())
+    if picture:
+        paths.append(out / f"{name}-grid.png")
+        store.write(paths[-1], lambda temporary: picture.save(temporary, "PNG"))
+    return paths
+
+
+def markdown(
+    manifest: dict[str, Any],
+    costs: pd.DataFrame,
+    analysis: Analysis,
+    picture: str | None = None,
+    origins: Sequence[str] = (),
+) -> str:
+    """The whole page. The first line says how to make it again; ``origins``: what the runs were made with."""
+    words = _words(manifest["name"])
+    sections = [
+        f"Made by `{regenerate(manifest)}`",
+        f"# {escape(words.title)}",
+        f"**SUBSET: only the first {manifest['subset']} evaluation prompts.**" if manifest.get("subset") else "",
+        words.intro.strip(),
+        *_answers(words.questions, analysis),
+        "## Results",
+        main_table(analysis, costs).markdown(),
+        LEGEND.format(base=escape(analysis.base or "a base model (none in this sweep)"), count=len(analysis.trained)),
+        _budgets(analysis, costs),
+        *([f"![same prompts and noise, one row per method]({picture})", GRID_NOTE] if picture else []),
+        *_changes_section(analysis),
+        *_hacking_section(analysis, costs),
+        *_task_sections(analysis),
+        *_notes_section(manifest),
+        *_settings_section(manifest),
+        *_missing_section(analysis, costs),
+        *_coverage_section(manifest, analysis),
+        *_protocol_section(manifest, analysis, origins),
+    ]
+    return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
+
+
+TWO_SEEDS_NOTE = """\
+With fewer than three seeds of a method, the spread between trainings is the larger of its own and that of all methods
+together. The interval of a method whose trainings differ far more than the others' is then too short (85 % instead of
+95 %, simulated)."""
+GRID_NOTE = """\
+Pictures of the lowest training seed that has any, first image of each prompt; the prompts were drawn by the hash of
+their id, tasks in turn."""
+
+
+def regenerate(manifest: dict[str, Any]) -> str:
+    """The commands that make the report from nothing."""
+    return f"alignbench sweep {manifest['sweep']} && alignbench report {manifest['sweep']}"
+
+
+def made_with(results: store.Results) -> list[str]:
+    """Software and hardware of the finished runs: one text for each that differs from the others."""
+    found = dict[str, None]()
+    for run in results.manifest["runs"]:
+        origin = store.read_json(results.store / "runs" / run["id"] / "provenance.json")
+        if origin is not None:
+            code = f"alignbench {origin['alignbench']} {origin['revision'] or ''}".strip()
+            packages = [f"{name} {version}" for name, version in origin["packages"].items()]
+            machine = [origin["machine"], *origin["devices"], f"{origin['processes']} x {origin['threads']} threads"]
+            found[", ".join([code, f"Python {origin['python']}", *packages, *machine])] = None
+    return list(found)
+
+
+def title(measure: Measure) -> str:
+    return measure.name + (", by task" if measure.by_task else "")
+
+
+def main_table(analysis: Analysis, costs: pd.DataFrame) -> Table:
+    """One row per method: training reward, held-out scores, checks, costs."""
+    columns = [Column("method"), *map(_column, analysis.measures)]
+    columns += [Column(name, unit, decimals=decimals) for _, name, unit, _, decimals in COSTS]
+    best = {measure: analysis.best(measure) for measure in analysis.measures}
+    rows = []
+    for label in analysis.labels:
+        cells = [_mean_cell(analysis, measure, label, *best[measure]) for measure in analysis.measures]
+        flag = " **(reward hacking)**" if hacked(analysis, label) else ""
+        rows.append([Cell(label, mark=flag + _seeds_mark(analysis, label)), *cells, *_cost_cells(costs, label)])
+    return Table(columns, rows)
+
+
+def _seeds_mark(analysis: Analysis, label: str) -> str:
+    """How many planned seeds the row rests on, where it is not all."""
+    planned = len(analysis.seeds[label])
+    used = min((found[label].seeds for found in analysis.means.values()), default=planned)
+    return "" if used == planned else f" ({used} of {planned} seeds)"
+
+
+def _column(measure: Measure) -> Column:
+    decimals = DECIMALS.get(measure.unit, 3)
+    return Column(title(measure), measure.unit, measure.higher_is_better, measure.role, decimals)
+
+
+def _mean_cell(analysis: Analysis, measure: Measure, label: str, best: str | None, close: Sequence[str]) -> Cell:
+    found = analysis.means[measure][label]
+    return Cell(found.mean, found.lo, found.hi, bold=label == best, mark="(=)" if label in close else "")
+
+
+def _cost_cells(costs: pd.DataFrame, label: str) -> list[Cell]:
+    done = _trainings(costs, [label])
+    if done.empty:
+        return [Cell(None)] * len(COSTS)
+    return [Cell(float(pd.to_numeric(done[column]).mean()) / divisor) for column, _, _, divisor, _ in COSTS]
+
+
+def _trainings(costs: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    """The rows of trainings that came to their end, whatever became of their pictures."""
+    return costs[costs["label"].isin(labels) & costs["images"].notna()]
+
+
+def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
+    """One row per method and measure, and one per method and cost; differences are paired, against base."""
+    names = ["method", "metric", "role", "unit", "mean", "lo", "hi", "se", "se_prompts", "prompts", "seeds"]
+    names += ["change", "change_lo", "change_hi", "change_se", "change_se_prompts", "p", "p_holm", "verdict"]
+    rows: list[list[Cell]] = []
+    for measure in analysis.measures:
+        data = analysis.scores[measure]
+        strata = data.tags if measure.by_task else None
+        for label in analysis.labels:
+            mean, values = analysis.means[measure][label], data.values[label]
+            start: list[float | str | None] = [label, measure.name, measure.role, measure.unit, *mean[:4]]
+            start.append(stats.clustered_se(values, strata))
+            row = [*start, mean.prompts, mean.seeds, *_tidy_change(analysis, measure, label)]
+            rows.append(list(map(Cell, row)))
+    for label in analysis.labels:
+        for (column, _, unit, _, _), cell in zip(COSTS, _cost_cells(costs, label)):
+            start = [label, column.removesuffix("_bytes"), "cost", unit, cell.value]
+            rows.append([*map(Cell, start), *[Cell()] * (len(names) - len(start))])
+    return Table([Column(name) for name in names], rows)
+
+
+def _tidy_change(analysis: Analysis, measure: Measure, label: str) -> list[float | str | None]:
+    change = analysis.changes[measure].get(label)
+    if change is None:
+        return [None] * 8
+    errors = [change.estimate.se, _change_se(analysis, measure, label)]
+    return [*change.estimate[:3], *errors, change.estimate.p, change.p_holm, change.verdict]
+
+
+def _change_se(analysis: Analysis, measure: Measure, label: str) -> float:
+    """Standard error of the change against base, clustered by prompt, the trained seeds taken as given."""
+    data = analysis.scores[measure]
+    difference = data.values[label] - data.values[analysis.base or ""]
+    return stats.clustered_se(difference, data.tags if measure.by_task else None)
+
+
+def _answers(questions: Sequence[tuple[str, Sequence[str]]], analysis: Analysis) -> list[str]:
+    """Per question one sentence for each measure that was not trained on, and the evidence below it."""
+    sections = []
+    for subject, named in questions:
+        rivals = [rival for rival in named if rival in analysis.labels]
+        if subject not in analysis.labels or not rivals:
+            continue
+        lines = [f"## Does {escape(subject)} beat {escape(_and(rivals))}?"]
+        lines += [_answer(subject, rivals, measure, analysis) for measure in reversed(analysis.measures)]
+        sections += [lines[0], "\n".join(lines[1:]), "Verdicts: Holm's correction over the methods named, p < 0.05."]
+    return sections
+
+
+def _answer(subject: str, rivals: Sequence[str], measure: Measure, analysis: Analysis) -> str:
+    results = dict(zip(rivals, analysis.compare(measure, [(subject, rival) for rival in rivals])))
+    said = {
+        "better than": [rival for rival in rivals if better(results[rival], measure)],
+        "worse than": [rival for rival in rivals if worse(results[rival], measure)],
+        "not distinguishable from": [rival for rival in rivals if results[rival].verdict == "cannot tell"],
+        "not compared with": [r for r in rivals if results[r].verdict in ("not measured", "spread unknown")],
+    }
+    verdict = "; ".join(f"{words} {escape(_and(found))}" for words, found in said.items() if found)
+    short = "Yes" if len(said["better than"]) == len(rivals) else "Partly" if said["better than"] else "Not shown"
+    if said["worse than"] and not said["better than"]:
+        short = "No"
+    evidence = "; ".join(f"{escape(r)} {_change(result.estimate, measure)}" for r, result in results.items())
+    return f"- {escape(title(measure))} [{measure.role}]: **{short}**: {verdict}. Paired differences: {evidence}."
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _change(estimate: stats.Estimate, measure: Measure) -> str:
+    return interval(*estimate[:3], DECIMALS.get(measure.unit, 3) + 1, signed=True)
+
+
+def _budgets(analysis: Analysis, costs: pd.DataFrame) -> str:
+    """Whether the methods really had equal budgets, from what was measured."""
+    done = _trainings(costs, analysis.trained)
+    if done.empty:
+        return "**No training run has finished.**"
+    images = pd.to_numeric(done["images"])
+    if images.nunique() == 1:
+        return f"All methods are compared at equal images: {number(images.iloc[0], 0)} per training run."
+    per = done.assign(images=images).groupby("label", sort=False)["images"].mean()
+    listed = ", ".join(f"{escape(label)} {number(count, 0)}" for label, count in per.items())
+    return f"**The numbers of training images differ**: {listed}."
+
+
+def _changes_section(analysis: Analysis) -> list[str]:
+    if analysis.base is None:
+        return ["## Paired change", "The sweep has no untrained method to compare with."]
+    columns = [Column("measure"), Column("method"), Column(f"change against {analysis.base}")]
+    columns += [Column("SE, prompts"), Column("SE, prompts and seeds"), Column("p, Holm"), Column("verdict")]
+    rows = []
+    for measure in analysis.measures:
+        more = DECIMALS.get(measure.unit, 3) + 1
+        for label, change in analysis.changes[measure].items():
+            errors = [_change_se(analysis, measure, label), change.estimate.se]
+            p = "<0.001" if change.p_holm < 0.001 else number(change.p_holm)
+            texts = [_change(change.estimate, measure), *(number(error, more) for error in errors), p, change.verdict]
+            bold = change.verdict in ("up", "down")
+            rows.append([Cell(f"{title(measure)} [{measure.role}]"), Cell(label), *map(Cell, texts[:-1])])
+            rows[-1].append(Cell(texts[-1], bold=bold))
+    note = """\
+Image by image: same prompt, same noise. The p-value tests "no change" (t on the bootstrap's standard error,
+Satterthwaite's degrees of freedom) and is corrected for all methods of one measure; up and down: p < 0.05.
+*SE, prompts* takes these very trainings as given; *SE, prompts and seeds* is for trainings with any seed."""
+    heading = f"## Paired change against {escape(analysis.base)}"
+    return [heading, Table(columns, rows).markdown(), note, _seeds_note(analysis)]
+
+
+def _seeds_note(analysis: Analysis) -> str:
+    used = [change.estimate.seeds for found in analysis.changes.values() for change in found.values()]
+    if max(used, default=0) == 1:
+        return "**One training seed: how much trainings differ is unknown, and no interval here contains it.**"
+    return TWO_SEEDS_NOTE if min((count for count in used if count), default=3) < 3 else ""
+
+
+def hacked(analysis: Analysis, label: str) -> list[Measure]:
+    """The measures that fell (after Holm) although the training reward rose; empty if it did not rise, or none fell."""
+    changes = {measure: found[label] for measure, found in analysis.changes.items() if label in found}
+    rose = any(better(change, measure) for measure, change in changes.items() if measure.role == "train")
+    return [m for m, change in changes.items() if rose and m.role != "train" and worse(change, m)]
+
+
+def _hacking_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:
+    columns = [Column("method"), Column("reward, first 10 % of updates", decimals=4)]
+    columns += [Column("reward, last 10 %", decimals=4), Column("change", decimals=4, signed=True)]
+    rows = []
+    for label in analysis.trained:
+        done = _trainings(costs, [label])
+        first, last = (float(pd.to_numeric(done[column]).mean()) for column in ("reward_first", "reward_last"))
+        rows.append([Cell(label), Cell(first), Cell(last), Cell(last - first)])
+    lines = [_hacking_line(analysis, label) for label in analysis.trained if analysis.base is not None]
+    note = "Means over finished seeds, of the reward on the pictures that the method itself made while it trained."
+    return ["## Training reward, and reward hacking", Table(columns, rows).markdown(), note, "\n".join(lines)]
+
+
+def _hacking_line(analysis: Analysis, label: str) -> str:
+    verdicts = {m: found[label].verdict for m, found in analysis.changes.items()}
+    told = ", ".join(f"{escape(title(m))} [{m.role}] {verdict}" for m, verdict in verdicts.items())
+    fell = hacked(analysis, label)
+    if fell:
+        names = escape(_and([title(measure) for measure in fell]))
+        return f"- **REWARD HACKING, {escape(label)}: the training reward rose while {names} fell.** ({told})"
+    return f"- {escape(label)}: no reward hacking shown ({told})."
+
+
+def _task_sections(analysis: Analysis) -> list[str]:
+    sections = []
+    for measure in analysis.measures:
+        if not measure.by_task:
+            continue
+        tasks = analysis.tasks(measure)
+        columns = [Column("method"), *(Column(task.replace("_", " ")) for task in tasks), Column("mean of tasks")]
+        rows = []
+        for label in analysis.labels:
+            found = [*(means[label] for means in tasks.values()), analysis.means[measure][label]]
+            rows.append([Cell(label), *(Cell(each.mean, each.lo, each.hi) for each in found)])
+        sections += [f"## {escape(measure.name)} [{measure.role}], by task", Table(columns, rows).markdown()]
+    return sections
+
+
+def _notes_section(manifest: dict[str, Any]) -> list[str]:
+    """Every exception of the sweep with its reason, and the methods that it holds for."""
+    found: dict[str, dict[str, None]] = {}
+    for run in manifest["runs"]:
+        for note in run["notes"]:
+            text = f"{escape(_flat(note['set']))}. {escape(note['reason'])}"
+            found.setdefault(text, {})[run["label"]] = None
+    every = len({run["label"] for run in manifest["runs"]})
+    whom = {text: "all methods" if len(labels) == every else escape(_and([*labels])) for text, labels in found.items()}
+    lines = [f"- {whom[text]}: {text}" for text in found]
+    return ["## Overrides, and why", "\n".join(lines)] if lines else []
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> str:
+    """``{"a": {"b": 1}}`` -> ``a.b = 1``; settings that are off (None) are left out."""
+    nested = [
+        _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key} = {value}"
+        for key, value in settings.items()
+        if value is not None and value != {}
+    ]
+    return ", ".join(nested)
+
+
+def _settings_section(manifest: dict[str, Any]) -> list[str]:
+    """What every run was made with, as resolved: once for what all runs share, then what is each method's own."""
+    shared = {part: _of_runs(manifest["runs"], part) for part in ("backend", "reward", "prompts", "training")}
+    lines = [f"- {part}, {escape(text)}" for part, texts in shared.items() if len(texts) == 1 for text in texts]
+    for label in dict.fromkeys(run["label"] for run in manifest["runs"]):
+        mine = [run for run in manifest["runs"] if run["label"] == label]
+        own = [
+            *_of_runs(mine, "method"),
+            *(text for p, ts in shared.items() if len(ts) > 1 for text in _of_runs(mine, p)),
+        ]
+        lines.append(f"- {escape(label)}: {escape('; '.join(own))}")
+    return ["## Settings, as resolved", "\n".join(lines)] if shared["backend"] else []
+
+
+def _of_runs(runs: Sequence[dict[str, Any]], part: str) -> list[str]:
+    """The different settings of ``part`` over runs, as text; the training seed is no difference."""
+    found = dict[str, None]()
+    for run in runs:
+        value = run["settings"].get(part, {})
+        if part == "training":
+            value = {key: setting for key, setting in value.items() if key != "seed"}
+        found[_flat(value) if isinstance(value, dict) else f"{value}"] = None
+    return [text for text in found if text]
+
+
+def _missing_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:
+    lines = []
+    for run in costs[costs["state"] != "done"].to_dict("records"):
+        seed = "" if run["seed"] in (None, UNTRAINED) else f", seed {run['seed']}"
+        reason = run.get("reason")
+        why = escape(reason) if isinstance(reason, str) and reason else "no reason was recorded"
+        lines.append(f"- {escape(run['label'])}{seed}: **{escape(run['state'])}**: {why}")
+    return ["## Runs that are not in the numbers", "\n".join(lines)] if lines else []
+
+
+def _coverage_section(manifest: dict[str, Any], analysis: Analysis) -> list[str]:
+    """Scores that are absent or not ok, and prompts that pairing left out."""
+    images = manifest["prompts"] * manifest["protocol"]["images_per_prompt"]
+    lines = []
+    for measure in analysis.measures:
+        for label in analysis.labels:
+            valid, expected = analysis.coverage(measure, label, images)
+            change = analysis.changes[measure].get(label)
+            dropped = [analysis.means[measure][label].dropped, change.estimate.dropped if change else 0]
+            if valid != expected or any(dropped):
+                text = f"- {escape(title(measure))}, {escape(label)}: {valid} of {expected} scores; "
+                lines.append(f"{text}prompts left out: {dropped[0]} of the mean, {dropped[1]} of the paired change")
+    complete = f"Complete: every picture of every run has every score ({images} pictures a run)."
+    rule = (
+        "A prompt is left out if some seed, or one side of a pair, has no valid score of it; so is a seed without any."
+    )
+    return ["## Coverage", "\n".join(lines) if lines else complete, rule if lines else ""]
+
+
+def _protocol_section(manifest: dict[str, Any], analysis: Analysis, origins: Sequence[str]) -> list[str]:
+    seeds = sorted({seed for label in analysis.trained for seed in analysis.seeds[label]})
+    facts: dict[str, Any] = {"training seeds": ", ".join(map(str, seeds)) or "none"}
+    facts |= {"evaluation, number of prompts": manifest["prompts"]}
+    facts |= {f"evaluation, {key.replace('_', ' ')}": value for key, value in manifest["protocol"].items()}
+    facts |= {"training reward": manifest["training_evaluator"]}
+    versions = {m.evaluator: m.version for m in analysis.measures}
+    facts |= {"evaluators": ", ".join(f"{name} {version}" for name, version in versions.items())}
+    facts |= {"intervals": f"95 %, {stats.DRAWS:,} bootstrap draws, seed 0"}
+    lines = [f"- {escape(key)}: {escape(value)}" for key, value in facts.items()]
+    lines += [f"- made with {escape(origin)}" for origin in origins]
+    differ = "**The runs were made with different software or hardware: their seconds may not compare.**"
+    return ["## Protocol", "\n".join(lines), differ if len(origins) > 1 else ""]
+
+
+def _words(name: str) -> Words:
+    """The report module of the sweep's name, if there is one; a subset of a sweep asks the same questions."""
+    name = name.removesuffix("-SUBSET")
+    module = f"alignbench.reports.{name}"
+    if not name.isidentifier() or importlib.util.find_spec(module) is None:
+        return Words(f"Sweep {name}")
+    found = importlib.import_module(module)
+    return Words(found.TITLE, found.INTRO, found.QUESTIONS)
+
+
+def _picture_grid(results: store.Results, analysis: Analysis) -> Any:
+    """One row per method, from its lowest seed that has pictures; None without any picture."""
+    sets = {label: _image_set(results, label) for label in analysis.labels}
+    known = pd.concat([found for found in sets.values() if found is not None] or [pd.DataFrame()])
+    if known.empty:
+        return None
+    known = known.drop_duplicates("prompt_id")
+    tags = known["tag"].fillna("").astype(str).tolist()
+    chosen = grid.choose(known["prompt_id"].tolist(), tags)
+    about = known.set_index("prompt_id").loc[chosen]
+    files = {label: dict(zip(found["prompt_id"], found["path"])) for label, found in sets.items() if found is not None}
+    rows = [(label, [files.get(label, {}).get(prompt) for prompt in chosen]) for label in analysis.labels]
+    return grid.draw(rows, list(zip(about["tag"].fillna("").str.replace("_", " "), about["text"])))
+
+
+def _image_set(results: store.Results, label: str) -> pd.DataFrame | None:
+    """Pictures of index 0 of the label's lowest finished seed: prompt_id, tag, text, path."""
+    runs = [run for run in results.manifest["runs"] if run["label"] == label]
+    for run in sorted(runs, key=lambda run: -1 if run["seed"] is None else run["seed"]):
+        folder = results.store / "images" / str(run["images"])
+        if (folder / "manifest.parquet").is_file():
+            found = pd.read_parquet(folder / "manifest.parquet")
+            found = found[found["index"] == found["index"].min()]
+            paths = [folder / file for file in found["file"]]
+            return found.assign(path=[path if path.is_file() else None for path in paths])
+    return None

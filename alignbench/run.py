@@ -1,0 +1,417 @@
+"""One run from nothing to scores: train, generate, score; each stage is skipped when the store has its result.
+
+``execute`` is what a worker process gets: plain data in, plain data out. It never raises for a failed stage: it records
+the reason in the store and says so, and later stages or other evaluators that do not depend on it still run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+
+from alignbench.config import UserError, decode, settings
+from alignbench.plugins import Registry
+from alignbench.prompts import Prompt, load_prompts
+from alignbench.spec import Evaluation, RunSpec, image_set_id, run_id
+from alignbench.store import (
+    Artefact,
+    Lock,
+    LockLost,
+    Store,
+    alive,
+    cannot_write,
+    locked,
+    write,
+    write_frame,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from accelerate import Accelerator
+    from PIL.Image import Image
+
+SCORED_PER_FILE = 128  # images between two writes of partial scores
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy", "pandas", "pillow")
+
+
+class Task(NamedTuple):
+    """What crosses the process boundary, as plain data (``_asdict``)."""
+
+    store: str
+    run: str  # ids of the run and of its image set
+    images: str
+    trains: bool
+    spec: dict[str, Any]  # RunSpec
+    evaluation: dict[str, Any]
+    scores: list[dict[str, Any]]  # evaluators: settings, name, version, file, metrics, role
+    plugins: list[str]
+    threads: int
+    progress: str  # file that says how far this is
+    command: list[str]
+    launcher: int | None = None  # pid without which a local worker ends; None: this process itself
+
+
+class Failed(Exception):
+    """A stage failed, its reason is on record."""
+
+
+def execute(task: dict[str, Any]) -> dict[str, Any]:
+    """All stages of one run. Returns {"state": "done" | "failed", "reason", "made": what was not there before}."""
+    work = Work(Task(**task))
+    with _process(work.task, work.log), suppress(Failed):
+        work.train()
+        work.generate()
+        work.score()
+    return {"state": "failed" if work.failures else "done", "reason": "; ".join(work.failures), "made": work.made}
+
+
+class Work:
+    """The stages of one task, and the models they share, loaded on first use."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.store = Store(task.store)
+        self.registry = Registry(task.plugins)
+        self.spec = decode(RunSpec, task.spec, "spec")
+        self.evaluation = decode(Evaluation, task.evaluation, "evaluation")
+        self.run = self.store.run(task.run, task.trains)
+        self.images = self.store.images(task.images)
+        self.log = self.run.folder / "log.txt"
+        self.progress = Progress(Path(task.progress))
+        self.failures: list[str] = []
+        self.made: list[str] = []
+        self._holds_trained = False  # does the flow hold the weights that evaluation wants?
+
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        from accelerate import Accelerator
+
+        return Accelerator()
+
+    @cached_property
+    def flow(self) -> Any:
+        self.progress("loading the model")
+        return self.registry.make("backend", self.spec.backend, "backend").load(self.accelerator)
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """Those of the evaluation."""
+        return load_prompts(self.evaluation.protocol.prompts)[: self.evaluation.limit]
+
+    @contextmanager
+    def making(self, artefact: Artefact) -> Iterator[Lock | None]:
+        """Hold the artefact's lock; None if it is there. A failure is put on record, with the log to read."""
+        try:
+            with locked(artefact, lambda holder: self.progress(f"waiting for {holder}")) as lock:
+                yield lock
+                if lock:
+                    self.made.append(artefact.kind)
+        except Exception as error:
+            reason = _reason(artefact.kind, error)
+            self.note(traceback.format_exc())
+            self.failures.append(reason)
+            if not isinstance(error, LockLost):  # then the record is the other process's
+                with suppress(UserError):  # on a full disk not even this can be written
+                    artefact.fail(reason, str(self.log))
+            raise Failed from error
+
+    def check_unchanged(self) -> None:
+        """UserError if a file that the ids were made from has changed since."""
+        training = load_prompts(self.spec.prompts) if self.task.trains else []
+        run = f"{self.spec.method['name']}-{run_id(self.spec, self.registry, training)}"
+        images = image_set_id(run, self.task.trains, self.evaluation.protocol, self.prompts)
+        if (run, images) != (self.task.run, self.task.images):
+            raise UserError("weights, prompts or a plug-in changed since the sweep was started; start it again")
+
+    def note(self, text: str) -> None:
+        """A line in the run's log."""
+        with suppress(OSError):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+
+    # -- train --------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        with self.making(self.run) as lock:
+            if lock is None:
+                return
+            self.check_unchanged()
+            started = time.time()
+            plain = settings(self.spec)
+            write(self.run.folder / "spec.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+            if self.task.trains:
+                self._train(lock)
+            write_json(self.run.folder / "provenance.json", self.provenance(started))
+            self.run.succeed()
+            shutil.rmtree(self.run.folder / "checkpoints", ignore_errors=True)
+
+    def _train(self, lock: Lock) -> None:
+        """Records to train.parquet, weights to weights.safetensors; resumes from the checkpoint if there is one."""
+        import pandas as pd
+
+        from alignbench import checkpoint
+        from alignbench.evaluator import Reward
+        from alignbench.train import spent, train
+
+        evaluator = self.registry.make("evaluator", self.spec.reward["evaluator"], "reward.evaluator")
+        method = self.registry.make("method", self.spec.method, "method")
+        reward = Reward(evaluator, self.spec.reward["margin"])
+        prompts, training = load_prompts(self.spec.prompts), self.spec.training
+        checkpoints = self.run.folder / "checkpoints"
+        flow, self._holds_trained = self.flow, True
+        records = train(method, flow, reward, prompts, training, accelerator=self.accelerator, checkpoints=checkpoints)
+        for record in records:
+            share = spent(training.budget, record, self.accelerator.num_processes)
+            shown = f", reward {record['reward_mean']:.3f}" if "reward_mean" in record else ""
+            self.progress("training", share, f"update {record['update'] + 1}{shown}")
+        lock.check()
+        write_frame(self.run.folder / "train.parquet", pd.DataFrame(checkpoint.load_records(checkpoints)))
+        os.replace(checkpoints / checkpoint.FINAL, self.run.product)
+
+    def provenance(self, started: float) -> dict[str, Any]:
+        """What is recorded and not hashed: where, when and with what code the weights were made."""
+        import torch
+
+        return {
+            "command": self.task.command,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
+            "wall_seconds": round(time.time() - started, 1),  # of the last attempt
+            "alignbench": _version("alignbench"),
+            "revision": _revision(),
+            "plugins": self.task.plugins,
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in PACKAGES},
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "host": platform.node(),
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "threads": torch.get_num_threads(),
+            "processes": self.accelerator.num_processes,
+        }
+
+    # -- generate -----------------------------------------------------------------------------------------------------
+
+    def generate(self) -> None:
+        with self.making(self.images) as lock:
+            if lock is None:
+                return
+            self.check_unchanged()
+            write_json(self.images.folder / "protocol.json", self._protocol())
+            self._generate()
+            rows = [self._image_row(prompt, index) for prompt in self.prompts for index in self._indices]
+            import pandas as pd
+
+            lock.check()
+            write_frame(self.images.product, pd.DataFrame(rows))
+            self.images.status.unlink(missing_ok=True)  # of an earlier failure
+
+    def _protocol(self) -> dict[str, Any]:
+        return settings(self.evaluation.protocol) | {"run": self.task.run, "limit": self.evaluation.limit}
+
+    @property
+    def _indices(self) -> range:
+        return range(self.evaluation.protocol.images_per_prompt)
+
+    def _file(self, prompt: Prompt, index: int) -> Path:
+        return self.images.folder / f"{prompt.id}-{index}.png"
+
+    def _generate(self) -> None:
+        """Write every image that is not there, one whole file each."""
+        from alignbench.generate import generate
+
+        wanted = [(prompt.id, index) for prompt in self.prompts for index in self._indices]
+        done = {(prompt.id, i) for prompt in self.prompts for i in self._indices if self._file(prompt, i).exists()}
+        if len(done) == len(wanted):
+            return
+        flow = self.evaluated_flow()
+        for prompt, index, image in generate(flow, self.prompts, self.evaluation.protocol, done):
+            write(self._file(prompt, index), _png(image))
+            done.add((prompt.id, index))
+            self.progress("images", len(done) / len(wanted), f"{len(done)} of {len(wanted)}")
+
+    def evaluated_flow(self) -> Any:
+        """The flow with the weights that the protocol asks for."""
+        flow = self.flow
+        if self.task.trains:
+            from alignbench.checkpoint import load_weights
+
+            load_weights(flow, self.run.product, self.evaluation.protocol.weights)
+        return flow
+
+    def _image_row(self, prompt: Prompt, index: int) -> dict[str, Any]:
+        file = self._file(prompt, index)
+        return {
+            "prompt_id": prompt.id,
+            "tag": prompt.tag,
+            "text": prompt.text,
+            "index": index,
+            "seed": self.evaluation.protocol.seed,
+            "file": file.name,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+
+    # -- score --------------------------------------------------------------------------------------------------------
+
+    def score(self) -> None:
+        """Every evaluator; one that fails does not stop the others."""
+        for score in self.task.scores:
+            with suppress(Failed):
+                self._score(score)
+
+    def _score(self, score: dict[str, Any]) -> None:
+        artefact = self.store.scores(self.task.images, score["file"])
+        with self.making(artefact) as lock:
+            if lock is None:
+                return
+            frame = self._scored(score, artefact)
+            lock.check()
+            write_frame(artefact.product, frame)
+            artefact.status.unlink(missing_ok=True)
+            shutil.rmtree(_parts(artefact), ignore_errors=True)
+
+    def _scored(self, score: dict[str, Any], artefact: Artefact) -> pd.DataFrame:
+        """One row per image, in the order of the manifest; computed in parts, those that are there are read."""
+        import pandas as pd
+
+        evaluator = self.registry.make("evaluator", score["settings"], "evaluator")
+        names = [metric["name"] for metric in score["metrics"]]
+        images = pd.read_parquet(self.images.product)
+        frames = []
+        for start in range(0, len(images), SCORED_PER_FILE):
+            rows = images.iloc[start : start + SCORED_PER_FILE]
+            part = _parts(artefact) / f"{start}.parquet"
+            if not part.exists():
+                write_frame(part, self._score_rows(evaluator, rows, names))
+            frames.append(pd.read_parquet(part))
+            self.progress(f"scoring, {score['name']}", (start + len(rows)) / len(images))
+        return pd.concat(frames, ignore_index=True)
+
+    def _score_rows(self, evaluator: Any, rows: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+        prompts = {prompt.id: prompt for prompt in self.prompts}
+        pictures = [self._picture(row) for row in rows.to_dict("records")]
+        found = evaluator.score(pictures, [prompts[id] for id in rows["prompt_id"]])
+        if len(found) != len(rows) or (missing := [name for name in names if name not in found]):
+            what = f"no column '{missing[0]}'" if len(found) == len(rows) else f"{len(found)} rows"
+            raise UserError(f"evaluator {evaluator.name}: made {what} for {len(rows)} images; one row per image")
+        frame = rows[["prompt_id", "tag", "index"]].reset_index(drop=True)
+        frame[names] = found[names].to_numpy(dtype=float)
+        frame["ok"] = frame[names].notna().all(axis=1)
+        return frame.assign(error=[None if ok else "the score is not a number" for ok in frame["ok"]])
+
+    def _picture(self, row: dict[str, Any]) -> Image:
+        """The image, if it is still the one that was made."""
+        from PIL import Image
+
+        path = self.images.folder / row["file"]
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != row["sha256"]:
+            raise UserError(f"{path}: not the picture that was made; delete {self.images.folder} to make them again")
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _parts(artefact: Artefact) -> Path:
+    return artefact.product.with_suffix(".parts")
+
+
+def _png(image: Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def _reason(stage: str, error: Exception) -> str:
+    """One line."""
+    kind = {"run": "training", "images": "generation", "scores": "scoring"}[stage]
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{kind}: {cannot_write(error.filename or 'store', error)}"
+    text = " ".join(str(error).split())[:300]
+    return f"{kind}: {text}" if isinstance(error, UserError) else f"{kind}: {type(error).__name__}: {text}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """The commit of a source checkout; None for an installed package."""
+    git = Path(__file__).parents[1] / ".git"
+    with suppress(OSError):
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        loose = git / head.removeprefix("ref: ")
+        if loose.exists():
+            return loose.read_text().strip()
+        lines = (git / "packed-refs").read_text().splitlines()
+        return next((line.split()[0] for line in lines if line.endswith(head.removeprefix("ref: "))), None)
+    return None
+
+
+# -- the worker process -----------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Says in a small file how far a run is; whoever shows it reads that."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last = 0.0
+
+    def __call__(self, stage: str, share: float | None = None, detail: str = "") -> None:
+        """``share``: of this stage, 0 to 1. At most three times a second reach the disk."""
+        now = time.time()
+        if now - self._last < 0.3 and share is not None and share < 1:
+            return
+        self._last = now
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        with suppress(OSError):  # progress is worth no failure
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"stage": stage, "share": share, "detail": detail, "time": now}))
+            temporary.replace(self.path)
+
+
+@contextmanager
+def _process(task: Task, log: Path) -> Iterator[None]:
+    """Threads, and in a worker of its own: output to the run's log, and an end when the launcher is gone."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if task.launcher is not None:
+        with suppress(OSError):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            os.dup2(handle, sys.stdout.fileno())
+            os.dup2(handle, sys.stderr.fileno())
+        threading.Thread(target=_end_with, args=(task.launcher,), daemon=True).start()
+    import torch
+
+    torch.set_num_threads(task.threads)
+    yield
+
+
+def _end_with(launcher: int, every: float = 1.0, ended: Callable[[int], bool] = lambda pid: not alive(pid)) -> None:
+    """Interrupt this process when ``launcher`` has died: nobody would collect its result."""
+    while not ended(launcher):
+        time.sleep(every)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10 * every)
+    os._exit(130)

@@ -1,0 +1,392 @@
+"""The store: content-addressed folders on a plain, possibly shared, disk.
+
+Three kinds of artefact: runs, image sets and scores. Each is either done or not there: files are written under a
+temporary name, flushed and renamed, and the file that says "done" comes last. A failure is recorded beside the
+artefact, shown, and tried again; it never counts as done. One process at a time makes an artefact: it holds a lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignbench.config import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BEAT = 15.0  # seconds between heartbeats of a lock
+STALE = 600.0  # seconds without a heartbeat after which its holder counts as gone
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+# -- whole files or none ----------------------------------------------------------------------------------------------
+
+
+def write(path: Path, content: bytes | str | Callable[[Path], Any]) -> None:
+    """Write ``path`` whole or not at all. ``content``: bytes, text, or what writes to the path it is given.
+
+    UserError if the disk is full or may not be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise UserError(cannot_write(path, error)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path | str, error: OSError) -> str:
+    """One line for a disk that does not take more."""
+    if error.errno in FULL:
+        return f"{path}: no space left on the disk; free some and run the same command again, finished work is kept"
+    return f"{path}: cannot be written: {error.strerror or error}; choose another --store, or mend its permissions"
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, data: Any) -> None:
+    write(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file, or no whole one (a disk that lost power)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> None:
+    write(path, lambda temporary: frame.to_parquet(temporary, index=False))
+
+
+# -- artefacts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A run, an image set or a score file. ``product``: the file whose presence makes it done."""
+
+    kind: str  # "run", "images" or "scores"
+    id: str
+    folder: Path
+    product: Path
+    status: Path  # {"state": "done" | "failed", "reason", "log", "time"}
+    lock: Path
+
+    @property
+    def done(self) -> bool:
+        return self.product.exists() and (self.kind != "run" or self.state == "done")
+
+    @property
+    def state(self) -> str | None:
+        return (read_json(self.status) or {}).get("state")
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last attempt failed; None after a success, and before any attempt."""
+        found = read_json(self.status) or {}
+        return found.get("reason", "no reason was recorded") if found.get("state") == "failed" else None
+
+    @property
+    def busy(self) -> bool:
+        """Is somebody making it right now?"""
+        return _holder(self.lock) is not None
+
+    def succeed(self, **facts: Any) -> None:
+        """Say that it is done: the last thing that is written."""
+        write_json(self.status, {"state": "done", "time": _now(), **facts})
+
+    def fail(self, reason: str, log: str) -> None:
+        write_json(self.status, {"state": "failed", "reason": reason, "log": log, "time": _now()})
+
+
+class Store:
+    """The folder and what is where in it."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    def run(self, id: str, trains: bool) -> Artefact:
+        """``trains``: a run that trained has weights; one that trains nothing is its status alone."""
+        folder = self.root / "runs" / id
+        status = folder / "status.json"
+        return Artefact("run", id, folder, folder / "weights.safetensors" if trains else status, status, self._lock(id))
+
+    def images(self, id: str) -> Artefact:
+        folder = self.root / "images" / id
+        return Artefact(
+            "images", id, folder, folder / "manifest.parquet", folder / "status.json", self._lock(f"images-{id}")
+        )
+
+    def scores(self, images: str, file: str) -> Artefact:
+        """``file``: ``<evaluator>@<version>-<id>.parquet``."""
+        folder = self.root / "scores" / images
+        stem = file.removesuffix(".parquet")
+        return Artefact(
+            "scores",
+            f"{images}/{stem}",
+            folder,
+            folder / file,
+            folder / f"{stem}.status.json",
+            self._lock(f"scores-{images}-{stem}"),
+        )
+
+    def _lock(self, name: str) -> Path:
+        return self.root / "locks" / f"{name}.lock"
+
+    def check_writable(self) -> None:
+        """UserError unless files can be made in the store. Writes nothing itself."""
+        place = self.root.absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            what = "it is a file" if place == self.root.absolute() else f"{place} is not a folder"
+            raise UserError(f"--store {self.root}: cannot be used, {what}; name a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"--store {self.root}: {place} is not writable; choose another folder")
+
+    def open(self) -> None:
+        """Make the folder, and prove that a file can be written. UserError otherwise."""
+        self.check_writable()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as file:
+                file.write(b"alignbench")
+        except OSError as error:
+            raise UserError(f"--store {cannot_write(self.root, error)}") from None
+
+    def manifests(self) -> list[Path]:
+        """Those of every sweep that was run here, latest first."""
+        found = (self.root / "sweeps").glob("*.json")
+        return sorted(found, key=lambda path: -path.stat().st_mtime)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+# -- locks ------------------------------------------------------------------------------------------------------------
+
+
+class LockLost(Exception):
+    """Somebody else took over: this process was stopped for longer than STALE."""
+
+
+class Lock:
+    """Held: one process makes this artefact. A thread keeps it fresh; a holder that died is noticed by the next."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.token = uuid.uuid4().hex
+        self._ended = threading.Event()
+
+    def check(self) -> None:
+        """LockLost unless it is still ours. Asked before anything is declared done."""
+        if (read_json(self.path) or {}).get("token") != self.token:
+            raise LockLost(f"{self.path}: another process took this over while this one was stopped")
+
+    def try_acquire(self) -> bool:
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "time": _now(), "token": self.token}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and _holder(self.path) is None:
+                self._remove_stale()
+            _create(self.path, json.dumps(me))
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise UserError(cannot_write(self.path, error)) from error
+        threading.Thread(target=self._beat, daemon=True).start()
+        return True
+
+    def release(self) -> None:
+        self._ended.set()
+        with suppress(LockLost):
+            self.check()
+            self.path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            with suppress(OSError):
+                os.utime(self.path)
+
+    def _remove_stale(self) -> None:
+        """By one of several that noticed: without the guard the second would remove the first one's new lock."""
+        guard = self.path.with_suffix(".guard")
+        with suppress(OSError):
+            if time.time() - guard.stat().st_mtime > STALE:
+                guard.unlink()
+        _create(guard, "")
+        try:
+            if _holder(self.path) is None:
+                self.path.unlink(missing_ok=True)
+        finally:
+            guard.unlink(missing_ok=True)
+
+
+def _create(path: Path, text: str) -> None:
+    """Make a file that is complete as soon as it is there. FileExistsError if there is one."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_text(text)
+        os.link(temporary, path)  # like O_EXCL, but never seen half-written
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _holder(lock: Path) -> str | None:
+    """ "host, process 12" of the live process that holds ``lock``; None if there is none."""
+    found = read_json(lock)
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except OSError:
+        return None
+    if found is None or age > STALE:
+        return None
+    if found["host"] == socket.gethostname() and not alive(found["pid"]):
+        return None
+    return f"{found['host']}, process {found['pid']}"
+
+
+def alive(pid: int) -> bool:
+    """Is there such a process here? One that ended but was not yet waited for is not alive."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    return True
+
+
+@contextmanager
+def locked(artefact: Artefact, waiting: Callable[[str], Any] = lambda holder: None) -> Iterator[Lock | None]:
+    """Hold the artefact's lock; None if it was done meanwhile. ``waiting`` is told who holds it, every second."""
+    lock = Lock(artefact.lock)
+    while not artefact.done and not lock.try_acquire():
+        waiting(_holder(artefact.lock) or "another process")
+        time.sleep(1.0)
+    if artefact.done:
+        lock.release()
+        yield None
+        return
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+COSTS = (
+    *("nfe_forward", "nfe_grad", "decodes", "reward_calls"),
+    *("images", "seconds", "peak_memory_bytes"),
+)  # totals in a run's last record
+
+
+class Results:
+    """What a sweep's manifest promised, as far as it is there."""
+
+    def __init__(self, store: Path | str, manifest: dict[str, Any]) -> None:
+        self.store = Path(store)
+        self.manifest = manifest
+
+    def state(self, run: dict[str, Any]) -> tuple[str, str]:
+        """("done" | "failed" | "running" | "missing", reason) of one run of the manifest: all its stages together."""
+        parts = artefacts(Store(self.store), run)
+        open_parts = [part for part in parts if not part.done]
+        if not open_parts:
+            return "done", ""
+        if any(part.busy for part in open_parts):
+            return "running", ""
+        for part in open_parts:
+            if (reason := part.failure) is not None:
+                return "failed", reason
+        return "missing", f"not made yet: {', '.join(dict.fromkeys(part.kind for part in open_parts))}"
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """One row per image and metric."""
+        import pandas as pd
+
+        columns = ["label", "method", "seed", "run", "evaluator", "metric", "prompt_id", "tag", "index", "score", "ok"]
+        frames = [pd.DataFrame({name: [] for name in columns})]
+        for run in self.manifest["runs"]:
+            for score in run["scores"]:
+                if not (self.store / score["file"]).is_file():
+                    continue
+                found = pd.read_parquet(self.store / score["file"])
+                for metric in score["metrics"]:
+                    part = found[["prompt_id", "tag", "index", "ok"]].assign(score=found[metric["name"]].astype(float))
+                    facts = {"evaluator": score["evaluator"], "metric": metric["name"], "run": run["id"]}
+                    frames.append(part.assign(**{key: run[key] for key in ("label", "method", "seed")}, **facts))
+        return pd.concat(frames[1:] or frames, ignore_index=True)[columns]
+
+    @cached_property
+    def costs(self) -> pd.DataFrame:
+        """One row per run: state and reason, updates, the meter's totals, mean reward of the first and last tenth."""
+        import pandas as pd
+
+        rows = []
+        for run in self.manifest["runs"]:
+            state, reason = self.state(run)
+            row = {key: run[key] for key in ("label", "method", "seed")} | {"run": run["id"]}
+            rows.append(row | {"state": state, "reason": reason} | self._costs(run))
+        return pd.DataFrame(rows)
+
+    def _costs(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Totals of training; zeros for a run that trains nothing, empty for one that did not get there."""
+        import pandas as pd
+
+        names = ["updates", *COSTS]
+        path = self.store / "runs" / run["id"] / "train.parquet"
+        if not path.is_file():
+            zero = run["seed"] == -1
+            return dict.fromkeys(names, 0 if zero else None) | dict.fromkeys(("reward_first", "reward_last"))
+        records = pd.read_parquet(path)
+        tenth = max(1, len(records) // 10)
+        reward = records["reward_mean"] if "reward_mean" in records else pd.Series(dtype=float)
+        last = records.iloc[-1]
+        return {
+            "updates": int(last["update"]) + 1,
+            **{name: last[name].item() for name in COSTS},
+            "reward_first": reward.head(tenth).mean(),
+            "reward_last": reward.tail(tenth).mean(),
+        }
+
+
+def artefacts(store: Store, run: dict[str, Any]) -> list[Artefact]:
+    """The artefacts of one run of a manifest, in the order in which they are made."""
+    scores = [store.scores(run["images"], Path(score["file"]).name) for score in run["scores"]]
+    return [store.run(run["id"], run["seed"] != -1), store.images(run["images"]), *scores]

@@ -1,0 +1,436 @@
+"""From a sweep file to its cells: every run with all settings resolved, its ids, and what was overridden and why.
+
+Everything that can be wrong is found here, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignbench import prompts as prompt_lists
+from alignbench.config import (
+    UserError,
+    decode,
+    did_you_mean,
+    join,
+    load_yaml,
+    merge,
+    parse_assignment,
+    pick,
+    put,
+    settings,
+)
+from alignbench.plugins import Registry
+from alignbench.prompts import Prompt
+from alignbench.spec import (
+    Evaluation,
+    Override,
+    RewardSettings,
+    RunSpec,
+    Sweep,
+    Training,
+    content_id,
+    evaluator_content,
+    image_set_id,
+    run_id,
+)
+
+RUN_PARTS = ("backend", "method", "reward", "prompts", "training")
+UNTRAINED = -1  # the seed of a run that trains nothing
+
+
+class Score(NamedTuple):
+    """One evaluator of a sweep, and the file of its scores below ``scores/<image set>/``."""
+
+    settings: dict[str, Any]
+    name: str
+    version: str
+    file: str
+    metrics: list[dict[str, Any]]
+    role: str  # "train", "held-out" or "check"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep. ``seed``: of training, or UNTRAINED. ``notes``: the overrides that apply, with reasons."""
+
+    spec: RunSpec
+    seed: int
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    id: str = ""  # of the weights: the name of its folder below runs/
+    images: str = ""  # id of its image set
+
+    @property
+    def trains(self) -> bool:
+        return self.seed != UNTRAINED
+
+    @property
+    def title(self) -> str:
+        return f"{self.spec.label}, seed {self.seed}" if self.trains else self.spec.label
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sweep file as written, with what the command line changed. Reading it imports no method and no torch."""
+
+    path: str  # as typed
+    data: dict[str, Any]
+    run_sets: list[tuple[str, Any]] = field(default_factory=list)  # assignments that hold for every run, last of all
+    command: str = ""  # what to type after `alignbench sweep` or `alignbench report`
+
+    @property
+    def name(self) -> str:
+        """Of the manifest and of the report's files."""
+        name = str(self.data.get("name", "sweep"))
+        limited = isinstance(self.data.get("evaluation"), dict) and self.data["evaluation"].get("limit")
+        return f"{name}-SUBSET" if limited else name
+
+    @property
+    def manifest(self) -> str:
+        """File name of the manifest below ``sweeps/``: the same for the same document, whatever stands behind it."""
+        return f"{self.name}-{content_id([self.data, self.run_sets])}.json"
+
+
+def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, limit: int | None = None) -> Document:
+    """A sweep file, or a packaged one by its name, with command-line changes. UserError if it cannot be read."""
+    data = load_yaml(_find(path))
+    words = [path, *assignments]
+    if seeds is not None:
+        assignments = [*assignments, f"grid={{training.seed: [{seeds}]}}"]
+        words += ["--seeds", seeds]
+    if limit is not None:
+        assignments = [*assignments, f"evaluation.limit={limit}"]
+        words += ["--limit", str(limit)]
+    run_sets = []
+    for place, value in map(parse_assignment, assignments):
+        place = "training.seed" if place == "seed" else place
+        head = place.partition(".")[0].partition("[")[0]
+        if head in RUN_PARTS:
+            run_sets.append((place, value))
+            grid = data.get("grid")
+            if isinstance(grid, dict):  # the command line beats the file: one value instead of the axis
+                data = {**data, "grid": {axis: values for axis, values in grid.items() if axis != place}}
+        elif head not in Sweep.__struct_fields__:
+            known = [*RUN_PARTS, *Sweep.__struct_fields__]
+            raise UserError(
+                f"command line: {place}: there is no setting '{head}'{did_you_mean(head, known, 'settings')}"
+            )
+        elif head == "grid":
+            axis = place.removeprefix("grid").removeprefix(".")
+            data = merge(data, {"grid": {axis: value} if axis else value})
+        else:
+            data = put(data, place, value, "command line")
+    return Document(path, data, run_sets, " ".join(words))
+
+
+def _find(path: str) -> Path:
+    packaged = sweeps().get(path)
+    return packaged if packaged and not Path(path).exists() else Path(path)
+
+
+def sweeps() -> dict[str, Path]:
+    """The packaged sweep files by name."""
+    found = importlib.util.find_spec("alignbench.sweeps")
+    folders = (found and found.submodule_search_locations) or []
+    return {file.stem: file for folder in folders for file in sorted(Path(folder).glob("*.yaml"))}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep, resolved: what its manifest says, and what workers get."""
+
+    document: Document
+    evaluation: Evaluation
+    cells: list[Cell]
+    scores: list[Score]
+    prompts: list[Prompt]  # of the evaluation
+    training_evaluator: str
+
+    def manifest(self) -> dict[str, Any]:
+        """Plain data from which a report is made without methods, evaluators or torch."""
+        return {
+            "name": self.document.name,
+            "sweep": self.document.command,
+            "training_evaluator": self.training_evaluator,
+            "protocol": settings(self.evaluation.protocol),
+            "subset": self.evaluation.limit,
+            "prompts": len(self.prompts),
+            "cases": list(dict.fromkeys(cell.spec.label for cell in self.cells)),
+            "runs": [self._run(cell) for cell in self.cells],
+        }
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        scores = [
+            {
+                "evaluator": score.name,
+                "version": score.version,
+                "file": f"scores/{cell.images}/{score.file}",
+                "metrics": score.metrics,
+                "role": score.role,
+            }
+            for score in self.scores
+        ]
+        return {
+            "id": cell.id,
+            "label": cell.spec.label,
+            "method": cell.spec.method["name"],
+            "seed": cell.seed,
+            "settings": settings(cell.spec),
+            "notes": cell.notes,
+            "images": cell.images,
+            "scores": scores,
+        }
+
+
+def resolve(document: Document, registry: Registry) -> Plan:
+    """Every cell with its ids. UserError for the first thing that is wrong, with its place; no model is loaded."""
+    where = document.path
+    _refuse_case_settings(document)
+    sweep = decode(Sweep, document.data, f"{where}: ")
+    cells = [cell for i, _ in enumerate(sweep.cases) for cell in _case(sweep, document, i, registry)]
+    _refuse_twins(cells, where)
+    _refuse_idle(sweep, document, cells, registry)
+    evaluation = sweep.evaluation
+    protocol = evaluation.protocol
+    prompts = load(protocol.prompts, join(f"{where}: evaluation", "protocol.prompts"))[: evaluation.limit]
+    for cell in cells:
+        check_run(cell.spec, registry, f"{where}: {cell.spec.label}")
+        check_evaluation(cell, evaluation, registry, where)
+    scores = _scores(sweep, prompts, registry, where)
+    cells = [identify(cell, evaluation, prompts, registry) for cell in cells]
+    return Plan(document, evaluation, cells, scores, prompts, str(sweep.base.reward.evaluator.get("name")))
+
+
+def _refuse_case_settings(document: Document) -> None:
+    """A case that sets more than its method would be an exception without a reason."""
+    cases = document.data.get("cases")
+    for i, case in enumerate(cases if isinstance(cases, list) else []):
+        odd = [key for key in case if key in RUN_PARTS and key != "method"] if isinstance(case, dict) else []
+        if odd:
+            raise UserError(
+                f"{document.path}: cases[{i}].{odd[0]}: rows would be unequal; a case has a label and a method, "
+                "an exception stands under 'overrides' with its reason"
+            )
+
+
+# -- cells ------------------------------------------------------------------------------------------------------------
+
+
+def _case(sweep: Sweep, document: Document, index: int, registry: Registry) -> Iterator[Cell]:
+    """The cells of one case: one per point of the grid, or a single one if its method trains nothing."""
+    where, case = document.path, sweep.cases[index]
+    method = registry.make("method", case.method, f"{where}: cases[{index}].method")
+    raw = {**settings(sweep.base), "method": settings(method)}
+    raw = _resolved(raw, registry, f"{where}: base")
+    axes = sweep.grid if method.trains else {}
+    for values in itertools.product(*axes.values()):
+        cell, label, notes = raw, case.label, []
+        for axis, value in zip(axes, values):
+            cell = _set(cell, axis, value, registry, f"{where}: grid")
+            label += "" if axis == "training.seed" else f", {axis.rpartition('.')[2]}={value}"
+        for i, override in enumerate(sweep.overrides):
+            if matches(override.match, label, cell, f"{where}: overrides[{i}].match"):
+                cell = _override(cell, override, registry, f"{where}: overrides[{i}]")
+                notes.append({"set": override.set, "reason": override.reason})
+        for axis, value in document.run_sets:
+            if not axis.startswith("method.") or axis.split(".")[1] in method.__struct_fields__:
+                cell = _set(cell, axis, value, registry, "command line")
+        spec = decode(RunSpec, {"label": label, **cell}, f"{where}: cases[{index}]")
+        yield Cell(spec, spec.training.seed if method.trains else UNTRAINED, notes)
+
+
+def _override(cell: dict[str, Any], override: Override, registry: Registry, where: str) -> dict[str, Any]:
+    if not override.reason.strip():
+        unequal = [
+            axis for axis in override.set if override.match and axis.startswith(("training.batch", "training.budget"))
+        ]
+        what = f"{unequal[0]} would be unequal between rows" if unequal else "an exception needs its reason"
+        raise UserError(f"{where}: {what}; say why with 'reason: ...', the report prints it")
+    for axis, value in override.set.items():
+        cell = _set(cell, axis, value, registry, f"{where}.set")
+    return cell
+
+
+def _set(cell: dict[str, Any], axis: str, value: Any, registry: Registry, where: str) -> dict[str, Any]:
+    """``cell`` with one setting changed, checked at once, so that an error names what changed it."""
+    head = axis.partition(".")[0]
+    if head not in RUN_PARTS:
+        raise UserError(f"{where}: {axis}: a run has no such setting{did_you_mean(head, RUN_PARTS, 'settings')}")
+    return _resolved(put(cell, axis, value, f"{where}: {axis}"), registry, f"{where}: ")
+
+
+def _resolved(raw: dict[str, Any], registry: Registry, where: str) -> dict[str, Any]:
+    """Every part decoded strictly and written out again, defaults included."""
+    reward = decode(RewardSettings, raw["reward"], join(where, "reward"))
+    evaluator = registry.make("evaluator", reward.evaluator, join(where, "reward.evaluator"))
+    return {
+        "backend": settings(registry.make("backend", raw["backend"], join(where, "backend"))),
+        "method": settings(registry.make("method", raw["method"], join(where, "method"))),
+        "reward": {"evaluator": settings(evaluator), "margin": reward.margin},
+        "prompts": raw["prompts"],
+        "training": settings(decode(Training, raw["training"], join(where, "training"))),
+    }
+
+
+def matches(match: dict[str, Any], label: str, run: dict[str, Any], where: str) -> bool:
+    """Does a run fit ``{method: refl, training.seed: 1}``? ``method`` is a method's name or a row's label."""
+    return all(_matches_one(key, value, label, run, where) for key, value in match.items())
+
+
+def _matches_one(key: str, value: Any, label: str, run: dict[str, Any], where: str) -> bool:
+    if key in ("method", "label"):
+        return value in (run["method"]["name"], label) if key == "method" else value == label
+    try:
+        return pick(run, "training.seed" if key == "seed" else key) == value
+    except KeyError:
+        if key.partition(".")[0] in RUN_PARTS:
+            return False  # another method's setting
+        raise UserError(f"{where}: a run has no '{key}'; use method, label, seed, or a setting's path") from None
+
+
+def select(cells: Iterable[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """The cells that ``--only 'method=refl' '!seed=2'`` means: any value of a key, all keys, and no ``!pattern``."""
+    wanted: dict[str, list[Any]] = {}
+    unwanted = []
+    for pattern in patterns:
+        key, value = parse_assignment(pattern.removeprefix("!"))
+        if pattern.startswith("!"):
+            unwanted.append((key, value))
+        else:
+            wanted.setdefault(key, []).append(value)
+
+    def fits(cell: Cell, key: str, value: Any) -> bool:
+        if key in ("seed", "training.seed"):
+            return cell.seed == value
+        return _matches_one(key, value, cell.spec.label, settings(cell.spec), "--only")
+
+    cells = list(cells)
+    found = [
+        cell
+        for cell in cells
+        if all(any(fits(cell, key, value) for value in values) for key, values in wanted.items())
+        and not any(fits(cell, key, value) for key, value in unwanted)
+    ]
+    if not found:
+        labels = ", ".join(dict.fromkeys(cell.spec.label for cell in cells))
+        raise UserError(f"--only {' '.join(patterns)}: matches no run (rows: {labels})")
+    return found
+
+
+def _refuse_twins(cells: Sequence[Cell], where: str) -> None:
+    seen = set[tuple[str, int]]()
+    for cell in cells:
+        if (cell.spec.label, cell.seed) in seen:
+            raise UserError(f"{where}: two runs are called '{cell.title}'; give each case its own label")
+        seen.add((cell.spec.label, cell.seed))
+
+
+def _refuse_idle(sweep: Sweep, document: Document, cells: Sequence[Cell], registry: Registry) -> None:
+    """A setting that reaches no run is a typing mistake."""
+    for i, override in enumerate(sweep.overrides):
+        where = f"{document.path}: overrides[{i}].match"
+        note = {"set": override.set, "reason": override.reason}
+        if not any(note in cell.notes for cell in cells):
+            labels = ", ".join(case.label for case in sweep.cases)
+            raise UserError(f"{where}: {override.match} matches no run (rows: {labels})")
+    for axis, _ in document.run_sets:
+        fields = {name for cell in cells for name in cell.spec.method if name != "name"}
+        own = axis.partition(".")[2].partition(".")[0]
+        if axis.startswith("method.") and own not in fields:
+            raise UserError(
+                f"command line: {axis}: no method of this sweep has it{did_you_mean(own, sorted(fields), 'settings')}"
+            )
+
+
+# -- checks and ids ---------------------------------------------------------------------------------------------------
+
+
+def load(name: str, where: str) -> list[Prompt]:
+    """A prompt list, or UserError with the place that names it."""
+    return prompt_lists.load_prompts(name, where)
+
+
+def check_run(spec: RunSpec, registry: Registry, where: str) -> None:
+    """Whatever can be known to fail before a model is loaded: weights, prompts, a reward that has no gradient."""
+    backend = registry.make("backend", spec.backend, "backend")
+    method = registry.make("method", spec.method, "method")
+    evaluator = registry.make("evaluator", spec.reward["evaluator"], "reward.evaluator")
+    _prefixed(where, backend.files)
+    if not method.trains:
+        return
+    _prefixed(where, evaluator.files)
+    for size in _micro_batches(spec.training):
+        _prefixed(where, method.check, size, evaluator.differentiable)
+    prompts = load(spec.prompts, f"{where}: prompts")
+    _check_prompts(spec.prompts, prompts, backend)
+    _prefixed(where, evaluator.check, prompts)
+
+
+def check_evaluation(cell: Cell, evaluation: Evaluation, registry: Registry, where: str) -> None:
+    """The same of the images that are made of a run."""
+    protocol, training = evaluation.protocol, cell.spec.training
+    if cell.trains and protocol.weights == "ema" and training.optimizer.ema is None:
+        raise UserError(
+            f"{where}: evaluation.protocol.weights: 'ema', but {cell.spec.label} keeps no average "
+            "(training.optimizer.ema is off); choose last"
+        )
+    backend = registry.make("backend", cell.spec.backend, "backend")
+    if hasattr(backend, "check_size"):
+        backend.check_size(protocol.size, f"{where}: evaluation.protocol.size")
+    prompts = load(protocol.prompts, f"{where}: evaluation.protocol.prompts")
+    _check_prompts(protocol.prompts, prompts[: evaluation.limit], backend)
+
+
+def _prefixed(where: str, check: Any, *arguments: Any) -> None:
+    try:
+        check(*arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _micro_batches(training: Training) -> set[int]:
+    """Sizes of the micro-batches on one rank."""
+    size = min(training.micro_batch or training.batch, training.batch)
+    return {size, training.batch % size or size}
+
+
+def _check_prompts(name: str, prompts: list[Prompt], backend: Any) -> None:
+    """Every prompt can be spelt by the text encoders' own tokenizers (``tokenizer*/tokenizer.json`` of the model)."""
+    files = [path for path in backend.files() if path.name == "tokenizer.json"]
+    prompt_lists.check_vocabulary(prompts, name, files)
+
+
+def identify(cell: Cell, evaluation: Evaluation, prompts: Sequence[Prompt], registry: Registry) -> Cell:
+    """``cell`` with the ids of its weights and of its images."""
+    training_prompts = load(cell.spec.prompts, "prompts") if cell.trains else []
+    name = f"{cell.spec.method['name']}-{run_id(cell.spec, registry, training_prompts)}"
+    images = image_set_id(name, cell.trains, evaluation.protocol, prompts)
+    return Cell(cell.spec, cell.seed, cell.notes, name, images)
+
+
+def _scores(sweep: Sweep, prompts: Sequence[Prompt], registry: Registry, where: str) -> list[Score]:
+    """The evaluators of a sweep with their role. UserError for one that is there twice."""
+    trained_on = settings(registry.make("evaluator", sweep.base.reward.evaluator, f"{where}: base.reward.evaluator"))
+    scores: list[Score] = []
+    for i, plain in enumerate(sweep.evaluation.evaluators):
+        place = f"{where}: evaluation.evaluators[{i}]"
+        evaluator = registry.make("evaluator", plain, place)
+        _prefixed(place, evaluator.files)
+        _prefixed(place, evaluator.check, prompts)
+        content = evaluator_content(evaluator, registry)
+        file = f"{evaluator.name}@{evaluator.version}-{content_id(content)}.parquet"
+        if file in [score.file for score in scores]:
+            raise UserError(f"{place}: {evaluator.name} is there already with the same settings; remove one")
+        untrained = "held-out" if evaluator.files() else "check"  # without weights it is a rule, not a learnt opinion
+        role = "train" if settings(evaluator) == trained_on else untrained
+        metrics = [dict(metric._asdict()) for metric in evaluator.metrics]
+        scores.append(Score(settings(evaluator), evaluator.name, evaluator.version, file, metrics, role))
+    names = [metric["name"] for score in scores for metric in score.metrics]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{where}: evaluation.evaluators: two of them make a column '{twice}'; keep one")
+    return scores

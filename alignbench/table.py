@@ -1,0 +1,113 @@
+"""A table of numbers with intervals, as markdown (rounded, escaped) and as CSV (in full precision)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ABSENT = "—"
+DECIMALS = {"fraction": 3, "cosine": 3, "logit": 2}  # by unit of a metric; 3 for any other
+_BIDI = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F])  # could reorder a whole row
+
+
+class Column(NamedTuple):
+    """``role`` is shown in square brackets, ``higher_is_better`` as an arrow; ``signed`` numbers carry their plus."""
+
+    title: str
+    unit: str = ""
+    higher_is_better: bool | None = None
+    role: str = ""
+    decimals: int = 3
+    signed: bool = False
+
+    @property
+    def header(self) -> str:
+        arrow = {True: " ↑", False: " ↓", None: ""}[self.higher_is_better]
+        unit = f", {self.unit}" if self.unit else ""
+        return f"{self.title}{unit}{arrow}{f' [{self.role}]' if self.role else ''}"
+
+
+class Cell(NamedTuple):
+    """``value``: a number, a text, or None for "was not measured". ``mark`` follows the number."""
+
+    value: float | str | None = None
+    lo: float | None = None
+    hi: float | None = None
+    bold: bool = False
+    mark: str = ""
+
+
+class Table(NamedTuple):
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+
+    def markdown(self) -> str:
+        """A GitHub table, padded so that it can be read in a terminal as well."""
+        lines = [[escape(column.header) for column in self.columns]]
+        lines += [list(map(_markdown, row, self.columns)) for row in self.rows]
+        widths = [max(map(len, entries)) for entries in zip(*lines)]
+        numeric = [any(isinstance(row[i].value, (int, float)) for row in self.rows) for i in range(len(self.columns))]
+        rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric)]
+        lines.insert(1, rule)
+        padded = [
+            [text.rjust(width) if right else text.ljust(width) for text, width, right in zip(line, widths, numeric)]
+            for line in lines
+        ]
+        return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
+
+    def csv(self) -> str:
+        """RFC 4180; an unmeasured cell is empty. A column with intervals fills three: title, title_lo, title_hi."""
+        wide = [any(row[i].lo is not None for row in self.rows) for i in range(len(self.columns))]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        ends = [("", "_lo", "_hi") if w else ("",) for w in wide]
+        writer.writerow([column.title + end for column, suffixes in zip(self.columns, ends) for end in suffixes])
+        for row in self.rows:
+            writer.writerow([_plain(value) for cell, suffixes in zip(row, ends) for value in cell[: len(suffixes)]])
+        return text.getvalue()
+
+
+def escape(text: str) -> str:
+    """``text`` so that markdown shows it as it is, on one line and inside a table cell."""
+    text = " ".join(str(text).translate(_BIDI).split()).replace("&", "&amp;").replace(">", "&gt;")
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # a tag; "< 0.001" is none
+    # an underscore inside a word is no emphasis, a bracket without a target no link, a sign before a number no list
+    return re.sub(r"([\\`*|~$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|\[(?=\^)|^#|^[-+](?=\s))", r"\\\1", text)
+
+
+def number(value: float | None, decimals: int = 3, signed: bool = False) -> str:
+    """Fixed decimals with thousands separators; a dash for None and nan; a true minus never shows as -0.000."""
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    rounded = round(value, decimals) + 0.0  # + 0.0 turns -0.0 into 0.0
+    return f"{rounded:{'+' if signed and rounded else ''},.{decimals}f}"
+
+
+def interval(value: float | None, lo: float | None, hi: float | None, decimals: int = 3, signed: bool = False) -> str:
+    """``0.281 [0.279, 0.283]``; ``[unknown]`` where there is a mean but no interval."""
+    mean = number(value, decimals, signed)
+    if mean == ABSENT:
+        return ABSENT
+    limits = [number(limit, decimals, signed) for limit in (lo, hi)]
+    return f"{mean} [unknown]" if ABSENT in limits else f"{mean} [{', '.join(limits)}]"
+
+
+def _markdown(cell: Cell, column: Column) -> str:
+    if isinstance(cell.value, str):
+        text = escape(cell.value)
+        return (f"**{text}**" if cell.bold else text) + cell.mark
+    text = number(cell.value, column.decimals, column.signed)
+    if cell.lo is not None:
+        text = interval(cell.value, cell.lo, cell.hi, column.decimals, column.signed)
+    mean, _, limits = text.partition(" ")
+    return " ".join(filter(None, [f"**{mean}**" if cell.bold else mean, limits, cell.mark]))
+
+
+def _plain(value: float | str | None) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return value if isinstance(value, str) else repr(value) if isinstance(value, int) else f"{float(value):.10g}"

@@ -1,0 +1,317 @@
+"""THE training loop: batches in, one record per optimizer update out. It knows no method by name.
+
+Batch t is drawn from (seed, t, sample) alone: the same prompts and noise for every method, micro-batch size, device
+and number of ranks, and a resumed run needs no generator state.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from alignbench.checkpoint import FINAL, copy_parameters, load_state, save_state, save_weights
+from alignbench.config import UserError
+from alignbench.evaluator import Reward
+from alignbench.flow import Batch, Flow, seeded
+from alignbench.meter import Meter, metered, metered_reward
+from alignbench.method import AlignMethod, Loss
+from alignbench.prompts import Prompt
+from alignbench.spec import Budget, Training
+
+T = TypeVar("T")
+Record = dict[str, Any]
+
+
+def train(
+    method: AlignMethod,
+    flow: Flow,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    training: Training,
+    *,
+    accelerator: Accelerator,
+    checkpoints: Path | None = None,
+) -> Iterator[Record]:
+    """Train ``flow`` in place until the budget is spent; yield one record per optimizer update, costs as totals so far.
+
+    With ``checkpoints`` the state is saved there every ``checkpoint_every`` batches and at the end, an existing one is
+    resumed bitwise (only new records are yielded: ``load_records`` has the earlier ones), and once all records are
+    consumed ``final.safetensors`` holds the trained weights and their average. A method with ``trains = False`` yields
+    and writes nothing. UserError for settings that cannot work, and for losses, rewards or gradients that are not
+    finite; the last checkpoint is then kept.
+    """
+    if not method.trains:
+        return
+    check(method, reward, training, accelerator)
+    run = Run(method, flow, training, accelerator)
+    if checkpoints is not None:
+        run.resume(checkpoints)
+    flow, reward = metered(flow, run.meter), metered_reward(reward, run.meter)
+    while not run.finished:
+        records = list(run.advance(flow, reward, prompts))
+        if checkpoints is not None and (run.finished or run.step % training.checkpoint_every == 0):
+            run.save(checkpoints)
+        yield from records
+    if checkpoints is not None:
+        run.save_final(checkpoints)
+
+
+def check(method: AlignMethod, reward: Reward, training: Training, accelerator: Accelerator) -> None:
+    """UserError for settings that cannot work together. Needs no model."""
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        precision = accelerator.mixed_precision
+        raise UserError(f"accelerate mixed_precision: {precision} would need loss scaling; choose 'no' or 'bf16'")
+    for size in {len(samples) for samples in shares(training, accelerator)}:
+        method.check(size, reward.evaluator.differentiable)
+
+
+# ---- batches
+
+
+def shares(training: Training, accelerator: Accelerator) -> list[range]:
+    """This rank's samples of every global batch, by micro-batch. UserError if they do not divide."""
+    ranks, batch = accelerator.num_processes, training.batch
+    if batch < 1 or batch % ranks:
+        raise UserError(f"training.batch: {batch} samples do not divide among {ranks} ranks; choose a multiple")
+    local = batch // ranks
+    size = training.micro_batch or local
+    if not 1 <= size <= local:
+        raise UserError(f"training.micro_batch: {size} is not within this rank's {local} samples; choose 1 to {local}")
+    first = accelerator.process_index * local
+    return [range(i, min(i + size, first + local)) for i in range(first, first + local, size)]
+
+
+def draw_batch(
+    flow: Flow, prompts: Sequence[Prompt], training: Training, step: int, samples: Sequence[int], device: torch.device
+) -> Batch:
+    """Samples ``samples`` of global batch ``step``, each with a noise and a generator of its own."""
+    seed = training.seed
+    chosen = [prompts[prompt_index(seed, step * training.batch + i, len(prompts))] for i in samples]
+    noise = flow.noise(len(samples), [seeded("noise", seed, step, i) for i in samples]).to(device)
+    with torch.no_grad():
+        cond = flow.encode([prompt.text for prompt in chosen])
+    rngs = [seeded("sample", seed, step, i) for i in samples]
+    return Batch(chosen, cond, noise, rngs, seeded("step", seed, step), step)
+
+
+def prompt_index(seed: int, n: int, count: int) -> int:
+    """Which of ``count`` prompts the run's n-th sample gets: every epoch a new permutation, nothing to remember."""
+    epoch, place = divmod(n, count)
+    return _permutation(seed, epoch, count)[place]
+
+
+@functools.lru_cache(maxsize=2)  # a batch spans at most a few epochs; recomputing one is cheap
+def _permutation(seed: int, epoch: int, count: int) -> list[int]:
+    return torch.randperm(count, generator=seeded("prompts", seed, epoch)).tolist()
+
+
+# ---- a run
+
+
+class Run:
+    """Weights, optimizer, average, meter and counters: all that a checkpoint holds."""
+
+    def __init__(self, method: AlignMethod, flow: Flow, training: Training, accelerator: Accelerator) -> None:
+        self.method, self.training, self.accelerator = method, training, accelerator
+        self.flow = flow
+        self.parameters = dict(flow.named_parameters())
+        with torch.random.fork_rng(devices=[]):  # modules draw their first weights from torch's global generator
+            torch.manual_seed(seeded("modules", training.seed).initial_seed())
+            self.modules = {name: module.to(accelerator.device) for name, module in method.modules(flow).items()}
+        self.groups = {"flow": list(self.parameters.values())}
+        self.groups |= {name: list(module.parameters()) for name, module in self.modules.items()}
+        settings = training.optimizer
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group} for group in self.groups.values()],
+            lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay,
+        )  # fmt: skip
+        self.ema = None if settings.ema is None else [p.detach().clone() for p in self.groups["flow"]]
+        self.meter = Meter()
+        self.step = self.update = 0  # batches and optimizer updates done
+        self.records: list[Record] = []
+
+    @property
+    def finished(self) -> bool:
+        """Is the budget spent? Only asked between batches."""
+        last = self.records[-1] if self.records else {}
+        return spent(self.training.budget, last, self.accelerator.num_processes) >= 1
+
+    def advance(self, flow: Flow, reward: Reward, prompts: Sequence[Prompt]) -> Iterator[Record]:
+        """One global batch: as many updates as the method makes of it, micro-batches in step with one another."""
+        started, before = time.perf_counter(), self.update
+        parts, device = shares(self.training, self.accelerator), self.accelerator.device
+        batches = [draw_batch(flow, prompts, self.training, self.step, samples, device) for samples in parts]
+        updates = zip(*(self.method.updates(flow, reward, batch) for batch in batches), strict=True)
+        sizes = [len(batch) for batch in batches]
+        self.meter.images += sum(sizes)
+        self.step += 1
+        while True:
+            self.optimizer.zero_grad()
+            sums = self.together(lambda: self.backward(next(updates, None), sizes))
+            if sums is None:
+                break
+            metrics, norms = self.average(sums), self.synchronise()
+            self.require_finite(norms)
+            lr = self.descend()
+            self.meter.see_memory(self.accelerator.device)
+            now = time.perf_counter()
+            self.meter.seconds, started = self.meter.seconds + now - started, now
+            record = {"step": self.step - 1, "update": self.update - 1, **metrics, **norms, "lr": lr, **self.costs()}
+            self.records.append(record)
+            yield record
+        if self.update == before:
+            raise self.error(f"method {self.method.name} made no update of a whole batch; yield at least one")
+
+    def backward(self, losses: Sequence[Iterable[Loss]] | None, sizes: Sequence[int]) -> dict[str, float] | None:
+        """Gradients of one update, summed over micro-batches; their losses and metrics, weighted by samples."""
+        if losses is None:
+            return None
+        total, mean = 0.0, defaultdict[str, Mean](Mean)
+        for inner, size in zip(losses, sizes):
+            weight = size / sum(sizes)
+            for loss in inner:
+                if not torch.isfinite(loss.value):
+                    raise UserError(f"the loss is {loss.value.item()}; lower optimizer.lr, or look at the reward")
+                self.accelerator.backward(loss.value * weight)
+                total += weight * loss.value.item()
+                for name, value in loss.metrics.items():
+                    mean[name].add(float(value), weight)
+        named = {"reward_mean" if name == "reward" else name: m.value for name, m in mean.items()}
+        return {"loss": total, **named}
+
+    def average(self, sums: dict[str, float]) -> dict[str, float]:
+        """Means over ranks."""
+        values = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.accelerator.device)
+        return dict(zip(sums, self.accelerator.reduce(values, "mean").tolist()))
+
+    def synchronise(self) -> dict[str, float]:
+        """Average gradients over ranks, clip each group by its own norm; the norms before clipping."""
+        norms = {}
+        for name, group in self.groups.items():
+            for p in group:
+                gradient = torch.zeros_like(p) if p.grad is None else p.grad  # so that all ranks reduce the same list
+                p.grad = self.accelerator.reduce(gradient, "mean")
+            clip = self.training.optimizer.clip
+            norm = nn.utils.clip_grad_norm_(group, float("inf") if clip is None else clip)
+            norms["grad_norm" if name == "flow" else f"grad_norm_{name}"] = norm.item()
+        return norms
+
+    def require_finite(self, norms: dict[str, float]) -> None:
+        """The same verdict on every rank: gradients have been averaged."""
+        for name, value in norms.items():
+            if not math.isfinite(value):
+                raise self.error(f"{name} is {value}; lower optimizer.lr, or look at the reward")
+
+    def descend(self) -> float:
+        """One optimizer update, then the average follows; the learning rate used."""
+        settings = self.training.optimizer
+        lr = settings.lr * min(1.0, (self.update + 1) / max(1, settings.warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.update += 1
+        if self.ema is not None:
+            assert settings.ema is not None
+            torch._foreach_lerp_(self.ema, [p.detach() for p in self.groups["flow"]], 1 - settings.ema)
+        return lr
+
+    def costs(self) -> dict[str, int | float]:
+        """Totals over ranks; seconds and memory: of the rank with most."""
+        names, largest = list(self.meter.state_dict()), {"seconds", "peak_memory_bytes"}
+        values = torch.tensor(list(self.meter.state_dict().values()), dtype=torch.float64)
+        rows = self.accelerator.gather(values.to(self.accelerator.device)[None])
+        total = {name: (column.max() if name in largest else column.sum()) for name, column in zip(names, rows.T)}
+        return {name: value.item() if name == "seconds" else int(value) for name, value in total.items()}
+
+    def together(self, work: Callable[[], T]) -> T:
+        """``work()`` on every rank. A failure on one ends all of them, rather than leaving the others to wait."""
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:  # any: it is raised again below
+            failure = error
+        failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
+        if self.accelerator.reduce(failed, "sum") == 0:
+            return result  # type: ignore[return-value]  # None only if that is what work() gave
+        if isinstance(failure, UserError):
+            raise self.error(str(failure)) from failure
+        raise failure or self.error("another rank failed; its own message says why")
+
+    def error(self, what: str) -> UserError:
+        """``what``, with the place in training where it happened."""
+        return UserError(f"training, step {self.step - 1}, update {self.update}: {what}")
+
+    # ---- saved and resumed
+
+    def save(self, folder: Path) -> None:
+        """Replace the checkpoint. Written by the first rank alone."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "step": self.step,
+            "update": self.update,
+            "flow": {name: p.detach() for name, p in self.parameters.items()},
+            "ema": self.ema,
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "records": self.records,
+        }
+        save_state(folder, state)
+
+    def resume(self, folder: Path) -> None:
+        """Continue from the folder's checkpoint, if there is one."""
+        state = load_state(folder)
+        if state is None:
+            return
+        copy_parameters(self.parameters, state["flow"], folder)
+        if self.ema is not None:
+            self.ema = [average.to(p) for average, p in zip(state["ema"], self.groups["flow"], strict=True)]
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_state_dict(state["method"])
+        self.step, self.update, self.records = state["step"], state["update"], state["records"]
+        if self.accelerator.is_main_process and self.records:  # totals over ranks continue in the first one
+            self.meter.load_state_dict({name: self.records[-1][name] for name in self.meter.state_dict()})
+
+    def save_final(self, folder: Path) -> None:
+        """The trained weights and their average, once training is over."""
+        if self.accelerator.is_main_process:
+            save_weights(self.flow, folder / FINAL, self.ema)
+        self.accelerator.wait_for_everyone()
+
+
+class Mean:
+    """A weighted mean, as it grows."""
+
+    def __init__(self) -> None:
+        self.total = self.weight = 0.0
+
+    def add(self, value: float, weight: float) -> None:
+        self.total, self.weight = self.total + weight * value, self.weight + weight
+
+    @property
+    def value(self) -> float:
+        return self.total / self.weight
+
+
+def spent(budget: Budget, costs: Record, ranks: int = 1) -> float:
+    """Share of ``budget`` that a record's totals have used up: 1 or more means that training ends."""
+    used = {
+        "images": costs.get("images", 0),
+        "nfe": costs.get("nfe_forward", 0) + costs.get("nfe_grad", 0),
+        "gpu_seconds": costs.get("seconds", 0.0) * ranks,
+        "updates": costs.get("update", -1) + 1,
+    }
+    (kind,) = (name for name in used if getattr(budget, name) is not None)
+    return used[kind] / getattr(budget, kind)

@@ -1,0 +1,124 @@
+"""Weight files: where a name leads (packaged world, folder, file, hub cache), and whether they can be read.
+
+No torch here: everything is checked by headers, so that a broken file is found before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alignbench.config import UserError
+
+SHAPES = Path(__file__).parent / "shapes" / "assets"
+
+
+def locate(name: str, where: str, *, shapes: str, revision: str | None = None) -> Path:
+    """The folder or file that ``name`` means: the alias "shapes" (its folder ``shapes``), a path, or a hub id.
+
+    A hub id must already be in the hub's cache: nothing downloads gigabytes unasked. UserError otherwise.
+    """
+    path = SHAPES / shapes if name == "shapes" else Path(name).expanduser()
+    if path.exists():
+        return path
+    if name == "shapes":
+        raise UserError(
+            f"{where}: the packaged file {path} is missing; make it with `python -m alignbench.shapes.build`"
+        )
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{where}: there is no file or folder '{name}'; give a path, a hub id, or 'shapes'")
+    return _cached(name, where, revision)
+
+
+def _cached(repository: str, where: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # LocalEntryNotFoundError is both, HFValidationError a ValueError
+        option = f" --revision {revision}" if revision else ""
+        raise UserError(
+            f"{where}: '{repository}' is neither a path nor in the hub cache; "
+            f"fetch it once with `hf download {repository}{option}`, or give a folder"
+        ) from None
+
+
+def check(files: Iterable[Path], where: str) -> list[Path]:
+    """``files``, sorted, each proven readable as what its suffix says. UserError for the first that is not."""
+    found = sorted(files)
+    for path in found:
+        try:
+            _CHECKS.get(path.suffix, _readable)(path)
+        except FileNotFoundError:
+            raise UserError(f"{where}: {path} is missing") from None
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{where}: {path} cannot be read: {reason}") from None
+    return found
+
+
+def _readable(path: Path) -> None:
+    with path.open("rb") as file:
+        if not file.read(1):
+            raise ValueError("the file is empty")
+
+
+def _json(path: Path) -> None:
+    _readable(path)
+    json.loads(path.read_text(encoding="utf-8"))
+
+
+def _safetensors(path: Path) -> None:
+    """The header is complete, and the file is as long as the header says."""
+    _readable(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError("not a safetensors file, or a truncated one")
+        header = json.loads(file.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if size != 8 + length + max(ends, default=0):
+        raise ValueError(f"truncated: {size} bytes instead of {8 + length + max(ends, default=0)}")
+
+
+def _torch_zip(path: Path) -> None:
+    """A torch.save file is a zip archive, whose directory stands at the end: a truncated one has none."""
+    _readable(path)
+    if not zipfile.is_zipfile(path):
+        raise ValueError("not a torch.save zip archive, or a truncated one")
+    with zipfile.ZipFile(path) as archive:
+        if not any(name.endswith("data.pkl") for name in archive.namelist()):
+            raise ValueError("a zip archive without data.pkl is not a torch.save file")
+
+
+_CHECKS = {".json": _json, ".safetensors": _safetensors, ".pt": _torch_zip, ".pth": _torch_zip, ".bin": _torch_zip}
+
+
+def model_files(folder: Path, where: str) -> list[Path]:
+    """Configuration and weights of one transformers or diffusers folder, every shard that an index names included."""
+    weights = set(folder.glob("*.safetensors")) or set(folder.glob("*.bin"))
+    for index in check(folder.glob("*.index.json"), where):
+        weights |= {folder / shard for shard in json.loads(index.read_text())["weight_map"].values()}
+    if not weights:
+        raise UserError(f"{where}: {folder} has no weights (*.safetensors)")
+    return check({folder / "config.json"} | set(folder.glob("*.json")) | weights, where)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Load without the libraries' progress bars, which would bury our own."""
+    from diffusers.utils import logging as diffusers
+    from transformers.utils import logging as transformers
+
+    shown = [library for library in (diffusers, transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()

@@ -1,0 +1,145 @@
+"""HPSv2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine of an open_clip ViT-H-14's image and text features.
+
+An own port: the ``hpsv2`` package does not import on today's stack. Departures from ``hpsv2.score``:
+1. ``antialias=True`` is pinned in the resize. The package leaves it to torchvision, whose default changed in 0.17, and
+   its scores with it.
+2. fp32 everywhere; the package uses fp16 autocast on GPUs.
+3. Images without three channels are converted to RGB; the package crashes on RGBA.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from alignbench import weights
+from alignbench.config import UserError
+from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches, to_tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from alignbench.prompts import Prompt
+
+CHECKPOINT = "HPS_v2.1_compressed.pt"
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
+
+
+class HPSv2(Evaluator):
+    """HPSv2.1. ``weights``: a hub id, a folder with HPS_v2.1_compressed.pt, a .pt file, or "shapes".
+
+    An ``open_clip_config.json`` beside the weights names their architecture; without it ``architecture`` does.
+    """
+
+    name: ClassVar[str] = "hpsv2"
+    version: ClassVar[str] = "2.1-1"
+    metrics: ClassVar[tuple[Metric, ...]] = (Metric("hpsv2.1", "cosine"),)
+    differentiable: ClassVar[bool] = True
+
+    weights: str = "xswu/HPSv2"
+    revision: str | None = None
+    architecture: str = "ViT-H-14"
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """The weight file. UserError if there is none, or none that can be told to be HPSv2.1's."""
+        path = weights.locate(self.weights, "hpsv2.weights", shapes="hpsv2", revision=self.revision)
+        if not path.is_dir():
+            return path
+        if (path / CHECKPOINT).exists():
+            return path / CHECKPOINT
+        raise UserError(f"hpsv2.weights: {path} has no {CHECKPOINT}; name the .pt file itself")
+
+    def files(self) -> list[Path]:
+        config = self.checkpoint.with_name("open_clip_config.json")
+        return weights.check([self.checkpoint, *[config] * config.exists()], "hpsv2.weights")
+
+    def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
+        """One row per image. The official resize works on tensors too, so this is ``reward`` on 8-bit pixels."""
+        import torch
+
+        def batch(images: Sequence[Image], prompts: Sequence[Prompt]) -> Tensor:
+            pixels = torch.cat([self.preprocess(to_tensor(image)[None]) for image in images])
+            return self._cosine(pixels.to(device()), prompts)
+
+        return in_batches(batch, images, prompts, self.metrics[0].name)
+
+    def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """(B, 3, H, W) pixels in [0, 1] -> (B,) cosines, differentiable."""
+        return self._cosine(self.preprocess(check_range(pixels)), prompts)
+
+    def preprocess(self, pixels: Tensor) -> Tensor:
+        """HPSv2's ResizeMaxSize: longest side to the model's size (bicubic, antialiased), black borders; normalised."""
+        from torchvision.transforms.functional import InterpolationMode as Mode
+        from torchvision.transforms.functional import normalize, pad, resize
+
+        side = self._config["vision_cfg"]["image_size"]
+        scale = side / max(pixels.shape[-2:])
+        height, width = (round(length * scale) for length in pixels.shape[-2:])
+        pixels = resize(pixels.float(), [height, width], Mode.BICUBIC, antialias=True)
+        left, top = (side - width) // 2, (side - height) // 2
+        pixels = pad(pixels, [left, top, side - width - left, side - height - top], fill=0)
+        return normalize(pixels, MEAN, STD)
+
+    def _cosine(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        import torch
+
+        model = self._model.to(pixels.device)
+        image = model.encode_image(pixels, normalize=True)
+        text = torch.stack([self._text(prompt.text) for prompt in prompts]).to(pixels.device)
+        return (image * text).sum(-1)
+
+    def _text(self, prompt: str) -> Tensor:
+        """(D,) unit feature, computed once per prompt, on the CPU's side of the cache."""
+        import torch
+
+        if prompt not in self._texts:
+            model = self._model
+            tokens = self._tokenizer(prompt).to(model.logit_scale.device)
+            with torch.no_grad():
+                self._texts[prompt] = model.encode_text(tokens, normalize=True)[0].cpu()
+        return self._texts[prompt]
+
+    @cached_property
+    def _texts(self) -> dict[str, Tensor]:
+        return {}
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        """open_clip's model configuration."""
+        import open_clip
+
+        beside = self.checkpoint.with_name("open_clip_config.json")
+        if beside.exists():
+            config = json.loads(beside.read_text())
+            return config.get("model_cfg", config)
+        config = open_clip.get_model_config(self.architecture)
+        if config is None:
+            raise UserError(f"hpsv2.architecture: open_clip has no '{self.architecture}'; HPSv2.1 is a ViT-H-14")
+        return config
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from open_clip import SimpleTokenizer
+
+        return SimpleTokenizer(context_length=self._config["text_cfg"].get("context_length", 77))
+
+    @cached_property
+    def _model(self) -> Any:
+        import torch
+        from open_clip import CLIP
+
+        self.files()
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        model = CLIP(**self._config)
+        try:
+            model.load_state_dict(state.get("state_dict", state))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"hpsv2.weights: {self.checkpoint} is not this architecture: {reason}") from None
+        return model.eval().requires_grad_(False)

@@ -1,0 +1,14 @@
+"""The base model: train nothing. The row every other row is compared with."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from alignbench.method import AlignMethod
+
+
+class Base(AlignMethod):
+    """The model as it came."""
+
+    name: ClassVar[str] = "base"
+    trains: ClassVar[bool] = False

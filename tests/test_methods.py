@@ -1,0 +1,655 @@
+"""The methods against their closed forms on an affine flow, in float64.
+
+v(x, t_i) = A x + b_i + c, R(x) = -|x - mu|^2 / 2, so that -R has the gradient g(x) = x - mu, and one bias per step
+shows which step is trained by how much. Gradients are means over the batch's samples.
+"""
+
+import functools
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+
+from alignbench.config import UserError
+from alignbench.flow import integrate, integrate_sde, log_normal, sde_step, seeded
+from alignbench.meter import Meter, metered, metered_reward
+from alignbench.method import Loss
+from alignbench.methods.base import Base
+from alignbench.methods.dancegrpo import DanceGRPO
+from alignbench.methods.draft import DRaFTK, DRaFTLV
+from alignbench.methods.drtune import DRTune
+from alignbench.methods.leapalign import LeapAlign
+from alignbench.methods.refl import ReFL
+from alignbench.testing import AffineFlow, CallLog, MethodContract, QuadraticReward, descend, gradients_of, make_batch
+
+N, B, MU = 5, 3, 1.0
+REWARD = QuadraticReward(MU)
+
+
+class ReFLAt(ReFL):
+    """ReFL at a given step."""
+
+    s: int = 0
+
+    def draw(self, rng):
+        return self.s
+
+
+class DRTuneAt(DRTune):
+    """DRTune with given trained steps and stop."""
+
+    trained: tuple[int, ...] = ()
+    stop: int = 0
+
+    def draw(self, rng):
+        return set(self.trained), self.stop
+
+
+class LeapAt(LeapAlign):
+    """LeapAlign with given leaps."""
+
+    at: tuple[int, int] = (0, 1)
+
+    def draw(self, rng):
+        return self.at
+
+
+class RewardLog(QuadraticReward):
+    """A reward that keeps the latents it was shown."""
+
+    def __init__(self, margin=None):
+        super().__init__(MU, margin)
+        self.seen = []
+
+    def __call__(self, pixels, prompts):
+        self.seen.append(pixels.detach())
+        return super().__call__(pixels, prompts)
+
+
+def make_flow(steps=N):
+    """An affine flow that has been trained: its biases are not zero."""
+    flow = AffineFlow(steps)
+    with torch.no_grad():
+        flow.bias.normal_(generator=seeded("bias", steps))
+    return flow
+
+
+def gradient(method, reward=REWARD, flow=None):
+    """(N, dim) gradient of the bias."""
+    flow = flow or make_flow(method.steps)
+    descend(method, flow, reward, make_batch(flow, range(B)))
+    return gradients_of(flow)[0]
+
+
+class Path:
+    """The deterministic trajectory and all that the closed forms need, from a plain loop."""
+
+    def __init__(self, steps=N, flow=None):
+        self.flow = flow or make_flow(steps)
+        batch = make_batch(self.flow, range(B))
+        self.t, self.c = self.flow.sigmas(steps), batch.cond
+        self.h = self.t[:-1] - self.t[1:]
+        self.x, self.v = [batch.noise], []
+        with torch.no_grad():
+            for i in range(steps):
+                self.v.append(self.flow.velocity(self.x[i], self.t[i], self.c))
+                self.x.append(self.x[i] - self.h[i] * self.v[i])
+        self.g = self.x[-1] - MU
+        self.identity = torch.eye(self.flow.dim, dtype=torch.float64)
+
+    def predicted(self, i):
+        """x0hat_i."""
+        return self.x[i] - self.t[i] * self.v[i]
+
+    def back(self, gradient, factor):
+        """(I - factor A)^T gradient, for row vectors."""
+        return gradient @ (self.identity - factor * self.flow.A)
+
+
+def stacked(rows, steps=N):
+    """{step: (B, dim) gradient per sample} -> (steps, dim), the mean over samples; zero where there is none."""
+    table = torch.zeros(steps, 3, dtype=torch.float64)
+    for i, row in rows.items():
+        table[i] = row.mean(0)
+    return table
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+def full_bptt(steps=N):
+    """{i: -h_i lam_{i+1}} with lam_N = g(x_N), lam_i = (I - h_i A)^T lam_{i+1}."""
+    path, rows = Path(steps), {}
+    lam = path.g
+    for i in reversed(range(steps)):
+        rows[i] = -path.h[i] * lam
+        lam = path.back(lam, path.h[i])
+    return rows
+
+
+# ---- closed forms
+
+
+@pytest.mark.parametrize("k", range(1, N + 1))
+def test_draft_k_is_truncated_back_propagation(k):
+    """dL/db_i = -h_i lam_{i+1} for the last k steps, and exactly zero before."""
+    expected = stacked({i: row for i, row in full_bptt().items() if i >= N - k})
+    actual = gradient(DRaFTK(steps=N, k=k))
+    close(actual, expected)
+    assert (actual[: N - k] == 0).all()
+
+
+def test_draft_n_is_autograd_through_a_plain_loop():
+    """k = steps is exact back-propagation through the whole sampler."""
+    flow = make_flow()
+    batch = make_batch(flow, range(B))
+    x, t = batch.noise, flow.sigmas(N)
+    for i in range(N):
+        x = x - (t[i] - t[i + 1]) * flow.velocity(x, t[i], batch.cond)
+    (-REWARD(x, batch.prompts).mean()).backward()
+    close(gradient(DRaFTK(steps=N, k=N)), flow.bias.grad)
+
+
+@pytest.mark.parametrize("s", range(N))
+def test_refl_trains_one_step_by_its_prediction(s):
+    """dL/db_s = -t_s g(x0hat_s), exactly zero elsewhere; the reward sees x0hat_s."""
+    path, reward = Path(), RewardLog()
+    actual = gradient(ReFLAt(steps=N, s=s), reward)
+    close(actual, stacked({s: -path.t[s] * (path.predicted(s) - MU)}))
+    close(reward.seen[0], path.predicted(s))
+    assert (actual[[i for i in range(N) if i != s]] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("trained", "stop"),
+    [(s, e) for s in [(0,), (1, 3), (0, 2, 4), (0, 1, 2, 3, 4)] for e in range(N) if min(s) <= e],
+)
+def test_drtune_sums_single_steps(trained, stop):
+    """dL/db_i = -h_i g(x0hat_e) for trained i < e, -t_e g(x0hat_e) for a trained stop e; zero beyond the stop."""
+    path, reward = Path(), RewardLog()
+    g = path.predicted(stop) - MU
+    rows = {i: -(path.h[i] if i < stop else path.t[stop]) * g for i in trained if i <= stop}
+    close(gradient(DRTuneAt(steps=N, trained=trained, stop=stop), reward), stacked(rows))
+    close(reward.seen[0], path.predicted(stop))
+
+
+def test_drtune_has_no_jacobian_of_the_network():
+    """With A trained too, dL/dA = -sum over trained steps of h_i g x_i^T: nothing flows through A x."""
+    flow = make_flow()
+    path = Path(flow=flow)
+    flow.A.requires_grad_()
+    gradient(DRTuneAt(steps=N, trained=(1, 3), stop=N - 1), flow=flow)
+    g = path.predicted(N - 1) - MU
+    close(flow.A.grad, -sum(path.h[i] * g.T @ path.x[i] for i in (1, 3)) / B)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("k", "j"), itertools.combinations(range(N), 2))
+def test_leapalign_closed_form(k, j, alpha):
+    """j: -w t_j g(x_N); k: -w (t_k - t_j) (I - alpha t_j A)^T g(x_N), w = 1 / (max(d_j, tau) + max(d_0, tau))."""
+    path, tau = Path(), 0.1
+    leap_j = path.x[k] - (path.t[k] - path.t[j]) * path.v[k]
+    d_j = (path.x[j] - leap_j).abs().mean(1, keepdim=True)
+    d_0 = (path.x[N] - path.predicted(j)).abs().mean(1, keepdim=True)
+    w = 1 / (d_j.clamp(min=tau) + d_0.clamp(min=tau))
+    nested = path.back(path.g, alpha * path.t[j])
+    rows = {j: -w * path.t[j] * path.g, k: -w * (path.t[k] - path.t[j]) * nested}
+    close(gradient(LeapAt(steps=N, at=(k, j), alpha=alpha, tau=tau)), stacked(rows))
+
+
+def test_draft_lv_closed_form():
+    """Last sigma t: -t g(x_N), and every copy x' adds -t (x' - t (A x' + b + c) - mu); no other step is trained."""
+    path, flow = Path(), make_flow()
+    t, batch = path.t[N - 1], make_batch(flow, range(B))
+    row = -t * path.g
+    for _ in range(2):
+        x = (1 - t) * path.x[N] + t * batch.randn_like(path.x[N])
+        row = row - t * (x - t * flow.velocity(x, t, batch.cond).detach() - MU)
+    close(gradient(DRaFTLV(steps=N)), stacked({N - 1: row}))
+    close(gradient(DRaFTLV(steps=N, lv_reduction="mean")), stacked({N - 1: row / 3}))
+
+
+# ---- identities
+
+
+def test_four_names_of_the_last_step():
+    """DRaFT-1 = ReFL(last) = DRTune({last}) = DRaFT-LV without copies."""
+    draft = gradient(DRaFTK(steps=N, k=1))
+    close(gradient(ReFLAt(steps=N, s=N - 1)), draft)
+    close(gradient(DRTuneAt(steps=N, trained=(N - 1,), stop=N - 1)), draft)
+    close(gradient(DRaFTLV(steps=N, n=0)), draft)
+
+
+def test_drtune_on_all_steps_moves_a_shared_bias_by_minus_g():
+    """Trained everywhere without an early stop, the steps' gradients add up to -g(x_N): the h_i sum to one."""
+    total = gradient(DRTuneAt(steps=N, trained=tuple(range(N)), stop=N - 1)).sum(0)
+    close(total, -Path().g.mean(0))
+
+
+@pytest.mark.parametrize(("k", "j"), itertools.combinations(range(N), 2))
+def test_leapalign_rewards_the_samplers_own_image(k, j):
+    """The rewarded latent is the plain sampler's, bitwise: connectors and discount change no value."""
+    flow, reward = make_flow(), RewardLog()
+    batch = make_batch(flow, range(B))
+    descend(LeapAt(steps=N, at=(k, j)), flow, reward, batch)
+    assert torch.equal(reward.seen[0], integrate(flow, batch.noise, flow.sigmas(N), batch.cond))
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.25])
+def test_leapalign_in_two_steps_is_exact(tau):
+    """Two steps and alpha = 1 equal exact back-propagation, alpha = 0 equals DRTune(all); w is 1 / (2 tau)."""
+    exact = gradient(LeapAlign(steps=2, alpha=1.0, tau=tau)) * 2 * tau
+    close(exact, gradient(DRaFTK(steps=2, k=2)))
+    close(exact, stacked(full_bptt(2), 2))
+    flat = gradient(LeapAlign(steps=2, alpha=0.0, tau=tau)) * 2 * tau
+    close(flat, gradient(DRTuneAt(steps=2, trained=(0, 1), stop=1)))
+
+
+def test_straight_trajectories_have_no_nested_gradient():
+    """A = 0 and equal biases: leaps are exact (d = 0, w = 1 / (2 tau)), and alpha makes no difference."""
+    gradients = []
+    for alpha in (0.0, 0.3, 1.0):
+        flow = AffineFlow(N)
+        flow.A.zero_()
+        (loss,) = descend(LeapAlign(steps=N, alpha=alpha), flow, REWARD, make_batch(flow, range(B)))
+        assert loss.metrics["leap_miss_j"] < 1e-14
+        assert loss.metrics["leap_miss_0"] < 1e-14
+        assert loss.metrics["weight"] == pytest.approx(5.0, rel=1e-12)
+        gradients.append(flow.bias.grad)
+    close(gradients[0], gradients[1])
+    close(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("tau", [1e-3, 0.1, 10.0])
+def test_leapalign_weight_is_bounded_and_falls_with_distance(tau):
+    """0 < w <= 1 / (2 tau), with equality once tau exceeds both distances."""
+    (loss,) = descend(LeapAt(steps=N, at=(1, 3), tau=tau), make_flow(), REWARD, make_batch(make_flow(), range(B)))
+    assert 0 < loss.metrics["weight"] <= 1 / (2 * tau) * (1 + 1e-12)
+    if tau == 10.0:
+        assert loss.metrics["weight"] == pytest.approx(1 / 20, rel=1e-12)
+
+
+PATHWISE = [
+    ReFL(steps=N, last_n=3),
+    DRaFTK(steps=N, k=2),
+    DRaFTLV(steps=N),
+    DRTune(steps=N, m=3),
+    LeapAlign(steps=N),
+]
+
+
+@pytest.mark.parametrize("method", PATHWISE, ids=lambda m: m.name)
+def test_hinge(method):
+    """Rewards above the margin give no gradient at all; all below it, the gradient of -R."""
+    closed, opened = QuadraticReward(MU, margin=-1e6), QuadraticReward(MU, margin=1e6)
+    assert gradient(method, closed).abs().max() == 0
+    close(gradient(method, opened), gradient(method))
+    flow = make_flow(N)
+    assert descend(method, flow, closed, make_batch(flow, range(B)))[0].metrics["hinge_closed"] == 1
+    assert descend(method, flow, opened, make_batch(flow, range(B)))[0].metrics["hinge_closed"] == 0
+
+
+# ---- draws
+
+
+def test_refl_draws_the_last_n_steps():
+    """Over many draws exactly the last 11 of 25 steps appear."""
+    rng, method = seeded(0), ReFL()
+    assert {method.draw(rng) for _ in range(500)} == set(range(14, 25))
+
+
+def test_leapalign_draws_every_pair_equally_and_never_the_image():
+    """k < j, both executed steps: all 300 pairs appear, each as often as chance allows."""
+    rng, method = seeded(0), LeapAlign()
+    draws = Counter(method.draw(rng) for _ in range(30_000))
+    assert set(draws) == set(itertools.combinations(range(25), 2))
+    assert max(abs(n - 100) for n in draws.values()) < 50  # five standard deviations
+
+
+def test_drtune_draws_the_papers_steps():
+    """Two steps 12 apart, the later one among the last 13; the stop among the last 11; one at least is executed."""
+    rng, method = seeded(0), DRTune()
+    draws = [method.draw(rng) for _ in range(2000)]
+    assert {tuple(sorted(trained)) for trained, _ in draws} == {(i, i + 12) for i in range(13)}
+    assert {stop for _, stop in draws} == set(range(14, 25))
+
+
+@pytest.mark.parametrize("settings", [{"k": 1}, {"k": 3, "draw_in_prefix": True}, {"k": 1, "m": 25}])
+def test_drtune_always_trains_a_step(settings):
+    """Whatever the settings, no draw leaves all trained steps beyond the stop; in the prefix, none is."""
+    rng, method = seeded(0), DRTune(**settings)
+    for _ in range(1000):
+        trained, stop = method.draw(rng)
+        assert len(trained) == method.k
+        assert set(range(25)) >= trained
+        assert (max if method.draw_in_prefix else min)(trained) <= stop
+
+
+# ---- policy gradient
+
+
+GRPO = DanceGRPO(steps=N, group=4, updates_per_rollout=1, shift=None)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 27.123456789])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_have_exactly_zero_advantage(value, dtype):
+    """To the last bit, also where the mean of twelve equal numbers is not that number."""
+    assert (DanceGRPO().advantages(torch.full((2, 12), value, dtype=dtype)) == 0).all()
+
+
+def test_advantages_are_normalised_within_each_group():
+    """Zero mean and unit standard deviation per group; shift and scale of the rewards do not matter; clipped to 5."""
+    rewards = torch.randn(3, 12, generator=seeded(0), dtype=torch.float64)
+    a = DanceGRPO().advantages(rewards)
+    close(a.sum(1), torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(a.std(1), torch.ones(3, dtype=torch.float64), rtol=1e-7, atol=0)  # eps is 1e-8
+    torch.testing.assert_close(DanceGRPO().advantages(7 + 3 * rewards), a, rtol=1e-6, atol=1e-6)
+    lone = torch.zeros(1, 100)
+    lone[0, 0] = 1.0
+    assert DanceGRPO().advantages(lone).max() == 5
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "slope"),
+    [(2.0, 1.001, 0.0), (2.0, 0.999, 2.0), (-2.0, 0.999, 0.0), (-2.0, 1.001, -2.0), (2.0, 1.0, 2.0), (-2.0, 1.0, -2.0)],
+)
+def test_clipping_stops_only_what_has_moved_the_right_way(advantage, ratio, slope):
+    """Gradient A while the ratio is inside, or on the wrong side; zero once it is outside on the right side."""
+    rho = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+    DanceGRPO().gain(torch.tensor([advantage], dtype=torch.float64), rho).sum().backward()
+    assert rho.grad.item() == slope
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_ratio_is_exactly_one_before_the_first_update(parts):
+    """On policy the recomputed likelihoods are the rollout's to the last bit, float32 networks included."""
+    method = DanceGRPO(steps=N, group=4, updates_per_rollout=parts)
+    for flow in (make_flow(), MLPFlow()):
+        batch = make_batch(flow, range(8))
+        for losses in method.updates(flow, REWARD, batch):
+            assert all(loss.metrics["ratio_off"] == 0 for loss in losses)
+
+
+class MLPFlow(AffineFlow):
+    """A nonlinear float32 network on the same latents, which are float32 too."""
+
+    def __init__(self):
+        super().__init__(N)
+        g = seeded("MLPFlow")
+        self.first = torch.nn.Parameter(torch.randn(4, 64, generator=g))
+        self.second = torch.nn.Parameter(torch.randn(64, 3, generator=g))
+
+    def noise(self, n, generators):
+        return super().noise(n, generators).float()
+
+    def velocity(self, x, sigma, cond, *, reference=False):
+        t = torch.as_tensor(sigma, dtype=torch.float32).expand(len(x))[:, None]
+        return torch.tanh(torch.cat([x, t], 1) @ self.first) @ self.second
+
+
+def test_policy_gradient_closed_form():
+    """dL/dv = A xi sqrt(h) kappa / (eta d), kappa = 1 + eta^2 (1 - t) / (2 t), over samples and trained moves."""
+    flow, method = make_flow(), GRPO
+    batch = make_batch(flow, range(8)).grouped(4)
+    t = flow.sigmas(N)
+    path = integrate_sde(flow, batch, t, method.eta)
+    order = [torch.randperm(N - 1, generator=rng)[: method.trained].tolist() for rng in batch.rngs]
+    a = method.advantages(REWARD(path.x_0, batch.prompts).view(2, 4)).flatten()
+    expected = torch.zeros_like(flow.bias)
+    for b, i in [(b, i) for b, moves in enumerate(order) for i in moves]:
+        x, h = path.states[b : b + 1, i], t[i] - t[i + 1]
+        v = flow.velocity(x, t[i], batch.cond[b : b + 1]).detach()
+        mean, std = sde_step(x, v, t[i], t[i + 1], method.eta)
+        xi = ((path.states[b : b + 1, i + 1] - mean) / std)[0]
+        kappa = 1 + method.eta**2 * (1 - t[i]) / (2 * t[i])
+        expected[i] += a[b] * xi * h.sqrt() * kappa / (method.eta * flow.dim) / (8 * method.trained)
+    descend(method, flow, REWARD, make_batch(flow, range(8)))
+    torch.testing.assert_close(flow.bias.grad, expected.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_the_last_move_is_never_trained():
+    """Nothing is learnt from the move to sigma = 0: the last step's bias keeps a zero gradient, others do not."""
+    method = DanceGRPO(steps=N, group=4, updates_per_rollout=1, shift=None, timestep_fraction=1.0)
+    flow = make_flow()
+    descend(method, flow, REWARD, make_batch(flow, range(8)))
+    assert (flow.bias.grad[-1] == 0).all()
+    assert (flow.bias.grad[:-1].abs().sum(1) > 0).all()
+
+
+def test_equal_rewards_give_no_policy_gradient():
+    """A group whose images score the same teaches nothing, exactly."""
+
+    class Constant(QuadraticReward):
+        def __call__(self, pixels, prompts):
+            return 0.3 * torch.ones(len(pixels))
+
+    flow = make_flow()
+    descend(GRPO, flow, Constant(), make_batch(flow, range(8)))
+    assert flow.bias.grad.abs().max() == 0
+
+
+def test_updates_of_a_rollout_partition_its_samples():
+    """Three updates see each sample once, the same share of every group, and their gradients average to the whole's."""
+    whole, parts = make_flow(), make_flow()
+    one = DanceGRPO(steps=N, group=6, updates_per_rollout=1)
+    three = DanceGRPO(steps=N, group=6, updates_per_rollout=3)
+    descend(one, whole, REWARD, make_batch(whole, range(12)))
+    rows = CallLog(parts)
+    for losses in three.updates(rows, REWARD, make_batch(parts, range(12))):
+        for loss in losses:
+            (loss.value / 3).backward()
+    torch.testing.assert_close(parts.bias.grad, whole.bias.grad, rtol=1e-10, atol=1e-12)
+    assert {n for n, _, _ in rows.calls} == {4}
+
+
+def test_log_prob_of_the_rollout_is_dances():
+    """The stored likelihood of a move is that of its own noise: -mean(xi^2) / 2 - log s - log(2 pi) / 2."""
+    flow = make_flow()
+    batch = make_batch(flow, range(4))
+    path = integrate_sde(flow, batch, flow.sigmas(N), 0.3)
+    x = path.states[:, 0]
+    mean, std = sde_step(x, flow.velocity(x, flow.sigmas(N)[0], batch.cond), *flow.sigmas(N)[:2], 0.3)
+    close(path.log_prob[:, 0], log_normal(path.states[:, 1], mean, std).detach())
+
+
+# ---- costs
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "forward", "grad", "decodes"),
+    [
+        (ReFLAt(s=14), 2, 14, 1, 1),
+        (ReFLAt(s=24), 2, 24, 1, 1),
+        (DRaFTK(k=1), 2, 24, 1, 1),
+        (DRaFTK(k=10), 2, 15, 10, 1),
+        (DRaFTLV(), 2, 24, 3, 3),
+        (DRTuneAt(trained=(3, 15), stop=14), 2, 14, 1, 1),
+        (DRTuneAt(trained=(3, 15), stop=20), 2, 19, 2, 1),
+        (LeapAlign(), 2, 23, 2, 1),
+        (DanceGRPO(), 12, 16, 9, 1),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_costs_per_image(method, batch, forward, grad, decodes):
+    """Forwards without and with gradient, decodes and rewards per image are the published ones."""
+    flow, meter = make_flow(method.steps), Meter()
+    counting, reward = metered(flow, meter), metered_reward(REWARD, meter)
+    for losses in method.updates(counting, reward, make_batch(flow, range(batch))):
+        for loss in losses:
+            loss.value.backward()
+    counted = (meter.nfe_forward, meter.nfe_grad, meter.decodes, meter.reward_calls)
+    assert counted == (batch * forward, batch * grad, batch * decodes, batch * decodes)
+
+
+# ---- settings
+
+
+def test_defaults_are_the_papers():
+    """For FLUX.1-dev: LeapAlign alpha 0.3, tau 0.1, 25 steps; the baselines of its appendix E; DanceGRPO's release."""
+    leap, grpo = LeapAlign(), DanceGRPO()
+    assert (leap.alpha, leap.tau, leap.steps) == (0.3, 0.1, 25)
+    assert (ReFL().last_n, DRaFTLV().n, DRaFTLV().lv_reduction) == (11, 2, "sum")
+    assert (DRTune().k, DRTune().m, DRTune().draw_in_prefix) == (2, 11, False)
+    assert (grpo.group, grpo.steps, grpo.eta, grpo.shift) == (12, 16, 0.3, 3.0)
+    assert (grpo.clip, grpo.advantage_clip, grpo.trained, grpo.updates_per_rollout) == (1e-4, 5.0, 9, 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "where"),
+    [
+        (LeapAlign(steps=1), 1, "method.steps"),
+        (LeapAlign(alpha=1.5), 1, "method.alpha"),
+        (LeapAlign(tau=0.0), 1, "method.tau"),
+        (ReFL(steps=0), 1, "method.steps"),
+        (ReFL(steps=10, last_n=11), 1, "method.last_n"),
+        (DRaFTK(k=26), 1, "method.k"),
+        (DRaFTK(k=0), 1, "method.k"),
+        (DRaFTLV(n=-1), 1, "method.n"),
+        (DRTune(k=26), 1, "method.k"),
+        (DRTune(k=16, draw_in_prefix=True), 1, "method.k"),
+        (DRTune(m=26), 1, "method.m"),
+        (DanceGRPO(group=1), 12, "method.group"),
+        (DanceGRPO(), 64, "method.group"),
+        (DanceGRPO(updates_per_rollout=5), 12, "method.updates_per_rollout"),
+        (DanceGRPO(steps=1), 12, "method.steps"),
+        (DanceGRPO(timestep_fraction=0.0), 12, "method.timestep_fraction"),
+        (DanceGRPO(timestep_fraction=1.5), 12, "method.timestep_fraction"),
+        (DanceGRPO(eta=0.0), 12, "method.eta"),
+    ],
+)
+def test_impossible_settings_are_refused(method, batch, where):
+    """One line that says which setting, before anything runs."""
+    with pytest.raises(UserError, match=f"^{where}: .*; choose ") as caught:
+        method.check(batch, True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", PATHWISE, ids=lambda m: m.name)
+def test_direct_gradients_need_a_differentiable_reward(method):
+    """A pathwise method refuses a reward without gradient; policy gradient does not need one."""
+    with pytest.raises(UserError, match=r"^reward: "):
+        method.check(1, False)
+    method.check(1, True)
+    DanceGRPO().check(12, False)
+
+
+def test_base_trains_nothing():
+    """The base model is a row like the others, with nothing to train."""
+    assert Base.trains is False
+    Base().check(7, False)
+
+
+# ---- what training relies on, and that the contract sees it when it is broken
+
+
+class Unlawful(ReFL):
+    """ReFL with a mistake."""
+
+    steps: int = 4
+    last_n: int = 2
+
+
+class ReadsGlobalGenerator(Unlawful):
+    def loss(self, flow, reward, batch):
+        value, metrics = super().loss(flow, reward, batch)
+        return Loss(value * torch.rand(()), metrics)
+
+
+class ForgetsToAverage(Unlawful):
+    def loss(self, flow, reward, batch):
+        value, metrics = super().loss(flow, reward, batch)
+        return Loss(value * len(batch), metrics)
+
+
+class SharesOneGenerator(Unlawful):
+    def loss(self, flow, reward, batch):
+        value, metrics = super().loss(flow, reward, batch)
+        return Loss(value * torch.rand((), generator=batch.rngs[0]), metrics)
+
+
+class AsksTheSamples(Unlawful):
+    def loss(self, flow, reward, batch):
+        if batch.noise.sum() > 0:
+            flow.velocity(batch.noise, 1.0, batch.cond)
+        return super().loss(flow, reward, batch)
+
+
+class DrawsBySample(Unlawful):
+    def loss(self, flow, reward, batch):
+        torch.rand(int(batch.noise.abs().sum() * 10), generator=batch.step_rng)
+        return super().loss(flow, reward, batch)
+
+
+class Descends(Unlawful):
+    def loss(self, flow, reward, batch):
+        value, metrics = super().loss(flow, reward, batch)
+        return Loss(-value, metrics)
+
+
+class LosesTheGraph(Unlawful):
+    def loss(self, flow, reward, batch):
+        value, metrics = super().loss(flow, reward, batch)
+        return Loss(value.detach() + 0 * sum(p.sum() for p in flow.parameters()), metrics)
+
+
+class Forgets(Unlawful):
+    """Keeps a count that no checkpoint knows of."""
+
+    @functools.cached_property
+    def seen(self):
+        return []
+
+    def loss(self, flow, reward, batch):
+        self.seen.append(1)
+        value, metrics = super().loss(flow, reward, batch)
+        return Loss(value, metrics | {"seen": float(len(self.seen))})
+
+
+@pytest.mark.parametrize(
+    ("broken", "promise"),
+    [
+        (ReadsGlobalGenerator(), "test_randomness_comes_from_the_batch_alone"),
+        (ForgetsToAverage(), "test_one_batch_equals_its_micro_batches"),
+        (SharesOneGenerator(), "test_one_batch_equals_its_micro_batches"),
+        (AsksTheSamples(), "test_network_calls_do_not_depend_on_the_samples"),
+        (DrawsBySample(), "test_network_calls_do_not_depend_on_the_samples"),
+        (Descends(), "test_training_raises_the_reward"),
+        (LosesTheGraph(), "test_losses_are_finite_and_reach_the_parameters"),
+        (Forgets(), "test_resuming_is_exact"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, ReFL) else value,
+)
+def test_the_contract_sees_broken_promises(broken, promise, tmp_path):
+    """Each promise fails for a method that breaks it."""
+    contract = MethodContract()
+    contract.method = broken
+    check = getattr(contract, promise)
+    with pytest.raises(AssertionError):
+        check(tmp_path) if promise == "test_resuming_is_exact" else check()
+
+
+class TestReFL(MethodContract):
+    method = ReFL(steps=5, last_n=3)
+
+
+class TestDRaFTK(MethodContract):
+    method = DRaFTK(steps=5, k=3)
+
+
+class TestDRaFTLV(MethodContract):
+    method = DRaFTLV(steps=5)
+
+
+class TestDRTune(MethodContract):
+    method = DRTune(steps=5, m=3)
+
+
+class TestLeapAlign(MethodContract):
+    method = LeapAlign(steps=5)
+
+
+class TestDanceGRPO(MethodContract):
+    method = DanceGRPO(steps=5, group=4, updates_per_rollout=2)

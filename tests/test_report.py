@@ -1,0 +1,452 @@
+"""Claims about tables, reports and picture grids, on a made-up store."""
+
+import csv
+import io
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageDraw
+
+from alignbench import grid, report, store
+from alignbench.analysis import UNTRAINED, analyse
+from alignbench.table import Cell, Column, Table, escape, interval, number
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+LABELS = ("base", "ReFL", "DRaFT-LV", "DRTune", "LeapAlign", "DanceGRPO")
+METRICS = (  # evaluator, role, name, unit, by task, level, spread
+    ("geneval", "check", "geneval", "fraction", True, 0.6, 0.1),
+    ("geneval", "check", "geneval_strict", "fraction", True, 0.5, 0.1),
+    ("hpsv2", "train", "hpsv2.1", "cosine", False, 0.28, 0.02),
+    ("pickscore", "held-out", "pickscore", "logit", False, 21.0, 1.0),
+)
+GAINS = {"ReFL": (1, -1), "DRaFT-LV": (0.5, 0.5), "DRTune": (0.5, 0.5), "LeapAlign": (1.5, 1.5), "DanceGRPO": (0, 0)}
+
+
+def manifest(seeds=(0, 1), labels=LABELS, name="made_up"):
+    entries = {}
+    for evaluator, role, metric, unit, by_task, *_ in METRICS:
+        entry = {"evaluator": evaluator, "version": "1", "role": role, "file": "", "metrics": []}
+        about = {"name": metric, "unit": unit, "higher_is_better": True, "by_task": by_task}
+        entries.setdefault(evaluator, entry)["metrics"].append(about)
+    runs = []
+    for label in labels:
+        for seed in [UNTRAINED] if label == "base" else seeds:
+            notes = [{"set": {"training.batch": 16}, "reason": "four groups of four"}] if label == "DanceGRPO" else []
+            run = {"id": f"{label}-{seed}", "label": label, "method": label.lower(), "seed": seed}
+            shared = {"backend": {"name": "flux", "model": "shapes", "revision": None}}
+            training = {"batch": 16, "budget": {"images": 480, "nfe": None}, "seed": max(seed, 0)}
+            run["settings"] = {**shared, "method": {"name": label.lower(), "steps": 8}, "training": training}
+            runs.append({**run, "notes": notes, "images": f"{label}{seed}", "scores": list(entries.values())})
+    protocol = {
+        "prompts": "shapes/test",
+        "images_per_prompt": 2,
+        "steps": 8,
+        "guidance": 3.5,
+        "weights": "ema",
+        "size": 32,
+    }
+    about = {"name": name, "sweep": f"sweeps/{name}.yaml", "protocol": protocol}
+    return {**about, "training_evaluator": "hpsv2", "prompts": 60, "cases": list(labels), "runs": runs}
+
+
+def scores(plan, prompts=60, images=2):
+    """Scores with a common part for all methods; a method's gains, in spreads, are GAINS = (trained on, all others)."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for evaluator, role, metric, _, _, level, spread in METRICS:
+        common = level + spread * rng.normal(size=(prompts, images))
+        for run in plan["runs"]:
+            gain = GAINS.get(run["label"], (0, 0))[role != "train"] * spread
+            noise = 0 if run["seed"] == UNTRAINED else rng.normal(size=(prompts, images)) * spread
+            prompt, index = np.indices((prompts, images)).reshape(2, -1)
+            columns = {"label": run["label"], "method": run["method"], "seed": run["seed"], "run": run["id"]}
+            columns |= {"evaluator": evaluator, "metric": metric, "prompt_id": [f"p{i:04d}" for i in prompt]}
+            columns |= {"tag": [TASKS[i % 6] for i in prompt], "index": index, "score": (common + gain + noise).ravel()}
+            frames.append(pd.DataFrame({**columns, "ok": True}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def costs(plan):
+    rows = []
+    for run in plan["runs"]:
+        row = {key: run[key] for key in ("label", "method", "seed")} | {"run": run["id"], "state": "done", "reason": ""}
+        work = 0 if run["seed"] == UNTRAINED else 1
+        row |= {"updates": 30 * work, "images": 480 * work, "nfe_forward": 9600 * work, "nfe_grad": 960 * work}
+        row |= {"decodes": 480 * work, "reward_calls": 480 * work, "seconds": 41.0 * work}
+        first, last = (0.25, 0.28) if work else (np.nan, np.nan)
+        rows.append(row | {"peak_memory_bytes": 2**29 * work, "reward_first": first, "reward_last": last})
+    return pd.DataFrame(rows)
+
+
+def results(folder=None, **options):
+    plan = manifest(**options)
+    return SimpleNamespace(store=folder, manifest=plan, scores=scores(plan), costs=costs(plan))
+
+
+def draw_pictures(root, plan, prompts=60):
+    """Image sets as the store keeps them: a disc whose colour is the method's."""
+    for number_, run in enumerate(plan["runs"]):
+        folder = root / "images" / run["images"]
+        folder.mkdir(parents=True)
+        rows = []
+        for prompt in range(prompts):
+            text = (
+                f"a photo of a {['red circle', 'blue square above a yellow triangle', 'four green stars'][prompt % 3]}"
+            )
+            row = {
+                "prompt_id": f"p{prompt:04d}",
+                "index": 0,
+                "tag": TASKS[prompt % 6],
+                "text": text,
+                "file": f"{prompt}.png",
+            }
+            rows.append(row)
+            picture = Image.new("RGB", (32, 32), (30, 30, 30))
+            color = tuple(np.random.default_rng((number_, prompt)).integers(60, 255, 3).tolist())
+            ImageDraw.Draw(picture).ellipse((6, 6, 6 + 2 * (number_ % 10) + 4, 24), fill=color)
+            picture.save(folder / f"{prompt}.png")
+        pd.DataFrame(rows).to_parquet(folder / "manifest.parquet")
+
+
+def page(given):
+    return report.markdown(given.manifest, given.costs, analyse(given.manifest, given.scores))
+
+
+def section(text, heading):
+    return text.split(f"\n## {heading}")[1].split("\n## ")[0]
+
+
+def row_of(table, label):
+    return next(line for line in table.splitlines() if line.startswith(f"| {label}"))
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_first_line_makes_the_report_again():
+    """The page begins with the two commands that make it from nothing."""
+    first = page(results()).splitlines()[0]
+    assert first == "Made by `alignbench sweep sweeps/made_up.yaml && alignbench report sweeps/made_up.yaml`"
+
+
+def test_every_method_has_its_row_and_every_measure_its_role():
+    """The table has methods in the sweep's order, the training reward first, then held-out scores, then checks."""
+    table = section(page(results()), "Results")
+    assert [line.split()[1] for line in table.splitlines()[4:10]] == list(LABELS)
+    header = table.splitlines()[2]
+    order = ["hpsv2.1, cosine ↑ [train]", "pickscore, logit ↑ [held-out]", "geneval, by task, fraction ↑ [check]"]
+    places = [header.index(title) for title in order]
+    assert places == sorted(places)
+
+
+def test_bold_needs_a_gain_that_survives_holm():
+    """The best mean is bold where its paired gain over base survives; where no method moved, nothing is."""
+    given = results()
+    table = section(page(given), "Results")
+    assert row_of(table, "LeapAlign").count("**") == 8
+    assert "**" not in row_of(table, "DanceGRPO")
+    given.scores["score"] = given.scores.groupby(["metric", "prompt_id", "index"])["score"].transform("mean")
+    assert "**0" not in section(page(given), "Results").split("Every cell")[0]
+
+
+def test_the_verdicts_are_those_of_the_paired_changes():
+    """Up, down and "cannot tell" follow the gains that were put in, and CSV and page agree."""
+    analysis = analyse(manifest(), scores(manifest()))
+    verdicts = {m.name: {k: v.verdict for k, v in found.items()} for m, found in analysis.changes.items()}
+    assert verdicts["hpsv2.1"]["ReFL"] == "up"
+    assert verdicts["pickscore"]["ReFL"] == "down"
+    assert verdicts["pickscore"]["LeapAlign"] == "up"
+    assert verdicts["pickscore"]["DanceGRPO"] == "cannot tell"
+
+
+def test_a_reward_that_rises_while_the_rest_falls_is_flagged():
+    """A method whose training reward rose while held-out scores fell is named as hacking, in its row too."""
+    text = page(results())
+    assert "**REWARD HACKING, ReFL: the training reward rose while pickscore, geneval, by task and" in text
+    assert "LeapAlign: no reward hacking shown" in text
+    assert "(reward hacking)" in row_of(section(text, "Results"), "ReFL")
+    assert "(reward hacking)" not in row_of(section(text, "Results"), "LeapAlign")
+
+
+def test_the_sweeps_own_question_is_answered_from_the_numbers():
+    """reports/quickstart.py asks about LeapAlign; the answer follows the scores, yes as well as not shown."""
+    given = results(name="quickstart")
+    assert "[check]: **Yes**: better than ReFL, DRaFT-LV and DRTune." in page(given)
+    swap = {"LeapAlign": "DanceGRPO", "DanceGRPO": "LeapAlign"}
+    given.scores["label"] = given.scores["label"].replace(swap)
+    answer = section(page(given), "Does LeapAlign beat")
+    assert "**Yes**" not in answer
+    assert "worse than DRaFT-LV and DRTune" in answer
+
+
+def test_overrides_show_their_reason_once():
+    """An exception is printed with its reason and its methods, once, however many seeds carry it."""
+    given = results()
+    text = page(given)
+    assert text.count("four groups of four") == 1
+    assert "- DanceGRPO: training.batch = 16. four groups of four" in text
+    for run in given.manifest["runs"]:
+        run["notes"] = [{"set": {"training.optimizer.lr": 1e-4}, "reason": "a small model"}]
+    assert section(page(given), "Overrides").count("all methods: training.optimizer.lr = 0.0001. a small model") == 1
+
+
+def test_settings_are_printed_as_resolved():
+    """What all runs share stands once, a method's own settings in its line; training seeds make no difference."""
+    text = section(page(results()), "Settings")
+    assert text.count("backend, name = flux, model = shapes") == 1
+    assert text.count("training, batch = 16, budget.images = 480") == 1
+    assert "- LeapAlign: name = leapalign, steps = 8" in text
+
+
+def test_a_subset_says_so():
+    """A quick look at a few prompts is marked as such at the head of the page, and asks the sweep's own questions."""
+    given = results(name="quickstart-SUBSET")
+    given.manifest["subset"] = 60
+    text = page(given)
+    assert text.splitlines()[4] == "**SUBSET: only the first 60 evaluation prompts.**"
+    assert "Does LeapAlign beat" in text
+
+
+def test_unequal_budgets_are_said():
+    """Equal images are stated as measured; if one method trained on fewer, the page says so."""
+    given = results()
+    assert "equal images: 480 per training run" in page(given)
+    given.costs.loc[given.costs["label"] == "ReFL", "images"] = 240
+    assert "**The numbers of training images differ**: ReFL 240, DRaFT-LV 480" in page(given)
+
+
+def test_one_seed_is_said():
+    """With one training seed the page says that the variance between trainings is unknown."""
+    assert "One training seed" in page(results(seeds=(0,)))
+    assert "One training seed" not in page(results(seeds=(0, 1, 2)))
+
+
+# ----------------------------------------------------------------------------------------------- what went wrong shows
+
+
+def test_a_failed_run_appears_with_its_reason():
+    """A run that failed is listed with its reason; its method says how many seeds are left, and keeps its row."""
+    given = results()
+    failed = given.costs["run"] == "LeapAlign-1"
+    given.costs.loc[failed, ["state", "reason"]] = ["failed", "loss is nan at step 7 | see log"]
+    given.scores = given.scores[given.scores["run"] != "LeapAlign-1"]
+    text = page(given)
+    assert "- LeapAlign, seed 1: **failed**: loss is nan at step 7 \\| see log" in text
+    assert "(1 of 2 seeds)" in row_of(section(text, "Results"), "LeapAlign")
+
+
+def test_a_method_without_any_score_keeps_its_row():
+    """A method whose every run failed shows dashes, not nothing and not zeros."""
+    given = results()
+    mine = given.costs["label"] == "DRTune"
+    given.costs.loc[mine, "state"] = "missing"
+    given.costs.loc[mine, given.costs.columns[given.costs.columns.get_loc("updates") :]] = np.nan
+    given.scores = given.scores[given.scores["label"] != "DRTune"]
+    text = page(given)
+    cells = row_of(section(text, "Results"), "DRTune").split("|")[2:-1]
+    assert {cell.strip() for cell in cells} == {"—"}
+    assert "- DRTune, seed 0: **missing**: no reason was recorded" in text
+    assert "not measured" in section(text, "Paired change")
+
+
+def test_an_invalid_score_does_not_vanish():
+    """A nan and a row that is not ok are left out in pairs and counted in the coverage; complete scores say so."""
+    given = results()
+    assert "Complete: every picture" in page(given)
+    mine = (given.scores["label"] == "ReFL") & (given.scores["metric"] == "pickscore") & (given.scores["seed"] == 0)
+    rows = given.scores.index[mine & (given.scores["prompt_id"] == "p0003")]
+    given.scores.loc[rows[0], "score"] = np.nan
+    given.scores.loc[rows[1], "ok"] = False
+    text = page(given)
+    assert "- pickscore, ReFL: 238 of 240 scores; prompts left out: 1 of the mean, 1 of the paired change" in text
+    assert "nan" not in text
+
+
+def test_an_empty_store_makes_a_report():
+    """Before anything ran the report has every row, no number, and lists every run as missing."""
+    given = results()
+    given.scores = given.scores.iloc[:0]
+    given.costs = given.costs.assign(state="missing", images=np.nan)
+    text = page(given)
+    assert "**No training run has finished.**" in text
+    assert text.count("**missing**") == 11
+    assert "nan" not in text
+
+
+def test_a_sweep_without_base_has_no_bold():
+    """Without an untrained method nothing can be shown to be better than it, and the page says so."""
+    text = page(results(labels=LABELS[1:]))
+    assert "no untrained method to compare with" in text
+    assert "**2" not in section(text, "Results")
+
+
+def test_rows_in_any_order_give_the_same_report():
+    """The report is a function of the scores, not of the order in which they were written."""
+    given = results()
+    expected = page(given)
+    given.scores = given.scores.sample(frac=1, random_state=0)
+    assert page(given) == expected
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("text", ["a|b", "`x`", "two\nlines", "<b>", "*bold*", "[link](x)", "\u202egnp", "\\"])
+def test_no_label_breaks_the_table(text):
+    """Pipes, code, line breaks, HTML, emphasis, links and direction marks in a label stay text in one cell."""
+    table = Table([Column("method"), Column("score")], [[Cell(text), Cell(1.0)]]).markdown()
+    assert len(table.splitlines()) == 3
+    row = table.splitlines()[2].replace("\\\\", "").replace("\\|", "")
+    assert row.count("|") == 3
+    assert "<b>" not in row
+    assert "\u202e" not in row
+
+
+def test_ordinary_names_are_left_alone():
+    """Names such as geneval_strict, roles in brackets, comparisons and signed numbers need no escape."""
+    for name in ("geneval_strict", "DRaFT-LV", "hpsv2.1 [train]", "emoji 🙂", "-0.1 [-0.2, +0.1]", "<0.001"):
+        assert escape(name) == name
+
+
+def test_numbers_are_shown_in_their_decimals():
+    """Fixed decimals, thousands separators, signs on changes; never -0.000, never nan."""
+    assert interval(0.28149, 0.2799, 0.2834) == "0.281 [0.280, 0.283]"
+    assert interval(-0.0001, -0.01, 0.01, 3, True) == "0.000 [-0.010, +0.010]"
+    assert interval(0.5, np.nan, np.nan) == "0.500 [unknown]"
+    assert number(123456, 0) == "123,456"
+    assert number(float("nan")) == interval(np.nan, 0, 1) == "—"
+
+
+def test_csv_keeps_every_digit_and_every_name():
+    """CSV is read back as written: ten digits, limits apart, quotes and line breaks in names, empty if unmeasured."""
+    name = 'a "quoted", name\nof two lines'
+    table = Table([Column("method"), Column("score")], [[Cell(name), Cell(1 / 3, 0.25, 0.5)], [Cell("b"), Cell()]])
+    rows = list(csv.reader(io.StringIO(table.csv())))
+    assert rows == [
+        ["method", "score", "score_lo", "score_hi"],
+        [name, "0.3333333333", "0.25", "0.5"],
+        ["b", "", "", ""],
+    ]
+
+
+def test_the_tidy_file_has_one_row_per_method_and_measure(tmp_path):
+    """pandas reads the CSV back: six methods by four measures and seven costs; base has no change; roles are named."""
+    report.build(results(tmp_path), tmp_path / "out")
+    frame = pd.read_csv(tmp_path / "out/made_up.csv")
+    assert len(frame) == 6 * (4 + 7)
+    assert not frame.duplicated(["method", "metric"]).any()
+    measured = frame[frame["role"] != "cost"]
+    assert measured[measured["method"] == "base"]["change"].isna().all()
+    assert measured[measured["method"] != "base"]["p_holm"].notna().all()
+    assert (measured["lo"] <= measured["mean"]).all()
+    assert set(measured["prompts"]) == {60}
+
+
+# ------------------------------------------------------------------------------------------------------ files and speed
+
+
+def test_the_grid_has_a_row_per_method_and_a_column_per_prompt(tmp_path):
+    """Ten prompts of all tasks, six methods, 32 px pictures enlarged four times with their pixels intact."""
+    given = results(tmp_path)
+    draw_pictures(tmp_path, given.manifest)
+    paths = report.build(given, tmp_path / "out")
+    assert [path.name for path in paths] == ["made_up.md", "made_up.csv", "made_up-grid.png"]
+    with Image.open(paths[-1]) as sheet:
+        side, gap = 128, grid.GAP
+        assert sheet.height == 2 * gap + grid.LINE * (1 + 3) + 6 * (side + gap)  # task, and three lines of prompt
+        left = sheet.width - 10 * (side + gap)
+        assert 50 < left < 150
+        assert (np.asarray(sheet)[-gap - side : -gap, left : left + side] == 30).all(2).any()
+    assert "(made_up-grid.png)" in paths[0].read_text()
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_missing_picture_leaves_a_grey_tile(tmp_path):
+    """A method without pictures keeps its row in the grid."""
+    given = results(tmp_path)
+    draw_pictures(tmp_path, given.manifest)
+    for seed in (0, 1):
+        (tmp_path / f"images/ReFL{seed}/manifest.parquet").unlink()
+    with Image.open(report.build(given, tmp_path / "out")[-1]) as sheet:
+        row = np.asarray(sheet)[-5 * 132 : -5 * 132 + 128, -132:-4]
+    assert (row[:8] == 225).all()
+
+
+@pytest.mark.parametrize("prompt", ["a | b\n`c`", "emoji 🙂 and שלום", "x" * 300, "", "word " * 100])
+def test_any_prompt_can_stand_over_a_column(prompt):
+    """Pipes, line breaks, emoji, right-to-left text, endless words and nothing at all fit over a tile of the grid."""
+    sheet = grid.draw([(prompt[:20], [None, None])], [("task", prompt), ("", "b")])
+    assert sheet.height <= 2 * grid.GAP + grid.LINE * (1 + grid.CAPTION_LINES) + grid.SMALLEST + grid.GAP
+
+
+def test_prompts_of_the_grid_are_chosen_by_rule():
+    """Every task is shown, as evenly as ten allow, and the order in which prompts come does not matter."""
+    prompts, tags = [f"p{i}" for i in range(60)], [TASKS[i % 6] for i in range(60)]
+    chosen = grid.choose(prompts, tags)
+    counts = pd.Series(tags, prompts)[chosen].value_counts()
+    assert len(set(chosen)) == 10
+    assert counts.min() == 1
+    assert counts.max() == 2
+    assert grid.choose(prompts[::-1], tags[::-1]) == chosen
+    assert grid.choose(["a"], [""]) == ["a"]
+
+
+def test_a_report_is_made_twice_alike(tmp_path):
+    """The same store gives the same bytes: the page, the CSV and the pictures."""
+    given = results(tmp_path)
+    draw_pictures(tmp_path, given.manifest)
+    first = [path.read_bytes() for path in report.build(given, tmp_path / "a")]
+    assert [path.read_bytes() for path in report.build(given, tmp_path / "b")] == first
+
+
+def test_a_store_on_disk_is_read(tmp_path):
+    """The page of a real store is the page of its frames."""
+    given = results(tmp_path)
+    plan, frame = given.manifest, given.scores
+    draw_pictures(tmp_path, plan)
+    for run in plan["runs"]:
+        mine = frame[(frame["run"] == run["id"])]
+        run["scores"] = [
+            {**score, "file": f"scores/{run['images']}/{score['evaluator']}.parquet"} for score in run["scores"]
+        ]
+        for score in run["scores"]:
+            part = mine[mine["evaluator"] == score["evaluator"]]
+            wide = part.pivot(index=["prompt_id", "tag", "index"], columns="metric", values="score").reset_index()
+            store.write_frame(tmp_path / score["file"], wide.assign(ok=True, error=""))
+        folder = tmp_path / "runs" / run["id"]
+        store.write_json(folder / "status.json", {"state": "done"})
+        if run["seed"] != UNTRAINED:
+            row = given.costs[given.costs["run"] == run["id"]].iloc[0]
+            record = {name: [row[name]] for name in store.COSTS} | {"update": [29], "reward_mean": [0.25]}
+            store.write_frame(folder / "train.parquet", pd.DataFrame(record))
+            store.write(folder / "weights.safetensors", b"")
+        origin = {"alignbench": "0.1.0", "revision": None, "python": "3.11.9", "packages": {"torch": "2.15"}}
+        origin |= {"machine": "Linux x86_64, 2 cores", "devices": [], "processes": 1, "threads": 1}
+        store.write_json(folder / "provenance.json", origin)
+    text = report.build(store.Results(tmp_path, plan), tmp_path / "out")[0].read_text()
+    assert text.count("- made with alignbench 0.1.0, Python 3.11.9, torch 2.15, Linux x86_64, 2 cores") == 1
+    assert "different software" not in text
+    assert section(text, "Results").startswith(section(page(given), "Results").rstrip())
+    assert section(text, "Paired change") == section(page(given), "Paired change")
+    assert "not in the numbers" not in text
+
+
+def test_reports_need_no_torch():
+    """Importing the report, and every report module beside it, loads no torch."""
+    modules = "alignbench.report, alignbench.reports.quickstart, alignbench.reports.shapes"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_large_sweep_is_quick():
+    """30 runs of 300 prompts x 4 images and four measures (144,000 scores) are a page within five seconds."""
+    plan = manifest(seeds=range(6))
+    given = SimpleNamespace(manifest=plan, scores=scores(plan, 300, 4), costs=costs(plan))
+    start = time.process_time()
+    page(given)
+    assert time.process_time() - start < 5

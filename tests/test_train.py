@@ -1,0 +1,636 @@
+"""The training loop: what every method may rely on, and what a killed run loses (nothing but its current batch)."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import socket
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from alignbench import train as loop
+from alignbench.checkpoint import FINAL, STATE, load_records, load_state, load_weights, save_state, save_weights
+from alignbench.config import UserError
+from alignbench.flow import seeded
+from alignbench.meter import Meter, metered
+from alignbench.method import AlignMethod, Loss, reward_loss
+from alignbench.methods.base import Base
+from alignbench.methods.dancegrpo import DanceGRPO
+from alignbench.methods.draft import DRaFTK, DRaFTLV
+from alignbench.methods.drtune import DRTune
+from alignbench.methods.leapalign import LeapAlign
+from alignbench.methods.refl import ReFL
+from alignbench.spec import Budget, Optimizer, Training
+from alignbench.testing import PROMPTS, AffineFlow, QuadraticReward, unclocked
+
+PROCESSES = multiprocessing.get_context("forkserver")  # real processes, but torch is imported once for all of them
+PROCESSES.set_forkserver_preload(["alignbench.testing", "torch._dynamo"])
+
+STEPS, BATCH = 4, 8
+LEAP = LeapAlign(steps=STEPS)
+GRPO = DanceGRPO(steps=STEPS, group=4, updates_per_rollout=2)
+METHODS = [
+    ReFL(steps=STEPS, last_n=2),
+    DRaFTK(steps=STEPS, k=2),
+    DRaFTLV(steps=STEPS),
+    DRTune(steps=STEPS, m=2),
+    LEAP,
+    GRPO,
+]
+
+
+def settings(batches=6, **changes):
+    """Six batches of eight, a checkpoint after each."""
+    optimizer = Optimizer(lr=0.03, **changes.pop("optimizer", {}))
+    given = {"budget": Budget(images=batches * BATCH), "batch": BATCH, "checkpoint_every": 1} | changes
+    return Training(optimizer=optimizer, **given)
+
+
+def run(method, training=None, folder=None, flow=None, reward=None):
+    """(flow, records) of one run."""
+    flow = flow or AffineFlow(STEPS)
+    stream = loop.train(
+        method,
+        flow,
+        reward or QuadraticReward(),
+        PROMPTS,
+        training or settings(),
+        accelerator=Accelerator(cpu=True),
+        checkpoints=folder,
+    )
+    return flow, list(stream)
+
+
+class Blackbox(AlignMethod):
+    """Notes the batches it is given, and makes the smallest possible loss of them."""
+
+    name: ClassVar[str] = "blackbox"
+    seen: ClassVar[list] = []
+
+    def loss(self, flow, reward, batch):
+        self.seen.append(batch)
+        v = flow.velocity(batch.noise, 1.0, batch.cond)
+        return reward_loss(flow, reward, batch, batch.noise - v)
+
+
+# ---- what a batch is
+
+
+@pytest.mark.parametrize("micro", [None, 4])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_common_random_numbers(method, micro, monkeypatch):
+    """Batch t has the same prompts, text and noise whatever the method and the micro-batch."""
+    seen, draw = [], loop.draw_batch
+
+    def spy(*args):
+        seen.append(draw(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(loop, "draw_batch", spy)
+    run(method, settings(batches=3, micro_batch=micro))
+    Blackbox.seen.clear()
+    monkeypatch.setattr(loop, "draw_batch", draw)
+    run(Blackbox(), settings(batches=3))
+    assert [p for b in seen for p in b.prompts] == [p for b in Blackbox.seen for p in b.prompts]
+    assert torch.equal(torch.cat([b.noise for b in seen]), torch.cat([b.noise for b in Blackbox.seen]))
+    assert {b.step for b in seen} == {0, 1, 2}
+
+
+def test_micro_batches_share_the_step_generator():
+    """Every micro-batch of a batch starts from the same ``step_rng``; another batch from another."""
+    Blackbox.seen.clear()
+    run(Blackbox(), settings(batches=2, micro_batch=2))
+    draws = [torch.rand((), generator=batch.step_rng).item() for batch in Blackbox.seen]
+    assert len(draws) == 8
+    assert len(set(draws[:4])) == len(set(draws[4:])) == 1
+    assert draws[0] != draws[4]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_ranks_share_one_global_batch(ranks):
+    """Rank r of n has the r-th contiguous share: together they are the single process's batch."""
+    every = [loop.shares(settings(), SimpleNamespace(num_processes=ranks, process_index=rank)) for rank in range(ranks)]
+    assert [i for parts in every for part in parts for i in part] == list(range(BATCH))
+
+
+def test_every_epoch_sees_every_prompt_once():
+    """Prompts are permuted anew each epoch, and depend on the seed alone."""
+    n, count = 5, 7
+    epochs = [[loop.prompt_index(0, e * count + i, count) for i in range(count)] for e in range(n)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == n
+    assert [loop.prompt_index(1, i, count) for i in range(count)] != epochs[0]
+
+
+# ---- what an update is
+
+
+def test_an_update_is_adamw_on_the_mean_loss():
+    """Weights, bitwise, are those of torch's AdamW in a plain loop with clipping."""
+    trained, records = run(LEAP, settings(optimizer={"clip": 0.05, "weight_decay": 0.1}))
+    flow, reward, training = AffineFlow(STEPS), QuadraticReward(), settings()
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=0.03, weight_decay=0.1)
+    for step in range(6):
+        batch = loop.draw_batch(flow, PROMPTS, training, step, range(BATCH), torch.device("cpu"))
+        optimizer.zero_grad()
+        LEAP.loss(flow, reward, batch).value.backward()
+        norm = nn.utils.clip_grad_norm_(flow.parameters(), 0.05)
+        optimizer.step()
+        assert records[step]["grad_norm"] == norm.item() > 0.05
+    assert torch.equal(trained.bias, flow.bias)
+
+
+def test_warm_up_is_linear():
+    """Update u of w has (u + 1) / w of the learning rate, and all of it afterwards."""
+    _, records = run(LEAP, settings(optimizer={"warmup": 4}))
+    assert [r["lr"] / 0.03 for r in records] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
+@pytest.mark.parametrize("method", [LEAP, GRPO], ids=lambda m: m.name)
+def test_average_follows_every_update(method, tmp_path):
+    """EMA starts at the base weights and is lerped after each optimizer update, several per batch included."""
+    base, weights = AffineFlow(STEPS).bias.detach().clone(), []
+    flow = AffineFlow(STEPS)
+    training = settings(batches=3, optimizer={"ema": 0.9})
+    run_ = loop.Run(method, flow, training, Accelerator(cpu=True))
+    for _ in range(3):
+        for _ in run_.advance(flow, QuadraticReward(), PROMPTS):
+            weights.append(flow.bias.detach().clone())
+    expected = base
+    for w in weights:
+        expected = 0.9 * expected + 0.1 * w
+    assert len(weights) == (6 if method is GRPO else 3)
+    torch.testing.assert_close(run_.ema[0], expected, rtol=1e-13, atol=1e-13)
+
+
+def test_groups_are_clipped_by_themselves():
+    """A value network's large gradient does not shrink the flow's, nor the other way round; no clip: untouched."""
+    net = nn.Linear(2, 1, dtype=torch.float64)
+
+    class WithNet(Blackbox):
+        def modules(self, flow):
+            return {"value": net}
+
+    for clip, expected in ((1.0, (1.0, 0.5)), (None, (50.0, 0.5))):
+        flow = AffineFlow(STEPS)
+        run_ = loop.Run(WithNet(), flow, settings(optimizer={"clip": clip}), Accelerator(cpu=True))
+        flow.bias.grad = torch.full_like(flow.bias, 50 / flow.bias.numel() ** 0.5)
+        net.weight.grad = torch.tensor([[0.3, 0.4]]).double()
+        net.bias.grad = None
+        norms = run_.synchronise()
+        assert norms == pytest.approx({"grad_norm": 50.0, "grad_norm_value": 0.5})
+        assert (flow.bias.grad.norm().item(), net.weight.grad.norm().item()) == pytest.approx(expected, rel=1e-6)
+        assert len(run_.ema) == 1  # the flow's alone
+
+
+def test_records_have_one_shape():
+    """One record per update, costs as running totals, and the same keys in each."""
+    _, records = run(GRPO)
+    assert [(r["step"], r["update"]) for r in records] == [(u // 2, u) for u in range(12)]
+    assert len({tuple(r) for r in records}) == 1
+    assert {"loss", "reward_mean", "grad_norm", "lr", "seconds", "peak_memory_bytes", "ratio_off"} <= set(records[0])
+    assert [r["images"] for r in records] == [BATCH * (u // 2 + 1) for u in range(12)]
+    per_image = STEPS + GRPO.trained
+    assert records[-1]["nfe_forward"] + records[-1]["nfe_grad"] == 6 * BATCH * per_image
+    assert records[-1]["nfe_grad"] == 6 * BATCH * GRPO.trained
+    seconds = [r["seconds"] for r in records]
+    assert 0 < seconds[0] <= seconds[-1]
+    assert all(r["peak_memory_bytes"] > 0 for r in records)
+
+
+def test_the_hinge_is_recorded():
+    """With a margin every record has the share of samples whose hinge is closed."""
+    _, records = run(LEAP, reward=QuadraticReward(margin=-1.0))
+    assert all(0 <= r["hinge_closed"] <= 1 for r in records)
+    assert "hinge_closed" not in run(LEAP)[1][0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "batches"),
+    [
+        (Budget(images=24), 3),
+        (Budget(images=25), 4),
+        (Budget(updates=3), 3),
+        (Budget(nfe=3 * BATCH * STEPS), 3),
+        (Budget(nfe=3 * BATCH * STEPS + 1), 4),
+    ],
+)
+def test_budgets_end_at_a_batch_boundary(budget, batches):
+    """Training stops after the first batch that spends the budget."""
+    assert len(run(LEAP, settings(budget=budget))[1]) == batches
+
+
+def test_a_budget_of_seconds():
+    """Seconds of training are spent, on every rank: two ranks spend them twice as fast."""
+    _, records = run(LEAP, settings(budget=Budget(gpu_seconds=0.05)))
+    assert records[-1]["seconds"] >= 0.05 > records[-2]["seconds"]
+    assert loop.spent(Budget(gpu_seconds=10.0), {"seconds": 5.0}, ranks=2) == 1
+    assert loop.spent(Budget(updates=4), {}) == 0
+
+
+def test_modules_start_from_the_seed():
+    """A value network's first weights depend on the run's seed alone; torch's global generator stays as it was."""
+
+    class WithNet(Blackbox):
+        def modules(self, flow):
+            return {"value": nn.Linear(3, 1)}
+
+    def weight(seed):
+        torch.rand(seed + 3)
+        before = torch.get_rng_state()
+        built = loop.Run(WithNet(), AffineFlow(STEPS), settings(seed=seed), Accelerator(cpu=True))
+        assert torch.equal(torch.get_rng_state(), before)
+        return built.modules["value"].weight
+
+    assert torch.equal(weight(0), weight(0))
+    assert not torch.equal(weight(0), weight(1))
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "where"),
+    [
+        ({"batch": 9}, 2, "training.batch"),
+        ({"batch": 0}, 1, "training.batch"),
+        ({"micro_batch": 9}, 1, "training.micro_batch"),
+        ({"micro_batch": 5}, 2, "training.micro_batch"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused(changes, ranks, where):
+    """A global batch is equal shares of the ranks, a micro-batch part of a share."""
+    with pytest.raises(UserError, match=rf"^{where}: .*; choose "):
+        loop.shares(settings(**changes), SimpleNamespace(num_processes=ranks, process_index=0))
+
+
+def test_a_method_is_checked_before_it_runs():
+    """A group that the micro-batch does not hold, and a reward without gradient, are refused before any batch."""
+    with pytest.raises(UserError, match=r"^method.group: "):
+        run(DanceGRPO(steps=STEPS), settings(micro_batch=4))
+    blind = QuadraticReward()
+    blind.evaluator = SimpleNamespace(differentiable=False)
+    with pytest.raises(UserError, match=r"^reward: "):
+        run(LEAP, reward=blind)
+
+
+def test_half_precision_that_needs_loss_scaling_is_refused():
+    """fp16 would underflow silently: it is not offered."""
+    with pytest.raises(UserError, match="mixed_precision"):
+        loop.check(LEAP, QuadraticReward(), settings(), SimpleNamespace(mixed_precision="fp16"))
+
+
+def test_base_yields_and_writes_nothing(tmp_path):
+    """A method with nothing to train makes no record and no file."""
+    assert run(Base(), folder=tmp_path)[1] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_method_that_makes_no_update_is_an_error():
+    """It would otherwise never spend its budget."""
+
+    class Idle(Blackbox):
+        def updates(self, flow, reward, batch):
+            return iter(())
+
+    with pytest.raises(UserError, match=r"step 0.*made no update"):
+        run(Idle())
+
+
+class Failing(QuadraticReward):
+    """A reward that gives ``value`` for one sample from its n-th call on."""
+
+    def __init__(self, value, after):
+        super().__init__()
+        self.value, self.left = value, after
+
+    def __call__(self, pixels, prompts):
+        score = super().__call__(pixels, prompts)
+        self.left -= 1
+        if self.left < 0:
+            score = score.clone()
+            score[1] = self.value
+        return score
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_reward_that_is_no_number_stops_the_run(value, tmp_path):
+    """The error names step, prompt and value; the checkpoint before it stays and can be resumed."""
+    with pytest.raises(UserError, match=rf"step 3.*reward is not finite.*{value} for prompt 'p\d'") as caught:
+        run(LEAP, folder=tmp_path, reward=Failing(value, after=3))
+    assert "\n" not in str(caught.value)
+    flow, records = run(LEAP, folder=tmp_path)
+    assert [r["step"] for r in records] == [3, 4, 5]
+    assert torch.equal(flow.bias, run(LEAP)[0].bias)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    """Before any weight is touched."""
+
+    class Broken(Blackbox):
+        def loss(self, flow, reward, batch):
+            value, metrics = super().loss(flow, reward, batch)
+            return Loss(value * (float("nan") if batch.step == 2 else 1.0), metrics)
+
+    flow = AffineFlow(STEPS)
+    with pytest.raises(UserError, match=r"step 2.*loss is nan"):
+        run(Broken(), folder=tmp_path, flow=flow)
+    assert flow.bias.isfinite().all()
+    assert torch.equal(flow.bias, load_state(tmp_path)["flow"]["bias"])
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(tmp_path):
+    """A finite loss may have an infinite slope (a square root at zero)."""
+
+    class Steep(Blackbox):
+        def loss(self, flow, reward, batch):
+            value, metrics = super().loss(flow, reward, batch)
+            return Loss(value + (value - value.detach()).abs().sqrt(), metrics)
+
+    flow = AffineFlow(STEPS)
+    with pytest.raises(UserError, match=r"step 0.*grad_norm is (nan|inf)"):
+        run(Steep(), folder=tmp_path, flow=flow)
+    assert flow.bias.abs().max() == 0
+    assert not (tmp_path / STATE).exists()
+
+
+# ---- what a stopped run loses
+
+
+def same_run(folder, flow, undisturbed, records):
+    """Every weight, average and record of a resumed run is the undisturbed one's, bitwise."""
+    state, whole = load_state(folder / "resumed"), load_state(folder / "whole")
+    assert unclocked(records) == unclocked(undisturbed)
+    assert torch.equal(flow.bias, whole["flow"]["bias"])
+    assert torch.equal(state["flow"]["bias"], whole["flow"]["bias"])
+    assert torch.equal(state["ema"][0], whole["ema"][0])
+    for slot, values in whole["optimizer"]["state"].items():
+        assert all(torch.equal(v, state["optimizer"]["state"][slot][name]) for name, v in values.items())
+    assert (folder / "resumed" / FINAL).read_bytes() == (folder / "whole" / FINAL).read_bytes()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("method", [LEAP, GRPO, DRaFTLV(steps=STEPS)], ids=lambda m: m.name)
+def test_stopped_anywhere_and_resumed(method, every, tmp_path):
+    """Interrupted inside a random network call, three times over, and resumed: as if undisturbed, bitwise."""
+    training, chance = settings(batches=8, checkpoint_every=every), random.Random(every)
+    _, undisturbed = run(method, training, tmp_path / "whole")
+
+    class Interrupted(AffineFlow):
+        left = 0
+
+        def velocity(self, *args, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+            return super().velocity(*args, **kwargs)
+
+    for _ in range(3):
+        flow = Interrupted(STEPS)
+        flow.left = chance.randint(2, 20)
+        with pytest.raises(KeyboardInterrupt):
+            run(method, training, tmp_path / "resumed", flow)
+    flow, _ = run(method, training, tmp_path / "resumed")
+    same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
+
+
+def test_records_of_a_resumed_run_are_only_the_new_ones(tmp_path):
+    """What the checkpoint covers is not yielded again; once done, nothing is, and the final weights are there."""
+    _, first = run(LEAP, settings(batches=2), tmp_path)
+    _, rest = run(LEAP, settings(batches=5), tmp_path)
+    assert [r["step"] for r in first + rest] == list(range(5))
+    assert load_records(tmp_path) == first + rest
+    (tmp_path / FINAL).unlink()
+    assert run(LEAP, settings(batches=5), tmp_path)[1] == []
+    assert (tmp_path / FINAL).exists()
+
+
+def test_a_method_keeps_its_state(tmp_path):
+    """A method's own state and its modules (weights and moments) survive a stop."""
+
+    class Window(Blackbox):
+        """Trains a value network and slides a window: both change the loss."""
+
+        state: ClassVar[dict] = {}
+
+        def modules(self, flow):
+            return {"value": self.state["net"]}
+
+        def state_dict(self):
+            return {"window": self.state["window"]}
+
+        def load_state_dict(self, state):
+            self.state["window"] = state["window"]
+
+        def loss(self, flow, reward, batch):
+            self.state["window"] += 1
+            value, metrics = super().loss(flow, reward, batch)
+            guess = self.state["net"](batch.noise).mean() * self.state["window"]
+            return Loss(value * 0.1 + (guess - value.detach()) ** 2 + guess * value, metrics)
+
+    def fresh():
+        net = nn.Linear(3, 1, dtype=torch.float64)
+        with torch.no_grad():
+            net.weight.normal_(generator=seeded("net"))
+            net.bias.zero_()
+        Window.state.update(net=net, window=0)
+        return net
+
+    whole = fresh()
+    flow, records = run(Window(), folder=tmp_path / "whole")
+    fresh()
+    run(Window(), settings(batches=3), tmp_path / "resumed")
+    resumed = fresh()
+    again, _ = run(Window(), folder=tmp_path / "resumed")
+    assert torch.equal(flow.bias, again.bias)
+    assert torch.equal(whole.weight, resumed.weight)
+    assert Window.state["window"] == 6
+    assert unclocked(load_records(tmp_path / "resumed")) == unclocked(records)
+
+
+def test_kill_9_and_resume(tmp_path):
+    """A process killed by SIGKILL at a random moment loses its current batch: resumed, the run is the same, bitwise."""
+    training = settings(batches=25)
+    _, undisturbed = run(LEAP, training, tmp_path / "whole")
+    ours, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=train_slowly, args=(tmp_path / "resumed", theirs))
+    process.start()
+    for _ in range(random.randint(2, 12)):
+        assert ours.poll(120)
+        ours.recv()
+    time.sleep(random.uniform(0, 0.02))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    kept = load_records(tmp_path / "resumed")
+    assert 2 <= len(kept) < 25
+    flow, rest = run(LEAP, training, tmp_path / "resumed")
+    assert len(kept) + len(rest) == 25
+    same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
+    assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == [FINAL, STATE]
+
+
+# ---- what is on the disk
+
+
+def test_weights_come_back(tmp_path):
+    """Both the last weights and their average are saved, and load into a fresh flow exactly."""
+    flow, _ = run(LEAP, folder=tmp_path)
+    state = load_state(tmp_path)
+    for which, expected in (("last", flow.bias.detach()), ("ema", state["ema"][0])):
+        other = AffineFlow(STEPS)
+        load_weights(other, tmp_path / FINAL, which)
+        assert torch.equal(other.bias, expected)
+    assert not torch.equal(flow.bias, state["ema"][0])
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    """No average saved, another model, no file, a damaged file: one line that names the file."""
+    path = tmp_path / FINAL
+    save_weights(AffineFlow(STEPS), path)
+    with pytest.raises(UserError, match="no 'ema' weights in it; choose one of: last"):
+        load_weights(AffineFlow(STEPS), path, "ema")
+    with pytest.raises(UserError, match=r"bias is \(4, 3\) in the file and \(5, 3\) in the model"):
+        load_weights(AffineFlow(5), path, "last")
+    with pytest.raises(UserError, match="not a readable weight file"):
+        load_weights(AffineFlow(STEPS), tmp_path / "absent.safetensors")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match="not a readable weight file"):
+        load_weights(AffineFlow(STEPS), path)
+
+
+def test_a_damaged_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
+    """One line says what to do; leftovers of a killed writer are ignored, and swept up by the next."""
+    run(LEAP, settings(batches=2), tmp_path)
+    left = tmp_path / f".{STATE}.12345.tmp"
+    left.write_bytes(b"half")
+    assert len(load_records(tmp_path)) == 2
+    run(LEAP, settings(batches=3), tmp_path)
+    assert not left.exists()
+    (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:200])
+    with pytest.raises(UserError, match="not a readable checkpoint") as caught:
+        run(LEAP, folder=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_disk_that_cannot_be_written_is_one_line(tmp_path):
+    """A file where the folder should be, a full disk: one line with the path; the file that was there stays whole."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_weights(AffineFlow(STEPS), tmp_path / "file" / FINAL)
+    save_state(tmp_path, {"records": [1]})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(UserError, match="cannot be written") as state:
+            save_state(tmp_path, {"big": torch.zeros(10_000)})
+        with pytest.raises(UserError, match="cannot be written") as weights:
+            save_weights(AffineFlow(1000), tmp_path / FINAL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(state.value) + str(weights.value)
+    assert load_records(tmp_path) == [1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", STATE]
+
+
+def test_a_checkpoint_holds_no_code(tmp_path):
+    """An object smuggled into a checkpoint is not built: it is reported as unreadable."""
+    torch.save({"records": [], "evil": SimpleNamespace(x=1)}, tmp_path / STATE)
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load_state(tmp_path)
+
+
+def test_a_metered_flow_is_otherwise_the_flow():
+    """Everything but counting passes through, and reference forwards count too."""
+    flow, meter = AffineFlow(STEPS), Meter()
+    counting = metered(flow, meter)
+    assert next(iter(counting.named_parameters()))[1] is flow.bias
+    cond = counting.encode(["a", "b"])
+    counting.velocity(torch.zeros(2, 3).double(), 1.0, cond, reference=True)
+    counting.decode(torch.zeros(2, 3))
+    assert (meter.nfe_forward, meter.nfe_grad, meter.decodes) == (2, 0, 2)
+
+
+# ---- several ranks
+
+
+def test_two_ranks_are_one(tmp_path):
+    """Two real processes make the updates of one: same choices at every step, same weights and costs, to rounding.
+
+    When one of them fails, the other stops too, with the reason's place in its own error.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [PROCESSES.Process(target=train_as_rank, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["draws"] == second["draws"]
+    assert first["bias"] == second["bias"]
+    for name, method in (("leapalign", LEAP), ("dancegrpo", GRPO)):
+        flow, records = run(method, settings(batches=3))
+        both = torch.tensor(first["bias"][name], dtype=torch.float64)
+        torch.testing.assert_close(both, flow.bias.detach(), rtol=1e-9, atol=1e-9)
+        for mine, theirs in itertools.chain(
+            zip(unclocked(records), unclocked(first["records"][name]), strict=True),
+            zip(unclocked(records), unclocked(second["records"][name]), strict=True),
+        ):
+            assert mine == pytest.approx(theirs, rel=1e-7, abs=1e-9)
+    assert "step 1" in first["error"]
+    assert "another rank failed" in first["error"]
+    assert "step 1" in second["error"]
+    assert "reward is not finite" in second["error"]
+
+
+class LoggedLeap(LeapAlign):
+    """LeapAlign that notes its draws."""
+
+    draws: ClassVar[list] = []
+
+    def draw(self, rng):
+        self.draws.append(super().draw(rng))
+        return self.draws[-1]
+
+
+def train_as_rank(rank: int, port: str, folder: Path) -> None:
+    """In one of two processes: train, then fail on the second rank alone."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    notes: dict = {"bias": {}, "records": {}}
+    for name, method in (("leapalign", LoggedLeap(steps=STEPS)), ("dancegrpo", GRPO)):
+        flow, records = run(method, settings(batches=3), folder / name)
+        notes["bias"][name], notes["records"][name] = flow.bias.tolist(), records
+    notes["draws"] = LoggedLeap.draws
+    try:
+        run(LEAP, reward=Failing(float("nan"), after=1) if rank == 1 else None)
+    except UserError as error:
+        notes["error"] = str(error)
+    (folder / f"rank{rank}.json").write_text(json.dumps(notes))
+
+
+def train_slowly(folder: Path, records) -> None:
+    """In a process for another to kill: train with a pause in every network call, and send each record."""
+
+    class Slow(AffineFlow):
+        def velocity(self, *args, **kwargs):
+            time.sleep(0.001)
+            return super().velocity(*args, **kwargs)
+
+    parts = (LEAP, Slow(STEPS), QuadraticReward(), PROMPTS, settings(batches=25))
+    for record in loop.train(*parts, accelerator=Accelerator(cpu=True), checkpoints=folder):
+        records.send(record)
