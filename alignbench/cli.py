@@ -120,7 +120,9 @@ def sweep(arguments: argparse.Namespace) -> int:
     check_launcher(arguments.launcher)
     store = _store(arguments)
     plan = _plan(arguments)
-    return _make(arguments, plan, _selected(plan, arguments.only), store, arguments.launcher, arguments.jobs)
+    code = _make(arguments, plan, _selected(plan, arguments.only), store, arguments.launcher, arguments.jobs)
+    print(f"the table: alignbench report {plan.document.command}", file=sys.stderr)
+    return code
 
 
 def run(arguments: argparse.Namespace) -> int:

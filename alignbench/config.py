@@ -7,7 +7,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -201,12 +201,15 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of settings. Its ``extends: other.yaml`` (relative to it) is read first and overlaid, key by key."""
-    return _load_yaml(path, ())
+def load_yaml(path: Path, packaged: Mapping[str, Path] | None = None) -> dict[str, Any]:
+    """A YAML file of settings. What it ``extends`` is read first and overlaid, key by key.
+
+    ``extends: other.yaml`` is relative to the file; ``extends: name`` is one of ``packaged``.
+    """
+    return _load_yaml(path, packaged or {}, ())
 
 
-def _load_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+def _load_yaml(path: Path, packaged: Mapping[str, Path], chain: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in chain:
         raise UserError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in chain)}")
     data = parse_yaml(read_text(path), str(path))
@@ -215,9 +218,11 @@ def _load_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if "extends" not in data:
         return data
     parent = data.pop("extends")
-    if not isinstance(parent, str):
-        raise UserError(f"{path}: extends: expected the name of a file, got {parent!r}")
-    return merge(_load_yaml(path.parent / parent, (*chain, path.resolve())), data)
+    beside = path.parent / str(parent)
+    if not beside.exists() and parent not in packaged:
+        raise UserError(f"{path}: extends: there is no file {beside}{did_you_mean(parent, packaged, 'packaged')}")
+    found = beside if beside.exists() else packaged[parent]
+    return merge(_load_yaml(found, packaged, (*chain, path.resolve())), data)
 
 
 def read_text(path: Path) -> str:

@@ -56,6 +56,14 @@ class Job:
         current = next((weights[part.id] for part in self.todo if not part.done), 0.0)
         return min(1.0, (done + current * (self.read()["share"] or 0.0)) / sum(weights.values()))
 
+    def note(self) -> str:
+        """``training 45%, update 22, reward 0.612, about 30 s left``."""
+        said, share, elapsed = self.read(), self.share(), time.time() - self.started
+        part = "" if said["share"] is None else f" {said['share']:.0%}"
+        detail = f", {said['detail']}" if said["detail"] else ""
+        left = f", about {duration(elapsed / share - elapsed)} left" if share > 0.1 else ""
+        return f"{said['stage']}{part}{detail}{left}"
+
 
 def missing(store: Store, run: dict[str, Any]) -> list[Artefact]:
     """What of a run (as the manifest has it) is not there yet."""
@@ -100,10 +108,12 @@ def launch(
     jobs = min(jobs or len(gpus) or cores(), len(queue)) if launcher == "local" else 1
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
     work = Launch(plan, store, folder, queue, jobs, threads, gpus, list(plugins))
-    with show(queue, len(cells)) as display:
-        outcomes += (work.debug if launcher == "debug" else work.local)(display)
-    if all(outcome.state == "done" for outcome in outcomes):
-        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with show(queue, len(cells)) as display:
+            outcomes += (work.debug if launcher == "debug" else work.local)(display)
+    finally:
+        if all(outcome.state == "done" for outcome in outcomes):  # else submitit's own logs may be of use
+            shutil.rmtree(folder, ignore_errors=True)
     return outcomes
 
 
@@ -147,7 +157,7 @@ class Launch:
             display.begin(job)
             with display.in_background():
                 result = executor.submit(execute, self.task(job, None)).result()
-            outcomes.append(Outcome(job.cell, result["state"], result["reason"]))
+            outcomes.append(settle(job, result, str(self.folder)))
             display.end(job, outcomes[-1])
         return outcomes
 
@@ -180,28 +190,32 @@ class Launch:
         executor = submitit.LocalExecutor(self.folder)
         mine = [self.gpus[job.slot % len(self.gpus)]] if self.gpus else []
         executor.update_parameters(timeout_min=FOREVER, gpus_per_node=len(mine), visible_gpus=mine)
-        job.started = time.time()
         with _environment(OMP_NUM_THREADS=str(self.threads)), _child_output(self.folder / "submitit.log"):
             job.handle = executor.submit(execute, self.task(job, os.getpid()))
 
     def _collect(self, job: Job) -> Outcome:
         """What a finished worker said, or that it ended without a word."""
         paths = job.handle.paths
-        if paths.result_pickle.exists():
-            error = job.handle.exception()
-            if error is None:
-                result = job.handle.result()
-                return Outcome(job.cell, result["state"], result["reason"])
-            lines = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", str(error), re.MULTILINE) or ["no reason given"]
-            reason, log = f"the worker could not start: {lines[-1][:300]}", paths.stderr
-        else:
+        if not paths.result_pickle.exists():
             reason = f"the worker was killed while {job.read()['stage']}: kill -9, or out of memory"
             log = self.store.root / "runs" / job.cell.id / "log.txt"
-        part = next((part for part in job.todo if not part.done), None)
-        if part is None:
-            return Outcome(job.cell, "done")
-        part.fail(reason, str(log))
-        return Outcome(job.cell, "failed", reason)
+            return settle(job, {"state": "failed", "reason": reason}, str(log))
+        error = job.handle.exception()
+        if error is None:
+            return settle(job, job.handle.result(), str(paths.stderr))
+        lines = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", str(error), re.MULTILINE) or ["no reason given"]
+        reason = f"the worker could not start: {lines[-1][:300]}"
+        return settle(job, {"state": "failed", "reason": reason}, str(paths.stderr))
+
+
+def settle(job: Job, result: dict[str, Any], log: str) -> Outcome:
+    """The outcome of a worker; a failure that it could not put on record itself is recorded here."""
+    missing = [part for part in job.todo if not part.done]
+    if not missing:
+        return Outcome(job.cell, "done")
+    if result["state"] == "failed" and all(part.failure is None for part in missing):
+        missing[0].fail(result["reason"], log)
+    return Outcome(job.cell, result["state"], result["reason"])
 
 
 def cancel(running: Sequence[Job]) -> None:
@@ -273,6 +287,7 @@ class Display:
             self._overall = bars.add_task("all runs", total=1.0, note="")
 
     def begin(self, job: Job) -> None:
+        job.started = time.time()
         self.running.append(job)
         if self.bars is not None:
             self._rows[id(job)] = self.bars.add_task(job.cell.title, total=1.0, note="starting")
@@ -298,13 +313,13 @@ class Display:
     def refresh(self) -> None:
         if self.bars is not None:
             for job in self.running:
-                self.bars.update(self._rows[id(job)], completed=job.share(), note=_note(job.read()))
+                self.bars.update(self._rows[id(job)], completed=job.share(), note=job.note())
             note = f"{self.finished} of {self.total} runs, {self.left()}"
             self.bars.update(self._overall, completed=self.share(), note=note)
             self.bars.refresh()
         elif time.time() - self._said > PLAIN_EVERY:
             self._said = time.time()
-            states = "; ".join(f"{job.cell.title}: {_note(job.read())}" for job in self.running)
+            states = "; ".join(f"{job.cell.title}: {job.note()}" for job in self.running)
             self.say(f"{self.finished} of {self.total} runs done, {self.left()}; {states}")
 
     @contextmanager
@@ -323,12 +338,6 @@ class Display:
         finally:
             ended.set()
             thread.join()
-
-
-def _note(said: dict[str, Any]) -> str:
-    share = "" if said["share"] is None else f" {said['share']:.0%}"
-    detail = f", {said['detail']}" if said["detail"] else ""
-    return f"{said['stage']}{share}{detail}"
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ the whole object is kept as metadata, as GenEval's lines are).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import unicodedata
@@ -50,7 +51,13 @@ def locate(name: str, where: str) -> Path:
 def load_prompts(name: str, where: str = "prompts") -> list[Prompt]:
     """The prompts of a file or packaged list, in order. UserError (``file:line: what``) for the first unusable line."""
     path = locate(name, where)
-    lines = read_text(path).removesuffix("\n").split("\n")  # not splitlines(): it also splits at U+2028 and others
+    text = read_text(path)
+    return list(_parse(path, text))
+
+
+@functools.lru_cache(maxsize=16)  # a sweep asks for the same few lists once per run
+def _parse(path: Path, text: str) -> tuple[Prompt, ...]:
+    lines = text.removesuffix("\n").split("\n")  # not splitlines(): it also splits at U+2028 and others
     if lines == [""]:
         raise UserError(f"{path}: the file is empty; write one prompt per line")
     prompts, seen = [], dict[str, int]()
@@ -58,12 +65,11 @@ def load_prompts(name: str, where: str = "prompts") -> list[Prompt]:
         spot = f"{path}:{number}"
         prompt = (_from_json if path.suffix == ".jsonl" else _from_text)(line.removesuffix("\r"), spot)
         if prompt.id in seen:
-            raise UserError(
-                f"{spot}: the prompt {prompt.text!r} is already on line {seen[prompt.id]}; keep one of them"
-            )
+            first = seen[prompt.id]
+            raise UserError(f"{spot}: the prompt {prompt.text!r} is already on line {first}; keep one of them")
         seen[prompt.id] = number
         prompts.append(prompt)
-    return prompts
+    return tuple(prompts)
 
 
 def _from_text(line: str, spot: str) -> Prompt:

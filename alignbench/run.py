@@ -6,6 +6,7 @@ the reason in the store and says so, and later stages or other evaluators that d
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SCORED_PER_FILE = 128  # images between two writes of partial scores
+MEGABYTE = 2**20
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy", "pandas", "pillow")
 
 
@@ -75,7 +77,10 @@ class Failed(Exception):
 
 def execute(task: dict[str, Any]) -> dict[str, Any]:
     """All stages of one run. Returns {"state": "done" | "failed", "reason", "made": what was not there before}."""
-    work = Work(Task(**task))
+    try:
+        work = Work(Task(**task))
+    except UserError as error:  # a plug-in that changed under the sweep
+        return {"state": "failed", "reason": str(error), "made": []}
     with _process(work.task, work.log), suppress(Failed):
         work.train()
         work.generate()
@@ -125,7 +130,7 @@ class Work:
                 if lock:
                     self.made.append(artefact.kind)
         except Exception as error:
-            reason = _reason(artefact.kind, error)
+            reason = _reason(artefact.kind, error, self.store.root)
             self.note(traceback.format_exc())
             self.failures.append(reason)
             if not isinstance(error, LockLost):  # then the record is the other process's
@@ -185,7 +190,9 @@ class Work:
             self.progress("training", share, f"update {record['update'] + 1}{shown}")
         lock.check()
         write_frame(self.run.folder / "train.parquet", pd.DataFrame(checkpoint.load_records(checkpoints)))
-        os.replace(checkpoints / checkpoint.FINAL, self.run.product)
+        final = checkpoints / checkpoint.FINAL
+        final.chmod((self.run.folder / "train.parquet").stat().st_mode)  # safetensors' own would shut out a group
+        final.replace(self.run.product)
 
     def provenance(self, started: float) -> dict[str, Any]:
         """What is recorded and not hashed: where, when and with what code the weights were made."""
@@ -219,6 +226,8 @@ class Work:
             rows = [self._image_row(prompt, index) for prompt in self.prompts for index in self._indices]
             import pandas as pd
 
+            for half in self.images.folder.glob(".*.tmp"):  # of a process that was killed while writing
+                half.unlink()
             lock.check()
             write_frame(self.images.product, pd.DataFrame(rows))
             self.images.status.unlink(missing_ok=True)  # of an earlier failure
@@ -337,9 +346,11 @@ def _png(image: Image) -> bytes:
     return data.getvalue()
 
 
-def _reason(stage: str, error: Exception) -> str:
-    """One line."""
+def _reason(stage: str, error: Exception, store: Path) -> str:
+    """One line. A full disk is told by looking: torch and parquet each have their own words for it."""
     kind = {"run": "training", "images": "generation", "scores": "scoring"}[stage]
+    if shutil.disk_usage(store).free < MEGABYTE:
+        error = OSError(errno.ENOSPC, "", str(store))
     if isinstance(error, OSError) and error.errno is not None:
         return f"{kind}: {cannot_write(error.filename or 'store', error)}"
     text = " ".join(str(error).split())[:300]
@@ -401,6 +412,7 @@ def _process(task: Task, log: Path) -> Iterator[None]:
             handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             os.dup2(handle, sys.stdout.fileno())
             os.dup2(handle, sys.stderr.fileno())
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the sweep is a shell's background job
         threading.Thread(target=_end_with, args=(task.launcher,), daemon=True).start()
     import torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -193,8 +194,10 @@ SAMPLE = 16 * 2**20
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """One digest of the files' names (with their folder's) and content. UserError if one cannot be read."""
-    named = sorted((f"{path.parent.name}/{path.name}", _file_digest(path)) for path in files)
+    """One digest of content and of names below the files' common folder. UserError if one cannot be read."""
+    files = list(files)
+    top = os.path.commonpath([path.parent for path in files]) if files else ""
+    named = sorted((os.path.relpath(path, top), _file_digest(path)) for path in files)
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 

@@ -235,9 +235,11 @@ class Lock:
             self.path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT):
-            with suppress(OSError):
-                os.utime(self.path)
+        with suppress(LockLost):
+            while not self._ended.wait(BEAT):
+                self.check()
+                with suppress(OSError):
+                    os.utime(self.path)
 
     def _remove_stale(self) -> None:
         """By one of several that noticed: without the guard the second would remove the first one's new lock."""

@@ -98,7 +98,7 @@ class Document:
 
 def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, limit: int | None = None) -> Document:
     """A sweep file, or a packaged one by its name, with command-line changes. UserError if it cannot be read."""
-    data = load_yaml(_find(path))
+    data = load_yaml(_find(path), sweeps())
     words = [path, *assignments]
     if seeds is not None:
         assignments = [*assignments, f"grid={{training.seed: [{seeds}]}}"]
@@ -156,6 +156,7 @@ class Plan:
         return {
             "name": self.document.name,
             "sweep": self.document.command,
+            "world": self.cells[0].spec.backend.get("model"),
             "training_evaluator": self.training_evaluator,
             "protocol": settings(self.evaluation.protocol),
             "subset": self.evaluation.limit,
@@ -198,12 +199,18 @@ def resolve(document: Document, registry: Registry) -> Plan:
     evaluation = sweep.evaluation
     protocol = evaluation.protocol
     prompts = load(protocol.prompts, join(f"{where}: evaluation", "protocol.prompts"))[: evaluation.limit]
-    for cell in cells:
+    for cell in {_but_seed(cell.spec): cell for cell in cells}.values():
         check_run(cell.spec, registry, f"{where}: {cell.spec.label}")
         check_evaluation(cell, evaluation, registry, where)
     scores = _scores(sweep, prompts, registry, where)
     cells = [identify(cell, evaluation, prompts, registry) for cell in cells]
     return Plan(document, evaluation, cells, scores, prompts, str(sweep.base.reward.evaluator.get("name")))
+
+
+def _but_seed(spec: RunSpec) -> str:
+    """Equal for runs that differ in the seed alone: what can be checked of one holds for the other."""
+    plain = settings(spec)
+    return content_id(plain | {"training": plain["training"] | {"seed": 0}})
 
 
 def _refuse_case_settings(document: Document) -> None:
@@ -331,13 +338,14 @@ def _refuse_twins(cells: Sequence[Cell], where: str) -> None:
 
 
 def _refuse_idle(sweep: Sweep, document: Document, cells: Sequence[Cell], registry: Registry) -> None:
-    """A setting that reaches no run is a typing mistake."""
+    """A setting that reaches no run is a typing mistake; a known method that this sweep leaves out is none."""
+    labels = [case.label for case in sweep.cases]
     for i, override in enumerate(sweep.overrides):
-        where = f"{document.path}: overrides[{i}].match"
-        note = {"set": override.set, "reason": override.reason}
-        if not any(note in cell.notes for cell in cells):
-            labels = ", ".join(case.label for case in sweep.cases)
-            raise UserError(f"{where}: {override.match} matches no run (rows: {labels})")
+        for key in {"method", "label"} & override.match.keys():
+            known = [*labels, *(registry.names("method") if key == "method" else [])]
+            if (value := override.match[key]) not in known:
+                where = f"{document.path}: overrides[{i}].match.{key}"
+                raise UserError(f"{where}: there is no '{value}'{did_you_mean(str(value), known)}")
     for axis, _ in document.run_sets:
         fields = {name for cell in cells for name in cell.spec.method if name != "name"}
         own = axis.partition(".")[2].partition(".")[0]

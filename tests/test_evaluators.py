@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from alignbench.evaluators import geneval
-from alignbench.evaluators.geneval import GenEval
-from alignbench.evaluators.hpsv2 import HPSv2
-from alignbench.evaluators.pickscore import PickScore
 from PIL import Image
 
 from alignbench.config import UserError
 from alignbench.evaluator import Reward, to_tensor
+from alignbench.evaluators import geneval
+from alignbench.evaluators.geneval import GenEval
+from alignbench.evaluators.hpsv2 import HPSv2
+from alignbench.evaluators.pickscore import PickScore
 from alignbench.prompts import Prompt
 from alignbench.shapes import checker, scene
 from alignbench.testing import EvaluatorContract, picture

@@ -17,7 +17,7 @@ README = Path(__file__).parent.parent / "README.md"
 def blocks(language: str) -> dict[str, str]:
     """The fenced blocks of a language that name their file in the first line: ``# name.py``."""
     found = re.findall(rf"```{language}\n# (\S+)\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    return {name: text for name, text in found}
+    return dict(found)
 
 
 @pytest.fixture

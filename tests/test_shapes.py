@@ -13,7 +13,8 @@ from alignbench.shapes import scene as S
 
 
 def everything():
-    return [m for items in S.splits().values() for m in items]
+    splits = S.splits()
+    return splits["train"] + splits["val"] + splits["test"]
 
 
 def as_uint8(image):
@@ -90,7 +91,7 @@ def test_relations_follow_the_picture():
 def test_splits_are_disjoint_and_cover_the_six_tasks():
     """No sentence is in two splits or in the auxiliary captions; held-out sizes are as announced."""
     splits = S.splits()
-    sentences = [m["prompt"] for m in everything()] + [m["prompt"] for m in S.auxiliary()]
+    sentences = [m["prompt"] for m in everything() + splits["spare"] + S.auxiliary()]
     assert len(set(sentences)) == len(sentences)
     assert Counter(m["tag"] for m in splits["test"]) == S.TEST_SIZES
     assert Counter(m["tag"] for m in splits["val"]) == S.VAL_SIZES
@@ -123,7 +124,7 @@ def test_assets_are_small():
 
 
 def test_flux_pipeline_loads_and_draws():
-    """diffusers' own FluxPipeline samples the shipped model: more than a quarter of 24 pictures satisfy their prompt."""
+    """diffusers' own FluxPipeline samples the shipped model; over a quarter of 24 pictures satisfy their prompt."""
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(ASSETS / "model", torch_dtype=torch.float32)
@@ -152,7 +153,7 @@ def truth_and_lies(n=64):
 
 
 def test_hpsv2_loads_into_open_clip_and_prefers_the_truth():
-    """Strict load into open_clip.CLIP with open_clip's tokenizer; true captions outscore near misses nine times in ten."""
+    """Strict load into open_clip.CLIP, open_clip's tokenizer; true captions outscore near misses nine times in ten."""
     open_clip = pytest.importorskip("open_clip")
     config = json.loads((ASSETS / "hpsv2/open_clip_config.json").read_text())["model_cfg"]
     model = open_clip.CLIP(**config).eval()

@@ -9,6 +9,9 @@ The text encoders are trained to name the attributes of the object each token be
 layout are what a flow of this size learns last, and it should not have to learn language too.
 """
 
+# mypy: ignore-errors
+# the reason: diffusers' lazy imports hide that its models are torch modules
+
 import copy
 import itertools
 import json
@@ -56,6 +59,8 @@ def replace_folder(folder: Path, fill) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     fill(temporary)
+    for file in filter(Path.is_file, temporary.rglob("*")):
+        file.chmod(0o644)  # safetensors writes 0600, which an installed package would keep
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -577,6 +582,12 @@ def quick_geneval(work: Path, model, per_prompt: int = 4, split: str = "val", se
 
 def export(work: Path, source: str = "flow-final") -> None:
     """assets/model from the work folder, weights rounded to fp16."""
+
+    def fill(folder: Path) -> None:
+        pipeline.to(torch.float16).save_pretrained(folder)
+        for part in ("text_encoder", "text_encoder_2"):
+            load_as_float32(folder / part)
+
     clip, clip_words, t5, t5_words = load_text(work)
     pipeline = FluxPipeline(
         FlowMatchEulerDiscreteScheduler(**SCHEDULER),
@@ -584,4 +595,10 @@ def export(work: Path, source: str = "flow-final") -> None:
         clip, clip_words, t5, t5_words,
         FluxTransformer2DModel.from_pretrained(work / source),
     )  # fmt: skip
-    replace_folder(ASSETS / "model", pipeline.to(torch.float16).save_pretrained)
+    replace_folder(ASSETS / "model", fill)
+
+
+def load_as_float32(folder: Path) -> None:
+    """Have transformers read these fp16 weights as fp32 unless told otherwise, as diffusers reads its own."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")

@@ -191,7 +191,7 @@ def grammar() -> dict[str, list[dict]]:
 def splits() -> dict[str, list[dict]]:
     """Disjoint prompts: `train`, `val`, `test`, and `spare` (training sentences that `train.jsonl` leaves out)."""
     rng = np.random.default_rng(SPLIT_SEED)
-    out = {"train": [], "val": [], "test": [], "spare": []}
+    out: dict[str, list[dict]] = {"train": [], "val": [], "test": [], "spare": []}
     for task, items in grammar().items():
         items = [items[i] for i in rng.permutation(len(items))]
         n_test, n_val = TEST_SIZES[task], VAL_SIZES[task]

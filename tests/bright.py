@@ -1,0 +1,69 @@
+"""A plug-in file, as a user would write one: a reward for bright pictures, and methods that go wrong on demand."""
+
+import os
+from typing import ClassVar
+
+import pandas as pd
+
+from alignbench import AlignMethod, Evaluator, Loss, Metric, UserError
+from alignbench.flow import integrate
+
+
+class Bright(Evaluator):
+    """The mean of all pixels."""
+
+    name: ClassVar[str] = "bright"
+    version: ClassVar[str] = "1"
+    metrics: ClassVar[tuple[Metric, ...]] = (Metric("brightness", "fraction"),)
+    differentiable: ClassVar[bool] = True
+
+    power: float = 1.0
+
+    def score(self, images, prompts):
+        import numpy as np
+
+        return pd.DataFrame({"brightness": [(np.asarray(image) / 255).mean() ** self.power for image in images]})
+
+    def reward(self, pixels, prompts):
+        return pixels.mean((1, 2, 3))
+
+
+class Broken(Evaluator):
+    """Fails for as long as ALIGNBENCH_TEST_BROKEN is set."""
+
+    name: ClassVar[str] = "broken"
+    version: ClassVar[str] = "1"
+    metrics: ClassVar[tuple[Metric, ...]] = (Metric("worth", "points"),)
+
+    def score(self, images, prompts):
+        if os.environ.get("ALIGNBENCH_TEST_BROKEN"):
+            raise RuntimeError("the judge is ill")
+        return pd.DataFrame({"worth": [1.0, float("nan"), *[2.0] * (len(images) - 2)]})
+
+
+class Last(AlignMethod):
+    """The gradient of the last step only."""
+
+    name: ClassVar[str] = "last"
+    steps: int = 2
+
+    def loss(self, flow, reward, batch):
+        t = flow.sigmas(self.steps)
+        x = integrate(flow, batch.noise, t[:-1], batch.cond)
+        x_0 = x - t[-2] * flow.velocity(x, t[-2], batch.cond)
+        score = reward(flow.decode(x_0), batch.prompts)
+        return Loss(reward.loss(score).mean(), {"reward": score.detach().mean()})
+
+
+class Stopped(Last):
+    """``last``, but ALIGNBENCH_TEST_STOP decides what happens in a batch: "3:KeyboardInterrupt", "0:RuntimeError"."""
+
+    name: ClassVar[str] = "stopped"
+
+    def loss(self, flow, reward, batch):
+        step, _, error = os.environ.get("ALIGNBENCH_TEST_STOP", "").partition(":")
+        if step == str(batch.step):
+            raise {"KeyboardInterrupt": KeyboardInterrupt, "RuntimeError": RuntimeError, "UserError": UserError}[error](
+                "stopped on demand"
+            )
+        return super().loss(flow, reward, batch)

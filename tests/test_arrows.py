@@ -1,0 +1,111 @@
+"""Who may import whom: the arrows of docs/design.md, kept by the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Every module imports from layers above its own only, whether at its top or inside a function.
+LAYERS = (
+    {"config", "stats", "grid", "shapes.scene"},
+    {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "checkpoint", "shapes"},
+    {"flow", "meter", "spec", "store", "shapes.checker"},
+    {"train", "generate", "sweep", "report"},
+    {"run", "testing", "backends.flux"},
+    {"launch"},
+    {"cli"},
+)
+BUILD = "shapes.build"  # makes the packaged files; not part of the harness
+METHODS = {"flow", "method", "config"}  # torch, and nothing else of ours
+EVALUATORS = {"evaluator", "config", "weights", "prompts", "shapes"}
+REPORTS = {"store", "table", "stats", "config", "reports"}
+TORCHLESS = {"cli", "launch", "run", "sweep", "spec", "store", "plugins", "prompts", "config", "report", "analysis"}
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(node: ast.AST, inside: bool = True) -> Iterator[str]:
+    """Modules imported at run time; with ``inside`` also those imported within functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.ImportFrom) and child.module == "alignbench":
+            yield from (f"alignbench.{alias.name}" for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield child.module or ""
+        elif isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        if inside or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from imports(child, inside)
+
+
+def ours(path: Path, inside: bool = True) -> set[str]:
+    """Our own modules that a file imports, without the leading ``alignbench.``."""
+    found = (name for name in imports(tree(path), inside) if name.startswith("alignbench."))
+    return {name.removeprefix("alignbench.") for name in found}
+
+
+def harness() -> dict[str, Path]:
+    files = sorted((ROOT / "alignbench").rglob("*.py"))
+    dotted = {".".join(path.relative_to(ROOT / "alignbench").with_suffix("").parts): path for path in files}
+    named = {name.removesuffix(".__init__"): path for name, path in dotted.items()}
+    return {n: p for n, p in named.items() if n not in ("__init__", "backends") and not n.startswith(BUILD)}
+
+
+def layer(module: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if module in names)
+
+
+def test_every_module_has_its_layer():
+    """A new module is put somewhere in the order, on purpose."""
+    assert harness().keys() == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("module", sorted(set().union(*LAYERS)))
+def test_the_harness_imports_downwards(module):
+    """cli -> launch -> run -> train, generate, store -> method, flow, evaluator, meter, prompts -> config."""
+    wrong = [name for name in ours(harness()[module]) if layer(name) >= layer(module)]
+    assert not wrong, f"{module} imports {wrong}, which stand beside or above it"
+
+
+def test_the_harness_knows_no_method_evaluator_or_report_by_name():
+    """It finds them through plugins.py, as it finds a stranger's."""
+    for module, path in harness().items():
+        named = [name for name in ours(path) if name.startswith(("methods", "evaluators", "reports", "sweeps"))]
+        assert not named, f"{module} imports {named}"
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"), [("methods", METHODS), ("evaluators", EVALUATORS), ("reports", REPORTS)]
+)
+def test_what_stands_beside_the_harness_imports_little_of_it(folder, allowed):
+    """methods: flow, method, config; evaluators: evaluator and what reads weights; reports: the store and tables."""
+    for path in sorted((ROOT / folder).glob("*.py")):
+        wrong = {name for name in ours(path) if name.partition(".")[0] not in allowed}
+        assert not wrong, f"{folder}/{path.name} imports {wrong}"
+
+
+@pytest.mark.parametrize("folder", ["evaluators", "reports"])
+def test_heavy_imports_stand_inside_functions(folder):
+    """No evaluator or report imports torch at its top: naming one costs nothing."""
+    for path in sorted((ROOT / folder).glob("*.py")):
+        heavy = {name.partition(".")[0] for name in imports(tree(path), inside=False)}
+        assert not heavy & {"torch", "transformers", "open_clip", "diffusers", "torchvision"}, path
+
+
+def test_the_command_line_is_light():
+    """What help, lists, status and report are made of imports no torch at its top, nor what does."""
+    heavy = {"torch", "transformers", "diffusers", "accelerate", "open_clip"}
+    light = TORCHLESS | {"table", "stats", "grid", "weights", "method", "evaluator"}
+    for module in light:
+        path = harness()[module]
+        assert not heavy & {name.partition(".")[0] for name in imports(tree(path), inside=False)}, module
+        assert ours(path, inside=False) <= light, module

@@ -1,0 +1,134 @@
+"""Settings are strict, and an error says where, what, and what instead, in one line."""
+
+from typing import Any, Literal
+
+import pytest
+
+from alignbench.config import Config, UserError, decode, load_yaml, merge, parse_assignment, parse_yaml, put, settings
+
+
+class Inner(Config):
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: int = 0
+
+
+class Outer(Config):
+    name = "outer"
+    count: int
+    inner: Inner = Inner()
+    mode: Literal["full", "lora"] = "full"
+    flag: bool = False
+    maybe: Inner | None = None
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"count": 1, "iner": {}}, "x: base.iner: outer has no such setting; did you mean 'inner'? (settings: "),
+        ({"count": 1, "inner": {"lrr": 1}}, "x: base.inner.lrr: inner has no such setting; did you mean 'lr'?"),
+        ({"count": 1, "maybe": {"warm": 1}}, "x: base.maybe.warm: inner has no such setting; did you mean 'warmup'?"),
+        ({"count": 1.0}, "x: base.count: expected a whole number, got float (1.0)"),
+        ({"count": "1"}, "x: base.count: expected a whole number, got text ('1')"),
+        ({"count": True}, "x: base.count: expected a whole number, got true or false (True)"),
+        ({"count": 1, "flag": "true"}, "x: base.flag: expected true or false, got text ('true')"),
+        ({"count": 1, "inner": {"lr": "1e-5"}}, "x: base.inner.lr: expected float, got text ('1e-5')"),
+        ({"count": 1, "inner": {"betas": [0.9, "b"]}}, "x: base.inner.betas[1]: expected float, got text ('b')"),
+        ({"count": 1, "inner": {"lr": float("nan")}}, "x: base.inner.lr: nan is not a number"),
+        ({"count": 1, "mode": "lorra"}, "x: base.mode: invalid enum value 'lorra' ('lorra'); choose one of full, lora"),
+        ({}, "x: base: 'count' is missing"),
+        ([], "x: base: expected settings (key: value), got a list"),
+    ],
+)
+def test_wrong_settings_are_one_line_with_the_full_path(data: Any, line: str) -> None:
+    """A typo, a wrong type, a missing key: each names its place and what would be right."""
+    with pytest.raises(UserError) as error:
+        decode(Outer, data, "x: base")
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_number_is_a_float() -> None:
+    """``lr: 1`` and ``lr: 1.0`` are the same setting, so that they make the same id."""
+    assert settings(decode(Outer, {"count": 1, "inner": {"lr": 1}}, "")) == settings(
+        decode(Outer, {"count": 1, "inner": {"lr": 1.0}}, "")
+    )
+
+
+def test_settings_are_complete_and_named() -> None:
+    """What is written down includes every default, and the name by which the class is chosen."""
+    plain = settings(decode(Outer, {"count": 3}, ""))
+    assert plain["name"] == "outer"
+    assert plain["inner"] == {"lr": 1e-5, "betas": [0.9, 0.999], "warmup": 0}
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.0e-5", "+1e-5", ".1e-4"])
+def test_scientific_notation_is_a_number(text: str) -> None:
+    """PyYAML alone reads ``1e-5`` as text."""
+    assert parse_yaml(f"lr: {text}", "x")["lr"] == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: 1\nb: 2\na: 3", "x:3: the key 'a' is already set on line 1"),
+        ("top:\n  a: 1\n  a: 2", "x:3: the key 'a' is already set on line 2"),
+        ("a: [1, 2", "x:1: "),
+        ("a:\n  b: 1\n c: 2", "x:3: "),
+        ("1: a", "x:1: the key 1 is not text"),
+        ("a: !!python/object/apply:os.system ['true']", "x:1: could not determine a constructor"),
+        ("a: 2026-13-45", "x: not YAML"),
+    ],
+)
+def test_bad_yaml_names_file_and_line(text: str, line: str) -> None:
+    """A syntax error or a key given twice is one line with its number; no Python object is ever made."""
+    with pytest.raises(UserError) as error:
+        parse_yaml(text, "x")
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_can_extend_another(tmp_path) -> None:
+    """``extends`` overlays key by key, relative to the file; lists are replaced, and a circle is an error."""
+    (tmp_path / "a.yaml").write_text("x: {p: 1, q: 2}\ny: [1, 2]")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nx: {q: 3}\ny: [4]")
+    assert load_yaml(tmp_path / "b.yaml") == {"x": {"p": 1, "q": 3}, "y": [4]}
+    (tmp_path / "c.yaml").write_text("extends: packed\nz: 1")
+    assert load_yaml(tmp_path / "c.yaml", {"packed": tmp_path / "a.yaml"})["z"] == 1
+    (tmp_path / "c.yaml").write_text("extends: pakced")
+    with pytest.raises(UserError, match="did you mean 'packed'"):
+        load_yaml(tmp_path / "c.yaml", {"packed": tmp_path / "a.yaml"})
+    (tmp_path / "a.yaml").write_text("extends: b.yaml")
+    with pytest.raises(UserError, match="extends itself"):
+        load_yaml(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"- a\n- b", None])
+def test_a_file_that_is_no_settings(tmp_path, content) -> None:
+    """Not UTF-8, a list, absent: one line with the file's name."""
+    path = tmp_path / "a.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"^.*a\.yaml: "):
+        load_yaml(path)
+
+
+def test_dotted_assignments() -> None:
+    """``a.b[1].c=1e-3`` is read as YAML and changes a copy."""
+    path, value = parse_assignment("a.b[1].c=1e-3")
+    before = {"a": {"b": [1, {"c": 2}]}}
+    assert put(before, path, value, "x") == {"a": {"b": [1, {"c": 1e-3}]}}
+    assert before == {"a": {"b": [1, {"c": 2}]}}
+    assert put({}, "a.b", 1, "x") == {"a": {"b": 1}}
+    for bad in ("a", "=1", "a b=1", "a.=1"):
+        with pytest.raises(UserError, match="is not of the form"):
+            parse_assignment(bad)
+    with pytest.raises(UserError, match="no item"):
+        put(before, "a.b[7]", 1, "x")
+
+
+def test_merge_keeps_what_is_not_named() -> None:
+    """Overlaying goes into nested settings and leaves its arguments alone."""
+    base = {"a": {"x": 1, "y": 2}}
+    assert merge(base, {"a": {"y": 3}, "b": 4}) == {"a": {"x": 1, "y": 3}, "b": 4}
+    assert base == {"a": {"x": 1, "y": 2}}
