@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1  # several processes with one thread each are faster here than one with several
 JOBS ?= 2
 
 .PHONY: quickstart test test-slow lint

@@ -211,10 +211,10 @@ def plan(arguments: argparse.Namespace) -> int:
     images = len(plan.prompts) * plan.evaluation.protocol.images_per_prompt
     for cell in cells:
         todo = [part.kind for part in missing(store, runs[cell.spec.label, cell.seed])]
-        stages = {"run": "train" if cell.trains else "", "images": f"{images} images", "scores": "score"}
+        train = f"train {_cost(cell)}" if cell.trains else ""
+        stages = {"run": train, "images": f"generate {images} images", "scores": "score"}
         steps = ", ".join(dict.fromkeys(stages[kind] for kind in todo if stages[kind])) or "nothing to do"
-        cost = _cost(cell) if cell.trains and "run" in todo else ""
-        print(f"{cell.title}: {steps}{cost}  ({cell.id})")
+        print(f"{cell.title}: {steps}  ({cell.id})")
     print(_summary(store, plan, cells))
     return DONE
 
@@ -312,11 +312,11 @@ def _cost(cell: Cell) -> str:
     """A rough number of network evaluations of training."""
     budget, steps = cell.spec.training.budget, cell.spec.method["steps"]
     if budget.nfe:
-        return f", {budget.nfe:,} NFE"
+        return f"for {budget.nfe:,} NFE"
     images = budget.images or (budget.updates or 0) * cell.spec.training.batch
     if images:
-        return f" on {images:,} images of {steps} steps, roughly {images * steps:,} NFE"
-    return f" for {budget.gpu_seconds:,} GPU-seconds"
+        return f"on {images:,} images ({steps} steps each, roughly {images * steps:,} NFE)"
+    return f"for {budget.gpu_seconds:,} GPU-seconds"
 
 
 def _manifest(arguments: argparse.Namespace, store: Store) -> dict[str, Any]:

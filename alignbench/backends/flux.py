@@ -36,6 +36,9 @@ class Flux(Config):
     """A FluxPipeline folder or hub id, and how it is trained. ``size``, ``guidance``: of training, not evaluation."""
 
     name: ClassVar[str] = "flux"
+    training_only: ClassVar[tuple[str, ...]] = (  # settings that do not change the untrained model's images
+        *("size", "guidance", "lora_rank", "lora_alpha", "lora_targets", "clamp", "gradient_checkpointing"),
+    )
     model: str = "black-forest-labs/FLUX.1-dev"  # or a folder, or "shapes"
     revision: str | None = None
     size: int = 720  # pixels, square, during training (LeapAlign section 6.1)
