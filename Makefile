@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-export OMP_NUM_THREADS ?= 1  # several processes with one thread each are faster here than one with several
+# several processes with one thread each are faster than one with several
+export OMP_NUM_THREADS ?= 1
 JOBS ?= 2
 
 .PHONY: quickstart test test-slow lint
