@@ -5,8 +5,6 @@ Nothing here unpickles objects: states hold tensors and plain data (``weights_on
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from alignbench.config import UserError
+from alignbench.store import write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,32 +25,23 @@ STATE = "state.pt"  # in a run's checkpoint folder: the last batch boundary
 FINAL = "final.safetensors"  # beside it once training is over
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` to a temporary name, flush it to the disk, rename: a reader sees the old file or the whole new one.
+def _replace(path: Path, content: Callable[[Path], object]) -> None:
+    """``store.write``, for libraries that report a full disk in their own way. UserError if the disk does not take it.
 
-    A file has one writer, so temporary files of that name are a killed writer's, and removed. UserError if the disk
-    is full or read-only.
+    A file has one writer, so temporary files of that name are a killed writer's, and removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*.tmp"):
-            left.unlink()
-        write(temporary)
-        _flush(temporary)
-        temporary.replace(path)
-        _flush(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError to torch
+        write(path, content)
+    except (RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a disk that is full
         why = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be written ({why}); free space there, or choose another store") from error
-    finally:
-        with contextlib.suppress(OSError):  # there may not even be a folder
-            temporary.unlink(missing_ok=True)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Replace the folder's training state. ``state``: tensors and plain data."""
-    write_atomically(folder / STATE, lambda path: torch.save(state, path))
+    _replace(folder / STATE, lambda path: torch.save(state, path))
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
@@ -81,7 +71,7 @@ def save_weights(flow: Flow, path: Path, ema: list[Tensor] | None = None) -> Non
     if ema is not None:
         tensors |= {f"ema.{name}": average for (name, _), average in zip(named, ema, strict=True)}
     contiguous = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary))
+    _replace(path, lambda temporary: save_file(contiguous, temporary))
 
 
 def load_weights(flow: Flow, path: Path, which: str = "ema") -> None:
@@ -109,12 +99,3 @@ def copy_parameters(into: dict[str, torch.nn.Parameter], stored: dict[str, Tenso
     with torch.no_grad():
         for name, p in into.items():
             p.copy_(stored[name])
-
-
-def _flush(path: Path) -> None:
-    """Wait until the file (or folder's list of names) is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

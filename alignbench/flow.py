@@ -63,6 +63,9 @@ class Flow(Protocol):
         """The same parameters in the same order, each with the name it is saved under."""
         ...
 
+    # A flow that is evaluated also has ``at(size=, guidance=)``: the same weights at evaluation's image size (pixels)
+    # and guidance. A toy that is only trained needs none.
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -250,7 +250,7 @@ def _budgets(analysis: Analysis, costs: pd.DataFrame) -> str:
     if images.nunique() == 1:
         return f"All methods are compared at equal images: {number(images.iloc[0], 0)} per training run."
     per = done.assign(images=images).groupby("label", sort=False)["images"].mean()
-    listed = ", ".join(f"{escape(label)} {number(count, 0)}" for label, count in per.items())
+    listed = ", ".join(f"{escape(str(label))} {number(count, 0)}" for label, count in per.items())
     return f"**The numbers of training images differ**: {listed}."
 
 

@@ -314,8 +314,10 @@ class Work:
         return pd.concat(frames, ignore_index=True)
 
     def _score_rows(self, evaluator: Any, rows: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+        import pandas as pd
+
         prompts = {prompt.id: prompt for prompt in self.prompts}
-        pictures = [self._picture(row) for row in rows.to_dict("records")]
+        pictures = [self._picture(file, sha256) for file, sha256 in zip(rows["file"], rows["sha256"])]
         found = evaluator.score(pictures, [prompts[id] for id in rows["prompt_id"]])
         if len(found) != len(rows) or (missing := [name for name in names if name not in found]):
             what = f"no column '{missing[0]}'" if len(found) == len(rows) else f"{len(found)} rows"
@@ -323,15 +325,16 @@ class Work:
         frame = rows[["prompt_id", "tag", "index"]].reset_index(drop=True)
         frame[names] = found[names].to_numpy(dtype=float)
         frame["ok"] = frame[names].notna().all(axis=1)
-        return frame.assign(error=[None if ok else "the score is not a number" for ok in frame["ok"]])
+        frame["error"] = pd.Series(None, frame.index, object).mask(~frame["ok"], "the score is not a number")
+        return frame
 
-    def _picture(self, row: dict[str, Any]) -> Image:
+    def _picture(self, file: str, sha256: str) -> Image:
         """The image, if it is still the one that was made."""
         from PIL import Image
 
-        path = self.images.folder / row["file"]
+        path = self.images.folder / file
         data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != row["sha256"]:
+        if hashlib.sha256(data).hexdigest() != sha256:
             raise UserError(f"{path}: not the picture that was made; delete {self.images.folder} to make them again")
         return Image.open(io.BytesIO(data)).convert("RGB")
 

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
     {"config", "stats", "grid", "shapes.scene"},
-    {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "checkpoint", "shapes"},
+    {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes"},
     {"flow", "meter", "spec", "store", "shapes.checker"},
+    {"checkpoint"},
     {"train", "generate", "sweep", "report"},
     {"run", "testing", "backends.flux"},
     {"launch"},

@@ -233,7 +233,8 @@ def test_budgets_end_at_a_batch_boundary(budget, batches):
 def test_a_budget_of_seconds():
     """Seconds of training are spent, on every rank: two ranks spend them twice as fast."""
     _, records = run(LEAP, settings(budget=Budget(gpu_seconds=0.05)))
-    assert records[-1]["seconds"] >= 0.05 > records[-2]["seconds"]
+    assert records[-1]["seconds"] >= 0.05
+    assert all(record["seconds"] < 0.05 for record in records[:-1])  # none, if this machine is slow
     assert loop.spent(Budget(gpu_seconds=10.0), {"seconds": 5.0}, ranks=2) == 1
     assert loop.spent(Budget(updates=4), {}) == 0
 
