@@ -152,8 +152,14 @@ def _column(measure: Measure) -> Column:
 
 
 def _mean_cell(analysis: Analysis, measure: Measure, label: str, best: str | None, close: Sequence[str]) -> Cell:
-    found = analysis.means[measure][label]
-    return Cell(found.mean, found.lo, found.hi, bold=label == best, mark="(=)" if label in close else "")
+    mark = "(=)" if label in close else ""
+    return _estimate_cell(analysis.means[measure][label], measure)._replace(bold=label == best, mark=mark)
+
+
+def _estimate_cell(found: stats.Estimate, measure: Measure) -> Cell:
+    """A mean and its interval; a share's interval ends where shares end."""
+    lo, hi = (min(max(limit, 0.0), 1.0) if measure.unit == "fraction" else limit for limit in (found.lo, found.hi))
+    return Cell(found.mean, lo, hi)
 
 
 def _cost_cells(costs: pd.DataFrame, label: str) -> list[Cell]:
@@ -324,7 +330,7 @@ def _task_sections(analysis: Analysis) -> list[str]:
         rows = []
         for label in analysis.labels:
             found = [*(means[label] for means in tasks.values()), analysis.means[measure][label]]
-            rows.append([Cell(label), *(Cell(each.mean, each.lo, each.hi) for each in found)])
+            rows.append([Cell(label), *(_estimate_cell(each, measure) for each in found)])
         sections += [f"## {escape(measure.name)} [{measure.role}], by task", Table(columns, rows).markdown()]
     return sections
 
@@ -343,13 +349,17 @@ def _notes_section(manifest: dict[str, Any]) -> list[str]:
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> str:
-    """``{"a": {"b": 1}}`` -> ``a.b = 1``; settings that are off (None) are left out."""
+    """``{"a": {"b": 1}}`` -> ``a.b = 1``; a setting that is off (None) is shown as ``none``: it may be a departure."""
     nested = [
-        _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key} = {value}"
+        _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key} = {_said(value)}"
         for key, value in settings.items()
-        if value is not None and value != {}
+        if value != {}
     ]
     return ", ".join(nested)
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def _settings_section(manifest: dict[str, Any]) -> list[str]:

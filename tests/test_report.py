@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 
-from alignbench import grid, report, store
-from alignbench.analysis import UNTRAINED, analyse
+from alignbench import grid, report, stats, store
+from alignbench.analysis import UNTRAINED, Measure, analyse
 from alignbench.table import Cell, Column, Table, escape, interval, number
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -450,3 +450,18 @@ def test_a_large_sweep_is_quick():
     start = time.process_time()
     page(given)
     assert time.process_time() - start < 5
+
+
+def test_the_interval_of_a_share_ends_where_shares_end():
+    """Two prompts give a t-interval that reaches beyond 1; what is printed of a fraction stays within [0, 1]."""
+    wide = stats.mean_interval(np.array([0.75, 1.0])[:, None, None])
+    assert wide.lo < 0
+    assert wide.hi > 1
+    share, cosine = (report._estimate_cell(wide, Measure("e", "m", unit=unit)) for unit in ("fraction", "cosine"))
+    assert (share.lo, share.hi) == (0, 1)
+    assert (cosine.lo, cosine.hi) == (wide.lo, wide.hi)
+
+
+def test_a_setting_that_an_override_switches_off_is_shown():
+    """``shift: null`` is a departure like any other."""
+    assert report._flat({"method": {"shift": None}, "steps": 3}) == "method.shift = none, steps = 3"
