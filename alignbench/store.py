@@ -249,7 +249,7 @@ class Lock:
                 guard.unlink()
         _create(guard, "")
         try:
-            if _holder(self.path) is None:
+            if self.path.exists() and _holder(self.path) is None:  # absent: the next may be creating its own right now
                 self.path.unlink(missing_ok=True)
         finally:
             guard.unlink(missing_ok=True)
