@@ -282,7 +282,8 @@ def _make(
     from alignbench.store import write_json
 
     store.open()
-    write_json(store.root / "sweeps" / plan.document.manifest, plan.manifest())
+    manifest = plan.manifest() | {"plugins": arguments.plugin}  # as typed, for the line that says how to regenerate
+    write_json(store.root / "sweeps" / plan.document.manifest, manifest)
     print(_summary(store, plan, cells), file=sys.stderr)
     outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=arguments.plugin)
     failed = [outcome for outcome in outcomes if outcome.state != "done"]

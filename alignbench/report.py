@@ -106,7 +106,8 @@ their id, tasks in turn."""
 
 def regenerate(manifest: dict[str, Any]) -> str:
     """The commands that make the report from nothing."""
-    return f"alignbench sweep {manifest['sweep']} && alignbench report {manifest['sweep']}"
+    plugins = "".join(f" --plugin {path}" for path in manifest.get("plugins", ()))
+    return f"alignbench sweep {manifest['sweep']}{plugins} && alignbench report {manifest['sweep']}"
 
 
 def made_with(results: store.Results) -> list[str]:

@@ -57,6 +57,7 @@ def test_the_method_of_the_readme_gets_a_row(example):
     done = run(example, "alignbench.cli", "report", "my_sweep.yaml", *small)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^\| AnyStep +\|", done.stdout, re.MULTILINE)
+    assert " --plugin my_method.py && " in done.stdout.splitlines()[0]
 
 
 def test_every_command_of_the_readme_exists():
