@@ -466,13 +466,6 @@ def build(name: str, scorer, work: Path, mix: Mixture) -> None:
         torch.save({"scorer": scorer.state_dict(), "heads": heads.state_dict()}, work / f"{name}.pt")
 
 
-def attacks(rng, captions, world, scorer, model, n: int):
-    """n pictures of climbed latents, and 2 n of each of two fine-tuned copies."""
-    yield attack_latents(rng, captions, world, scorer, model, n)
-    yield attack_model(rng, captions, world, scorer, model, n, updates=25)
-    yield attack_model(rng, captions, world, scorer, model, n, updates=50)
-
-
 def replace_scorer(name: str, scorer, work: Path) -> None:
     """assets/<name>, whole or not at all."""
     B.replace_folder(ASSETS / name, lambda folder: scorer.save(folder, work))
