@@ -6,7 +6,8 @@ What a plug-in author imports is here; the heavy modules load on first use, so t
 from importlib import import_module
 
 _HOME = {
-    "AlignMethod": "method", "Loss": "method", "Evaluator": "evaluator", "Metric": "evaluator", "Reward": "evaluator",
+    "AlignMethod": "method", "Loss": "method", "Pool": "method",
+    "Evaluator": "evaluator", "Metric": "evaluator", "Reward": "evaluator", "Term": "evaluator",
     "Flow": "flow", "Batch": "flow", "Cond": "flow", "Prompt": "prompts", "UserError": "config",
 }  # fmt: skip
 __all__ = list(_HOME)

@@ -53,20 +53,46 @@ class Evaluator(Config):
         raise NotImplementedError
 
 
-class Reward:
-    """A training reward: an evaluator and, for direct-gradient methods, the hinge relu(margin - score)."""
+class Term(NamedTuple):
+    """One part of a training reward. ``margin``: of the hinge relu(margin - score); None: plain -score."""
 
-    def __init__(self, evaluator: Evaluator, margin: float | None = None) -> None:
-        self.evaluator = evaluator
-        self.margin = margin
+    evaluator: Evaluator
+    margin: float | None = None
+    weight: float = 1.0
+
+
+class Reward:
+    """A training reward: one evaluator or several (M), each with its hinge and its weight. Weights sum to one."""
+
+    def __init__(self, *terms: Term) -> None:
+        total = sum(term.weight for term in terms)
+        self.terms = tuple(term._replace(weight=term.weight / total) for term in terms)
+
+    @property
+    def differentiable(self) -> bool:
+        return all(term.evaluator.differentiable for term in self.terms)
 
     def __call__(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,) scores."""
-        return self.evaluator.reward(pixels, prompts)
+        """(M, B) scores of (B, 3, H, W) pixels: a row per evaluator, so that per-sample weights (B,) broadcast."""
+        import torch
 
-    def loss(self, score: Tensor) -> Tensor:
-        """(B,) per-sample losses: ``relu(margin - score)``, or ``-score`` without a margin (LeapAlign eq. 11)."""
-        return -score if self.margin is None else (self.margin - score).relu()
+        return torch.stack([term.evaluator.reward(pixels, prompts) for term in self.terms])
+
+    def value(self, scores: Tensor) -> Tensor:
+        """(M, B) scores -> (B,) weighted means: what is maximised when every hinge is open."""
+        return sum(term.weight * score for term, score in zip(self.terms, scores, strict=True))  # type: ignore[return-value]
+
+    def loss(self, scores: Tensor) -> Tensor:
+        """(M, B) scores -> (B,) weighted means of ``relu(margin - score)``, or of ``-score`` (LeapAlign eq. 11)."""
+        parts = (-s if t.margin is None else (t.margin - s).relu() for t, s in zip(self.terms, scores, strict=True))
+        return sum(term.weight * part for term, part in zip(self.terms, parts))  # type: ignore[return-value]
+
+    def closed(self, scores: Tensor) -> Tensor:
+        """(M, B) booleans: does this score teach nothing any more, because its hinge is closed?"""
+        import torch
+
+        margins = [float("inf") if term.margin is None else term.margin for term in self.terms]
+        return scores >= torch.tensor(margins, dtype=scores.dtype, device=scores.device)[:, None]
 
 
 SCORED_AT_ONCE = 32  # images per pass; no score depends on it beyond rounding

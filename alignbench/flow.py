@@ -8,12 +8,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from alignbench.prompts import Prompt
 
@@ -107,7 +110,7 @@ class Trajectory:
     """A stochastic rollout of N steps, without gradient."""
 
     states: Tensor  # (B, N + 1, ...), noise first
-    log_prob: Tensor  # (B, N) of each move, as ``log_normal`` gives it
+    log_prob: Tensor  # (B, N) of each move, as ``log_normal`` gives it; 0 for a move without noise
     x_0: Tensor  # (B, ...) the image that the last velocity predicts, without the noise of the last move
 
 
@@ -130,12 +133,37 @@ def euler(x: Tensor, v: Tensor, at: float | Tensor, to: float | Tensor) -> Tenso
 def integrate(flow: Flow, x: Tensor, sigmas: Tensor, cond: Cond, *, grad: bool = False) -> Tensor:
     """The sampler: Euler from sigmas[0] to sigmas[-1]. Without ``grad`` the result is a constant; with it, exact BPTT.
 
+    The backward keeps one step at a time in memory, and makes every forward a second time for that.
     A part of a rollout is a part of its grid: ``integrate(flow, x_k, sigmas[k : j + 1], cond)`` is x_j.
     """
+
+    def step(x: Tensor, at: Tensor, to: Tensor) -> Tensor:
+        return euler(x, flow.velocity(x, at, cond), at, to)
+
     with torch.set_grad_enabled(grad):
         for at, to in itertools.pairwise(sigmas):
-            x = euler(x, flow.velocity(x, at, cond), at, to)
+            x = checkpointed(step, x, at, to) if grad else step(x, at, to)
     return x if grad else x.detach()
+
+
+recomputing = ContextVar("recomputing", default=False)  # is this forward a repetition, made for a backward?
+
+
+def checkpointed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """``function(*arguments)`` with the same gradient, bitwise: its inside is not kept, but computed again backward."""
+    return checkpoint(
+        *(function, *arguments), use_reentrant=False, preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), _again()),
+    )  # fmt: skip
+
+
+@contextmanager
+def _again() -> Iterator[None]:
+    token = recomputing.set(True)
+    try:
+        yield
+    finally:
+        recomputing.reset(token)
 
 
 def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
@@ -172,16 +200,24 @@ def log_normal(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def integrate_sde(flow: Flow, batch: Batch, sigmas: Tensor, eta: float) -> Trajectory:
-    """The stochastic sampler from ``batch.noise``, each sample's noise from its own generator, eta at every step."""
+def integrate_sde(flow: Flow, batch: Batch, sigmas: Tensor, eta: float | Tensor) -> Trajectory:
+    """The stochastic sampler from ``batch.noise``, each sample's noise from its own generator.
+
+    ``eta``: of every step, or (N,) one for each; a step with 0 is the sampler's own Euler, and draws no noise.
+    """
     x, states, log_prob = batch.noise, [batch.noise], []
-    for at, to in itertools.pairwise(sigmas):
+    etas = torch.as_tensor(eta, dtype=torch.float64).expand(len(sigmas) - 1).tolist()
+    for at, to, noise in zip(sigmas[:-1], sigmas[1:], etas):
         v = flow.velocity(x, at.to(x).expand(len(x)), batch.cond)  # sigma per sample, as training will call it
         x_0 = euler(x, v, at, 0.0)
-        mean, std = sde_step(x, v, at, to, eta)
-        x = mean + std * batch.randn_like(x)
+        if noise == 0:
+            x = euler(x, v, at, to)
+            log_prob.append(torch.zeros(len(x), dtype=x.dtype, device=x.device))
+        else:
+            mean, std = sde_step(x, v, at, to, noise)
+            x = mean + std * batch.randn_like(x)
+            log_prob.append(log_normal(x, mean, std))
         states.append(x)
-        log_prob.append(log_normal(x, mean, std))
     return Trajectory(torch.stack(states, 1), torch.stack(log_prob, 1), x_0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import resource
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from alignbench.config import UserError
 from alignbench.evaluator import Reward
+from alignbench.flow import recomputing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +30,7 @@ class Meter:
 
     nfe_forward: int = 0  # network forwards without gradient
     nfe_grad: int = 0  # network forwards that a backward can go through
+    nfe_recomputed: int = 0  # forwards made a second time for a backward, to save memory: not NFE, but time
     decodes: int = 0
     reward_calls: int = 0
     images: int = 0  # training images sampled
@@ -51,19 +54,62 @@ class Meter:
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak)
 
 
+class Watch:
+    """What every method's record has for free: rewards, closed hinges, and where on the path the gradient arises."""
+
+    def __init__(self) -> None:
+        self.scores: list[tuple[Tensor, Tensor, Tensor]] = []  # (M, B) scores, (B,) values, (M, B) closed, of a batch
+        self.gradients: list[tuple[Tensor, Tensor]] = []  # sigma (B,), norm of dL/dv (B,), of an update
+        self.backward = False  # is this the harness's backward, and not a gradient that a method takes for itself?
+
+    def see_gradient(self, sigma: float | Tensor, gradient: Tensor) -> None:
+        if self.backward:
+            norms = gradient.detach().flatten(1).norm(dim=1)
+            self.gradients.append((torch.as_tensor(sigma).to(norms).expand(len(norms)), norms))
+
+    def gradient_sums(self) -> dict[str, float]:
+        """Sum over samples of |dL/dv|, by fifths of the path; forgets them."""
+        sums = torch.zeros(FIFTHS, dtype=torch.float64)
+        for sigma, norms in self.gradients:
+            fifth = (sigma * FIFTHS).ceil().long().clamp(1, FIFTHS) - 1
+            sums.index_add_(0, fifth.cpu(), norms.double().cpu())
+        self.gradients.clear()
+        return dict(zip(GRAD_SHARES, sums.tolist(), strict=True))
+
+    def reward_means(self, reward: Reward) -> dict[str, float]:
+        """Means over all images scored in this batch so far; nothing if there are none."""
+        if not self.scores:
+            return {}
+        scores, values, closed = (torch.cat(parts, -1).double() for parts in zip(*self.scores))
+        means = {"reward_mean": values.mean().item()}
+        if any(term.margin is not None for term in reward.terms):
+            means["hinge_closed"] = closed.mean().item()
+        if len(reward.terms) > 1:
+            names = (f"reward_{term.evaluator.name}" for term in reward.terms)
+            means |= dict(zip(names, scores.mean(1).tolist(), strict=True))
+        return means
+
+
+FIFTHS = 5
+GRAD_SHARES = tuple(f"grad_share_{i / FIFTHS:.1f}_{(i + 1) / FIFTHS:.1f}" for i in range(FIFTHS))  # by sigma
+
+
 class MeteredFlow:
     """A flow that counts. Everything but ``velocity`` and ``decode`` is the flow's own."""
 
-    def __init__(self, flow: Flow, meter: Meter) -> None:
-        self._flow, self._meter = flow, meter
+    def __init__(self, flow: Flow, meter: Meter, watch: Watch) -> None:
+        self._flow, self._meter, self._watch = flow, meter, watch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._flow, name)
 
     def velocity(self, x: Tensor, sigma: float | Tensor, cond: Cond, *, reference: bool = False) -> Tensor:
         v = self._flow.velocity(x, sigma, cond, reference=reference)
-        if v.requires_grad:
+        if recomputing.get():
+            self._meter.nfe_recomputed += len(x)
+        elif v.requires_grad:
             self._meter.nfe_grad += len(x)
+            v.register_hook(functools.partial(self._watch.see_gradient, sigma))
         else:
             self._meter.nfe_forward += len(x)
         return v
@@ -76,29 +122,35 @@ class MeteredFlow:
 class MeteredReward(Reward):
     """A reward that counts, and stops the run at the first score that is not a number."""
 
-    def __init__(self, reward: Reward, meter: Meter) -> None:
-        super().__init__(reward.evaluator, reward.margin)
-        self._reward, self._meter = reward, meter
+    def __init__(self, reward: Reward, meter: Meter, watch: Watch) -> None:
+        super().__init__(*reward.terms)
+        self._reward, self._meter, self._watch = reward, meter, watch
 
     def __call__(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        score = self._reward(pixels, prompts)
-        self._meter.reward_calls += len(score)
-        bad = [(p.id, s) for p, s in zip(prompts, score.tolist()) if not math.isfinite(s)]
+        scores = self._reward(pixels, prompts)
+        self._meter.reward_calls += scores.shape[1]
+        for term, row in zip(self.terms, scores.tolist(), strict=True):
+            self._require_finite(term.evaluator.name, prompts, row)
+        seen = scores.detach()
+        self._watch.scores.append((seen, self.value(seen), self.closed(seen)))
+        return scores
+
+    def _require_finite(self, evaluator: str, prompts: Sequence[Prompt], row: list[float]) -> None:
+        bad = [f"{s} for prompt {p.id!r}" for p, s in zip(prompts, row, strict=True) if not math.isfinite(s)]
         if bad:
-            listed = ", ".join(f"{s} for prompt {name!r}" for name, s in bad[:3])
-            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            raise UserError(f"the reward is not finite ({listed}{more}); lower optimizer.lr, or look at these images")
-        return score
+            listed = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+            what = f"the reward {evaluator} is not finite ({listed})"
+            raise UserError(f"{what}; lower optimizer.lr, or look at these images")
 
-    def loss(self, score: Tensor) -> Tensor:
-        return self._reward.loss(score)
+    def loss(self, scores: Tensor) -> Tensor:
+        return self._reward.loss(scores)
 
 
-def metered(flow: Flow, meter: Meter) -> Flow:
+def metered(flow: Flow, meter: Meter, watch: Watch | None = None) -> Flow:
     """``flow``, counting into ``meter``: a method that is handed this cannot forget to."""
-    return MeteredFlow(flow, meter)
+    return MeteredFlow(flow, meter, watch or Watch())
 
 
-def metered_reward(reward: Reward, meter: Meter) -> Reward:
+def metered_reward(reward: Reward, meter: Meter, watch: Watch | None = None) -> Reward:
     """``reward``, counting into ``meter`` and refusing scores that are not finite."""
-    return MeteredReward(reward, meter)
+    return MeteredReward(reward, meter, watch or Watch())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from alignbench.config import Config, UserError
 
@@ -17,11 +18,27 @@ if TYPE_CHECKING:
 class Loss(NamedTuple):
     """``value``: scalar to minimise, a mean over the batch's samples. ``metrics``: numbers to record, not to train on.
 
-    The metric "reward" is the mean raw score of the images; the record shows it as ``reward_mean``.
+    The metric "reward" is the mean reward of the images; the record shows it as ``reward_mean``. Without it the record
+    has the mean over all images that the reward was asked about. ``each``: the samples' own losses (B,), without
+    gradient, from which an error says which sample went wrong.
     """
 
     value: Tensor
     metrics: dict[str, float | Tensor] = {}  # noqa: RUF012 - never mutated
+    each: Tensor | None = None
+
+
+class Pool(NamedTuple):
+    """Yielded by ``updates``, comes back as the whole batch's values: ``everyone = yield Pool(values)``.
+
+    ``values``: (b,) of this micro-batch. Back come (B,), of all micro-batches and ranks in the order of the samples,
+    for what is a property of the batch: a standard deviation, a quantile.
+    """
+
+    values: Tensor
+
+
+Updates: TypeAlias = Iterator[Iterable[Loss] | Pool]  # a generator, if it pools
 
 
 class AlignMethod(Config):
@@ -29,16 +46,24 @@ class AlignMethod(Config):
 
     name: ClassVar[str]
     trains: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = False  # needs the score, that is a velocity that no distillation has bent
     steps: int = 25  # sampler steps of the training rollout
 
     def check(self, batch: int, differentiable: bool) -> None:
         """Raise UserError for settings that cannot work with ``batch`` samples per micro-batch and this reward."""
         require(self.steps >= 1, "method.steps", f"{self.steps} sampler steps are too few", "choose 1 or more")
 
+    def files(self) -> list[Path]:
+        """Files that determine the trained weights beside the backend's and the reward's. UserError if unreadable."""
+        return []
+
+    def prepare(self, flow: Flow) -> None:
+        """Called once with the loaded model, before training, or before sampling if the method trains nothing."""
+
     def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:
         raise NotImplementedError(f"{type(self).__name__} defines neither loss() nor updates()")
 
-    def updates(self, flow: Flow, reward: Reward, batch: Batch) -> Iterator[Iterable[Loss]]:
+    def updates(self, flow: Flow, reward: Reward, batch: Batch) -> Updates:
         """Outer: one optimizer update each. Inner: one backward each; gradients of the inner losses add up.
 
         How many there are may depend on the settings and on ``batch.step_rng``, never on the samples. What stands
@@ -51,7 +76,7 @@ class AlignMethod(Config):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes during training beside weights (a sliding window): tensors and plain data."""
+        """What changes during training beside weights (a running quantile): tensors and plain data."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -69,11 +94,9 @@ class Pathwise(AlignMethod):
 
 def reward_loss(flow: Flow, reward: Reward, batch: Batch, x_0: Tensor, weight: Tensor | float = 1.0) -> Loss:
     """Mean over samples of ``weight`` (B,) times the reward's loss at the image of the latents ``x_0``."""
-    score = reward(flow.decode(x_0), batch.prompts)
-    metrics: dict[str, float | Tensor] = {"reward": score.detach().mean()}
-    if reward.margin is not None:
-        metrics["hinge_closed"] = (score.detach() >= reward.margin).double().mean()
-    return Loss((weight * reward.loss(score)).mean(), metrics)
+    scores = reward(flow.decode(x_0), batch.prompts)
+    each = weight * reward.loss(scores)
+    return Loss(each.mean(), {"reward": reward.value(scores).detach().mean()}, each.detach())
 
 
 def require(holds: bool, where: str, what: str, instead: str) -> None:

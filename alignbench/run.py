@@ -174,12 +174,16 @@ class Work:
         import pandas as pd
 
         from alignbench import checkpoint
-        from alignbench.evaluator import Reward
+        from alignbench.evaluator import Reward, Term
         from alignbench.train import spent, train
 
-        evaluator = self.registry.make("evaluator", self.spec.reward["evaluator"], "reward.evaluator")
         method = self.registry.make("method", self.spec.method, "method")
-        reward = Reward(evaluator, self.spec.reward["margin"])
+        reward = Reward(
+            *(
+                Term(self.registry.make("evaluator", part["evaluator"], "reward"), part["margin"], part["weight"])
+                for part in self.spec.rewards
+            )
+        )
         prompts, training = load_prompts(self.spec.prompts), self.spec.training
         checkpoints = self.run.folder / "checkpoints"
         flow, self._holds_trained = self.flow, True

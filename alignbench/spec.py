@@ -60,6 +60,7 @@ class Training(Config):
     micro_batch: Count | None = None  # images per backward on one rank; None: batch / ranks at once
     seed: Annotated[int, Meta(ge=0)] = 0
     checkpoint_every: Count = 25  # batches; not part of the run's id
+    drift_every: Count | None = 10  # batches between two looks at the drift from the base model; no part of the id
 
 
 class Protocol(Config):
@@ -75,10 +76,14 @@ class Protocol(Config):
 
 
 class RewardSettings(Config):
-    """The evaluator that methods are trained on, and the margin (lambda) of the hinge relu(margin - score)."""
+    """An evaluator that methods are trained on, and the margin (lambda) of the hinge relu(margin - score).
+
+    Of several rewards, ``weight`` is this one's share; only ratios of weights matter.
+    """
 
     evaluator: dict[str, Any]
     margin: float | None = None
+    weight: Positive = 1.0
 
 
 class RunSpec(Config):
@@ -87,16 +92,21 @@ class RunSpec(Config):
     label: str  # the row of the table; not part of the id
     backend: dict[str, Any]
     method: dict[str, Any]
-    reward: dict[str, Any]
+    reward: dict[str, Any] | list[dict[str, Any]]
     prompts: str
     training: Training
+
+    @property
+    def rewards(self) -> list[dict[str, Any]]:
+        """Each {evaluator, margin, weight}."""
+        return self.reward if isinstance(self.reward, list) else [self.reward]
 
 
 class Base(Config):
     """What all runs of a sweep share, before ``grid`` and ``overrides``."""
 
     backend: dict[str, Any]
-    reward: RewardSettings
+    reward: RewardSettings | Annotated[list[RewardSettings], Meta(min_length=1)]
     prompts: str
     training: Training
 
@@ -155,16 +165,22 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
         own = set(getattr(backend, "training_only", ()))
         sampled = {key: value for key, value in spec.backend.items() if key not in own}
         return content_id({"backend": sampled, "backend files": fingerprint(backend.files())})
-    evaluator = registry.make("evaluator", spec.reward["evaluator"], "reward.evaluator")
+    rewards = [
+        {
+            "reward": evaluator_content(registry.make("evaluator", part["evaluator"], "reward.evaluator"), registry),
+            "margin": part["margin"],
+            "weight": part["weight"] if len(spec.rewards) > 1 else 1.0,
+        }
+        for part in spec.rewards
+    ]
     training = settings(spec.training)
-    del training["checkpoint_every"]
+    del training["checkpoint_every"], training["drift_every"]
     content = {
         "backend": spec.backend,
         "backend files": fingerprint(backend.files()),
         "method": spec.method,
         "method source": registry.source("method", spec.method["name"]),
-        "reward": evaluator_content(evaluator, registry),
-        "margin": spec.reward["margin"],
+        "rewards": rewards,
         "prompts": prompts_digest(prompts),
         "training": training,
     }

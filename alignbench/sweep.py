@@ -202,9 +202,9 @@ def resolve(document: Document, registry: Registry) -> Plan:
     for cell in {_but_seed(cell.spec): cell for cell in cells}.values():
         check_run(cell.spec, registry, f"{where}: {cell.spec.label}")
         check_evaluation(cell, evaluation, registry, where)
-    scores = _scores(sweep, prompts, registry, where)
+    scores = _scores(sweep, cells, prompts, registry, where)
     cells = [identify(cell, evaluation, prompts, registry) for cell in cells]
-    return Plan(document, evaluation, cells, scores, prompts, str(sweep.base.reward.evaluator.get("name")))
+    return Plan(document, evaluation, cells, scores, prompts, ", ".join(_names(_trained_on(cells))))
 
 
 def _but_seed(spec: RunSpec) -> str:
@@ -273,15 +273,22 @@ def _set(cell: dict[str, Any], axis: str, value: Any, registry: Registry, where:
 
 def _resolved(raw: dict[str, Any], registry: Registry, where: str) -> dict[str, Any]:
     """Every part decoded strictly and written out again, defaults included."""
-    reward = decode(RewardSettings, raw["reward"], join(where, "reward"))
-    evaluator = registry.make("evaluator", reward.evaluator, join(where, "reward.evaluator"))
+    parts = raw["reward"] if isinstance(raw["reward"], list) else [raw["reward"]]
+    places = [f"reward[{i}]" if isinstance(raw["reward"], list) else "reward" for i, _ in enumerate(parts)]
+    rewards = [_resolved_reward(part, registry, join(where, place)) for part, place in zip(parts, places)]
     return {
         "backend": settings(registry.make("backend", raw["backend"], join(where, "backend"))),
         "method": settings(registry.make("method", raw["method"], join(where, "method"))),
-        "reward": {"evaluator": settings(evaluator), "margin": reward.margin},
+        "reward": rewards if isinstance(raw["reward"], list) else rewards[0],
         "prompts": raw["prompts"],
         "training": settings(decode(Training, raw["training"], join(where, "training"))),
     }
+
+
+def _resolved_reward(raw: Any, registry: Registry, where: str) -> dict[str, Any]:
+    reward = decode(RewardSettings, raw, where)
+    evaluator = registry.make("evaluator", reward.evaluator, join(where, "evaluator"))
+    return {**settings(reward), "evaluator": settings(evaluator)}
 
 
 def matches(match: dict[str, Any], label: str, run: dict[str, Any], where: str) -> bool:
@@ -367,16 +374,23 @@ def check_run(spec: RunSpec, registry: Registry, where: str) -> None:
     """Whatever can be known to fail before a model is loaded: weights, prompts, a reward that has no gradient."""
     backend = registry.make("backend", spec.backend, "backend")
     method = registry.make("method", spec.method, "method")
-    evaluator = registry.make("evaluator", spec.reward["evaluator"], "reward.evaluator")
     _prefixed(where, backend.files)
+    _prefixed(where, method.files)
     if not method.trains:
         return
-    _prefixed(where, evaluator.files)
+    evaluators = [registry.make("evaluator", part["evaluator"], "reward.evaluator") for part in spec.rewards]
     for size in _micro_batches(spec.training):
-        _prefixed(where, method.check, size, evaluator.differentiable)
+        _prefixed(where, method.check, size, all(evaluator.differentiable for evaluator in evaluators))
+    if method.stochastic and (why := getattr(backend, "deterministic", None)):
+        raise UserError(
+            f"{where}: method.name: {method.name} samples by an SDE, and {why}; "
+            "choose a model that is not distilled, or a method that follows the ODE"
+        )
     prompts = load(spec.prompts, f"{where}: prompts")
     _check_prompts(spec.prompts, prompts, backend)
-    _prefixed(where, evaluator.check, prompts)
+    for evaluator in evaluators:
+        _prefixed(where, evaluator.files)
+        _prefixed(where, evaluator.check, prompts)
 
 
 def check_evaluation(cell: Cell, evaluation: Evaluation, registry: Registry, where: str) -> None:
@@ -421,9 +435,24 @@ def identify(cell: Cell, evaluation: Evaluation, prompts: Sequence[Prompt], regi
     return Cell(cell.spec, cell.seed, cell.notes, name, images)
 
 
-def _scores(sweep: Sweep, prompts: Sequence[Prompt], registry: Registry, where: str) -> list[Score]:
+def _trained_on(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The settings of every evaluator that some run is trained on."""
+    found: list[dict[str, Any]] = []
+    for part in (part for cell in cells for part in cell.spec.rewards):
+        if part["evaluator"] not in found:
+            found.append(part["evaluator"])
+    return found
+
+
+def _names(evaluators: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(evaluator["name"] for evaluator in evaluators))
+
+
+def _scores(
+    sweep: Sweep, cells: Sequence[Cell], prompts: Sequence[Prompt], registry: Registry, where: str
+) -> list[Score]:
     """The evaluators of a sweep with their role. UserError for one that is there twice."""
-    trained_on = settings(registry.make("evaluator", sweep.base.reward.evaluator, f"{where}: base.reward.evaluator"))
+    trained_on = _trained_on(cells)
     scores: list[Score] = []
     for i, plain in enumerate(sweep.evaluation.evaluators):
         place = f"{where}: evaluation.evaluators[{i}]"
@@ -435,7 +464,7 @@ def _scores(sweep: Sweep, prompts: Sequence[Prompt], registry: Registry, where: 
         if file in [score.file for score in scores]:
             raise UserError(f"{place}: {evaluator.name} is there already with the same settings; remove one")
         untrained = "held-out" if evaluator.files() else "check"  # without weights it is a rule, not a learnt opinion
-        role = "train" if settings(evaluator) == trained_on else untrained
+        role = "train" if settings(evaluator) in trained_on else untrained
         metrics = [dict(metric._asdict()) for metric in evaluator.metrics]
         scores.append(Score(settings(evaluator), evaluator.name, evaluator.version, file, metrics, role))
     names = [metric["name"] for score in scores for metric in score.metrics]

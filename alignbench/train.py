@@ -7,23 +7,24 @@ and number of ranks, and a resumed run needs no generator state.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from alignbench.checkpoint import FINAL, copy_parameters, load_state, save_state, save_weights
 from alignbench.config import UserError
 from alignbench.evaluator import Reward
-from alignbench.flow import Batch, Flow, seeded
-from alignbench.meter import Meter, metered, metered_reward
-from alignbench.method import AlignMethod, Loss
+from alignbench.flow import Batch, Flow, euler, seeded
+from alignbench.meter import GRAD_SHARES, Meter, Watch, metered, metered_reward
+from alignbench.method import AlignMethod, Loss, Pool, Updates
 from alignbench.prompts import Prompt
 from alignbench.spec import Budget, Training
 
@@ -55,7 +56,8 @@ def train(
     run = Run(method, flow, training, accelerator)
     if checkpoints is not None:
         run.resume(checkpoints)
-    flow, reward = metered(flow, run.meter), metered_reward(reward, run.meter)
+    method.prepare(flow)
+    flow, reward = metered(flow, run.meter, run.watch), metered_reward(reward, run.meter, run.watch)
     while not run.finished:
         records = list(run.advance(flow, reward, prompts))
         if checkpoints is not None and (run.finished or run.step % training.checkpoint_every == 0):
@@ -71,7 +73,7 @@ def check(method: AlignMethod, reward: Reward, training: Training, accelerator: 
         precision = accelerator.mixed_precision
         raise UserError(f"accelerate mixed_precision: {precision} would need loss scaling; choose 'no' or 'bf16'")
     for size in {len(samples) for samples in shares(training, accelerator)}:
-        method.check(size, reward.evaluator.differentiable)
+        method.check(size, reward.differentiable)
 
 
 # ---- batches
@@ -135,8 +137,9 @@ class Run:
             lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay,
         )  # fmt: skip
         self.ema = None if settings.ema is None else [p.detach().clone() for p in self.groups["flow"]]
-        self.meter = Meter()
+        self.meter, self.watch = Meter(), Watch()
         self.step = self.update = 0  # batches and optimizer updates done
+        self.drift: float | None = None  # from the base model, at the last look
         self.records: list[Record] = []
 
     @property
@@ -147,51 +150,90 @@ class Run:
 
     def advance(self, flow: Flow, reward: Reward, prompts: Sequence[Prompt]) -> Iterator[Record]:
         """One global batch: as many updates as the method makes of it, micro-batches in step with one another."""
-        started, before = time.perf_counter(), self.update
+        self.look_at_drift(prompts)
+        before = self.update
+        started = time.perf_counter()
         parts, device = shares(self.training, self.accelerator), self.accelerator.device
         batches = [draw_batch(flow, prompts, self.training, self.step, samples, device) for samples in parts]
-        updates = zip(*(self.method.updates(flow, reward, batch) for batch in batches), strict=True)
-        sizes = [len(batch) for batch in batches]
-        self.meter.images += sum(sizes)
+        updates = [self.method.updates(flow, reward, batch) for batch in batches]
+        self.meter.images += sum(map(len, batches))
         self.step += 1
-        while True:
+        self.watch.scores.clear()
+        while (losses := self.next_update(updates)) is not None:
             self.optimizer.zero_grad()
-            sums = self.together(lambda: self.backward(next(updates, None), sizes))
-            if sums is None:
-                break
+            sums = self.together(functools.partial(self.backward, losses, batches, reward))
             metrics, norms = self.average(sums), self.synchronise()
             self.require_finite(norms)
             lr = self.descend()
             self.meter.see_memory(self.accelerator.device)
             now = time.perf_counter()
             self.meter.seconds, started = self.meter.seconds + now - started, now
-            record = {"step": self.step - 1, "update": self.update - 1, **metrics, **norms, "lr": lr, **self.costs()}
+            place = {"step": self.step - 1, "update": self.update - 1}
+            record = {**place, **metrics, **norms, "drift": self.drift, "lr": lr, **self.costs()}
             self.records.append(record)
             yield record
         if self.update == before:
             raise self.error(f"method {self.method.name} made no update of a whole batch; yield at least one")
 
-    def backward(self, losses: Sequence[Iterable[Loss]] | None, sizes: Sequence[int]) -> dict[str, float] | None:
+    def next_update(self, updates: Sequence[Updates]) -> Sequence[Iterable[Loss]] | None:
+        """The losses of the next update, by micro-batch. What the micro-batches pool before it is exchanged."""
+        answer = None
+        while True:
+            asked = self.together(functools.partial(self.resumed, updates, answer))
+            if not isinstance(asked[0], Pool):
+                return None if asked[0] is None else asked
+            answer = self.accelerator.gather(torch.cat([pool.values for pool in asked]))
+
+    def resumed(self, updates: Sequence[Updates], answer: Tensor | None) -> list[Any]:
+        """What every micro-batch asks for next: the same kind of thing, or None once all are through."""
+        asked = [next(part, None) if answer is None else resume(part, answer) for part in updates]
+        if len({Pool if isinstance(item, Pool) else item is None for item in asked}) > 1:
+            raise UserError(f"method {self.method.name} makes different updates of different micro-batches")
+        return asked
+
+    def look_at_drift(self, prompts: Sequence[Prompt]) -> None:
+        """How far the model has moved: |v - v_base|^2 / |v_base|^2 over four steps of the same four samples.
+
+        Every ``drift_every`` batches; records in between repeat the last look. Neither NFE nor seconds count it.
+        """
+        every = self.training.drift_every
+        if every is None or self.step % every:
+            return
+        grid = self.flow.sigmas(self.method.steps)
+        t = torch.cat([grid[: -1 : max(1, self.method.steps // 4)][:4], grid[-1:]])
+        samples = range(min(4, self.training.batch))
+        batch = draw_batch(self.flow, prompts, self.training, 0, samples, self.accelerator.device)
+        x, moved, base = batch.noise, 0.0, 0.0
+        with torch.no_grad():
+            for at, to in itertools.pairwise(t):
+                v = self.flow.velocity(x, at, batch.cond)
+                v_base = self.flow.velocity(x, at, batch.cond, reference=True)
+                moved, base = moved + (v - v_base).square().sum().item(), base + v_base.square().sum().item()
+                x = euler(x, v, at, to)
+        self.drift = moved / base
+
+    def backward(self, losses: Sequence[Iterable[Loss]], batches: Sequence[Batch], reward: Reward) -> dict[str, float]:
         """Gradients of one update, summed over micro-batches; their losses and metrics, weighted by samples."""
-        if losses is None:
-            return None
         total, mean = 0.0, defaultdict[str, Mean](Mean)
-        for inner, size in zip(losses, sizes):
-            weight = size / sum(sizes)
+        for inner, batch in zip(losses, batches):
+            weight = len(batch) / sum(map(len, batches))
             for loss in inner:
-                if not torch.isfinite(loss.value):
-                    raise UserError(f"the loss is {loss.value.item()}; lower optimizer.lr, or look at the reward")
+                require_finite_loss(loss, batch)
+                self.watch.backward = True
                 self.accelerator.backward(loss.value * weight)
+                self.watch.backward = False
                 total += weight * loss.value.item()
                 for name, value in loss.metrics.items():
                     mean[name].add(float(value), weight)
         named = {"reward_mean" if name == "reward" else name: m.value for name, m in mean.items()}
-        return {"loss": total, **named}
+        return {"loss": total, **self.watch.reward_means(reward), **named, **self.watch.gradient_sums()}
 
     def average(self, sums: dict[str, float]) -> dict[str, float]:
-        """Means over ranks."""
+        """Means over ranks; of the gradient's sums, shares."""
         values = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.accelerator.device)
-        return dict(zip(sums, self.accelerator.reduce(values, "mean").tolist()))
+        means = dict(zip(sums, self.accelerator.reduce(values, "mean").tolist()))
+        total = sum(means[name] for name in GRAD_SHARES) or 1.0
+        return {name: mean / total if name in GRAD_SHARES else mean for name, mean in means.items()}
 
     def synchronise(self) -> dict[str, float]:
         """Average gradients over ranks, clip each group by its own norm; the norms before clipping."""
@@ -281,6 +323,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state["method"])
         self.step, self.update, self.records = state["step"], state["update"], state["records"]
+        self.drift = self.records[-1]["drift"] if self.records else None
         if self.accelerator.is_main_process and self.records:  # totals over ranks continue in the first one
             self.meter.load_state_dict({name: self.records[-1][name] for name in self.meter.state_dict()})
 
@@ -289,6 +332,24 @@ class Run:
         if self.accelerator.is_main_process:
             save_weights(self.flow, folder / FINAL, self.ema)
         self.accelerator.wait_for_everyone()
+
+
+def resume(updates: Updates, answer: Tensor) -> Iterable[Loss] | Pool | None:
+    """What comes after a ``Pool`` has been answered; None if nothing does."""
+    try:
+        return cast("Generator[Any, Any, Any]", updates).send(answer)
+    except StopIteration:
+        return None
+
+
+def require_finite_loss(loss: Loss, batch: Batch) -> None:
+    """UserError, with the samples and their values where they are known."""
+    if torch.isfinite(loss.value):
+        return
+    each = [] if loss.each is None or len(loss.each) != len(batch) else loss.each.tolist()
+    bad = [f"{x} for prompt {p.id!r}" for p, x in zip(batch.prompts, each) if not math.isfinite(x)]
+    told = f" ({', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''})" if bad else ""
+    raise UserError(f"the loss is {loss.value.item()}{told}; lower optimizer.lr, or look at the reward")
 
 
 class Mean:

@@ -70,7 +70,7 @@ class DanceGRPO(AlignMethod):
         parts = [batch.select(shares[:, u].flatten()) for u in range(self.updates_per_rollout)]
         paths = [integrate_sde(flow, part, t, self.eta) for part in parts]
         with torch.no_grad():
-            scores = [reward(flow.decode(path.x_0), part.prompts) for part, path in zip(parts, paths)]
+            scores = [reward.value(reward(flow.decode(path.x_0), part.prompts)) for part, path in zip(parts, paths)]
         rewards = torch.stack([score.view(-1, share) for score in scores], 1)
         advantages = self.advantages(rewards.flatten(1)).view_as(rewards)
         for u, (part, path) in enumerate(zip(parts, paths)):

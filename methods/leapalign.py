@@ -1,17 +1,22 @@
-"""LeapAlign: two leaps through a real trajectory carry the gradient to any step (arXiv 2604.15311, CVPR 2026).
+"""LeapAlign: leaps along a real trajectory carry the gradient to any step (arXiv 2604.15311, CVPR 2026).
 
-Letters and equation numbers are the paper's (v2). Departures:
+Letters and equation numbers are the paper's (v2). The defaults are its method; every other value is one of its
+ablations (figures 4 and 6). Departures, and choices where the paper is silent:
 1. Distances d_j and d_0 are taken in the latents' precision (fp32); the released code takes them in fp64.
-The hinge of eq. 11 (lambda) belongs to the reward: ``reward.margin``.
+2. With one leap or one distance the weight is 1 / max(d, tau); with three leaps there are three distances, and alpha
+   discounts the input of the second and of the third.
+3. ``timesteps`` and ``distance`` are shares of the sampler's steps, not of sigma (figures 4e and 4f do not say which).
+The hinge of eq. 11 (lambda, table 5) belongs to the reward: ``reward.margin``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import itertools
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from alignbench.flow import euler, integrate, scale_grad, straight_through
+from alignbench.flow import euler, integrate, randint, scale_grad, straight_through
 from alignbench.method import Loss, Pathwise, require, reward_loss
 
 if TYPE_CHECKING:
@@ -25,41 +30,74 @@ class LeapAlign(Pathwise):
     """noise -> x_k -leap-> x_j -leap-> x_0, pinned to the sampler's own latents."""
 
     name: ClassVar[str] = "leapalign"
-    alpha: float = 0.3  # share of the nested gradient that is kept (eq. 9)
+    alpha: float = 0.3  # share of the nested gradient that is kept (eq. 9; figure 4a)
     tau: float = 0.1  # smallest distance in the weight (eq. 12)
+    leaps: Literal[1, 2, 3] = 2  # figure 4b
+    reward_input: Literal["x_0", "leap"] = "x_0"  # the sampler's image, or the last leap's prediction (figure 4c)
+    similarity: Literal["both", "d_j", "d_0", "none"] = "both"  # distances that weigh a sample (figure 4d)
+    timesteps: tuple[float, float] = (0.0, 1.0)  # of the steps to draw from, 0: the image, 1: the noise (figure 4e)
+    distance: float | None = None  # from k to j, as a share of the steps; None: random (figure 4f)
+    single_step_at_k: bool = True  # False: only the nested gradient reaches k (eq. 14; figure 6)
 
     def check(self, batch: int, differentiable: bool) -> None:
         super().check(batch, differentiable)
-        require(self.steps >= 2, "method.steps", "two distinct steps are needed", "choose 2 or more")
         require(0 <= self.alpha <= 1, "method.alpha", f"{self.alpha} is not a share", "choose 0 to 1")
         require(self.tau > 0, "method.tau", f"{self.tau} does not bound the weight", "choose a positive number")
+        low, high = self.timesteps
+        require(
+            0 <= low < high <= 1, "method.timesteps", f"[{low}, {high}] is no part of [0, 1]", "choose 0 <= low < high"
+        )
+        room = len(self.allowed)
+        what = f"{self.leaps} distinct steps are needed, and {room} of {self.steps} lie in the range"
+        require(room >= self.leaps, "method.steps", what, "choose more steps, or a wider range")
+        what = f"d_j is the distance at the end of the first of two leaps, there are {self.leaps}"
+        require(self.similarity != "d_j" or self.leaps > 1, "method.similarity", what, "choose d_0, both or none")
+        require(self.single_step_at_k or self.leaps > 1, "method.single_step_at_k", "one leap has no nested gradient",
+                "choose true")  # fmt: skip
+        if self.distance is not None:
+            require(self.leaps == 2, "method.distance", f"it parts two steps, not {self.leaps}", "choose 2 leaps")
+            what = f"{self.distance} of {self.steps} steps is none, or more than the range holds"
+            require(1 <= self.gap < room, "method.distance", what, "choose a smaller share, or a wider range")
 
-    def draw(self, rng: torch.Generator) -> tuple[int, int]:
-        """Steps (k, j) with k first: uniform over pairs of executed steps, so that sigma_j is never 0."""
-        k, j = torch.randperm(self.steps, generator=rng)[:2].sort().values.tolist()
-        return k, j
+    @property
+    def allowed(self) -> range:
+        """The steps to draw from; 0 is the noise. With defaults all of them, so that sigma_j is never 0."""
+        low, high = (int(share * self.steps) for share in self.timesteps)
+        return range(self.steps - high, self.steps - low)
+
+    @property
+    def gap(self) -> int:
+        """Steps from k to j, where that is fixed."""
+        return int((self.distance or 0) * self.steps)
+
+    def draw(self, rng: torch.Generator) -> tuple[int, ...]:
+        """The steps that leaps start from, noisiest first: uniform over sets of allowed steps."""
+        steps = self.allowed
+        if self.distance is None:
+            chosen = torch.randperm(len(steps), generator=rng)[: self.leaps].sort().values
+            return tuple(steps[i] for i in chosen.tolist())
+        k = steps[randint(0, len(steps) - 1 - self.gap, rng)]
+        return k, k + self.gap
 
     def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:
         t, c = flow.sigmas(self.steps), batch.cond
-        k, j = self.draw(batch.step_rng)
+        starts = self.draw(batch.step_rng)
+        x = at = integrate(flow, batch.noise, t[: starts[0] + 1], c)
+        distances = []
+        for k, j in itertools.pairwise([*starts, self.steps]):  # the last leap ends at the image: t[steps] = 0
+            v_k = flow.velocity(scale_grad(at, self.alpha), t[k], c)  # eq. 9, and the sampler's own call
+            leap = euler(at if self.single_step_at_k else x, v_k, t[k], t[j])  # eq. 3 to 5, 14
+            x = integrate(flow, euler(x, v_k.detach(), t[k], t[k + 1]), t[k + 1 : j + 1], c)
+            at = straight_through(x, leap)  # eq. 6, 7
+            distances.append((x - leap).detach().abs().flatten(1).mean(1))  # d_j, d_0: (B,)
+        w = self.weight(distances)
+        loss = reward_loss(flow, reward, batch, at if self.reward_input == "x_0" else leap, w)  # eq. 11, 13
+        misses = {f"leap_miss_{name}": d.mean() for name, d in zip([*"ji"[: self.leaps - 1], "0"], distances)}
+        return loss._replace(metrics=loss.metrics | misses | {"weight": w.mean()})
 
-        x_k = integrate(flow, batch.noise, t[: k + 1], c)
-        v_k = flow.velocity(x_k, t[k], c)  # with gradient, and the sampler's own call: no forward is made twice
-        leap_j = euler(x_k, v_k, t[k], t[j])  # eq. 4
-        x_j = integrate(flow, euler(x_k, v_k.detach(), t[k], t[k + 1]), t[k + 1 : j + 1], c)
-        at_j = straight_through(x_j, leap_j)  # eq. 6
-
-        v_j = flow.velocity(scale_grad(at_j, self.alpha), t[j], c)  # eq. 9
-        leap_0 = euler(at_j, v_j, t[j], 0.0)
-        x_0 = integrate(flow, euler(x_j, v_j.detach(), t[j], t[j + 1]), t[j + 1 :], c)
-        at_0 = straight_through(x_0, leap_0)  # eq. 7
-
-        d_j, d_0 = distance(x_j, leap_j), distance(x_0, leap_0)
-        w = 1 / (d_j.clamp(min=self.tau) + d_0.clamp(min=self.tau))  # eq. 12
-        value, metrics = reward_loss(flow, reward, batch, at_0, w)  # eq. 11, 13
-        return Loss(value, metrics | {"leap_miss_j": d_j.mean(), "leap_miss_0": d_0.mean(), "weight": w.mean()})
-
-
-def distance(x: Tensor, leap: Tensor) -> Tensor:
-    """(B,) mean absolute difference per sample, without gradient."""
-    return (x - leap).detach().abs().flatten(1).mean(1)
+    def weight(self, distances: list[Tensor]) -> Tensor:
+        """(B,) similarity of leaps and trajectory (eq. 12): large where the leaps are accurate."""
+        chosen = {"both": distances, "d_j": distances[:1], "d_0": distances[-1:], "none": []}[self.similarity]
+        if not chosen:
+            return torch.ones_like(distances[0])
+        return 1 / torch.stack([d.clamp(min=self.tau) for d in chosen]).sum(0)

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"config", "stats", "grid", "shapes.scene"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes"},
-    {"flow", "meter", "spec", "store", "shapes.checker"},
-    {"checkpoint"},
+    {"flow", "spec", "store", "shapes.checker"},
+    {"checkpoint", "meter"},
     {"train", "generate", "sweep", "report"},
     {"run", "testing", "backends.flux"},
     {"launch"},

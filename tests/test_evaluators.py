@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from alignbench.config import UserError
-from alignbench.evaluator import Reward, to_tensor
+from alignbench.evaluator import Reward, Term, to_tensor
 from alignbench.evaluators import geneval
 from alignbench.evaluators.geneval import GenEval
 from alignbench.evaluators.hpsv2 import HPSv2
@@ -217,11 +217,13 @@ def test_the_reward_refuses_other_scales(scorer):
 
 def test_the_hinge_is_closed_above_the_margin(hps):
     """relu(margin - score): slope -1 below the margin, 0 above; without a margin the loss is -score."""
-    score = torch.tensor([0.2, 0.9], requires_grad=True)
-    loss = Reward(hps, margin=0.55).loss(score)
+    scores = torch.tensor([[0.2, 0.9]], requires_grad=True)
+    reward = Reward(Term(hps, margin=0.55))
+    loss = reward.loss(scores)
     torch.testing.assert_close(loss, torch.tensor([0.35, 0.0]))
-    assert torch.autograd.grad(loss.sum(), score)[0].tolist() == [-1, 0]
-    assert Reward(hps).loss(score).tolist() == (-score).tolist()
+    assert torch.autograd.grad(loss.sum(), scores)[0].tolist() == [[-1, 0]]
+    assert reward.closed(scores).tolist() == [[False, True]]
+    assert Reward(Term(hps)).loss(scores).tolist() == (-scores[0]).tolist()
 
 
 def truncate(path):

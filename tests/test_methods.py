@@ -13,7 +13,7 @@ import torch
 
 from alignbench.config import UserError
 from alignbench.flow import integrate, integrate_sde, log_normal, sde_step, seeded
-from alignbench.meter import Meter, metered, metered_reward
+from alignbench.meter import Meter, Watch, metered, metered_reward
 from alignbench.method import Loss
 from alignbench.methods.base import Base
 from alignbench.methods.dancegrpo import DanceGRPO
@@ -286,9 +286,10 @@ def test_hinge(method):
     closed, opened = QuadraticReward(MU, margin=-1e6), QuadraticReward(MU, margin=1e6)
     assert gradient(method, closed).abs().max() == 0
     close(gradient(method, opened), gradient(method))
-    flow = make_flow(N)
-    assert descend(method, flow, closed, make_batch(flow, range(B)))[0].metrics["hinge_closed"] == 1
-    assert descend(method, flow, opened, make_batch(flow, range(B)))[0].metrics["hinge_closed"] == 0
+    for reward, share in ((closed, 1), (opened, 0)):
+        watch = Watch()
+        gradient(method, metered_reward(reward, Meter(), watch))
+        assert watch.reward_means(reward)["hinge_closed"] == share
 
 
 # ---- draws
@@ -397,7 +398,7 @@ def test_policy_gradient_closed_form():
     t = flow.sigmas(N)
     path = integrate_sde(flow, batch, t, method.eta)
     order = [torch.randperm(N - 1, generator=rng)[: method.trained].tolist() for rng in batch.rngs]
-    a = method.advantages(REWARD(path.x_0, batch.prompts).view(2, 4)).flatten()
+    a = method.advantages(REWARD(path.x_0, batch.prompts)[0].view(2, 4)).flatten()
     expected = torch.zeros_like(flow.bias)
     for b, i in [(b, i) for b, moves in enumerate(order) for i in moves]:
         x, h = path.states[b : b + 1, i], t[i] - t[i + 1]
@@ -424,7 +425,7 @@ def test_equal_rewards_give_no_policy_gradient():
 
     class Constant(QuadraticReward):
         def __call__(self, pixels, prompts):
-            return 0.3 * torch.ones(len(pixels))
+            return 0.3 * torch.ones(1, len(pixels))
 
     flow = make_flow()
     descend(GRPO, flow, Constant(), make_batch(flow, range(8)))
@@ -554,19 +555,19 @@ class Unlawful(ReFL):
 
 class ReadsGlobalGenerator(Unlawful):
     def loss(self, flow, reward, batch):
-        value, metrics = super().loss(flow, reward, batch)
+        value, metrics, _ = super().loss(flow, reward, batch)
         return Loss(value * torch.rand(()), metrics)
 
 
 class ForgetsToAverage(Unlawful):
     def loss(self, flow, reward, batch):
-        value, metrics = super().loss(flow, reward, batch)
+        value, metrics, _ = super().loss(flow, reward, batch)
         return Loss(value * len(batch), metrics)
 
 
 class SharesOneGenerator(Unlawful):
     def loss(self, flow, reward, batch):
-        value, metrics = super().loss(flow, reward, batch)
+        value, metrics, _ = super().loss(flow, reward, batch)
         return Loss(value * torch.rand((), generator=batch.rngs[0]), metrics)
 
 
@@ -585,13 +586,13 @@ class DrawsBySample(Unlawful):
 
 class Descends(Unlawful):
     def loss(self, flow, reward, batch):
-        value, metrics = super().loss(flow, reward, batch)
+        value, metrics, _ = super().loss(flow, reward, batch)
         return Loss(-value, metrics)
 
 
 class LosesTheGraph(Unlawful):
     def loss(self, flow, reward, batch):
-        value, metrics = super().loss(flow, reward, batch)
+        value, metrics, _ = super().loss(flow, reward, batch)
         return Loss(value.detach() + 0 * sum(p.sum() for p in flow.parameters()), metrics)
 
 
@@ -604,7 +605,7 @@ class Forgets(Unlawful):
 
     def loss(self, flow, reward, batch):
         self.seen.append(1)
-        value, metrics = super().loss(flow, reward, batch)
+        value, metrics, _ = super().loss(flow, reward, batch)
         return Loss(value, metrics | {"seen": float(len(self.seen))})
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from alignbench import train as loop
 from alignbench.checkpoint import FINAL, STATE, load_records, load_state, load_weights, save_state, save_weights
 from alignbench.config import UserError
+from alignbench.evaluator import Reward, Term
 from alignbench.flow import seeded
 from alignbench.meter import Meter, metered
 from alignbench.method import AlignMethod, Loss, reward_loss
@@ -75,6 +76,7 @@ class Blackbox(AlignMethod):
     """Notes the batches it is given, and makes the smallest possible loss of them."""
 
     name: ClassVar[str] = "blackbox"
+    steps: int = STEPS
     seen: ClassVar[list] = []
 
     def loss(self, flow, reward, batch):
@@ -97,7 +99,7 @@ def test_common_random_numbers(method, micro, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(loop, "draw_batch", spy)
-    run(method, settings(batches=3, micro_batch=micro))
+    run(method, settings(batches=3, micro_batch=micro, drift_every=None))
     Blackbox.seen.clear()
     monkeypatch.setattr(loop, "draw_batch", draw)
     run(Blackbox(), settings(batches=3))
@@ -279,8 +281,7 @@ def test_a_method_is_checked_before_it_runs():
     """A group that the micro-batch does not hold, and a reward without gradient, are refused before any batch."""
     with pytest.raises(UserError, match=r"^method.group: "):
         run(DanceGRPO(steps=STEPS), settings(micro_batch=4))
-    blind = QuadraticReward()
-    blind.evaluator = SimpleNamespace(differentiable=False)
+    blind = Reward(Term(SimpleNamespace(differentiable=False)))
     with pytest.raises(UserError, match=r"^reward: "):
         run(LEAP, reward=blind)
 
@@ -320,14 +321,14 @@ class Failing(QuadraticReward):
         self.left -= 1
         if self.left < 0:
             score = score.clone()
-            score[1] = self.value
+            score[0, 1] = self.value
         return score
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_reward_that_is_no_number_stops_the_run(value, tmp_path):
     """The error names step, prompt and value; the checkpoint before it stays and can be resumed."""
-    with pytest.raises(UserError, match=rf"step 3.*reward is not finite.*{value} for prompt 'p\d'") as caught:
+    with pytest.raises(UserError, match=rf"step 3.*reward quadratic is not finite.*{value} for prompt 'p\d'") as caught:
         run(LEAP, folder=tmp_path, reward=Failing(value, after=3))
     assert "\n" not in str(caught.value)
     flow, records = run(LEAP, folder=tmp_path)
@@ -340,7 +341,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 
     class Broken(Blackbox):
         def loss(self, flow, reward, batch):
-            value, metrics = super().loss(flow, reward, batch)
+            value, metrics, _ = super().loss(flow, reward, batch)
             return Loss(value * (float("nan") if batch.step == 2 else 1.0), metrics)
 
     flow = AffineFlow(STEPS)
@@ -355,7 +356,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path):
 
     class Steep(Blackbox):
         def loss(self, flow, reward, batch):
-            value, metrics = super().loss(flow, reward, batch)
+            value, metrics, _ = super().loss(flow, reward, batch)
             return Loss(value + (value - value.detach()).abs().sqrt(), metrics)
 
     flow = AffineFlow(STEPS)
@@ -435,7 +436,7 @@ def test_a_method_keeps_its_state(tmp_path):
 
         def loss(self, flow, reward, batch):
             self.state["window"] += 1
-            value, metrics = super().loss(flow, reward, batch)
+            value, metrics, _ = super().loss(flow, reward, batch)
             guess = self.state["net"](batch.noise).mean() * self.state["window"]
             return Loss(value * 0.1 + (guess - value.detach()) ** 2 + guess * value, metrics)
 
@@ -594,7 +595,7 @@ def test_two_ranks_are_one(tmp_path):
     assert "step 1" in first["error"]
     assert "another rank failed" in first["error"]
     assert "step 1" in second["error"]
-    assert "reward is not finite" in second["error"]
+    assert "reward quadratic is not finite" in second["error"]
 
 
 class LoggedLeap(LeapAlign):
