@@ -71,7 +71,7 @@ class Watch:
         """Sum over samples of |dL/dv|, by fifths of the path; forgets them."""
         sums = torch.zeros(FIFTHS, dtype=torch.float64)
         for sigma, norms in self.gradients:
-            fifth = (sigma * FIFTHS).ceil().long().clamp(1, FIFTHS) - 1
+            fifth = (sigma * FIFTHS - 1e-6).ceil().long().clamp(1, FIFTHS) - 1  # a rounded 0.6 belongs below
             sums.index_add_(0, fifth.cpu(), norms.double().cpu())
         self.gradients.clear()
         return dict(zip(GRAD_SHARES, sums.tolist(), strict=True))

@@ -265,7 +265,7 @@ def _override(cell: dict[str, Any], override: Override, registry: Registry, wher
 
 def _set(cell: dict[str, Any], axis: str, value: Any, registry: Registry, where: str) -> dict[str, Any]:
     """``cell`` with one setting changed, checked at once, so that an error names what changed it."""
-    head = axis.partition(".")[0]
+    head = axis.partition(".")[0].partition("[")[0]
     if head not in RUN_PARTS:
         raise UserError(f"{where}: {axis}: a run has no such setting{did_you_mean(head, RUN_PARTS, 'settings')}")
     return _resolved(put(cell, axis, value, f"{where}: {axis}"), registry, f"{where}: ")

@@ -62,6 +62,24 @@ def test_an_axis_that_is_no_seed_makes_rows(tmp_path):
     assert labels == ["Base", "Last, lr=0.001", "Last, lr=0.0001"]
 
 
+def test_one_reward_or_several(tmp_path):
+    """A reward may be a list, each with margin and weight; roles, paths and ids follow; one alone has no weight."""
+    rewards = [{"evaluator": {"name": "bright"}, "weight": 3}, {"evaluator": {"name": "bright", "power": 2.0}}]
+    several = plan(tmp_path, changes={"base": {"reward": rewards}})
+    assert [part["weight"] for part in several.cells[1].spec.rewards] == [3.0, 1.0]
+    assert several.scores[0].role == "train"
+    assert ids(several)[1:] != ids(plan(tmp_path))[1:]
+    heavier = plan(tmp_path, "reward[1].weight=2", changes={"base": {"reward": rewards}})
+    assert heavier.cells[1].spec.rewards[1]["weight"] == 2
+    assert ids(heavier)[0] == ids(several)[0]
+    assert ids(heavier)[1:] != ids(several)[1:]
+    assert ids(plan(tmp_path, "reward.weight=7")) == ids(plan(tmp_path))
+    with pytest.raises(UserError, match=r"reward\[1\]\.evaluator.*no evaluator 'brigt'"):
+        plan(tmp_path, changes={"base": {"reward": [rewards[0], {"evaluator": {"name": "brigt"}}]}})
+    with pytest.raises(UserError, match="reward"):
+        plan(tmp_path, changes={"base": {"reward": []}})
+
+
 def test_overrides_match_in_order_and_are_kept_with_their_reason(tmp_path):
     """An override changes the runs it matches, and no others; the manifest says so."""
     override = {"match": {"method": "last", "training.seed": 1}, "set": {"training.batch": 4}, "reason": "to see"}

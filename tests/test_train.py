@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -22,9 +23,9 @@ from alignbench import train as loop
 from alignbench.checkpoint import FINAL, STATE, load_records, load_state, load_weights, save_state, save_weights
 from alignbench.config import UserError
 from alignbench.evaluator import Reward, Term
-from alignbench.flow import seeded
-from alignbench.meter import Meter, metered
-from alignbench.method import AlignMethod, Loss, reward_loss
+from alignbench.flow import euler, integrate, seeded
+from alignbench.meter import FIFTHS, GRAD_SHARES, Meter, metered
+from alignbench.method import AlignMethod, Loss, Pool, reward_loss
 from alignbench.methods.base import Base
 from alignbench.methods.dancegrpo import DanceGRPO
 from alignbench.methods.draft import DRaFTK, DRaFTLV
@@ -32,7 +33,7 @@ from alignbench.methods.drtune import DRTune
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.methods.refl import ReFL
 from alignbench.spec import Budget, Optimizer, Training
-from alignbench.testing import PROMPTS, AffineFlow, QuadraticReward, unclocked
+from alignbench.testing import PROMPTS, AffineFlow, Quadratic, QuadraticReward, unclocked
 
 PROCESSES = multiprocessing.get_context("forkserver")  # real processes, but torch is imported once for all of them
 PROCESSES.set_forkserver_preload(["alignbench.testing", "torch._dynamo"])
@@ -259,6 +260,142 @@ def test_modules_start_from_the_seed():
     assert not torch.equal(weight(0), weight(1))
 
 
+# ---- what every record has for free
+
+
+class OneStep(Blackbox):
+    """Trains step ``s`` of the sampler alone."""
+
+    s: int = 0
+
+    def loss(self, flow, reward, batch):
+        t = flow.sigmas(STEPS)
+        x = integrate(flow, batch.noise, t[: self.s + 1], batch.cond)
+        return reward_loss(flow, reward, batch, euler(x, flow.velocity(x, t[self.s], batch.cond), t[self.s], 0.0))
+
+
+@pytest.mark.parametrize("s", range(STEPS))
+def test_the_gradient_share_names_the_trained_step(s):
+    """All of |dL/dv| lies in the fifth of the path that holds the trained step's sigma."""
+    sigma = AffineFlow(STEPS).sigmas(STEPS)[s].item()
+    _, records = run(OneStep(s=s))
+    fifth = max(1, math.ceil(sigma * FIFTHS)) - 1
+    expected = [float(i == fifth) for i in range(FIFTHS)]
+    assert all([r[name] for name in GRAD_SHARES] == expected for r in records)
+
+
+def test_gradient_shares_closed_form():
+    """Full back-propagation: |dL/dv_i| = h_i |lam_{i+1}| per sample, summed over samples, as a share of the total."""
+    flow, training = AffineFlow(STEPS), settings(batches=1)
+    batch = loop.draw_batch(flow, PROMPTS, training, 0, range(BATCH), torch.device("cpu"))
+    t = flow.sigmas(STEPS)
+    lam = integrate(flow, batch.noise, t, batch.cond) - 1.0
+    sums = [0.0] * FIFTHS
+    for i in reversed(range(STEPS)):
+        h = t[i] - t[i + 1]
+        sums[math.ceil(t[i].item() * FIFTHS) - 1] += (h * lam.norm(dim=1)).sum().item()
+        lam = lam - h * lam @ flow.A
+    _, (record,) = run(DRaFTK(steps=STEPS, k=STEPS), training)
+    assert [record[name] for name in GRAD_SHARES] == pytest.approx([x / sum(sums) for x in sums], rel=1e-12)
+
+
+def test_gradients_that_a_method_takes_for_itself_are_no_share():
+    """A vector-Jacobian product inside a loss is not the training gradient."""
+
+    class Curious(OneStep):
+        def loss(self, flow, reward, batch):
+            x = batch.noise.clone().requires_grad_()
+            torch.autograd.grad(flow.velocity(x, 0.1, batch.cond).sum(), x)
+            return super().loss(flow, reward, batch)
+
+    assert unspent(run(Curious(s=0))[1]) == unspent(run(OneStep(s=0))[1])
+
+
+def unspent(records):
+    return [{name: r[name] for name in (*GRAD_SHARES, "loss", "drift")} for r in records]
+
+
+def test_drift_closed_form():
+    """|v - v_base|^2 / |v_base|^2 over the sampler's steps: zero at first; a moved bias shows as its square."""
+    flow, training = AffineFlow(STEPS), settings(drift_every=2)
+    _, records = run(LEAP, training, flow=flow)
+    drifts = [r["drift"] for r in records]
+    assert drifts[0] == drifts[1] == 0 < drifts[2] == drifts[3] < drifts[4]
+    (run_ := loop.Run(LEAP, flow, training, Accelerator(cpu=True))).look_at_drift(PROMPTS)
+    batch = loop.draw_batch(flow, PROMPTS, training, 0, range(4), torch.device("cpu"))
+    x, moved, base = batch.noise, 0.0, 0.0
+    for i, (at, to) in enumerate(itertools.pairwise(flow.sigmas(STEPS))):
+        v = flow.velocity(x, at, batch.cond).detach()
+        moved += 4 * flow.bias[i].square().sum().item()
+        base += (v - flow.bias[i]).square().sum().item()
+        x = x + (to - at) * v
+    assert run_.drift == pytest.approx(moved / base, rel=1e-12)
+
+
+def test_looking_at_the_drift_changes_nothing():
+    """Weights, and every other record, are bitwise those of a run that never looks."""
+    (looked, records), (blind, others) = run(LEAP), run(LEAP, settings(drift_every=None))
+    assert torch.equal(looked.bias, blind.bias)
+    assert [r | {"drift": None} for r in unclocked(records)] == unclocked(others)
+
+
+def test_rewards_are_recorded_without_the_methods_help():
+    """A method that reports no reward has the mean over the images that it had scored."""
+
+    class Silent(OneStep):
+        def loss(self, flow, reward, batch):
+            return super().loss(flow, reward, batch)._replace(metrics={})
+
+    assert [r["reward_mean"] for r in run(Silent(s=1))[1]] == [r["reward_mean"] for r in run(OneStep(s=1))[1]]
+
+
+def test_several_rewards_add_up():
+    """Loss and reward are means weighted by normalised weights, each reward is recorded, each has its own hinge."""
+    near, far = Quadratic(target=1.0), Quadratic(target=3.0)
+    both = Reward(Term(near, None, 2.0), Term(far, -1e6, 6.0))
+    _, (record,) = run(LEAP, settings(batches=1), reward=both)
+    alone = [run(LEAP, settings(batches=1), reward=QuadraticReward(target))[1][0]["reward_mean"] for target in (1, 3)]
+    assert record["reward_mean"] == pytest.approx(0.25 * alone[0] + 0.75 * alone[1])
+    assert record["hinge_closed"] == 0.5
+    scores = torch.tensor([[-1.0, -2.0], [5.0, -3e6]])
+    assert both.loss(scores).tolist() == [0.25, 0.5 + 0.75 * 2e6]
+    assert both.value(scores).tolist() == [-0.25 + 3.75, -0.5 - 0.75 * 3e6]
+
+
+@pytest.mark.parametrize("micro", [None, 4, 2])
+def test_what_micro_batches_pool_is_the_whole_batch(micro):
+    """``yield Pool(values)`` gives back the values of all samples in their order, twice in a row too."""
+
+    class Pools(OneStep):
+        seen: ClassVar[list] = []
+
+        def updates(self, flow, reward, batch):
+            everyone = yield Pool(batch.noise[:, 0])
+            again = yield Pool(2 * batch.noise[:, 0])
+            assert torch.equal(again, 2 * everyone)
+            self.seen.append(everyone)
+            yield from super().updates(flow, reward, batch)
+
+    run(Pools(), settings(batches=1, micro_batch=micro))
+    flow = AffineFlow(STEPS)
+    whole = loop.draw_batch(flow, PROMPTS, settings(), 0, range(BATCH), torch.device("cpu")).noise[:, 0]
+    assert len(Pools.seen) == BATCH // (micro or BATCH)
+    assert all(torch.equal(everyone, whole) for everyone in Pools.seen)
+    Pools.seen.clear()
+
+
+def test_micro_batches_must_do_the_same():
+    """One that makes another number of updates than its neighbour is an error, not a wait for ever."""
+
+    class Uneven(OneStep):
+        def updates(self, flow, reward, batch):
+            for _ in range(1 + int(batch.noise.sum() > 0)):
+                yield from super().updates(flow, reward, batch)
+
+    with pytest.raises(UserError, match="different updates of different micro-batches"):
+        run(Uneven(), settings(micro_batch=1))
+
+
 # ---- what is refused
 
 
@@ -345,10 +482,25 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
             return Loss(value * (float("nan") if batch.step == 2 else 1.0), metrics)
 
     flow = AffineFlow(STEPS)
-    with pytest.raises(UserError, match=r"step 2.*loss is nan"):
+    with pytest.raises(UserError, match=r"step 2, update 2: the loss is nan;"):
         run(Broken(), folder=tmp_path, flow=flow)
     assert flow.bias.isfinite().all()
     assert torch.equal(flow.bias, load_state(tmp_path)["flow"]["bias"])
+
+
+def test_a_loss_that_is_no_number_names_its_sample():
+    """Where a loss tells the samples' own, the error has the prompt and the value."""
+
+    class Broken(Blackbox):
+        def loss(self, flow, reward, batch):
+            value, metrics, each = super().loss(flow, reward, batch)
+            each[2] = float("inf")
+            return Loss(value * float("inf"), metrics, each)
+
+    flow = AffineFlow(STEPS)
+    batch = loop.draw_batch(flow, PROMPTS, settings(), 0, range(BATCH), torch.device("cpu"))
+    with pytest.raises(UserError, match=rf"step 0.*loss is inf \(inf for prompt '{batch.prompts[2].id}'\)"):
+        run(Broken(), flow=flow)
 
 
 def test_a_gradient_that_is_no_number_stops_the_run(tmp_path):
