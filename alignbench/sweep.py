@@ -444,6 +444,11 @@ def _trained_on(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return found
 
 
+def _judge(evaluator: Any) -> tuple[str, list[Path]]:
+    """What makes two evaluators the same opinion: in another unit it is still not held out."""
+    return evaluator.name, evaluator.files()
+
+
 def _names(evaluators: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(evaluator["name"] for evaluator in evaluators))
 
@@ -452,7 +457,7 @@ def _scores(
     sweep: Sweep, cells: Sequence[Cell], prompts: Sequence[Prompt], registry: Registry, where: str
 ) -> list[Score]:
     """The evaluators of a sweep with their role. UserError for one that is there twice."""
-    trained_on = _trained_on(cells)
+    trained_on = [_judge(registry.make("evaluator", plain, "reward.evaluator")) for plain in _trained_on(cells)]
     scores: list[Score] = []
     for i, plain in enumerate(sweep.evaluation.evaluators):
         place = f"{where}: evaluation.evaluators[{i}]"
@@ -464,7 +469,7 @@ def _scores(
         if file in [score.file for score in scores]:
             raise UserError(f"{place}: {evaluator.name} is there already with the same settings; remove one")
         untrained = "held-out" if evaluator.files() else "check"  # without weights it is a rule, not a learnt opinion
-        role = "train" if settings(evaluator) in trained_on else untrained
+        role = "train" if _judge(evaluator) in trained_on else untrained
         metrics = [dict(metric._asdict()) for metric in evaluator.metrics]
         scores.append(Score(settings(evaluator), evaluator.name, evaluator.version, file, metrics, role))
     names = [metric["name"] for score in scores for metric in score.metrics]
