@@ -1,0 +1,328 @@
+"""Published weights as rows: what is loaded is what was published, all of it, and the base model stays the base."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from alignbench.backends.flux import Flux
+from alignbench.config import UserError
+from alignbench.flow import integrate
+from alignbench.methods.checkpoint import Checkpoint
+from alignbench.testing import AffineFlow
+
+PROMPTS = ["a photo of a red circle", "two blue square"]
+WORDS = 24
+SINGLE = "diffusion_pytorch_model.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.flux_folder(tmp_path_factory.mktemp("flux"), scale=2.0)
+
+
+def load(folder, **settings):
+    plain = {"size": 32, "dtype": "float32", "max_sequence_length": WORDS}
+    return Flux(model=str(folder), **{**plain, **settings}).load()
+
+
+def pipeline(folder):
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generators():
+    return [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
+
+
+def images(flow, reference=False):
+    with torch.no_grad():
+        x = flow.noise(2, generators())
+        x = integrate(flow, x, flow.sigmas(4), flow.encode(PROMPTS), reference=reference)
+        return flow.decode(x)
+
+
+def theirs(pipe):
+    call = {"num_inference_steps": 4, "height": 32, "width": 32, "max_sequence_length": WORDS, "output_type": "pt"}
+    return pipe(PROMPTS, generator=generators(), **call).images
+
+
+def perturbed(module):
+    """``module``, moved far enough to be seen."""
+    with torch.no_grad():
+        for i, parameter in enumerate(module.parameters()):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    return module
+
+
+@pytest.fixture(scope="module")
+def tuned(folder):
+    """A pipeline whose transformer somebody has trained."""
+    pipe = pipeline(folder)
+    perturbed(pipe.transformer)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def published(tuned, tmp_path_factory):
+    """The same transformer in every layout that is published: diffusers' single file, shards, file and no config."""
+    top = tmp_path_factory.mktemp("published")
+    tuned.transformer.save_pretrained(top / "single")
+    tuned.transformer.save_pretrained(top / "shards", max_shard_size="60KB")
+    assert len(list((top / "shards").glob("*.safetensors"))) > 2
+    (top / "bare").mkdir()
+    shutil.copy(top / "single" / SINGLE, top / "bare" / SINGLE)
+    shutil.copytree(top / "single", top / "below" / "transformer")
+    return top
+
+
+def adapted(folder, targets=("attn.to_q", "ff.net.2"), rank=4, alpha=8, **more):
+    """A pipeline whose transformer has trained adapters."""
+    from peft import LoraConfig
+
+    pipe = pipeline(folder)
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=False, **more)
+    )
+    return pipe
+
+
+def adapters(pipe):
+    from peft.utils import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(pipe.transformer)
+
+
+# -- transformers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize(
+    "where",
+    [{"weights": "single"}, {"weights": "shards"}, {"weights": f"bare/{SINGLE}"}, {"weights": "bare"},
+     {"weights": "below", "subfolder": "transformer"}],
+    ids=lambda where: where["weights"],
+)  # fmt: skip
+def test_images_are_those_of_a_pipeline_with_these_weights(folder, tuned, published, where, tune):
+    """Every layout, on a backend that trains everything or adapters: FluxPipeline's images to 1e-5, not the base's."""
+    flow = load(folder, tune=tune)
+    before = images(flow)
+    Checkpoint(**where | {"weights": str(published / where["weights"])}).prepare(flow)
+    assert (images(flow) - theirs(tuned)).abs().max() <= 1e-5
+    assert (images(flow) - before).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_the_reference_is_still_the_base(folder, published, tune):
+    """Bitwise, in a view made before and in one made after the weights were loaded."""
+    flow = load(folder, tune=tune)
+    base, early = images(flow), flow.at(guidance=3.5)
+    Checkpoint(weights=str(published / "single")).prepare(flow)
+    for view in (flow, early, flow.at(guidance=3.5)):
+        assert torch.equal(images(view, reference=True), base)
+        assert not torch.equal(images(view), base)
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"rank_pattern": {"to_q": 2}},
+        {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 5, "transformer_blocks.1.ff.net.2": 3}},
+        {"use_rslora": True},
+    ],
+    ids=["plain", "two ranks", "own strengths", "rank-stabilised"],
+)
+def test_adapters_have_the_strength_that_their_file_says(folder, tmp_path, more, tune):
+    """diffusers' layout with its metadata: the images are those of the pipeline that saved them, the reference is base.
+
+    Bitwise on a backend with adapters of its own, which are switched off.
+    """
+    pipe = adapted(folder, **more)
+    pipe.transformer.save_lora_adapter(tmp_path)
+    flow = load(folder, tune=tune, lora_rank=3)
+    base = images(flow)
+    Checkpoint(weights=str(tmp_path), kind="lora").prepare(flow)
+    assert (images(flow) - theirs(pipe)).abs().max() <= 1e-5
+    assert (images(flow) - base).abs().max() > 0.02
+    assert torch.equal(images(flow, reference=True), base)
+    assert torch.equal(images(flow.at(), reference=True), base)
+
+
+def test_adapters_of_a_pipeline(folder, tmp_path):
+    """FluxPipeline.save_lora_weights, names under "transformer.", no metadata: what load_lora_weights makes of it."""
+    from diffusers import FluxPipeline
+
+    FluxPipeline.save_lora_weights(tmp_path, transformer_lora_layers=adapters(adapted(folder)))
+    pipe = pipeline(folder)
+    pipe.load_lora_weights(tmp_path)
+    flow = load(folder)
+    Checkpoint(weights=str(tmp_path / LORA), kind="lora").prepare(flow)
+    assert (images(flow) - theirs(pipe)).abs().max() <= 1e-5
+
+
+def test_adapters_of_peft(folder, tmp_path):
+    """peft's layout has alpha in adapter_config.json: the images of the model that was saved."""
+    pipe = adapted(folder)
+    save_file({f"base_model.model.{k}": v for k, v in adapters(pipe).items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    flow = load(folder)
+    Checkpoint(weights=str(tmp_path), kind="lora").prepare(flow)
+    assert (images(flow) - theirs(pipe)).abs().max() <= 1e-5
+
+
+def test_alphas_beside_the_tensors(folder, tmp_path):
+    """``<layer>.alpha``, as trainers write it, beats the configuration of the header."""
+    pipe = adapted(folder)
+    state = adapters(pipe)
+    layers = {name.rpartition(".lora_")[0] for name in state}
+    save_file(state | {f"{layer}.alpha": torch.tensor(8.0) for layer in layers}, tmp_path / LORA)
+    flow = load(folder)
+    Checkpoint(weights=str(tmp_path), kind="lora").prepare(flow)
+    assert (images(flow) - theirs(pipe)).abs().max() <= 1e-5
+
+
+# -- what does not fit ------------------------------------------------------------------------------------------------
+
+
+def spoilt(source, target, change):
+    """A copy of a weight file with its tensors changed."""
+    state = load_file(source)
+    change(state)
+    save_file(state, target)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda s: s.pop("proj_out.bias"), r"1 parameters do not fit the model \(proj_out.bias is absent in the file"),
+        (lambda s: s.update(extra=torch.ones(1)), r"extra is \(1,\) in the file and absent in the model"),
+        (lambda s: s.update({"proj_out.bias": torch.ones(3)}), r"proj_out.bias is \(3,\) in the file and \(16,\)"),
+    ],
+)
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_transformer_that_does_not_fit_is_named_and_not_loaded(folder, published, tmp_path, change, line, tune):
+    """A name too few, one too many, another shape: the first is named, and the flow is as it was."""
+    spoilt(published / "single" / SINGLE, tmp_path / SINGLE, change)
+    flow = load(folder, tune=tune)
+    before = images(flow)
+    with pytest.raises(UserError, match=line):
+        Checkpoint(weights=str(tmp_path)).prepare(flow)
+    assert torch.equal(images(flow), before)
+
+
+def test_a_setting_that_shapes_do_not_show(folder, published, tmp_path):
+    """Another rotary embedding has the same weights: the configurations are compared."""
+    shutil.copytree(published / "single", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"axes_dims_rope": [8, 4, 4]}))
+    with pytest.raises(UserError, match=r"axes_dims_rope is \[8, 4, 4\] and the model's is \[4, 6, 6\]; .* another mo"):
+        Checkpoint(weights=str(tmp_path / "other")).prepare(load(folder))
+
+
+Q = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda s: s.pop(f"{Q}.lora_A.weight"), rf"{Q}.lora_A.weight is missing, its other half is there"),
+        (
+            lambda s: s.update({f"{Q}.lora_A.weight": torch.ones(4, 5)}),
+            r"to_q: lora_A \(4, 5\) and lora_B \(32, 4\) do",
+        ),
+        (lambda s: s.update({f"{Q}.lora_magnitude_vector": torch.ones(32)}), "lora_magnitude_vector is no lora_A"),
+        (lambda s: s.update({"text_encoder.q.lora_A.weight": torch.ones(4, 5)}), "text_encoder.q.lora_A.weight is no"),
+        (lambda s: s.update({"norm_out.norm.lora_A.weight": torch.ones(4, 5)}), "norm_out.norm.lora_A.weight is no"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_named(folder, tmp_path, change, line):
+    """A half adapter, a shape, DoRA's magnitudes, another network's adapters, a layer that is none."""
+    adapted(folder).transformer.save_lora_adapter(tmp_path / "whole")
+    spoilt(tmp_path / "whole" / LORA, tmp_path / LORA, change)
+    flow = load(folder)
+    before = images(flow)
+    with pytest.raises(UserError, match=line):
+        Checkpoint(weights=str(tmp_path), kind="lora").prepare(flow)
+    assert torch.equal(images(flow), before)
+
+
+def test_one_kind_is_not_taken_for_the_other(folder, published, tmp_path):
+    """A transformer has no adapters, and adapters are no transformer."""
+    adapted(folder).transformer.save_lora_adapter(tmp_path)
+    with pytest.raises(UserError, match="is no lora_A, lora_B or alpha"):
+        Checkpoint(weights=str(published / "single"), kind="lora").prepare(load(folder))
+    with pytest.raises(UserError, match="parameters do not fit the model"):
+        Checkpoint(weights=str(tmp_path)).prepare(load(folder))
+
+
+def test_a_flow_that_cannot_load_weights_says_so(published):
+    """A toy: one line, and what to choose."""
+    line = r"^method.kind: this backend \(AffineFlow\) cannot load a published transformer; choose the backend flux"
+    with pytest.raises(UserError, match=line):
+        Checkpoint(weights=str(published / "single")).prepare(AffineFlow(4))
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def truncate(folder):
+    file = folder / SINGLE
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def add_another(folder):
+    shutil.copy(folder / SINGLE, folder / "model.safetensors")
+
+
+def move_below(folder):
+    (folder / "transformer").mkdir()
+    (folder / SINGLE).rename(folder / "transformer" / SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda f: (f / SINGLE).unlink(), r"has no weights \(\*.safetensors\); name the folder or the file that has"),
+        (move_below, r"has no weights \(\*.safetensors\); choose the subfolder transformer"),
+        (add_another, rf"weights of several networks \({SINGLE}, model.safetensors\); name one file"),
+        (truncate, "cannot be read: truncated"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+    ],
+)
+def test_wrong_folders_are_one_clear_line(published, tmp_path, change, line):
+    """No weights, weights below, several, half a file, a broken configuration: before any model is loaded."""
+    shutil.copytree(published / "single", tmp_path / "copy")
+    change(tmp_path / "copy")
+    with pytest.raises(UserError, match=rf"^method.weights: .*{line}") as caught:
+        Checkpoint(weights=str(tmp_path / "copy")).files()
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_names_are_one_clear_line(published, tmp_path):
+    """A path that is none, a hub id that was not fetched, a missing shard, a file of another kind."""
+    with pytest.raises(UserError, match=r"^method.weights: there is no file or folder './none'; give a path, a hub id"):
+        Checkpoint(weights="./none").files()
+    with pytest.raises(UserError, match=r"fetch it once with `hf download no-such-owner/none --revision v2`"):
+        Checkpoint(weights="no-such-owner/none", revision="v2").files()
+    with pytest.raises(UserError, match=r"has no weights"):
+        Checkpoint(weights=str(published), subfolder="none").files()
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"model.bin is no safetensors file"):
+        Checkpoint(weights=str(tmp_path / "model.bin")).files()
+    shutil.copytree(published / "shards", tmp_path / "shards")
+    next((tmp_path / "shards").glob("*-00002-*")).unlink()
+    with pytest.raises(UserError, match=r"00002-of-.* is missing"):
+        Checkpoint(weights=str(tmp_path / "shards")).files()
