@@ -7,11 +7,14 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from world import PLUGIN, SWEEP, alignbench, debug_sweep, sweep_file, tables
 
 from alignbench.backends.flux import Flux
 from alignbench.config import UserError
 from alignbench.flow import integrate
 from alignbench.methods.checkpoint import Checkpoint
+from alignbench.plugins import Registry
+from alignbench.sweep import read, resolve
 from alignbench.testing import AffineFlow
 
 PROMPTS = ["a photo of a red circle", "two blue square"]
@@ -326,3 +329,151 @@ def test_wrong_names_are_one_clear_line(published, tmp_path):
     next((tmp_path / "shards").glob("*-00002-*")).unlink()
     with pytest.raises(UserError, match=r"00002-of-.* is missing"):
         Checkpoint(weights=str(tmp_path / "shards")).files()
+
+
+# -- as rows of a sweep -----------------------------------------------------------------------------------------------
+
+
+SCHNELL = "tiny.yaml: SDE: method.name: sde samples by an SDE, and .* is distilled to few steps, as FLUX.1-schnell is"
+SDE = '''
+"""A method that samples by an SDE."""
+
+from typing import ClassVar
+
+from alignbench.method import Pathwise
+
+
+class SDE(Pathwise):
+    name: ClassVar[str] = "sde"
+    stochastic: ClassVar[bool] = True
+'''
+
+
+def published_row(weights, label="Published", **more):
+    return {"label": label, "method": {"name": "checkpoint", "weights": str(weights), **more}}
+
+
+HYBRID = {
+    "match": {"label": "Hybrid"},
+    "set": {"evaluation.protocol.tuned_steps": 1, "evaluation.protocol.guidance": 2.0},
+    "reason": "its authors sample so",
+}
+
+
+def planned(folder, changes, *words, plugin=PLUGIN):
+    return resolve(read(sweep_file(folder, changes), words), Registry([plugin]))
+
+
+def test_a_sweep_of_base_checkpoint_and_hybrid(tmp_path, capsys):
+    """Through the command line: pictures differ, the report compares all rows with base and shows the departure."""
+    weights = perturbed(pipeline(Flux(model="shapes").folder).transformer)
+    weights.save_pretrained(tmp_path / "weights")
+    cases = [published_row(tmp_path / "weights"), SWEEP["cases"][0], published_row(tmp_path / "weights", "Hybrid")]
+    path = sweep_file(tmp_path, {"cases": cases, "overrides": [HYBRID]})
+    assert debug_sweep(path, tmp_path / "store") == 0
+    scores, costs = tables(tmp_path / "store")
+    assert costs["state"].tolist() == ["done"] * 3
+    assert costs["images"].isna().tolist() == [True, False, True]  # what a published training cost is not known
+    means = scores[scores["metric"] == "brightness"].groupby("label")["score"].mean()
+    assert means.nunique() == 3
+    assert len(list((tmp_path / "store" / "runs").iterdir())) == 2  # a protocol is none of the weights' business
+    capsys.readouterr()
+    assert alignbench("report", path, "--out", str(tmp_path / "out"), store=tmp_path / "store", plugin=False) == 0
+    page = capsys.readouterr().out
+    assert "| Hybrid †" in page
+    assert (
+        "† Hybrid inference: the row's own weights make these steps, the base model the rest: Hybrid, the first 1 o"
+        in page
+    )
+    assert (
+        "- Hybrid: evaluation.protocol.tuned_steps = 1, evaluation.protocol.guidance = 2.0. its authors sample so"
+        in page
+    )
+    assert "- **but Hybrid**: guidance = 2.0, tuned steps = 1" in page
+    changes = page.split("## Paired change against Base")[1].split("\n## ")[0]
+    assert "| Published" in changes
+    assert "| Hybrid" in changes
+    assert "One training seed" not in page
+    assert "No training run has finished" not in page
+
+
+def test_ids_of_checkpoints(tmp_path):
+    """Other weights or settings are other runs; the row's label, ``steps`` and what trains adapters are not."""
+    for name, factor in (("one", 1.0), ("two", 1.01)):
+        (tmp_path / name).mkdir()
+        save_file({"proj_out.weight": factor * torch.ones(4, 4)}, tmp_path / name / SINGLE)
+    one = published_row(tmp_path / "one")
+
+    def ids(*cases, words=()):
+        return [cell.id for cell in planned(tmp_path, {"cases": [SWEEP["cases"][0], *cases]}, *words).cells]
+
+    base, first = ids(one)
+    others = [published_row(tmp_path / "two", "Two"), published_row(tmp_path / "one", "LoRA", kind="lora")]
+    assert ids(one, *others)[:2] == [base, first]
+    assert len(set(ids(one, *others))) == 4
+    assert ids(one | {"label": "Other"}, words=["method.steps=3", "backend.lora_rank=2"]) == [base, first]
+    shutil.copy(tmp_path / "two" / SINGLE, tmp_path / "one" / SINGLE)
+    assert ids(one)[1] not in (base, first)
+
+
+def test_a_checkpoint_that_is_missing_stops_the_sweep_at_once(tmp_path):
+    """Before any model is loaded, with the row and the setting."""
+    with pytest.raises(UserError, match=r"tiny.yaml: Published: method.weights: there is no file or folder './none'"):
+        planned(tmp_path, {"cases": [SWEEP["cases"][0], published_row("./none")]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"seed": 3}, r"overrides\[0\].set: evaluation.protocol.seed: all rows share it, or their images are no "),
+        ({"prompts": "shapes/val"}, "evaluation.protocol.prompts: all rows share it"),
+        ({"images_per_prompt": 2}, "evaluation.protocol.images_per_prompt: all rows share it"),
+        ({"size": 64}, "choose of evaluation.protocol.steps, evaluation.protocol.guidance, evaluation.protocol.w"),
+        ({"tuned_step": 1}, "evaluation.protocol.tuned_step: all rows share it"),
+        ({"tuned_steps": 0}, r"evaluation.protocol.tuned_steps: expected a whole number >= 1"),
+        ({"tuned_steps": 3}, r"Last: evaluation.protocol.tuned_steps: 3 are more than the sampler's 2 steps; choose 1"),
+        ({"weights": "lsat"}, r"weights: .*choose one of ema, last"),
+    ],
+)  # fmt: skip
+def test_what_a_row_may_not_have_of_its_own(tmp_path, changes, line):
+    """Whatever pairs the images is the sweep's; a number of steps has to be possible. One line."""
+    override = {"match": {"method": "last"}, "reason": "to see"}
+    override["set"] = {f"evaluation.protocol.{name}": value for name, value in changes.items()}
+    with pytest.raises(UserError, match=line) as caught:
+        planned(tmp_path, {"overrides": [override]})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rows_protocol_is_its_own_and_needs_a_reason(tmp_path):
+    """Only the row's images are new, its weights are not; without a reason it is refused; the command line beats it."""
+    override = {"match": {"method": "last", "seed": 1}, "reason": "to see"}
+    override["set"] = {"evaluation.protocol.weights": "last", "evaluation.protocol.steps": 3}
+    plain, changed = planned(tmp_path, {}), planned(tmp_path, {"overrides": [override]})
+    assert [a.id == b.id for a, b in zip(plain.cells, changed.cells)] == [True, True, True]
+    assert [a.images == b.images for a, b in zip(plain.cells, changed.cells)] == [True, True, False]
+    assert [cell.protocol.steps for cell in changed.cells] == [2, 2, 3]
+    typed = planned(tmp_path, {"overrides": [override]}, "evaluation.protocol.steps=4")
+    assert [cell.protocol.steps for cell in typed.cells] == [4, 4, 4]
+    with pytest.raises(UserError, match="an exception needs its reason"):
+        planned(tmp_path, {"overrides": [override | {"reason": ""}]})
+    with pytest.raises(UserError, match=r"grid: evaluation.protocol.steps: a run has no such setting"):
+        planned(tmp_path, {"grid": {"evaluation.protocol.steps": [2, 3]}})
+
+
+def test_an_sde_needs_a_model_that_is_not_distilled(tmp_path):
+    """A model like FLUX.1-schnell refuses a stochastic method when the sweep is read, and takes one that is not."""
+    plugin = tmp_path / "sde.py"
+    plugin.write_text(SDE)
+    case = {"label": "SDE", "method": {"name": "sde"}}
+    evaluator = {"name": "hpsv2", "weights": "shapes"}
+    for guidance in (True, False):
+        tiny.flux_folder(tmp_path / str(guidance), guidance=guidance)
+        backend = {"model": str(tmp_path / str(guidance))}
+        base = {"backend": backend, "reward": {"evaluator": evaluator}}
+        assert Flux(**backend).deterministic is None or not guidance
+        changes = {"base": base, "cases": [case], "evaluation": {"evaluators": [evaluator]}}
+        if guidance:
+            planned(tmp_path, changes, plugin=str(plugin))
+        else:
+            with pytest.raises(UserError, match=SCHNELL):
+                planned(tmp_path, changes, plugin=str(plugin))
