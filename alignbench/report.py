@@ -451,7 +451,11 @@ def _protocol_section(manifest: dict[str, Any], analysis: Analysis, origins: Seq
     seeds = sorted({seed for label in analysis.trained for seed in analysis.seeds[label]})
     facts: dict[str, Any] = {"training seeds": ", ".join(map(str, seeds)) or "none"}
     facts |= {"evaluation, number of prompts": manifest["prompts"]}
-    facts |= {f"evaluation, {key.replace('_', ' ')}": value for key, value in manifest["protocol"].items()}
+    facts |= {
+        f"evaluation, {key.replace('_', ' ')}": value
+        for key, value in manifest["protocol"].items()
+        if value is not None
+    }
     facts |= {"training reward": manifest["training_evaluator"]}
     versions = {m.evaluator: m.version for m in analysis.measures}
     facts |= {"evaluators": ", ".join(f"{name} {version}" for name, version in versions.items())}

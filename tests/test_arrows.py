@@ -18,14 +18,27 @@ LAYERS = (
     {"checkpoint", "meter", "adapters"},
     {"train", "generate", "sweep", "report"},
     {"run", "testing", "backends.flux"},
-    {"launch"},
+    {"launch", "authoring"},
     {"cli"},
 )
 BUILD = "shapes.build"  # makes the packaged files; not part of the harness
 METHODS = {"flow", "method", "config", "weights"}  # torch, and nothing else of ours
 EVALUATORS = {"evaluator", "config", "weights", "prompts", "shapes"}
 REPORTS = {"store", "table", "stats", "config", "reports"}
-TORCHLESS = {"cli", "launch", "run", "sweep", "spec", "store", "plugins", "prompts", "config", "report", "analysis"}
+TORCHLESS = {
+    "cli",
+    "authoring",
+    "launch",
+    "run",
+    "sweep",
+    "spec",
+    "store",
+    "plugins",
+    "prompts",
+    "config",
+    "report",
+    "analysis",
+}
 
 
 @functools.cache
