@@ -198,6 +198,8 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
 def image_set_id(run: str, trains: bool, protocol: Protocol, prompts: Sequence[Prompt]) -> str:
     """Of the weights and everything that determines the images. ``prompts``: those of ``protocol.prompts``."""
     content = settings(protocol) | {"run": run, "prompts": prompts_digest(prompts)}
+    if protocol.tuned_steps is None:  # then the id is that of before there was such a setting
+        del content["tuned_steps"]
     if not trains:  # no average is kept of weights that never move
         del content["weights"]
     return content_id(content)
