@@ -7,6 +7,7 @@ shows which step is trained by how much. Gradients are means over the batch's sa
 import functools
 import itertools
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
@@ -609,6 +610,23 @@ class Forgets(Unlawful):
         return Loss(value, metrics | {"seen": float(len(self.seen))})
 
 
+class GoesAroundTheMeter(Unlawful):
+    def loss(self, flow, reward, batch):
+        getattr(flow, "_flow", flow).velocity(batch.noise, 1.0, batch.cond)
+        return super().loss(flow, reward, batch)
+
+
+class RemembersForEver(Unlawful):
+    """Keeps a count that outlives the run."""
+
+    seen: ClassVar[list[int]] = []
+
+    def loss(self, flow, reward, batch):
+        self.seen.append(1)
+        value, metrics, _ = super().loss(flow, reward, batch)
+        return Loss(value, metrics | {"seen": float(len(self.seen))})
+
+
 @pytest.mark.parametrize(
     ("broken", "promise"),
     [
@@ -620,6 +638,8 @@ class Forgets(Unlawful):
         (Descends(), "test_training_raises_the_reward"),
         (LosesTheGraph(), "test_losses_are_finite_and_reach_the_parameters"),
         (Forgets(), "test_resuming_is_exact"),
+        (GoesAroundTheMeter(), "test_the_meter_sees_every_call"),
+        (RemembersForEver(), "test_a_repeated_run_is_the_same"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, ReFL) else value,
 )
