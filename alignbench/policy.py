@@ -78,6 +78,7 @@ class GroupRelative(AlignMethod):
         return rewards.std(-1, keepdim=True) + 1e-8
 
     def rollout(self, flow: Flow, part: Batch, schedule: Schedule) -> Trajectory:
+        """States and likelihoods up to the last noisy move at least, and the image."""
         return integrate_sde(flow, part, schedule.t, schedule.eta)
 
     # ---- one batch

@@ -6,7 +6,8 @@ Flash* ``compress: 0.2`` with ``strategy: frozen``. Departures from the released
    window shrinks at the end, to a single move. In the paper's 300 batches the window never comes that far.
 2. The shortened rest has the paper's number of steps, on sigmas of the grid itself (the nearest to evenly spaced ones).
    Released: one step fewer, on a new grid.
-3. The strategies that shorten the window's stay as it moves on ("decay", "exp_decay") are left out.
+3. The strategies that shorten the window's stay as it moves on ("decay", "exp_decay") are left out. With the released
+   constants "exp_decay" first differs from "progressive" after batch 350, beyond the paper's 300.
 4. A step without noise draws none.
 """
 

@@ -534,7 +534,10 @@ def test_a_thinned_grid_keeps_its_ends():
 
 
 def test_flash_shortens_only_what_comes_after_the_window():
-    """States and likelihoods up to the window's end are those without compression, bitwise; the image is near."""
+    """States and likelihoods up to the window's end are those without compression, bitwise; the image is near.
+
+    The solver goes on from the window's last prediction.
+    """
     flow = GaussianFlow()
     batch = make_batch(flow, range(12))
     settings = {"steps": 25, "strategy": "frozen", "updates_per_rollout": 1}
@@ -545,6 +548,9 @@ def test_flash_shortens_only_what_comes_after_the_window():
         paths.append(method.rollout(flow, part, method.schedule(flow, part)))
     assert torch.equal(paths[0].states[:, :5], paths[1].states)
     assert torch.equal(paths[0].log_prob[:, :4], paths[1].log_prob)
+    t, x = flash.grid(flow), paths[1].states[:, 3]
+    predicted = euler(x, flow.velocity(x, t[3], part.cond).detach(), t[3], 0.0)
+    close(paths[1].x_0, dpm_solver(flow, paths[1].states[:, 4], thinned(t[4:], 8), part.cond, (t[3], predicted)))
     gap = (paths[0].x_0 - paths[1].x_0).abs().max()
     assert 0 < gap < 0.1 * batch.noise.abs().max()
 
