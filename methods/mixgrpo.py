@@ -7,8 +7,9 @@ Flash* ``compress: 0.2`` with ``strategy: frozen``. Departures from the released
 2. The shortened rest has the paper's number of steps, on sigmas of the grid itself (the nearest to evenly spaced ones).
    Released: one step fewer, on a new grid.
 3. The strategies that shorten the window's stay as it moves on ("decay", "exp_decay") are left out. With the released
-   constants "exp_decay" first differs from "progressive" after batch 350, beyond the paper's 300.
+   constants "exp_decay" first differs from "progressive" at batch 373, beyond the paper's 300.
 4. A step without noise draws none.
+5. The window's noise is Flow-SDE, as in the paper's first versions; later ones have coefficients-preserving sampling.
 """
 
 from __future__ import annotations
