@@ -15,14 +15,14 @@ LAYERS = (
     {"config", "stats", "grid", "shapes.scene"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes"},
     {"flow", "spec", "store", "shapes.checker"},
-    {"checkpoint", "meter", "adapters"},
+    {"checkpoint", "meter", "adapters", "policy"},
     {"train", "generate", "sweep", "report"},
     {"run", "testing", "backends.flux"},
     {"launch", "authoring"},
     {"cli"},
 )
 BUILD = "shapes.build"  # makes the packaged files; not part of the harness
-METHODS = {"flow", "method", "config", "weights"}  # torch, and nothing else of ours
+METHODS = {"flow", "method", "policy", "config", "weights"}  # torch, and nothing else of ours
 EVALUATORS = {"evaluator", "config", "weights", "prompts", "shapes"}
 REPORTS = {"store", "table", "stats", "config", "reports"}
 TORCHLESS = {
@@ -101,7 +101,7 @@ def test_the_harness_knows_no_method_evaluator_or_report_by_name():
     ("folder", "allowed"), [("methods", METHODS), ("evaluators", EVALUATORS), ("reports", REPORTS)]
 )
 def test_what_stands_beside_the_harness_imports_little_of_it(folder, allowed):
-    """methods: flow, method, config, weights; evaluators: evaluator, what reads weights; reports: store and tables."""
+    """methods: flow, method, policy, weights; evaluators: evaluator, what reads weights; reports: store, tables."""
     for path in sorted((ROOT / folder).glob("*.py")):
         wrong = {name for name in ours(path) if name.partition(".")[0] not in allowed}
         assert not wrong, f"{folder}/{path.name} imports {wrong}"
