@@ -144,21 +144,14 @@ def main_table(analysis: Analysis, costs: pd.DataFrame, noted: Collection[str] =
 
 def hybrid(manifest: dict[str, Any]) -> dict[str, str]:
     """label -> ``the first 30 of 50 steps``, for rows whose last steps are the base model's."""
-    protocols = {run["label"]: _protocol(manifest, run) for run in manifest["runs"]}
-    tuned = {label: (found.get("tuned_steps"), found["steps"]) for label, found in protocols.items()}
-    return {
-        label: f"the first {some} of {steps} steps"
-        for label, (some, steps) in tuned.items()
-        if some not in (None, steps)
-    }
+    protocols = [(run["label"], _protocol(manifest, run)) for run in manifest["runs"]]
+    tuned = [(label, found.get("tuned_steps"), found["steps"]) for label, found in protocols]
+    return {label: f"the first {some} of {steps} steps" for label, some, steps in tuned if some not in (None, steps)}
 
 
 def _hybrid_note(manifest: dict[str, Any]) -> str:
     rows = "; ".join(f"{escape(label)}, {what}" for label, what in hybrid(manifest).items())
-    return (
-        f"{DAGGER} Hybrid inference: the row's own weights make these steps, the base model the rest: {rows}."
-        * bool(rows)
-    )
+    return f"{DAGGER} Hybrid inference: the row makes these steps, the base model the rest: {rows}." if rows else ""
 
 
 def _protocol(manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
@@ -451,11 +444,8 @@ def _protocol_section(manifest: dict[str, Any], analysis: Analysis, origins: Seq
     seeds = sorted({seed for label in analysis.trained for seed in analysis.seeds[label]})
     facts: dict[str, Any] = {"training seeds": ", ".join(map(str, seeds)) or "none"}
     facts |= {"evaluation, number of prompts": manifest["prompts"]}
-    facts |= {
-        f"evaluation, {key.replace('_', ' ')}": value
-        for key, value in manifest["protocol"].items()
-        if value is not None
-    }
+    protocol = {key: value for key, value in manifest["protocol"].items() if value is not None}
+    facts |= {f"evaluation, {key.replace('_', ' ')}": value for key, value in protocol.items()}
     facts |= {"training reward": manifest["training_evaluator"]}
     versions = {m.evaluator: m.version for m in analysis.measures}
     facts |= {"evaluators": ", ".join(f"{name} {version}" for name, version in versions.items())}
