@@ -151,7 +151,13 @@ def make_batch(flow: Flow, samples: Sequence[int], step: int = 0, seed: int = 0)
 
 
 def each_update(method: AlignMethod, flow: Flow, reward: Reward, batch: Batch) -> Iterator[Iterable[Loss]]:
-    """The updates that a method makes of one batch, alone on one rank: what it pools comes back as it is."""
+    """The updates that a method makes of one batch, alone on one rank: what it pools comes back as it is.
+
+    Its further networks, if it has any, are made first, as training makes them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        method.modules(flow)
     updates = method.updates(flow, reward, batch)
     item = next(updates, None)
     while item is not None:
