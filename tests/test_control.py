@@ -85,7 +85,7 @@ def test_the_gradient_is_that_of_the_control_problem(beta):
 
 @pytest.mark.parametrize("a", [0.0, 0.4, -0.3])
 def test_the_linear_quadratic_solution_is_stationary(a):
-    """delta*_i = P_i (x_N - mu) / beta with x_N = (prod q x_0 + S mu / beta) / (1 + S / beta): zero loss, zero gradient.
+    """delta*_i = P_i (x_N - mu) / beta with x_N = (prod q x_0 + S mu / beta) / (1 + S / beta): no loss, no gradient.
 
     q_i = 1 - h_i a, P_i = prod_{m > i} q_m, S = sum h_i P_i^2.
     """
