@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignbench import weights
+from alignbench.config import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,14 +17,26 @@ if TYPE_CHECKING:
     from alignbench.prompts import Prompt
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+LIMIT = 77  # tokens of a prompt that are read, start and end included
 FILES = (*PROCESSOR_FILES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
-class Clip:
-    """The CLIPModel in ``folder``; image preprocessing and tokenizer in ``processor_folder``. Loaded at first use."""
+HUB_FILES = (
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+)  # of OpenAI's repositories
 
-    def __init__(self, folder: Path, processor_folder: Path) -> None:
-        self.folder, self.processor_folder = folder, processor_folder
+
+class Clip:
+    """The CLIPModel in ``folder``; image preprocessing and tokenizer in ``processor_folder``. Loaded at first use.
+
+    ``where``: the setting that an error names.
+    """
+
+    def __init__(self, folder: Path, processor_folder: Path, where: str) -> None:
+        self.folder, self.processor_folder, self.where = folder, processor_folder, where
         self._texts: dict[str, Tensor] = {}  # unit features, computed once per prompt and kept on the CPU
 
     def images(self, pixels: Tensor) -> Tensor:
@@ -61,13 +74,13 @@ class Clip:
 
     def tokens(self, text: str) -> int:
         """The length of ``text`` in tokens, uncut, start and end included."""
-        return len(self.tokenizer(text)["input_ids"])
+        return len(self.tokenizer.tokenize(text)) + 2
 
     def _text(self, prompt: str) -> Tensor:
         import torch
 
         if prompt not in self._texts:
-            tokens = self.tokenizer(prompt, padding=True, truncation=True, max_length=77, return_tensors="pt")
+            tokens = self.tokenizer(prompt, padding=True, truncation=True, max_length=LIMIT, return_tensors="pt")
             with torch.no_grad():
                 features = self.model.get_text_features(**tokens.to(self.model.device))
             self._texts[prompt] = _unit(features)[0].cpu()
@@ -95,14 +108,30 @@ class Clip:
         from transformers import CLIPModel
 
         with weights.quiet():
-            model = CLIPModel.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True)
+            settings: Any = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+            loaded: Any = CLIPModel.from_pretrained(self.folder, **settings)
+        model, found = loaded
+        wrong = {what: sorted(found[what]) for what in ("missing_keys", "unexpected_keys") if found[what]}
+        if wrong:  # transformers itself would go on with random weights
+            raise UserError(f"{self.where}: {self.folder} does not hold this CLIPModel: {wrong}")
         return model.eval().requires_grad_(False)
 
 
 def files(folder: Path, processor_folder: Path, where: str) -> list[Path]:
     """What determines a Clip's features: configuration, weights, preprocessing, tokenizer. UserError if unreadable."""
     beside = [processor_folder / name for name in FILES if (processor_folder / name).exists()]
+    if not any(path.name in PROCESSOR_FILES for path in beside):
+        raise UserError(f"{where}: {processor_folder} has no {PROCESSOR_FILES[0]}, which says how images are prepared")
     return sorted({*weights.model_files(folder, where), *weights.check(beside, where)})
+
+
+def linear_head(width: int) -> Any:
+    """LAION's aesthetic predictor, which ImageReward took over: five linear layers with nothing between them."""
+    from torch.nn import Identity, Linear, ModuleDict, Sequential
+
+    gap = Identity()  # dropout in training; it counts in the official names layers.{0,2,4,6,7}
+    wide = (Linear(width, 1024), gap, Linear(1024, 128), gap, Linear(128, 64), gap)
+    return ModuleDict({"layers": Sequential(*wide, Linear(64, 16), Linear(16, 1))})
 
 
 def _unit(features: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -116,6 +117,15 @@ def in_batches(
             part = slice(start, start + SCORED_AT_ONCE)
             rows += score(images[part], prompts[part]).double().tolist()
     return pd.DataFrame({column: rows}, dtype="float64")
+
+
+def warn_of_cut(name: str, prompts: Sequence[Prompt], limit: int, tokens: Callable[[str], int]) -> None:
+    """One warning that counts the distinct prompts longer than the ``limit``, whose ends no score depends on."""
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    cut = [text for text in texts if tokens(text) > limit]
+    if cut:
+        what = f"{len(cut)} of {len(texts)} prompts are longer than {limit} tokens, their ends are not read"
+        warnings.warn(f"{name}: {what}; the first is '{cut[0][:60]}...'", stacklevel=3)
 
 
 def device() -> torch.device:

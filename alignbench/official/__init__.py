@@ -1,6 +1,6 @@
 """Official engines: evaluators' own packages, each in an environment of its own, to prove or replace our ports.
 
-``<engine>.py`` beside this file is a script of that environment, never imported: ``python -I <engine>.py request.json``,
+``<engine>.py`` beside this file is a script of that environment, never imported: ``python -I hpsv2.py request.json``,
 where the request is ``{"checkpoint": path, "images": [png paths], "prompts": [text], "output": path, ...}``. It writes
 ``{"scores": [...], "versions": {package: version}}`` to ``output``. ``requirements-<engine>.txt`` pins its packages.
 
@@ -24,7 +24,10 @@ from typing import TYPE_CHECKING, Any
 from alignbench.config import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    import pandas as pd
     from PIL.Image import Image
+
+    from alignbench.prompts import Prompt
 
 HERE = Path(__file__).parent
 SUFFIX = "-official"  # of an environment's name: hpsv2-official runs hpsv2.py
@@ -59,18 +62,32 @@ def install(name: str, progress: Callable[[str], Any] = print) -> Path:
     return folder
 
 
-def score(engine: str, checkpoint: Path, images: Sequence[Image], prompts: Sequence[str], **more: Any) -> list[float]:
-    """The official package's score of every image with its prompt. ``more``: further entries of the request."""
+def score(
+    engine: str, column: str, checkpoint: Path, images: Sequence[Image], prompts: Sequence[Prompt], **more: Any
+) -> pd.DataFrame:
+    """One row per image: the official package's score of it and its prompt. ``more``: further entries of the request.
+
+    Loading the official model is part of every call.
+    """
+    import pandas as pd
+
     with tempfile.TemporaryDirectory(prefix=f"alignbench-{engine}-") as temporary:
         folder = Path(temporary)
         files = [folder / f"{i}.png" for i in range(len(images))]
-        for image, file in zip(images, files):
+        for image, file in zip(images, files, strict=True):
             image.convert("RGB").save(file)
-        request = {"checkpoint": checkpoint, "images": files, "prompts": list(prompts), **more}
-        found = run(engine, request, folder)["scores"]
-    if len(found) != len(images):
-        raise UserError(f"{engine}{SUFFIX}: made {len(found)} scores for {len(images)} images")
-    return found
+        texts = [prompt.text for prompt in prompts]
+        request = {"checkpoint": checkpoint, "images": files, "prompts": texts, **more}
+        scores = run(engine, request, folder)["scores"] if files else []
+    if len(scores) != len(prompts):
+        raise UserError(f"{engine}{SUFFIX}: made {len(scores)} scores for {len(prompts)} prompts")
+    return pd.DataFrame({column: scores}, dtype="float64")
+
+
+def refuse_reward(name: str, engine: str) -> None:
+    """UserError if the evaluator ``name``, asked for a training reward, is set to its official engine."""
+    if engine == "official":
+        raise UserError(f"{name}.engine: 'official' gives no training reward; choose alignbench")
 
 
 def run(engine: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def prepare(checkpoint: Path) -> None:
         factory._MODEL_CONFIGS["ViT-H-14"] = config.get("model_cfg", config)
     create = img_score.create_model_and_transforms
     img_score.create_model_and_transforms = lambda name, pretrained, **settings: create(name, None, **settings)
-    torch.load = functools.cache(torch.load)
+    torch.load = functools.cache(torch.load)  # type: ignore[assignment]
 
 
 def main(request: dict) -> None:

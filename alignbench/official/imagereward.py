@@ -2,8 +2,8 @@
 
 The request also names ``med_config`` (the file) and ``tokenizer`` (a folder with BERT's vocab.txt). The package's
 scoring code runs unmodified. Around it: its training loop is not imported (it pulls diffusers and datasets), and its
-fixed name 'bert-base-uncased' is made to mean that folder. A checkpoint that is no ViT-L/16 gets a vision transformer of
-its own shape, with 64 channels per head as ViT-L has.
+fixed name 'bert-base-uncased' is made to mean that folder. A checkpoint that is no ViT-L/16 gets a vision transformer
+of its own shape, with 64 channels per head as ViT-L has.
 """
 
 import json
@@ -13,6 +13,7 @@ import tempfile
 import types
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ def fit(checkpoint: str) -> None:
         blip_pretrain.create_vit = lambda *settings: (vit, width)
 
 
-def load(request: dict) -> torch.nn.Module:
+def load(request: dict) -> Any:
     """The package's own loader, in a folder where its tokenizer's fixed name leads to the request's tokenizer."""
     request = {key: os.path.abspath(request[key]) for key in ("checkpoint", "med_config", "tokenizer")}
     fit(request["checkpoint"])
