@@ -13,14 +13,14 @@ quickstart: $(VENV)/.installed
 	$(BIN)/alignbench report sweeps/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest -m "not slow and not gpu and not parity"
+	$(BIN)/pytest -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m "slow and not gpu"
 
 # against the official packages: the first run installs their environments (see alignbench/official)
 parity: $(VENV)/.installed-dev
-	$(BIN)/pytest -m parity tests/parity
+	$(BIN)/pytest -m parity -rP tests/parity
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -117,12 +117,12 @@ class Clip:
         return model.eval().requires_grad_(False)
 
 
-def files(folder: Path, processor_folder: Path, where: str) -> list[Path]:
-    """What determines a Clip's features: configuration, weights, preprocessing, tokenizer. UserError if unreadable."""
-    beside = [processor_folder / name for name in FILES if (processor_folder / name).exists()]
-    if not any(path.name in PROCESSOR_FILES for path in beside):
-        raise UserError(f"{where}: {processor_folder} has no {PROCESSOR_FILES[0]}, which says how images are prepared")
-    return sorted({*weights.model_files(folder, where), *weights.check(beside, where)})
+def processor_files(folder: Path, where: str) -> list[Path]:
+    """What determines preprocessing and tokens. UserError if it is unreadable or does not say how images are prepared."""
+    found = weights.check([folder / name for name in FILES if (folder / name).exists()], where)
+    if not any(path.name in PROCESSOR_FILES for path in found):
+        raise UserError(f"{where}: {folder} has no {PROCESSOR_FILES[0]}, which says how images are prepared")
+    return found
 
 
 def linear_head(width: int) -> Any:

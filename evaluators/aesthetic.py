@@ -60,17 +60,19 @@ class Aesthetic(Evaluator):
         return weights.locate(self.clip, "aesthetic.clip", revision=self.clip_revision, files=files)
 
     def files(self) -> list[Path]:
-        found = [
-            *weights.check([self.head], "aesthetic.weights"),
-            *clip.files(self.folder, self.folder, "aesthetic.clip"),
-        ]
+        found = weights.check([self.head], "aesthetic.weights")
+        found += weights.model_files(self.folder, "aesthetic.clip")
+        self._check_clip()
+        return list(dict.fromkeys([*found, *clip.processor_files(self.folder, "aesthetic.clip")]))
+
+    def _check_clip(self) -> None:
+        """UserError for features that the head was not trained on: its scores would be plausible nonsense."""
         config = json.loads((self.folder / "config.json").read_text())
         width = config.get("projection_dim")
         activation = config.get("vision_config", {}).get("hidden_act", "quick_gelu")  # transformers' default
         if (width, activation) != (WIDTH, "quick_gelu"):
             what = f"has {width} features with {activation}, the head reads {WIDTH} with quick_gelu"
             raise UserError(f"aesthetic.clip: {self.folder} {what}; choose openai/clip-vit-large-patch14")
-        return found
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
         """One row per image, whatever its prompt."""

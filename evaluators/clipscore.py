@@ -44,7 +44,8 @@ class CLIPScore(Evaluator):
         return weights.locate(self.weights, "clipscore.weights", revision=self.revision, files=files)
 
     def files(self) -> list[Path]:
-        return clip.files(self.folder, self.folder, "clipscore.weights")
+        found = weights.model_files(self.folder, "clipscore.weights")
+        return sorted({*found, *clip.processor_files(self.folder, "clipscore.weights")})
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
         """One row per image: the cosine, after the official preprocessing."""

@@ -54,10 +54,13 @@ class PickScore(Evaluator):
         """Where image preprocessing and tokenizer lie. UserError if nowhere."""
         if self.processor is None and any((self.folder / name).exists() for name in clip.PROCESSOR_FILES):
             return self.folder
-        return weights.locate(self.processor or PROCESSOR, "pickscore.processor", shapes="pickscore")
+        return weights.locate(
+            self.processor or PROCESSOR, "pickscore.processor", shapes="pickscore", files=clip.HUB_FILES
+        )
 
     def files(self) -> list[Path]:
-        return clip.files(self.folder, self.processor_folder, "pickscore.weights")
+        found = weights.model_files(self.folder, "pickscore.weights")
+        return sorted({*found, *clip.processor_files(self.processor_folder, "pickscore.processor")})
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
         """One row per image: the logit, after the official preprocessing."""

@@ -117,15 +117,15 @@ HPS_CONFIG = {
 }
 
 
-def hps_folder(folder: Path) -> Path:
+def hps_folder(folder: Path, config: dict = HPS_CONFIG) -> Path:
     """HPS_v2.1_compressed.pt in the official layout ({"state_dict": open_clip tensors in fp16}) and its config."""
     from open_clip import CLIP
 
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.half() for name, tensor in CLIP(**HPS_CONFIG).state_dict().items()}
+    state = {name: tensor.half() for name, tensor in CLIP(**config).state_dict().items()}
     torch.save({"epoch": 1, "name": "hps", "state_dict": state}, folder / "HPS_v2.1_compressed.pt")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": HPS_CONFIG}))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     return folder
 
 
@@ -187,7 +187,7 @@ def random_state(shapes: dict[str, tuple[int, ...]], gain: float = 1.0) -> dict[
 
 def aesthetic_head(path: Path) -> Path:
     """LAION's .pth layout: a plain state dict of its five linear layers."""
-    torch.save(random_state(head_shapes()), path)
+    torch.save(random_state(head_shapes(), gain=1.5), path)
     return path
 
 

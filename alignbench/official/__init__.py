@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,7 @@ def install(name: str, progress: Callable[[str], Any] = print) -> Path:
         return folder
     engine = name.removesuffix(SUFFIX)
     folder = _folder(engine)
+    shutil.rmtree(folder, ignore_errors=True)  # one whose interpreter is gone
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as temporary:
         made = Path(temporary) / "made"
@@ -56,7 +58,7 @@ def install(name: str, progress: Callable[[str], Any] = print) -> Path:
         try:
             made.rename(folder)
         except OSError:
-            if not _python(engine).exists():  # or else another process was faster, with the same content
+            if not _python(engine).exists():  # else another process was faster, with the same content
                 raise
     progress(f"{name}: installed in {folder}")
     return folder
