@@ -118,7 +118,7 @@ class Clip:
 
 
 def processor_files(folder: Path, where: str) -> list[Path]:
-    """What determines preprocessing and tokens. UserError if it is unreadable or does not say how images are prepared."""
+    """What determines preprocessing and tokens. UserError if it is unreadable, or does not say how images are made."""
     found = weights.check([folder / name for name in FILES if (folder / name).exists()], where)
     if not any(path.name in PROCESSOR_FILES for path in found):
         raise UserError(f"{where}: {folder} has no {PROCESSOR_FILES[0]}, which says how images are prepared")
