@@ -96,7 +96,7 @@ class Reward:
         return scores >= torch.tensor(margins, dtype=scores.dtype, device=scores.device)[:, None]
 
 
-SCORED_AT_ONCE = 32  # images per pass; no score depends on it beyond rounding
+SCORED_AT_ONCE = {"cuda": 32, "cpu": 8}  # images per pass: what caches hold; no score depends on it beyond rounding
 
 
 def in_batches(
@@ -112,9 +112,10 @@ def in_batches(
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
     rows: list[float] = []
+    at_once = SCORED_AT_ONCE[device().type]
     with torch.no_grad():
-        for start in range(0, len(images), SCORED_AT_ONCE):
-            part = slice(start, start + SCORED_AT_ONCE)
+        for start in range(0, len(images), at_once):
+            part = slice(start, start + at_once)
             rows += score(images[part], prompts[part]).double().tolist()
     return pd.DataFrame({column: rows}, dtype="float64")
 

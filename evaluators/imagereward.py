@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from alignbench import official, weights
 from alignbench.clip import linear_head
+from alignbench.config import UserError
 from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches, to_tensor, warn_of_cut
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ RENAMED = {  # BLIP's names -> transformers'
     ".norm1": ".layer_norm1",
     ".norm2": ".layer_norm2",
 }
+TEXT_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id"),
+)
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 
 
@@ -147,23 +152,23 @@ class ImageReward(Evaluator):
     @cached_property
     def _model(self) -> Any:
         from torch.nn import ModuleDict
-        from transformers import BlipTextConfig, BlipTextModel, BlipVisionModel
+        from transformers import BlipTextModel, BlipVisionModel
 
         self.files()
-        state = _renamed(weights.load(self.folder / CHECKPOINT, "imagereward.weights"))
-        vision = _vision_config(state)
-        text = json.loads((self.folder / CONFIG).read_text())
-        known = {key: value for key, value in text.items() if key in BlipTextConfig().to_dict() and key != "model_type"}
-        reader = BlipTextConfig(
-            **known, encoder_hidden_size=vision.hidden_size, is_decoder=True
-        )  # with cross-attention
+        path = self.folder / CHECKPOINT
+        state = _renamed(weights.load(path, "imagereward.weights"))
+        try:
+            vision = _vision_config(state)
+        except KeyError as error:
+            raise UserError(f"imagereward.weights: {path} is not ImageReward's: it has no tensor {error}") from None
+        text = _text_config(json.loads((self.folder / CONFIG).read_text()), vision.hidden_size)
         parts = {
             "visual_encoder": BlipVisionModel(vision),
-            "text_encoder": BlipTextModel(reader, add_pooling_layer=False),
-            "mlp": linear_head(reader.hidden_size),
+            "text_encoder": BlipTextModel(text, add_pooling_layer=False),
+            "mlp": linear_head(text.hidden_size),
         }
         model = ModuleDict(parts)
-        weights.fill(model, state, self.folder / CHECKPOINT, "imagereward.weights")
+        weights.fill(model, state, path, "imagereward.weights")
         return model.eval().requires_grad_(False)
 
 
@@ -179,6 +184,14 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 name = name.replace(old, new)
         found[name] = tensor
     return found
+
+
+def _text_config(official: Mapping[str, Any], vision_width: int) -> Any:
+    """med_config.json as transformers knows it; ``is_decoder`` is its word for cross-attention in every layer."""
+    from transformers import BlipTextConfig
+
+    known = {key: official[key] for key in TEXT_KEYS}
+    return BlipTextConfig(**known, encoder_hidden_size=vision_width, is_decoder=True)
 
 
 def _vision_config(state: Mapping[str, Tensor]) -> Any:
