@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 JOBS ?= 2
 
-.PHONY: quickstart test test-slow lint
+.PHONY: quickstart test test-slow parity lint
 
 quickstart: $(VENV)/.installed
 	$(BIN)/alignbench sweep sweeps/quickstart.yaml -j $(JOBS)
@@ -17,6 +17,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m "slow and not gpu"
+
+# against the official packages: the first run installs their environments (see alignbench/official)
+parity: $(VENV)/.installed-dev
+	$(BIN)/pytest -m parity -rP tests/parity
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

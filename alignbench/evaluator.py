@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -95,7 +96,7 @@ class Reward:
         return scores >= torch.tensor(margins, dtype=scores.dtype, device=scores.device)[:, None]
 
 
-SCORED_AT_ONCE = 32  # images per pass; no score depends on it beyond rounding
+SCORED_AT_ONCE = {"cuda": 32, "cpu": 8}  # images per pass: what caches hold; no score depends on it beyond rounding
 
 
 def in_batches(
@@ -111,11 +112,21 @@ def in_batches(
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
     rows: list[float] = []
+    at_once = SCORED_AT_ONCE[device().type]
     with torch.no_grad():
-        for start in range(0, len(images), SCORED_AT_ONCE):
-            part = slice(start, start + SCORED_AT_ONCE)
+        for start in range(0, len(images), at_once):
+            part = slice(start, start + at_once)
             rows += score(images[part], prompts[part]).double().tolist()
     return pd.DataFrame({column: rows}, dtype="float64")
+
+
+def warn_of_cut(name: str, prompts: Sequence[Prompt], limit: int, tokens: Callable[[str], int]) -> None:
+    """One warning that counts the distinct prompts longer than the ``limit``, whose ends no score depends on."""
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    cut = [text for text in texts if tokens(text) > limit]
+    if cut:
+        what = f"{len(cut)} of {len(texts)} prompts are longer than {limit} tokens, their ends are not read"
+        warnings.warn(f"{name}: {what}; the first is '{cut[0][:60]}...'", stacklevel=3)
 
 
 def device() -> torch.device:

@@ -1,48 +1,54 @@
 """Weight files: where a name leads (packaged world, folder, file, hub cache), and whether they can be read.
 
-No torch here: everything is checked by headers, so that a broken file is found before any model is loaded.
+Everything is checked by headers, without torch, so that a broken file is found before any model is loaded.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from alignbench.config import UserError
 
 SHAPES = Path(__file__).parent / "shapes" / "assets"
 
 
-def locate(name: str, where: str, *, shapes: str, revision: str | None = None) -> Path:
+def locate(
+    name: str, where: str, *, shapes: str | None = None, revision: str | None = None, files: Sequence[str] = ()
+) -> Path:
     """The folder or file that ``name`` means: the alias "shapes" (its folder ``shapes``), a path, or a hub id.
 
-    A hub id must already be in the hub's cache: nothing downloads gigabytes unasked. UserError otherwise.
+    A hub id must already be in the hub's cache: nothing downloads gigabytes unasked. ``files``: what of it is read,
+    where the repository holds much else. UserError otherwise.
     """
-    path = SHAPES / shapes if name == "shapes" else Path(name).expanduser()
+    path = SHAPES / shapes if name == "shapes" and shapes else Path(name).expanduser()
     if path.exists():
         return path
-    if name == "shapes":
+    if name == "shapes" and shapes:
         raise UserError(
             f"{where}: the packaged file {path} is missing; make it with `python -m alignbench.shapes.build`"
         )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{where}: there is no file or folder '{name}'; give a path, a hub id, or 'shapes'")
-    return _cached(name, where, revision)
+        choices = "a path, a hub id, or 'shapes'" if shapes else "a path or a hub id"
+        raise UserError(f"{where}: there is no file or folder '{name}'; give {choices}")
+    return _cached(name, where, revision, files)
 
 
-def _cached(repository: str, where: str, revision: str | None) -> Path:
+def _cached(repository: str, where: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except (OSError, ValueError):  # LocalEntryNotFoundError is both, HFValidationError a ValueError
-        option = f" --revision {revision}" if revision else ""
+        command = " ".join(["hf download", repository, *files, *(["--revision", revision] if revision else [])])
         raise UserError(
             f"{where}: '{repository}' is neither a path nor in the hub cache; "
-            f"fetch it once with `hf download {repository}{option}`, or give a folder"
+            f"fetch it once with `{command}`, or give a folder"
         ) from None
 
 
@@ -143,6 +149,25 @@ def _one_network(folder: Path, where: str) -> set[Path]:
     below = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
     known = f"choose the subfolder {' or '.join(below)}" if below else "name the folder or the file that has them"
     raise UserError(f"{where}: {folder} has no weights (*.safetensors); {known}")
+
+
+def load(path: Path, where: str) -> dict[str, Any]:
+    """What a torch.save file holds: tensors and plain data. UserError if it holds objects, which could run code."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        what = "holds more than tensors and plain data; if you trust it, save its tensors anew with torch"
+        raise UserError(f"{where}: {path} {what}") from None
+
+
+def fill(model: Any, state: Mapping[str, Any], path: Path, where: str) -> None:
+    """``model.load_state_dict(state)``. UserError that names what is missing, unexpected, or of another shape."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{where}: {path} is not this architecture: {' '.join(str(error).split())}") from None
 
 
 @contextmanager

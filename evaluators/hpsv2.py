@@ -1,6 +1,7 @@
 """HPSv2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine of an open_clip ViT-H-14's image and text features.
 
-An own port: the ``hpsv2`` package does not import on today's stack. Departures from ``hpsv2.score``:
+An own port: the ``hpsv2`` package does not import on today's stack. ``engine: official`` scores with the package's
+code, in an environment of its own. Departures of the port from ``hpsv2.score``:
 1. ``antialias=True`` is pinned in the resize. The package leaves it to torchvision, whose default changed in 0.17, and
    its scores with it.
 2. fp32 everywhere; the package uses fp16 autocast on GPUs.
@@ -13,11 +14,11 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from alignbench import weights
+from alignbench import official, weights
 from alignbench.config import UserError
-from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches, to_tensor
+from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches, to_tensor, warn_of_cut
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,16 +40,19 @@ class HPSv2(Evaluator):
     name: ClassVar[str] = "hpsv2"
     version: ClassVar[str] = "2.1-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("hpsv2.1", "cosine"),)
-    differentiable: ClassVar[bool] = True
-
     weights: str = "xswu/HPSv2"
     revision: str | None = None
     architecture: str = "ViT-H-14"
+    engine: Literal["alignbench", "official"] = "alignbench"  # official: tables only, it gives no gradient
+
+    @property
+    def differentiable(self) -> bool:  # type: ignore[override]  # the class's answer depends on a setting here
+        return self.engine == "alignbench"
 
     @cached_property
     def checkpoint(self) -> Path:
         """The weight file. UserError if there is none, or none that can be told to be HPSv2.1's."""
-        path = weights.locate(self.weights, "hpsv2.weights", shapes="hpsv2", revision=self.revision)
+        path = weights.locate(self.weights, "hpsv2.weights", shapes="hpsv2", revision=self.revision, files=[CHECKPOINT])
         if not path.is_dir():
             return path
         if (path / CHECKPOINT).exists():
@@ -67,10 +71,16 @@ class HPSv2(Evaluator):
             pixels = torch.cat([self.preprocess(to_tensor(image)[None]) for image in images])
             return self._cosine(pixels.to(device()), prompts)
 
+        warn_of_cut(
+            self.name, prompts, self._tokenizer.context_length, lambda text: len(self._tokenizer.encode(text)) + 2
+        )
+        if self.engine == "official":
+            return official.score("hpsv2", self.metrics[0].name, self.checkpoint, images, prompts)
         return in_batches(batch, images, prompts, self.metrics[0].name)
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """(B, 3, H, W) pixels in [0, 1] -> (B,) cosines, differentiable."""
+        official.refuse_reward(self.name, self.engine)
         return self._cosine(self.preprocess(check_range(pixels)), prompts)
 
     def preprocess(self, pixels: Tensor) -> Tensor:
@@ -131,15 +141,10 @@ class HPSv2(Evaluator):
 
     @cached_property
     def _model(self) -> Any:
-        import torch
         from open_clip import CLIP
 
         self.files()
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        state = weights.load(self.checkpoint, "hpsv2.weights")
         model = CLIP(**self._config)
-        try:
-            model.load_state_dict(state.get("state_dict", state))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"hpsv2.weights: {self.checkpoint} is not this architecture: {reason}") from None
+        weights.fill(model, state.get("state_dict", state), self.checkpoint, "hpsv2.weights")
         return model.eval().requires_grad_(False)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from alignbench import weights
-from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches
+from alignbench import clip, weights
+from alignbench.clip import Clip
+from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches, warn_of_cut
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from alignbench.prompts import Prompt
 
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the README's
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class PickScore(Evaluator):
@@ -52,100 +52,31 @@ class PickScore(Evaluator):
     @cached_property
     def processor_folder(self) -> Path:
         """Where image preprocessing and tokenizer lie. UserError if nowhere."""
-        if self.processor is None and any((self.folder / name).exists() for name in PROCESSOR_FILES):
+        if self.processor is None and any((self.folder / name).exists() for name in clip.PROCESSOR_FILES):
             return self.folder
-        return weights.locate(self.processor or PROCESSOR, "pickscore.processor", shapes="pickscore")
+        return weights.locate(
+            self.processor or PROCESSOR, "pickscore.processor", shapes="pickscore", files=clip.HUB_FILES
+        )
 
     def files(self) -> list[Path]:
         found = weights.model_files(self.folder, "pickscore.weights")
-        names = [*PROCESSOR_FILES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
-        beside = [self.processor_folder / name for name in names if (self.processor_folder / name).exists()]
-        return sorted({*found, *weights.check(beside, "pickscore.processor")})
+        return sorted({*found, *clip.processor_files(self.processor_folder, "pickscore.processor")})
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
         """One row per image: the logit, after the official preprocessing."""
 
         def batch(images: Sequence[Image], prompts: Sequence[Prompt]) -> Tensor:
-            rgb = [image.convert("RGB") for image in images]
-            pixels = self._image_processor(images=rgb, return_tensors="pt")["pixel_values"].to(device())
-            return self._scale * self._cosine(pixels, prompts)
+            return self._clip.scale * self._clip.cosine(self._clip.official(images).to(device()), prompts)
 
+        warn_of_cut(self.name, prompts, clip.LIMIT, self._clip.tokens)
         return in_batches(batch, images, prompts, self.metrics[0].name)
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """(B, 3, H, W) pixels in [0, 1] -> (B,) scores in ``reward_unit``, differentiable."""
-        cosine = self._cosine(self.preprocess(check_range(pixels)), prompts)
-        return cosine if self.reward_unit == "cosine" else self._scale * cosine
-
-    def preprocess(self, pixels: Tensor) -> Tensor:
-        """The processor's steps on tensors: shortest edge (bicubic, antialiased), centre crop, normalisation.
-
-        Pillow rounds to 8 bits after each of its two resize passes, this does not: normalised pixels differ by up to
-        about 0.14, on average by 0.004.
-        """
-        from torchvision.transforms.functional import InterpolationMode as Mode
-        from torchvision.transforms.functional import crop, normalize, resize
-
-        processor = self._image_processor
-        pixels = resize(pixels.float(), [processor.size["shortest_edge"]], Mode.BICUBIC, antialias=True)
-        height, width = processor.crop_size["height"], processor.crop_size["width"]
-        top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2  # torchvision's own rounds up
-        pixels = crop(pixels, top, left, height, width)
-        return normalize(pixels, processor.image_mean, processor.image_std)
-
-    def _cosine(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        import torch
-
-        model = self._model.to(pixels.device)
-        image = _unit(model.get_image_features(pixel_values=pixels))
-        text = torch.stack([self._text(prompt.text) for prompt in prompts]).to(pixels.device)
-        return (image * text).sum(-1)
-
-    def _text(self, prompt: str) -> Tensor:
-        """(D,) unit feature, computed once per prompt and kept on the CPU."""
-        import torch
-
-        if prompt not in self._texts:
-            tokens = self._tokenizer(prompt, padding=True, truncation=True, max_length=77, return_tensors="pt")
-            with torch.no_grad():
-                features = self._model.get_text_features(**tokens.to(self._model.device))
-            self._texts[prompt] = _unit(features)[0].cpu()
-        return self._texts[prompt]
+        cosine = self._clip.cosine(self._clip.preprocess(check_range(pixels)), prompts)
+        return cosine if self.reward_unit == "cosine" else self._clip.scale * cosine
 
     @cached_property
-    def _texts(self) -> dict[str, Tensor]:
-        return {}
-
-    @cached_property
-    def _scale(self) -> float:
-        return float(self._model.logit_scale.exp())
-
-    @cached_property
-    def _image_processor(self) -> Any:
-        from transformers import CLIPImageProcessorPil
-
-        return CLIPImageProcessorPil.from_pretrained(self.processor_folder, local_files_only=True)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.processor_folder, local_files_only=True)
-
-    @cached_property
-    def _model(self) -> Any:
-        import torch
-        from transformers import CLIPModel
-
+    def _clip(self) -> Clip:
         self.files()
-        with weights.quiet():
-            model = CLIPModel.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True)
-        return model.eval().requires_grad_(False)
-
-
-def _unit(features: Any) -> Tensor:
-    """(B, D) projected features of length one."""
-    import torch
-
-    features = features if isinstance(features, torch.Tensor) else features.pooler_output
-    return features / features.norm(dim=-1, keepdim=True)
+        return Clip(self.folder, self.processor_folder, "pickscore.weights")

@@ -13,17 +13,17 @@ ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
     {"config", "stats", "grid", "shapes.scene"},
-    {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes"},
-    {"flow", "spec", "store", "shapes.checker"},
+    {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
+    {"flow", "spec", "store", "shapes.checker", "clip"},
     {"checkpoint", "meter", "adapters", "policy"},
     {"train", "generate", "sweep", "report"},
     {"run", "testing", "backends.flux"},
     {"launch", "authoring"},
     {"cli"},
 )
-BUILD = "shapes.build"  # makes the packaged files; not part of the harness
+APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
 METHODS = {"flow", "method", "policy", "config", "weights"}  # torch, and nothing else of ours
-EVALUATORS = {"evaluator", "config", "weights", "prompts", "shapes"}
+EVALUATORS = {"evaluator", "config", "weights", "clip", "official", "prompts", "shapes"}
 REPORTS = {"store", "table", "stats", "config", "reports"}
 TORCHLESS = {
     "cli",
@@ -71,7 +71,7 @@ def harness() -> dict[str, Path]:
     files = sorted((ROOT / "alignbench").rglob("*.py"))
     dotted = {".".join(path.relative_to(ROOT / "alignbench").with_suffix("").parts): path for path in files}
     named = {name.removesuffix(".__init__"): path for name, path in dotted.items()}
-    return {n: p for n, p in named.items() if n not in ("__init__", "backends") and not n.startswith(BUILD)}
+    return {n: p for n, p in named.items() if n not in ("__init__", "backends") and not n.startswith(APART)}
 
 
 def layer(module: str) -> int:
@@ -118,7 +118,7 @@ def test_heavy_imports_stand_inside_functions(folder):
 def test_the_command_line_is_light():
     """What help, lists, status and report are made of imports no torch at its top, nor what does."""
     heavy = {"torch", "transformers", "diffusers", "accelerate", "open_clip"}
-    light = TORCHLESS | {"table", "stats", "grid", "weights", "method", "evaluator"}
+    light = TORCHLESS | {"table", "stats", "grid", "weights", "method", "evaluator", "official", "clip"}
     for module in light:
         path = harness()[module]
         assert not heavy & {name.partition(".")[0] for name in imports(tree(path), inside=False)}, module

@@ -1,22 +1,30 @@
 """Evaluators equal the official computation; rewards equal scores; GenEval's rules hold."""
 
+import json
 import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
-from alignbench.config import UserError
+from alignbench.config import UserError, settings
 from alignbench.evaluator import Reward, Term, to_tensor
 from alignbench.evaluators import geneval
+from alignbench.evaluators.aesthetic import Aesthetic
+from alignbench.evaluators.clipscore import CLIPScore
 from alignbench.evaluators.geneval import GenEval
 from alignbench.evaluators.hpsv2 import HPSv2
+from alignbench.evaluators.imagereward import ImageReward
 from alignbench.evaluators.pickscore import PickScore
 from alignbench.prompts import Prompt
 from alignbench.shapes import checker, scene
@@ -42,7 +50,24 @@ def pick(tmp_path_factory):
     return PickScore(weights=str(tiny.pickscore_folder(tmp_path_factory.mktemp("pick"))))
 
 
-@pytest.fixture(scope="module", params=["hps", "pick"])
+@pytest.fixture(scope="module")
+def image_reward(tmp_path_factory):
+    folder = str(tiny.imagereward_folder(tmp_path_factory.mktemp("image_reward")))
+    return ImageReward(weights=folder, tokenizer=folder)
+
+
+@pytest.fixture(scope="module")
+def clip_score(tmp_path_factory):
+    return CLIPScore(weights=str(tiny.clip_folder(tmp_path_factory.mktemp("clip"))))
+
+
+@pytest.fixture(scope="module")
+def aesthetic(tmp_path_factory):
+    folder = tiny.clip_folder(tmp_path_factory.mktemp("aesthetic") / "clip", features=768)
+    return Aesthetic(weights=str(tiny.aesthetic_head(folder.with_name("head.pth"))), clip=str(folder))
+
+
+@pytest.fixture(scope="module", params=["hps", "pick", "image_reward", "clip_score", "aesthetic"])
 def scorer(request):
     return request.getfixturevalue(request.param)
 
@@ -60,17 +85,17 @@ def pixels(n, side=80):
 def official_hps(folder, image, text):
     """hpsv2.score restated: its transform (img_score.py, image_transform with resize_longest_max) and its cosine."""
     import open_clip
-    from torchvision.transforms import functional as F
+    from torchvision.transforms import functional as V
 
     model = open_clip.CLIP(**tiny.HPS_CONFIG).eval()
     model.load_state_dict(torch.load(folder / "HPS_v2.1_compressed.pt", weights_only=True)["state_dict"])
-    x = F.to_tensor(image.convert("RGB"))
+    x = V.to_tensor(image.convert("RGB"))
     height, width = x.shape[1:]
     scale = 56 / float(max(height, width))
     new_size = tuple(round(dim * scale) for dim in (height, width))
-    x = F.resize(x, new_size, F.InterpolationMode.BICUBIC, antialias=True)
+    x = V.resize(x, new_size, V.InterpolationMode.BICUBIC, antialias=True)
     pad_h, pad_w = 56 - new_size[0], 56 - new_size[1]
-    x = F.pad(x, padding=[pad_w // 2, pad_h // 2, pad_w - pad_w // 2, pad_h - pad_h // 2], fill=0)
+    x = V.pad(x, padding=[pad_w // 2, pad_h // 2, pad_w - pad_w // 2, pad_h - pad_h // 2], fill=0)
     mean, std = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
     x = (x - mean[:, None, None]) / std[:, None, None]
     with torch.no_grad():
@@ -131,7 +156,7 @@ def test_pickscore_preprocessing_is_pillows(pick):
     edge = image.resize((int(56 * 160 / 100), 56), Image.BICUBIC)
     left = (edge.width - 56) // 2
     x = to_tensor(edge.crop((left, 0, left + 56, 56)))
-    processor = pick._image_processor
+    processor = pick._clip.image_processor
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     ours = torch.as_tensor(processor(images=[image], return_tensors="pt")["pixel_values"])[0]
     torch.testing.assert_close(ours, (x - mean[:, None, None]) / std[:, None, None], rtol=0, atol=1e-6)
@@ -140,8 +165,8 @@ def test_pickscore_preprocessing_is_pillows(pick):
 def test_pickscores_tensor_path_is_near_pillows(pick, images):
     """Normalised pixels of the differentiable path: on average within 0.006 of the official ones, at most 0.25."""
     for image in images:
-        official = torch.as_tensor(pick._image_processor(images=[image], return_tensors="pt")["pixel_values"])
-        gap = (pick.preprocess(to_tensor(image)[None]) - official).abs()
+        official = torch.as_tensor(pick._clip.image_processor(images=[image], return_tensors="pt")["pixel_values"])
+        gap = (pick._clip.preprocess(to_tensor(image)[None]) - official).abs()
         assert gap.mean() < 0.006
         assert gap.max() < 0.25
 
@@ -151,6 +176,222 @@ def test_pickscores_reward_unit(pick):
     cosine = PickScore(weights=pick.weights, reward_unit="cosine")
     logit = pick.reward(pixels(2), PROMPTS[:2])
     torch.testing.assert_close(logit, cosine.reward(pixels(2), PROMPTS[:2]) * float(np.exp(4.6)))
+
+
+# -- ImageReward ------------------------------------------------------------------------------------------------------
+
+
+def openai_pixels(image, side):
+    """OpenAI's and ImageReward's preprocessing, restated with Pillow and plain arithmetic."""
+    scale = side / min(image.size)
+    width, height = (side if length == min(image.size) else int(scale * length) for length in image.size)
+    image = image.convert("RGB").resize((width, height), Image.BICUBIC)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    x = to_tensor(image.crop((left, top, left + side, top + side)))
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    return (x - mean[:, None, None]) / std[:, None, None]
+
+
+def attend(q, k, v, heads, mask=None):
+    """(tokens, channels) attention; ``mask``: which keys may be seen."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, k, v))
+    logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    logits = logits if mask is None else logits.masked_fill(~mask, -1e4)
+    return (logits.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+def official_imagereward(folder, image, text):
+    """ImageReward.score restated on its own tensor names: vit.py, med.py with cross-attention, MLP, standardisation."""
+    from transformers import BertTokenizer
+
+    state = torch.load(folder / "ImageReward.pt", weights_only=True)
+    config = json.loads((folder / "med_config.json").read_text())
+
+    def linear(name, x):
+        return F.linear(x, state[name + ".weight"], state[name + ".bias"])
+
+    def norm(name, x, eps):
+        return F.layer_norm(x, x.shape[-1:], state[name + ".weight"], state[name + ".bias"], eps)
+
+    vit = "blip.visual_encoder."
+    patches = F.conv2d(
+        openai_pixels(image, 224)[None], *(state[f"{vit}patch_embed.proj.{k}"] for k in ("weight", "bias")), stride=16
+    )
+    x = torch.cat([state[vit + "cls_token"][0], patches[0].flatten(1).T]) + state[vit + "pos_embed"][0]
+    for i in range(2):
+        at = f"{vit}blocks.{i}."
+        q, k, v = linear(at + "attn.qkv", norm(at + "norm1", x, 1e-6)).chunk(3, -1)
+        x = x + linear(at + "attn.proj", attend(q, k, v, x.shape[-1] // 64))
+        x = x + linear(at + "mlp.fc2", F.gelu(linear(at + "mlp.fc1", norm(at + "norm2", x, 1e-6))))
+    seen = norm(vit + "norm", x, 1e-6)
+
+    tokens = BertTokenizer(str(folder / "vocab.txt"))(text, padding="max_length", truncation=True, max_length=35)
+    ids, mask = torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"]).bool()
+    bert = "blip.text_encoder."
+    x = state[bert + "embeddings.word_embeddings.weight"][ids]
+    x = norm(bert + "embeddings.LayerNorm", x + state[bert + "embeddings.position_embeddings.weight"][:35], 1e-12)
+    for i in range(2):
+        at = f"{bert}encoder.layer.{i}."
+        for kind, source, keys in (("attention", None, mask), ("crossattention", seen, None)):
+            source = x if source is None else source
+            q, k, v = (linear(f"{at}{kind}.self.{p}", y) for p, y in (("query", x), ("key", source), ("value", source)))
+            read = linear(f"{at}{kind}.output.dense", attend(q, k, v, config["num_attention_heads"], keys))
+            x = norm(f"{at}{kind}.output.LayerNorm", x + read, 1e-12)
+        wide = F.gelu(linear(at + "intermediate.dense", x))
+        x = norm(at + "output.LayerNorm", x + linear(at + "output.dense", wide), 1e-12)
+    score = x[0]
+    for i in (0, 2, 4, 6, 7):
+        score = linear(f"mlp.layers.{i}", score)
+    return ((score - 0.16717362830052426) / 1.0333394966054072).item()
+
+
+def test_imagereward_equals_the_official_computation(image_reward, images):
+    """Five sizes, odd characters and an over-long prompt: within 2e-6 of the package's computation, on a scale of 1."""
+    ours = image_reward.score(images, PROMPTS)["imagereward"]
+    theirs = [official_imagereward(image_reward.folder, i, t) for i, t in zip(images, TEXTS)]
+    assert np.abs(ours - theirs).max() < 2e-6
+    assert np.ptp(theirs) > 0.1
+
+
+def test_imagereward_looks_at_the_image_and_at_the_prompt(image_reward, images):
+    """Another image or another prompt is another score."""
+    same, image, text = image_reward.score([images[0]] * 2 + [images[3]], [PROMPTS[0], PROMPTS[1], PROMPTS[0]])[
+        "imagereward"
+    ]
+    assert abs(same - image) > 1e-3
+    assert abs(same - text) > 1e-3
+
+
+def test_imagereward_reads_35_tokens(image_reward, images):
+    """33 words and their two ends are all that count: what comes later changes nothing, what comes before does."""
+    words = [["red"] * 33, ["red"] * 33 + ["blue"] * 9, ["red"] * 32 + ["blue"]]
+    texts = [Prompt(str(i), " ".join(line)) for i, line in enumerate(words)]
+    with pytest.warns(UserWarning, match="imagereward: 1 of 3 prompts are longer than 35 tokens"):
+        whole, longer, other = image_reward.score(images[:1] * 3, texts)["imagereward"]
+    assert whole == pytest.approx(longer, abs=1e-6)
+    assert abs(whole - other) > 1e-4
+
+
+def test_another_checkpoint_is_not_taken_for_imagereward(image_reward, tmp_path, images):
+    """One tensor less, or none of its tensors: named, where the package would score with random weights."""
+    folder = shutil.copytree(image_reward.folder, tmp_path / "copy")
+    state = torch.load(folder / "ImageReward.pt", weights_only=True)
+    del state["mlp.layers.7.bias"]
+    for wrong, says in ((state, "Missing.*mlp.layers.7.bias"), ({"a": torch.zeros(1)}, "is not ImageReward's")):
+        torch.save(wrong, folder / "ImageReward.pt")
+        with pytest.raises(UserError, match=rf"imagereward.weights: .*{says}"):
+            msgspec.structs.replace(image_reward, weights=str(folder)).score(images[:1], PROMPTS[:1])
+
+
+# -- CLIPScore and the aesthetic predictor ----------------------------------------------------------------------------
+
+
+def as_open_clip(model, quick_gelu):
+    """The same weights in open_clip's own ViT, whose code is independent of transformers'."""
+    import open_clip
+
+    def stack(source, target, ours, layers):
+        parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+        parts["self_attn.out_proj"] = "attn.out_proj"
+        found = {}
+        for i in range(layers):
+            at, to = f"{source}.encoder.layers.{i}.", f"{target}transformer.resblocks.{i}."
+            for kind in ("weight", "bias"):
+                found |= {f"{to}{b}.{kind}": ours[f"{at}{a}.{kind}"] for a, b in parts.items()}
+                found[f"{to}attn.in_proj_{kind}"] = torch.cat([ours[f"{at}self_attn.{p}_proj.{kind}"] for p in "qkv"])
+        return found
+
+    ours = model.state_dict()
+    state = stack("vision_model", "visual.", ours, 2) | stack("text_model", "", ours, 2)
+    names = {
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "logit_scale": "logit_scale",
+    }
+    norms = {"visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm"}
+    norms["ln_final"] = "text_model.final_layer_norm"
+    names |= {f"{a}.{kind}": f"{b}.{kind}" for a, b in norms.items() for kind in ("weight", "bias")}
+    state |= {a: ours[b] for a, b in names.items()}
+    state |= {"visual.proj": ours["visual_projection.weight"].T, "text_projection": ours["text_projection.weight"].T}
+    vision = {"image_size": 56, "layers": 2, "width": 48, "head_width": 24, "patch_size": 14, "mlp_ratio": 64 / 48}
+    text = {"vocab_size": len(ours[names["token_embedding.weight"]]), "width": 32}
+    text |= {"heads": 2, "layers": 2, "mlp_ratio": 2.0, "pool_type": "eos", "eos_id": 1}
+    twin = open_clip.CLIP(model.config.projection_dim, vision, text, quick_gelu=quick_gelu).eval()
+    twin.load_state_dict(state)
+    return twin
+
+
+def open_clip_cosine(twin, tokenizer, image, text):
+    tokens = tokenizer([text], truncation=True, max_length=77, return_tensors="pt")["input_ids"]
+    tokens = F.pad(tokens, (0, 77 - tokens.shape[1]))
+    with torch.no_grad():
+        features = twin.encode_image(openai_pixels(image, 56)[None], normalize=True)
+        return (features * twin.encode_text(tokens, normalize=True)).sum().item()
+
+
+def test_clipscore_is_the_cosine_of_a_quickgelu_model(clip_score, images):
+    """open_clip's own ViT with QuickGELU, OpenAI's preprocessing: equal to 1e-6. With GELU it would differ."""
+    ours = clip_score.score(images[:4], PROMPTS[:4])["clipscore"]
+    model, tokenizer = clip_score._clip.model, clip_score._clip.tokenizer
+    quick, gelu = (as_open_clip(model, quick_gelu) for quick_gelu in (True, False))
+    theirs = [open_clip_cosine(quick, tokenizer, i, t) for i, t in zip(images, TEXTS[:4])]
+    assert np.abs(ours - theirs).max() < 1e-6
+    other = [open_clip_cosine(gelu, tokenizer, i, t) for i, t in zip(images, TEXTS[:4])]
+    assert np.abs(ours - other).max() > 1e-5
+
+
+def test_a_clip_with_missing_weights_is_refused(clip_score, tmp_path, images):
+    """transformers would score with random weights in place of the missing ones: they are named instead."""
+    folder = shutil.copytree(clip_score.folder, tmp_path / "clip")
+    state = load_file(folder / "model.safetensors")
+    state["more.weight"] = state.pop("visual_projection.weight")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"clipscore.weights: .*missing.*visual_projection.weight.*more.weight"):
+        CLIPScore(weights=str(folder)).score(images[:1], PROMPTS[:1])
+
+
+def test_the_aesthetic_score_is_affine_in_the_unit_feature(aesthetic, images):
+    """No activation stands between its layers, so their product is one row and one offset: within 1e-5 of them."""
+    state = torch.load(aesthetic.weights, weights_only=True)
+    row, offset = torch.eye(768), torch.zeros(768)
+    for i in (0, 2, 4, 6, 7):
+        row, offset = (
+            state[f"layers.{i}.weight"] @ row,
+            state[f"layers.{i}.weight"] @ offset + state[f"layers.{i}.bias"],
+        )
+    twin = as_open_clip(aesthetic._clip.model, quick_gelu=True)
+    pixels = torch.stack([openai_pixels(image, 56) for image in images[:4]])
+    with torch.no_grad():
+        theirs = twin.encode_image(pixels, normalize=True) @ row[0] + offset
+    ours = aesthetic.score(images[:4], PROMPTS[:4])["aesthetic"]
+    assert np.abs(ours - theirs.numpy()).max() < 1e-5
+    assert np.ptp(ours) > 0.01
+
+
+def test_the_aesthetic_head_wants_openais_clip(aesthetic, clip_score, tmp_path):
+    """Other features than ViT-L/14's 768, or GELU, would give plausible nonsense: refused before anything is loaded."""
+    gelu = tiny.clip_folder(tmp_path / "gelu", "gelu", 768)
+    for folder, has in ((clip_score.folder, "32 features with quick_gelu"), (gelu, "768 features with gelu")):
+        with pytest.raises(UserError, match=has):
+            Aesthetic(weights=aesthetic.weights, clip=str(folder)).files()
+    with pytest.raises(
+        UserError, match=r"aesthetic.weights: there is no file .*fetch it once with `curl .*linearMSE.pth`"
+    ):
+        Aesthetic(weights=str(tmp_path / "head.pth"), clip=aesthetic.clip).files()
+
+
+def test_a_head_of_another_layout_is_named(aesthetic, tmp_path, images):
+    """Missing and unexpected tensors are named; a file with objects in it is not opened."""
+    state = torch.load(aesthetic.weights, weights_only=True)
+    state["layers.8.weight"] = state.pop("layers.7.weight")
+    torch.save(state, tmp_path / "other.pth")
+    torch.save({"head": SimpleNamespace()}, tmp_path / "objects.pth")
+    for name, says in (("other.pth", r"Missing.*7.weight.*Unexpected.*8.weight"), ("objects.pth", "more than tensors")):
+        with pytest.raises(UserError, match=says):
+            Aesthetic(weights=str(tmp_path / name), clip=aesthetic.clip).score(images[:1], PROMPTS[:1])
 
 
 # -- what evaluators promise -------------------------------------------------------------------------------------------
@@ -168,6 +409,24 @@ class TestPickScore(EvaluatorContract):
     @pytest.fixture(autouse=True)
     def _evaluator(self, pick):
         self.evaluator = PickScore(weights=pick.weights, reward_unit="cosine")
+
+
+class TestImageReward(EvaluatorContract):
+    @pytest.fixture(autouse=True)
+    def _evaluator(self, image_reward):
+        self.evaluator = image_reward
+
+
+class TestCLIPScore(EvaluatorContract):
+    @pytest.fixture(autouse=True)
+    def _evaluator(self, clip_score):
+        self.evaluator = clip_score
+
+
+class TestAesthetic(EvaluatorContract):
+    @pytest.fixture(autouse=True)
+    def _evaluator(self, aesthetic):
+        self.evaluator = aesthetic
 
 
 class TestGenEval(EvaluatorContract):
@@ -233,32 +492,60 @@ def truncate(path):
 @pytest.mark.parametrize("spoil", [truncate, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"junk" * 99)])
 def test_a_spoilt_weight_file_is_one_clear_line(scorer, tmp_path, spoil):
     """Truncated, empty or of another kind: named by ``files`` before anything is loaded."""
-    source = scorer.files()[0].parent
-    shutil.copytree(source, tmp_path / "copy")
-    (heavy,) = (p for p in (tmp_path / "copy").iterdir() if p.suffix in (".pt", ".safetensors"))
+    copy = shutil.copytree(scorer.files()[0].parent, tmp_path / "copy")
+    (heavy,) = (p for p in copy.iterdir() if p.suffix in (".pt", ".pth", ".safetensors"))
     spoil(heavy)
+    name = heavy if Path(scorer.weights).is_file() else copy
     with pytest.raises(UserError, match=r"cannot be read: .*(empty|truncated)") as error:
-        type(scorer)(weights=str(tmp_path / "copy")).files()
+        msgspec.structs.replace(scorer, weights=str(name)).files()
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("scorer", ["hps", "pick", "image_reward", "clip_score"], indirect=True)
 def test_missing_weights_say_what_instead(scorer, tmp_path):
     """A folder without weights, a path that is not there, a hub id that was never fetched."""
-    for name, says in [(str(tmp_path), "has no"), ("./x", "there is no file or folder"), ("a/b", "hf download a/b")]:
+    for name, says in [
+        (str(tmp_path), "has no|is missing"),
+        ("./x", "there is no file or folder"),
+        ("a/b", "hf download a/b"),
+    ]:
         with pytest.raises(UserError, match=says):
-            type(scorer)(weights=name).files()
+            msgspec.structs.replace(scorer, weights=name).files()
 
 
-def test_files_need_no_torch(hps, pick):
-    """The checks of both evaluators import neither torch nor transformers."""
+def test_files_need_no_torch(hps, pick, image_reward, clip_score, aesthetic):
+    """The checks of every evaluator import neither torch nor transformers."""
+    made = [hps, pick, image_reward, clip_score, aesthetic]
+    calls = "\n".join(f"assert make({settings(evaluator)!r}).files()" for evaluator in made)
     code = f"""import sys
-from alignbench.evaluators.hpsv2 import HPSv2
-from alignbench.evaluators.pickscore import PickScore
-from alignbench.evaluators.geneval import GenEval
-assert HPSv2(weights={hps.weights!r}).files() and PickScore(weights={pick.weights!r}).files()
-GenEval(detector="shapes").check([])
+from alignbench.plugins import Registry
+make = lambda settings: Registry().make("evaluator", settings, "")
+{calls}
+make({{"name": "geneval", "detector": "shapes"}}).check([])
 assert not {{"torch", "transformers", "open_clip"}} & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- official engines --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scorer", ["hps", "image_reward"], indirect=True)
+def test_the_official_engine_says_how_to_install_it(scorer, images, monkeypatch, tmp_path):
+    """Without its environment, scoring is one clear line; the files that determine the score are the same."""
+    monkeypatch.setenv("ALIGNBENCH_CACHE", str(tmp_path))
+    official = msgspec.structs.replace(scorer, engine="official")
+    assert official.files() == scorer.files()
+    with pytest.raises(UserError, match=f"run `alignbench doctor --install {scorer.name}-official`"):
+        official.score(images[:1], PROMPTS[:1])
+
+
+@pytest.mark.parametrize("scorer", ["hps", "image_reward"], indirect=True)
+def test_the_official_engine_gives_no_reward(scorer):
+    """It says so before training (``differentiable``), and refuses."""
+    official = msgspec.structs.replace(scorer, engine="official")
+    assert (scorer.differentiable, official.differentiable) == (True, False)
+    with pytest.raises(UserError, match=f"{scorer.name}.engine: 'official' gives no training reward"):
+        official.reward(pixels(1), PROMPTS[:1])
 
 
 # -- GenEval ----------------------------------------------------------------------------------------------------------

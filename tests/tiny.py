@@ -117,35 +117,125 @@ HPS_CONFIG = {
 }
 
 
-def hps_folder(folder: Path) -> Path:
+def hps_folder(folder: Path, config: dict = HPS_CONFIG) -> Path:
     """HPS_v2.1_compressed.pt in the official layout ({"state_dict": open_clip tensors in fp16}) and its config."""
     from open_clip import CLIP
 
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.half() for name, tensor in CLIP(**HPS_CONFIG).state_dict().items()}
+    state = {name: tensor.half() for name, tensor in CLIP(**config).state_dict().items()}
     torch.save({"epoch": 1, "name": "hps", "state_dict": state}, folder / "HPS_v2.1_compressed.pt")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": HPS_CONFIG}))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     return folder
 
 
 def pickscore_folder(folder: Path) -> Path:
-    """A two-layer CLIPModel with its processor, saved by transformers."""
+    """A two-layer CLIPModel with LAION's activation."""
+    return clip_folder(folder, hidden_act="gelu")
+
+
+def clip_folder(folder: Path, hidden_act: str = "quick_gelu", features: int = 32) -> Path:
+    """A two-layer CLIPModel with its processor, saved by transformers. OpenAI's activation by default."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
     size = {"shortest_edge": 56}
     processor = CLIPProcessor(CLIPImageProcessor(size=size, crop_size={"height": 56, "width": 56}), tokenizer)
-    shared = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "gelu"}
+    shared = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": hidden_act}
     text = {"hidden_size": 32, "vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     vision = {"hidden_size": 48, "image_size": 56, "patch_size": 14}
     config = CLIPConfig(
         text_config={**shared, **text},
         vision_config={**shared, **vision},
-        projection_dim=32,
+        projection_dim=features,
         logit_scale_init_value=4.6,
     )
     CLIPModel(config).save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+def linear_shapes(prefix: str, *sizes: tuple[str, int, int]) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of linear layers (name, inputs, outputs)."""
+    weights = {f"{prefix}{name}.weight": (outputs, inputs) for name, inputs, outputs in sizes}
+    return weights | {f"{prefix}{name}.bias": (outputs,) for name, inputs, outputs in sizes}
+
+
+def norm_shapes(*names: tuple[str, int]) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.{kind}": (size,) for name, size in names for kind in ("weight", "bias")}
+
+
+HEAD_SIZES = ((0, 768, 1024), (2, 1024, 128), (4, 128, 64), (6, 64, 16), (7, 16, 1))  # LAION's, and ImageReward's
+
+
+def head_shapes(prefix: str = "") -> dict[str, tuple[int, ...]]:
+    return linear_shapes(f"{prefix}layers.", *((str(i), inputs, outputs) for i, inputs, outputs in HEAD_SIZES))
+
+
+def random_state(shapes: dict[str, tuple[int, ...]], gain: float = 1.0) -> dict[str, torch.Tensor]:
+    """Random weights of about unit gain; the weights of norms (one dimension) lie around 1."""
+    torch.manual_seed(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) == 1:
+            return float(name.endswith("weight")) + 0.1 * torch.randn(shape)
+        return gain * torch.randn(shape) / max(shape[-1], 1) ** 0.5
+
+    return {name: draw(name, shape) for name, shape in shapes.items()}
+
+
+def aesthetic_head(path: Path) -> Path:
+    """LAION's .pth layout: a plain state dict of its five linear layers."""
+    torch.save(random_state(head_shapes(), gain=1.5), path)
+    return path
+
+
+def imagereward_shapes(width: int, depth: int, layers: int, inner: int, words: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor of ImageReward.pt, for a vision transformer and a BERT of these sizes."""
+    vit, bert = "blip.visual_encoder.", "blip.text_encoder."
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{vit}cls_token": (1, 1, width),
+        f"{vit}pos_embed": (1, 197, width),
+        f"{vit}patch_embed.proj.weight": (width, 3, 16, 16),
+        f"{vit}patch_embed.proj.bias": (width,),
+        f"{bert}embeddings.word_embeddings.weight": (words, 768),
+        f"{bert}embeddings.position_embeddings.weight": (512, 768),
+    }
+    shapes |= norm_shapes((f"{vit}norm", width), (f"{bert}embeddings.LayerNorm", 768))
+    for i in range(depth):
+        at = f"{vit}blocks.{i}."
+        mlp = (("mlp.fc1", width, 4 * width), ("mlp.fc2", 4 * width, width))
+        shapes |= linear_shapes(at, ("attn.qkv", width, 3 * width), ("attn.proj", width, width), *mlp)
+        shapes |= norm_shapes((f"{at}norm1", width), (f"{at}norm2", width))
+    for i in range(layers):
+        at = f"{bert}encoder.layer.{i}."
+        for kind, source in (("attention", 768), ("crossattention", width)):
+            keys = ((f"{kind}.self.key", source, 768), (f"{kind}.self.value", source, 768))
+            shapes |= linear_shapes(at, (f"{kind}.self.query", 768, 768), *keys, (f"{kind}.output.dense", 768, 768))
+            shapes |= norm_shapes((f"{at}{kind}.output.LayerNorm", 768))
+        shapes |= linear_shapes(at, ("intermediate.dense", 768, inner), ("output.dense", inner, 768))
+        shapes |= norm_shapes((f"{at}output.LayerNorm", 768))
+    shapes |= linear_shapes("blip.", ("vision_proj", width, 256), ("text_proj", 768, 256))
+    return shapes | head_shapes("mlp.")
+
+
+def imagereward_folder(folder: Path, width: int = 128, depth: int = 2, layers: int = 2, inner: int = 96) -> Path:
+    """ImageReward.pt, med_config.json and BERT's vocab.txt in the official layout. The head makes scores of about 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = string.ascii_lowercase + string.digits
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*special, *letters, *(f"##{c}" for c in letters), *"!&;.,'", "a", "red", "circle", "blue", "##s", "cafe"]
+    words = list(dict.fromkeys(words))
+    state = random_state(imagereward_shapes(width, depth, layers, inner, len(words) + 2))
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
+    config = {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu", "hidden_size": 768}
+    config |= {"intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": 12, "pad_token_id": 0}
+    config |= {"layer_norm_eps": 1e-12, "max_position_embeddings": 512, "vocab_size": len(words) + 2}
+    config |= {"encoder_width": 768, "add_cross_attention": True, "type_vocab_size": 2, "initializer_range": 0.02}
+    config |= {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}
+    torch.save(state, folder / "ImageReward.pt")
+    (folder / "med_config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 512}))
     return folder

@@ -1,0 +1,142 @@
+"""A frozen CLIP of transformers: official preprocessing for tables, a differentiable one for training, cached texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignbench import weights
+from alignbench.config import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from alignbench.prompts import Prompt
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+LIMIT = 77  # tokens of a prompt that are read, start and end included
+FILES = (*PROCESSOR_FILES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+
+
+HUB_FILES = (
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+)  # of OpenAI's repositories
+
+
+class Clip:
+    """The CLIPModel in ``folder``; image preprocessing and tokenizer in ``processor_folder``. Loaded at first use.
+
+    ``where``: the setting that an error names.
+    """
+
+    def __init__(self, folder: Path, processor_folder: Path, where: str) -> None:
+        self.folder, self.processor_folder, self.where = folder, processor_folder, where
+        self._texts: dict[str, Tensor] = {}  # unit features, computed once per prompt and kept on the CPU
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """(B, 3, h, w) preprocessed pixels -> (B, D) features of length one."""
+        return _unit(self.model.to(pixels.device).get_image_features(pixel_values=pixels))
+
+    def cosine(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """(B,) cosines of image i's features with prompt i's."""
+        import torch
+
+        image = self.images(pixels)
+        text = torch.stack([self._text(prompt.text) for prompt in prompts]).to(pixels.device)
+        return (image * text).sum(-1)
+
+    def official(self, images: Sequence[Image]) -> Tensor:
+        """Images -> preprocessed pixels, by Pillow as the official processors did."""
+        rgb = [image.convert("RGB") for image in images]
+        return self.image_processor(images=rgb, return_tensors="pt")["pixel_values"]
+
+    def preprocess(self, pixels: Tensor) -> Tensor:
+        """The processor's steps on tensors: shortest edge (bicubic, antialiased), centre crop, normalisation.
+
+        Pillow rounds to 8 bits after each of its two resize passes, this does not: normalised pixels differ by up to
+        about 0.14, on average by 0.004.
+        """
+        from torchvision.transforms.functional import InterpolationMode as Mode
+        from torchvision.transforms.functional import crop, normalize, resize
+
+        processor = self.image_processor
+        pixels = resize(pixels.float(), [processor.size["shortest_edge"]], Mode.BICUBIC, antialias=True)
+        height, width = processor.crop_size["height"], processor.crop_size["width"]
+        top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2  # torchvision's own rounds up
+        pixels = crop(pixels, top, left, height, width)
+        return normalize(pixels, processor.image_mean, processor.image_std)
+
+    def tokens(self, text: str) -> int:
+        """The length of ``text`` in tokens, uncut, start and end included."""
+        return len(self.tokenizer.tokenize(text)) + 2
+
+    def _text(self, prompt: str) -> Tensor:
+        import torch
+
+        if prompt not in self._texts:
+            tokens = self.tokenizer(prompt, padding=True, truncation=True, max_length=LIMIT, return_tensors="pt")
+            with torch.no_grad():
+                features = self.model.get_text_features(**tokens.to(self.model.device))
+            self._texts[prompt] = _unit(features)[0].cpu()
+        return self._texts[prompt]
+
+    @cached_property
+    def scale(self) -> float:
+        return float(self.model.logit_scale.exp())
+
+    @cached_property
+    def image_processor(self) -> Any:
+        from transformers import CLIPImageProcessorPil
+
+        return CLIPImageProcessorPil.from_pretrained(self.processor_folder, local_files_only=True)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.processor_folder, local_files_only=True)
+
+    @cached_property
+    def model(self) -> Any:
+        import torch
+        from transformers import CLIPModel
+
+        with weights.quiet():
+            settings: Any = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+            loaded: Any = CLIPModel.from_pretrained(self.folder, **settings)
+        model, found = loaded
+        wrong = {what: sorted(found[what]) for what in ("missing_keys", "unexpected_keys") if found[what]}
+        if wrong:  # transformers itself would go on with random weights
+            raise UserError(f"{self.where}: {self.folder} does not hold this CLIPModel: {wrong}")
+        return model.eval().requires_grad_(False)
+
+
+def processor_files(folder: Path, where: str) -> list[Path]:
+    """What determines preprocessing and tokens. UserError if it is unreadable, or does not say how images are made."""
+    found = weights.check([folder / name for name in FILES if (folder / name).exists()], where)
+    if not any(path.name in PROCESSOR_FILES for path in found):
+        raise UserError(f"{where}: {folder} has no {PROCESSOR_FILES[0]}, which says how images are prepared")
+    return found
+
+
+def linear_head(width: int) -> Any:
+    """LAION's aesthetic predictor, which ImageReward took over: five linear layers with nothing between them."""
+    from torch.nn import Identity, Linear, ModuleDict, Sequential
+
+    gap = Identity()  # dropout in training; it counts in the official names layers.{0,2,4,6,7}
+    wide = (Linear(width, 1024), gap, Linear(1024, 128), gap, Linear(128, 64), gap)
+    return ModuleDict({"layers": Sequential(*wide, Linear(64, 16), Linear(16, 1))})
+
+
+def _unit(features: Any) -> Tensor:
+    """(B, D) projected features of length one."""
+    import torch
+
+    features = features if isinstance(features, torch.Tensor) else features.pooler_output
+    return features / features.norm(dim=-1, keepdim=True)

@@ -1,0 +1,279 @@
+"""Images per second: our HPSv2.1 and ImageReward against their packages' own calls, on the same random weights.
+
+    python benchmarks/evaluators.py [--size small|real] [--repeats 3]
+
+Each package runs in its own environment (installed if missing), and is timed inside its process, in the two ways that
+people call it: once per image, and once per prompt with the list of its images. Loading is stated both ways. For
+``hpsv2`` it belongs to every call, as the package reads the checkpoint anew each time; elsewhere it happens once.
+Opening the PNG files counts on both sides, importing packages on neither. Figures go to
+benchmarks/results/evaluators-<size>.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SIDE = 512  # of the images
+PROMPTS = {"small": (8, 4), "real": (2, 2)}  # and images for each
+HPS = {  # small: 12 M parameters in its vision part; real: ViT-H's 632 M
+    "small": {
+        "embed_dim": 256,
+        "vision_cfg": {"image_size": 224, "layers": 6, "width": 400, "head_width": 80, "patch_size": 14},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 4},
+    },
+    "real": {
+        "embed_dim": 1024,
+        "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
+    },
+}
+IMAGEREWARD = {  # vision transformer and BERT; real: ViT-L and BERT-base, with a small vocabulary
+    "small": {"width": 384, "depth": 8, "layers": 4, "inner": 3072},
+    "real": {"width": 1024, "depth": 24, "layers": 12, "inner": 3072},
+}
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """By the clock with a GPU; without one, seconds of one CPU thread, which other work alters little."""
+    import torch
+
+    if torch.cuda.is_available():
+        clock = time.perf_counter
+    else:
+        clock = time.process_time
+        torch.set_num_threads(1)
+    start = clock()
+    work()
+    return clock() - start
+
+
+# -- inside an official environment: only its own packages are imported -----------------------------------------------
+
+
+def engine_script(path: str) -> Any:
+    """The engine's script, as a module: how it prepares its package is part of what is timed."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("engine", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def by_prompt(request: dict) -> list[tuple[str, list[str]]]:
+    texts = list(dict.fromkeys(request["prompts"]))
+    pairs = list(zip(request["prompts"], request["images"]))
+    return [(text, [image for prompt, image in pairs if prompt == text]) for text in texts]
+
+
+def time_hpsv2(request: dict) -> dict[str, float]:
+    """``hpsv2.score`` as it is, then with the checkpoint already in the model."""
+    import torch
+
+    read = torch.load
+    engine = engine_script(request["script"])
+    engine.prepare(Path(request["checkpoint"]))
+    torch.load = read
+    score = engine.img_score.score
+
+    def per_image() -> None:
+        for prompt, image in zip(request["prompts"], request["images"]):
+            score(image, prompt, cp=request["checkpoint"])
+
+    def per_prompt() -> None:
+        for prompt, images in by_prompt(request):
+            score(images, prompt, cp=request["checkpoint"])
+
+    score(request["images"][0], request["prompts"][0], cp=request["checkpoint"])  # the model is built once
+    found = {"per image, loading included": seconds(per_image), "per prompt, loading included": seconds(per_prompt)}
+    torch.load = lambda *arguments, **settings: {"state_dict": None}
+    engine.img_score.model_dict["model"].load_state_dict = lambda state: None
+    return found | {"per image": seconds(per_image), "per prompt": seconds(per_prompt)}
+
+
+def time_imagereward(request: dict) -> dict[str, float]:
+    """``ImageReward.score``, without gradient as its README calls it."""
+    import torch
+
+    engine = engine_script(request["script"])
+    models: list[Any] = []
+    loading = seconds(lambda: models.append(engine.load(request)))
+    (model,) = models
+
+    def per_image() -> None:
+        for prompt, image in zip(request["prompts"], request["images"]):
+            model.score(prompt, image)
+
+    def per_prompt() -> None:
+        for prompt, images in by_prompt(request):
+            model.score(prompt, images)
+
+    with torch.no_grad():
+        model.score(request["prompts"][0], request["images"][0])
+        found = {"per image": seconds(per_image), "per prompt": seconds(per_prompt)}
+    return found | {f"{how}, loading included": time + loading for how, time in found.items()}
+
+
+INSIDE = {"hpsv2": time_hpsv2, "imagereward": time_imagereward}
+
+
+# -- in our environment -----------------------------------------------------------------------------------------------
+
+
+def time_ours(make: Callable[[], Any], request: dict) -> dict[str, float]:
+    """One call of ``score``: of an evaluator that is loaded and has seen none of the prompts, then of a fresh one."""
+    from PIL import Image
+
+    from alignbench.prompts import Prompt
+
+    prompts = [Prompt(text, text) for text in request["prompts"]]
+
+    def score(evaluator: Any) -> None:
+        evaluator.score([Image.open(path) for path in request["images"]], prompts)
+
+    def loaded() -> float:
+        evaluator = make()
+        evaluator.score([Image.open(request["images"][0])], [Prompt("warm", "warm")])
+        return seconds(lambda: score(evaluator))
+
+    return {"one call": loaded(), "one call, loading included": seconds(lambda: score(make()))}
+
+
+def time_theirs(engine: str, request: dict, folder: Path) -> dict[str, float]:
+    import subprocess
+
+    from alignbench import official
+
+    python = official.install(f"{engine}-official", lambda line: None) / "bin" / "python"
+    script = official.HERE / f"{engine}.py"
+    (folder / "request.json").write_text(json.dumps({**request, "script": str(script)}))
+    command = [python, "-I", HERE / "evaluators.py", "--inside", engine, folder / "request.json"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def pictures(folder: Path, texts: int, each: int) -> tuple[list[str], list[str]]:
+    """Paths of texts x each images, and the prompt of each."""
+    from alignbench.testing import picture
+
+    paths, prompts = [], []
+    for i in range(texts * each):
+        paths.append(str(folder / f"{i}.png"))
+        picture(SIDE, SIDE, i).save(paths[-1])
+        prompts.append(f"a red circle beside {i // each} blue squares, oil on canvas")
+    return paths, prompts
+
+
+def contestants(folder: Path, size: str) -> dict[str, tuple[Callable[[], Any], dict[str, str]]]:
+    """Engine -> how we make our evaluator, and what the official one is told."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import tiny
+
+    from alignbench.evaluators.hpsv2 import CHECKPOINT as HPS_CHECKPOINT
+    from alignbench.evaluators.hpsv2 import HPSv2
+    from alignbench.evaluators.imagereward import CHECKPOINT, CONFIG, ImageReward
+
+    hps = tiny.hps_folder(folder / "hps", HPS[size])
+    reward = tiny.imagereward_folder(folder / "imagereward", **IMAGEREWARD[size])
+    beside = {"med_config": str(reward / CONFIG), "tokenizer": str(reward)}
+    return {
+        "hpsv2": (lambda: HPSv2(weights=str(hps)), {"checkpoint": str(hps / HPS_CHECKPOINT)}),
+        "imagereward": (
+            lambda: ImageReward(weights=str(reward), tokenizer=str(reward)),
+            {"checkpoint": str(reward / CHECKPOINT), **beside},
+        ),
+    }
+
+
+def measure(size: str, repeats: int) -> list[dict[str, Any]]:
+    """Rows of figures; the best of the repeats, ours and theirs in turns, as other work slows the machine at times."""
+    best: dict[tuple[str, str, str], float] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        images, prompts = pictures(folder, *PROMPTS[size])
+        for engine, (make, told) in contestants(folder, size).items():
+            request = {"images": images, "prompts": prompts, **told}
+            for repeat in range(repeats):
+                print(f"{engine}: {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
+                both = {"alignbench": time_ours(make, request), "official": time_theirs(engine, request, folder)}
+                for side, times in both.items():
+                    for how, time_taken in times.items():
+                        key = (engine, side, how)
+                        best[key] = min(best.get(key, float("inf")), time_taken)
+    rows = [{"evaluator": e, "engine": s, "calls": how, "seconds": t} for (e, s, how), t in best.items()]
+    return [{**row, "images_per_second": len(images) / row["seconds"]} for row in rows]
+
+
+def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Our images per second over theirs, for every way of calling them, loading in or out on both sides."""
+    ours = {(r["evaluator"], r["calls"]): r["images_per_second"] for r in rows if r["engine"] == "alignbench"}
+    found = []
+    for row in rows:
+        if row["engine"] == "official":
+            mine = ours[
+                row["evaluator"], "one call" + row["calls"].removeprefix("per image").removeprefix("per prompt")
+            ]
+            found.append({**row, "alignbench": mine, "speedup": mine / row["images_per_second"]})
+    return found
+
+
+def machine(size: str) -> dict[str, Any]:
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line for line in lines if line.startswith("model name")), ":").partition(":")[2]
+    return {
+        "date": date.today().isoformat(),
+        "cpu": model.strip() or platform.processor(),
+        "cores": os.cpu_count(),
+        "time": "by the clock" if torch.cuda.is_available() else "of one CPU thread",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "images": f"{PROMPTS[size][0]} prompts x {PROMPTS[size][1]}, {SIDE} x {SIDE}",
+        "weights": "random, " + {"small": "far smaller than the real models", "real": "of the real sizes"}[size],
+    }
+
+
+def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    lines = ["# Evaluators: images per second", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
+    lines += ["| evaluator | official calls | official | alignbench | speed-up |", "|---|---|---:|---:|---:|"]
+    for row in rows:
+        figures = f"{row['images_per_second']:.2f} | {row['alignbench']:.2f} | {row['speedup']:.2f}x"
+        lines.append(f"| {row['evaluator']} | {row['calls']} | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=PROMPTS, default="small")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inside:
+        engine, request = arguments.inside
+        print(json.dumps(INSIDE[engine](json.loads(Path(request).read_text()))))
+        return
+    about, rows = machine(arguments.size), speedups(measure(arguments.size, arguments.repeats))
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    (results / f"evaluators-{arguments.size}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    (results / f"evaluators-{arguments.size}.md").write_text(table(about, rows))
+    print(table(about, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""ImageReward (Xu et al. 2023, arXiv 2304.05977): BLIP reads the prompt with the image before it, a head scores.
+
+An own port on transformers' BLIP: the ``image-reward`` package needs transformers <= 4.55. ``engine: official`` scores
+with the package's code, in an environment of its own. Departures of the port from ``ImageReward.score``:
+1. Image i meets prompt i in one batch; the package takes one image after another.
+2. Images become RGB before they are resized, not after: only pictures with a palette or with transparency differ.
+3. Weights are loaded strictly; the package passes over what is missing or unexpected.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from alignbench import official, weights
+from alignbench.clip import linear_head
+from alignbench.config import UserError
+from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches, to_tensor, warn_of_cut
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from alignbench.prompts import Prompt
+
+CHECKPOINT, CONFIG = "ImageReward.pt", "med_config.json"
+TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json")
+SIDE, LIMIT = 224, 35  # pixels; tokens of a prompt that are read, start and end included
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
+SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, fixed in the package
+HEAD = 64  # channels per attention head of the vision transformer: ViT-L has 16 heads for 1024 channels
+RENAMED = {  # BLIP's names -> transformers'
+    "visual_encoder.cls_token": "visual_encoder.embeddings.class_embedding",
+    "visual_encoder.pos_embed": "visual_encoder.embeddings.position_embedding",
+    "visual_encoder.patch_embed.proj": "visual_encoder.embeddings.patch_embedding",
+    "visual_encoder.norm": "visual_encoder.post_layernorm",
+    "visual_encoder.blocks": "visual_encoder.encoder.layers",
+    ".attn.qkv": ".self_attn.qkv",
+    ".attn.proj": ".self_attn.projection",
+    ".norm1": ".layer_norm1",
+    ".norm2": ".layer_norm2",
+}
+TEXT_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id"),
+)
+UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+
+
+class ImageReward(Evaluator):
+    """ImageReward v1.0. ``weights``: a hub id or a folder with ImageReward.pt and med_config.json.
+
+    Scores are standardised: about N(0, 1), mostly between -2 and 2. As a training reward, ReFL's margin is 2.0.
+    """
+
+    name: ClassVar[str] = "imagereward"
+    version: ClassVar[str] = "1.0-1"
+    metrics: ClassVar[tuple[Metric, ...]] = (Metric("imagereward", "standardised"),)
+
+    weights: str = "THUDM/ImageReward"
+    revision: str | None = None
+    tokenizer: str = "google-bert/bert-base-uncased"  # a hub id or a folder with BERT's vocab.txt
+    engine: Literal["alignbench", "official"] = "alignbench"  # official: tables only, it gives no gradient
+
+    @property
+    def differentiable(self) -> bool:  # type: ignore[override]  # the class's answer depends on a setting here
+        return self.engine == "alignbench"
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where weights and configuration lie. UserError if nowhere."""
+        files = [CHECKPOINT, CONFIG]
+        return weights.locate(self.weights, "imagereward.weights", revision=self.revision, files=files)
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """Where the vocabulary lies. UserError if nowhere."""
+        return weights.locate(self.tokenizer, "imagereward.tokenizer", files=TOKENIZER_FILES)
+
+    def files(self) -> list[Path]:
+        found = weights.check([self.folder / CHECKPOINT, self.folder / CONFIG], "imagereward.weights")
+        vocabulary, config = (self.tokenizer_folder / name for name in TOKENIZER_FILES)
+        return found + weights.check([vocabulary, *[config] * config.exists()], "imagereward.tokenizer")
+
+    def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
+        """One row per image: the standardised score, after the official preprocessing."""
+
+        def batch(images: Sequence[Image], prompts: Sequence[Prompt]) -> Tensor:
+            return self._scores(self.prepare(images).to(device()), prompts)
+
+        warn_of_cut(self.name, prompts, LIMIT, lambda text: len(self._tokenizer.tokenize(text)) + 2)
+        if self.engine == "official":
+            beside = {"med_config": self.folder / CONFIG, "tokenizer": self.tokenizer_folder}
+            checkpoint = self.folder / CHECKPOINT
+            return official.score("imagereward", self.metrics[0].name, checkpoint, images, prompts, **beside)
+        return in_batches(batch, images, prompts, self.metrics[0].name)
+
+    def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """(B, 3, H, W) pixels in [0, 1] -> (B,) standardised scores, differentiable."""
+        official.refuse_reward(self.name, self.engine)
+        return self._scores(self.preprocess(check_range(pixels)), prompts)
+
+    def prepare(self, images: Sequence[Image]) -> Tensor:
+        """Images -> preprocessed pixels, by Pillow as the package does it."""
+        import torch
+
+        return torch.stack([self._cut(image.convert("RGB")) for image in images])
+
+    def preprocess(self, pixels: Tensor) -> Tensor:
+        """The same steps on tensors: shortest edge (bicubic, antialiased), centre crop, normalisation."""
+        return self._cut(pixels.float())
+
+    def _cut(self, image: Any) -> Tensor:
+        """An image or a batch of pixels -> the middle square, SIDE wide, normalised."""
+        from PIL.Image import Image
+        from torchvision.transforms.functional import InterpolationMode as Mode
+        from torchvision.transforms.functional import center_crop, normalize, resize
+
+        square = center_crop(resize(image, [SIDE], Mode.BICUBIC, antialias=True), [SIDE])
+        return normalize(to_tensor(square) if isinstance(square, Image) else square, MEAN, STD)
+
+    def _scores(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        import torch
+
+        model = self._model.to(pixels.device)
+        seen = model["visual_encoder"](pixels).last_hidden_state
+        settings = {"padding": "max_length", "truncation": True, "max_length": LIMIT, "return_tensors": "pt"}
+        text = self._tokenizer([prompt.text for prompt in prompts], **settings).to(pixels.device)
+        read = model["text_encoder"](
+            text.input_ids,
+            attention_mask=text.attention_mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:-1], dtype=torch.long, device=seen.device),
+        ).last_hidden_state
+        raw = model["mlp"]["layers"](read[:, 0])[:, 0]
+        return (raw - SCORE_MEAN) / SCORE_STD
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """BERT's, with the two tokens that BLIP adds behind its vocabulary."""
+        from transformers import BertTokenizer
+
+        tokenizer = BertTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
+        tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+        return tokenizer
+
+    @cached_property
+    def _model(self) -> Any:
+        from torch.nn import ModuleDict
+        from transformers import BlipTextModel, BlipVisionModel
+
+        self.files()
+        path = self.folder / CHECKPOINT
+        state = _renamed(weights.load(path, "imagereward.weights"))
+        try:
+            vision = _vision_config(state)
+        except KeyError as error:
+            raise UserError(f"imagereward.weights: {path} is not ImageReward's: it has no tensor {error}") from None
+        text = _text_config(json.loads((self.folder / CONFIG).read_text()), vision.hidden_size)
+        parts = {
+            "visual_encoder": BlipVisionModel(vision),
+            "text_encoder": BlipTextModel(text, add_pooling_layer=False),
+            "mlp": linear_head(text.hidden_size),
+        }
+        model = ModuleDict(parts)
+        weights.fill(model, state, path, "imagereward.weights")
+        return model.eval().requires_grad_(False)
+
+
+def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The official checkpoint under our parts' names, without what no score depends on."""
+    found = {}
+    for name, tensor in state.items():
+        if name.startswith(UNUSED):
+            continue
+        name = name.removeprefix("blip.")
+        if name.startswith("visual_encoder."):
+            for old, new in RENAMED.items():
+                name = name.replace(old, new)
+        found[name] = tensor
+    return found
+
+
+def _text_config(official: Mapping[str, Any], vision_width: int) -> Any:
+    """med_config.json as transformers knows it; ``is_decoder`` is its word for cross-attention in every layer."""
+    from transformers import BlipTextConfig
+
+    known = {key: official[key] for key in TEXT_KEYS}
+    return BlipTextConfig(**known, encoder_hidden_size=vision_width, is_decoder=True)
+
+
+def _vision_config(state: Mapping[str, Tensor]) -> Any:
+    """The vision transformer's shape, read off its weights: ViT-L/16 for the official checkpoint."""
+    from transformers import BlipVisionConfig
+
+    prefix = "visual_encoder.embeddings."
+    patch = state[prefix + "patch_embedding.weight"]
+    width, patch_size = patch.shape[0], patch.shape[-1]
+    return BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=state["visual_encoder.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=sum(name.endswith("self_attn.qkv.weight") for name in state),
+        num_attention_heads=width // HEAD,
+        patch_size=patch_size,
+        image_size=patch_size * math.isqrt(state[prefix + "position_embedding"].shape[1] - 1),
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    )
