@@ -3,7 +3,8 @@
 The control problem is min integral of |v - v_base|^2 / (2 Rs) - R(x_N). Its optimum is v* = v_base + Rs G with G the
 gradient of the cost-to-go; G is guessed from the predicted image, -eta_t grad R(x0hat), and a value network may add the
 rest, nu. Defaults are the released settings of the Aesthetic run. Departures from the released code:
-1. No value network as the default (nu = 0). The option is a small network of our own, not a second text-to-image model.
+1. No value network as the default (nu = 0). The option is a small network of our own, not a second text-to-image model;
+   its output is n = Rs nu, in units of velocity, so that its learning rate does not depend on Rs.
 2. Its consistency loss takes the value-gradient equation along the optimal path, dG/dtau = J_base^T G with tau = 1 - t:
    one finite difference of 0.01 in t and one vector-Jacobian product, both of constants but for nu. Released: finite
    differences of two different definitions of the reward's gradient, with a step beyond the number format's precision.
@@ -19,12 +20,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from alignbench.flow import euler, randint
 from alignbench.method import Loss, Pathwise, Pool, require, reward_gradient
+from alignbench.nets import LatentNet
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from alignbench.evaluator import Reward
     from alignbench.flow import Batch, Cond, Flow
 
@@ -33,7 +36,7 @@ KEPT = 0.9  # of the running quantile, from batch to batch
 
 
 class Visit(NamedTuple):
-    """A trained step: where the rollout was, and the clipped reward gradient of the image predicted there."""
+    """A trained step: where the rollout was, and Rs times the clipped gradient of -R at the image predicted there."""
 
     t: Tensor
     x: Tensor
@@ -52,7 +55,7 @@ class VGGFlow(Pathwise):
     value_net: Literal["none", "small"] = "none"
     width: int = 64  # of the value network
     consistency: float = 1.0  # weight of its equation
-    boundary: float = 1e4  # weight of nu = 0 at the image
+    boundary: float = 1.0  # weight of n = 0 at the image
 
     def check(self, batch: int, differentiable: bool) -> None:
         super().check(batch, differentiable)
@@ -91,8 +94,8 @@ class VGGFlow(Pathwise):
         assert scores is not None  # of the last step, whose predicted image is the sampler's
         if self.clip_quantile is not None:
             norms = torch.cat([visit.gradient.flatten(1).norm(dim=1) for visit in visits])
-            limit = self.limit(batch.step, (yield Pool(norms)))
-            visits = [visit._replace(gradient=clipped(visit.gradient, limit)) for visit in visits]
+            self.move_limit(batch.step, (yield Pool(norms)))
+        visits = [visit._replace(gradient=self.pull(visit.gradient)) for visit in visits]
         yield self.losses(flow, reward, batch, visits, x, reward.value(scores).mean())
 
     def losses(
@@ -100,47 +103,50 @@ class VGGFlow(Pathwise):
     ) -> Iterator[Loss]:
         """|v - v*|^2 per trained step; with a value network its two losses too."""
         for visit in visits:
-            loss, base, nu = self.matching(flow, batch, visit, len(visits))
+            loss, base, n = self.matching(flow, batch, visit, len(visits))
             yield loss._replace(metrics={"reward": value})
-            if nu is not None:
-                yield self.consistent(flow, reward, batch, visit, base, nu, len(visits))
+            if n is not None:
+                yield self.consistent(flow, reward, batch, visit, base, n, len(visits))
         if self.value_net == "small":
-            still = self.nu(x_0, torch.zeros((), dtype=x_0.dtype, device=x_0.device), batch.cond)
+            still = self.rest(x_0, torch.zeros((), dtype=x_0.dtype, device=x_0.device), batch.cond)
             each = still.square().flatten(1).mean(1)
             yield Loss(self.boundary * each.mean(), {"boundary": each.detach().mean()})
 
     def matching(self, flow: Flow, batch: Batch, visit: Visit, count: int) -> tuple[Loss, Tensor, Tensor | None]:
-        """The regression of one step, v_base there with a graph to x, and nu with a graph to the value network."""
+        """The regression of one step, v_base there, and n with a graph to the value network."""
         t, x, gradient = visit
-        nu = self.nu(x, t, batch.cond) if self.value_net == "small" else None
+        n = self.rest(x, t, batch.cond) if self.value_net == "small" else None
         with torch.no_grad():
             base = flow.velocity(x, t, batch.cond, reference=True)
-            guess = self.trust(t) * gradient + (0 if nu is None else nu)
-        v = flow.velocity(x, t, batch.cond)
-        each = (v - (base + self.reward_scale * guess)).square().flatten(1).mean(1)
-        return Loss(each.mean() / count, {}, each.detach()), base, nu
+            target = base + self.trust(t) * gradient + (0 if n is None else n)
+        each = (flow.velocity(x, t, batch.cond) - target).square().flatten(1).mean(1)
+        return Loss(each.mean() / count, {}, each.detach()), base, n
 
     def consistent(
-        self, flow: Flow, reward: Reward, batch: Batch, visit: Visit, base: Tensor, nu: Tensor, count: int
+        self, flow: Flow, reward: Reward, batch: Batch, visit: Visit, base: Tensor, n: Tensor, count: int
     ) -> Loss:
-        """Squared residual of dG/dtau = J_base^T G along dx/dtau = -v*, with gradient into nu alone."""
+        """Squared residual of dG/dtau = J_base^T G along dx/dtau = -v*, times Rs^2, with gradient into n alone."""
         t, x, gradient = visit
-        g = self.trust(t) * gradient + nu
+        g = self.trust(t) * gradient + n  # Rs G, as all of the below
         x_in = x.detach().requires_grad_()
-        with torch.enable_grad():
-            (pulled,) = torch.autograd.grad(
-                flow.velocity(x_in, t, batch.cond, reference=True), x_in, g.detach().to(base.dtype)
-            )
+        v = flow.velocity(x_in, t, batch.cond, reference=True)
+        (pulled,) = torch.autograd.grad(v, x_in, g.detach().to(v.dtype))
         dt = min(DT, float(t))
-        there = euler(x, base + self.reward_scale * g.detach(), t, t - dt)
+        there = euler(x, base + g.detach(), t, t - dt)
         with torch.no_grad():
             predicted = euler(there, flow.velocity(there, t - dt, batch.cond), t - dt, 0.0)
         _, gradient_there = reward_gradient(flow, reward, batch, predicted)
-        if self.clip_quantile is not None:
-            gradient_there = clipped(gradient_there, self.state["limit"])
-        g_there = self.trust(t - dt) * gradient_there + self.nu(there, t - dt, batch.cond)
+        g_there = self.trust(t - dt) * self.pull(gradient_there) + self.rest(there, t - dt, batch.cond)
         each = ((g_there - g) / dt - pulled).square().flatten(1).mean(1)
         return Loss(self.consistency * each.mean() / count, {"consistency": each.detach().mean()})
+
+    def pull(self, gradient: Tensor) -> Tensor:
+        """Rs times each sample's gradient, which counts as no longer than the limit."""
+        if self.clip_quantile is None:
+            return self.reward_scale * gradient
+        norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)
+        shorter = (self.state["limit"] / norm).clamp(max=1)
+        return self.reward_scale * shorter.view(-1, *[1] * (gradient.ndim - 1)) * gradient
 
     def trust(self, t: Tensor) -> Tensor:
         """eta_t."""
@@ -153,11 +159,11 @@ class VGGFlow(Pathwise):
             return {}
         latent, cond = flow.noise(1, [torch.Generator()]), flow.encode(["a"])
         text = sum(tensor.shape[-1] for tensor in cond.tensors.values())
-        self.nets["value"] = ValueNet(latent.shape[-1], text, self.width).to(latent.dtype)
+        self.nets["value"] = LatentNet(latent.shape[-1], text, self.width).to(latent.dtype)
         return dict(self.nets)
 
-    def nu(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """What the value network adds to G at (x, t)."""
+    def rest(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """n = Rs nu, what the value network adds at (x, t)."""
         return self.nets["value"](x, t, cond)
 
     @cached_property
@@ -168,43 +174,21 @@ class VGGFlow(Pathwise):
     def state(self) -> dict[str, Any]:
         return {}
 
-    def limit(self, step: int, norms: Tensor) -> float:
-        """The running quantile after batch ``step``, whose norms these are; every micro-batch gets the same."""
-        if self.state.get("step") != step:
-            now = torch.quantile(norms.double(), self.clip_quantile or 1.0).item()
-            before = self.state.get("limit", now)
-            self.state.update(step=step, limit=KEPT * before + (1 - KEPT) * now)
-        return self.state["limit"]
+    def move_limit(self, step: int, norms: Tensor) -> None:
+        """The running quantile follows batch ``step``, whose norms these are, once for all its micro-batches.
+
+        A closed hinge has no gradient, and does not count.
+        """
+        alive = norms[norms > 0].double()
+        if self.state.get("step") == step or not len(alive):
+            self.state.setdefault("limit", 0.0)
+            return
+        now = torch.quantile(alive, self.clip_quantile or 1.0).item()
+        before = self.state.get("limit") or now
+        self.state.update(step=step, limit=KEPT * before + (1 - KEPT) * now)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.state.update(state)
-
-
-def clipped(gradient: Tensor, limit: float) -> Tensor:
-    """Each sample's gradient, no longer than ``limit``."""
-    norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)
-    return gradient * (limit / norm).clamp(max=1).view(-1, *[1] * (gradient.ndim - 1))
-
-
-class ValueNet(nn.Module):
-    """nu(x, t, text): the same small network at every token, which also sees the mean over tokens. Zero at first."""
-
-    def __init__(self, channels: int, text: int, width: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(2 * channels + text + 8, width)
-        self.second = nn.Linear(width, width)
-        self.last = nn.Linear(width, channels)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        tokens = x.reshape(len(x), -1, x.shape[-1])
-        texts = [c.reshape(len(c), -1, c.shape[-1]).mean(1).to(x) for c in cond.tensors.values()]
-        angles = t.to(x) * torch.pi * 2.0 ** torch.arange(4, dtype=x.dtype, device=x.device)
-        time = torch.cat([angles.sin(), angles.cos()]).expand(len(x), -1)
-        shared = torch.cat([tokens.mean(1), *texts, time], 1)[:, None].expand(-1, tokens.shape[1], -1)
-        hidden = nn.functional.silu(self.first(torch.cat([tokens, shared], 2)))
-        return self.last(nn.functional.silu(self.second(hidden))).view_as(x)

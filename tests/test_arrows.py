@@ -15,14 +15,14 @@ LAYERS = (
     {"config", "stats", "grid", "shapes.scene"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip"},
-    {"checkpoint", "meter", "adapters", "policy"},
+    {"checkpoint", "meter", "adapters", "policy", "nets"},
     {"train", "generate", "sweep", "report"},
     {"run", "testing", "backends.flux"},
     {"launch", "authoring"},
     {"cli"},
 )
 APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
-METHODS = {"flow", "method", "policy", "config", "weights"}  # torch, and nothing else of ours
+METHODS = {"flow", "method", "policy", "nets", "config", "weights"}  # torch, and nothing else of ours
 EVALUATORS = {"evaluator", "config", "weights", "clip", "official", "prompts", "shapes"}
 REPORTS = {"store", "table", "stats", "config", "reports"}
 TORCHLESS = {

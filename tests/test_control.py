@@ -15,7 +15,8 @@ from alignbench.meter import Meter, metered, metered_reward
 from alignbench.methods.adjoint_matching import AdjointMatching, sigma
 from alignbench.methods.draft import DRaFTK
 from alignbench.methods.ode_adjoint import ODEAdjointMatching
-from alignbench.methods.vggflow import KEPT, ValueNet, VGGFlow, Visit, clipped
+from alignbench.methods.vggflow import KEPT, VGGFlow, Visit
+from alignbench.nets import LatentNet
 from alignbench.testing import AffineFlow, GaussianFlow, MethodContract, descend, each_update, gradients_of, make_batch
 
 DIM = 3
@@ -408,14 +409,14 @@ def residual(flow, reward, nu, t, rs, monkeypatch, dt, eta="linear"):
     """Mean squared residual of the value-gradient equation for a given nu, at fixed states."""
     monkeypatch.setattr(vgg_module, "DT", dt)
     method = VGGAt(**FREE, reward_scale=rs, eta=eta, value_net="small")
-    monkeypatch.setattr(VGGAt, "nu", lambda self, x, t, cond: nu(x, t))
+    monkeypatch.setattr(VGGAt, "rest", lambda self, x, t, cond: rs * nu(x, t))
     x = torch.randn(B, DIM, generator=seeded("state"), dtype=torch.float64)
     batch, t = make_batch(flow, range(B)), torch.tensor(t, dtype=torch.float64)
     v = flow.velocity(x, t, batch.cond).detach()
     at = (x - t * v).requires_grad_()
     (slope,) = torch.autograd.grad(reward.loss(reward(at, batch.prompts)).sum(), at)
     base = flow.velocity(x, t, batch.cond, reference=True).detach()
-    return method.consistent(flow, reward, batch, Visit(t, x, slope), base, nu(x, t), 1).value.item()
+    return method.consistent(flow, reward, batch, Visit(t, x, rs * slope), base, rs * nu(x, t), 1).value.item()
 
 
 def test_without_a_base_velocity_a_linear_reward_needs_no_value_network(monkeypatch):
@@ -479,7 +480,7 @@ def test_each_network_has_its_own_loss():
 
 def test_the_value_network_starts_at_zero():
     """nu = 0 at first, so that the first update is the default's; it sees text and time, and keeps the shape."""
-    net = ValueNet(4, 5, 16).double()
+    net = LatentNet(4, 5, 16).double()
     x, cond = torch.randn(2, 6, 4, dtype=torch.float64), Cond({"text": torch.randn(2, 3, 5, dtype=torch.float64)})
     assert net(x, torch.tensor(0.3), cond).abs().max() == 0
     torch.nn.init.normal_(net.last.weight)
@@ -494,18 +495,26 @@ def test_the_value_network_starts_at_zero():
 
 
 def test_reward_gradients_are_clipped_at_a_running_quantile():
-    """No sample's gradient is longer than the limit; the limit moves a tenth of the way to each batch's quantile."""
-    method = VGGFlow()
+    """No sample's gradient counts as longer than the limit, which moves a tenth of the way to each batch's quantile.
+
+    Closed hinges, whose gradient is zero, do not pull it down.
+    """
+    method = VGGFlow(reward_scale=2.0)
     first, second = torch.arange(1.0, 12.0), torch.arange(11.0, 22.0)
-    assert method.limit(0, first) == pytest.approx(9.0)
-    assert method.limit(0, second) == pytest.approx(9.0), "asked again for the same batch, by another micro-batch"
-    assert method.limit(1, second) == pytest.approx(KEPT * 9 + (1 - KEPT) * 19)
-    rows = torch.randn(7, 2, 3, generator=seeded("rows"))
-    short = clipped(rows, 1.5)
-    assert short.flatten(1).norm(dim=1).max() <= 1.5 * (1 + 1e-6)
-    kept = rows.flatten(1).norm(dim=1) <= 1.5
-    close(short[kept], rows[kept])
-    assert (clipped(torch.zeros(1, 3), 1.0) == 0).all()
+    method.move_limit(0, torch.cat([first, torch.zeros(50)]))
+    assert method.state["limit"] == pytest.approx(9.0)
+    method.move_limit(0, second)
+    assert method.state["limit"] == pytest.approx(9.0), "asked again for the same batch, by another micro-batch"
+    method.move_limit(1, second)
+    assert method.state["limit"] == pytest.approx(KEPT * 9 + (1 - KEPT) * 19)
+    rows = 6 * torch.randn(40, 2, 3, generator=seeded("rows"), dtype=torch.float64)
+    norms, pulled = rows.flatten(1).norm(dim=1), method.pull(rows)
+    close(pulled.flatten(1).norm(dim=1), 2 * norms.clamp(max=method.state["limit"]))
+    close(pulled[norms < 10], 2 * rows[norms < 10])
+    assert (method.pull(torch.zeros(1, 3)) == 0).all()
+    blind = VGGFlow()
+    blind.move_limit(0, torch.zeros(5))
+    assert (blind.pull(torch.zeros(1, 3)) == 0).all()
 
 
 def test_vgg_draws_strata():
