@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class LatentNet(nn.Module):
-    """(x, t, text) -> the shape of x: the same small network at every token, which also sees their mean. Zero at first.
+    """(x, t, text) -> the shape of x: the same small network at every token, which sees their mean too. Zero at first.
 
-    ``channels``: of a token; ``text``: sum of the widths of the conditioning's tensors; ``width``: of the hidden layers.
+    ``channels``: of a token; ``text``: sum of the widths of the text tensors; ``width``: of the hidden layers.
     """
 
     def __init__(self, channels: int, text: int, width: int) -> None:
