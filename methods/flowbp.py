@@ -18,8 +18,6 @@ from alignbench.flow import euler, scale_grad
 from alignbench.method import Loss, Pathwise, require, reward_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from alignbench.evaluator import Reward
@@ -30,7 +28,7 @@ class FlowBP(Pathwise):
     """What both share: which steps are active, how their gradients are scaled, and the path through them."""
 
     k: int = 3  # active steps
-    late_bias: float = 2.0  # a step's chance to be active grows with its place to this power
+    late_bias: float = 2.0  # a step's chance to be active grows with its number to this power; Bridge: on each side
     rescale: float = 1.0  # 1: active steps stand for the whole path, 0: for themselves
     tail: float = 1.0  # share of the steps, at the image's end, that may be active
 
@@ -46,13 +44,13 @@ class FlowBP(Pathwise):
     @property
     def window(self) -> range:
         """The steps that may be active; step 0 is the noise."""
-        return range(self.steps - math.ceil(self.tail * self.steps), self.steps)
+        return range(self.steps - math.ceil(self.tail * self.steps - 1e-9), self.steps)
 
-    def chosen(self, steps: Sequence[int], n: int, rng: torch.Generator) -> set[int]:
-        """n of ``steps``, without replacement, the i-th with weight (i + 1)^late_bias."""
+    def chosen(self, steps: range, n: int, first: int, rng: torch.Generator) -> set[int]:
+        """n of ``steps``, without replacement, with weights first^late_bias, (first + 1)^late_bias, ..."""
         if n == 0:
             return set()
-        weights = torch.arange(1, len(steps) + 1, dtype=torch.float64) ** self.late_bias
+        weights = torch.arange(first, first + len(steps), dtype=torch.float64) ** self.late_bias
         return {steps[i] for i in torch.multinomial(weights, n, generator=rng).tolist()}
 
     def rho(self, t: Tensor, active: set[int]) -> float:
@@ -80,7 +78,7 @@ class FlowBPSparse(FlowBP):
     name: ClassVar[str] = "flowbp_sparse"  # SD3.5-M: k 4, late_bias 1, rescale 0.5; Klein: 4, 2, 0
 
     def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:
-        active = self.chosen(self.window, self.k, batch.step_rng)
+        active = self.chosen(self.window, self.k, self.window.start + 1, batch.step_rng)
         return reward_loss(flow, reward, batch, self.path(flow, batch, active))
 
 
@@ -103,7 +101,7 @@ class FlowBPBridge(FlowBP):
         j, before, after = steps[place], steps[:place], steps[place + 1 :]
         n = round(self.k * len(before) / len(steps))
         n = min(max(n, 1, self.k - 1 - len(after)), self.k - 1, len(before))
-        return j, {j} | self.chosen(before, n, rng) | self.chosen(after, min(self.k - 1 - n, len(after)), rng)
+        return j, {j} | self.chosen(before, n, 1, rng) | self.chosen(after, self.k - 1 - n, 1, rng)
 
     def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:
         j, active = self.draw(batch.step_rng)

@@ -58,7 +58,7 @@ class FlowBPLagrange(Pathwise):
     @property
     def room(self) -> int:
         """Steps where k and j may lie."""
-        return math.ceil(self.tail * self.steps)
+        return math.ceil(self.tail * self.steps - 1e-9)
 
     def draw(self, rng: torch.Generator) -> tuple[int, int]:
         """Steps (k, j) with k first; 0 is the noise."""
@@ -66,10 +66,11 @@ class FlowBPLagrange(Pathwise):
             k, j = torch.randperm(self.room, generator=rng)[:2].sort().values.tolist()
             return self.steps - self.room + k, self.steps - self.room + j
         shares = np.random.default_rng(randint(0, 2**31 - 1, rng)).dirichlet(self.concentration)
-        to_j = min(max(1, round(shares[0] * self.room)), self.room - 2, (self.max_j or self.room) - 1)
-        to_k = min(max(1, round(shares[1] * self.room)), self.room - 1 - to_j)
-        j = self.steps - 1 - to_j
-        return j - to_k, j
+        lengths = (shares * self.room).round().clip(1).astype(int)
+        lengths[shares.argmax()] += self.room - lengths.sum()
+        after, between, _ = lengths.tolist()
+        j = self.steps - 1 - min(after, (self.max_j or self.steps) - 1)
+        return j - between, j
 
     def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:
         t, c = flow.sigmas(self.steps), batch.cond
@@ -88,7 +89,7 @@ class FlowBPLagrange(Pathwise):
         weight = dict(zip(support, quadrature(t[support], t[-1])))
         active = support[: {"start": 1, "midpoint": 2, "all": None}[self.mode]]
         total, reached = (sum(abs(weight[i]) for i in chosen) for chosen in (support, active))
-        rho = 1 + self.rescale * (total / reached - 1)
+        rho = 1 + self.rescale * (total / max(reached, 1e-8) - 1)  # a support's weight can be zero
         x, moved = at.detach(), torch.zeros_like(at)
         for i in range(len(t) - 1):
             with torch.set_grad_enabled(i in active):
@@ -102,12 +103,13 @@ class FlowBPLagrange(Pathwise):
 
 
 def spread(length: int, n: int) -> list[int]:
-    """At most n distinct steps of 0, ..., length - 1, evenly spaced, the first among them."""
-    return sorted({m * length // n for m in range(n)})
+    """At most n distinct steps of 0, ..., length - 1, evenly spaced from the first to the last."""
+    return [int(i) for i in torch.linspace(0, length - 1, min(n, length)).round()]
 
 
 def quadrature(nodes: Tensor, end: Tensor) -> list[float]:
     """Weights W_i with sum_i W_i p(nodes[i]) = integral of p from nodes[0] to ``end``, for degrees below len(nodes)."""
-    u, powers = (nodes - nodes[0]).double().cpu(), torch.arange(len(nodes), dtype=torch.float64)
-    goal = (end - nodes[0]).double().cpu() ** (powers + 1) / (powers + 1)
-    return torch.linalg.solve(u[None] ** powers[:, None], goal).tolist()
+    nodes, end = nodes.double().cpu(), end.double().cpu()
+    powers = torch.arange(len(nodes), dtype=torch.float64)
+    u = (nodes - nodes[0]) / (end - nodes[0])  # from 0 to 1, where powers are best conditioned
+    return ((end - nodes[0]) * torch.linalg.solve(u[None] ** powers[:, None], 1 / (powers + 1))).tolist()

@@ -62,13 +62,17 @@ class LeapAlign(Pathwise):
     @property
     def allowed(self) -> range:
         """The steps to draw from; 0 is the noise. With defaults all of them, so that sigma_j is never 0."""
-        low, high = (int(share * self.steps) for share in self.timesteps)
+        low, high = map(self.count, self.timesteps)
         return range(self.steps - high, self.steps - low)
 
     @property
     def gap(self) -> int:
         """Steps from k to j, where that is fixed."""
-        return int((self.distance or 0) * self.steps)
+        return self.count(self.distance or 0)
+
+    def count(self, share: float) -> int:
+        """Whole steps in a share of them, where 0.29 of 100 is 29, not 28."""
+        return int(share * self.steps + 1e-9)
 
     def draw(self, rng: torch.Generator) -> tuple[int, ...]:
         """The steps that leaps start from, noisiest first: uniform over sets of allowed steps."""

@@ -34,7 +34,7 @@ class SparseAt(FlowBPSparse):
 
     at: tuple[int, ...] = ()
 
-    def chosen(self, steps, n, rng):
+    def chosen(self, steps, n, first, rng):
         return set(self.at)
 
 
@@ -142,7 +142,7 @@ def test_the_window_is_what_stands_for_the_whole():
     """With a tail of 0.6 only the last three of five steps are drawn, and rho relates to them."""
     method, path = FlowBPSparse(steps=N, tail=0.6, k=1), Path()
     assert method.window == range(2, 5)
-    draws = [method.chosen(method.window, 1, rng) for rng in [seeded(0)] for _ in range(200)]
+    draws = [method.chosen(method.window, 1, 3, rng) for rng in [seeded(0)] for _ in range(200)]
     assert set().union(*draws) == {2, 3, 4}
     assert method.rho(path.t, {4}) == pytest.approx(float(sum(path.h[2:]) / path.h[4]), rel=1e-14)
 
@@ -153,7 +153,7 @@ def test_late_steps_are_active_more_often():
         method, rng = FlowBPSparse(steps=4, k=1, late_bias=bias), seeded(0)
         counts = torch.zeros(4)
         for _ in range(4000):
-            counts[list(method.chosen(method.window, 1, rng))] += 1
+            counts[list(method.chosen(method.window, 1, 1, rng))] += 1
         weights = torch.arange(1, 5.0) ** bias
         expected = 4000 * weights / weights.sum()
         assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
@@ -208,10 +208,11 @@ def test_bridge_draws_both_sides():
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [1, 2, 5, 12])
 def test_supports_are_distinct_and_start_with_the_first(n, length):
-    """At most n steps, within the leap, evenly spread, without the target."""
+    """At most n steps, within the leap, from its first to its last, without the target."""
     found = spread(length, n)
     assert found[0] == 0
-    assert len(found) == min(n, length)
+    assert n == 1 or found[-1] == length - 1
+    assert len(set(found)) == len(found) == min(n, length)
     assert set(range(length)) >= set(found)
 
 
