@@ -19,7 +19,7 @@ class LatentNet(nn.Module):
 
     def __init__(self, channels: int, text: int, width: int) -> None:
         super().__init__()
-        self.first = nn.Linear(2 * channels + text + 8, width)
+        self.first = nn.Linear(2 * channels + text + 1, width)
         self.second = nn.Linear(width, width)
         self.last = nn.Linear(width, channels)
         nn.init.zeros_(self.last.weight)
@@ -28,8 +28,7 @@ class LatentNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         tokens = x.reshape(len(x), -1, x.shape[-1])
         texts = [c.reshape(len(c), -1, c.shape[-1]).mean(1).to(x) for c in cond.tensors.values()]
-        angles = t.to(x) * torch.pi * 2.0 ** torch.arange(4, dtype=x.dtype, device=x.device)
-        time = torch.cat([angles.sin(), angles.cos()]).expand(len(x), -1)
+        time = t.to(x).expand(len(x), 1)  # as it is: waves of t are free to be anything between the steps
         shared = torch.cat([tokens.mean(1), *texts, time], 1)[:, None].expand(-1, tokens.shape[1], -1)
         hidden = nn.functional.silu(self.first(torch.cat([tokens, shared], 2)))
         return self.last(nn.functional.silu(self.second(hidden))).view_as(x)

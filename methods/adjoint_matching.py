@@ -3,7 +3,9 @@
 In alignbench's sign and time (t = 1 noise, v = noise - image) the memoryless process moves by -(2 v + x / (1 - t + h))
 per unit of time, with noise sigma = sqrt(2 (t + h) / (1 - t + h)); h, the step, keeps both finite at t = 1. Departures:
 1. The loss is a mean over trained steps, not a sum: how many there are does not change the learning rate's meaning.
-2. The reward enters by its loss: with a margin, images above it have no terminal cost.
+2. The reward is asked about the image that the last velocity predicts; a memoryless move to t = 0 without its noise
+   would leave some of the noise before it in the image.
+3. The reward enters by its loss: with a margin, images above it have no terminal cost.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from alignbench.flow import euler
 from alignbench.method import Loss, Pathwise, require, reward_gradient
 
 if TYPE_CHECKING:
@@ -58,14 +61,13 @@ class AdjointMatching(Pathwise):
 
     @torch.no_grad()
     def rollout(self, flow: Flow, batch: Batch, t: Tensor) -> list[Tensor]:
-        """x_0, ..., x_N of the memoryless process under the model as it is; the last move without noise."""
+        """x_0, ..., x_{N-1} of the memoryless process under the model as it is, and the predicted image."""
         x = [batch.noise]
-        for i in range(self.steps):
+        for i in range(self.steps - 1):
             h, kept = float(t[i] - t[i + 1]), float(1 - t[i + 1])
-            moved = x[i] - h * (2 * flow.velocity(x[i], t[i], batch.cond).to(x[i].dtype) + x[i] / kept)
-            noise = h**0.5 * sigma(t, i) * batch.randn_like(moved) if i < self.steps - 1 else 0.0
-            x.append(moved + noise)
-        return x
+            v = flow.velocity(x[i], t[i], batch.cond).to(x[i].dtype)
+            x.append(x[i] - h * (2 * v + x[i] / kept) + h**0.5 * sigma(t, i) * batch.randn_like(x[i]))
+        return [*x, euler(x[-1], flow.velocity(x[-1], t[-2], batch.cond), t[-2], 0.0)]
 
     def lean_adjoints(
         self, flow: Flow, batch: Batch, t: Tensor, x: list[Tensor], a: Tensor

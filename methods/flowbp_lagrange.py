@@ -51,6 +51,8 @@ class FlowBPLagrange(Pathwise):
         require(min(self.concentration) > 0, "method.concentration", f"{self.concentration} is no Dirichlet's",
                 "choose three positive numbers")  # fmt: skip
         require(self.max_j is None or self.max_j >= 2, "method.max_j", f"{self.max_j} leaves no j", "choose 2 or more")
+        what = "only the dirichlet law limits j"
+        require(self.max_j is None or self.pair == "dirichlet", "method.max_j", what, "choose null")
         for field in ("alpha", "support_scale", "rescale", "anchor"):
             value = getattr(self, field)
             require(0 <= value <= 1, f"method.{field}", f"{value} is not a share", "choose 0 to 1")
@@ -94,11 +96,13 @@ class FlowBPLagrange(Pathwise):
         for i in range(len(t) - 1):
             with torch.set_grad_enabled(i in active):
                 v = flow.velocity(scale_grad(at, self.alpha) if i == 0 else x, t[i], c)
+            if i == 0:
+                straight = euler(at, v, t[0], t[-1])
             if i in support:
-                v_i = scale_grad(v, rho * (1 if i == 0 else self.support_scale)).to(x.dtype)
-                moved = moved + (anchor * weight[i] + (1 - anchor) * (i == 0) * float(t[-1] - t[0])) * v_i
+                scaled = scale_grad(v, rho * (1 if i == 0 else self.support_scale))
+                moved = moved + weight[i] * scaled.to(x.dtype)
             x = euler(x, v.detach(), t[i], t[i + 1])
-        leap = at + moved
+        leap = torch.lerp(straight, at + moved, anchor)
         return straight_through(x, leap), (x - leap).detach().abs().flatten(1).mean(1)
 
 

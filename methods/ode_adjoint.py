@@ -4,7 +4,8 @@ The control problem is J = sum_i h_i phi(delta_i) - R(x_N) with delta = v - v_ba
 delta_i = grad phi*(p_{i+1}) with p the adjoint, becomes a regression. The idea is that of arXiv 2605.06583 ("directly
 regress the control toward a value-gradient-induced target"), of which only the abstract was at hand: what follows is
 derived from that sentence, and none of it is claimed to be that paper's algorithm. Choices:
-1. The target of step i is taken from p_{i+1}, which makes the discrete problem's solution exactly stationary.
+1. The target of step i is taken from p_{i+1}, which makes the discrete problem's solution exactly stationary. Heun's
+   two velocities have a target each: the gradient with respect to the velocity itself says which.
 2. Any convex phi: the loss is Fenchel and Young's, phi(delta) + phi*(p) - <p, delta>, which for the quadratic is
    beta / 2 |delta - p / beta|^2, and is zero at the target alone.
 3. Truncation to the last k steps: earlier ones are left alone, or trained on the earliest adjoint at hand.
@@ -13,8 +14,8 @@ derived from that sentence, and none of it is claimed to be that paper's algorit
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -26,6 +27,23 @@ if TYPE_CHECKING:
 
     from alignbench.evaluator import Reward
     from alignbench.flow import Batch, Flow
+
+
+class Call(NamedTuple):
+    """A network call of the rollout, and the weight of its velocity in the step: h, or h / 2."""
+
+    x: Tensor
+    t: Tensor
+    weight: Tensor
+    v: Tensor
+
+
+class Match(NamedTuple):
+    """A call, the adjoint that its delta is matched with, and the base velocity there if it is known."""
+
+    call: Call
+    p: Tensor
+    base: Tensor | None
 
 
 class ODEAdjointMatching(Pathwise):
@@ -51,78 +69,73 @@ class ODEAdjointMatching(Pathwise):
                 "choose q 2, or sparsity 0")  # fmt: skip
 
     def updates(self, flow: Flow, reward: Reward, batch: Batch) -> Iterator[Iterable[Loss]]:
-        t = flow.sigmas(self.steps)
-        x, velocities = self.rollout(flow, batch, t)
-        scores, p = reward_gradient(flow, reward, batch, x[-1])
-        adjoints, base = {}, {}
-        for i in reversed(range(self.steps - self.k, self.steps)):
-            adjoints[i] = p
-            p, base[i] = self.carried(flow, batch, t[i], t[i + 1], x[i], velocities[i], p)
-        trained = range(0 if self.early == "freeze" else self.steps - self.k, self.steps)
-        yield (
-            self.matched(flow, batch, t[i], t[i + 1], x[i], adjoints.get(i, p), base.get(i), reward.value(scores))
-            for i in trained
-        )
+        t, first = flow.sigmas(self.steps), self.steps - self.k
+        path = self.rollout(flow, batch, t)
+        x_0 = self.stepped(path[-1], t[-2], t[-1])
+        scores, p = reward_gradient(flow, reward, batch, x_0)
+        matches: list[Match] = []
+        for i in reversed(range(first, self.steps)):
+            p, found = self.carried(flow, batch, t[i], t[i + 1], path[i], p)
+            matches += found
+        if self.early == "freeze":
+            matches += [Match(call, p, None) for calls in path[:first] for call in calls]
+        yield (self.matched(flow, batch, match, reward.value(scores).mean()) for match in matches)
 
     @torch.no_grad()
-    def rollout(self, flow: Flow, batch: Batch, t: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """x_0, ..., x_N of the sampler under the model as it is, and each step's velocities in order."""
-        x, velocities = [batch.noise], []
+    def rollout(self, flow: Flow, batch: Batch, t: Tensor) -> list[list[Call]]:
+        """The sampler under the model as it is: each step's network calls, one for Euler, two for Heun.
+
+        Heun's last step is Euler's, as in diffusers: no network is asked about t = 0.
+        """
+        x, path = batch.noise, []
         for at, to in itertools.pairwise(t):
-            calls: list[Tensor] = []
+            twice = self.solver == "heun" and to > 0
+            calls = [Call(x, at, (at - to) / (1 + twice), flow.velocity(x, at, batch.cond))]
+            if twice:
+                y = euler(x, calls[0].v, at, to)
+                calls.append(Call(y, to, calls[0].weight, flow.velocity(y, to, batch.cond)))
+            path.append(calls)
+            x = self.stepped(calls, at, to)
+        return path
 
-            def velocity(y: Tensor, s: Tensor, calls: list[Tensor] = calls) -> Tensor:
-                calls.append(flow.velocity(y, s, batch.cond))
-                return calls[-1]
-
-            x.append(self.step(velocity, x[-1], at, to))
-            velocities.append(calls)
-        return x, velocities
-
-    def step(self, velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, at: Tensor, to: Tensor) -> Tensor:
-        """One step of the solver. Heun's last is Euler's, as in diffusers: no network is asked about t = 0."""
-        v = velocity(x, at)
-        if self.solver == "heun" and to > 0:
-            v = (v + velocity(euler(x, v, at, to), to)) / 2
-        return euler(x, v, at, to)
+    def stepped(self, calls: list[Call], at: Tensor, to: Tensor) -> Tensor:
+        """Where a step ends: x less each call's velocity times its weight."""
+        return calls[0].x - sum(call.weight * call.v for call in calls)
 
     def carried(
-        self, flow: Flow, batch: Batch, at: Tensor, to: Tensor, x: Tensor, velocities: list[Tensor], p: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """p_i from p_{i+1}, and the base velocity at x_i.
+        self, flow: Flow, batch: Batch, at: Tensor, to: Tensor, calls: list[Call], p: Tensor
+    ) -> tuple[Tensor, list[Match]]:
+        """p_i from p_{i+1} = ``p``, and what each call of the step is to be matched with.
 
-        The transpose of the step map applied to p. lean: delta is held fixed, so that only the base velocity has a
-        Jacobian; policy: the velocity as it is has, and the slope of h phi(delta) is added.
+        Both are gradients of <x_{i+1}, p>, with respect to x_i and to the calls' velocities. lean: delta is held fixed,
+        so that only the base velocity has a Jacobian; policy: the velocity as it is has, and what the calls cost is
+        added.
         """
-        base: list[Tensor] = []
-        delta: list[Tensor] = []
-
-        def velocity(y: Tensor, s: Tensor) -> Tensor:
-            base.append(flow.velocity(y, s, batch.cond, reference=True))
+        x = calls[0].x.detach().requires_grad_()
+        y, cost, used, base = x, torch.zeros((), dtype=x.dtype, device=x.device), [], []
+        for call in calls:
+            base.append(flow.velocity(y, call.t, batch.cond, reference=True))
             if self.adjoint == "lean":
-                return straight_through(velocities[len(base) - 1], base[-1])
-            v = flow.velocity(y, s, batch.cond)
-            delta.append(v - base[-1])
-            return v
+                v = straight_through(call.v, base[-1])
+            else:
+                v = flow.velocity(y, call.t, batch.cond)
+                cost = cost + call.weight * self.phi(v - base[-1]).sum()
+            used.append(v.view_as(v))  # apart from what its own cost is made of
+            y = euler(x, used[0], at, to)
+        end = x - sum(call.weight * v for call, v in zip(calls, used))
+        carried, *pulls = torch.autograd.grad((end * p).sum() + cost, [x, *used])
+        matches = [Match(call, -pull / call.weight, v.detach()) for call, pull, v in zip(calls, pulls, base)]
+        return carried, matches
 
-        x = x.detach().requires_grad_()
-        cost = (self.step(velocity, x, at, to) * p).sum()
-        if delta:
-            cost = cost + (at - to) * self.phi(delta[0]).sum()
-        (carried,) = torch.autograd.grad(cost, x)
-        return carried, base[0].detach()
-
-    def matched(
-        self,
-        flow: Flow, batch: Batch, at: Tensor, to: Tensor, x: Tensor, p: Tensor, base: Tensor | None, value: Tensor,
-    ) -> Loss:  # fmt: skip
-        """h (phi(delta) + phi*(p) - <p, delta>), with gradient through delta alone."""
+    def matched(self, flow: Flow, batch: Batch, match: Match, value: Tensor) -> Loss:
+        """weight (phi(delta) + phi*(p) - <p, delta>), with gradient through delta alone."""
+        (x, t, weight, _), p, base = match
         if base is None:
             with torch.no_grad():
-                base = flow.velocity(x, at, batch.cond, reference=True)
-        delta = flow.velocity(x, at, batch.cond) - base
-        each = (at - to) * (self.phi(delta) + self.conjugate(p) - (p * delta).flatten(1).sum(1))
-        return Loss(each.mean(), {"reward": value.mean()}, each.detach())
+                base = flow.velocity(x, t, batch.cond, reference=True)
+        delta = flow.velocity(x, t, batch.cond) - base
+        each = weight * (self.phi(delta) + self.conjugate(p) - (p * delta).flatten(1).sum(1))
+        return Loss(each.mean(), {"reward": value}, each.detach())
 
     def phi(self, delta: Tensor) -> Tensor:
         """(B,) running costs."""

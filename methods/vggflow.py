@@ -103,39 +103,36 @@ class VGGFlow(Pathwise):
     ) -> Iterator[Loss]:
         """|v - v*|^2 per trained step; with a value network its two losses too."""
         for visit in visits:
-            loss, base, n = self.matching(flow, batch, visit, len(visits))
-            yield loss._replace(metrics={"reward": value})
+            n = self.rest(visit.x, visit.t, batch.cond) if self.value_net == "small" else None
+            x = visit.x.detach().requires_grad_(n is not None)
+            with torch.set_grad_enabled(n is not None):
+                base = flow.velocity(x, visit.t, batch.cond, reference=True)
+            g = self.trust(visit.t) * visit.gradient + (0 if n is None else n.detach())
+            each = (flow.velocity(visit.x, visit.t, batch.cond) - (base + g).detach()).square().flatten(1).mean(1)
+            yield Loss(each.mean() / len(visits), {"reward": value}, each.detach())
             if n is not None:
-                yield self.consistent(flow, reward, batch, visit, base, n, len(visits))
+                (pulled,) = torch.autograd.grad(base, x, g.to(base.dtype))
+                yield self.consistent(flow, reward, batch, visit, n, base.detach() + g, pulled, len(visits))
         if self.value_net == "small":
             still = self.rest(x_0, torch.zeros((), dtype=x_0.dtype, device=x_0.device), batch.cond)
             each = still.square().flatten(1).mean(1)
             yield Loss(self.boundary * each.mean(), {"boundary": each.detach().mean()})
 
-    def matching(self, flow: Flow, batch: Batch, visit: Visit, count: int) -> tuple[Loss, Tensor, Tensor | None]:
-        """The regression of one step, v_base there, and n with a graph to the value network."""
-        t, x, gradient = visit
-        n = self.rest(x, t, batch.cond) if self.value_net == "small" else None
-        with torch.no_grad():
-            base = flow.velocity(x, t, batch.cond, reference=True)
-            target = base + self.trust(t) * gradient + (0 if n is None else n)
-        each = (flow.velocity(x, t, batch.cond) - target).square().flatten(1).mean(1)
-        return Loss(each.mean() / count, {}, each.detach()), base, n
-
     def consistent(
-        self, flow: Flow, reward: Reward, batch: Batch, visit: Visit, base: Tensor, n: Tensor, count: int
-    ) -> Loss:
-        """Squared residual of dG/dtau = J_base^T G along dx/dtau = -v*, times Rs^2, with gradient into n alone."""
+        self,
+        flow: Flow, reward: Reward, batch: Batch, visit: Visit, n: Tensor, v: Tensor, pulled: Tensor, count: int,
+    ) -> Loss:  # fmt: skip
+        """Squared residual of dG/dtau = J_base^T G along dx/dtau = -v*, times Rs^2, with gradient into n alone.
+
+        ``v``: v* there; ``pulled``: J_base^T of Rs G.
+        """
         t, x, gradient = visit
-        g = self.trust(t) * gradient + n  # Rs G, as all of the below
-        x_in = x.detach().requires_grad_()
-        v = flow.velocity(x_in, t, batch.cond, reference=True)
-        (pulled,) = torch.autograd.grad(v, x_in, g.detach().to(v.dtype))
         dt = min(DT, float(t))
-        there = euler(x, base + g.detach(), t, t - dt)
+        there = euler(x, v, t, t - dt)
         with torch.no_grad():
             predicted = euler(there, flow.velocity(there, t - dt, batch.cond), t - dt, 0.0)
         _, gradient_there = reward_gradient(flow, reward, batch, predicted)
+        g = self.trust(t) * gradient + n
         g_there = self.trust(t - dt) * self.pull(gradient_there) + self.rest(there, t - dt, batch.cond)
         each = ((g_there - g) / dt - pulled).square().flatten(1).mean(1)
         return Loss(self.consistency * each.mean() / count, {"consistency": each.detach().mean()})

@@ -113,21 +113,46 @@ class TwoFields(AffineFlow):
         return v + 0.2 * x.sin() if reference else v + 0.3 * (x @ self.A).tanh()
 
 
+def solved(flow, solver, x, t, cond, cost=None):
+    """The sampler from a plain loop: its end, and what ``cost(delta)`` adds up to, weighted by each call's share."""
+    total = 0.0
+    for at, to in itertools.pairwise(t):
+        calls, y, h = [], x, at - to
+        for s in (at, to) if solver == "heun" and to > 0 else (at,):
+            calls.append((y, s))
+            y = x - h * flow.velocity(y, s, cond)
+        velocities = [flow.velocity(y, s, cond) for y, s in calls]
+        if cost:
+            deltas = (v - flow.velocity(*call, cond, reference=True) for v, call in zip(velocities, calls))
+            total = total + sum(h / len(calls) * cost(delta) for delta in deltas)
+        x = x - h * sum(velocities) / len(calls)
+    return x, total
+
+
+@pytest.mark.parametrize("k", range(1, N + 1))
+@pytest.mark.parametrize("adjoint", ["lean", "policy"])
+def test_heun_at_the_base_model_is_exact(k, adjoint):
+    """Each of Heun's velocities has its own target: together the gradient of the last k Heun steps, by autograd."""
+    flow, plain = (as_base(make_flow()) for _ in range(2))
+    batch, t = make_batch(plain, range(B)), plain.sigmas(N)
+    with torch.no_grad():
+        x, _ = solved(plain, "heun", batch.noise, t[: N - k + 1], batch.cond)
+    x, _ = solved(plain, "heun", x, t[N - k :], batch.cond)
+    REWARD.loss(REWARD(x, batch.prompts)).mean().backward()
+    close(gradient(ODEAdjointMatching(steps=N, k=k, solver="heun", adjoint=adjoint), flow=flow), plain.bias.grad)
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_the_policy_adjoint_is_the_gradient_of_the_cost_to_go(solver):
-    """p_i = d/dx_i of (sum of h phi(delta) from i on - R(x_N)) along the policy's own path, by autograd."""
+    """p_i = d/dx_i of (sum of weight phi(delta) from i on - R(x_N)) along the policy's own path, by autograd."""
     method, flow = ODEAdjointMatching(steps=N, k=N, beta=0.8, adjoint="policy", solver=solver), TwoFields(N)
     batch, t = make_batch(flow, range(B)), flow.sigmas(N)
-    states, velocities = method.rollout(flow, batch, t)
-    p = states[-1] - MU
+    path = method.rollout(flow, batch, t)
+    p = solved(flow, solver, batch.noise, t, batch.cond)[0].detach() - MU
     for i in reversed(range(N)):
-        p, _ = method.carried(flow, batch, t[i], t[i + 1], states[i], velocities[i], p)
-        x = start = states[i].clone().requires_grad_()
-        cost = 0.0
-        for at, to in itertools.pairwise(t[i:]):
-            delta = flow.velocity(x, at, batch.cond) - flow.velocity(x, at, batch.cond, reference=True)
-            cost = cost + (at - to) * 0.4 * delta.square().sum()
-            x = method.step(lambda y, s: flow.velocity(y, s, batch.cond), x, at, to)
+        p, _ = method.carried(flow, batch, t[i], t[i + 1], path[i], p)
+        start = path[i][0].x.clone().requires_grad_()
+        x, cost = solved(flow, solver, start, t[i:], batch.cond, lambda delta: 0.4 * delta.square().sum())
         (expected,) = torch.autograd.grad(cost + 0.5 * (x - MU).square().sum(), start)
         close(p, expected)
 
@@ -137,17 +162,21 @@ def test_the_lean_adjoint_holds_the_control_fixed(solver):
     """p_i = J^T p_{i+1} of the step map of v_base + delta, delta a constant at every call, by autograd."""
     method, flow = ODEAdjointMatching(steps=N, k=N, solver=solver), TwoFields(N)
     batch, t = make_batch(flow, range(B)), flow.sigmas(N)
-    states, velocities = method.rollout(flow, batch, t)
+    path = method.rollout(flow, batch, t)
     p = torch.randn(B, DIM, generator=seeded("p"), dtype=torch.float64)
+
+    class Held(TwoFields):
+        def velocity(self, x, sigma, cond, *, reference=False):
+            base = super().velocity(x, sigma, cond, reference=True)
+            call = min(path[i], key=lambda call: abs(float(call.t - sigma)))
+            fixed = call.v - super().velocity(call.x, call.t, cond, reference=True)
+            return base + fixed.detach()
+
     for i in range(N):
-        x, calls = states[i].clone().requires_grad_(), iter(velocities[i])
-
-        def fixed(y, s, calls=calls):
-            base = flow.velocity(y, s, batch.cond, reference=True)
-            return base + (next(calls) - base).detach()
-
-        (expected,) = torch.autograd.grad((method.step(fixed, x, t[i], t[i + 1]) * p).sum(), x)
-        close(method.carried(flow, batch, t[i], t[i + 1], states[i], velocities[i], p)[0], expected)
+        x = path[i][0].x.clone().requires_grad_()
+        end, _ = solved(Held(N), solver, x, t[i : i + 2], batch.cond)
+        (expected,) = torch.autograd.grad((end * p).sum(), x)
+        close(method.carried(flow, batch, t[i], t[i + 1], path[i], p)[0], expected)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -315,6 +344,7 @@ def test_the_gradient_of_the_regression():
     batch = make_batch(flow, range(B))
     t = flow.sigmas(N)
     x = method.rollout(flow, make_batch(flow, range(B)), t)
+    close(x[-1], x[-2] - t[-2] * flow.velocity(x[-2], t[-2], batch.cond).detach())
     (adjoints, _) = method.lean_adjoints(flow, batch, t, x, 3.0 * (x[-1] - MU))
     descend(method, flow, REWARD, batch)
     close(flow.bias.grad, torch.stack([-4 * a.mean(0) / N for a in adjoints]))
@@ -415,8 +445,13 @@ def residual(flow, reward, nu, t, rs, monkeypatch, dt, eta="linear"):
     v = flow.velocity(x, t, batch.cond).detach()
     at = (x - t * v).requires_grad_()
     (slope,) = torch.autograd.grad(reward.loss(reward(at, batch.prompts)).sum(), at)
-    base = flow.velocity(x, t, batch.cond, reference=True).detach()
-    return method.consistent(flow, reward, batch, Visit(t, x, rs * slope), base, rs * nu(x, t), 1).value.item()
+    x_in = x.clone().requires_grad_()
+    base = flow.velocity(x_in, t, batch.cond, reference=True)
+    n = rs * nu(x, t)
+    g = method.trust(t) * rs * slope + n
+    (pulled,) = torch.autograd.grad(base, x_in, g)
+    parts = (Visit(t, x, rs * slope), n, base.detach() + g, pulled, 1)
+    return method.consistent(flow, reward, batch, *parts).value.item()
 
 
 def test_without_a_base_velocity_a_linear_reward_needs_no_value_network(monkeypatch):
@@ -536,6 +571,8 @@ def test_vgg_draws_strata():
         (ODEAdjointMatching(), 25, 3 + 3, 1),
         (ODEAdjointMatching(k=10), 25, 10 + 10, 1),
         (ODEAdjointMatching(adjoint="policy"), 25, 2 * 3 + 3, 1),
+        (ODEAdjointMatching(solver="heun"), 49, 5 + 5, 1),
+        (VGGFlow(value_net="small"), 20 + 6, 6 + 6, 12),
     ],
     ids=lambda value: getattr(value, "name", None),
 )

@@ -267,10 +267,12 @@ def test_lagrange_of_first_order_is_leapalign(k, j):
 
 def test_without_anchor_the_first_leap_is_straight():
     """anchor = 0: from k to j only the start's velocity counts, with the whole length."""
-    straight = LagrangeAt(steps=N, at=(0, 3), order=3, anchor=0.0, rescale=0.0, mode="all", support_scale=1.0)
-    actual = gradient(straight)
+    anchored = LagrangeAt(steps=N, at=(0, 3), order=3, anchor=0.0, mode="all", alpha=0.2, tau=100.0)
+    actual, path = gradient(anchored), Path()
+    (_, _, _), (w2, _, rho2) = legs(path, 0, 3, anchored)
+    early = path.back(path.g, -0.2 * rho2 * w2[3])
     assert (actual[1:3] == 0).all()
-    assert actual[0].abs().sum() > 0
+    close(actual[0], (-(path.t[0] - path.t[3]) * early / 200).mean(0))
 
 
 def test_lagrange_draws_three_parts():
@@ -363,6 +365,7 @@ def test_defaults_are_the_papers():
         (FlowBPLagrange(tail=1.5), "method.tail"),
         (FlowBPLagrange(tau=0.0), "method.tau"),
         (FlowBPLagrange(max_j=1), "method.max_j"),
+        (FlowBPLagrange(max_j=10, pair="uniform"), "method.max_j"),
         (FlowBPLagrange(concentration=(1.0, 0.0, 1.0)), "method.concentration"),
         (FlowBPLagrange(alpha=-0.1), "method.alpha"),
     ],

@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from tiny import flux_folder
 
+from alignbench.backends.flux import Flux
 from alignbench.config import settings
 from alignbench.evaluator import Reward, Term
 from alignbench.plugins import Registry
 from alignbench.prompts import load_prompts
 from alignbench.spec import Budget
 from alignbench.sweep import Cell, read, resolve
-from alignbench.testing import unclocked
-from alignbench.train import train
+from alignbench.testing import PROMPTS, Quadratic, descend, unclocked
+from alignbench.train import draw_batch, train
 
 SWEEP = Path(__file__).parent.parent / "sweeps" / "shapes_methods.yaml"
 REGISTRY = Registry()
@@ -51,6 +53,27 @@ def test_the_same_run_twice_is_bitwise_the_same(cell):
     base = REGISTRY.make("backend", cell.spec.backend, "backend").load().parameters()
     assert any(not torch.equal(a, b) for a, b in zip(weights, base))
     assert all(w.isfinite().all() for w in weights)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return flux_folder(tmp_path_factory.mktemp("flux") / "model", scale=3.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.spec.label)
+def test_every_method_trains_a_flux_in_bfloat16(cell, checkpointing, tiny):
+    """One update with frozen bfloat16 weights and LoRA, with and without block checkpointing: finite gradients."""
+    settings = {"size": 32, "tune": "lora", "dtype": "bfloat16", "gradient_checkpointing": checkpointing}
+    flow = Flux(model=str(tiny), max_sequence_length=16, **settings).load()
+    method = REGISTRY.make("method", cell.spec.method, "method")
+    batch = draw_batch(flow, PROMPTS, cell.spec.training, 0, range(24), torch.device("cpu"))
+    losses = descend(method, flow, Reward(Term(Quadratic(target=1.0))), batch)
+    gradients = [p.grad for p in flow.parameters() if p.grad is not None]
+    assert all(loss.value.isfinite() for loss in losses)
+    assert all(g.isfinite().all() for g in gradients)
+    assert any(g.abs().sum() > 0 for g in gradients)
 
 
 def test_the_sweep_has_every_method():
