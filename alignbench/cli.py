@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add = {name: _verb(verbs, name, function) for name, function in VERBS.items()}
     for name in ("run", "sweep", "status", "report", "validate", "plan"):
         _document(add[name], optional=name in ("run", "status"))
-    for name in ("run", "sweep", "ls", "validate", "plan"):
+    for name in ("run", "sweep", "ls", "validate", "plan", "score"):
         add[name].add_argument("--plugin", metavar="FILE", action="append", default=[], help=PLUGIN)
     for name in ("run", "sweep", "status", "report", "validate", "plan"):
         add[name].add_argument(
@@ -88,6 +88,11 @@ def parser() -> argparse.ArgumentParser:
     add["check-method"].add_argument("file", metavar="FILE", help="a Python file with methods of your own")
     add["check-method"].add_argument("--settings", metavar="A=B", action="append", default=[], help=SETTINGS)
     add["check-method"].add_argument("--traceback", action="store_true", help="say where a broken promise went wrong")
+    add["score"].add_argument("folder", metavar="FOLDER", help="of pictures")
+    add["score"].add_argument("words", nargs="*", metavar="EVALUATOR.SETTING=VALUE", help="as pickscore.weights=shapes")
+    add["score"].add_argument("--prompts", metavar="LIST", help="a .txt or .jsonl file, or a list's name")
+    add["score"].add_argument("-e", "--evaluators", metavar="A,B", required=True, help="evaluators or metrics")
+    add["score"].add_argument("--out", metavar="FILE", default="scores.csv", help="table to write (.csv or .parquet)")
     add["ls"].add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
     return top
 
@@ -250,6 +255,25 @@ def check_method(arguments: argparse.Namespace) -> int:
     return code
 
 
+def score(arguments: argparse.Namespace) -> int:
+    """Score a folder of pictures: a table with a row per picture and metric, and means with their intervals.
+
+    FOLDER holds GenEval's layout, alignbench's own file names, or in the order of their names the same number of
+    pictures for every prompt of --prompts; a .jsonl list may name each picture's "file" instead.
+    """
+    from alignbench import scoring
+
+    evaluators = scoring.judges(_registry(arguments), arguments.evaluators, arguments.words)
+    chosen = scoring.pictures(Path(arguments.folder), arguments.prompts)
+    for evaluator in evaluators:
+        evaluator.check([picture.prompt for picture in chosen])
+    scored = [(evaluator, scoring.score_pictures(evaluator, chosen)) for evaluator in evaluators]
+    for path in scoring.save(scored, Path(arguments.out), arguments.plugin):
+        print(f"written: {path}", file=sys.stderr)
+    print(scoring.summary(scored).markdown())
+    return DONE if all(frame["ok"].all() for _, frame in scored) else SOME_FAILED
+
+
 VERBS = {
     "run": run,
     "sweep": sweep,
@@ -258,6 +282,7 @@ VERBS = {
     "ls": ls,
     "validate": validate,
     "plan": plan,
+    "score": score,
     "new-method": new_method,
     "check-method": check_method,
 }
@@ -378,10 +403,12 @@ def _results(store: Store, manifest: dict[str, Any]) -> Any:
 
 def _listed(kind: str, registry: Registry) -> list[tuple[str, str]]:
     from alignbench.prompts import SHAPES, SPLITS
+    from alignbench.promptsets import SETS
     from alignbench.sweep import sweeps
 
     if kind == "prompts":
-        return [(f"shapes/{split}", str(SHAPES / f"{split}.jsonl")) for split in SPLITS]
+        shapes = [(f"shapes/{split}", str(SHAPES / f"{split}.jsonl")) for split in SPLITS]
+        return [*shapes, *((name, f"{chosen.about} ({chosen.repository})") for name, chosen in SETS.items())]
     if kind == "sweeps":
         return [(name, str(path)) for name, path in sweeps().items()]
     names = registry.names(kind.removesuffix("s"))  # type: ignore[arg-type]

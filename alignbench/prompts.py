@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignbench import promptsets
 from alignbench.config import UserError, did_you_mean, read_text
+from alignbench.promptsets import SETS
 
 SHAPES = Path(__file__).parent / "shapes" / "assets" / "prompts"
 SPLITS = ("train", "val", "test")
@@ -35,7 +37,9 @@ def prompt_id(text: str) -> str:
 
 
 def locate(name: str, where: str) -> Path:
-    """The file that ``name`` means: "shapes/train", "shapes/val", "shapes/test", or a path."""
+    """The file that ``name`` means: "shapes/train", "shapes/val", "shapes/test", a public set's, or a path."""
+    if name in SETS and not Path(name).exists():
+        return promptsets.cached(SETS[name], where)
     world, _, split = name.partition("/")
     if world == "shapes" and not Path(name).exists():
         if split not in SPLITS:
@@ -43,13 +47,16 @@ def locate(name: str, where: str) -> Path:
         return SHAPES / f"{split}.jsonl"
     if Path(name).suffix not in (".txt", ".jsonl"):
         raise UserError(
-            f"{where}: '{name}' is no prompt file; give a .txt or .jsonl file, or shapes/train, /val, /test"
+            f"{where}: '{name}' is no prompt file; give a .txt or .jsonl file, shapes/train, /val, /test, "
+            f"or {', '.join(SETS)}"
         )
     return Path(name)
 
 
 def load_prompts(name: str, where: str = "prompts") -> list[Prompt]:
     """The prompts of a file or packaged list, in order. UserError (``file:line: what``) for the first unusable line."""
+    if name in SETS and not Path(name).exists():
+        return [Prompt(prompt_id(text), _checked(text, name), tag) for text, tag in promptsets.rows(name, where)]
     path = locate(name, where)
     text = read_text(path)
     return list(_parse(path, text))
@@ -63,7 +70,7 @@ def _parse(path: Path, text: str) -> tuple[Prompt, ...]:
     prompts, seen = [], dict[str, int]()
     for number, line in enumerate(lines, 1):
         spot = f"{path}:{number}"
-        prompt = (_from_json if path.suffix == ".jsonl" else _from_text)(line.removesuffix("\r"), spot)
+        prompt = (parse_prompt if path.suffix == ".jsonl" else _from_text)(line.removesuffix("\r"), spot)
         if prompt.id in seen:
             first = seen[prompt.id]
             raise UserError(f"{spot}: the prompt {prompt.text!r} is already on line {first}; keep one of them")
@@ -76,7 +83,8 @@ def _from_text(line: str, spot: str) -> Prompt:
     return Prompt(prompt_id(line), _checked(line, spot))
 
 
-def _from_json(line: str, spot: str) -> Prompt:
+def parse_prompt(line: str, spot: str) -> Prompt:
+    """A line of a .jsonl file. ``spot``: where it stands, for errors."""
     if not line.strip():
         raise UserError(f"{spot}: the line is empty; remove it")
     try:

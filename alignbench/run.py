@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL.Image import Image
 
-SCORED_PER_FILE = 128  # images between two writes of partial scores
 MEGABYTE = 2**20
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy", "pandas", "pillow")
 
@@ -306,33 +305,26 @@ class Work:
         """One row per image, in the order of the manifest; computed in parts, those that are there are read."""
         import pandas as pd
 
+        from alignbench.scoring import passes
+
         evaluator = self.registry.make("evaluator", score["settings"], "evaluator")
-        names = [metric["name"] for metric in score["metrics"]]
         images = pd.read_parquet(self.images.product)
         frames = []
-        for start in range(0, len(images), SCORED_PER_FILE):
-            rows = images.iloc[start : start + SCORED_PER_FILE]
-            part = _parts(artefact) / f"{start}.parquet"
+        for here in passes(list(images["prompt_id"])):  # one file each: what a killed run has scored is not lost
+            part = _parts(artefact) / f"{here.start}.parquet"
             if not part.exists():
-                write_frame(part, self._score_rows(evaluator, rows, names))
+                write_frame(part, self._score_rows(evaluator, images.iloc[here]))
             frames.append(pd.read_parquet(part))
-            self.progress(f"scoring, {score['name']}", (start + len(rows)) / len(images))
+            self.progress(f"scoring, {score['name']}", here.stop / len(images))
         return pd.concat(frames, ignore_index=True)
 
-    def _score_rows(self, evaluator: Any, rows: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-        import pandas as pd
+    def _score_rows(self, evaluator: Any, rows: pd.DataFrame) -> pd.DataFrame:
+        from alignbench.scoring import in_threads, score_rows
 
         prompts = {prompt.id: prompt for prompt in self.prompts}
-        pictures = [self._picture(file, sha256) for file, sha256 in zip(rows["file"], rows["sha256"])]
-        found = evaluator.score(pictures, [prompts[id] for id in rows["prompt_id"]])
-        if len(found) != len(rows) or (missing := [name for name in names if name not in found]):
-            what = f"no column '{missing[0]}'" if len(found) == len(rows) else f"{len(found)} rows"
-            raise UserError(f"evaluator {evaluator.name}: made {what} for {len(rows)} images; one row per image")
-        frame = rows[["prompt_id", "tag", "index"]].reset_index(drop=True)
-        frame[names] = found[names].to_numpy(dtype=float)
-        frame["ok"] = frame[names].notna().all(axis=1)
-        frame["error"] = pd.Series(None, frame.index, object).mask(~frame["ok"], "the score is not a number")
-        return frame
+        pictures = list(in_threads(self._picture, rows["file"], rows["sha256"]))
+        found = score_rows(evaluator, pictures, [prompts[id] for id in rows["prompt_id"]])
+        return rows[["prompt_id", "tag", "index"]].reset_index(drop=True).join(found)
 
     def _picture(self, file: str, sha256: str) -> Image:
         """The image, if it is still the one that was made."""

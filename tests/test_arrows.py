@@ -13,10 +13,11 @@ ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
     {"config", "stats", "grid", "shapes.scene"},
+    {"promptsets"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip"},
     {"checkpoint", "meter", "adapters", "policy", "nets"},
-    {"train", "generate", "sweep", "report"},
+    {"train", "generate", "sweep", "report", "scoring"},
     {"run", "testing", "backends.flux"},
     {"launch", "authoring"},
     {"cli"},
@@ -118,7 +119,7 @@ def test_heavy_imports_stand_inside_functions(folder):
 def test_the_command_line_is_light():
     """What help, lists, status and report are made of imports no torch at its top, nor what does."""
     heavy = {"torch", "transformers", "diffusers", "accelerate", "open_clip"}
-    light = TORCHLESS | {"table", "stats", "grid", "weights", "method", "evaluator", "official", "clip"}
+    light = TORCHLESS | {"promptsets", "table", "stats", "grid", "weights", "method", "evaluator", "official", "clip"}
     for module in light:
         path = harness()[module]
         assert not heavy & {name.partition(".")[0] for name in imports(tree(path), inside=False)}, module
