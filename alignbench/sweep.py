@@ -25,6 +25,7 @@ from alignbench.config import (
     put,
     settings,
 )
+from alignbench.evaluator import Evaluator
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt
 from alignbench.spec import (
@@ -291,6 +292,8 @@ def _set(
 def _resolved(raw: dict[str, Any], registry: Registry, where: str) -> dict[str, Any]:
     """Every part decoded strictly and written out again, defaults included."""
     parts = raw["reward"] if isinstance(raw["reward"], list) else [raw["reward"]]
+    if not parts:
+        raise UserError(f"{join(where, 'reward')}: the list is empty; give at least one evaluator")
     places = [f"reward[{i}]" if isinstance(raw["reward"], list) else "reward" for i, _ in enumerate(parts)]
     rewards = [_resolved_reward(part, registry, join(where, place)) for part, place in zip(parts, places)]
     return {
@@ -308,6 +311,9 @@ def _resolved(raw: dict[str, Any], registry: Registry, where: str) -> dict[str, 
 def _resolved_reward(raw: Any, registry: Registry, where: str) -> dict[str, Any]:
     reward = decode(RewardSettings, raw, where)
     evaluator = registry.make("evaluator", reward.evaluator, join(where, "evaluator"))
+    if type(evaluator).reward is Evaluator.reward:
+        known = join(where, "evaluator")
+        raise UserError(f"{known}: {evaluator.name} scores for tables alone; choose an evaluator that gives a reward")
     return {**settings(reward), "evaluator": settings(evaluator)}
 
 

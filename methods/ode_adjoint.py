@@ -56,7 +56,7 @@ class ODEAdjointMatching(Pathwise):
     solver: Literal["euler", "heun"] = "euler"  # of the rollout, and of the step map whose transpose carries p
     q: float = 2.0  # phi = beta / q |delta|^q, of a sample's norm; 2: the quadratic
     sparsity: float = 0.0  # with q = 2, adds sparsity |delta|_1: changes smaller than it is worth are not made
-    early: Literal["skip", "freeze"] = "skip"  # steps before the last k: not trained, or on p_{N-k}
+    before: Literal["skip", "freeze"] = "skip"  # steps before the last k: not trained, or on p_{N-k}
 
     def check(self, batch: int, differentiable: bool) -> None:
         super().check(batch, differentiable)
@@ -77,7 +77,7 @@ class ODEAdjointMatching(Pathwise):
         for i in reversed(range(first, self.steps)):
             p, found = self.carried(flow, batch, t[i], t[i + 1], path[i], p)
             matches += found
-        if self.early == "freeze":
+        if self.before == "freeze":
             matches += [Match(call, p, None) for calls in path[:first] for call in calls]
         yield (self.matched(flow, batch, match, reward.value(scores).mean()) for match in matches)
 

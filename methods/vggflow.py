@@ -49,7 +49,9 @@ class VGGFlow(Pathwise):
     name: ClassVar[str] = "vggflow"
     steps: int = 20
     reward_scale: float = 1e4  # Rs: how far the reward may pull; its meaning depends on the reward's unit
-    eta: Literal["linear", "quadratic", "constant"] = "linear"  # trust in the predicted image: 1 - t, its square, or 1
+    eta_schedule: Literal["linear", "quadratic", "constant"] = (
+        "linear"  # trust in the predicted image: 1 - t, its square, or 1
+    )
     timestep_fraction: float = 0.25  # of the steps, trained beside the last one
     clip_quantile: float | None = 0.8  # of the reward gradients' norms, where they are clipped
     value_net: Literal["none", "small"] = "none"
@@ -147,7 +149,7 @@ class VGGFlow(Pathwise):
 
     def trust(self, t: Tensor) -> Tensor:
         """eta_t."""
-        return {"linear": 1 - t, "quadratic": (1 - t) ** 2, "constant": torch.ones_like(t)}[self.eta]
+        return {"linear": 1 - t, "quadratic": (1 - t) ** 2, "constant": torch.ones_like(t)}[self.eta_schedule]
 
     # ---- the value network, and what is remembered between batches
 

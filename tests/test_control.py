@@ -228,7 +228,7 @@ def test_early_steps_are_skipped_or_frozen():
     k = 2
     skipped = gradient(ODEAdjointMatching(steps=N, k=k), flow=as_base(make_flow()))
     assert (skipped[: N - k] == 0).all()
-    frozen = gradient(ODEAdjointMatching(steps=N, k=k, early="freeze"), flow=as_base(make_flow()))
+    frozen = gradient(ODEAdjointMatching(steps=N, k=k, before="freeze"), flow=as_base(make_flow()))
     close(frozen[N - k :], skipped[N - k :])
     path, p = Path(), Path().g
     for i in (N - 1, N - 2):
@@ -409,7 +409,7 @@ class VGGAt(VGGFlow):
 def test_vgg_at_the_base_model(eta):
     """dL/db_i = -(2 / d) Rs eta_i g(x0hat_i) / T for trained i, exactly zero elsewhere."""
     path = Path(flow=as_base(make_flow()))
-    actual = gradient(VGGAt(**FREE, reward_scale=0.3, eta=eta), flow=as_base(make_flow()))
+    actual = gradient(VGGAt(**FREE, reward_scale=0.3, eta_schedule=eta), flow=as_base(make_flow()))
     for i in range(N):
         trust = {"linear": 1 - path.t[i], "quadratic": (1 - path.t[i]) ** 2, "constant": 1.0}[eta]
         row = -2 / DIM * 0.3 * trust * (path.predicted(i) - MU).mean(0) / 3
@@ -421,14 +421,14 @@ def test_vgg_is_refl_where_its_pull_is_t(s):
     """Where (2 / d T) Rs eta_s = t_s the gradient at the base model is ReFL's."""
     path = Path()
     at = (s,) if s == N - 1 else (s, N - 1)
-    method = VGGAt(**FREE, at=at, eta="constant", reward_scale=float(path.t[s]) * DIM / 2 * len(at))
+    method = VGGAt(**FREE, at=at, eta_schedule="constant", reward_scale=float(path.t[s]) * DIM / 2 * len(at))
     vgg, refl = (gradient(m, flow=as_base(make_flow())) for m in (method, ReFLAt(steps=N, s=s)))
     close(vgg[s], refl[s])
 
 
 def test_vgg_with_a_linear_reward():
     """The reward's gradient is c at every state, and the loss vanishes at v_base - Rs eta c."""
-    method, flow = VGGAt(**FREE, eta="constant", reward_scale=0.5), as_base(make_flow())
+    method, flow = VGGAt(**FREE, eta_schedule="constant", reward_scale=0.5), as_base(make_flow())
     with torch.no_grad():
         flow.bias += -0.5 * C
     losses = descend(method, flow, LINEAR, make_batch(flow, range(B)))
@@ -438,7 +438,7 @@ def test_vgg_with_a_linear_reward():
 def residual(flow, reward, nu, t, rs, monkeypatch, dt, eta="linear"):
     """Mean squared residual of the value-gradient equation for a given nu, at fixed states."""
     monkeypatch.setattr(vgg_module, "DT", dt)
-    method = VGGAt(**FREE, reward_scale=rs, eta=eta, value_net="small")
+    method = VGGAt(**FREE, reward_scale=rs, eta_schedule=eta, value_net="small")
     monkeypatch.setattr(VGGAt, "rest", lambda self, x, t, cond: rs * nu(x, t))
     x = torch.randn(B, DIM, generator=seeded("state"), dtype=torch.float64)
     batch, t = make_batch(flow, range(B)), torch.tensor(t, dtype=torch.float64)
@@ -591,7 +591,7 @@ def test_costs_per_image(method, forward, grad, rewards):
 def test_defaults_are_the_papers():
     """VGG-Flow's Aesthetic run; Adjoint Matching's 40 steps, 10 and 10 of them trained, and its smallest lambda."""
     vgg, am = VGGFlow(), AdjointMatching()
-    assert (vgg.steps, vgg.reward_scale, vgg.eta, vgg.others, vgg.clip_quantile) == (20, 1e4, "linear", 5, 0.8)
+    assert (vgg.steps, vgg.reward_scale, vgg.eta_schedule, vgg.others, vgg.clip_quantile) == (20, 1e4, "linear", 5, 0.8)
     assert (am.steps, am.late, am.early, am.lam) == (40, 10, 10, 1000.0)
 
 
@@ -627,7 +627,7 @@ class TestODEAdjointMatching(MethodContract):
 
 
 class TestODEAdjointMatchingHeunPolicy(MethodContract):
-    method = ODEAdjointMatching(steps=5, beta=0.1, solver="heun", adjoint="policy", q=1.5, early="freeze")
+    method = ODEAdjointMatching(steps=5, beta=0.1, solver="heun", adjoint="policy", q=1.5, before="freeze")
 
 
 class TestAdjointMatching(MethodContract):

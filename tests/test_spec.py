@@ -78,8 +78,15 @@ def test_one_reward_or_several(tmp_path):
     assert ids(plan(tmp_path, "reward.weight=7")) == ids(plan(tmp_path))
     with pytest.raises(UserError, match=r"reward\[1\]\.evaluator.*no evaluator 'brigt'"):
         plan(tmp_path, changes={"base": {"reward": [rewards[0], {"evaluator": {"name": "brigt"}}]}})
-    with pytest.raises(UserError, match="reward"):
-        plan(tmp_path, changes={"base": {"reward": []}})
+    for assignment in ([], ["reward=[]"]):
+        with pytest.raises(UserError, match="reward"):
+            plan(tmp_path, *assignment, changes={} if assignment else {"base": {"reward": []}})
+
+
+def test_an_evaluator_for_tables_alone_is_no_reward(tmp_path):
+    """One that defines no reward is refused before anything is loaded, for policy gradients too."""
+    with pytest.raises(UserError, match=r"reward\.evaluator: broken scores for tables alone; choose"):
+        plan(tmp_path, changes={"base": {"reward": {"evaluator": {"name": "broken"}}}})
 
 
 def test_overrides_match_in_order_and_are_kept_with_their_reason(tmp_path):
