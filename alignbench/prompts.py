@@ -1,6 +1,6 @@
 """Prompts: where they come from, and what makes a list of them unusable.
 
-Two file forms: ``.txt`` (a prompt per line) and ``.jsonl`` (an object per line with "prompt", and "tag" for its task;
+GenEval's lists are drawn when asked for (alignbench/geneval.py). Two file forms: ``.txt`` (a prompt per line) and ``.jsonl`` (an object per line with "prompt", and "tag" for its task;
 the whole object is kept as metadata, as GenEval's lines are).
 """
 
@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignbench import geneval
 from alignbench.config import UserError, did_you_mean, read_text
 
 SHAPES = Path(__file__).parent / "shapes" / "assets" / "prompts"
 SPLITS = ("train", "val", "test")
+GENERATED = {"geneval/train": geneval.train, "geneval/test": geneval.test}
 
 
 class Prompt(NamedTuple):
@@ -35,15 +37,23 @@ def prompt_id(text: str) -> str:
 
 
 def locate(name: str, where: str) -> Path:
-    """The file that ``name`` means: "shapes/train", "shapes/val", "shapes/test", or a path."""
+    """The file that ``name`` means: "shapes/train", "shapes/val", "shapes/test", or a path.
+
+    GenEval's lists, "geneval/train" and "geneval/test", lie in no file: their name itself.
+    """
     world, _, split = name.partition("/")
+    if world == "geneval" and not Path(name).exists():
+        if name not in GENERATED:
+            raise UserError(f"{where}: there are no prompts '{name}'{did_you_mean(name, GENERATED)}")
+        return Path(name)
     if world == "shapes" and not Path(name).exists():
         if split not in SPLITS:
             raise UserError(f"{where}: there are no prompts '{name}'{did_you_mean(split, SPLITS, 'shapes/')}")
         return SHAPES / f"{split}.jsonl"
     if Path(name).suffix not in (".txt", ".jsonl"):
         raise UserError(
-            f"{where}: '{name}' is no prompt file; give a .txt or .jsonl file, or shapes/train, /val, /test"
+            f"{where}: '{name}' is no prompt file; give a .txt or .jsonl file, "
+            "or shapes/train, /val, /test, or geneval/train, /test"
         )
     return Path(name)
 
@@ -51,8 +61,16 @@ def locate(name: str, where: str) -> Path:
 def load_prompts(name: str, where: str = "prompts") -> list[Prompt]:
     """The prompts of a file or packaged list, in order. UserError (``file:line: what``) for the first unusable line."""
     path = locate(name, where)
+    if name in GENERATED and not path.exists():
+        return list(_generate(name))
     text = read_text(path)
     return list(_parse(path, text))
+
+
+@functools.cache
+def _generate(name: str) -> tuple[Prompt, ...]:
+    """A prompt may stand more than once in a training list: that is its weight there."""
+    return tuple(Prompt(prompt_id(line["prompt"]), line["prompt"], line["tag"], line) for line in GENERATED[name]())
 
 
 @functools.lru_cache(maxsize=16)  # a sweep asks for the same few lists once per run
