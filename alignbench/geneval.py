@@ -49,14 +49,16 @@ def test() -> list[Line]:
     """The official test list. UserError if this numpy draws other numbers than the official generator's."""
     import numpy as np
 
-    rng = np.random.default_rng(OFFICIAL_SEED)
+    rng: Any = np.random.default_rng(OFFICIAL_SEED)
     lines = [_line("single_object", [_thing(i)], _a(CLASSES[i])) for i in rng.choice(N, size=N, replace=False)]
     for task in ("two_object", "counting", "colors", "position", "color_attr"):
         for _ in range(OFFICIAL_COUNT):
             lines.append(TASKS[task](rng.choice, lambda n: rng.choice(n, size=2, replace=False)))
     texts = list(dict.fromkeys(json.dumps(line) for line in lines))
     if hashlib.sha256("".join(f"{text}\n" for text in texts).encode()).hexdigest() != OFFICIAL_SHA256:
-        raise UserError(f"geneval/test: numpy {np.__version__} draws other prompts than the official ones; use numpy 2.4")
+        raise UserError(
+            f"geneval/test: numpy {np.__version__} draws other prompts than the official ones; use numpy 2.4"
+        )
     return [json.loads(text) for text in texts]
 
 
@@ -99,7 +101,7 @@ def _draw(task: str, count: int, held_out: set[str], rng: random.Random) -> list
     return lines
 
 
-# -- one line of each task: the order of the draws is the official generator's -------------------------------------------
+# -- one line of each task: the order of the draws is the official generator's -----------------------------------------
 
 
 def _two_object(one: One, two: Two) -> Line:

@@ -1,7 +1,8 @@
 """Prompts: where they come from, and what makes a list of them unusable.
 
-GenEval's lists are drawn when asked for (alignbench/geneval.py). Two file forms: ``.txt`` (a prompt per line) and ``.jsonl`` (an object per line with "prompt", and "tag" for its task;
-the whole object is kept as metadata, as GenEval's lines are).
+GenEval's lists are drawn when asked for (alignbench/geneval.py). Two file forms: ``.txt`` (a prompt per line) and
+``.jsonl`` (an object per line with "prompt", and "tag" for its task; the whole object is kept as metadata, as GenEval's
+lines are).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +32,7 @@ POINTS, LEVELS = 4, 3  # of the deformable attention: with them its tensors tell
 
 
 class Detection(NamedTuple):
-    """One object: class, box (left, top, right, bottom) around its mask (H, W), confidence. Colours it does not know."""
+    """One object: class, box (left, top, right, bottom) around its mask (H, W), confidence. It knows no colours."""
 
     label: str
     box: tuple[float, float, float, float]
@@ -64,7 +64,7 @@ class Mask2Former:
         with torch.no_grad():
             answer = self.model(pixel_values=pixels.to(self.model.device))
             logits = answer.class_queries_logits[0], answer.masks_queries_logits[0]
-            found = read(*logits, padded=pixels.shape[-2:], inside=inside, size=image.shape[:2])
+            found = read(*logits, padded=tuple(pixels.shape[-2:]), inside=inside, size=image.shape[:2])
         keep = found.scores > above
         labels, scores, boxes, masks = (part[keep].cpu().numpy() for part in found)
         rows = zip(labels.tolist(), scores.tolist(), boxes.tolist(), masks)
@@ -106,15 +106,15 @@ def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
     at = ((np.arange(new) + 0.5) * (old / new) - 0.5).astype(np.float32)
     first = np.floor(at)
     share = at - first
-    weights = np.rint(np.stack([1 - share, share]) * ONE).astype(np.int32)
-    return np.stack([first, first + 1]).clip(0, old - 1).astype(int), weights
+    both = np.stack([first, first + 1]).clip(0, old - 1).astype(int)
+    return both, np.rint(np.stack([1 - share, share]) * ONE).astype(np.int32)
 
 
 # -- after it ---------------------------------------------------------------------------------------------------------
 
 
 def read(
-    classes: Tensor, masks: Tensor, *, padded: tuple[int, int], inside: tuple[int, int], size: tuple[int, int]
+    classes: Tensor, masks: Tensor, *, padded: tuple[int, ...], inside: tuple[int, int], size: tuple[int, ...]
 ) -> Found:
     """(Q, C + 1) class and (Q, h, w) mask logits -> the objects, with masks of the original ``size``.
 
@@ -125,9 +125,9 @@ def read(
 
     pairs = classes.softmax(-1)[:, :-1]
     scores, best = pairs.flatten().topk(PER_IMAGE)
-    logits = interpolate(masks[None], tuple(padded), mode="bilinear", align_corners=False)
+    logits = interpolate(masks[None], padded, mode="bilinear", align_corners=False)
     logits = logits[:, :, : inside[0], : inside[1]]
-    logits = interpolate(logits, tuple(size), mode="bilinear", align_corners=False)[0][best // pairs.shape[1]]
+    logits = interpolate(logits, size, mode="bilinear", align_corners=False)[0][best // pairs.shape[1]]
     solid = logits > 0
     certain = (logits.sigmoid() * solid).flatten(1).sum(1) / (solid.flatten(1).sum(1) + 1e-6)
     return Found(best % pairs.shape[1], scores * certain, _boxes(solid), solid)
@@ -151,6 +151,7 @@ RULES = (  # mmdet's names, of 3.x and of 2.x (attentions, ffns) -> the hub's na
     (r"^backbone\.patch_embed\.projection", rf"{BODY}.encoder.embeddings.patch_embeddings.projection"),
     (r"^backbone\.patch_embed\.norm", rf"{BODY}.encoder.embeddings.norm"),
     (r"^backbone\.stages", rf"{BODY}.encoder.encoder.layers"),
+    *((rf"^backbone\.norm{i}", f"{BODY}.encoder.hidden_states_norms.stage{i + 1}") for i in range(4)),
     (r"\.norm1\.", ".layernorm_before."),
     (r"\.norm2\.", ".layernorm_after."),
     (r"\.attn\.w_msa\.(qkv|relative_position_bias_table)", r".attention.self.\1"),
@@ -191,24 +192,34 @@ UNUSED = {f"{BODY}.encoder.swin.layernorm.weight", f"{BODY}.encoder.swin.layerno
 
 def load(checkpoint: Path, where: str) -> Any:
     """The frozen model with the checkpoint's weights, all of them. Its tensors say how large it is."""
-    from transformers import Mask2FormerForUniversalSegmentation
-
     _check_name(checkpoint, where)
     held = weights.load(checkpoint, where)
-    state = convert(held.get("state_dict", held))
     try:
-        config = architecture(state)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{where}: {checkpoint} is no mmdet Mask2Former with a Swin backbone: {error}") from None
-    with weights.quiet():
-        settings: Any = {"config": config, "state_dict": state, "output_loading_info": True}
-        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(None, **settings)
-    model, info = loaded
-    missing = sorted(set(info["missing_keys"]) - UNUSED)
-    wrong = {"missing": missing, "unexpected": sorted(info["unexpected_keys"])}
-    if any(wrong.values()):
-        raise UserError(f"{where}: {checkpoint} is no mmdet Mask2Former: {wrong}")
+        state = convert(held.get("state_dict", held))
+        model, info = _fill(architecture(state), state)
+    except (AttributeError, KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: {checkpoint} is no Mask2Former of mmdet with a Swin: {reason}") from None
+    missing, unexpected = sorted(set(info["missing_keys"]) - UNUSED), sorted(info["unexpected_keys"])
+    if missing or unexpected:
+        raise UserError(f"{where}: {checkpoint}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
     return model.eval().requires_grad_(False)
+
+
+def _fill(config: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """The model, and what was missing or unexpected. transformers' own report of it is left out."""
+    from transformers import Mask2FormerForUniversalSegmentation
+    from transformers.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()
+    settings: Any = {"config": config, "state_dict": dict(state), "output_loading_info": True}
+    try:
+        with weights.quiet():
+            loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(None, **settings)
+            return loaded
+    finally:
+        logging.set_verbosity(shown)
 
 
 def _check_name(checkpoint: Path, where: str) -> None:
@@ -216,7 +227,9 @@ def _check_name(checkpoint: Path, where: str) -> None:
     named = re.search(r"-([0-9a-f]{8})\.pth$", checkpoint.name)
     with checkpoint.open("rb") as file:
         if named and not hashlib.file_digest(file, "sha256").hexdigest().startswith(named[1]):
-            raise UserError(f"{where}: {checkpoint} is damaged: its sha256 does not begin with {named[1]}; fetch it anew")
+            raise UserError(
+                f"{where}: {checkpoint} is damaged: its sha256 does not begin with {named[1]}; fetch it anew"
+            )
 
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -225,7 +238,6 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if name.endswith("relative_position_index"):
             continue
-        name = re.sub(r"^backbone\.norm(\d)", lambda m: f"{BODY}.encoder.hidden_states_norms.stage{int(m[1]) + 1}", name)
         for pattern, replacement in RULES:
             name = re.sub(pattern, replacement, name)
         converted |= _split(name, _merged(tensor) if ".downsample." in name else tensor)
@@ -244,41 +256,48 @@ def _split(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _merged(tensor: Tensor) -> Tensor:
-    """Four neighbours' channels as Swin has them: neighbour by neighbour, down first; mmdet's are channel by channel."""
+    """Four neighbours' channels as Swin has them: neighbour by neighbour, down first; mmdet's: channel by channel."""
     return tensor.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2).contiguous()
 
 
 def architecture(state: Mapping[str, Tensor]) -> Any:
     """The configuration of converted tensors. KeyError or ValueError if they are no Mask2Former's."""
-    from transformers import Mask2FormerConfig, SwinConfig
+    from transformers import Mask2FormerConfig
 
     def count(pattern: str) -> int:
         return sum(re.fullmatch(pattern, name) is not None for name in state)
 
-    encoder, decoder, head = f"{BODY}.encoder", f"{BODY}.decoder", f"{HEAD}.decoder"
-    table = "attention.self.relative_position_bias_table"
-    tables = [state[f"{encoder}.encoder.layers.{stage}.blocks.0.{table}"] for stage in range(4)]
-    swin = SwinConfig(
-        embed_dim=len(state[f"{encoder}.embeddings.norm.weight"]),
-        depths=[count(rf"{encoder}\.encoder\.layers\.{stage}\.blocks\.\d+\.{table}") for stage in range(4)],
-        num_heads=[table.shape[1] for table in tables],
-        window_size=(round(len(tables[0]) ** 0.5) + 1) // 2,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
     labels, width = state["class_predictor.weight"].shape
     if labels != len(CLASSES) + 1:
         raise ValueError(f"it knows {labels - 1} classes, not COCO's {len(CLASSES)}")
-    deformable = f"{decoder}.encoder.layers.0"
-    return Mask2FormerConfig(
-        backbone_config=swin,
-        num_labels=labels - 1,
-        hidden_dim=width,
-        feature_size=width,
-        mask_feature_size=len(state[f"{decoder}.mask_projection.bias"]),
-        num_attention_heads=len(state[f"{deformable}.self_attn.attention_weights.bias"]) // (POINTS * LEVELS),
-        encoder_layers=count(rf"{decoder}\.encoder\.layers\.\d+\.fc1\.bias"),
-        encoder_feedforward_dim=len(state[f"{deformable}.fc1.bias"]),
-        decoder_layers=count(rf"{head}\.layers\.\d+\.fc1\.bias") + 1,  # transformers counts the queries themselves
-        dim_feedforward=len(state[f"{head}.layers.0.fc1.bias"]),
-        num_queries=len(state[f"{HEAD}.queries_features.weight"]),
-    )
+    pixels, queries = f"{BODY}.decoder", f"{HEAD}.decoder"
+    deformable = f"{pixels}.encoder.layers.0"
+    settings: Any = {
+        "backbone_config": _swin(state, count),
+        "num_labels": labels - 1,
+        "hidden_dim": width,
+        "feature_size": width,
+        "mask_feature_size": len(state[f"{pixels}.mask_projection.bias"]),
+        "num_attention_heads": len(state[f"{deformable}.self_attn.attention_weights.bias"]) // (POINTS * LEVELS),
+        "encoder_layers": count(rf"{pixels}\.encoder\.layers\.\d+\.fc1\.bias"),
+        "encoder_feedforward_dim": len(state[f"{deformable}.fc1.bias"]),
+        "decoder_layers": count(rf"{queries}\.layers\.\d+\.fc1\.bias") + 1,  # transformers counts the queries, too
+        "dim_feedforward": len(state[f"{queries}.layers.0.fc1.bias"]),
+        "num_queries": len(state[f"{HEAD}.queries_features.weight"]),
+    }
+    return Mask2FormerConfig(**settings)
+
+
+def _swin(state: Mapping[str, Tensor], count: Callable[[str], int]) -> Any:
+    from transformers import SwinConfig
+
+    encoder, table = f"{BODY}.encoder", "attention.self.relative_position_bias_table"
+    tables = [state[f"{encoder}.encoder.layers.{stage}.blocks.0.{table}"] for stage in range(4)]
+    settings: Any = {
+        "embed_dim": len(state[f"{encoder}.embeddings.norm.weight"]),
+        "depths": [count(rf"{encoder}\.encoder\.layers\.{stage}\.blocks\.\d+\.{table}") for stage in range(4)],
+        "num_heads": [table.shape[1] for table in tables],
+        "window_size": (round(len(tables[0]) ** 0.5) + 1) // 2,
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }
+    return SwinConfig(**settings)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
-    {"config", "stats", "grid", "shapes.scene"},
+    {"config", "stats", "grid", "geneval", "shapes.scene"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip"},
     {"checkpoint", "meter"},
@@ -23,7 +23,7 @@ LAYERS = (
 )
 APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
 METHODS = {"flow", "method", "config"}  # torch, and nothing else of ours
-EVALUATORS = {"evaluator", "config", "weights", "clip", "official", "prompts", "shapes"}
+EVALUATORS = {"evaluator", "config", "weights", "clip", "official", "prompts", "shapes", "geneval", "evaluators"}
 REPORTS = {"store", "table", "stats", "config", "reports"}
 TORCHLESS = {"cli", "launch", "run", "sweep", "spec", "store", "plugins", "prompts", "config", "report", "analysis"}
 

@@ -87,7 +87,8 @@ def detector(checkpoint: str) -> Any:
 
 
 def main(request: dict) -> None:
-    model, seen = detector(request["checkpoint"]), {}
+    model = detector(request["checkpoint"])
+    seen: dict[str, torch.Tensor] = {}
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.update(pixels=inputs[0]))
     model.panoptic_head.register_forward_hook(
         lambda module, inputs, answer: seen.update(class_logits=answer[0][-1], mask_logits=answer[1][-1])
