@@ -12,7 +12,6 @@ Departures from the official script, with Mask2Former:
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections import Counter
@@ -75,6 +74,7 @@ class GenEval(Evaluator):
     detector: str  # no default: the detector decides what the number means
     revision: str | None = None  # of a detector on the hub
     clip: str = "openai/clip-vit-large-patch14"  # names colours for Mask2Former; a hub id or a folder
+    clip_revision: str | None = None
 
     @cached_property
     def checkpoint(self) -> Path:
@@ -94,7 +94,7 @@ class GenEval(Evaluator):
     def clip_folder(self) -> Path:
         """Where the CLIPModel lies. UserError if nowhere."""
         files = ["config.json", "model.safetensors", *HUB_FILES]
-        return weights.locate(self.clip, "geneval.clip", files=files)
+        return weights.locate(self.clip, "geneval.clip", revision=self.clip_revision, files=files)
 
     def files(self) -> list[Path]:
         if self.detector == "shapes":
@@ -134,7 +134,7 @@ class GenEval(Evaluator):
             objects = group(checker.detect(np.asarray(image)), metadata["tag"])
             return float(correct(objects, metadata)), float(checker.strict(np.asarray(image), metadata))
         objects = group(self._mask2former.detect(np.asarray(image), above=THRESHOLD), metadata["tag"])
-        right = correct(objects, metadata, functools.partial(self._colors.name, image))
+        right = correct(objects, metadata, lambda found: self._colors.name(image, found))
         return float(right), float(right and exact(objects, metadata))
 
     @cached_property

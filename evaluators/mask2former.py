@@ -128,9 +128,9 @@ def read(
     logits = interpolate(masks[None], padded, mode="bilinear", align_corners=False)
     logits = logits[:, :, : inside[0], : inside[1]]
     logits = interpolate(logits, size, mode="bilinear", align_corners=False)[0][best // pairs.shape[1]]
-    solid = logits > 0
+    solid = (logits > 0).to(logits)
     certain = (logits.sigmoid() * solid).flatten(1).sum(1) / (solid.flatten(1).sum(1) + 1e-6)
-    return Found(best % pairs.shape[1], scores * certain, _boxes(solid), solid)
+    return Found(best % pairs.shape[1], scores * certain, _boxes(solid.bool()), solid.bool())
 
 
 def _boxes(masks: Tensor) -> Tensor:
