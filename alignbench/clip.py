@@ -48,7 +48,7 @@ class Clip:
         import torch
 
         image = self.images(pixels)
-        text = torch.stack([self._text(prompt.text) for prompt in prompts]).to(pixels.device)
+        text = torch.stack([self.text(prompt.text) for prompt in prompts]).to(pixels.device)
         return (image * text).sum(-1)
 
     def official(self, images: Sequence[Image]) -> Tensor:
@@ -76,7 +76,8 @@ class Clip:
         """The length of ``text`` in tokens, uncut, start and end included."""
         return len(self.tokenizer.tokenize(text)) + 2
 
-    def _text(self, prompt: str) -> Tensor:
+    def text(self, prompt: str) -> Tensor:
+        """(D,) unit feature of a text."""
         import torch
 
         if prompt not in self._texts:

@@ -1,7 +1,8 @@
 """Prompts: where they come from, and what makes a list of them unusable.
 
-Two file forms: ``.txt`` (a prompt per line) and ``.jsonl`` (an object per line with "prompt", and "tag" for its task;
-the whole object is kept as metadata, as GenEval's lines are).
+GenEval's lists are drawn when asked for (alignbench/geneval.py). Two file forms: ``.txt`` (a prompt per line) and
+``.jsonl`` (an object per line with "prompt", and "tag" for its task; the whole object is kept as metadata, as GenEval's
+lines are).
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignbench import promptsets
+from alignbench import geneval, promptsets
 from alignbench.config import UserError, did_you_mean, read_text
 from alignbench.promptsets import SETS
 
 SHAPES = Path(__file__).parent / "shapes" / "assets" / "prompts"
 SPLITS = ("train", "val", "test")
+GENERATED = {"geneval/train": geneval.train, "geneval/test": geneval.test}
 
 
 class Prompt(NamedTuple):
@@ -37,10 +39,17 @@ def prompt_id(text: str) -> str:
 
 
 def locate(name: str, where: str) -> Path:
-    """The file that ``name`` means: "shapes/train", "shapes/val", "shapes/test", a public set's, or a path."""
+    """The file that ``name`` means: "shapes/train", "shapes/val", "shapes/test", a public set's, or a path.
+
+    GenEval's lists, "geneval/train" and "geneval/test", lie in no file: their name itself.
+    """
     if name in SETS and not Path(name).exists():
         return promptsets.cached(SETS[name], where)
     world, _, split = name.partition("/")
+    if world == "geneval" and not Path(name).exists():
+        if name not in GENERATED:
+            raise UserError(f"{where}: there are no prompts '{name}'{did_you_mean(name, GENERATED)}")
+        return Path(name)
     if world == "shapes" and not Path(name).exists():
         if split not in SPLITS:
             raise UserError(f"{where}: there are no prompts '{name}'{did_you_mean(split, SPLITS, 'shapes/')}")
@@ -48,7 +57,7 @@ def locate(name: str, where: str) -> Path:
     if Path(name).suffix not in (".txt", ".jsonl"):
         raise UserError(
             f"{where}: '{name}' is no prompt file; give a .txt or .jsonl file, shapes/train, /val, /test, "
-            f"or {', '.join(SETS)}"
+            f"geneval/train, /test, or {', '.join(SETS)}"
         )
     return Path(name)
 
@@ -58,8 +67,16 @@ def load_prompts(name: str, where: str = "prompts") -> list[Prompt]:
     if name in SETS and not Path(name).exists():
         return [Prompt(prompt_id(text), _checked(text, name), tag) for text, tag in promptsets.rows(name, where)]
     path = locate(name, where)
+    if name in GENERATED and not path.exists():
+        return list(_generate(name))
     text = read_text(path)
     return list(_parse(path, text))
+
+
+@functools.cache
+def _generate(name: str) -> tuple[Prompt, ...]:
+    """A prompt may stand more than once in a training list: that is its weight there."""
+    return tuple(Prompt(prompt_id(line["prompt"]), line["prompt"], line["tag"], line) for line in GENERATED[name]())
 
 
 @functools.lru_cache(maxsize=16)  # a sweep asks for the same few lists once per run

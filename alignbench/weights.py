@@ -16,6 +16,7 @@ from typing import Any
 from alignbench.config import UserError
 
 SHAPES = Path(__file__).parent / "shapes" / "assets"
+BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6, and OpenMMLab's files do
 
 
 def locate(
@@ -92,8 +93,14 @@ def _safetensors(path: Path) -> None:
 
 
 def _torch_zip(path: Path) -> None:
-    """A torch.save file is a zip archive, whose directory stands at the end: a truncated one has none."""
+    """A torch.save file is a zip archive, whose directory stands at the end: a truncated one has none.
+
+    One in the format before that has a first line to know it by, and nothing at its end.
+    """
     _readable(path)
+    with path.open("rb") as file:
+        if file.read(len(BEFORE_ZIP)) == BEFORE_ZIP:
+            return
     if not zipfile.is_zipfile(path):
         raise ValueError("not a torch.save zip archive, or a truncated one")
     with zipfile.ZipFile(path) as archive:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
     {"config", "stats", "grid", "shapes.scene"},
-    {"promptsets"},
+    {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip"},
     {"checkpoint", "meter", "adapters", "policy", "nets"},
@@ -24,7 +24,7 @@ LAYERS = (
 )
 APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
 METHODS = {"flow", "method", "policy", "nets", "config", "weights"}  # torch, and nothing else of ours
-EVALUATORS = {"evaluator", "config", "weights", "clip", "official", "prompts", "shapes"}
+EVALUATORS = {"evaluator", "config", "weights", "clip", "official", "prompts", "shapes", "geneval", "evaluators"}
 REPORTS = {"store", "table", "stats", "config", "reports"}
 TORCHLESS = {
     "cli",
@@ -119,7 +119,8 @@ def test_heavy_imports_stand_inside_functions(folder):
 def test_the_command_line_is_light():
     """What help, lists, status and report are made of imports no torch at its top, nor what does."""
     heavy = {"torch", "transformers", "diffusers", "accelerate", "open_clip"}
-    light = TORCHLESS | {"promptsets", "table", "stats", "grid", "weights", "method", "evaluator", "official", "clip"}
+    beside = {"table", "stats", "grid", "weights", "method", "evaluator", "official", "clip", "geneval", "promptsets"}
+    light = TORCHLESS | beside
     for module in light:
         path = harness()[module]
         assert not heavy & {name.partition(".")[0] for name in imports(tree(path), inside=False)}, module

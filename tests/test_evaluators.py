@@ -709,5 +709,3 @@ def test_geneval_needs_its_metadata():
     """A prompt without a GenEval line is named, before anything is scored."""
     with pytest.raises(UserError, match="prompt 'a dog' has no GenEval metadata"):
         GenEval(detector="shapes").check([Prompt("0", "a dog")])
-    with pytest.raises(UserError, match=r"'mask2former' is not built yet.*there is: shapes"):
-        GenEval(detector="mask2former")

@@ -239,3 +239,106 @@ def imagereward_folder(folder: Path, width: int = 128, depth: int = 2, layers: i
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 512}))
     return folder
+
+
+def mask2former_state(
+    embed=8, depths=(1, 1, 2, 1), heads=(1, 2, 4, 8), width=32, encoder=1, decoder=2, inner=(16, 24), queries=20
+) -> dict:
+    """Random tensors under mmdet 3.x's names for a Mask2Former with Swin, whose window is 7; 80 classes."""
+    generator, state = torch.Generator().manual_seed(0), {}
+
+    def put(name, *shape, bias=True, scale=None):
+        scale = scale or torch.tensor(shape[1:]).prod().item() ** -0.5
+        state[f"{name}.weight"] = torch.randn(shape, generator=generator) * scale
+        if bias:
+            state[f"{name}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
+
+    def norm(name, size):
+        state[f"{name}.weight"] = 1 + 0.2 * torch.randn(size, generator=generator)
+        state[f"{name}.bias"] = 0.2 * torch.randn(size, generator=generator)
+
+    def ffn(name, size, hidden):
+        put(f"{name}.ffn.layers.0.0", hidden, size)
+        put(f"{name}.ffn.layers.1", size, hidden)
+
+    put("backbone.patch_embed.projection", embed, 3, 4, 4)
+    norm("backbone.patch_embed.norm", embed)
+    for stage, (depth, head) in enumerate(zip(depths, heads)):
+        size = embed * 2**stage
+        for block in range(depth):
+            name = f"backbone.stages.{stage}.blocks.{block}"
+            table, index = (f"{name}.attn.w_msa.relative_position_{what}" for what in ("bias_table", "index"))
+            state[table] = torch.randn(169, head, generator=generator)
+            state[index] = swin_index(7)
+            put(f"{name}.attn.w_msa.qkv", 3 * size, size)
+            put(f"{name}.attn.w_msa.proj", size, size)
+            norm(f"{name}.norm1", size)
+            norm(f"{name}.norm2", size)
+            ffn(name, size, 4 * size)
+        if stage < 3:
+            norm(f"backbone.stages.{stage}.downsample.norm", 4 * size)
+            put(f"backbone.stages.{stage}.downsample.reduction", 2 * size, 4 * size, bias=False)
+        norm(f"backbone.norm{stage}", size)
+    pixel, head = "panoptic_head.pixel_decoder", "panoptic_head"
+    for number, stage in enumerate((3, 2, 1)):
+        put(f"{pixel}.input_convs.{number}.conv", width, embed * 2**stage, 1, 1)
+        norm(f"{pixel}.input_convs.{number}.gn", width)
+    for layer in range(encoder):
+        name = f"{pixel}.encoder.layers.{layer}"
+        put(f"{name}.self_attn.sampling_offsets", 8 * 3 * 4 * 2, width)
+        put(f"{name}.self_attn.attention_weights", 8 * 3 * 4, width)
+        put(f"{name}.self_attn.value_proj", width, width)
+        put(f"{name}.self_attn.output_proj", width, width)
+        ffn(name, width, inner[0])
+        for number in range(2):
+            norm(f"{name}.norms.{number}", width)
+    put(f"{pixel}.level_encoding", 3, width, bias=False)
+    put(f"{pixel}.lateral_convs.0.conv", width, embed, 1, 1, bias=False)
+    norm(f"{pixel}.lateral_convs.0.gn", width)
+    put(f"{pixel}.output_convs.0.conv", width, width, 3, 3, bias=False)
+    norm(f"{pixel}.output_convs.0.gn", width)
+    put(f"{pixel}.mask_feature", width, width, 1, 1)
+    for layer in range(decoder):
+        name = f"{head}.transformer_decoder.layers.{layer}"
+        for attention in ("self_attn", "cross_attn"):
+            for what, shape in (("weight", (3 * width, width)), ("bias", (3 * width,))):
+                state[f"{name}.{attention}.attn.in_proj_{what}"] = torch.randn(shape, generator=generator) * 0.2
+            put(f"{name}.{attention}.attn.out_proj", width, width)
+        ffn(name, width, inner[1])
+        for number in range(3):
+            norm(f"{name}.norms.{number}", width)
+    norm(f"{head}.transformer_decoder.post_norm", width)
+    for name in ("query_embed", "query_feat"):
+        put(f"{head}.{name}", queries, width, bias=False, scale=1)
+    put(f"{head}.level_embed", 3, width, bias=False, scale=1)
+    put(f"{head}.cls_embed", 81, width, scale=1)
+    for number in (0, 2, 4):
+        put(f"{head}.mask_embed.{number}", width, width)
+    return state
+
+
+def swin_index(window: int) -> torch.Tensor:
+    """Swin's relative_position_index: which row of the table the pair (i, j) of a window's pixels reads."""
+    y, x = (torch.arange(window**2).div(window, rounding_mode="floor"), torch.arange(window**2) % window)
+    return (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)
+
+
+def mmdet_2(state: dict) -> dict:
+    """mmdet 3.x's names as 2.x has them: its layers number their attentions, in the order in which they run."""
+    renamed = {}
+    for name, tensor in state.items():
+        if ".pixel_decoder.encoder." in name:
+            name = name.replace(".self_attn.", ".attentions.0.").replace(".ffn.", ".ffns.0.")
+        if ".transformer_decoder." in name:
+            name = name.replace(".cross_attn.", ".attentions.0.").replace(".self_attn.", ".attentions.1.")
+            name = name.replace(".ffn.", ".ffns.0.")
+        renamed[name] = tensor
+    return renamed
+
+
+def mask2former_file(path: Path, state: dict | None = None) -> Path:
+    """A checkpoint as OpenMMLab publishes it: in torch's older format, with a ``meta`` of plain values."""
+    meta = {"env_info": "", "config": "", "epoch": 1, "CLASSES": ("person", "bicycle"), "PALETTE": None}
+    checkpoint = {"meta": meta, "state_dict": mask2former_state() if state is None else state}
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=False)
+    return path
