@@ -35,6 +35,7 @@ def scores(*texts):
     return official.score("echo", "length", "model.pt", images, [Prompt(text, text) for text in texts])
 
 
+@pytest.mark.slow
 def test_an_environment_shares_what_it_does_not_pin(engines):
     """Its script imports the running environment's packages, and what is installed in it comes before them."""
     import msgspec
@@ -51,6 +52,7 @@ def test_an_environment_shares_what_it_does_not_pin(engines):
     assert official.run("echo", {"prompts": []}, engines)["versions"] == {"msgspec": "pinned"}
 
 
+@pytest.mark.slow
 def test_installing_again_does_nothing(engines):
     """The second call makes no environment, and says where the first one lies."""
     folder, said = official.install("echo-official", lambda line: None), []
@@ -60,6 +62,7 @@ def test_installing_again_does_nothing(engines):
     assert said == [f"echo-official: already installed in {folder}"]
 
 
+@pytest.mark.slow
 def test_a_failed_installation_leaves_nothing(engines, tmp_path):
     """A requirement that cannot be met: one line, and an environment that is not there."""
     (engines / "requirements-echo.txt").write_text("./no-such-folder\n")
@@ -70,6 +73,7 @@ def test_a_failed_installation_leaves_nothing(engines, tmp_path):
     assert list((tmp_path / "cache" / "environments").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_other_pins_are_another_environment(engines):
     """After a change of the requirements the old environment no longer counts as installed."""
     official.install("echo-official", lambda line: None)
@@ -77,6 +81,7 @@ def test_other_pins_are_another_environment(engines):
     assert official.environments() == {"echo-official": None}
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_is_one_line(engines):
     """Its last words, and the environment's name."""
     official.install("echo-official", lambda line: None)
