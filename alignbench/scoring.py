@@ -229,8 +229,9 @@ def judges(registry: Registry, names: str, assignments: Sequence[str]) -> list[A
     """``hpsv2.1,pickscore`` (metrics or evaluators), with ``pickscore.weights=shapes``: proven usable."""
     known = {name: name for name in registry.names("evaluator")}
     for name in list(known):
-        cls: Any = registry.get("evaluator", name, "-e")
-        known |= {metric.name: name for metric in cls.metrics}
+        metrics = getattr(registry.get("evaluator", name, "-e"), "metrics", ())
+        if isinstance(metrics, tuple):  # of some evaluators, settings decide
+            known |= {metric.name: name for metric in metrics}
     chosen = []
     for word in names.split(","):
         if word not in known:
