@@ -59,7 +59,7 @@ class Analysis:
     """Numbers of one sweep: ``means[measure][label]``, and ``changes[measure][label]`` against ``base``, if any."""
 
     labels: list[str]
-    base: str | None  # the first method that trains nothing
+    base: str | None  # the first method that trains nothing, and brings no weights of its own
     seeds: dict[str, list[int]]  # planned training seeds of each label
     measures: list[Measure]
     scores: dict[Measure, Scores]
@@ -70,21 +70,29 @@ class Analysis:
     def trained(self) -> list[str]:
         return [label for label in self.labels if self.seeds[label] != [UNTRAINED]]
 
+    @property
+    def compared(self) -> list[str]:
+        """With base: all others, trained or not."""
+        return [label for label in self.labels if self.base not in (None, label)]
+
     def compare(self, measure: Measure, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
-        """Paired differences first - second, of a trained method and any other, with Holm over exactly these pairs."""
+        """Paired differences first - second, with Holm over exactly these pairs."""
         data = self.scores[measure]
         strata = data.tags if measure.by_task else None
-        pools = {trained: self._pool(measure, strata, trained) for trained in {b in self.trained for _, b in pairs}}
+        trained = [len({a, b} & set(self.trained)) for a, b in pairs]  # of the two
+        pools = {count: self._pool(measure, strata, count) for count in set(trained)}
         found = [
-            stats.paired_difference(data.values[a], data.values[b], strata, pooled=pools[b in self.trained])
-            for a, b in pairs
+            stats.paired_difference(data.values[a], data.values[b], strata, pooled=pools[count])
+            for (a, b), count in zip(pairs, trained)
         ]
         return [Comparison(*pair) for pair in zip(found, stats.holm([estimate.p for estimate in found]))]
 
-    def _pool(self, measure: Measure, strata: NDArray | None, pairs: bool) -> stats.SeedSpread | None:
-        """Spread between trainings: of a trained method minus an untrained one, or of the ``pairs`` of trained ones."""
+    def _pool(self, measure: Measure, strata: NDArray | None, trained: int) -> stats.SeedSpread | None:
+        """Spread between trainings of differences: of two trained methods, of one and an untrained one, of neither."""
         values = self.scores[measure].values
-        if pairs:
+        if trained == 0:
+            return None
+        if trained == 2:
             able = [label for label in self.trained if (~np.isnan(values[label])).any((0, 1)).sum() > 1]
             spread = (values[a] - values[b] for a, b in itertools.combinations(able, 2))
             return stats.pool_seeds(spread, strata, df_per_seed=len(able) - 1)
@@ -117,7 +125,7 @@ class Analysis:
         change = self.changes[measure].get(leader)
         if change is None or not better(change, measure):
             return None, []
-        rivals = [label for label in measured if label not in (leader, self.base)]
+        rivals = [label for label in self.compared if label in measured and label != leader]
         close = self.compare(measure, [(leader, rival) for rival in rivals])
         return leader, [rival for rival, result in zip(rivals, close) if not better(result, measure)]
 
@@ -141,12 +149,13 @@ def analyse(manifest: dict[str, Any], scores: pd.DataFrame) -> Analysis:
         seeds.setdefault(run["label"], []).append(_seed(run["seed"]))
     seeds = {label: sorted(set(found)) for label, found in seeds.items()}
     labels = list(seeds)
-    base = next((label for label in labels if seeds[label] == [UNTRAINED]), None)
+    published = {run["label"] for run in manifest["runs"] if run.get("published")}
+    base = next((label for label in labels if seeds[label] == [UNTRAINED] and label not in published), None)
     measures = _measures(manifest["runs"])
     analysis = Analysis(labels, base, seeds, measures, _scores(scores, measures, seeds))
     for measure in measures:
         analysis.means[measure] = analysis.averages(measure)
-        pairs = [(label, base) for label in analysis.trained] if base is not None else []
+        pairs = [(label, base) for label in analysis.compared if base is not None]
         analysis.changes[measure] = dict(zip([a for a, _ in pairs], analysis.compare(measure, pairs)))
     return analysis
 

@@ -5,7 +5,7 @@ Nothing here unpickles objects: states hold tensors and plain data (``weights_on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,7 @@ def load_weights(flow: Flow, path: Path, which: str = "ema") -> None:
     copy_parameters(dict(flow.named_parameters()), stored, path)
 
 
-def copy_parameters(into: dict[str, torch.nn.Parameter], stored: dict[str, Tensor], where: Path) -> None:
+def copy_parameters(into: Mapping[str, Tensor], stored: dict[str, Tensor], where: Path) -> None:
     """In place. UserError unless names and shapes are the same."""
     shapes = {name: tuple(p.shape) for name, p in into.items()}
     found = {name: tuple(t.shape) for name, t in stored.items()}
@@ -95,7 +95,7 @@ def copy_parameters(into: dict[str, torch.nn.Parameter], stored: dict[str, Tenso
         detail = (
             f"{odd[0]} is {found.get(odd[0], 'absent')} in the file and {shapes.get(odd[0], 'absent')} in the model"
         )
-        raise UserError(f"{where}: {len(odd)} parameters do not fit the model ({detail}); was the backend changed?")
+        raise UserError(f"{where}: {len(odd)} parameters do not fit the model ({detail}); is it the same backend?")
     with torch.no_grad():
         for name, p in into.items():
             p.copy_(stored[name])

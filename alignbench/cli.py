@@ -19,7 +19,8 @@ DONE, USAGE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 130
 EPILOG = """\
 SWEEP is a YAML file, or the name of a packaged one (see `alignbench ls sweeps`). Settings on the command line beat the
 file: training.batch=8 (every run), evaluation.protocol.steps=10, grid.training.seed=[0,1], seed=3.
-Exit codes: 0 all done, 1 a mistake in what was asked (nothing was run), 2 some runs failed, 130 interrupted.
+Exit codes: 0 all done, 1 a mistake in what was asked (nothing was run), 2 some runs (of check-method: promises) failed,
+130 interrupted.
 """
 KINDS = ("methods", "evaluators", "backends", "prompts", "sweeps")
 
@@ -83,11 +84,16 @@ def parser() -> argparse.ArgumentParser:
     )
     add["run"].add_argument("--method", required=True, help="of the sweep's cases, or any method with its defaults")
     add["report"].add_argument("--out", metavar="DIR", help="where to write the report (default: outputs/<sweep>)")
+    add["new-method"].add_argument("name", metavar="NAME", help="as in a sweep's YAML, for instance my_method")
+    add["check-method"].add_argument("file", metavar="FILE", help="a Python file with methods of your own")
+    add["check-method"].add_argument("--settings", metavar="A=B", action="append", default=[], help=SETTINGS)
+    add["check-method"].add_argument("--traceback", action="store_true", help="say where a broken promise went wrong")
     add["ls"].add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
     return top
 
 
 PLUGIN = "a Python file with methods or evaluators of your own; may be given several times"
+SETTINGS = "a setting of the methods, instead of its default, as in steps=5; may be given several times"
 ONLY = "run only these: method=refl, '!seed=2', or any setting's path; several values of one key are alternatives"
 
 
@@ -219,6 +225,31 @@ def plan(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def new_method(arguments: argparse.Namespace) -> int:
+    """Write a small working method and its test into this folder, to start from."""
+    from alignbench.authoring import new_method
+
+    for path in new_method(arguments.name, Path()):
+        print(f"written: {path}")
+    print(f"now put your method into {arguments.name}.py, then:")
+    print(f"  alignbench check-method {arguments.name}.py  (or: pytest test_{arguments.name}.py)")
+    print(f"  alignbench run quickstart --method {arguments.name} --plugin {arguments.name}.py")
+    return DONE
+
+
+def check_method(arguments: argparse.Namespace) -> int:
+    """Check every method in a file against what training relies on, one line per promise."""
+    from alignbench.authoring import check_methods
+
+    code = DONE
+    for name, verdicts in check_methods(arguments.file, arguments.settings):
+        print(f"{name}:")
+        for verdict in verdicts:
+            print(f"{verdict}{verdict.details if arguments.traceback else ''}", flush=True)
+            code = SOME_FAILED if verdict.reason else code
+    return code
+
+
 VERBS = {
     "run": run,
     "sweep": sweep,
@@ -227,6 +258,8 @@ VERBS = {
     "ls": ls,
     "validate": validate,
     "plan": plan,
+    "new-method": new_method,
+    "check-method": check_method,
 }
 
 

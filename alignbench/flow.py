@@ -67,7 +67,8 @@ class Flow(Protocol):
         ...
 
     # A flow that is evaluated also has ``at(size=, guidance=)``: the same weights at evaluation's image size (pixels)
-    # and guidance. A toy that is only trained needs none.
+    # and guidance. A toy that is only trained needs none. One that takes published weights has ``load_transformer`` and
+    # ``load_lora``, each of the files that ``weights.published`` gives.
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,9 @@ def euler(x: Tensor, v: Tensor, at: float | Tensor, to: float | Tensor) -> Tenso
     return x + (to - at) * v.to(x.dtype)  # in the latents' precision, whatever the network's
 
 
-def integrate(flow: Flow, x: Tensor, sigmas: Tensor, cond: Cond, *, grad: bool = False) -> Tensor:
+def integrate(
+    flow: Flow, x: Tensor, sigmas: Tensor, cond: Cond, *, grad: bool = False, reference: bool = False
+) -> Tensor:
     """The sampler: Euler from sigmas[0] to sigmas[-1]. Without ``grad`` the result is a constant; with it, exact BPTT.
 
     The backward keeps one step at a time in memory, and makes every forward a second time for that.
@@ -138,7 +141,7 @@ def integrate(flow: Flow, x: Tensor, sigmas: Tensor, cond: Cond, *, grad: bool =
     """
 
     def step(x: Tensor, at: Tensor, to: Tensor) -> Tensor:
-        return euler(x, flow.velocity(x, at, cond), at, to)
+        return euler(x, flow.velocity(x, at, cond, reference=reference), at, to)
 
     with torch.set_grad_enabled(grad):
         for at, to in itertools.pairwise(sigmas):

@@ -44,7 +44,7 @@ def generate(
     size = _images_per_pass(flow)
     for start in range(0, len(missing), size):
         items = missing[start : start + size]
-        pixels = _pixels(flow, items + items[-1:] * (size - len(items)), protocol.seed, sigmas)
+        pixels = _pixels(flow, items + items[-1:] * (size - len(items)), protocol, sigmas)
         yield from ((prompt, index, to_pil(image)) for (prompt, index), image in zip(items, pixels))
 
 
@@ -53,9 +53,11 @@ def _images_per_pass(flow: Any) -> int:
     return max(1, min(IMAGES_PER_PASS, VALUES_PER_PASS // values))
 
 
-def _pixels(flow: Any, items: Sequence[tuple[Prompt, int]], seed: int, sigmas: Tensor) -> Tensor:
+def _pixels(flow: Any, items: Sequence[tuple[Prompt, int]], protocol: Protocol, sigmas: Tensor) -> Tensor:
     """(B, 3, H, W) for B = len(items)."""
-    noise = flow.noise(len(items), [seeded(seed, prompt.id, index) for prompt, index in items])
+    noise = flow.noise(len(items), [seeded(protocol.seed, prompt.id, index) for prompt, index in items])
+    tuned = protocol.steps if protocol.tuned_steps is None else protocol.tuned_steps
     cond = flow.encode([prompt.text for prompt, _ in items])
     with torch.no_grad():
-        return flow.decode(integrate(flow, noise, sigmas, cond))
+        x = integrate(flow, noise, sigmas[: tuned + 1], cond)
+        return flow.decode(integrate(flow, x, sigmas[tuned:], cond, reference=True))

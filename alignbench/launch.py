@@ -138,7 +138,7 @@ class Launch:
             images=cell.images,
             trains=cell.trains,
             spec=settings(cell.spec),
-            evaluation=settings(self.plan.evaluation),
+            evaluation=settings(self.plan.evaluation) | {"protocol": settings(cell.protocol)},
             scores=[score._asdict() for score in self.plan.scores],
             plugins=[str(Path(path).resolve()) for path in self.plugins],
             threads=self.threads,

@@ -99,6 +99,16 @@ def reward_loss(flow: Flow, reward: Reward, batch: Batch, x_0: Tensor, weight: T
     return Loss(each.mean(), {"reward": reward.value(scores).detach().mean()}, each.detach())
 
 
+def reward_gradient(flow: Flow, reward: Reward, batch: Batch, x_0: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, B) scores at the latents ``x_0``, and the gradient there of each sample's own loss, of ``x_0``'s shape."""
+    import torch
+
+    x_0 = x_0.detach().requires_grad_()
+    scores = reward(flow.decode(x_0), batch.prompts)
+    (gradient,) = torch.autograd.grad(reward.loss(scores).sum(), x_0)
+    return scores.detach(), gradient
+
+
 def require(holds: bool, where: str, what: str, instead: str) -> None:
     """Raise UserError("where: what; what instead") unless the settings hold."""
     if not holds:

@@ -26,7 +26,12 @@ BUILT_IN: dict[str, Kind | None] = {  # package -> what a class derived from Con
     "alignbench.evaluators": None,
     "alignbench.backends": "backend",
 }
-ROOTS: dict[str, Kind] = {"AlignMethod": "method", "Pathwise": "method", "Evaluator": "evaluator"}
+ROOTS: dict[str, Kind] = {
+    "AlignMethod": "method",
+    "Pathwise": "method",
+    "GroupRelative": "method",
+    "Evaluator": "evaluator",
+}
 
 
 class Entry(NamedTuple):

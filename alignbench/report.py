@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from alignbench.analysis import UNTRAINED, Analysis, Measure, analyse, better, w
 from alignbench.table import DECIMALS, Cell, Column, Table, escape, interval, number
 
 MIB = 2**20
+DAGGER = "†"
 COSTS = (  # (column of the costs frame, title, unit, divisor, decimals)
     ("nfe_forward", "NFE without gradient", "", 1, 0),
     ("nfe_grad", "NFE with gradient", "", 1, 0),
@@ -79,8 +80,9 @@ def markdown(
         words.intro.strip(),
         *_answers(words.questions, analysis),
         "## Results",
-        main_table(analysis, costs).markdown(),
-        LEGEND.format(base=escape(analysis.base or "a base model (none in this sweep)"), count=len(analysis.trained)),
+        main_table(analysis, costs, hybrid(manifest)).markdown(),
+        LEGEND.format(base=escape(analysis.base or "a base model (none in this sweep)"), count=len(analysis.compared)),
+        _hybrid_note(manifest),
         _budgets(analysis, costs),
         *([f"![same prompts and noise, one row per method]({picture})", GRID_NOTE] if picture else []),
         *_changes_section(analysis),
@@ -127,17 +129,34 @@ def title(measure: Measure) -> str:
     return measure.name + (", by task" if measure.by_task else "")
 
 
-def main_table(analysis: Analysis, costs: pd.DataFrame) -> Table:
-    """One row per method: training reward, held-out scores, checks, costs."""
+def main_table(analysis: Analysis, costs: pd.DataFrame, noted: Collection[str] = ()) -> Table:
+    """One row per method: training reward, held-out scores, checks, costs. ``noted``: rows with a footnote."""
     columns = [Column("method"), *map(_column, analysis.measures)]
     columns += [Column(name, unit, decimals=decimals) for _, name, unit, _, decimals in COSTS]
     best = {measure: analysis.best(measure) for measure in analysis.measures}
     rows = []
     for label in analysis.labels:
         cells = [_mean_cell(analysis, measure, label, *best[measure]) for measure in analysis.measures]
-        flag = " **(reward hacking)**" if hacked(analysis, label) else ""
+        flag = f" {DAGGER}" * (label in noted) + " **(reward hacking)**" * bool(hacked(analysis, label))
         rows.append([Cell(label, mark=flag + _seeds_mark(analysis, label)), *cells, *_cost_cells(costs, label)])
     return Table(columns, rows)
+
+
+def hybrid(manifest: dict[str, Any]) -> dict[str, str]:
+    """label -> ``the first 30 of 50 steps``, for rows whose last steps are the base model's."""
+    protocols = [(run["label"], _protocol(manifest, run)) for run in manifest["runs"]]
+    tuned = [(label, found.get("tuned_steps"), found["steps"]) for label, found in protocols]
+    return {label: f"the first {some} of {steps} steps" for label, some, steps in tuned if some not in (None, steps)}
+
+
+def _hybrid_note(manifest: dict[str, Any]) -> str:
+    rows = "; ".join(f"{escape(label)}, {what}" for label, what in hybrid(manifest).items())
+    return f"{DAGGER} Hybrid inference: the row makes these steps, the base model the rest: {rows}." if rows else ""
+
+
+def _protocol(manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """How the pictures of a run were made; stores of earlier versions have one protocol for all runs."""
+    return run.get("protocol", manifest["protocol"])
 
 
 def _seeds_mark(analysis: Analysis, label: str) -> str:
@@ -251,6 +270,8 @@ def _change(estimate: stats.Estimate, measure: Measure) -> str:
 def _budgets(analysis: Analysis, costs: pd.DataFrame) -> str:
     """Whether the methods really had equal budgets, from what was measured."""
     done = _trainings(costs, analysis.trained)
+    if not analysis.trained:
+        return ""
     if done.empty:
         return "**No training run has finished.**"
     images = pd.to_numeric(done["images"])
@@ -285,7 +306,8 @@ Satterthwaite's degrees of freedom) and is corrected for all methods of one meas
 
 
 def _seeds_note(analysis: Analysis) -> str:
-    used = [change.estimate.seeds for found in analysis.changes.values() for change in found.values()]
+    changes = [(label, change) for found in analysis.changes.values() for label, change in found.items()]
+    used = [change.estimate.seeds for label, change in changes if label in analysis.trained]
     if max(used, default=0) == 1:
         return "**One training seed: how much trainings differ is unknown, and no interval here contains it.**"
     return TWO_SEEDS_NOTE if min((count for count in used if count), default=3) < 3 else ""
@@ -294,7 +316,8 @@ def _seeds_note(analysis: Analysis) -> str:
 def hacked(analysis: Analysis, label: str) -> list[Measure]:
     """The measures that fell (after Holm) although the training reward rose; empty if it did not rise, or none fell."""
     changes = {measure: found[label] for measure, found in analysis.changes.items() if label in found}
-    rose = any(better(change, measure) for measure, change in changes.items() if measure.role == "train")
+    trained = label in analysis.trained  # else nobody knows on what
+    rose = trained and any(better(change, measure) for measure, change in changes.items() if measure.role == "train")
     return [m for m, change in changes.items() if rose and m.role != "train" and worse(change, m)]
 
 
@@ -421,15 +444,27 @@ def _protocol_section(manifest: dict[str, Any], analysis: Analysis, origins: Seq
     seeds = sorted({seed for label in analysis.trained for seed in analysis.seeds[label]})
     facts: dict[str, Any] = {"training seeds": ", ".join(map(str, seeds)) or "none"}
     facts |= {"evaluation, number of prompts": manifest["prompts"]}
-    facts |= {f"evaluation, {key.replace('_', ' ')}": value for key, value in manifest["protocol"].items()}
+    protocol = {key: value for key, value in manifest["protocol"].items() if value is not None}
+    facts |= {f"evaluation, {key.replace('_', ' ')}": value for key, value in protocol.items()}
     facts |= {"training reward": manifest["training_evaluator"]}
     versions = {m.evaluator: m.version for m in analysis.measures}
     facts |= {"evaluators": ", ".join(f"{name} {version}" for name, version in versions.items())}
     facts |= {"intervals": f"95 %, {stats.DRAWS:,} bootstrap draws, seed 0"}
     lines = [f"- {escape(key)}: {escape(value)}" for key, value in facts.items()]
+    lines += _departures(manifest)
     lines += [f"- made with {escape(origin)}" for origin in origins]
     differ = "**The runs were made with different software or hardware: their seconds may not compare.**"
     return ["## Protocol", "\n".join(lines), differ if len(origins) > 1 else ""]
+
+
+def _departures(manifest: dict[str, Any]) -> list[str]:
+    """The rows whose pictures were made in another way than the others'; the reasons stand with the overrides."""
+    found = dict[str, None]()
+    for run in manifest["runs"]:
+        own = {k: v for k, v in _protocol(manifest, run).items() if v != manifest["protocol"].get(k)}
+        if own:
+            found[f"- **but {escape(run['label'])}**: {escape(_flat(own).replace('_', ' '))}"] = None
+    return list(found)
 
 
 def _words(name: str) -> Words:

@@ -267,6 +267,8 @@ class Work:
             from alignbench.checkpoint import load_weights
 
             load_weights(flow, self.run.product, self.evaluation.protocol.weights)
+        else:
+            self.registry.make("method", self.spec.method, "method").prepare(flow)
         return flow
 
     def _image_row(self, prompt: Prompt, index: int) -> dict[str, Any]:

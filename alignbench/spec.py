@@ -72,6 +72,7 @@ class Protocol(Config):
     guidance: NotNegative = 3.5
     size: Count = 1024  # pixels, square
     weights: Literal["ema", "last"] = "ema"
+    tuned_steps: Count | None = None  # the base model makes the steps after these (hybrid inference); None: no step
     seed: Annotated[int, Meta(ge=0)] = 0  # noise of image (prompt, index) comes from (seed, prompt id, index)
 
 
@@ -158,13 +159,19 @@ def content_id(content: Any) -> str:
 def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     """Of everything that determines the weights; the label is not part of it. ``prompts``: those of ``spec.prompts``.
 
-    All methods that train nothing share one id per backend: their weights are the same.
+    All methods that train nothing and bring no files share one id per backend: their weights are the same.
     """
     backend = registry.make("backend", spec.backend, "backend")
-    if not registry.get("method", spec.method["name"], "method").trains:  # type: ignore[attr-defined]
+    method = registry.make("method", spec.method, "method")
+    files = method.files()
+    brought: dict[str, Any] = {"method files": fingerprint(files)} if files else {}
+    if not method.trains:
         own = set(getattr(backend, "training_only", ()))
         sampled = {key: value for key, value in spec.backend.items() if key not in own}
-        return content_id({"backend": sampled, "backend files": fingerprint(backend.files())})
+        if files:
+            brought["method"] = {key: value for key, value in spec.method.items() if key != "steps"}  # of training
+            brought["method source"] = registry.source("method", spec.method["name"])
+        return content_id({"backend": sampled, "backend files": fingerprint(backend.files()), **brought})
     rewards = [
         {
             "reward": evaluator_content(registry.make("evaluator", part["evaluator"], "reward.evaluator"), registry),
@@ -183,6 +190,7 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
         "rewards": rewards,
         "prompts": prompts_digest(prompts),
         "training": training,
+        **brought,
     }
     return content_id(content)
 
@@ -190,6 +198,8 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
 def image_set_id(run: str, trains: bool, protocol: Protocol, prompts: Sequence[Prompt]) -> str:
     """Of the weights and everything that determines the images. ``prompts``: those of ``protocol.prompts``."""
     content = settings(protocol) | {"run": run, "prompts": prompts_digest(prompts)}
+    if protocol.tuned_steps is None:  # then the id is that of before there was such a setting
+        del content["tuned_steps"]
     if not trains:  # no average is kept of weights that never move
         del content["weights"]
     return content_id(content)

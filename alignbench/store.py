@@ -374,7 +374,7 @@ class Results:
         names = ["updates", *COSTS]
         path = self.store / "runs" / run["id"] / "train.parquet"
         if not path.is_file():
-            zero = run["seed"] == -1
+            zero = run["seed"] == -1 and not run.get("published")  # of whose training nothing is known
             return dict.fromkeys(names, 0 if zero else None) | dict.fromkeys(("reward_first", "reward_last"))
         records = pd.read_parquet(path)
         tenth = max(1, len(records) // 10)

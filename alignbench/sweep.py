@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from alignbench.prompts import Prompt
 from alignbench.spec import (
     Evaluation,
     Override,
+    Protocol,
     RewardSettings,
     RunSpec,
     Sweep,
@@ -41,6 +42,8 @@ from alignbench.spec import (
 )
 
 RUN_PARTS = ("backend", "method", "reward", "prompts", "training")
+CELL_PARTS = (*RUN_PARTS, "evaluation")
+SAMPLER = ("steps", "guidance", "weights", "tuned_steps")  # what of the protocol a row may have of its own
 UNTRAINED = -1  # the seed of a run that trains nothing
 
 
@@ -61,7 +64,9 @@ class Cell:
 
     spec: RunSpec
     seed: int
+    protocol: Protocol
     notes: list[dict[str, Any]] = field(default_factory=list)
+    published: bool = False  # are its weights somebody else's, with training of which nothing is known?
     id: str = ""  # of the weights: the name of its folder below runs/
     images: str = ""  # id of its image set
 
@@ -125,6 +130,8 @@ def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, l
             data = merge(data, {"grid": {axis: value} if axis else value})
         else:
             data = put(data, place, value, "command line")
+            if place.startswith("evaluation.protocol."):  # beats the overrides of single rows, too
+                run_sets.append((place, value))
     return Document(path, data, run_sets, " ".join(words))
 
 
@@ -181,7 +188,9 @@ class Plan:
             "label": cell.spec.label,
             "method": cell.spec.method["name"],
             "seed": cell.seed,
+            "published": cell.published,
             "settings": settings(cell.spec),
+            "protocol": settings(cell.protocol),
             "notes": cell.notes,
             "images": cell.images,
             "scores": scores,
@@ -199,17 +208,17 @@ def resolve(document: Document, registry: Registry) -> Plan:
     evaluation = sweep.evaluation
     protocol = evaluation.protocol
     prompts = load(protocol.prompts, join(f"{where}: evaluation", "protocol.prompts"))[: evaluation.limit]
-    for cell in {_but_seed(cell.spec): cell for cell in cells}.values():
+    for cell in {_but_seed(cell): cell for cell in cells}.values():
         check_run(cell.spec, registry, f"{where}: {cell.spec.label}")
         check_evaluation(cell, evaluation, registry, where)
     scores = _scores(sweep, cells, prompts, registry, where)
-    cells = [identify(cell, evaluation, prompts, registry) for cell in cells]
+    cells = [identify(cell, prompts, registry) for cell in cells]
     return Plan(document, evaluation, cells, scores, prompts, ", ".join(_names(_trained_on(cells))))
 
 
-def _but_seed(spec: RunSpec) -> str:
+def _but_seed(cell: Cell) -> str:
     """Equal for runs that differ in the seed alone: what can be checked of one holds for the other."""
-    plain = settings(spec)
+    plain = settings(cell.spec) | {"protocol": settings(cell.protocol)}
     return content_id(plain | {"training": plain["training"] | {"seed": 0}})
 
 
@@ -232,7 +241,8 @@ def _case(sweep: Sweep, document: Document, index: int, registry: Registry) -> I
     """The cells of one case: one per point of the grid, or a single one if its method trains nothing."""
     where, case = document.path, sweep.cases[index]
     method = registry.make("method", case.method, f"{where}: cases[{index}].method")
-    raw = {**settings(sweep.base), "method": settings(method)}
+    evaluation = {"protocol": settings(sweep.evaluation.protocol)}
+    raw = {**settings(sweep.base), "method": settings(method), "evaluation": evaluation}
     raw = _resolved(raw, registry, f"{where}: base")
     axes = sweep.grid if method.trains else {}
     for values in itertools.product(*axes.values()):
@@ -246,9 +256,11 @@ def _case(sweep: Sweep, document: Document, index: int, registry: Registry) -> I
                 notes.append({"set": override.set, "reason": override.reason})
         for axis, value in document.run_sets:
             if not axis.startswith("method.") or axis.split(".")[1] in method.__struct_fields__:
-                cell = _set(cell, axis, value, registry, "command line")
-        spec = decode(RunSpec, {"label": label, **cell}, f"{where}: cases[{index}]")
-        yield Cell(spec, spec.training.seed if method.trains else UNTRAINED, notes)
+                cell = _set(cell, axis, value, registry, "command line", CELL_PARTS)
+        protocol = decode(Protocol, cell["evaluation"]["protocol"], f"{where}: evaluation.protocol")
+        own = {part: cell[part] for part in RUN_PARTS}
+        spec = decode(RunSpec, {"label": label, **own}, f"{where}: cases[{index}]")
+        yield Cell(spec, spec.training.seed if method.trains else UNTRAINED, protocol, notes)
 
 
 def _override(cell: dict[str, Any], override: Override, registry: Registry, where: str) -> dict[str, Any]:
@@ -259,15 +271,20 @@ def _override(cell: dict[str, Any], override: Override, registry: Registry, wher
         what = f"{unequal[0]} would be unequal between rows" if unequal else "an exception needs its reason"
         raise UserError(f"{where}: {what}; say why with 'reason: ...', the report prints it")
     for axis, value in override.set.items():
-        cell = _set(cell, axis, value, registry, f"{where}.set")
+        if axis.startswith("evaluation") and axis.removeprefix("evaluation.protocol.") not in SAMPLER:
+            own = ", ".join(f"evaluation.protocol.{name}" for name in SAMPLER)
+            raise UserError(f"{where}.set: {axis}: all rows share it, or their images are no pairs; choose of {own}")
+        cell = _set(cell, axis, value, registry, f"{where}.set", CELL_PARTS)
     return cell
 
 
-def _set(cell: dict[str, Any], axis: str, value: Any, registry: Registry, where: str) -> dict[str, Any]:
-    """``cell`` with one setting changed, checked at once, so that an error names what changed it."""
+def _set(
+    cell: dict[str, Any], axis: str, value: Any, registry: Registry, where: str, parts: Sequence[str] = RUN_PARTS
+) -> dict[str, Any]:
+    """``cell`` with one setting of its ``parts`` changed, checked at once, so that an error names what changed it."""
     head = axis.partition(".")[0].partition("[")[0]
-    if head not in RUN_PARTS:
-        raise UserError(f"{where}: {axis}: a run has no such setting{did_you_mean(head, RUN_PARTS, 'settings')}")
+    if head not in parts:
+        raise UserError(f"{where}: {axis}: a run has no such setting{did_you_mean(head, parts, 'settings')}")
     return _resolved(put(cell, axis, value, f"{where}: {axis}"), registry, f"{where}: ")
 
 
@@ -282,6 +299,9 @@ def _resolved(raw: dict[str, Any], registry: Registry, where: str) -> dict[str, 
         "reward": rewards if isinstance(raw["reward"], list) else rewards[0],
         "prompts": raw["prompts"],
         "training": settings(decode(Training, raw["training"], join(where, "training"))),
+        "evaluation": {
+            "protocol": settings(decode(Protocol, raw["evaluation"]["protocol"], join(where, "evaluation.protocol")))
+        },
     }
 
 
@@ -395,7 +415,12 @@ def check_run(spec: RunSpec, registry: Registry, where: str) -> None:
 
 def check_evaluation(cell: Cell, evaluation: Evaluation, registry: Registry, where: str) -> None:
     """The same of the images that are made of a run."""
-    protocol, training = evaluation.protocol, cell.spec.training
+    protocol, training = cell.protocol, cell.spec.training
+    if protocol.tuned_steps is not None and protocol.tuned_steps > protocol.steps:
+        raise UserError(
+            f"{where}: {cell.spec.label}: evaluation.protocol.tuned_steps: {protocol.tuned_steps} are more than "
+            f"the sampler's {protocol.steps} steps; choose 1 to {protocol.steps}"
+        )
     if cell.trains and protocol.weights == "ema" and training.optimizer.ema is None:
         raise UserError(
             f"{where}: evaluation.protocol.weights: 'ema', but {cell.spec.label} keeps no average "
@@ -427,12 +452,13 @@ def _check_prompts(name: str, prompts: list[Prompt], backend: Any) -> None:
     prompt_lists.check_vocabulary(prompts, name, files)
 
 
-def identify(cell: Cell, evaluation: Evaluation, prompts: Sequence[Prompt], registry: Registry) -> Cell:
+def identify(cell: Cell, prompts: Sequence[Prompt], registry: Registry) -> Cell:
     """``cell`` with the ids of its weights and of its images."""
     training_prompts = load(cell.spec.prompts, "prompts") if cell.trains else []
     name = f"{cell.spec.method['name']}-{run_id(cell.spec, registry, training_prompts)}"
-    images = image_set_id(name, cell.trains, evaluation.protocol, prompts)
-    return Cell(cell.spec, cell.seed, cell.notes, name, images)
+    images = image_set_id(name, cell.trains, cell.protocol, prompts)
+    published = not cell.trains and bool(registry.make("method", cell.spec.method, "method").files())
+    return replace(cell, published=published, id=name, images=images)
 
 
 def _trained_on(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -444,6 +470,11 @@ def _trained_on(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return found
 
 
+def _judge(evaluator: Any) -> tuple[str, list[Path]]:
+    """What makes two evaluators the same opinion: in another unit it is still not held out."""
+    return evaluator.name, evaluator.files()
+
+
 def _names(evaluators: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(evaluator["name"] for evaluator in evaluators))
 
@@ -452,7 +483,7 @@ def _scores(
     sweep: Sweep, cells: Sequence[Cell], prompts: Sequence[Prompt], registry: Registry, where: str
 ) -> list[Score]:
     """The evaluators of a sweep with their role. UserError for one that is there twice."""
-    trained_on = _trained_on(cells)
+    trained_on = [_judge(registry.make("evaluator", plain, "reward.evaluator")) for plain in _trained_on(cells)]
     scores: list[Score] = []
     for i, plain in enumerate(sweep.evaluation.evaluators):
         place = f"{where}: evaluation.evaluators[{i}]"
@@ -464,7 +495,7 @@ def _scores(
         if file in [score.file for score in scores]:
             raise UserError(f"{place}: {evaluator.name} is there already with the same settings; remove one")
         untrained = "held-out" if evaluator.files() else "check"  # without weights it is a rule, not a learnt opinion
-        role = "train" if settings(evaluator) in trained_on else untrained
+        role = "train" if _judge(evaluator) in trained_on else untrained
         metrics = [dict(metric._asdict()) for metric in evaluator.metrics]
         scores.append(Score(settings(evaluator), evaluator.name, evaluator.version, file, metrics, role))
     names = [metric["name"] for score in scores for metric in score.metrics]

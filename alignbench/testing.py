@@ -8,8 +8,10 @@ Subclass a contract in your own test file and set what it tests; pytest does the
 
 from __future__ import annotations
 
+import math
+import operator
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -149,7 +151,13 @@ def make_batch(flow: Flow, samples: Sequence[int], step: int = 0, seed: int = 0)
 
 
 def each_update(method: AlignMethod, flow: Flow, reward: Reward, batch: Batch) -> Iterator[Iterable[Loss]]:
-    """The updates that a method makes of one batch, alone on one rank: what it pools comes back as it is."""
+    """The updates that a method makes of one batch, alone on one rank: what it pools comes back as it is.
+
+    Its further networks, if it has any, are made first, as training makes them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        method.modules(flow)
     updates = method.updates(flow, reward, batch)
     item = next(updates, None)
     while item is not None:
@@ -221,11 +229,12 @@ class MethodContract:
         """Every loss is a finite scalar, and together they give a gradient."""
         flow = self.flow()
         losses = descend(self.fresh(), flow, self.reward(), make_batch(flow, range(self.batch)))
-        assert losses
-        assert all(loss.value.ndim == 0 and loss.value.isfinite() for loss in losses)
+        assert losses, "the first update has no loss"
+        odd = [loss.value.tolist() for loss in losses if loss.value.ndim or not loss.value.isfinite()]
+        assert not odd, f"a loss is {odd[0]}, not one finite number"
         gradients = [p.grad for p in flow.parameters() if p.grad is not None]
-        assert all(g.isfinite().all() for g in gradients)
-        assert any(g.abs().sum() > 0 for g in gradients)
+        assert all(g.isfinite().all() for g in gradients), "a gradient is not finite"
+        assert any(g.abs().sum() > 0 for g in gradients), "no parameter of the flow has a gradient"
 
     def test_randomness_comes_from_the_batch_alone(self) -> None:
         """No global generator is read (the gradient does not depend on it) or moved."""
@@ -237,10 +246,11 @@ class MethodContract:
             before = global_state()
             flow = self.flow()
             descend(self.fresh(), flow, self.reward(), make_batch(flow, range(self.batch)))
-            assert global_state() == before
+            assert global_state() == before, "a global generator was moved"
             return gradients_of(flow)
 
-        assert all(torch.equal(a, b) for a, b in zip(gradients(1), gradients(2)))
+        same = all(torch.equal(a, b) for a, b in zip(gradients(1), gradients(2)))
+        assert same, "the gradient depends on a global generator's seed"
 
     def test_network_calls_do_not_depend_on_the_samples(self) -> None:
         """Other prompts and noise, same ``step_rng``: the same calls, and the generator is left in the same state.
@@ -255,24 +265,45 @@ class MethodContract:
                 for loss in losses:
                     loss.value.backward()
             seen.append((flow.calls, batch.step_rng.get_state().tolist()))
-        assert seen[0] == seen[1]
+        (calls, state), (other_calls, other_state) = seen
+        assert calls == other_calls, (
+            f"{len(calls)} network calls for some samples, {len(other_calls)} others for others"
+        )
+        assert state == other_state, "how much is drawn from step_rng depends on the samples"
 
     def test_one_batch_equals_its_micro_batches(self) -> None:
         """One batch of 4 gives the gradients, the updates and the records of four batches of 1, to rounding."""
         whole, split = self.flow(), self.flow()
         records = self.run(whole, 2), self.run(split, 2, self.micro)
-        for a, b in zip(*(unclocked(r) for r in records), strict=True):
-            assert a == pytest.approx(b, rel=1e-9, abs=1e-12)
-        for p, q in zip(whole.parameters(), split.parameters()):
-            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+        a, b = (unclocked(found) for found in records)
+        assert_records(a, b, near, "the whole batch", "its micro-batches")
+        same = all(torch.allclose(p, q, rtol=1e-9, atol=1e-12) for p, q in zip(whole.parameters(), split.parameters()))
+        assert same, "the weights differ"
 
     def test_forwards_are_metered(self) -> None:
         """Training spends forwards, at least one of them with gradient, and scores images."""
         flow, meter = self.flow(), Meter()
         counting = metered(flow, meter)
         descend(self.fresh(), counting, metered_reward(self.reward(), meter), make_batch(flow, range(self.batch)))
-        assert meter.nfe_grad > 0
-        assert meter.reward_calls > 0
+        assert meter.nfe_grad > 0, "no forward with gradient was counted"
+        assert meter.reward_calls > 0, "no image was scored"
+
+    def test_the_meter_sees_every_call(self) -> None:
+        """The forwards counted, with and without gradient, are the network calls that were made."""
+        flow, meter = CallLog(self.flow()), Meter()
+        parts = metered(flow, meter), metered_reward(self.reward(), meter), make_batch(flow, range(self.batch))
+        for losses in each_update(self.fresh(), *parts):
+            for loss in losses:
+                loss.value.backward()
+        made = [sum(rows for rows, grad, _ in flow.calls if grad is wanted) for wanted in (False, True)]
+        counted = [meter.nfe_forward, meter.nfe_grad]
+        assert counted == made, f"counted {counted} (without and with gradient), made {made}; call flow.velocity alone"
+
+    def test_a_repeated_run_is_the_same(self) -> None:
+        """A second run in the same process gives the weights and the records of the first, bitwise."""
+        first, second = self.flow(), self.flow()
+        records = [unclocked(self.run(flow, 2)) for flow in (first, second)]
+        assert_same(records, [first, second], "the second run")
 
     def test_resuming_is_exact(self, tmp_path: Path) -> None:
         """Stopped after two of four batches and resumed: every weight and every record as if undisturbed, bitwise."""
@@ -280,15 +311,16 @@ class MethodContract:
         undisturbed = self.run(through, 4)
         self.run(self.flow(), 2, folder=tmp_path)
         self.run(resumed, 4, folder=tmp_path)
-        assert unclocked(load_records(tmp_path)) == unclocked(undisturbed)
-        assert all(torch.equal(p, q) for p, q in zip(through.parameters(), resumed.parameters()))
+        records = [unclocked(undisturbed), unclocked(load_records(tmp_path))]
+        assert_same(records, [through, resumed], "the resumed run")
 
     def test_training_raises_the_reward(self) -> None:
-        """After ``updates`` batches the plain sampler's images score higher than before, from the same noise."""
+        """Training raises the reward of the plain sampler's images. After ``updates`` batches, from the same noise."""
         flow = self.flow()
         before = sampled_reward(self.method.steps, flow, self.reward())
         self.run(flow, self.updates)
-        assert sampled_reward(self.method.steps, flow, self.reward()) > before
+        after = sampled_reward(self.method.steps, flow, self.reward())
+        assert after > before, f"{before:.4g} before and {after:.4g} after"
 
 
 def global_state() -> tuple[str, ...]:
@@ -318,6 +350,27 @@ def gradients_of(flow: Flow) -> list[Tensor]:
 def unclocked(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records without wall-clock and memory, which no two runs share."""
     return [{k: v for k, v in r.items() if k not in ("seconds", "peak_memory_bytes")} for r in records]
+
+
+def near(a: float | None, b: float | None) -> bool:
+    return a == b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12))
+
+
+def assert_records(
+    a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], same: Callable[[Any, Any], bool], first: str, second: str
+) -> None:
+    """Two runs have as many records, with the same keys and values."""
+    assert len(a) == len(b), f"{first} has {len(a)} updates, {second} {len(b)}"
+    pairs = [(key, x.get(key), y.get(key)) for x, y in zip(a, b) for key in x | y]
+    odd = [f"{key} is {p} for {first}, {q} for {second}" for key, p, q in pairs if not same(p, q)]
+    assert not odd, f"in the records {odd[0]}"
+
+
+def assert_same(records: Sequence[Sequence[dict[str, Any]]], flows: Sequence[Flow], second: str) -> None:
+    """Two runs have the same records and weights, bitwise."""
+    assert_records(records[0], records[1], operator.eq, "the first run", second)
+    same = all(torch.equal(p, q) for p, q in zip(*(flow.parameters() for flow in flows)))
+    assert same, f"{second} has other weights"
 
 
 class EvaluatorContract:

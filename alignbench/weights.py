@@ -108,10 +108,47 @@ def model_files(folder: Path, where: str) -> list[Path]:
     """Configuration and weights of one transformers or diffusers folder, every shard that an index names included."""
     weights = set(folder.glob("*.safetensors")) or set(folder.glob("*.bin"))
     for index in check(folder.glob("*.index.json"), where):
-        weights |= {folder / shard for shard in json.loads(index.read_text())["weight_map"].values()}
+        weights |= _shards(index)
     if not weights:
         raise UserError(f"{where}: {folder} has no weights (*.safetensors)")
     return check({folder / "config.json"} | set(folder.glob("*.json")) | weights, where)
+
+
+def _shards(index: Path) -> set[Path]:
+    return {index.parent / shard for shard in json.loads(index.read_text())["weight_map"].values()}
+
+
+CONFIGS = ("config.json", "adapter_config.json")  # of a transformer, of peft's adapters
+
+
+def published(name: str, where: str, *, revision: str | None = None, subfolder: str | None = None) -> list[Path]:
+    """One network's safetensors (a file, or the one file or the shards of a folder) with its configuration, checked.
+
+    ``name``: as for ``locate``. UserError for none, for several, and for what cannot be read.
+    """
+    place = locate(name, where, shapes="model", revision=revision)
+    if subfolder is not None:
+        place /= subfolder
+    folder = place.parent if place.is_file() else place
+    found = {place} if place.is_file() else _one_network(place, where)
+    if odd := [path.name for path in found if path.suffix != ".safetensors"]:
+        raise UserError(f"{where}: {odd[0]} is no safetensors file; convert it, nothing else is read")
+    return check(found | {folder / config for config in CONFIGS if (folder / config).is_file()}, where)
+
+
+def _one_network(folder: Path, where: str) -> set[Path]:
+    """The weights of a folder that holds those of one network."""
+    indices = check(folder.glob("*.safetensors.index.json"), where)
+    shards = set[Path]().union(*map(_shards, indices))
+    alone = set(folder.glob("*.safetensors")) - shards
+    if len(indices) + len(alone) == 1:
+        return shards | alone
+    if alone or indices:
+        names = ", ".join(sorted(path.name for path in [*indices, *alone]))
+        raise UserError(f"{where}: {folder} has the weights of several networks ({names}); name one file")
+    below = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+    known = f"choose the subfolder {' or '.join(below)}" if below else "name the folder or the file that has them"
+    raise UserError(f"{where}: {folder} has no weights (*.safetensors); {known}")
 
 
 def load(path: Path, where: str) -> dict[str, Any]:

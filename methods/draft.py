@@ -1,4 +1,4 @@
-"""DRaFT-K and DRaFT-LV: differentiate the last steps of the sampler (Clark et al. 2024, arXiv 2309.17400).
+"""BPTT, DRaFT-K and DRaFT-LV: differentiate all or the last steps of the sampler (Clark et al. 2024, arXiv 2309.17400).
 
 Flow-matching form of the LeapAlign paper (arXiv 2604.15311, appendix E). Departures from Clark et al.:
 1. The sampler is the flow's deterministic Euler, not DDIM with 50 steps.
@@ -34,6 +34,16 @@ class DRaFTK(Pathwise):
         first = self.steps - self.k
         x = integrate(flow, batch.noise, t[: first + 1], c)
         x_0 = integrate(flow, x, t[first:], c, grad=True)
+        return reward_loss(flow, reward, batch, x_0)
+
+
+class BPTT(Pathwise):
+    """Back-propagation through the whole sampler, the reference: one step at a time in memory, the rest made again."""
+
+    name: ClassVar[str] = "bptt"
+
+    def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:
+        x_0 = integrate(flow, batch.noise, flow.sigmas(self.steps), batch.cond, grad=True)
         return reward_loss(flow, reward, batch, x_0)
 
 

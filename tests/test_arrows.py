@@ -15,17 +15,30 @@ LAYERS = (
     {"config", "stats", "grid", "shapes.scene"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip"},
-    {"checkpoint", "meter"},
+    {"checkpoint", "meter", "adapters", "policy", "nets"},
     {"train", "generate", "sweep", "report"},
     {"run", "testing", "backends.flux"},
-    {"launch"},
+    {"launch", "authoring"},
     {"cli"},
 )
 APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
-METHODS = {"flow", "method", "config"}  # torch, and nothing else of ours
+METHODS = {"flow", "method", "policy", "nets", "config", "weights"}  # torch, and nothing else of ours
 EVALUATORS = {"evaluator", "config", "weights", "clip", "official", "prompts", "shapes"}
 REPORTS = {"store", "table", "stats", "config", "reports"}
-TORCHLESS = {"cli", "launch", "run", "sweep", "spec", "store", "plugins", "prompts", "config", "report", "analysis"}
+TORCHLESS = {
+    "cli",
+    "authoring",
+    "launch",
+    "run",
+    "sweep",
+    "spec",
+    "store",
+    "plugins",
+    "prompts",
+    "config",
+    "report",
+    "analysis",
+}
 
 
 @functools.cache
@@ -88,7 +101,7 @@ def test_the_harness_knows_no_method_evaluator_or_report_by_name():
     ("folder", "allowed"), [("methods", METHODS), ("evaluators", EVALUATORS), ("reports", REPORTS)]
 )
 def test_what_stands_beside_the_harness_imports_little_of_it(folder, allowed):
-    """methods: flow, method, config; evaluators: evaluator and what reads weights; reports: the store and tables."""
+    """methods: flow, method, policy, weights; evaluators: evaluator, what reads weights; reports: store, tables."""
     for path in sorted((ROOT / folder).glob("*.py")):
         wrong = {name for name in ours(path) if name.partition(".")[0] not in allowed}
         assert not wrong, f"{folder}/{path.name} imports {wrong}"

@@ -8,7 +8,7 @@ import torch
 
 from alignbench.backends.flux import Flux
 from alignbench.evaluator import to_pil, to_tensor
-from alignbench.flow import integrate
+from alignbench.flow import integrate, seeded
 from alignbench.generate import IMAGES_PER_PASS, _images_per_pass, generate
 from alignbench.prompts import Prompt
 from alignbench.spec import Protocol
@@ -77,8 +77,6 @@ def test_the_protocol_sets_size_and_guidance(flow, folder):
     """Images follow the protocol's size, guidance and steps, not the training flow's, and equal FluxPipeline's."""
     from diffusers import FluxPipeline
 
-    from alignbench.flow import seeded
-
     wanted = protocol(images_per_prompt=1, steps=4, guidance=5.0, size=40)
     ours = next(generate(flow, PROMPTS[:1], wanted))[2]
     pipe = FluxPipeline.from_pretrained(folder)
@@ -88,6 +86,39 @@ def test_the_protocol_sets_size_and_guidance(flow, folder):
     assert ours.size == theirs.size == (40, 40)
     assert (to_tensor(ours) - to_tensor(theirs)).abs().max() <= 1 / 255 + 1e-6  # one level, where rounding falls
     assert (flow.size, flow.guidance) == (64, 1.0)
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A flow that has left its base."""
+    flow = Flux(model=str(folder), size=32, dtype="float32", max_sequence_length=WORDS).load()
+    with torch.no_grad():
+        for i, parameter in enumerate(flow.parameters()):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    return flow
+
+
+def test_all_steps_tuned_is_the_plain_sampler(trained):
+    """Hybrid inference with as many tuned steps as steps: the same bytes."""
+    plain = made(generate(trained, PROMPTS[:2], protocol(steps=4)))
+    assert made(generate(trained, PROMPTS[:2], protocol(steps=4, tuned_steps=4))) == plain
+
+
+@pytest.mark.parametrize("tuned", [1, 2, 3])
+def test_hybrid_inference_changes_the_model_on_the_way(trained, tuned):
+    """The trained model makes the first steps and the base model the rest: the images of a plain loop, bitwise."""
+    flow, prompt = trained.at(size=32, guidance=2.0), PROMPTS[0]
+    wanted = protocol(steps=4, tuned_steps=tuned, guidance=2.0, images_per_prompt=_images_per_pass(flow))
+    images = [image for _, _, image in generate(trained, [prompt], wanted)]
+    rngs = [seeded(0, prompt.id, index) for index in range(len(images))]
+    x, t, cond = flow.noise(len(images), rngs), flow.sigmas(4), flow.encode([prompt.text] * len(images))
+    with torch.no_grad():
+        for i in range(4):
+            x = x + (t[i + 1] - t[i]) * flow.velocity(x, t[i], cond, reference=i >= tuned)
+        expected = [to_pil(pixels) for pixels in flow.decode(x)]
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
+    plain = next(generate(trained, [prompt], protocol(steps=4, guidance=2.0)))[2]
+    assert images[0].tobytes() != plain.tobytes()
 
 
 def test_the_pass_is_sized_by_the_image_alone(flow):

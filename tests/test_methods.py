@@ -7,21 +7,21 @@ shows which step is trained by how much. Gradients are means over the batch's sa
 import functools
 import itertools
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
 
 from alignbench.config import UserError
-from alignbench.flow import integrate, integrate_sde, log_normal, sde_step, seeded
+from alignbench.flow import integrate, seeded
 from alignbench.meter import Meter, Watch, metered, metered_reward
 from alignbench.method import Loss
 from alignbench.methods.base import Base
-from alignbench.methods.dancegrpo import DanceGRPO
 from alignbench.methods.draft import DRaFTK, DRaFTLV
 from alignbench.methods.drtune import DRTune
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.methods.refl import ReFL
-from alignbench.testing import AffineFlow, CallLog, MethodContract, QuadraticReward, descend, gradients_of, make_batch
+from alignbench.testing import AffineFlow, MethodContract, QuadraticReward, descend, gradients_of, make_batch
 
 N, B, MU = 5, 3, 1.0
 REWARD = QuadraticReward(MU)
@@ -328,134 +328,6 @@ def test_drtune_always_trains_a_step(settings):
         assert (max if method.draw_in_prefix else min)(trained) <= stop
 
 
-# ---- policy gradient
-
-
-GRPO = DanceGRPO(steps=N, group=4, updates_per_rollout=1, shift=None)
-
-
-@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 27.123456789])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_rewards_have_exactly_zero_advantage(value, dtype):
-    """To the last bit, also where the mean of twelve equal numbers is not that number."""
-    assert (DanceGRPO().advantages(torch.full((2, 12), value, dtype=dtype)) == 0).all()
-
-
-def test_advantages_are_normalised_within_each_group():
-    """Zero mean and unit standard deviation per group; shift and scale of the rewards do not matter; clipped to 5."""
-    rewards = torch.randn(3, 12, generator=seeded(0), dtype=torch.float64)
-    a = DanceGRPO().advantages(rewards)
-    close(a.sum(1), torch.zeros(3, dtype=torch.float64))
-    torch.testing.assert_close(a.std(1), torch.ones(3, dtype=torch.float64), rtol=1e-7, atol=0)  # eps is 1e-8
-    torch.testing.assert_close(DanceGRPO().advantages(7 + 3 * rewards), a, rtol=1e-6, atol=1e-6)
-    lone = torch.zeros(1, 100)
-    lone[0, 0] = 1.0
-    assert DanceGRPO().advantages(lone).max() == 5
-
-
-@pytest.mark.parametrize(
-    ("advantage", "ratio", "slope"),
-    [(2.0, 1.001, 0.0), (2.0, 0.999, 2.0), (-2.0, 0.999, 0.0), (-2.0, 1.001, -2.0), (2.0, 1.0, 2.0), (-2.0, 1.0, -2.0)],
-)
-def test_clipping_stops_only_what_has_moved_the_right_way(advantage, ratio, slope):
-    """Gradient A while the ratio is inside, or on the wrong side; zero once it is outside on the right side."""
-    rho = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
-    DanceGRPO().gain(torch.tensor([advantage], dtype=torch.float64), rho).sum().backward()
-    assert rho.grad.item() == slope
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_ratio_is_exactly_one_before_the_first_update(parts):
-    """On policy the recomputed likelihoods are the rollout's to the last bit, float32 networks included."""
-    method = DanceGRPO(steps=N, group=4, updates_per_rollout=parts)
-    for flow in (make_flow(), MLPFlow()):
-        batch = make_batch(flow, range(8))
-        for losses in method.updates(flow, REWARD, batch):
-            assert all(loss.metrics["ratio_off"] == 0 for loss in losses)
-
-
-class MLPFlow(AffineFlow):
-    """A nonlinear float32 network on the same latents, which are float32 too."""
-
-    def __init__(self):
-        super().__init__(N)
-        g = seeded("MLPFlow")
-        self.first = torch.nn.Parameter(torch.randn(4, 64, generator=g))
-        self.second = torch.nn.Parameter(torch.randn(64, 3, generator=g))
-
-    def noise(self, n, generators):
-        return super().noise(n, generators).float()
-
-    def velocity(self, x, sigma, cond, *, reference=False):
-        t = torch.as_tensor(sigma, dtype=torch.float32).expand(len(x))[:, None]
-        return torch.tanh(torch.cat([x, t], 1) @ self.first) @ self.second
-
-
-def test_policy_gradient_closed_form():
-    """dL/dv = A xi sqrt(h) kappa / (eta d), kappa = 1 + eta^2 (1 - t) / (2 t), over samples and trained moves."""
-    flow, method = make_flow(), GRPO
-    batch = make_batch(flow, range(8)).grouped(4)
-    t = flow.sigmas(N)
-    path = integrate_sde(flow, batch, t, method.eta)
-    order = [torch.randperm(N - 1, generator=rng)[: method.trained].tolist() for rng in batch.rngs]
-    a = method.advantages(REWARD(path.x_0, batch.prompts)[0].view(2, 4)).flatten()
-    expected = torch.zeros_like(flow.bias)
-    for b, i in [(b, i) for b, moves in enumerate(order) for i in moves]:
-        x, h = path.states[b : b + 1, i], t[i] - t[i + 1]
-        v = flow.velocity(x, t[i], batch.cond[b : b + 1]).detach()
-        mean, std = sde_step(x, v, t[i], t[i + 1], method.eta)
-        xi = ((path.states[b : b + 1, i + 1] - mean) / std)[0]
-        kappa = 1 + method.eta**2 * (1 - t[i]) / (2 * t[i])
-        expected[i] += a[b] * xi * h.sqrt() * kappa / (method.eta * flow.dim) / (8 * method.trained)
-    descend(method, flow, REWARD, make_batch(flow, range(8)))
-    torch.testing.assert_close(flow.bias.grad, expected.detach(), rtol=1e-10, atol=1e-12)
-
-
-def test_the_last_move_is_never_trained():
-    """Nothing is learnt from the move to sigma = 0: the last step's bias keeps a zero gradient, others do not."""
-    method = DanceGRPO(steps=N, group=4, updates_per_rollout=1, shift=None, timestep_fraction=1.0)
-    flow = make_flow()
-    descend(method, flow, REWARD, make_batch(flow, range(8)))
-    assert (flow.bias.grad[-1] == 0).all()
-    assert (flow.bias.grad[:-1].abs().sum(1) > 0).all()
-
-
-def test_equal_rewards_give_no_policy_gradient():
-    """A group whose images score the same teaches nothing, exactly."""
-
-    class Constant(QuadraticReward):
-        def __call__(self, pixels, prompts):
-            return 0.3 * torch.ones(1, len(pixels))
-
-    flow = make_flow()
-    descend(GRPO, flow, Constant(), make_batch(flow, range(8)))
-    assert flow.bias.grad.abs().max() == 0
-
-
-def test_updates_of_a_rollout_partition_its_samples():
-    """Three updates see each sample once, the same share of every group, and their gradients average to the whole's."""
-    whole, parts = make_flow(), make_flow()
-    one = DanceGRPO(steps=N, group=6, updates_per_rollout=1)
-    three = DanceGRPO(steps=N, group=6, updates_per_rollout=3)
-    descend(one, whole, REWARD, make_batch(whole, range(12)))
-    rows = CallLog(parts)
-    for losses in three.updates(rows, REWARD, make_batch(parts, range(12))):
-        for loss in losses:
-            (loss.value / 3).backward()
-    torch.testing.assert_close(parts.bias.grad, whole.bias.grad, rtol=1e-10, atol=1e-12)
-    assert {n for n, _, _ in rows.calls} == {4}
-
-
-def test_log_prob_of_the_rollout_is_dances():
-    """The stored likelihood of a move is that of its own noise: -mean(xi^2) / 2 - log s - log(2 pi) / 2."""
-    flow = make_flow()
-    batch = make_batch(flow, range(4))
-    path = integrate_sde(flow, batch, flow.sigmas(N), 0.3)
-    x = path.states[:, 0]
-    mean, std = sde_step(x, flow.velocity(x, flow.sigmas(N)[0], batch.cond), *flow.sigmas(N)[:2], 0.3)
-    close(path.log_prob[:, 0], log_normal(path.states[:, 1], mean, std).detach())
-
-
 # ---- costs
 
 
@@ -470,7 +342,6 @@ def test_log_prob_of_the_rollout_is_dances():
         (DRTuneAt(trained=(3, 15), stop=14), 2, 14, 1, 1),
         (DRTuneAt(trained=(3, 15), stop=20), 2, 19, 2, 1),
         (LeapAlign(), 2, 23, 2, 1),
-        (DanceGRPO(), 12, 16, 9, 1),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -489,13 +360,11 @@ def test_costs_per_image(method, batch, forward, grad, decodes):
 
 
 def test_defaults_are_the_papers():
-    """For FLUX.1-dev: LeapAlign alpha 0.3, tau 0.1, 25 steps; the baselines of its appendix E; DanceGRPO's release."""
-    leap, grpo = LeapAlign(), DanceGRPO()
+    """For FLUX.1-dev: LeapAlign alpha 0.3, tau 0.1, 25 steps; the baselines of its appendix E."""
+    leap = LeapAlign()
     assert (leap.alpha, leap.tau, leap.steps) == (0.3, 0.1, 25)
     assert (ReFL().last_n, DRaFTLV().n, DRaFTLV().lv_reduction) == (11, 2, "sum")
     assert (DRTune().k, DRTune().m, DRTune().draw_in_prefix) == (2, 11, False)
-    assert (grpo.group, grpo.steps, grpo.eta, grpo.shift) == (12, 16, 0.3, 3.0)
-    assert (grpo.clip, grpo.advantage_clip, grpo.trained, grpo.updates_per_rollout) == (1e-4, 5.0, 9, 3)
 
 
 @pytest.mark.parametrize(
@@ -512,13 +381,6 @@ def test_defaults_are_the_papers():
         (DRTune(k=26), 1, "method.k"),
         (DRTune(k=16, draw_in_prefix=True), 1, "method.k"),
         (DRTune(m=26), 1, "method.m"),
-        (DanceGRPO(group=1), 12, "method.group"),
-        (DanceGRPO(), 64, "method.group"),
-        (DanceGRPO(updates_per_rollout=5), 12, "method.updates_per_rollout"),
-        (DanceGRPO(steps=1), 12, "method.steps"),
-        (DanceGRPO(timestep_fraction=0.0), 12, "method.timestep_fraction"),
-        (DanceGRPO(timestep_fraction=1.5), 12, "method.timestep_fraction"),
-        (DanceGRPO(eta=0.0), 12, "method.eta"),
     ],
 )
 def test_impossible_settings_are_refused(method, batch, where):
@@ -530,11 +392,10 @@ def test_impossible_settings_are_refused(method, batch, where):
 
 @pytest.mark.parametrize("method", PATHWISE, ids=lambda m: m.name)
 def test_direct_gradients_need_a_differentiable_reward(method):
-    """A pathwise method refuses a reward without gradient; policy gradient does not need one."""
+    """A pathwise method refuses a reward without gradient."""
     with pytest.raises(UserError, match=r"^reward: "):
         method.check(1, False)
     method.check(1, True)
-    DanceGRPO().check(12, False)
 
 
 def test_base_trains_nothing():
@@ -609,6 +470,23 @@ class Forgets(Unlawful):
         return Loss(value, metrics | {"seen": float(len(self.seen))})
 
 
+class GoesAroundTheMeter(Unlawful):
+    def loss(self, flow, reward, batch):
+        getattr(flow, "_flow", flow).velocity(batch.noise, 1.0, batch.cond)
+        return super().loss(flow, reward, batch)
+
+
+class RemembersForEver(Unlawful):
+    """Keeps a count that outlives the run."""
+
+    seen: ClassVar[list[int]] = []
+
+    def loss(self, flow, reward, batch):
+        self.seen.append(1)
+        value, metrics, _ = super().loss(flow, reward, batch)
+        return Loss(value, metrics | {"seen": float(len(self.seen))})
+
+
 @pytest.mark.parametrize(
     ("broken", "promise"),
     [
@@ -620,6 +498,8 @@ class Forgets(Unlawful):
         (Descends(), "test_training_raises_the_reward"),
         (LosesTheGraph(), "test_losses_are_finite_and_reach_the_parameters"),
         (Forgets(), "test_resuming_is_exact"),
+        (GoesAroundTheMeter(), "test_the_meter_sees_every_call"),
+        (RemembersForEver(), "test_a_repeated_run_is_the_same"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, ReFL) else value,
 )
@@ -650,7 +530,3 @@ class TestDRTune(MethodContract):
 
 class TestLeapAlign(MethodContract):
     method = LeapAlign(steps=5)
-
-
-class TestDanceGRPO(MethodContract):
-    method = DanceGRPO(steps=5, group=4, updates_per_rollout=2)

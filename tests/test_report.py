@@ -164,6 +164,42 @@ def test_the_verdicts_are_those_of_the_paired_changes():
     assert verdicts["pickscore"]["DanceGRPO"] == "cannot tell"
 
 
+def test_published_weights_are_compared_like_any_row():
+    """They are not base, though they stand first and train nothing; their change has the prompts' spread alone.
+
+    What is said of trained methods does not depend on them, but for Holm's count.
+    """
+    plan = manifest(labels=("ReFL", "base", "LeapAlign", "DRTune"))
+    first, *rest = [run for run in plan["runs"] if (run["label"], run["seed"]) != ("ReFL", 1)]
+    published = {**plan, "runs": [{**first, "seed": UNTRAINED, "published": True}, *rest]}
+    frame = scores(published)
+    mine = frame["label"] == "ReFL"
+    frame.loc[mine, "score"] += np.random.default_rng(1).normal(size=mine.sum())
+    given = analyse(published, frame)
+    without = {**plan, "runs": rest, "cases": ["base", "LeapAlign", "DRTune"]}
+    alone = analyse(without, frame[~mine])
+    assert (given.base, given.compared) == ("base", ["ReFL", "LeapAlign", "DRTune"])
+    for measure in given.measures:
+        data, changes = given.scores[measure], given.changes[measure]
+        strata = data.tags if measure.by_task else None
+        expected = stats.paired_difference(data.values["ReFL"], data.values["base"], strata)
+        assert changes["ReFL"].estimate == expected
+        assert all(alone.changes[measure][label].estimate == changes[label].estimate for label in alone.compared)
+
+
+def test_hybrid_inference_is_marked():
+    """A row whose last steps are the base model's has a dagger, a footnote and a line in the protocol; others none."""
+    given = results()
+    for run in given.manifest["runs"]:
+        own = {"tuned_steps": 5} if run["label"] == "DRTune" else {}
+        run["protocol"] = {**given.manifest["protocol"], **own}
+    text = page(given)
+    assert [label for label in LABELS if "†" in row_of(section(text, "Results"), label)] == ["DRTune"]
+    assert "† Hybrid inference: the row makes these steps, the base model the rest: DRTune, the first 5 of 8" in text
+    assert "- **but DRTune**: tuned steps = 5" in section(text, "Protocol")
+    assert "†" not in page(results())
+
+
 def test_a_reward_that_rises_while_the_rest_falls_is_flagged():
     """A method whose training reward rose while held-out scores fell is named as hacking, in its row too."""
     text = page(results())

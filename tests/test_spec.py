@@ -69,6 +69,8 @@ def test_one_reward_or_several(tmp_path):
     assert [part["weight"] for part in several.cells[1].spec.rewards] == [3.0, 1.0]
     assert several.scores[0].role == "train"
     assert ids(several)[1:] != ids(plan(tmp_path))[1:]
+    squared = plan(tmp_path, changes={"base": {"reward": {"evaluator": {"name": "bright", "power": 2.0}}}})
+    assert squared.scores[0].role == "train", "another scale of the same opinion is not held out"
     heavier = plan(tmp_path, "reward[1].weight=2", changes={"base": {"reward": rewards}})
     assert heavier.cells[1].spec.rewards[1]["weight"] == 2
     assert ids(heavier)[0] == ids(several)[0]

@@ -91,6 +91,16 @@ class Flux(Config):
         if size < pixels or size % pixels:
             raise UserError(f"{where}: {size} pixels are not a multiple of {pixels}, the side of this model's tokens")
 
+    @property
+    def deterministic(self) -> str | None:
+        """Why this model gives no score, hence no SDE; None where it does. Read from its configuration alone."""
+        parts = [self.folder / "transformer" / "config.json", self.folder / "scheduler" / "scheduler_config.json"]
+        weights.check(parts, "backend.model")
+        transformer, scheduler = (json.loads(path.read_text()) for path in parts)
+        if transformer.get("guidance_embeds") or scheduler.get("use_dynamic_shifting"):
+            return None
+        return f"{self.model} is distilled to few steps, as FLUX.1-schnell is: its velocity gives no score"
+
     def load(self, accelerator: Accelerator | None = None) -> FluxFlow:
         """The model on ``accelerator``'s device (the CPU without one), ready to train."""
         import torch
@@ -158,7 +168,8 @@ class FluxFlow:
         self.scheduler = pipeline.scheduler
         self._settings = settings
         self._text = Text(pipeline, settings.max_sequence_length, device)
-        self._reference: dict[str, Network] = {}  # filled on first use, shared by all views
+        # The base model, where switching adapters off does not give it: None until it is used. Shared by all views.
+        self._apart: dict[str, Network | None] = {"base": None} if settings.tune == "full" else {}
         self._ids = lru_cache(self._make_ids)
 
     def at(self, *, size: int | None = None, guidance: float | None = None) -> FluxFlow:
@@ -237,6 +248,41 @@ class FluxFlow:
     def parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
 
+    def load_transformer(self, files: Sequence[Path]) -> None:
+        """Put published weights in the transformer's place. UserError for a name or a shape that does not fit."""
+        from safetensors.torch import load_file
+
+        from alignbench.checkpoint import copy_parameters
+
+        self._check_config([path for path in files if path.name == "config.json"])
+        shards = [path for path in files if path.suffix == ".safetensors"]
+        stored = {name: tensor for path in shards for name, tensor in load_file(path).items()}  # mapped, not read yet
+        own = self.transformer.state_dict()
+        plain = {name.replace(".base_layer", ""): tensor for name, tensor in own.items() if ".lora_" not in name}
+        copy_parameters(plain, stored, shards[0])
+        self._apart.setdefault("base", None)
+
+    def load_lora(self, files: Sequence[Path]) -> None:
+        """Put published adapters on. UserError for a name or a shape that does not fit."""
+        from alignbench.adapters import read_lora
+
+        adapters = read_lora(files, dict(self.transformer.named_modules()))
+        self.transformer.load_lora_adapter(adapters, prefix=None, adapter_name="published")
+        self.transformer.set_adapter("published")
+        for name, parameter in self.transformer.named_parameters():
+            if ".published." in name:
+                parameter.data = parameter.data.float()
+
+    def _check_config(self, configs: Sequence[Path]) -> None:
+        """UserError for a setting that differs from this model's: not all of them show in the weights' shapes."""
+        ours = json.loads(self.transformer.to_json_string())
+        for path in configs:
+            theirs = json.loads(path.read_text())
+            common = [key for key in theirs.keys() & ours.keys() if key == "_class_name" or key[0] != "_"]
+            if odd := sorted(key for key in common if theirs[key] != ours[key]):
+                what = f"{odd[0]} is {theirs[odd[0]]} and the model's is {ours[odd[0]]}"
+                raise UserError(f"{path}: {what}; these are weights of another model")
+
     def _autocast(self):
         import torch
 
@@ -247,10 +293,9 @@ class FluxFlow:
         """The transformer as trained, or as it was before training: without its adapters, or read again from disk."""
         if not reference:
             yield self.transformer
-        elif self._settings.tune == "full":
-            if "base" not in self._reference:
-                self._reference["base"] = self._settings._base(self.device)
-            yield self._reference["base"]
+        elif "base" in self._apart:
+            self._apart["base"] = self._apart["base"] or self._settings._base(self.device)
+            yield self._apart["base"]
         else:
             checkpointing = self.transformer.gradient_checkpointing
             self.transformer.disable_adapters()

@@ -585,6 +585,9 @@ def export(work: Path, source: str = "flow-final") -> None:
 
     def fill(folder: Path) -> None:
         pipeline.to(torch.float16).save_pretrained(folder)
+        for config in folder.glob("*/config.json"):  # diffusers writes down where it read the parts
+            plain = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+            config.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
         for part in ("text_encoder", "text_encoder_2"):
             load_as_float32(folder / part)
 

@@ -1,0 +1,35 @@
+"""Networks that a method may train beside the flow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from alignbench.flow import Cond
+
+
+class LatentNet(nn.Module):
+    """(x, t, text) -> the shape of x: the same small network at every token, which sees their mean too. Zero at first.
+
+    ``channels``: of a token; ``text``: sum of the widths of the text tensors; ``width``: of the hidden layers.
+    """
+
+    def __init__(self, channels: int, text: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(2 * channels + text + 8, width)
+        self.second = nn.Linear(width, width)
+        self.last = nn.Linear(width, channels)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        tokens = x.reshape(len(x), -1, x.shape[-1])
+        texts = [c.reshape(len(c), -1, c.shape[-1]).mean(1).to(x) for c in cond.tensors.values()]
+        angles = t.to(x) * torch.pi * 2.0 ** torch.arange(4, dtype=x.dtype, device=x.device)
+        time = torch.cat([angles.sin(), angles.cos()]).expand(len(x), -1)
+        shared = torch.cat([tokens.mean(1), *texts, time], 1)[:, None].expand(-1, tokens.shape[1], -1)
+        hidden = nn.functional.silu(self.first(torch.cat([tokens, shared], 2)))
+        return self.last(nn.functional.silu(self.second(hidden))).view_as(x)

@@ -1,0 +1,196 @@
+"""What the policy-gradient methods share: groups, advantages, the clipped surrogate, and the loss of one noisy move.
+
+Sample a group of images of one prompt with some moves of the sampler noisy, compare their rewards, and make the moves
+that led to the better ones more likely. A subclass says which moves are noisy and which of them are trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Iterable, Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+import torch
+
+from alignbench.flow import integrate_sde, log_normal, sde_step
+from alignbench.method import AlignMethod, Loss, Pool, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from alignbench.evaluator import Reward
+    from alignbench.flow import Batch, Flow, Trajectory
+
+
+class Schedule(NamedTuple):
+    """How one batch is sampled."""
+
+    t: Tensor  # (N + 1,) sigmas, 1 -> 0
+    noisy: range  # the moves that draw noise
+    eta: Tensor  # (N,) noise of each move per square root of time; 0 for a step of the plain sampler
+
+
+class GroupRelative(AlignMethod):
+    """GRPO on a flow: a policy gradient whose baseline is the mean reward of the images of the same prompt."""
+
+    stochastic: ClassVar[bool] = True
+    group: int = 12  # images per prompt
+    same_noise: bool = True  # do the images of a group start from the same noise?
+    sde: Literal["dance", "flow"] = "dance"  # noise per square root of time: eta, or eta sqrt(t / (1 - t))
+    eta: float = 0.3
+    shift: float | None = 3.0  # of the training grid, t = shift u / (1 + (shift - 1) u); None: the model's own grid
+    updates_per_rollout: int = 1  # each from its share of every group
+    std: Literal["group", "batch"] = "group"  # whose deviation is the unit of the advantages
+    aggregate: Literal["advantage", "reward"] = "advantage"  # of several rewards: normalise and sum, or sum first
+    advantage_clip: float = 5.0
+    clip: float = 1e-4  # of the ratio
+    beta: float = 0.0  # weight of the KL divergence from the base model; 0: the base model is never called
+
+    def check(self, batch: int, differentiable: bool) -> None:
+        super().check(batch, differentiable)
+        require(self.steps >= 2, "method.steps", "the last move is never trained", "choose 2 or more")
+        require(self.group >= 2, "method.group", "a group of 1 has nothing to compare", "choose 2 or more")
+        what = f"{batch} samples per micro-batch do not make whole groups of {self.group}"
+        require(batch % self.group == 0, "method.group", what, f"choose a multiple of {self.group} for the batch")
+        what = f"a group of {self.group} does not split into {self.updates_per_rollout} equal updates"
+        parts = self.updates_per_rollout
+        require(parts >= 1 and self.group % parts == 0, "method.updates_per_rollout", what, "choose a divisor")
+        require(self.eta > 0, "method.eta", f"{self.eta} leaves no noise to learn from", "choose a positive number")
+        require(self.shift is None or self.shift > 0, "method.shift", f"{self.shift} gives no grid from 1 to 0",
+                "choose a positive number, or null")  # fmt: skip
+        for field in ("clip", "advantage_clip"):
+            value = getattr(self, field)
+            require(value > 0, f"method.{field}", f"{value} leaves no gradient", "choose a positive number")
+        require(self.beta >= 0, "method.beta", f"{self.beta} would drive the model away", "choose 0 or more")
+
+    # ---- what a subclass chooses
+
+    def noisy(self, batch: Batch) -> range:
+        """The noisy moves. The last one ends at sigma 0, where its likelihood is far too sharp to learn from."""
+        return range(self.steps - 1)
+
+    def moves(self, part: Batch, noisy: range) -> Tensor:
+        """(k, B) moves to train, a loss for each row. Here: all noisy ones, in order."""
+        return torch.tensor(noisy)[:, None].expand(-1, len(part))
+
+    def unit(self, rewards: Tensor) -> Tensor:
+        """Deviation along the last dimension, in which rewards are measured."""
+        return rewards.std(-1, keepdim=True) + 1e-8
+
+    def rollout(self, flow: Flow, part: Batch, schedule: Schedule) -> Trajectory:
+        """States and likelihoods up to the last noisy move at least, and the image."""
+        return integrate_sde(flow, part, schedule.t, schedule.eta)
+
+    # ---- one batch
+
+    def updates(self, flow: Flow, reward: Reward, batch: Batch) -> Generator[Iterable[Loss] | Pool, Tensor, None]:
+        schedule = self.schedule(flow, batch)
+        parts = self.parts(batch)
+        paths = [self.rollout(flow, part, schedule) for part in parts]
+        with torch.no_grad():
+            scores = [reward(flow.decode(path.x_0), part.prompts) for part, path in zip(parts, paths)]
+        rewards, weights = self.rewards(reward, scores)
+        everyone = (yield from pooled(rewards)) if self.std == "batch" else None
+        advantages = self.advantages(rewards, weights, everyone).unflatten(1, (len(parts), -1))
+        for u, (part, path) in enumerate(zip(parts, paths)):
+            yield self.losses(flow, part, path, schedule, advantages[:, u].flatten())
+
+    def schedule(self, flow: Flow, batch: Batch) -> Schedule:
+        t, noisy = self.grid(flow), self.noisy(batch)
+        eta = torch.zeros(self.steps, dtype=torch.float64)
+        eta[noisy.start : noisy.stop] = self.levels(t)[noisy.start : noisy.stop]
+        return Schedule(t, noisy, eta)
+
+    def grid(self, flow: Flow) -> Tensor:
+        """(N + 1,) sigmas, 1 -> 0."""
+        if self.shift is None:
+            return flow.sigmas(self.steps)
+        u = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def levels(self, t: Tensor) -> Tensor:
+        """(N,) noise of each move, were it noisy. Flow-SDE would be infinite at t = 1: its 1 - t is then the next's."""
+        at = t[:-1].double()
+        if self.sde == "dance":
+            return torch.full_like(at, self.eta)
+        return self.eta * (at / (1 - torch.where(at < 1, at, at[1]))).sqrt()
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """The samples of each update: the same share of every group.
+
+        They go through the network together, in the rollout as in the update, so that the ratio starts at exactly 1.
+        """
+        grouped = batch.grouped(self.group)
+        if not self.same_noise:
+            grouped = dataclasses.replace(grouped, noise=batch.noise)
+        shares = torch.arange(len(batch)).view(-1, self.updates_per_rollout, self.group // self.updates_per_rollout)
+        return [grouped.select(shares[:, u].flatten()) for u in range(self.updates_per_rollout)]
+
+    # ---- advantages
+
+    def rewards(self, reward: Reward, scores: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(M, b) scores of each part -> (M, groups, group) rewards to normalise, (M,) weights of the results."""
+        weights = torch.tensor([term.weight for term in reward.terms], dtype=torch.float64)
+        if self.aggregate == "reward":
+            scores, weights = [reward.value(score)[None] for score in scores], torch.ones(1, dtype=torch.float64)
+        share = self.group // self.updates_per_rollout
+        return torch.stack([score.unflatten(1, (-1, share)) for score in scores], 2).flatten(2), weights
+
+    def advantages(self, rewards: Tensor, weights: Tensor, everyone: Tensor | None = None) -> Tensor:
+        """(M, groups, group) rewards -> (groups, group): differences from the group's mean, in units, summed, clipped.
+
+        In float64 around the group's first reward: equal rewards give exactly zero, where in fp32 rounding alone gives
+        up to +-0.7. ``everyone``: (M, 1, B) rewards of the whole batch, if their deviation is the unit.
+        """
+        r = rewards.double() - rewards.double()[..., :1]
+        a = (r - r.mean(-1, keepdim=True)) / self.unit(r if everyone is None else everyone)
+        total = (weights.to(a)[:, None, None] * a).sum(0)
+        return total.clamp(-self.advantage_clip, self.advantage_clip)
+
+    # ---- the objective
+
+    def losses(
+        self, flow: Flow, part: Batch, path: Trajectory, schedule: Schedule, advantage: Tensor
+    ) -> Iterator[Loss]:
+        """One loss per row of ``moves``; their sum is a mean over samples and trained moves."""
+        rows, advantage = torch.arange(len(part)), advantage.to(path.log_prob)
+        moves = self.moves(part, schedule.noisy)
+        for i in moves:
+            at, to, eta = (s.to(part.noise) for s in (schedule.t[i], schedule.t[i + 1], schedule.eta[i]))
+            x, x_next = path.states[rows, i], path.states[rows, i + 1]
+            mean, std = sde_step(x, flow.velocity(x, at, part.cond), at, to, eta)
+            ratio = (log_normal(x_next, mean, std) - path.log_prob[rows, i]).exp()
+            each = -self.gain(advantage, ratio)
+            off = (ratio.detach() - 1).abs()
+            metrics: dict[str, float | Tensor] = {
+                "ratio_off": off.mean(),
+                "clipped": (off > self.clip).double().mean(),
+            }
+            if self.beta > 0:
+                with torch.no_grad():
+                    base, _ = sde_step(x, flow.velocity(x, at, part.cond, reference=True), at, to, eta)
+                kl = divergence(mean, base, eta)
+                each = each + self.beta * kl
+                metrics["kl"] = kl.detach().mean()
+            yield Loss(each.mean() / len(moves), metrics)
+
+    def gain(self, advantage: Tensor, ratio: Tensor) -> Tensor:
+        """(B,) clipped surrogate to maximise: once a ratio has moved far enough the good way, it has no gradient."""
+        return torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - self.clip, 1 + self.clip))
+
+
+def pooled(rewards: Tensor) -> Generator[Pool, Tensor, Tensor]:
+    """(M, groups, group) rewards of this micro-batch -> (M, 1, B) of the whole batch, in float64."""
+    rows = []
+    for row in rewards.double():
+        everyone = yield Pool(row.flatten())
+        rows.append(everyone)
+    return torch.stack(rows)[:, None]
+
+
+def divergence(mean: Tensor, base: Tensor, eta: Tensor) -> Tensor:
+    """(B,) KL divergence of a move from the base model's, as Flow-GRPO has it: a mean over the latent's dimensions.
+
+    Its deviation is eta without the square root of the step h, so this is h times the true divergence.
+    """
+    return (mean - base).square().flatten(1).mean(1) / (2 * eta.square())

@@ -1,0 +1,38 @@
+"""Weights that somebody else trained and published, as a row of the table.
+
+So the LeapAlign paper (arXiv 2604.15311) compares itself with ``xzyhku/flux_hpsv2.1_dancegrpo`` (DanceGRPO) and
+``tulvgengenr/MixGRPO``. Departures from a row that was trained here:
+1. No training costs and no training seeds: what was spent is not known, nor how much another training would differ.
+2. ``steps`` has no meaning, and is no part of the id.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from alignbench.method import AlignMethod, require
+from alignbench.weights import published
+
+if TYPE_CHECKING:
+    from alignbench.flow import Flow
+
+
+class Checkpoint(AlignMethod):
+    """A published transformer, or published LoRA adapters, in place of training."""
+
+    name: ClassVar[str] = "checkpoint"
+    trains: ClassVar[bool] = False
+    weights: str  # type: ignore[misc]  # a hub id, a folder or a .safetensors file; keyword-only, as all settings are
+    revision: str | None = None  # of the hub id
+    kind: Literal["transformer", "lora"] = "transformer"
+    subfolder: str | None = None  # of the hub id or the folder
+
+    def files(self) -> list[Path]:
+        return published(self.weights, "method.weights", revision=self.revision, subfolder=self.subfolder)
+
+    def prepare(self, flow: Flow) -> None:
+        loader = f"load_{self.kind}"
+        what = f"this backend ({type(flow).__name__}) cannot load a published {self.kind}"
+        require(hasattr(flow, loader), "method.kind", what, "choose the backend flux, or another kind")
+        getattr(flow, loader)(self.files())

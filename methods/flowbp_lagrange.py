@@ -1,0 +1,113 @@
+"""FlowBP-Lagrange: LeapAlign whose leaps integrate a polynomial through several velocities (arXiv 2606.11075).
+
+Letters are LeapAlign's (arXiv 2604.15311). Defaults are the released FLUX.1-dev settings. Departures from the released
+code, beside FlowBP-Sparse's:
+1. ``tail`` bounds the whole draw of k and j, not only which steps are active: the start of a leap is always active.
+2. No cap on the number of active steps beyond ``mode``, and no mode without any.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from alignbench.flow import euler, integrate, randint, scale_grad, straight_through
+from alignbench.method import Loss, Pathwise, require, reward_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from alignbench.evaluator import Reward
+    from alignbench.flow import Batch, Cond, Flow
+
+
+class FlowBPLagrange(Pathwise):
+    """noise -> x_k -leap-> x_j -leap-> x_0: each leap a quadrature over ``order`` of the sampler's own velocities."""
+
+    name: ClassVar[str] = "flowbp_lagrange"
+    alpha: float = 0.1  # share of the nested gradient that is kept
+    tau: float = 0.2  # smallest distance in the weight; Klein: 0.1
+    order: int = 3  # velocities of a leap: exact for polynomials in sigma of one degree less
+    mode: Literal["start", "midpoint", "all"] = "midpoint"  # with gradient: the first, the first two, or all of them
+    support_scale: float = 0.25  # of the gradients of those that are not the first
+    rescale: float = 0.5  # 1: active velocities stand for the whole leap, 0: for themselves; SD3.5-M, Klein: 0
+    anchor: float = 1.0  # from k to j: 0 is LeapAlign's straight leap, 1 the quadrature
+    pair: Literal["dirichlet", "uniform"] = "dirichlet"  # law of k and j
+    concentration: tuple[float, float, float] = (2.5, 6.0, 2.0)  # of the lengths image to j, j to k, k to noise
+    max_j: int | None = None  # steps from j to the image, at most; SD3.5-M: 10
+    tail: float = 1.0  # share of the steps, at the image's end, where k and j lie; Klein: 0.7
+
+    def check(self, batch: int, differentiable: bool) -> None:
+        super().check(batch, differentiable)
+        require(0 < self.tail <= 1, "method.tail", f"{self.tail} is no share of the steps", "choose more than 0, to 1")
+        require(
+            self.room >= 3, "method.steps", f"{self.room} steps hold no three parts", "choose more, or a larger tail"
+        )
+        require(self.order >= 1, "method.order", f"{self.order} velocities are none", "choose 1 or more")
+        require(self.tau > 0, "method.tau", f"{self.tau} does not bound the weight", "choose a positive number")
+        require(min(self.concentration) > 0, "method.concentration", f"{self.concentration} is no Dirichlet's",
+                "choose three positive numbers")  # fmt: skip
+        require(self.max_j is None or self.max_j >= 2, "method.max_j", f"{self.max_j} leaves no j", "choose 2 or more")
+        for field in ("alpha", "support_scale", "rescale", "anchor"):
+            value = getattr(self, field)
+            require(0 <= value <= 1, f"method.{field}", f"{value} is not a share", "choose 0 to 1")
+
+    @property
+    def room(self) -> int:
+        """Steps where k and j may lie."""
+        return math.ceil(self.tail * self.steps)
+
+    def draw(self, rng: torch.Generator) -> tuple[int, int]:
+        """Steps (k, j) with k first; 0 is the noise."""
+        if self.pair == "uniform":
+            k, j = torch.randperm(self.room, generator=rng)[:2].sort().values.tolist()
+            return self.steps - self.room + k, self.steps - self.room + j
+        shares = np.random.default_rng(randint(0, 2**31 - 1, rng)).dirichlet(self.concentration)
+        to_j = min(max(1, round(shares[0] * self.room)), self.room - 2, (self.max_j or self.room) - 1)
+        to_k = min(max(1, round(shares[1] * self.room)), self.room - 1 - to_j)
+        j = self.steps - 1 - to_j
+        return j - to_k, j
+
+    def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:
+        t, c = flow.sigmas(self.steps), batch.cond
+        k, j = self.draw(batch.step_rng)
+        x_k = integrate(flow, batch.noise, t[: k + 1], c)
+        at_j, d_j = self.leap(flow, c, t[k : j + 1], x_k, self.anchor)
+        at_0, d_0 = self.leap(flow, c, t[j:], at_j)
+        w = 1 / (d_j.clamp(min=self.tau) + d_0.clamp(min=self.tau))
+        loss = reward_loss(flow, reward, batch, at_0, w)
+        misses = {"leap_miss_j": d_j.mean(), "leap_miss_0": d_0.mean(), "weight": w.mean()}
+        return loss._replace(metrics={**loss.metrics, **misses})
+
+    def leap(self, flow: Flow, c: Cond, t: Tensor, at: Tensor, anchor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The sampler from t[0] to t[-1], with the leap's gradient; (B,) how far the leap misses."""
+        support = spread(len(t) - 1, self.order)
+        weight = dict(zip(support, quadrature(t[support], t[-1])))
+        active = support[: {"start": 1, "midpoint": 2, "all": None}[self.mode]]
+        total, reached = (sum(abs(weight[i]) for i in chosen) for chosen in (support, active))
+        rho = 1 + self.rescale * (total / reached - 1)
+        x, moved = at.detach(), torch.zeros_like(at)
+        for i in range(len(t) - 1):
+            with torch.set_grad_enabled(i in active):
+                v = flow.velocity(scale_grad(at, self.alpha) if i == 0 else x, t[i], c)
+            if i in support:
+                v_i = scale_grad(v, rho * (1 if i == 0 else self.support_scale)).to(x.dtype)
+                moved = moved + (anchor * weight[i] + (1 - anchor) * (i == 0) * float(t[-1] - t[0])) * v_i
+            x = euler(x, v.detach(), t[i], t[i + 1])
+        leap = at + moved
+        return straight_through(x, leap), (x - leap).detach().abs().flatten(1).mean(1)
+
+
+def spread(length: int, n: int) -> list[int]:
+    """At most n distinct steps of 0, ..., length - 1, evenly spaced, the first among them."""
+    return sorted({m * length // n for m in range(n)})
+
+
+def quadrature(nodes: Tensor, end: Tensor) -> list[float]:
+    """Weights W_i with sum_i W_i p(nodes[i]) = integral of p from nodes[0] to ``end``, for degrees below len(nodes)."""
+    u, powers = (nodes - nodes[0]).double().cpu(), torch.arange(len(nodes), dtype=torch.float64)
+    goal = (end - nodes[0]).double().cpu() ** (powers + 1) / (powers + 1)
+    return torch.linalg.solve(u[None] ** powers[:, None], goal).tolist()
