@@ -105,7 +105,7 @@ class HPSv3(Evaluator):
         return in_batches(batch, images, prompts, self.metrics[0].name)
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] -> (B,) mu, differentiable: resized as floats, where Pillow rounds to 8 bits."""
+        """(B, 3, H, W) pixels in [0, 1] -> (B,) mu, differentiable: resized in floats, Pillow rounds to 8 bits."""
         official.refuse_reward(self.name, self.engine)
         return self._mu(list(_resized(check_range(pixels).float())), prompts)
 
@@ -247,7 +247,7 @@ def _empty(base: Path, words: int) -> Any:
     from torch.nn import Dropout, Linear, ModuleDict, ReLU, Sequential
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
-    config = Qwen2VLConfig.from_pretrained(base, local_files_only=True)
+    config: Any = Qwen2VLConfig.from_pretrained(base, local_files_only=True)
     config.text_config.vocab_size = words
     width = config.text_config.hidden_size
     with init_empty_weights():

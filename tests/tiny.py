@@ -346,3 +346,29 @@ def hpsv3_folder(folder: Path) -> Path:
     state = {name: t if name.startswith("rm_head") else t.bfloat16() for name, t in state.items()}
     save_file(state, folder / "HPSv3.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def judge_folder(folder: Path, kind: str = "Qwen2_5_VL") -> Path:
+    """A Qwen2_5_VL or Qwen3_VL of two layers that can be asked, with random weights, in the hub's layout."""
+    import transformers
+
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = qwen_tokenizer(folder)
+    patch = 16 if kind == "Qwen3_VL" else 14
+    names = kind.replace("3_VL", "3VL")
+    text = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
+    text |= {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
+    vision |= {"patch_size": patch, "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0]}
+    tokens = {f"{name}_id": ids[f"<|{token}|>"] for name, token in QWEN_TOKENS.items()}
+    config = getattr(transformers, f"{names}Config")(text_config=text, vision_config=vision, **tokens)
+    model = getattr(transformers, f"{names}ForConditionalGeneration")(config)
+    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    model.save_pretrained(folder)
+    named = {"patch_size": patch, "processor_class": f"{names}Processor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(QWEN_PREPROCESSOR | named))
+    return folder

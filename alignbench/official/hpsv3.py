@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.trainer  # noqa: F401 - asks which packages there are, hence before the next lines
+import transformers.trainer  # it asks which packages there are, hence before they are made up below
 import yaml
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
