@@ -27,6 +27,9 @@ class Metric(NamedTuple):
     by_task: bool = False
 
 
+TEXTS = ("raw", "error")  # columns of text that may stand behind the metrics: a judge's words, why there is no score
+
+
 class Evaluator(Config):
     """Scores (image, prompt) pairs with the official preprocessing. Heavy imports belong inside the methods."""
 
@@ -43,7 +46,10 @@ class Evaluator(Config):
         """UserError for the first prompt that this evaluator cannot score. Cheap: called before any model is loaded."""
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row per image, one column per metric (by ``Metric.name``). NaN: this image could not be scored."""
+        """One row per image, one column per metric (by ``Metric.name``). NaN: this image could not be scored.
+
+        The columns of text in TEXTS may follow.
+        """
         raise NotImplementedError
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from alignbench.checkpoint import load_records
 from alignbench.config import UserError
-from alignbench.evaluator import Evaluator, Reward, Term, to_tensor
+from alignbench.evaluator import TEXTS, Evaluator, Reward, Term, to_tensor
 from alignbench.flow import Batch, Cond, Flow, integrate, recomputing, seeded
 from alignbench.meter import Meter, metered, metered_reward
 from alignbench.method import AlignMethod, Loss, Pool
@@ -400,17 +400,24 @@ class EvaluatorContract:
             pytest.skip("this evaluator gives no training reward, and says so")
         return self.evaluator.reward(pixels, prompts)
 
+    def metrics(self) -> list[str]:
+        return [metric.name for metric in self.evaluator.metrics]
+
+    def scores(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> np.ndarray:
+        return self.evaluator.score(images, prompts)[self.metrics()].to_numpy(dtype=float)
+
     def test_its_files_are_there(self) -> None:
         """Every file that determines the score exists, and every prompt passes ``check``."""
         assert all(path.is_file() for path in self.evaluator.files())
         self.evaluator.check(self.prompts())
 
     def test_one_row_per_image_and_one_column_per_metric(self) -> None:
-        """Finite floats, one row per image, exactly the declared columns; no image is no row."""
+        """Finite floats, one row per image, exactly the declared columns, texts behind them; no image is no row."""
         frame = self.evaluator.score(self.images(), self.prompts())
-        assert list(frame.columns) == [metric.name for metric in self.evaluator.metrics]
+        assert [name for name in frame if name not in TEXTS] == self.metrics()
+        assert list(frame)[: len(self.metrics())] == self.metrics()
         assert len(frame) == len(self.images())
-        assert np.isfinite(frame.to_numpy(dtype=float)).all()
+        assert np.isfinite(frame[self.metrics()].to_numpy(dtype=float)).all()
         assert len(self.evaluator.score([], [])) == 0
 
     def test_scores_are_deterministic(self) -> None:
@@ -423,9 +430,9 @@ class EvaluatorContract:
     def test_an_image_is_scored_by_itself(self) -> None:
         """The score depends neither on the other images nor on their order."""
         images, prompts = self.images(), self.prompts()
-        together = self.evaluator.score(images, prompts).to_numpy(dtype=float)
-        alone = [self.evaluator.score([i], [p]).to_numpy(dtype=float)[0] for i, p in zip(images, prompts)]
-        backwards = self.evaluator.score(images[::-1], prompts[::-1]).to_numpy(dtype=float)[::-1]
+        together = self.scores(images, prompts)
+        alone = [self.scores([i], [p])[0] for i, p in zip(images, prompts)]
+        backwards = self.scores(images[::-1], prompts[::-1])[::-1]
         np.testing.assert_allclose(alone, together, rtol=self.rtol, atol=self.atol)
         np.testing.assert_allclose(backwards, together, rtol=self.rtol, atol=self.atol)
 

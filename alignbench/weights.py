@@ -169,10 +169,10 @@ def load(path: Path, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: {path} {what}") from None
 
 
-def fill(model: Any, state: Mapping[str, Any], path: Path, where: str) -> None:
+def fill(model: Any, state: Mapping[str, Any], path: Path, where: str, assign: bool = False) -> None:
     """``model.load_state_dict(state)``. UserError that names what is missing, unexpected, or of another shape."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         raise UserError(f"{where}: {path} is not this architecture: {' '.join(str(error).split())}") from None
 
