@@ -50,7 +50,7 @@ BAD = {  # what is wrong: (changes to the sweep, the line)
     "a method without a name": (case(alpha=0.3), r"cases\[1\].method: expected settings with a 'name' \(methods: "),
     "an unknown evaluator": (
         {"evaluation": {"evaluators": [{"name": "hpsv4"}]}},
-        r"evaluation.evaluators\[0\].name: there is no evaluator 'hpsv4'; did you mean 'hpsv2'",
+        r"evaluation.evaluators\[0\].name: there is no evaluator 'hpsv4'; did you mean 'hpsv3'",
     ),
     "an unknown backend": (base(backend={"name": "flx"}), "base.backend.name: there is no backend 'flx'; did you mean"),
     "a float for an integer": (
