@@ -402,13 +402,14 @@ def _results(store: Store, manifest: dict[str, Any]) -> Any:
 
 
 def _listed(kind: str, registry: Registry) -> list[tuple[str, str]]:
-    from alignbench.prompts import SHAPES, SPLITS
+    from alignbench.prompts import GENERATED, SHAPES, SPLITS
     from alignbench.promptsets import SETS
     from alignbench.sweep import sweeps
 
     if kind == "prompts":
         shapes = [(f"shapes/{split}", str(SHAPES / f"{split}.jsonl")) for split in SPLITS]
-        return [*shapes, *((name, f"{chosen.about} ({chosen.repository})") for name, chosen in SETS.items())]
+        made = [(name, "made on demand, as GenEval's authors made it") for name in GENERATED]
+        return [*shapes, *made, *((name, f"{chosen.about} ({chosen.repository})") for name, chosen in SETS.items())]
     if kind == "sweeps":
         return [(name, str(path)) for name, path in sweeps().items()]
     names = registry.names(kind.removesuffix("s"))  # type: ignore[arg-type]

@@ -436,6 +436,9 @@ def check_evaluation(cell: Cell, evaluation: Evaluation, registry: Registry, whe
     if hasattr(backend, "check_size"):
         backend.check_size(protocol.size, f"{where}: evaluation.protocol.size")
     prompts = load(protocol.prompts, f"{where}: evaluation.protocol.prompts")
+    if len({prompt.id for prompt in prompts}) < len(prompts):
+        what = f"{protocol.prompts} repeats prompts, whose pictures would count more than once"
+        raise UserError(f"{where}: evaluation.protocol.prompts: {what}; choose a list for evaluation")
     _check_prompts(protocol.prompts, prompts[: evaluation.limit], backend)
 
 

@@ -83,6 +83,12 @@ def test_one_reward_or_several(tmp_path):
             plan(tmp_path, *assignment, changes={} if assignment else {"base": {"reward": []}})
 
 
+def test_a_list_that_repeats_prompts_is_not_for_evaluation(tmp_path):
+    """GenEval's training list draws some prompts often; a mean over their pictures would weigh them more."""
+    with pytest.raises(UserError, match=r"evaluation.protocol.prompts: geneval/train repeats prompts"):
+        plan(tmp_path, "evaluation.protocol.prompts=geneval/train")
+
+
 def test_an_evaluator_for_tables_alone_is_no_reward(tmp_path):
     """One that defines no reward is refused before anything is loaded, for policy gradients too."""
     with pytest.raises(UserError, match=r"reward\.evaluator: broken scores for tables alone; choose"):
