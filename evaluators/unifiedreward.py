@@ -277,7 +277,7 @@ class UnifiedReward(Evaluator):
                 return self._call("POST", path, body)
             except Busy as error:
                 if i == TRIES - 1:
-                    raise Unanswered(f"{error} ({TRIES} times)") from None
+                    raise Unanswered(f"{error}; tries: {TRIES}") from None
             time.sleep(PATIENCE * 2**i)
         raise AssertionError
 

@@ -76,10 +76,13 @@ class Stub(BaseHTTPRequestHandler):
         self.server.keys.append(self.headers.get("Authorization"))
         with self.server.counting:
             self.server.bodies.append(body)
+            among_the_first = self.server.gate and len(self.server.bodies) <= self.server.gate.parties
             self.server.sizes.append(image.size)
             self.server.busy += 1
             self.server.busiest = max(self.server.busiest, self.server.busy)
         try:
+            if among_the_first:
+                self.server.gate.wait(30)
             self.answer(question["text"], image)
         finally:
             with self.server.counting:
@@ -90,8 +93,6 @@ class Stub(BaseHTTPRequestHandler):
         if mishap:
             MISHAPS[mishap](self)
             return
-        if self.server.gate and len(self.server.bodies) <= self.server.gate.parties:
-            self.server.gate.wait(30)
         self.say(verdict(image, question))
 
     def say(self, text, finish="stop"):
@@ -130,6 +131,13 @@ def drip(handler):
             time.sleep(0.2)
 
 
+def half(handler):
+    """The head promises more than comes."""
+    handler.reply(200, b'{"choices": [', length=500)
+    handler.close_connection = True
+    handler.connection.shutdown(socket.SHUT_WR)
+
+
 def hang_up(handler):
     handler.close_connection = True
     handler.connection.shutdown(socket.SHUT_RDWR)
@@ -145,7 +153,7 @@ MISHAPS = {
     "html": lambda handler: handler.reply(200, b"<html>\n<h1>proxy</h1>"),
     "other json": lambda handler: handler.reply(200, {"choices": []}),
     "no text": lambda handler: handler.say(None),
-    "half": lambda handler: handler.reply(200, b'{"choices": [', length=500),
+    "half": half,
     "endless": lambda handler: handler.reply(200, b" " * 2**21),
     "prose": lambda handler: handler.say("A lovely picture!"),
     "empty": lambda handler: handler.say(""),
@@ -159,31 +167,30 @@ MISHAPS = {
 }
 
 
-@pytest.fixture(scope="module")
-def running():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    server.handle_error = lambda request, address: None  # clients that give up are part of the tests
-    server.counting = threading.Lock()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # connections that may wait; five make clients try again after seconds
+
+    def handle_error(self, *args):
+        """Clients that give up are part of the tests."""
 
 
 @pytest.fixture
-def server(running, monkeypatch):
-    """The stub with empty books; waiting between two tries is short."""
-    running.offered, running.keys, running.bodies, running.sizes = ["UnifiedReward"], [], [], []
-    running.busy = running.busiest = running.tries = 0
-    running.gate = None
-    running.url = f"http://127.0.0.1:{running.server_port}"
+def server(monkeypatch):
+    """The stub, on a port of its own; waiting between two tries is short."""
+    stub = Server(("127.0.0.1", 0), Stub)
+    stub.url = f"http://127.0.0.1:{stub.server_port}"
+    stub.counting, stub.gate = threading.Lock(), None
+    stub.offered, stub.keys, stub.bodies, stub.sizes = ["UnifiedReward"], [], [], []
+    stub.busy = stub.busiest = stub.tries = 0
+    threading.Thread(target=stub.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     monkeypatch.setattr(unifiedreward, "PATIENCE", 0.01)
-    return running
+    yield stub
+    stub.shutdown()
+    stub.server_close()
 
 
-def asking(server, **settings):
-    return UnifiedReward(**{"server": server.url, "revision": "0123abcd", "timeout": 20.0, **settings})
+def asking(stub, **settings):
+    return UnifiedReward(**{"server": stub.url, "revision": "0123abcd", "timeout": 20.0, **settings})
 
 
 @pytest.mark.parametrize("template", ["acs", "acs_2", "final", "flowbp"])
@@ -449,9 +456,9 @@ def test_a_prompt_with_an_image_s_token_is_refused(server):
 # -- the model, here --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["Qwen2_5_VL", "Qwen3_VL"])
+@pytest.fixture(scope="module", params=[("Qwen2_5_VL", 8), ("Qwen3_VL", 6)])
 def local(request, tmp_path_factory):
-    folder = tiny.judge_folder(tmp_path_factory.mktemp("judge"), request.param)
+    folder = tiny.judge_folder(tmp_path_factory.mktemp("judge"), *request.param)
     return UnifiedReward(weights=str(folder), max_new_tokens=12)
 
 

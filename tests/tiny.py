@@ -451,8 +451,11 @@ def hpsv3_folder(folder: Path) -> Path:
     return folder
 
 
-def judge_folder(folder: Path, kind: str = "Qwen2_5_VL") -> Path:
-    """A Qwen2_5_VL or Qwen3_VL of two layers that can be asked, with random weights, in the hub's layout."""
+def judge_folder(folder: Path, kind: str, gain: float) -> Path:
+    """A Qwen2_5_VL or Qwen3_VL of two layers that can be asked, with random weights, in the hub's layout.
+
+    ``gain``: of its matrices, so that it does not say the same of everything.
+    """
     import transformers
 
     torch.manual_seed(0)
@@ -469,6 +472,9 @@ def judge_folder(folder: Path, kind: str = "Qwen2_5_VL") -> Path:
     tokens = {f"{name}_id": ids[f"<|{token}|>"] for name, token in QWEN_TOKENS.items()}
     config = getattr(transformers, f"{names}Config")(text_config=text, vision_config=vision, **tokens)
     model = getattr(transformers, f"{names}ForConditionalGeneration")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 if parameter.ndim == 1 else gain)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     model.save_pretrained(folder)
