@@ -197,8 +197,10 @@ def ls(arguments: argparse.Namespace) -> int:
     for kind in [arguments.kind] if arguments.kind else KINDS:
         if not arguments.kind:
             print(f"{kind}:")
-        for name, text in _listed(kind, registry):
-            print(f"  {name:<12} {text}".rstrip())
+        listed = _listed(kind, registry)
+        width = max(len(name) for name, _ in listed)
+        for name, text in listed:
+            print(f"  {name:<{width}} {text}".rstrip())
     return DONE
 
 
