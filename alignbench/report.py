@@ -447,8 +447,8 @@ def _protocol_section(manifest: dict[str, Any], analysis: Analysis, origins: Seq
     protocol = {key: value for key, value in manifest["protocol"].items() if value is not None}
     facts |= {f"evaluation, {key.replace('_', ' ')}": value for key, value in protocol.items()}
     facts |= {"training reward": manifest["training_evaluator"]}
-    versions = {m.evaluator: m.version for m in analysis.measures}
-    facts |= {"evaluators": ", ".join(f"{name} {version}" for name, version in versions.items())}
+    versions = dict.fromkeys(f"{m.evaluator} {m.version}" for m in analysis.measures)  # one may stand there twice
+    facts |= {"evaluators": ", ".join(versions)}
     facts |= {"intervals": f"95 %, {stats.DRAWS:,} bootstrap draws, seed 0"}
     lines = [f"- {escape(key)}: {escape(value)}" for key, value in facts.items()]
     lines += _departures(manifest)

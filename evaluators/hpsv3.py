@@ -207,9 +207,12 @@ def _resized(image: Any) -> Any:
 
 
 def smart_size(height: int, width: int) -> tuple[int, int]:
-    """Qwen's smart_resize for a fixed number of pixels: rounded if that hits it, else scaled and rounded towards it."""
+    """Qwen's smart_resize for a fixed number of pixels: rounded if that hits it, else scaled and rounded towards it.
+
+    ValueError for sides that differ too much, as in the package.
+    """
     if max(height, width) > RATIO * min(height, width):
-        raise UserError(f"hpsv3: an image of {width} x {height} is too narrow; its sides may differ {RATIO}-fold")
+        raise ValueError(f"hpsv3: an image of {width} x {height} is too narrow; its sides may differ {RATIO}-fold")
     side = PATCH * MERGE
     rounded = [max(side, round(length / side) * side) for length in (height, width)]
     scale = math.sqrt(height * width / PIXELS)

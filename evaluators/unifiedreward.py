@@ -156,9 +156,9 @@ class UnifiedReward(Evaluator):
         return weights.locate(self.weights, "unifiedreward.weights", revision=self.revision)
 
     def files(self) -> list[Path]:
-        """The checkpoint's; none with a server, whose weights ``weights`` and ``revision`` name."""
+        """The checkpoint's; with a server, whose weights ``weights`` and ``revision`` name, the questions alone."""
         if self.server:
-            return []
+            return [question_file(question.file) for question in self._template.questions]
         beside = [path for pattern in ("*.txt", "*.jinja") for path in self.folder.glob(pattern)]
         found = weights.model_files(self.folder, "unifiedreward.weights")
         kind = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
@@ -351,9 +351,13 @@ class UnifiedReward(Evaluator):
         return model.eval().requires_grad_(False)
 
 
+def question_file(file: str) -> Path:
+    return PROMPTS / f"unifiedreward-{file}.txt"
+
+
 def text(file: str, prompt: str) -> str:
     """The question in ``file`` about an image made for ``prompt``."""
-    return (PROMPTS / f"unifiedreward-{file}.txt").read_text(encoding="utf-8").replace("{prompt}", prompt)
+    return question_file(file).read_text(encoding="utf-8").replace("{prompt}", prompt)
 
 
 def parse(answer: Answer, label: str) -> float:

@@ -235,7 +235,8 @@ def test_what_would_score_something_else_is_refused(port, folder, images):
     """A prompt with the rubric's own tokens, a picture too narrow to resize, pixels on another scale."""
     for token in ("<|Reward|>", "<|image_pad|>"):
         refused("holds <", lambda token=token: port.check([Prompt("p", f"a {token}")]))
-    refused("too narrow", lambda: port.score([picture(2, 500, 0)], PROMPTS[:1]))
+    with pytest.raises(ValueError, match="an image of 500 x 2 is too narrow"):
+        port.score([picture(2, 500, 0)], PROMPTS[:1])
     for wrong in (lambda x: x * 255, lambda x: x * 2 - 1):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
             port.reward(wrong(to_tensor(images[0])[None]), PROMPTS[:1])

@@ -21,6 +21,7 @@ from alignbench.config import UserError
 from alignbench.evaluators import unifiedreward
 from alignbench.evaluators.unifiedreward import Answer, UnifiedReward, parse
 from alignbench.prompts import Prompt
+from alignbench.scoring import score_rows
 from alignbench.spec import evaluator_content
 from alignbench.testing import EvaluatorContract, picture
 
@@ -345,6 +346,18 @@ def test_a_failed_part_is_missing_alone(server):
     assert frame["raw"][0].endswith("nan")
 
 
+def test_tables_keep_words_and_reasons(server):
+    """What a sweep stores of a judge: its numbers, whether they are all there, why not, and its words."""
+    with pytest.warns(UserWarning, match="2 of 3"):
+        rows = score_rows(asking(server), images(3), prompts("a", "prose", "down"))
+    assert list(rows)[-3:] == ["ok", "error", "raw"]
+    assert rows["ok"].tolist() == [True, False, False]
+    assert rows["raw"][1] == "A lovely picture!"
+    assert rows["error"][0] is None
+    assert "no number" in rows["error"][1]
+    assert "answers 500" in rows["error"][2]
+
+
 def test_words_without_scores_are_kept(server):
     """What cannot be parsed can still be read."""
     with pytest.warns(UserWarning, match="2 of 2"):
@@ -533,7 +546,10 @@ def test_wrong_checkpoints_are_one_clear_line(local, tmp_path):
 
 
 def test_files_are_the_checkpoint_s(local, server):
-    """Weights, configuration, tokenizer and preprocessing; a server has none that could be read."""
+    """Weights, configuration, tokenizer and preprocessing; of a server only the questions can be read."""
     names = {path.name for path in local.files()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "merges.txt"} <= names
-    assert asking(server).files() == []
+    assert [path.stem for path in asking(server, template="flowbp").files()] == [
+        "unifiedreward-flowbp_align",
+        "unifiedreward-flowbp_iq",
+    ]
