@@ -53,10 +53,10 @@ def train(
     if not method.trains:
         return
     check(method, reward, training, accelerator)
+    method.prepare(flow)  # before the average starts from the weights, and before a resume replaces them
     run = Run(method, flow, training, accelerator)
     if checkpoints is not None:
         run.resume(checkpoints)
-    method.prepare(flow)
     flow, reward = metered(flow, run.meter, run.watch), metered_reward(reward, run.meter, run.watch)
     while not run.finished:
         records = list(run.advance(flow, reward, prompts))

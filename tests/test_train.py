@@ -558,6 +558,24 @@ def test_stopped_anywhere_and_resumed(method, every, tmp_path):
     same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
 
 
+def test_what_a_method_prepares_is_where_training_starts(tmp_path):
+    """Weights put in by ``prepare`` are the average's first, and a resumed run goes on from its own, not from them."""
+
+    class FromElsewhere(LeapAlign):
+        def prepare(self, flow):
+            with torch.no_grad():
+                flow.bias.fill_(0.5)
+
+    method, training = FromElsewhere(steps=STEPS), settings(batches=4, optimizer={"ema": 0.9})
+    _, undisturbed = run(method, training, tmp_path / "whole")
+    run(method, settings(batches=2, optimizer={"ema": 0.9}), tmp_path / "resumed")
+    again, _ = run(method, training, tmp_path / "resumed")
+    same_run(tmp_path, again, undisturbed, load_records(tmp_path / "resumed"))
+    run(method, settings(batches=1, optimizer={"ema": 0.9, "warmup": 10**9}), tmp_path / "still")
+    average = load_state(tmp_path / "still")["ema"][0]
+    torch.testing.assert_close(average, torch.full_like(average, 0.5), rtol=0, atol=1e-6)
+
+
 def test_records_of_a_resumed_run_are_only_the_new_ones(tmp_path):
     """What the checkpoint covers is not yielded again; once done, nothing is, and the final weights are there."""
     _, first = run(LEAP, settings(batches=2), tmp_path)
