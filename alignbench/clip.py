@@ -108,14 +108,7 @@ class Clip:
         import torch
         from transformers import CLIPModel
 
-        with weights.quiet():
-            settings: Any = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
-            loaded: Any = CLIPModel.from_pretrained(self.folder, **settings)
-        model, found = loaded
-        wrong = {what: sorted(found[what]) for what in ("missing_keys", "unexpected_keys") if found[what]}
-        if wrong:  # transformers itself would go on with random weights
-            raise UserError(f"{self.where}: {self.folder} does not hold this CLIPModel: {wrong}")
-        return model.eval().requires_grad_(False)
+        return weights.pretrained(CLIPModel, self.folder, self.where, torch.float32)
 
 
 def processor_files(folder: Path, where: str) -> list[Path]:

@@ -102,7 +102,6 @@ class Work:
         self.progress = Progress(Path(task.progress))
         self.failures: list[str] = []
         self.made: list[str] = []
-        self._holds_trained = False  # does the flow hold the weights that evaluation wants?
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -185,7 +184,7 @@ class Work:
         )
         prompts, training = load_prompts(self.spec.prompts), self.spec.training
         checkpoints = self.run.folder / "checkpoints"
-        flow, self._holds_trained = self.flow, True
+        flow = self.flow
         records = train(method, flow, reward, prompts, training, accelerator=self.accelerator, checkpoints=checkpoints)
         for record in records:
             share = spent(training.budget, record, self.accelerator.num_processes)

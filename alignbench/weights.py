@@ -177,6 +177,16 @@ def fill(model: Any, state: Mapping[str, Any], path: Path, where: str, assign: b
         raise UserError(f"{where}: {path} is not this architecture: {' '.join(str(error).split())}") from None
 
 
+def pretrained(cls: Any, folder: Path, where: str, dtype: Any) -> Any:
+    """A frozen transformers model, every weight from ``folder``. UserError if one is missing or left over."""
+    with quiet():
+        model, found = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    wrong = {what: sorted(found[what]) for what in ("missing_keys", "unexpected_keys") if found[what]}
+    if wrong:  # transformers itself would go on with random weights
+        raise UserError(f"{where}: {folder} does not hold this model: {wrong}")
+    return model.eval().requires_grad_(False)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Load without the libraries' progress bars, which would bury our own."""

@@ -341,14 +341,7 @@ class UnifiedReward(Evaluator):
         self.files()
         automatic = "bfloat16" if device().type == "cuda" else "float32"
         dtype = getattr(torch, automatic if self.dtype == "auto" else self.dtype)
-        settings: Any = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-        with weights.quiet():
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(self.folder, **settings)
-        model, found = loaded
-        wrong = {what: sorted(found[what]) for what in ("missing_keys", "unexpected_keys") if found[what]}
-        if wrong:  # transformers itself would go on with random weights
-            raise UserError(f"unifiedreward.weights: {self.folder} does not hold this model: {wrong}")
-        return model.eval().requires_grad_(False)
+        return weights.pretrained(AutoModelForImageTextToText, self.folder, "unifiedreward.weights", dtype)
 
 
 def question_file(file: str) -> Path:
