@@ -145,6 +145,21 @@ class Sweep(Config):
     evaluation: Evaluation
     grid: dict[str, Annotated[list[Any], Meta(min_length=1)]] = msgspec.field(default_factory=dict)
     overrides: list[Override] = msgspec.field(default_factory=list)
+    slurm: dict[str, Any] = msgspec.field(default_factory=dict)  # what jobs ask for (slurm.Slurm); in no id
+
+
+def check_ranks(training: Training, ranks: int, where: str) -> None:
+    """UserError unless the global batch divides among ``ranks``, and a rank's share holds a micro-batch."""
+    if training.batch % ranks:
+        raise UserError(
+            f"{where}: training.batch: {training.batch} samples do not divide among {ranks} ranks; choose a multiple"
+        )
+    local = training.batch // ranks
+    if training.micro_batch is not None and training.micro_batch > local:
+        raise UserError(
+            f"{where}: training.micro_batch: {training.micro_batch} is more than a rank's {local} samples; "
+            f"choose 1 to {local}"
+        )
 
 
 # -- ids: content in, ten hex digits out ------------------------------------------------------------------------------
