@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from alignbench.config import UserError, decode, settings
+from alignbench.config import Interrupted, UserError, decode, settings
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt, load_prompts
 from alignbench.spec import Evaluation, RunSpec, image_set_id, run_id
@@ -127,6 +127,8 @@ class Work:
                 yield lock
                 if lock:
                     self.made.append(artefact.kind)
+        except Interrupted:  # no failure, and nothing to put on record: the next attempt goes on
+            raise
         except Exception as error:
             reason = _reason(artefact.kind, error, self.store.root)
             self.note(traceback.format_exc())
