@@ -60,6 +60,7 @@ class Training(Config):
     micro_batch: Count | None = None  # images per backward on one rank; None: batch / ranks at once
     seed: Annotated[int, Meta(ge=0)] = 0
     checkpoint_every: Count = 25  # batches; not part of the run's id
+    keep: Count = 2  # checkpoints, so that one which a disk has damaged is not the only one; no part of the id
     drift_every: Count | None = 10  # batches between two looks at the drift from the base model; no part of the id
 
 
@@ -196,7 +197,8 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
         for part in spec.rewards
     ]
     training = settings(spec.training)
-    del training["checkpoint_every"], training["drift_every"]
+    for name in ("checkpoint_every", "keep", "drift_every"):  # what moves no weight
+        del training[name]
     content = {
         "backend": spec.backend,
         "backend files": fingerprint(backend.files()),

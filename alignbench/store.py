@@ -50,9 +50,9 @@ def write(path: Path, content: bytes | str | Callable[[Path], Any]) -> None:
             content(temporary)
         else:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise UserError(cannot_write(path, error)) from error
     finally:
@@ -67,7 +67,8 @@ def cannot_write(path: Path | str, error: OSError) -> str:
     return f"{path}: cannot be written: {error.strerror or error}; choose another --store, or mend its permissions"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """See to it that a file's content, or a folder's names, outlive a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
