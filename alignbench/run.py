@@ -206,7 +206,10 @@ class Work:
         prompts, training = load_prompts(self.spec.prompts), self.spec.training
         checkpoints = self.run.folder / "checkpoints"
         flow = self.flow
-        records = train(method, flow, reward, prompts, training, accelerator=self.accelerator, checkpoints=checkpoints)
+        records = train(
+            method, flow, reward, prompts, training,
+            accelerator=self.accelerator, checkpoints=checkpoints, stop=self.stop,
+        )  # fmt: skip
         for record in records:
             share = spent(training.budget, record, self.accelerator.num_processes)
             shown = f", reward {record['reward_mean']:.3f}" if "reward_mean" in record else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -230,7 +231,7 @@ def test_report_and_status_of_a_finished_sweep(swept, capsys, tmp_path):
     assert alignbench("status", store=swept / "store", plugin=False) == 0
     assert "3 done" in capsys.readouterr().out
     assert alignbench("status", path, store=swept / "store", plugin=False) == 0
-    assert "Last, seed 1: done  (last-" in capsys.readouterr().out
+    assert re.search(r"^Last, seed 1  last-\w+  done$", capsys.readouterr().out, re.MULTILINE)
     assert alignbench("report", path, "training.batch=1", store=swept / "store", plugin=False) == 1
     assert "was not run in" in capsys.readouterr().err
 
