@@ -17,7 +17,7 @@ LAYERS = (
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip"},
     {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot"},
-    {"train", "generate", "sweep", "report", "scoring"},
+    {"train", "generate", "sweep", "report", "scoring", "provenance"},
     {"run", "testing", "backends.flux"},
     {"launch", "authoring"},
     {"cli"},
@@ -39,6 +39,8 @@ TORCHLESS = {
     "config",
     "report",
     "analysis",
+    "snapshot",
+    "provenance",
 }
 
 
