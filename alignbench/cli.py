@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         _document(add[name], optional=name in ("run", "status"))
     for name in ("run", "sweep", "ls", "validate", "plan", "score"):
         add[name].add_argument("--plugin", metavar="FILE", action="append", default=[], help=PLUGIN)
-    for name in ("run", "sweep", "status", "report", "validate", "plan"):
+    for name in ("run", "sweep", "status", "report", "validate", "plan", "rerun"):
         add[name].add_argument(
             "--store", metavar="DIR", default="store", help="where results are kept (default: store)"
         )
@@ -93,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     add["score"].add_argument("--prompts", metavar="LIST", help="a .txt or .jsonl file, or a list's name")
     add["score"].add_argument("-e", "--evaluators", metavar="A,B", required=True, help="evaluators or metrics")
     add["score"].add_argument("--out", metavar="FILE", default="scores.csv", help="table to write (.csv or .parquet)")
+    add["rerun"].add_argument("run", metavar="RUN", help="a folder's name below runs/, or the beginning of one")
+    add["rerun"].add_argument("--into", metavar="DIR", help="a new store for it (default: STORE/reruns/RUN-1, -2, ...)")
     add["ls"].add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
     return top
 
@@ -276,6 +278,27 @@ def score(arguments: argparse.Namespace) -> int:
     return DONE if all(frame["ok"].all() for _, frame in scored) else SOME_FAILED
 
 
+def rerun(arguments: argparse.Namespace) -> int:
+    """Make a finished run again from its own records, and say whether every part is the same, bit by bit.
+
+    Uses the code that made it, if the store has a copy. Exit code 0: all equal, 2: something differs.
+    """
+    from alignbench import rerun
+    from alignbench.store import Store
+
+    store = Store(arguments.store)
+    remark, copy = rerun.elsewhere(store, arguments.run)
+    remark and print(remark, flush=True)
+    if copy:
+        into = ["--into", arguments.into] if arguments.into else []
+        return rerun.again_with(copy, ["rerun", arguments.run, "--store", arguments.store, *into])
+    code = DONE
+    for said in rerun.rerun(store, arguments.run, Path(arguments.into) if arguments.into else None):
+        print(said, flush=True)
+        code = SOME_FAILED if isinstance(said, rerun.Verdict) and said.differs else code
+    return code
+
+
 VERBS = {
     "run": run,
     "sweep": sweep,
@@ -285,6 +308,7 @@ VERBS = {
     "validate": validate,
     "plan": plan,
     "score": score,
+    "rerun": rerun,
     "new-method": new_method,
     "check-method": check_method,
 }

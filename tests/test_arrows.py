@@ -20,6 +20,7 @@ LAYERS = (
     {"train", "generate", "sweep", "report", "scoring", "provenance"},
     {"run", "testing", "backends.flux"},
     {"launch", "authoring"},
+    {"rerun"},
     {"cli"},
 )
 APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
