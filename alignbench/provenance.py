@@ -6,6 +6,7 @@ a copy of the code that is no checkout.
 
 from __future__ import annotations
 
+import functools
 import getpass
 import os
 import platform
@@ -43,13 +44,18 @@ SLURM = {
 
 
 def code(plugins: Sequence[str] = ()) -> dict[str, Any]:
-    """Of the running code, as plain data: ``digest`` of all its files; of a source checkout also what git says:
+    """Of the running code, as plain data, looked at once for a process: ``digest`` of all its files; of a source checkout also what git says:
     ``revision``, ``diff`` (text, "" for none) and ``untracked`` {file: sha256}; None each where it says nothing.
     ``plugins``: {sha256: path as it was given}.
     """
+    given = {digest(Path(path)): str(Path(path).resolve()) for path in plugins}
+    return _code(Path(__file__).parents[1]) | {"plugins": given}
+
+
+@functools.cache
+def _code(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"digest": snapshot.digest(snapshot.package()), "snapshot": snapshot.running()}
     found |= {"revision": None, "diff": None, "untracked": None}
-    root = Path(__file__).parents[1]
     if (root / ".git").exists():
         with suppress(OSError, subprocess.CalledProcessError):  # no git, or not this user's checkout
             found["revision"] = _git(root, "rev-parse", "HEAD").strip()
@@ -57,7 +63,7 @@ def code(plugins: Sequence[str] = ()) -> dict[str, Any]:
             new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *_tracked(root))
             code_files = [name for name in new.split("\0") if name.endswith((".py", ".yaml"))]
             found["untracked"] = {name: file_digest(root / name) for name in code_files}
-    return found | {"plugins": {digest(Path(path)): str(Path(path).resolve()) for path in plugins}}
+    return found
 
 
 def _git(root: Path, *words: str) -> str:

@@ -76,7 +76,7 @@ def copy_of(store: Store, digest: str) -> snapshot.Snapshot | None:
         files = snapshot.read(folder)
         own = {name: content for name, content in files.items() if not name.startswith(snapshot.PLUGINS + "/")}
         if snapshot.digest(own) == digest:
-            return snapshot.Snapshot(folder.resolve(), [])
+            return snapshot.Snapshot(folder.resolve(), [], [])
     return None
 
 

@@ -25,10 +25,11 @@ CODE, PLUGINS = "code", "plugins"  # folders: of the store, of a snapshot
 
 
 class Snapshot(NamedTuple):
-    """``plugins``: the copies, in the order of the originals."""
+    """``plugins``: the copies; ``given``: the originals, in the same order."""
 
     path: Path
     plugins: list[str]
+    given: list[str]
 
     def environment(self) -> dict[str, str]:
         """Variables with which a new interpreter runs this code, ahead of an editable install, and leaves it as is."""
@@ -47,7 +48,7 @@ def take(store: Path, plugins: Sequence[str] = ()) -> Snapshot:
     if not folder.exists():
         _write(folder, files)
     check(folder)
-    return Snapshot(folder, [str(folder / name) for name in copies])
+    return Snapshot(folder, [str(folder / name) for name in copies], list(plugins))
 
 
 def check(folder: Path) -> None:

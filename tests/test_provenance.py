@@ -64,6 +64,7 @@ def test_without_a_checkout_git_says_nothing_and_the_digest_stands(tmp_path, mon
     found = provenance.code()
     assert found["digest"] == before == snapshot.digest(snapshot.package())
     assert found["revision"] is found["diff"] is found["untracked"] is provenance.dirty(found) is None
+    provenance._code.cache_clear()
     (tmp_path / ".git").mkdir()  # git refuses this one
     assert provenance.code()["revision"] is None
 

@@ -88,7 +88,7 @@ def test_what_is_edited_later_changes_no_snapshot(tmp_path):
     def take() -> snapshot.Snapshot:
         made = subprocess.run(ask, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert made.returncode == 0, made.stderr
-        return snapshot.Snapshot(Path(made.stdout.strip()), [])
+        return snapshot.Snapshot(Path(made.stdout.strip()), [], [])
 
     before = take()
     assert take() == before
