@@ -78,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
         )
     for name in ("sweep", "plan", "cancel", "retry"):
         add[name].add_argument("--only", metavar="KEY=VALUE", nargs="+", default=[], help=ONLY)
+    for name in ("run", "sweep", "retry"):
+        add[name].add_argument("--track", metavar="TRACKER", action="append", default=[], help=TRACK)
     add["sweep"].add_argument("--launcher", default="local", help=LAUNCHER)
     for name in ("sweep", "retry"):
         add[name].add_argument("--slurm", metavar="FILE", help="what jobs ask SLURM for (YAML; beats the sweep's own)")
@@ -105,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 LAUNCHER = "local: worker processes; debug: in this process; slurm: jobs of a cluster, submitted, then this ends"
+TRACK = "show training in tensorboard, wandb or trackio, too; may be given several times"
 PLUGIN = "a Python file with methods or evaluators of your own; may be given several times"
 SETTINGS = "a setting of the methods, instead of its default, as in steps=5; may be given several times"
 ONLY = "run only these: method=refl, '!seed=2', or any setting's path; several values of one key are alternatives"
@@ -417,14 +420,16 @@ def _make(
     arguments: argparse.Namespace, plan: Plan, cells: Sequence[Cell], store: Store, launcher: str, jobs: int | None
 ) -> int:
     """Record the manifest, make what is missing, name what failed."""
+    from alignbench import trackers
     from alignbench.launch import launch
     from alignbench.store import write_json
 
+    trackers.check(arguments.track)
     store.open()
     manifest = plan.manifest() | {"plugins": arguments.plugin}  # as typed, for the line that says how to regenerate
     write_json(store.root / "sweeps" / plan.document.manifest, manifest)
     print(_summary(store, plan, cells), file=sys.stderr)
-    outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=arguments.plugin)
+    outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=arguments.plugin, track=arguments.track)
     failed = [outcome for outcome in outcomes if outcome.state != "done"]
     for outcome in failed:
         log = store.root / "runs" / outcome.cell.id / "log.txt"
@@ -446,16 +451,17 @@ def _hand_out(
     arguments: argparse.Namespace, plan: Plan, cells: Sequence[Cell], store: Store, options: dict[str, Any]
 ) -> int:
     """Submit what is missing to SLURM and end; with --wait, stay until it is made."""
-    from alignbench import jobs
+    from alignbench import jobs, trackers
     from alignbench.launch import submit
     from alignbench.store import write_json
 
+    trackers.check(arguments.track)
     store.open()
     manifest = plan.manifest() | {"plugins": arguments.plugin}
     path = store.root / "sweeps" / plan.document.manifest
     write_json(path, manifest)
     print(_summary(store, plan, cells), file=sys.stderr)
-    count = submit(plan, cells, store, options, arguments.plugin)
+    count = submit(plan, cells, store, options, arguments.plugin, arguments.track)
     print(f"{count} jobs submitted; alignbench status {plan.document.command}", file=sys.stderr)
     chosen = {(cell.spec.label, cell.seed) for cell in cells}
     shown = manifest | {"runs": [run for run in manifest["runs"] if (run["label"], run["seed"]) in chosen]}

@@ -44,9 +44,9 @@ SLURM = {
 
 
 def code(plugins: Sequence[str] = ()) -> dict[str, Any]:
-    """Of the running code, as plain data, looked at once for a process: ``digest`` of all its files; of a source checkout also what git says:
-    ``revision``, ``diff`` (text, "" for none) and ``untracked`` {file: sha256}; None each where it says nothing.
-    ``plugins``: {sha256: path as it was given}.
+    """Of the running code, as plain data, looked at once for a process: ``digest`` of all its files; of a source
+    checkout also what git says: ``revision``, ``diff`` (text, "" for none) and ``untracked`` {file: sha256}; None each
+    where it says nothing. ``plugins``: {sha256: path as it was given}.
     """
     given = {digest(Path(path)): str(Path(path).resolve()) for path in plugins}
     return _code(Path(__file__).parents[1]) | {"plugins": given}

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -210,7 +210,7 @@ class Work:
         checkpoints = self.run.folder / "checkpoints"
         flow = self.flow
         records = train(method, flow, reward, prompts, training, accelerator=self.accelerator, checkpoints=checkpoints)
-        for record in records:
+        for record in self.tracked(records):
             share = spent(training.budget, record, self.accelerator.num_processes)
             shown = f", reward {record['reward_mean']:.3f}" if "reward_mean" in record else ""
             self.progress("training", share, f"update {record['update'] + 1}{shown}")
@@ -219,6 +219,20 @@ class Work:
         final = checkpoints / checkpoint.FINAL
         final.chmod((self.run.folder / "train.parquet").stat().st_mode)  # safetensors' own would shut out a group
         final.replace(self.run.product)
+
+    def tracked(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The same records, each shown to the trackers that were asked for."""
+        from alignbench.trackers import Trackers
+
+        title = f"{self.spec.label}, seed {self.spec.training.seed}"
+        names = self.task.track if self.accelerator.is_main_process else ()
+        trackers = Trackers(names, self.store.root, self.task.run, title, settings(self.spec), self.note)
+        try:
+            for record in records:
+                trackers(record)
+                yield record
+        finally:
+            trackers.close()
 
     def provenance(self) -> dict[str, Any]:
         """What is recorded and not hashed: with what command, code, files and machine the weights are made."""

@@ -17,7 +17,7 @@ LAYERS = (
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip"},
     {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot"},
-    {"train", "generate", "sweep", "report", "scoring", "provenance"},
+    {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
     {"run", "testing", "backends.flux"},
     {"launch", "authoring"},
     {"rerun"},
@@ -42,6 +42,7 @@ TORCHLESS = {
     "analysis",
     "snapshot",
     "provenance",
+    "trackers",
 }
 
 
