@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         _document(add[name], optional=name in ("run", "status"))
     for name in ("run", "sweep", "ls", "validate", "plan", "score", "cancel", "retry"):
         add[name].add_argument("--plugin", metavar="FILE", action="append", default=[], help=PLUGIN)
-    for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry", "logs", "rerun"):
+    for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry", "logs", "rerun", "gc"):
         add[name].add_argument(
             "--store", metavar="DIR", default="store", help="where results are kept (default: store)"
         )
@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     add["score"].add_argument("--prompts", metavar="LIST", help="a .txt or .jsonl file, or a list's name")
     add["score"].add_argument("-e", "--evaluators", metavar="A,B", required=True, help="evaluators or metrics")
     add["score"].add_argument("--out", metavar="FILE", default="scores.csv", help="table to write (.csv or .parquet)")
+    add["gc"].add_argument("--yes", action="store_true", help="delete without asking")
     add["rerun"].add_argument("run", metavar="RUN", help="a folder's name below runs/, or the beginning of one")
     add["rerun"].add_argument("--into", metavar="DIR", help="a new store for it (default: STORE/reruns/RUN-1, -2, ...)")
     add["ls"].add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
@@ -354,6 +355,30 @@ def rerun(arguments: argparse.Namespace) -> int:
     return code
 
 
+def gc(arguments: argparse.Namespace) -> int:
+    """List what no sweep of the store refers to, with sizes, and delete it once you agree."""
+    from alignbench import gc
+    from alignbench.store import Store
+
+    store = Store(arguments.store)
+    items = gc.unused(store)
+    for item in items:
+        print(f"{gc.shown(item.size):>9}  {item.what}: {item.why}")
+    if not items:
+        print(f"{store.root}: there is nothing to delete")
+        return DONE
+    what = f"{len(items)} items, {gc.shown(sum(item.size for item in items))}"
+    if not arguments.yes and not sys.stdin.isatty():
+        print(f"{what}; nothing was deleted: say --yes, or answer on a terminal")
+        return DONE
+    if not arguments.yes and input(f"{what}: delete them? [y/N] ").strip().lower() not in ("y", "yes"):
+        print("nothing was deleted")
+        return DONE
+    gone = list(gc.delete(store, items))
+    print(f"deleted: {len(gone)} of {what}")
+    return DONE
+
+
 VERBS = {
     "run": run,
     "sweep": sweep,
@@ -367,6 +392,7 @@ VERBS = {
     "plan": plan,
     "score": score,
     "rerun": rerun,
+    "gc": gc,
     "new-method": new_method,
     "check-method": check_method,
 }

@@ -20,7 +20,7 @@ LAYERS = (
     {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
     {"run", "testing", "backends.flux"},
     {"launch", "authoring"},
-    {"rerun"},
+    {"rerun", "gc"},
     {"cli"},
 )
 APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
