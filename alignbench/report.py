@@ -118,7 +118,8 @@ def made_with(results: store.Results) -> list[str]:
     for run in results.manifest["runs"]:
         origin = store.read_json(results.store / "runs" / run["id"] / "provenance.json")
         if origin is not None:
-            code = f"alignbench {origin['alignbench']} {origin['revision'] or ''}".strip()
+            changed = f"with changes (code {origin['code']})" if origin.get("dirty") else ""
+            code = " ".join(filter(None, ["alignbench", origin["alignbench"], origin["revision"], changed]))
             packages = [f"{name} {version}" for name, version in origin["packages"].items()]
             machine = [origin["machine"], *origin["devices"], f"{origin['processes']} x {origin['threads']} threads"]
             found[", ".join([code, f"Python {origin['python']}", *packages, *machine])] = None

@@ -178,6 +178,7 @@ class Plan:
         scores = [
             {
                 "evaluator": score.name,
+                "settings": score.settings,
                 "version": score.version,
                 "file": f"scores/{cell.images}/{score.file}",
                 "metrics": score.metrics,

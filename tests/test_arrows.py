@@ -17,9 +17,10 @@ LAYERS = (
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip"},
     {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot"},
-    {"train", "generate", "sweep", "report", "scoring"},
+    {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
     {"run", "testing", "backends.flux"},
     {"launch", "authoring"},
+    {"rerun", "gc"},
     {"cli"},
 )
 APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
@@ -39,6 +40,9 @@ TORCHLESS = {
     "config",
     "report",
     "analysis",
+    "snapshot",
+    "provenance",
+    "trackers",
 }
 
 
