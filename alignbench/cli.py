@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
         )
     for name in ("sweep", "plan"):
         add[name].add_argument("--only", metavar="KEY=VALUE", nargs="+", default=[], help=ONLY)
+    add["plan"].add_argument("--gpu", default="h100", help="whose speed and memory to assume: h100, h200 or a100")
     add["sweep"].add_argument("--launcher", default="local", help="local: worker processes; debug: in this process")
     add["sweep"].add_argument(
         "-j", "--jobs", type=_count, metavar="N", help="workers at a time (default: GPUs or cores)"
@@ -131,7 +132,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     check_launcher(arguments.launcher)
     store = _store(arguments)
     plan = _plan(arguments)
-    code = _make(arguments, plan, _selected(plan, arguments.only), store, arguments.launcher, arguments.jobs)
+    code = _make(arguments, plan, _selected(plan.cells, arguments.only), store, arguments.launcher, arguments.jobs)
     print(f"the table: alignbench report {plan.document.command}", file=sys.stderr)
     return code
 
@@ -206,30 +207,39 @@ def ls(arguments: argparse.Namespace) -> int:
 
 def validate(arguments: argparse.Namespace) -> int:
     """Check a sweep file with its plug-ins, weights, prompts and store. Makes nothing."""
+    from alignbench.planning import shopping
+    from alignbench.sweep import draft, missing
+
     _store(arguments)
-    plan = _plan(arguments)
+    document, registry = _read(arguments), _registry(arguments)
+    gaps = missing(draft(document, registry), registry)
+    if len(gaps) > 1:  # one is told with its place, as for every other mistake
+        print("\n".join(shopping(gaps)), file=sys.stderr)
+        return USAGE
+    plan = _resolve(document, registry)
     evaluators = ", ".join(score.name for score in plan.scores)
     print(f"{plan.document.path}: fine; {len(plan.cells)} runs, {len(plan.prompts)} prompts, scored by {evaluators}")
     return DONE
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """The runs of a sweep: what the store has of each, and what the rest will roughly cost. Makes nothing."""
-    from alignbench.launch import missing
+    """Every run of a sweep: state, GPU-hours, memory, disk; and all that is missing. Makes nothing.
 
-    store = _store(arguments)
-    plan = _plan(arguments)
-    cells = _selected(plan, arguments.only)
-    runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
-    images = len(plan.prompts) * plan.evaluation.protocol.images_per_prompt
-    for cell in cells:
-        todo = [part.kind for part in missing(store, runs[cell.spec.label, cell.seed])]
-        train = f"train {_cost(cell)}" if cell.trains else ""
-        stages = {"run": train, "images": f"generate {images} images", "scores": "score"}
-        steps = ", ".join(dict.fromkeys(stages[kind] for kind in todo if stages[kind])) or "nothing to do"
-        print(f"{cell.title}: {steps}  ({cell.id})")
-    print(_summary(store, plan, cells))
-    return DONE
+    The exit code is 1 as long as something is missing.
+    """
+    from alignbench.planning import gpu_named, page
+    from alignbench.sweep import draft, missing
+
+    gpu = gpu_named(arguments.gpu)
+    store, registry, document = _store(arguments), _registry(arguments), _read(arguments)
+    drafted = draft(document, registry)
+    gaps = missing(drafted, registry)
+    plan = None if gaps else _resolve(document, registry)
+    cells = _selected(drafted.cells if plan is None else plan.cells, arguments.only)
+    print(page(drafted, plan, cells, store, registry, gpu, gaps))
+    if plan is not None:
+        print(_summary(store, plan, cells))
+    return USAGE if gaps else DONE
 
 
 def new_method(arguments: argparse.Namespace) -> int:
@@ -328,10 +338,10 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     return _resolve(_read(arguments), _registry(arguments))
 
 
-def _selected(plan: Plan, only: Sequence[str]) -> list[Cell]:
+def _selected(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     from alignbench.sweep import select
 
-    return select(plan.cells, only)
+    return select(cells, only)
 
 
 def _make(
@@ -367,17 +377,6 @@ def _summary(store: Store, plan: Plan, cells: Sequence[Cell]) -> str:
     train = sum(part.kind == "run" and part.id in trained for part in parts.values())
     images, scores = (sum(part.kind == kind for part in parts.values()) for kind in ("images", "scores"))
     return f"{len(cells)} runs: {train} to train, {images} image sets to make, {scores} scores to compute"
-
-
-def _cost(cell: Cell) -> str:
-    """A rough number of network evaluations of training."""
-    budget, steps = cell.spec.training.budget, cell.spec.method["steps"]
-    if budget.nfe:
-        return f"for {budget.nfe:,} NFE"
-    images = budget.images or (budget.updates or 0) * cell.spec.training.batch
-    if images:
-        return f"on {images:,} images ({steps} steps each, roughly {images * steps:,} NFE)"
-    return f"for {budget.gpu_seconds:,} GPU-seconds"
 
 
 def _manifest(arguments: argparse.Namespace, store: Store) -> dict[str, Any]:

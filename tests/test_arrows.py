@@ -12,14 +12,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
-    {"config", "stats", "grid", "shapes.scene"},
+    {"config", "stats", "grid", "shapes.scene", "cost"},
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip"},
     {"checkpoint", "meter", "adapters", "policy", "nets"},
     {"train", "generate", "sweep", "report", "scoring"},
     {"run", "testing", "backends.flux"},
-    {"launch", "authoring"},
+    {"launch", "authoring", "estimate"},
+    {"planning"},
     {"cli"},
 )
 APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
@@ -29,6 +30,9 @@ REPORTS = {"store", "table", "stats", "config", "reports"}
 TORCHLESS = {
     "cli",
     "authoring",
+    "cost",
+    "estimate",
+    "planning",
     "launch",
     "run",
     "sweep",
