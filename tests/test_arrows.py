@@ -15,7 +15,7 @@ LAYERS = (
     {"config", "stats", "grid", "shapes.scene", "cost"},
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
-    {"flow", "spec", "store", "shapes.checker", "clip"},
+    {"flow", "spec", "store", "shapes.checker", "clip", "small"},
     {"checkpoint", "meter", "adapters", "policy", "nets"},
     {"train", "generate", "sweep", "report", "scoring"},
     {"run", "testing", "backends.flux"},
