@@ -42,7 +42,7 @@ class Estimate(NamedTuple):
     score: float = 0.0
     memory: float = 0.0  # peak, of training or of sampling
     weights: int = 0  # of the trained weights' file, its header left out
-    state: int = 0  # of the checkpoint that is there while it trains
+    state: int = 0  # of the checkpoints that are there while it trains
     pictures: float = 0.0
     unknown: str = ""  # why there is no estimate of it
 
@@ -130,7 +130,7 @@ class Pieces(NamedTuple):
             train=images * per_image / HOUR,
             memory=max(found.memory, memory),
             weights=4 * trained * copies,
-            state=4 * trained * (copies + 2),
+            state=4 * trained * (copies + 2) * training.keep,
         )
 
     @property
