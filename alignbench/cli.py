@@ -105,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
 
 LAUNCHER = "local: worker processes; debug: in this process; slurm: jobs of a cluster, submitted, then this ends"
 PLUGIN = "a Python file with methods or evaluators of your own; may be given several times"
+REHEARSE = "the whole sweep with small stand-ins for its models: to see that all of it works; stamped REHEARSAL"
 SETTINGS = "a setting of the methods, instead of its default, as in steps=5; may be given several times"
 ONLY = "run only these: method=refl, '!seed=2', or any setting's path; several values of one key are alternatives"
 
@@ -120,6 +121,7 @@ def _document(verb: argparse.ArgumentParser, optional: bool) -> None:
     verb.add_argument("words", nargs="*" if optional else "+", metavar="SWEEP [a.b=c]", help=words)
     verb.add_argument("--seeds", metavar="0,1,...", help="training seeds, instead of the file's")
     verb.add_argument("--limit", metavar="N", type=_count, help="the first N evaluation prompts only; stamped SUBSET")
+    verb.add_argument("--rehearse", action="store_true", help=REHEARSE)
 
 
 def _count(text: str) -> int:
@@ -380,7 +382,12 @@ def _read(arguments: argparse.Namespace, default: str | None = None) -> Document
     if len(files) > 1 or not (files or default):
         raise UserError(f"command line: name one sweep, got {', '.join(files) or 'none'}")
     assignments = [word for word in arguments.words if "=" in word]
-    return read(files[0] if files else str(default), assignments, arguments.seeds, arguments.limit)
+    document = read(files[0] if files else str(default), assignments, arguments.seeds, arguments.limit)
+    if not arguments.rehearse:
+        return document
+    from alignbench.rehearsal import rehearse
+
+    return rehearse(document, Path(arguments.store))
 
 
 def _resolve(document: Document, registry: Registry) -> Plan:

@@ -91,6 +91,7 @@ class Document:
     data: dict[str, Any]
     run_sets: list[tuple[str, Any]] = field(default_factory=list)  # assignments that hold for every run, last of all
     command: str = ""  # what to type after `alignbench sweep` or `alignbench report`
+    rehearsal: bool = False  # small stand-ins for all models: no number means anything
 
     @property
     def name(self) -> str:
@@ -172,6 +173,7 @@ class Plan:
             "training_evaluator": self.training_evaluator,
             "protocol": settings(self.evaluation.protocol),
             "subset": self.evaluation.limit,
+            "rehearsal": self.document.rehearsal,
             "prompts": len(self.prompts),
             "cases": list(dict.fromkeys(cell.spec.label for cell in self.cells)),
             "runs": [self._run(cell) for cell in self.cells],
