@@ -13,7 +13,7 @@ from alignbench.config import UserError
 if TYPE_CHECKING:
     from alignbench.plugins import Registry
     from alignbench.store import Store
-    from alignbench.sweep import Cell, Document, Plan
+    from alignbench.sweep import Cell, Document, Draft, Plan
 
 DONE, USAGE, SOME_FAILED, SOME_PENDING, INTERRUPTED = 0, 1, 2, 3, 130
 EPILOG = """\
@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
         add[name].add_argument("--only", metavar="KEY=VALUE", nargs="+", default=[], help=ONLY)
     for name in ("run", "sweep", "retry"):
         add[name].add_argument("--track", metavar="TRACKER", action="append", default=[], help=TRACK)
+    add["plan"].add_argument("--gpu", default="h100", help="whose speed and memory to assume: h100, h200 or a100")
     add["sweep"].add_argument("--launcher", default="local", help=LAUNCHER)
     for name in ("sweep", "retry"):
         add[name].add_argument("--slurm", metavar="FILE", help="what jobs ask SLURM for (YAML; beats the sweep's own)")
@@ -110,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
 LAUNCHER = "local: worker processes; debug: in this process; slurm: jobs of a cluster, submitted, then this ends"
 TRACK = "show training in tensorboard, wandb or trackio, too; may be given several times"
 PLUGIN = "a Python file with methods or evaluators of your own; may be given several times"
+REHEARSE = "the whole sweep with small stand-ins for its models: to see that all of it works; stamped REHEARSAL"
 SETTINGS = "a setting of the methods, instead of its default, as in steps=5; may be given several times"
 ONLY = "run only these: method=refl, '!seed=2', or any setting's path; several values of one key are alternatives"
 
@@ -125,6 +127,7 @@ def _document(verb: argparse.ArgumentParser, optional: bool) -> None:
     verb.add_argument("words", nargs="*" if optional else "+", metavar="SWEEP [a.b=c]", help=words)
     verb.add_argument("--seeds", metavar="0,1,...", help="training seeds, instead of the file's")
     verb.add_argument("--limit", metavar="N", type=_count, help="the first N evaluation prompts only; stamped SUBSET")
+    verb.add_argument("--rehearse", action="store_true", help=REHEARSE)
 
 
 def _count(text: str) -> int:
@@ -264,30 +267,39 @@ def ls(arguments: argparse.Namespace) -> int:
 
 def validate(arguments: argparse.Namespace) -> int:
     """Check a sweep file with its plug-ins, weights, prompts and store. Makes nothing."""
+    from alignbench.planning import shopping
+    from alignbench.sweep import draft, missing
+
     _store(arguments)
-    plan = _plan(arguments)
+    document, registry = _read(arguments), _registry(arguments)
+    gaps = missing(draft(document, registry), registry)
+    if len(gaps) > 1:  # one is told with its place, as for every other mistake
+        print("\n".join(shopping(gaps)), file=sys.stderr)
+        return USAGE
+    plan = _resolve(document, registry)
     evaluators = ", ".join(score.name for score in plan.scores)
     print(f"{plan.document.path}: fine; {len(plan.cells)} runs, {len(plan.prompts)} prompts, scored by {evaluators}")
     return DONE
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """The runs of a sweep: what the store has of each, and what the rest will roughly cost. Makes nothing."""
-    from alignbench.launch import missing
+    """Every run of a sweep: state, GPU-hours, memory, disk; and all that is missing. Makes nothing.
 
-    store = _store(arguments)
-    plan = _plan(arguments)
-    cells = _selected(plan, arguments.only)
-    runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
-    images = len(plan.prompts) * plan.evaluation.protocol.images_per_prompt
-    for cell in cells:
-        todo = [part.kind for part in missing(store, runs[cell.spec.label, cell.seed])]
-        train = f"train {_cost(cell)}" if cell.trains else ""
-        stages = {"run": train, "images": f"generate {images} images", "scores": "score"}
-        steps = ", ".join(dict.fromkeys(stages[kind] for kind in todo if stages[kind])) or "nothing to do"
-        print(f"{cell.title}: {steps}  ({cell.id})")
-    print(_summary(store, plan, cells))
-    return DONE
+    The exit code is 1 as long as something is missing.
+    """
+    from alignbench.planning import gpu_named, page
+    from alignbench.sweep import draft, missing
+
+    gpu = gpu_named(arguments.gpu)
+    store, registry, document = _store(arguments), _registry(arguments), _read(arguments)
+    drafted = draft(document, registry)
+    gaps = missing(drafted, registry)
+    plan = None if gaps else _resolve(document, registry)
+    cells = _selected(plan or drafted, arguments.only)
+    print(page(drafted, plan, cells, store, registry, gpu, gaps))
+    if plan is not None:
+        print(_summary(store, plan, cells))
+    return USAGE if gaps else DONE
 
 
 def new_method(arguments: argparse.Namespace) -> int:
@@ -423,7 +435,12 @@ def _read(arguments: argparse.Namespace, default: str | None = None) -> Document
     if len(files) > 1 or not (files or default):
         raise UserError(f"command line: name one sweep, got {', '.join(files) or 'none'}")
     assignments = [word for word in arguments.words if "=" in word]
-    return read(files[0] if files else str(default), assignments, arguments.seeds, arguments.limit)
+    document = read(files[0] if files else str(default), assignments, arguments.seeds, arguments.limit)
+    if not arguments.rehearse:
+        return document
+    from alignbench.rehearsal import rehearse
+
+    return rehearse(document, Path(arguments.store))
 
 
 def _resolve(document: Document, registry: Registry) -> Plan:
@@ -436,7 +453,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     return _resolve(_read(arguments), _registry(arguments))
 
 
-def _selected(plan: Plan, only: Sequence[str]) -> list[Cell]:
+def _selected(plan: Plan | Draft, only: Sequence[str]) -> list[Cell]:
     from alignbench.sweep import select
 
     return select(plan.cells, only)
@@ -510,17 +527,6 @@ def _summary(store: Store, plan: Plan, cells: Sequence[Cell]) -> str:
     train = sum(part.kind == "run" and part.id in trained for part in parts.values())
     images, scores = (sum(part.kind == kind for part in parts.values()) for kind in ("images", "scores"))
     return f"{len(cells)} runs: {train} to train, {images} image sets to make, {scores} scores to compute"
-
-
-def _cost(cell: Cell) -> str:
-    """A rough number of network evaluations of training."""
-    budget, steps = cell.spec.training.budget, cell.spec.method["steps"]
-    if budget.nfe:
-        return f"for {budget.nfe:,} NFE"
-    images = budget.images or (budget.updates or 0) * cell.spec.training.batch
-    if images:
-        return f"on {images:,} images ({steps} steps each, roughly {images * steps:,} NFE)"
-    return f"for {budget.gpu_seconds:,} GPU-seconds"
 
 
 def _named_manifest(arguments: argparse.Namespace, store: Store) -> tuple[str, dict[str, Any]]:
