@@ -487,7 +487,7 @@ def _make(
 def _resources(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     from alignbench import slurm
 
-    return slurm.read(plan.document.data.get("slurm"), arguments.slurm, plan.document.path)
+    return slurm.read(plan.document.data.get("slurm", {}), arguments.slurm, _registry(arguments))
 
 
 def _hand_out(

@@ -173,7 +173,7 @@ def _write_tasks(
         task(
             plan, store, cell, code,
             scores=scores,
-            stages=[array.stage],
+            stages=array.stages(cell),
             threads=array.resources.cpus_per_task or 1,
             parallel=array.resources.parallel,
             track=list(track),
@@ -186,13 +186,19 @@ def _write_tasks(
 
 
 def _tickets(store: Store, array: slurm.Array, folder: Path) -> list[Ticket]:
-    def makes(cell: Cell) -> Artefact:
-        if array.stage == "run":
+    def makes(cell: Cell, stage: str) -> Artefact:
+        if stage == "run":
             return store.run(cell.id, cell.trains)
-        return store.images(cell.images) if array.stage == "images" else store.scores(cell.images, array.file)
+        return store.images(cell.images) if stage == "images" else store.scores(cell.images, array.file)
 
     return [
-        Ticket(f"{array.job}_{i}", array.title, [makes(cell).id], cell.id, _progress(folder, array, i))
+        Ticket(
+            job=f"{array.job}_{i}",
+            stage=array.title,
+            makes=[makes(cell, stage).id for stage in array.stages(cell)],
+            run=cell.id,
+            progress=_progress(folder, array, i),
+        )
         for i, cell in enumerate(array.cells)
     ]
 

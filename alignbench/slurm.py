@@ -15,14 +15,17 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta, field
 
-from alignbench.config import Config, UserError, decode, load_yaml, merge
+from alignbench.config import Config, UserError, decode, join, load_yaml, merge
+from alignbench.plugins import Registry
 from alignbench.spec import Count
 from alignbench.store import Artefact
-from alignbench.sweep import Cell
+
+if TYPE_CHECKING:
+    from alignbench.sweep import Cell
 
 STAGES = {"run": "train", "images": "generate", "scores": "score"}  # kinds of artefacts, and what making them is called
 LARGEST = 1000  # tasks of an array; SLURM's default MaxArraySize is 1001
@@ -85,17 +88,23 @@ class Slurm(Resources):
 SECTIONS = ("stages", "backends", "methods", "evaluators")
 
 
-def read(sweep: Any, file: str | None, where: str) -> dict[str, Any]:
-    """A sweep's ``slurm`` with the cluster file laid over it, checked. UserError for whatever cannot be asked for."""
-    layers = [(f"{where}: slurm", sweep or {}), *([(file, load_yaml(Path(file), {}))] if file else [])]
-    found: dict[str, Any] = {}
-    for place, layer in layers:
-        checked = decode(Slurm, layer, f"{place}: " if place == file else place)
-        for section in SECTIONS:
-            for name, own in getattr(checked, section).items():
-                decode(Resources, own, f"{place}: {section}.{name}")
-        found = merge(found, layer)
-    return found
+def check_options(options: Any, where: str, registry: Registry) -> None:
+    """UserError for a setting that does not exist, or is for a method, evaluator or backend that does not."""
+    checked = decode(Slurm, options, where)
+    for section in SECTIONS:
+        for name, own in getattr(checked, section).items():
+            if section != "stages":
+                registry.entry(section.removesuffix("s"), name, join(where, section))  # type: ignore[arg-type]
+            decode(Resources, own, join(where, f"{section}.{name}"))
+
+
+def read(sweep: dict[str, Any], file: str | None, registry: Registry) -> dict[str, Any]:
+    """A sweep's ``slurm`` (checked already) with the cluster file laid over it."""
+    if file is None:
+        return sweep
+    cluster = load_yaml(Path(file))
+    check_options(cluster, f"{file}: ", registry)
+    return merge(sweep, cluster)
 
 
 def resources(slurm: dict[str, Any], stage: str, cell: Cell, evaluator: str = "") -> Resources:
@@ -140,6 +149,10 @@ class Array:
     def title(self) -> str:
         return f"{STAGES[self.stage]} {self.evaluator}".strip()
 
+    def stages(self, cell: Cell) -> list[str]:
+        """What the job of ``cell`` does."""
+        return ["run", "images"] if self.stage == "images" and not cell.trains else [self.stage]
+
 
 @dataclass
 class _Chain:
@@ -169,6 +182,8 @@ def _chains(slurm: dict[str, Any], works: Iterable[Work]) -> list[_Chain]:
             continue
         seen.add((work.cell.id, work.cell.images))
         kinds = {part.kind for part in work.todo}
+        if not work.cell.trains and "run" in kinds:
+            kinds = kinds - {"run"} | {"images"}  # no training: the job that makes the images puts it on record
         train, generate = (
             resources(slurm, stage, work.cell) if stage in kinds else None for stage in ("run", "images")
         )
@@ -212,6 +227,8 @@ def submit(array: Array, folder: Path, name: str, environment: dict[str, str]) -
     """
     import submitit
 
+    if "%" in str(folder):
+        raise UserError(f"{folder}: SLURM would read the % as a pattern; choose a store without one in its path")
     executor = submitit.SlurmExecutor(folder)
     extra: dict[str, Any] = {"chdir": os.getcwd(), "requeue": True}
     if array.after is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench import prompts as prompt_lists
-from alignbench import weights
+from alignbench import slurm, weights
 from alignbench.config import (
     Missing,
     UserError,
@@ -29,7 +29,7 @@ from alignbench.config import (
     settings,
 )
 from alignbench.evaluator import Evaluator
-from alignbench.plugins import Registry
+from alignbench.plugins import NAME, Registry
 from alignbench.prompts import Prompt
 from alignbench.spec import (
     Evaluation,
@@ -221,6 +221,7 @@ def draft(document: Document, registry: Registry) -> Draft:
     cells = [cell for i, _ in enumerate(sweep.cases) for cell in _case(sweep, document, i, registry)]
     _refuse_twins(cells, where)
     _refuse_idle(sweep, document, cells, registry)
+    slurm.check_options(sweep.slurm, f"{where}: slurm", registry)
     for cell in _distinct(cells):
         check_settings(cell.spec, registry, f"{where}: {cell.spec.label}")
     return Draft(document, sweep, cells)
@@ -560,6 +561,8 @@ def _scores(
         _prefixed(place, evaluator.files)
         _prefixed(place, evaluator.check, prompts)
         content = evaluator_content(evaluator, registry)
+        if not NAME.fullmatch(evaluator.version):
+            raise UserError(f"{place}: {evaluator.name}'s version {evaluator.version!r} becomes a part of file names")
         file = f"{evaluator.name}@{evaluator.version}-{content_id(content)}.parquet"
         if file in [score.file for score in scores]:
             raise UserError(f"{place}: {evaluator.name} is there already with the same settings; remove one")
