@@ -1,28 +1,32 @@
 """Files that are whole or absent: resumable training states, and final weights.
 
-Nothing here unpickles objects: states hold tensors and plain data (``weights_only``), weights are safetensors.
+The last few states are kept, each named by its batch and its hash: what a disk damages is noticed, and the one before
+it serves. Nothing here unpickles objects: states hold tensors and plain data (``weights_only``), weights are
+safetensors.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from alignbench.config import UserError
-from alignbench.store import write
+from alignbench.store import flush, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from alignbench.flow import Flow
 
-STATE = "state.pt"  # in a run's checkpoint folder: the last batch boundary
-FINAL = "final.safetensors"  # beside it once training is over
+FINAL = "final.safetensors"  # in a run's checkpoint folder once training is over
+STATE = re.compile(r"step_(\d+)-([0-9a-f]{16})\.pt")  # beside it: batches done, head of the content's sha256
 
 
 def _replace(path: Path, content: Callable[[Path], object]) -> None:
@@ -39,29 +43,77 @@ def _replace(path: Path, content: Callable[[Path], object]) -> None:
         raise UserError(f"{path}: cannot be written ({why}); free space there, or choose another store") from error
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Replace the folder's training state. ``state``: tensors and plain data."""
-    _replace(folder / STATE, lambda path: torch.save(state, path))
+class _Hashed:
+    """A file to write to that hashes what passes, before a disk can damage it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.flush = file, file.flush
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
 
 
-def load_state(folder: Path) -> dict[str, Any] | None:
-    """The folder's training state on the CPU, or None where there is none. UserError if it cannot be read."""
-    path = folder / STATE
-    if not path.exists():
-        return None
+def states(folder: Path) -> list[Path]:
+    """The folder's training states, whole or damaged, the latest batch first."""
+    found = [path for path in folder.glob("step_*.pt") if STATE.fullmatch(path.name)]
+    return sorted(found, key=_batches, reverse=True)
+
+
+def _batches(path: Path) -> int:
+    match = STATE.fullmatch(path.name)
+    assert match
+    return int(match[1])
+
+
+def save_state(folder: Path, state: dict[str, Any], keep: int = 1) -> Path:
+    """Add a training state, then remove all but the last ``keep``. ``state``: "step", tensors and plain data.
+
+    One rename makes it appear, whole and under its hash: there is no moment at which a kill leaves no valid state.
+    """
+    fresh, digest = folder / "step.new", ""
+
+    def content(path: Path) -> None:
+        nonlocal digest
+        with path.open("wb") as file:
+            hashed = _Hashed(file)
+            torch.save(state, hashed)  # type: ignore[arg-type]  # of a file it needs no more than these methods
+            digest = hashed.sha256.hexdigest()[:16]
+
+    _replace(fresh, content)
+    path = fresh.replace(folder / f"step_{state['step']:06}-{digest}.pt")
+    flush(folder)
+    earlier = [other for other in states(folder) if _batches(other) < state["step"]]
+    for other in set(states(folder)) - {path, *earlier[: keep - 1]}:  # a later one: damaged, or it had been resumed
+        other.unlink(missing_ok=True)
+    return path
+
+
+def read_state(path: Path, *, verify: bool = True, mapped: bool = True) -> dict[str, Any]:
+    """A training state on the CPU, read or ``mapped``. UserError if it is damaged (where ``verify``) or unreadable."""
+    match = STATE.fullmatch(path.name)
+    assert match
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
+        if verify:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest()[:16] != match[2]:
+                    raise UserError(f"{path}: a damaged checkpoint (its content has changed since it was written)")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UserError:
+        raise
+    except Exception as error:  # torch raises many kinds for what it does not take
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: not a readable checkpoint ({line[:80]}); delete it to train from the start"
-        ) from error
+        raise UserError(f"{path}: not a readable checkpoint ({line[:80]})") from error
 
 
 def load_records(folder: Path) -> list[dict[str, Any]]:
-    """The records of every update up to the folder's training state; [] where there is none."""
-    state = load_state(folder)
-    return [] if state is None else state["records"]
+    """The records of every update up to the folder's last training state; [] where there is none.
+
+    UserError if that one is damaged: an earlier one's records would be too few.
+    """
+    found = states(folder)
+    return read_state(found[0])["records"] if found else []
 
 
 def save_weights(flow: Flow, path: Path, ema: list[Tensor] | None = None) -> None:
@@ -89,6 +141,14 @@ def load_weights(flow: Flow, path: Path, which: str = "ema") -> None:
 
 def copy_parameters(into: Mapping[str, Tensor], stored: dict[str, Tensor], where: Path) -> None:
     """In place. UserError unless names and shapes are the same."""
+    check_shapes(into, stored, where)
+    with torch.no_grad():
+        for name, p in into.items():
+            p.copy_(stored[name])
+
+
+def check_shapes(into: Mapping[str, Tensor], stored: Mapping[str, Tensor], where: Path) -> None:
+    """UserError unless names and shapes are the same."""
     shapes = {name: tuple(p.shape) for name, p in into.items()}
     found = {name: tuple(t.shape) for name, t in stored.items()}
     if odd := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
@@ -96,6 +156,3 @@ def copy_parameters(into: Mapping[str, Tensor], stored: dict[str, Tensor], where
             f"{odd[0]} is {found.get(odd[0], 'absent')} in the file and {shapes.get(odd[0], 'absent')} in the model"
         )
         raise UserError(f"{where}: {len(odd)} parameters do not fit the model ({detail}); is it the same backend?")
-    with torch.no_grad():
-        for name, p in into.items():
-            p.copy_(stored[name])

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from alignbench.store import Store
     from alignbench.sweep import Cell, Document, Plan
 
-DONE, USAGE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 130
+DONE, USAGE, SOME_FAILED, SOME_PENDING, INTERRUPTED = 0, 1, 2, 3, 130
 EPILOG = """\
 SWEEP is a YAML file, or the name of a packaged one (see `alignbench ls sweeps`). Settings on the command line beat the
 file: training.batch=8 (every run), evaluation.protocol.steps=10, grid.training.seed=[0,1], seed=3.
 Exit codes: 0 all done, 1 a mistake in what was asked (nothing was run), 2 some runs (of check-method: promises) failed,
-130 interrupted.
+3 some are still to come, 130 interrupted.
 """
 KINDS = ("methods", "evaluators", "backends", "prompts", "sweeps")
 
@@ -68,20 +68,25 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(metavar="VERB", required=True, title="verbs", parser_class=Parser)
     add = {name: _verb(verbs, name, function) for name, function in VERBS.items()}
-    for name in ("run", "sweep", "status", "report", "validate", "plan"):
+    for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry"):
         _document(add[name], optional=name in ("run", "status"))
-    for name in ("run", "sweep", "ls", "validate", "plan", "score"):
+    for name in ("run", "sweep", "ls", "validate", "plan", "score", "cancel", "retry"):
         add[name].add_argument("--plugin", metavar="FILE", action="append", default=[], help=PLUGIN)
-    for name in ("run", "sweep", "status", "report", "validate", "plan"):
+    for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry", "logs"):
         add[name].add_argument(
             "--store", metavar="DIR", default="store", help="where results are kept (default: store)"
         )
-    for name in ("sweep", "plan"):
+    for name in ("sweep", "plan", "cancel", "retry"):
         add[name].add_argument("--only", metavar="KEY=VALUE", nargs="+", default=[], help=ONLY)
-    add["sweep"].add_argument("--launcher", default="local", help="local: worker processes; debug: in this process")
-    add["sweep"].add_argument(
-        "-j", "--jobs", type=_count, metavar="N", help="workers at a time (default: GPUs or cores)"
-    )
+    add["sweep"].add_argument("--launcher", default="local", help=LAUNCHER)
+    for name in ("sweep", "retry"):
+        add[name].add_argument("--slurm", metavar="FILE", help="what jobs ask SLURM for (YAML; beats the sweep's own)")
+        add[name].add_argument("--wait", action="store_true", help="stay until all of SLURM's jobs have ended")
+        add[name].add_argument(
+            "-j", "--jobs", type=_count, metavar="N", help="local workers at a time (default: GPUs or cores)"
+        )
+    add["logs"].add_argument("run", metavar="RUN", help="folder below the store's runs/, or how its name begins")
+    add["logs"].add_argument("-f", "--follow", action="store_true", help="go on as the run goes on")
     add["run"].add_argument("--method", required=True, help="of the sweep's cases, or any method with its defaults")
     add["report"].add_argument("--out", metavar="DIR", help="where to write the report (default: outputs/<sweep>)")
     add["new-method"].add_argument("name", metavar="NAME", help="as in a sweep's YAML, for instance my_method")
@@ -97,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+LAUNCHER = "local: worker processes; debug: in this process; slurm: jobs of a cluster, submitted, then this ends"
 PLUGIN = "a Python file with methods or evaluators of your own; may be given several times"
 SETTINGS = "a setting of the methods, instead of its default, as in steps=5; may be given several times"
 ONLY = "run only these: method=refl, '!seed=2', or any setting's path; several values of one key are alternatives"
@@ -131,7 +137,10 @@ def sweep(arguments: argparse.Namespace) -> int:
     check_launcher(arguments.launcher)
     store = _store(arguments)
     plan = _plan(arguments)
-    code = _make(arguments, plan, _selected(plan, arguments.only), store, arguments.launcher, arguments.jobs)
+    cells = _selected(plan, arguments.only)
+    if arguments.launcher == "slurm":
+        return _hand_out(arguments, plan, cells, store, _resources(arguments, plan))
+    code = _make(arguments, plan, cells, store, arguments.launcher, arguments.jobs)
     print(f"the table: alignbench report {plan.document.command}", file=sys.stderr)
     return code
 
@@ -158,25 +167,68 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """What the store has: of every sweep run in it, or of each run of one."""
+    """What the store has: of every sweep run in it, or of each run of one, with what the cluster says of its jobs."""
+    from alignbench import jobs
     from alignbench.store import read_json
 
     store = _store(arguments)
     if arguments.words:
-        results = _results(store, _manifest(arguments, store))
-        for run in results.manifest["runs"]:
-            state, reason = results.state(run)
-            seed = "" if run["seed"] < 0 else f", seed {run['seed']}"
-            print(f"{run['label']}{seed}: {state}{f': {reason}' if reason else ''}  ({run['id']})")
-        return DONE
+        name, manifest = _named_manifest(arguments, store)
+        rows = jobs.rows(store, manifest, jobs.records(store, name))
+        print(jobs.table(rows))
+        return jobs.exit_code(rows)
     for path in store.manifests():
-        results = _results(store, read_json(path) or {"runs": []})
-        states = [results.state(run)[0] for run in results.manifest["runs"]]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        print(f"{path.stem}: {counts}  (alignbench report {results.manifest.get('sweep', path.stem)})")
+        manifest = read_json(path) or {"runs": []}
+        rows = jobs.rows(store, manifest, jobs.records(store, path.stem))
+        print(f"{path.stem}: {jobs.summary(rows)}  (alignbench report {manifest.get('sweep', path.stem)})")
     if not store.manifests():
         print(f"no sweep was run in {store.root} yet; try: alignbench sweep quickstart")
     return DONE
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    """Print what a run's jobs have written; with -f, go on until it has ended."""
+    from alignbench import jobs
+
+    for text in jobs.log(_store(arguments), arguments.run, arguments.follow):
+        print(text, end="", flush=True)
+    return DONE
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    """End a sweep's jobs on the cluster. What they have made stays, and `alignbench retry` goes on from there."""
+    from alignbench import jobs, slurm
+
+    store = _store(arguments)
+    name, _ = _named_manifest(arguments, store)
+    coming = jobs.under_way(jobs.records(store, name))
+    chosen = {cell.id for cell in _selected(_plan(arguments), arguments.only)} if arguments.only else None
+    ended = sorted({ticket.job for ticket, _ in coming.values() if chosen is None or ticket.run in chosen})
+    slurm.cancel(ended)
+    print(f"{len(ended)} jobs cancelled" if ended else "no job of this sweep is queued or running on a cluster")
+    return DONE
+
+
+def retry(arguments: argparse.Namespace) -> int:
+    """Make what failed or was lost once more, in the way it was made before."""
+    from alignbench import jobs
+    from alignbench.launch import check_launcher
+
+    store = _store(arguments)
+    name, manifest = _named_manifest(arguments, store)
+    records = jobs.records(store, name)
+    latest = next((record for record in records if record.launcher == "slurm"), None)
+    plan = _plan(arguments)
+    again = {row.id for row in jobs.rows(store, manifest, records) if row.state in ("failed", "stale")}
+    cells = [cell for cell in _selected(plan, arguments.only) if cell.id in again]
+    if not cells:
+        print("nothing has failed or was lost", file=sys.stderr)
+        return jobs.exit_code(jobs.rows(store, manifest, records))
+    if latest is None:
+        return _make(arguments, plan, cells, store, "local", arguments.jobs)
+    check_launcher("slurm")
+    options = _resources(arguments, plan) if arguments.slurm else latest.options
+    return _hand_out(arguments, plan, cells, store, options)
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -184,7 +236,7 @@ def report(arguments: argparse.Namespace) -> int:
     from alignbench.report import build
 
     store = _store(arguments)
-    manifest = _manifest(arguments, store)
+    _, manifest = _named_manifest(arguments, store)
     paths = build(_results(store, manifest), Path(arguments.out or f"outputs/{manifest['name']}"))
     print(paths[0].read_text(encoding="utf-8"))
     print("\n".join(f"written: {path}" for path in paths))
@@ -280,6 +332,9 @@ VERBS = {
     "run": run,
     "sweep": sweep,
     "status": status,
+    "logs": logs,
+    "cancel": cancel,
+    "retry": retry,
     "report": report,
     "ls": ls,
     "validate": validate,
@@ -357,6 +412,38 @@ def _make(
     return SOME_FAILED if failed else DONE
 
 
+def _resources(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    from alignbench import slurm
+
+    return slurm.read(plan.document.data.get("slurm"), arguments.slurm, plan.document.path)
+
+
+def _hand_out(
+    arguments: argparse.Namespace, plan: Plan, cells: Sequence[Cell], store: Store, options: dict[str, Any]
+) -> int:
+    """Submit what is missing to SLURM and end; with --wait, stay until it is made."""
+    from alignbench import jobs
+    from alignbench.launch import submit
+    from alignbench.store import write_json
+
+    store.open()
+    manifest = plan.manifest() | {"plugins": arguments.plugin}
+    path = store.root / "sweeps" / plan.document.manifest
+    write_json(path, manifest)
+    print(_summary(store, plan, cells), file=sys.stderr)
+    count = submit(plan, cells, store, options, arguments.plugin)
+    print(f"{count} jobs submitted; alignbench status {plan.document.command}", file=sys.stderr)
+    chosen = {(cell.spec.label, cell.seed) for cell in cells}
+    shown = manifest | {"runs": [run for run in manifest["runs"] if (run["label"], run["seed"]) in chosen]}
+    if arguments.wait:
+        jobs.follow(store, shown, path.stem)
+    rows = jobs.rows(store, shown, jobs.records(store, path.stem))
+    for row in rows:
+        if row.state in ("failed", "stale"):
+            print(f"alignbench: {row.title} {row.state}: {row.reason}", file=sys.stderr)
+    return jobs.exit_code(rows)
+
+
 def _summary(store: Store, plan: Plan, cells: Sequence[Cell]) -> str:
     """``6 runs: 0 to train, 0 image sets to make, 0 scores to compute``."""
     from alignbench.launch import missing
@@ -380,8 +467,8 @@ def _cost(cell: Cell) -> str:
     return f"for {budget.gpu_seconds:,} GPU-seconds"
 
 
-def _manifest(arguments: argparse.Namespace, store: Store) -> dict[str, Any]:
-    """The manifest of a sweep that was run: by its file and the same settings, or by the name that `status` shows."""
+def _named_manifest(arguments: argparse.Namespace, store: Store) -> tuple[str, dict[str, Any]]:
+    """Name and manifest of a sweep that was run: by its file and the same settings, or by what `status` calls it."""
     from alignbench.store import read_json
 
     word = arguments.words[0]
@@ -394,7 +481,7 @@ def _manifest(arguments: argparse.Namespace, store: Store) -> dict[str, Any]:
             f"{' '.join(arguments.words)}: was not run in {store.root} as it stands; "
             f"run `alignbench sweep` with the same words (in the store: {known or 'nothing'})"
         )
-    return found
+    return path.stem, found
 
 
 def _results(store: Store, manifest: dict[str, Any]) -> Any:

@@ -19,6 +19,10 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text is one clear line: where, what, what instead."""
 
 
+class Interrupted(Exception):
+    """Somebody asked for a stop. No failure: what is done is saved, and the same task goes on from there."""
+
+
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class _KeywordOnly(msgspec.StructMeta):
     """msgspec's ``kw_only`` holds for one class, not for its subclasses; settings want it everywhere."""

@@ -1,4 +1,6 @@
-"""Runs as submitit jobs: ``local`` (worker processes, a few at a time) or ``debug`` (in this process, one by one)."""
+"""Runs as submitit jobs: ``slurm`` (arrays, and this process ends), ``local`` (worker processes, a few at a time) or
+``debug`` (in this process, one by one).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignbench import jobs as records
+from alignbench import slurm
 from alignbench.config import UserError, did_you_mean, settings
+from alignbench.jobs import Ticket
 from alignbench.run import Task, execute
-from alignbench.store import Artefact, Store, artefacts
+from alignbench.snapshot import Snapshot, take
+from alignbench.spec import check_ranks
+from alignbench.store import Artefact, Store, artefacts, write_json
 from alignbench.sweep import Cell, Plan
 
-LAUNCHERS = ("local", "debug")
+LAUNCHERS = ("local", "debug", "slurm")
 FOREVER = 60 * 24 * 365  # minutes; submitit's own default would end a job after five
 POLL = 0.2  # seconds
 PLAIN_EVERY = 15.0  # seconds between lines where the output is no terminal
@@ -78,10 +86,108 @@ def cores() -> int:
 
 
 def check_launcher(name: str) -> None:
-    if name == "slurm":
-        raise UserError("--launcher slurm: not part of this version; there are: local, debug")
+    """UserError unless there is such a launcher, and it works on this machine."""
     if name not in LAUNCHERS:
         raise UserError(f"--launcher: there is no launcher '{name}'{did_you_mean(name, LAUNCHERS, 'launchers')}")
+    if name == "slurm":
+        slurm.check()
+
+
+def unfinished(plan: Plan, cells: Sequence[Cell], store: Store) -> list[slurm.Work]:
+    """The cells of which something is missing, and what."""
+    runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
+    works = (slurm.Work(cell, missing(store, runs[cell.spec.label, cell.seed])) for cell in cells)
+    return [work for work in works if work.todo]
+
+
+def new_folder(plan: Plan, store: Store) -> Path:
+    """Of one launch, in the store."""
+    return store.root.resolve() / "jobs" / f"{plan.document.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def task(plan: Plan, store: Store, cell: Cell, code: Snapshot | None, **more: Any) -> dict[str, Any]:
+    """What a worker gets for ``cell``: plain data. ``more``: further fields of Task."""
+    return Task(
+        store=str(store.root.resolve()),
+        run=cell.id,
+        images=cell.images,
+        trains=cell.trains,
+        spec=settings(cell.spec),
+        evaluation=settings(plan.evaluation) | {"protocol": settings(cell.protocol)},
+        command=sys.argv,
+        **({"plugins": code.plugins} if code else {}) | more,
+    )._asdict()
+
+
+# -- slurm ------------------------------------------------------------------------------------------------------------
+
+
+def submit(plan: Plan, cells: Sequence[Cell], store: Store, options: dict[str, Any], plugins: Sequence[str]) -> int:
+    """Hand all that is missing, and not under way already, to SLURM; how many jobs that makes.
+
+    UserError if SLURM refuses one: those submitted before it by this call are cancelled.
+    """
+    coming = records.under_way(records.records(store))
+    works = [
+        slurm.Work(cell, [part for part in todo if part.id not in coming])
+        for cell, todo in unfinished(plan, cells, store)
+    ]
+    arrays = slurm.arrays(options, [work for work in works if work.todo], plan.scores)
+    for array in arrays:
+        if array.stage == "run":
+            for cell in array.cells:
+                check_ranks(cell.spec.training, array.resources.ranks, f"{plan.document.path}: {cell.title}")
+    if not arrays:
+        return 0
+    code = take(store.root, plugins)
+    folder, name = new_folder(plan, store), f"alignbench-{plan.document.name}"
+    tickets: list[Ticket] = []
+    try:
+        for array in arrays:
+            _write_tasks(plan, store, array, folder, code)
+            slurm.submit(array, folder, name, code.environment())
+            tickets += _tickets(store, array, folder)
+            records.write(folder, Path(plan.document.manifest).stem, "slurm", tickets, name, options)
+    except BaseException:
+        slurm.cancel([array.job for array in arrays if array.job])
+        raise
+    return sum(len(array.cells) for array in arrays)
+
+
+def _progress(folder: Path, array: slurm.Array, index: int) -> str:
+    return str(folder / f"{array.number}-{index}.progress.json")
+
+
+def _write_tasks(plan: Plan, store: Store, array: slurm.Array, folder: Path, code: Snapshot) -> None:
+    scores = [score._asdict() for score in plan.scores if score.file == array.file]
+    tasks = [
+        task(
+            plan, store, cell, code,
+            scores=scores,
+            stages=[array.stage],
+            threads=array.resources.cpus_per_task or 1,
+            parallel=array.resources.parallel,
+            progress=_progress(folder, array, i),
+            own_log=True,
+        )
+        for i, cell in enumerate(array.cells)
+    ]  # fmt: skip
+    write_json(folder / f"{array.number}.json", {"tasks": tasks})
+
+
+def _tickets(store: Store, array: slurm.Array, folder: Path) -> list[Ticket]:
+    def makes(cell: Cell) -> Artefact:
+        if array.stage == "run":
+            return store.run(cell.id, cell.trains)
+        return store.images(cell.images) if array.stage == "images" else store.scores(cell.images, array.file)
+
+    return [
+        Ticket(f"{array.job}_{i}", array.title, [makes(cell).id], cell.id, _progress(folder, array, i))
+        for i, cell in enumerate(array.cells)
+    ]
+
+
+# -- local and debug --------------------------------------------------------------------------------------------------
 
 
 def launch(
@@ -93,26 +199,26 @@ def launch(
     jobs: int | None = None,
     plugins: Sequence[str] = (),
 ) -> list[Outcome]:
-    """Make what is missing of ``cells``. A run that fails is reported and does not stop the others."""
-    check_launcher(launcher)
-    runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
-    todo = {id(cell): missing(store, runs[cell.spec.label, cell.seed]) for cell in cells}
-    folder = store.root / "jobs" / f"{plan.document.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    queue = [
-        Job(cell, todo[id(cell)], folder / f"{cell.id}-{n}.json") for n, cell in enumerate(cells) if todo[id(cell)]
-    ]
-    outcomes = [Outcome(cell, "done") for cell in cells if not todo[id(cell)]]
+    """Make what is missing of ``cells``, here. A run that fails is reported and does not stop the others."""
+    works = unfinished(plan, cells, store)
+    folder = new_folder(plan, store)
+    queue = [Job(cell, list(todo), folder / f"{cell.id}-{n}.json") for n, (cell, todo) in enumerate(works)]
+    busy = {id(job.cell) for job in queue}
+    outcomes = [Outcome(cell, "done") for cell in cells if id(cell) not in busy]
     if not queue:
         return outcomes
     gpus = _gpus() if launcher == "local" else []
     jobs = min(jobs or len(gpus) or cores(), len(queue)) if launcher == "local" else 1
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
-    work = Launch(plan, store, folder, queue, jobs, threads, gpus, list(plugins))
-    try:
-        with show(queue, len(cells)) as display:
-            outcomes += (work.debug if launcher == "debug" else work.local)(display)
-    finally:
-        if all(outcome.state == "done" for outcome in outcomes):  # else submitit's own logs may be of use
+    tickets = [Ticket("", "", [part.id for part in job.todo], job.cell.id, str(job.progress)) for job in queue]
+    records.write(folder, Path(plan.document.manifest).stem, launcher, tickets)
+    # submitit's files hold pickles: in a folder of this user's own, never in a store that others can write to
+    with tempfile.TemporaryDirectory(prefix="alignbench-") as private:
+        work = Launch(plan, store, Path(private), queue, jobs, threads, gpus, list(plugins))
+        try:
+            with show(queue, len(cells)) as display:
+                outcomes += (work.debug if launcher == "debug" else work.local)(display)
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
     return outcomes
 
@@ -123,29 +229,24 @@ class Launch:
 
     plan: Plan
     store: Store
-    folder: Path  # submitit's files, and the progress of each job
+    folder: Path  # submitit's files
     queue: list[Job]
     jobs: int
     threads: int
     gpus: list[int]
     plugins: list[str]
+    code: Snapshot | None = None  # what workers run; None: this process's own modules
 
     def task(self, job: Job, launcher: int | None) -> dict[str, Any]:
-        cell = job.cell
-        return Task(
-            store=str(self.store.root.resolve()),
-            run=cell.id,
-            images=cell.images,
-            trains=cell.trains,
-            spec=settings(cell.spec),
-            evaluation=settings(self.plan.evaluation) | {"protocol": settings(cell.protocol)},
+        return task(
+            self.plan, self.store, job.cell, self.code,
             scores=[score._asdict() for score in self.plan.scores],
-            plugins=[str(Path(path).resolve()) for path in self.plugins],
             threads=self.threads,
-            progress=str(job.progress.resolve()),
-            command=sys.argv,
+            progress=str(job.progress),
             launcher=launcher,
-        )._asdict()
+            own_log=launcher is not None,
+            **({} if self.code else {"plugins": [str(Path(path).resolve()) for path in self.plugins]}),
+        )  # fmt: skip
 
     def debug(self, display: Display) -> list[Outcome]:
         """One by one in this process."""
@@ -157,12 +258,13 @@ class Launch:
             display.begin(job)
             with display.in_background():
                 result = executor.submit(execute, self.task(job, None)).result()
-            outcomes.append(settle(job, result, str(self.folder)))
+            outcomes.append(settle(job, result, str(self.store.root / "runs" / job.cell.id / "log.txt")))
             display.end(job, outcomes[-1])
         return outcomes
 
     def local(self, display: Display) -> list[Outcome]:
         """At most ``jobs`` worker processes at a time; the next starts when one ends."""
+        self.code = take(self.store.root, self.plugins)
         waiting, running = list(self.queue), list[Job]()
         outcomes = []
         try:
@@ -190,22 +292,25 @@ class Launch:
         executor = submitit.LocalExecutor(self.folder)
         mine = [self.gpus[job.slot % len(self.gpus)]] if self.gpus else []
         executor.update_parameters(timeout_min=FOREVER, gpus_per_node=len(mine), visible_gpus=mine)
-        with _environment(OMP_NUM_THREADS=str(self.threads)), _child_output(self.folder / "submitit.log"):
+        variables = {"OMP_NUM_THREADS": str(self.threads), **(self.code.environment() if self.code else {})}
+        with _environment(**variables), _child_output(self.folder / "submitit.log"):
             job.handle = executor.submit(execute, self.task(job, os.getpid()))
 
     def _collect(self, job: Job) -> Outcome:
         """What a finished worker said, or that it ended without a word."""
-        paths = job.handle.paths
+        paths, log = job.handle.paths, self.store.root / "runs" / job.cell.id / "log.txt"
         if not paths.result_pickle.exists():
             reason = f"the worker was killed while {job.read()['stage']}: kill -9, or out of memory"
-            log = self.store.root / "runs" / job.cell.id / "log.txt"
             return settle(job, {"state": "failed", "reason": reason}, str(log))
         error = job.handle.exception()
         if error is None:
-            return settle(job, job.handle.result(), str(paths.stderr))
+            return settle(job, job.handle.result(), str(log))
         lines = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", str(error), re.MULTILINE) or ["no reason given"]
+        with suppress(OSError):  # submitit's own files go when the sweep ends
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.open("a").write(str(error))
         reason = f"the worker could not start: {lines[-1][:300]}"
-        return settle(job, {"state": "failed", "reason": reason}, str(paths.stderr))
+        return settle(job, {"state": "failed", "reason": reason}, str(log))
 
 
 def settle(job: Job, result: dict[str, Any], log: str) -> Outcome:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from alignbench.config import UserError, decode, settings
+from alignbench.config import Interrupted, UserError, decode, settings
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt, load_prompts
 from alignbench.spec import Evaluation, RunSpec, image_set_id, run_id
@@ -67,31 +67,45 @@ class Task(NamedTuple):
     threads: int
     progress: str  # file that says how far this is
     command: list[str]
-    launcher: int | None = None  # pid without which a local worker ends; None: this process itself
+    parallel: str = "ddp"  # how several ranks share the model in training: or "fsdp"
+    stages: Sequence[str] = ("run", "images", "scores")
+    own_log: bool = False  # does what is printed go to the run's log?
+    launcher: int | None = None  # pid without which a local worker ends
 
 
 class Failed(Exception):
     """A stage failed, its reason is on record."""
 
 
-def execute(task: dict[str, Any]) -> dict[str, Any]:
-    """All stages of one run. Returns {"state": "done" | "failed", "reason", "made": what was not there before}."""
+def execute(task: dict[str, Any], stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """The task's stages of one run. ``stop`` is asked wherever ending loses nothing.
+
+    Returns {"state": "done" | "failed" | "interrupted", "reason", "made": what was not there before}.
+    """
     try:
-        work = Work(Task(**task))
+        work = Work(Task(**task), stop)
     except UserError as error:  # a plug-in that changed under the sweep
         return {"state": "failed", "reason": str(error), "made": []}
-    with _process(work.task, work.log), suppress(Failed):
-        work.train()
-        work.generate()
-        work.score()
-    return {"state": "failed" if work.failures else "done", "reason": "; ".join(work.failures), "made": work.made}
+    stages = {"run": work.train, "images": work.generate, "scores": work.score}
+    state = "done"
+    with _process(work.task, work.log):
+        try:
+            for stage in work.task.stages:
+                stages[stage]()
+        except Interrupted:
+            state = "interrupted"
+        except Failed:
+            pass
+    state = "failed" if work.failures else state
+    return {"state": state, "reason": "; ".join(work.failures), "made": work.made}
 
 
 class Work:
     """The stages of one task, and the models they share, loaded on first use."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, stop: Callable[[], bool]) -> None:
         self.task = task
+        self.stop = stop
         self.store = Store(task.store)
         self.registry = Registry(task.plugins)
         self.spec = decode(RunSpec, task.spec, "spec")
@@ -127,6 +141,8 @@ class Work:
                 yield lock
                 if lock:
                     self.made.append(artefact.kind)
+        except Interrupted:  # no failure, and nothing to put on record: the next attempt goes on
+            raise
         except Exception as error:
             reason = _reason(artefact.kind, error, self.store.root)
             self.note(traceback.format_exc())
@@ -143,6 +159,11 @@ class Work:
         images = image_set_id(run, self.task.trains, self.evaluation.protocol, self.prompts)
         if (run, images) != (self.task.run, self.task.images):
             raise UserError("weights, prompts or a plug-in changed since the sweep was started; start it again")
+
+    def may_stop(self) -> None:
+        """Called after each piece of work that is saved: a job that is queued again and again always gets on."""
+        if self.stop():
+            raise Interrupted
 
     def note(self, text: str) -> None:
         """A line in the run's log."""
@@ -257,6 +278,7 @@ class Work:
             write(self._file(prompt, index), _png(image))
             done.add((prompt.id, index))
             self.progress("images", len(done) / len(wanted), f"{len(done)} of {len(wanted)}")
+            self.may_stop()
 
     def evaluated_flow(self) -> Any:
         """The flow with the weights that the protocol asks for."""
@@ -313,6 +335,7 @@ class Work:
             part = _parts(artefact) / f"{here.start}.parquet"
             if not part.exists():
                 write_frame(part, self._score_rows(evaluator, images.iloc[here]))
+                self.may_stop()
             frames.append(pd.read_parquet(part))
             self.progress(f"scoring, {score['name']}", here.stop / len(images))
         return pd.concat(frames, ignore_index=True)
@@ -404,14 +427,15 @@ class Progress:
 
 @contextmanager
 def _process(task: Task, log: Path) -> Iterator[None]:
-    """Threads, and in a worker of its own: output to the run's log, and an end when the launcher is gone."""
+    """Threads; output to the run's log, if it is to be there; a local worker ends when its launcher is gone."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if task.launcher is not None:
+    if task.own_log:
         with suppress(OSError):
             log.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             os.dup2(handle, sys.stdout.fileno())
             os.dup2(handle, sys.stderr.fileno())
+    if task.launcher is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the sweep is a shell's background job
         threading.Thread(target=_end_with, args=(task.launcher,), daemon=True).start()
     import torch

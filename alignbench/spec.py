@@ -60,6 +60,7 @@ class Training(Config):
     micro_batch: Count | None = None  # images per backward on one rank; None: batch / ranks at once
     seed: Annotated[int, Meta(ge=0)] = 0
     checkpoint_every: Count = 25  # batches; not part of the run's id
+    keep: Count = 2  # checkpoints, so that one which a disk has damaged is not the only one; no part of the id
     drift_every: Count | None = 10  # batches between two looks at the drift from the base model; no part of the id
 
 
@@ -145,6 +146,21 @@ class Sweep(Config):
     evaluation: Evaluation
     grid: dict[str, Annotated[list[Any], Meta(min_length=1)]] = msgspec.field(default_factory=dict)
     overrides: list[Override] = msgspec.field(default_factory=list)
+    slurm: dict[str, Any] = msgspec.field(default_factory=dict)  # what jobs ask for (slurm.Slurm); in no id
+
+
+def check_ranks(training: Training, ranks: int, where: str) -> None:
+    """UserError unless the global batch divides among ``ranks``, and a rank's share holds a micro-batch."""
+    if training.batch % ranks:
+        raise UserError(
+            f"{where}: training.batch: {training.batch} samples do not divide among {ranks} ranks; choose a multiple"
+        )
+    local = training.batch // ranks
+    if training.micro_batch is not None and training.micro_batch > local:
+        raise UserError(
+            f"{where}: training.micro_batch: {training.micro_batch} is more than a rank's {local} samples; "
+            f"choose 1 to {local}"
+        )
 
 
 # -- ids: content in, ten hex digits out ------------------------------------------------------------------------------
@@ -181,7 +197,8 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
         for part in spec.rewards
     ]
     training = settings(spec.training)
-    del training["checkpoint_every"], training["drift_every"]
+    for name in ("checkpoint_every", "keep", "drift_every"):  # what moves no weight
+        del training[name]
     content = {
         "backend": spec.backend,
         "backend files": fingerprint(backend.files()),

@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
+import subprocess
 import tempfile
 import threading
 import time
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 BEAT = 15.0  # seconds between heartbeats of a lock
 STALE = 600.0  # seconds without a heartbeat after which its holder counts as gone
+WATCHED = 3 * BEAT  # seconds in which whoever takes over has seen none itself: clocks differ, and jump
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -47,9 +50,9 @@ def write(path: Path, content: bytes | str | Callable[[Path], Any]) -> None:
             content(temporary)
         else:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise UserError(cannot_write(path, error)) from error
     finally:
@@ -64,7 +67,8 @@ def cannot_write(path: Path | str, error: OSError) -> str:
     return f"{path}: cannot be written: {error.strerror or error}; choose another --store, or mend its permissions"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """See to it that a file's content, or a folder's names, outlive a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -208,6 +212,7 @@ class Lock:
         self.path = path
         self.token = uuid.uuid4().hex
         self._ended = threading.Event()
+        self._seen = (float("nan"), 0.0)  # the holder's last heartbeat, and since when we have seen none after it
 
     def check(self) -> None:
         """LockLost unless it is still ours. Asked before anything is declared done."""
@@ -215,10 +220,10 @@ class Lock:
             raise LockLost(f"{self.path}: another process took this over while this one was stopped")
 
     def try_acquire(self) -> bool:
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "time": _now(), "token": self.token}
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "job": _job(), "time": _now(), "token": self.token}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and _holder(self.path) is None:
+            if self._abandoned():
                 self._remove_stale()
             _create(self.path, json.dumps(me))
         except FileExistsError:
@@ -249,10 +254,26 @@ class Lock:
                 guard.unlink()
         _create(guard, "")
         try:
-            if self.path.exists() and _holder(self.path) is None:  # absent: the next may be creating its own right now
+            if self._abandoned():  # not if absent: the next may be creating its own right now
                 self.path.unlink(missing_ok=True)
         finally:
             guard.unlink(missing_ok=True)
+
+    def _abandoned(self) -> bool:
+        """Is there a lock whose holder is known to be gone, or was not heard of for too long?"""
+        try:
+            beat = self.path.stat().st_mtime
+        except OSError:
+            return False
+        found = read_json(self.path)
+        if found is None or _gone(found):
+            return True
+        if beat != self._seen[0]:
+            self._seen = (beat, time.monotonic())
+        silent = time.monotonic() - self._seen[1]
+        if silent < WATCHED:
+            return False
+        return silent > STALE or time.time() - beat > STALE or _job_ended(found.get("job"))
 
 
 def _create(path: Path, text: str) -> None:
@@ -272,11 +293,40 @@ def _holder(lock: Path) -> str | None:
         age = time.time() - lock.stat().st_mtime
     except OSError:
         return None
-    if found is None or age > STALE:
-        return None
-    if found["host"] == socket.gethostname() and not alive(found["pid"]):
+    if found is None or age > STALE or _gone(found):
         return None
     return f"{found['host']}, process {found['pid']}"
+
+
+def _gone(holder: dict[str, Any]) -> bool:
+    """Is this holder known to have ended: a process of this machine, or an earlier start of this very SLURM job?"""
+    if holder["host"] == socket.gethostname() and not alive(holder["pid"]):
+        return True
+    job, start = holder.get("job") or ("", "")
+    mine = _job() or ("", "")
+    return bool(job) and job == mine[0] and start != mine[1]
+
+
+def _job_ended(job: Any) -> bool:
+    """Does SLURM say that a holder's job, which may be on another machine, is over?"""
+    if not job or shutil.which("squeue") is None:
+        return False
+    words = [
+        "squeue",
+        "--noheader",
+        "--jobs",
+        f"{job[0]},{job[0]}",
+        "--format",
+        "%T",
+    ]  # twice: unknown is no error then
+    asked = subprocess.run(words, capture_output=True, text=True, check=False)
+    return asked.returncode == 0 and not asked.stdout.strip()
+
+
+def _job() -> list[str] | None:
+    """This process's SLURM job, and how often it was started before; None outside of SLURM."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return [job, os.environ.get("SLURM_RESTART_COUNT", "0")] if job else None
 
 
 def alive(pid: int) -> bool:

@@ -99,7 +99,8 @@ class Document:
     @property
     def manifest(self) -> str:
         """File name of the manifest below ``sweeps/``: the same for the same document, whatever stands behind it."""
-        return f"{self.name}-{content_id([self.data, self.run_sets])}.json"
+        made = {key: value for key, value in self.data.items() if key != "slurm"}
+        return f"{self.name}-{content_id([made, self.run_sets])}.json"
 
 
 def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, limit: int | None = None) -> Document:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -17,10 +18,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from alignbench.checkpoint import FINAL, copy_parameters, load_state, save_state, save_weights
-from alignbench.config import UserError
+from alignbench.checkpoint import FINAL, check_shapes, copy_parameters, read_state, save_state, save_weights, states
+from alignbench.config import Interrupted, UserError
 from alignbench.evaluator import Reward
 from alignbench.flow import Batch, Flow, euler, seeded
 from alignbench.meter import GRAD_SHARES, Meter, Watch, metered, metered_reward
@@ -41,14 +43,18 @@ def train(
     *,
     accelerator: Accelerator,
     checkpoints: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Record]:
     """Train ``flow`` in place until the budget is spent; yield one record per optimizer update, costs as totals so far.
 
-    With ``checkpoints`` the state is saved there every ``checkpoint_every`` batches and at the end, an existing one is
-    resumed bitwise (only new records are yielded: ``load_records`` has the earlier ones), and once all records are
-    consumed ``final.safetensors`` holds the trained weights and their average. A method with ``trains = False`` yields
-    and writes nothing. UserError for settings that cannot work, and for losses, rewards or gradients that are not
-    finite; the last checkpoint is then kept.
+    With ``checkpoints`` the state is saved there every ``checkpoint_every`` batches and at the end, the last one that
+    is whole is resumed bitwise (only new records are yielded: ``load_records`` has the earlier ones), and once all
+    records are consumed ``final.safetensors`` holds the trained weights and their average. A method with ``trains =
+    False`` yields and writes nothing. UserError for settings that cannot work, and for losses, rewards or gradients
+    that are not finite; the last checkpoint is then kept.
+
+    ``stop`` is asked after every batch. If it says yes on any rank, the state is saved at once, and on every rank
+    Interrupted is raised after that batch's records.
     """
     if not method.trains:
         return
@@ -60,9 +66,12 @@ def train(
     flow, reward = metered(flow, run.meter, run.watch), metered_reward(reward, run.meter, run.watch)
     while not run.finished:
         records = list(run.advance(flow, reward, prompts))
-        if checkpoints is not None and (run.finished or run.step % training.checkpoint_every == 0):
+        stopped = run.anywhere(stop) and not run.finished
+        if checkpoints is not None and (run.finished or stopped or run.step % training.checkpoint_every == 0):
             run.save(checkpoints)
         yield from records
+        if stopped:
+            raise Interrupted(f"training: stopped after {run.step} batches")
     if checkpoints is not None:
         run.save_final(checkpoints)
 
@@ -288,6 +297,11 @@ class Run:
             raise self.error(str(failure)) from failure
         raise failure or self.error("another rank failed; its own message says why")
 
+    def anywhere(self, asked: Callable[[], bool]) -> bool:
+        """Does any rank say yes? The same answer on all of them, whose signals may not come in the same batch."""
+        yes = torch.tensor(float(self.together(asked)), device=self.accelerator.device)
+        return self.accelerator.reduce(yes, "sum").item() > 0
+
     def error(self, what: str) -> UserError:
         """``what``, with the place in training where it happened."""
         return UserError(f"training, step {self.step - 1}, update {self.update}: {what}")
@@ -295,7 +309,7 @@ class Run:
     # ---- saved and resumed
 
     def save(self, folder: Path) -> None:
-        """Replace the checkpoint. Written by the first rank alone."""
+        """Add a checkpoint. Written by the first rank alone."""
         if not self.accelerator.is_main_process:
             return
         state = {
@@ -308,14 +322,50 @@ class Run:
             "method": self.method.state_dict(),
             "records": self.records,
         }
-        save_state(folder, state)
+        save_state(folder, state, self.training.keep)
 
     def resume(self, folder: Path) -> None:
-        """Continue from the folder's checkpoint, if there is one."""
-        state = load_state(folder)
-        if state is None:
-            return
-        copy_parameters(self.parameters, state["flow"], folder)
+        """Continue from the last checkpoint that is whole and fits; from the start if there is none.
+
+        One that does not serve is named on stderr.
+        """
+        (found,) = broadcast_object_list([states(folder)])  # the first rank's, should a shared disk not agree
+        for path in found:
+            state, reason = self.readable(path)
+            reasons = [told for told in gather_object([reason]) if told is not None]
+            if not reasons:
+                assert state is not None
+                self.take_up(state, path)
+                return
+            if self.accelerator.is_main_process:
+                instead = "training starts from the beginning" if path == found[-1] else "the one before it is tried"
+                print(f"alignbench: {reasons[0]}; {instead}", file=sys.stderr, flush=True)
+
+    def readable(self, path: Path) -> tuple[Record | None, str | None]:
+        """The state in ``path``, or why it cannot be resumed from. The first rank verifies its hash for all."""
+        try:
+            mapped = self.accelerator.device.type != "cpu"  # where tensors are copied; else they would stay in the file
+            state = read_state(path, verify=self.accelerator.is_main_process, mapped=mapped)
+            self.check_fit(state, path)
+        except (UserError, KeyError) as error:  # a key that is absent: of another version of this program
+            return None, str(error) if isinstance(error, UserError) else f"{path}: has no {error}"
+        return state, None
+
+    def check_fit(self, state: Record, path: Path) -> None:
+        """UserError or KeyError unless ``take_up`` can take the state: it must not stop half-way."""
+        check_shapes(self.parameters, state["flow"], path)
+        ours, theirs = (dict(zip(self.parameters, ema or ())) for ema in (self.ema, state["ema"]))
+        check_shapes(ours, theirs, path)
+        for name, module in self.modules.items():
+            check_shapes(module.state_dict(), state["modules"][name], path)
+        sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+        if sizes != [len(group) for group in self.groups.values()]:
+            raise UserError(f"{path}: the optimizer's state is of other parameters")
+        for name in ("step", "update", "method", "records"):
+            state[name]
+
+    def take_up(self, state: Record, path: Path) -> None:
+        copy_parameters(self.parameters, state["flow"], path)
         if self.ema is not None:
             self.ema = [average.to(p) for average, p in zip(state["ema"], self.groups["flow"], strict=True)]
         for name, module in self.modules.items():

@@ -16,7 +16,7 @@ LAYERS = (
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip"},
-    {"checkpoint", "meter", "adapters", "policy", "nets"},
+    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot"},
     {"train", "generate", "sweep", "report", "scoring"},
     {"run", "testing", "backends.flux"},
     {"launch", "authoring"},

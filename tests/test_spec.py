@@ -169,7 +169,7 @@ def test_an_installed_package_can_bring_methods(monkeypatch):
 
 def test_ids_do_not_depend_on_names_and_order(tmp_path, tiny):
     """A label, the order of cases, comments, how often to save: the same weights, hence the same ids."""
-    renamed = plan(tmp_path, "cases[1].label=Other", "training.checkpoint_every=3", "name=other")
+    renamed = plan(tmp_path, "cases[1].label=Other", "training.checkpoint_every=3", "training.keep=5", "name=other")
     assert ids(renamed) == ids(tiny)
     assert images(renamed) == images(tiny)
     swapped = plan(tmp_path, changes={"cases": [LAST, SWEEP["cases"][0]]})

@@ -214,18 +214,49 @@ def test_a_dead_process_holds_nothing(store):
     lock.release()
 
 
-def test_another_machines_lock_counts_while_it_beats(store):
-    """A holder elsewhere is trusted until it was silent for ten minutes."""
+def test_another_machines_lock_counts_while_it_beats(store, monkeypatch):
+    """A holder elsewhere is trusted until it was silent for ten minutes, the last of them before our own eyes."""
     path = store.run("refl-0", trains=True).lock
     write_json(path, {"host": "elsewhere", "pid": 1, "time": "", "token": "x"})
-    assert not Lock(path).try_acquire()
+    monkeypatch.setattr(stores, "WATCHED", 0.2)
+    lock = Lock(path)
+    assert not lock.try_acquire()
     silent = time.time() - stores.STALE - 1
     os.utime(path, (silent, silent))
+    assert not lock.try_acquire()
+    time.sleep(0.3)
+    assert lock.try_acquire()
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+def test_a_clock_that_jumps_takes_no_lock_from_its_holder(store, monkeypatch, jump):
+    """A day forth or back: a holder that goes on beating keeps its lock; one that does not loses it."""
+    path = store.run("refl-0", trains=True).lock
+    write_json(path, {"host": "elsewhere", "pid": 1, "time": "", "token": "x"})
+    monkeypatch.setattr(stores, "WATCHED", 0.2)
+    monkeypatch.setattr(stores, "STALE", 0.6)
+    lock = Lock(path)
+    for beat in range(10):
+        os.utime(path, (time.time() + jump + beat, time.time() + jump + beat))
+        assert not lock.try_acquire()
+        time.sleep(0.1)
+    time.sleep(0.7)
+    assert lock.try_acquire()
+
+
+def test_a_job_that_was_queued_again_takes_over_from_itself(store, monkeypatch):
+    """SLURM starts a requeued job only after its end: its own earlier start holds nothing, wherever that was."""
+    path = store.run("refl-0", trains=True).lock
+    write_json(path, {"host": "elsewhere", "pid": 1, "job": ["7", "0"], "time": "", "token": "x"})
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not Lock(path).try_acquire()  # another rank's, of this very start
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert Lock(path).try_acquire()
 
 
-def test_many_that_notice_a_stale_lock_get_one_new_one(store):
+def test_many_that_notice_a_stale_lock_get_one_new_one(store, monkeypatch):
     """Taking over a dead holder's lock is a race that exactly one wins."""
+    monkeypatch.setattr(stores, "WATCHED", 0.0)
     path = store.run("refl-0", trains=True).lock
     for _ in range(20):
         write_json(path, {"host": "elsewhere", "pid": 1, "time": "", "token": "x"})
@@ -249,8 +280,9 @@ def test_many_that_notice_a_stale_lock_get_one_new_one(store):
         (won[0] if won else again).release()
 
 
-def test_a_holder_that_was_stopped_too_long_notices(store):
+def test_a_holder_that_was_stopped_too_long_notices(store, monkeypatch):
     """After a take-over the old holder may not declare anything done, nor remove the new lock."""
+    monkeypatch.setattr(stores, "WATCHED", 0.0)
     path = store.run("refl-0", trains=True).lock
     old, new = Lock(path), Lock(path)
     assert old.try_acquire()

@@ -273,7 +273,7 @@ def worker(folder: Path) -> int:
 
 
 STAGES = {
-    "training": "runs/{run}/checkpoints/state.pt",
+    "training": "runs/{run}/checkpoints/step_*.pt",
     "images": "images/{images}/*.png",
     "scoring": "scores/{images}/*",
 }

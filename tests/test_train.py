@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -20,8 +21,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from alignbench import train as loop
-from alignbench.checkpoint import FINAL, STATE, load_records, load_state, load_weights, save_state, save_weights
-from alignbench.config import UserError
+from alignbench.checkpoint import FINAL, load_records, load_weights, read_state, save_state, save_weights, states
+from alignbench.config import Interrupted, UserError
 from alignbench.evaluator import Reward, Term
 from alignbench.flow import euler, integrate, seeded
 from alignbench.meter import FIFTHS, GRAD_SHARES, Meter, metered
@@ -71,6 +72,11 @@ def run(method, training=None, folder=None, flow=None, reward=None):
         checkpoints=folder,
     )
     return flow, list(stream)
+
+
+def newest(folder):
+    """The folder's last training state."""
+    return read_state(states(folder)[0])
 
 
 class Blackbox(AlignMethod):
@@ -485,7 +491,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(UserError, match=r"step 2, update 2: the loss is nan;"):
         run(Broken(), folder=tmp_path, flow=flow)
     assert flow.bias.isfinite().all()
-    assert torch.equal(flow.bias, load_state(tmp_path)["flow"]["bias"])
+    assert torch.equal(flow.bias, newest(tmp_path)["flow"]["bias"])
 
 
 def test_a_loss_that_is_no_number_names_its_sample():
@@ -515,15 +521,19 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(UserError, match=r"step 0.*grad_norm is (nan|inf)"):
         run(Steep(), folder=tmp_path, flow=flow)
     assert flow.bias.abs().max() == 0
-    assert not (tmp_path / STATE).exists()
+    assert states(tmp_path) == []
 
 
 # ---- what a stopped run loses
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def same_run(folder, flow, undisturbed, records):
     """Every weight, average and record of a resumed run is the undisturbed one's, bitwise."""
-    state, whole = load_state(folder / "resumed"), load_state(folder / "whole")
+    state, whole = newest(folder / "resumed"), newest(folder / "whole")
     assert unclocked(records) == unclocked(undisturbed)
     assert torch.equal(flow.bias, whole["flow"]["bias"])
     assert torch.equal(state["flow"]["bias"], whole["flow"]["bias"])
@@ -572,7 +582,7 @@ def test_what_a_method_prepares_is_where_training_starts(tmp_path):
     again, _ = run(method, training, tmp_path / "resumed")
     same_run(tmp_path, again, undisturbed, load_records(tmp_path / "resumed"))
     run(method, settings(batches=1, optimizer={"ema": 0.9, "warmup": 10**9}), tmp_path / "still")
-    average = load_state(tmp_path / "still")["ema"][0]
+    average = newest(tmp_path / "still")["ema"][0]
     torch.testing.assert_close(average, torch.full_like(average, 0.5), rtol=0, atol=1e-6)
 
 
@@ -649,7 +659,8 @@ def test_kill_9_and_resume(tmp_path):
     flow, rest = run(LEAP, training, tmp_path / "resumed")
     assert len(kept) + len(rest) == 25
     same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
-    assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == [FINAL, STATE]
+    assert names(tmp_path / "resumed") == [FINAL, *(path.name for path in reversed(states(tmp_path / "resumed")))]
+    assert [read_state(path)["step"] for path in states(tmp_path / "resumed")] == [25, 24]
 
 
 # ---- what is on the disk
@@ -658,7 +669,7 @@ def test_kill_9_and_resume(tmp_path):
 def test_weights_come_back(tmp_path):
     """Both the last weights and their average are saved, and load into a fresh flow exactly."""
     flow, _ = run(LEAP, folder=tmp_path)
-    state = load_state(tmp_path)
+    state = newest(tmp_path)
     for which, expected in (("last", flow.bias.detach()), ("ema", state["ema"][0])):
         other = AffineFlow(STEPS)
         load_weights(other, tmp_path / FINAL, which)
@@ -681,18 +692,107 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_weights(AffineFlow(STEPS), path)
 
 
-def test_a_damaged_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
-    """One line says what to do; leftovers of a killed writer are ignored, and swept up by the next."""
-    run(LEAP, settings(batches=2), tmp_path)
-    left = tmp_path / f".{STATE}.12345.tmp"
-    left.write_bytes(b"half")
-    assert len(load_records(tmp_path)) == 2
-    run(LEAP, settings(batches=3), tmp_path)
-    assert not left.exists()
-    (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:200])
-    with pytest.raises(UserError, match="not a readable checkpoint") as caught:
-        run(LEAP, folder=tmp_path)
-    assert "\n" not in str(caught.value)
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "one bit": flip,
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 100),
+    "empty": lambda path: os.truncate(path, 0),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, tmp_path, capsys):
+    """It is named in one line, and the run ends as if undisturbed, bitwise; no damaged file is left."""
+    _, undisturbed = run(LEAP, folder=tmp_path / "whole")
+    run(LEAP, settings(batches=4), tmp_path / "resumed")
+    newest_one, _ = states(tmp_path / "resumed")
+    damage(newest_one)
+    with pytest.raises(UserError, match="a damaged checkpoint"):
+        load_records(tmp_path / "resumed")
+    capsys.readouterr()
+    flow, records = run(LEAP, folder=tmp_path / "resumed")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"alignbench: {newest_one}: a damaged checkpoint")
+    assert line.endswith("the one before it is tried")
+    assert [r["step"] for r in records] == [3, 4, 5]
+    same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
+    assert [read_state(path)["step"] for path in states(tmp_path / "resumed")] == [6, 5]
+
+
+def test_where_every_checkpoint_is_damaged_training_starts_again(tmp_path, capsys):
+    """Each is named, and the run ends as if undisturbed, bitwise."""
+    _, undisturbed = run(LEAP, folder=tmp_path / "whole")
+    run(LEAP, settings(batches=4), tmp_path / "resumed")
+    for path, damage in zip(states(tmp_path / "resumed"), DAMAGES.values()):
+        damage(path)
+    flow, records = run(LEAP, folder=tmp_path / "resumed")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition("; ")[2] for line in lines] == [
+        "the one before it is tried",
+        "training starts from the beginning",
+    ]
+    assert [r["step"] for r in records] == list(range(6))
+    same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
+
+
+MISFITS = {
+    "do not fit the model": lambda state: {"flow": {"bias": torch.ones(9, 3)}},
+    r"\(bias is absent in the file": lambda state: {"ema": None},
+    "optimizer's state is of other": lambda state: {"optimizer": {"state": {}, "param_groups": []}},
+    "has no 'records'": lambda state: {"records": None},
+}
+
+
+@pytest.mark.parametrize("reason", MISFITS)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(reason, tmp_path, capsys):
+    """Of another model, optimizer or version: named, no weight is taken from it, and training starts from the start."""
+    _, undisturbed = run(LEAP, folder=tmp_path / "whole")
+    state = newest(tmp_path / "whole")
+    state |= {"flow": {"bias": state["flow"]["bias"] + 1}} | MISFITS[reason](state)
+    save_state(
+        tmp_path / "resumed", {name: value for name, value in state.items() if name == "ema" or value is not None}
+    )
+    flow, _ = run(LEAP, folder=tmp_path / "resumed")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(reason, line)
+    same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_states_are_kept(keep, tmp_path):
+    """As many as ``keep`` says, however often the run is resumed; leftovers of a killed writer are swept up."""
+    left = tmp_path / ".step.new.12345.tmp"
+    for batches in (2, 5):
+        run(LEAP, settings(batches=batches, keep=keep), tmp_path)
+        assert [read_state(path)["step"] for path in states(tmp_path)] == [*range(batches, 0, -1)][:keep]
+        assert not left.exists()
+        left.write_bytes(b"half")
+        (tmp_path / "step.new").write_bytes(b"whole, but killed before it had its name")
+        assert len(load_records(tmp_path)) == batches
+
+
+def test_asked_to_stop(tmp_path):
+    """All up to that batch is yielded, saved and resumed bitwise; a stop in the last batch is no interruption."""
+    training = settings(checkpoint_every=100)
+    _, undisturbed = run(LEAP, training, tmp_path / "whole")
+    asked = iter([False, True])
+    parts = LEAP, AffineFlow(STEPS), QuadraticReward(), PROMPTS, training
+    options = {"accelerator": Accelerator(cpu=True), "checkpoints": tmp_path / "resumed"}
+    stream, seen = loop.train(*parts, **options, stop=lambda: next(asked)), []
+    with pytest.raises(Interrupted, match="stopped after 2 batches"):
+        seen.extend(stream)
+    assert unclocked(seen) == unclocked(undisturbed[:2])
+    assert load_records(tmp_path / "resumed") == seen
+    flow, rest = run(LEAP, training, tmp_path / "resumed")
+    assert len(rest) == 4
+    same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
+    parts = LEAP, AffineFlow(STEPS), QuadraticReward(), PROMPTS, settings(batches=1)
+    assert len(list(loop.train(*parts, accelerator=Accelerator(cpu=True), stop=lambda: True))) == 1
 
 
 def test_a_disk_that_cannot_be_written_is_one_line(tmp_path):
@@ -700,26 +800,26 @@ def test_a_disk_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         save_weights(AffineFlow(STEPS), tmp_path / "file" / FINAL)
-    save_state(tmp_path, {"records": [1]})
+    save_state(tmp_path, {"step": 1, "records": [1]})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
         with pytest.raises(UserError, match="cannot be written") as state:
-            save_state(tmp_path, {"big": torch.zeros(10_000)})
+            save_state(tmp_path, {"step": 2, "big": torch.zeros(10_000)})
         with pytest.raises(UserError, match="cannot be written") as weights:
             save_weights(AffineFlow(1000), tmp_path / FINAL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(state.value) + str(weights.value)
     assert load_records(tmp_path) == [1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", STATE]
+    assert names(tmp_path) == ["file", *(path.name for path in states(tmp_path))]
 
 
 def test_a_checkpoint_holds_no_code(tmp_path):
     """An object smuggled into a checkpoint is not built: it is reported as unreadable."""
-    torch.save({"records": [], "evil": SimpleNamespace(x=1)}, tmp_path / STATE)
+    save_state(tmp_path, {"step": 1, "records": [], "evil": SimpleNamespace(x=1)})
     with pytest.raises(UserError, match="not a readable checkpoint"):
-        load_state(tmp_path)
+        newest(tmp_path)
 
 
 def test_a_metered_flow_is_otherwise_the_flow():
@@ -739,7 +839,8 @@ def test_a_metered_flow_is_otherwise_the_flow():
 def test_two_ranks_are_one(tmp_path):
     """Two real processes make the updates of one: same choices at every step, same weights and costs, to rounding.
 
-    When one of them fails, the other stops too, with the reason's place in its own error.
+    When one of them fails, the other stops too, with the reason's place in its own error; when one of them is asked to
+    stop, both do, after the same batch, and one process goes on from what they saved.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -766,6 +867,8 @@ def test_two_ranks_are_one(tmp_path):
     assert "another rank failed" in first["error"]
     assert "step 1" in second["error"]
     assert "reward quadratic is not finite" in second["error"]
+    assert first["stopped"] == second["stopped"] == "training: stopped after 2 batches"
+    assert [record["step"] for record in run(LEAP, folder=tmp_path / "stopped")[1]] == [2, 3, 4, 5]
 
 
 class LoggedLeap(LeapAlign):
@@ -792,6 +895,13 @@ def train_as_rank(rank: int, port: str, folder: Path) -> None:
         run(LEAP, reward=Failing(float("nan"), after=1) if rank == 1 else None)
     except UserError as error:
         notes["error"] = str(error)
+    asked = iter([False, rank == 1])
+    parts = LEAP, AffineFlow(STEPS), QuadraticReward(), PROMPTS, settings(checkpoint_every=100)
+    options = {"accelerator": Accelerator(cpu=True), "checkpoints": folder / "stopped"}
+    try:
+        list(loop.train(*parts, **options, stop=lambda: next(asked)))
+    except Interrupted as error:
+        notes["stopped"] = str(error)
     (folder / f"rank{rank}.json").write_text(json.dumps(notes))
 
 

@@ -1,0 +1,281 @@
+"""A sweep as SLURM job arrays: one per stage and resource shape, each task waiting for its own predecessor alone.
+
+submitit writes the batch files and submits them. Their command is ``python -m alignbench.job``, which reads its task
+from JSON: a store is shared, and a pickle in it would be code that anybody with write access can put there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from msgspec import Meta, field
+
+from alignbench.config import Config, UserError, decode, load_yaml, merge
+from alignbench.spec import Count
+from alignbench.store import Artefact
+from alignbench.sweep import Cell
+
+STAGES = {"run": "train", "images": "generate", "scores": "score"}  # kinds of artefacts, and what making them is called
+LARGEST = 1000  # tasks of an array; SLURM's default MaxArraySize is 1001
+Time = Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=r"^(\d+-)?\d{1,2}(:\d\d){1,2}$")]
+
+
+class Resources(Config):
+    """What a job asks SLURM for. What is not set is the cluster's default."""
+
+    partition: str | None = None
+    nodes: Count = 1
+    gpus_per_node: Annotated[int, Meta(ge=0)] = 0
+    tasks_per_node: Count | None = None  # ranks on a node; None: one per GPU, or one
+    cpus_per_task: Count | None = None
+    time: Time | None = None  # minutes, or [days-]hours:minutes[:seconds]
+    mem: str | None = None  # of a node, as in 64G
+    constraint: str | None = None
+    qos: str | None = None
+    account: str | None = None
+    array_parallelism: Count = 256  # tasks of an array at a time
+    setup: list[str] = field(default_factory=list)  # lines of shell before the job's own command
+    additional: dict[str, Any] = field(default_factory=dict)  # further options of sbatch
+    signal: Count = 90  # seconds before its end in which a job saves what it has
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # how the ranks of a training share the model
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    def options(self) -> dict[str, Any]:
+        """submitit's names for them."""
+        same = ("partition", "nodes", "cpus_per_task", "time", "mem", "constraint", "qos", "account")
+        chosen = {name: getattr(self, name) for name in same if getattr(self, name) is not None}
+        gpus = {"gpus_per_node": self.gpus_per_node} if self.gpus_per_node else {}
+        return {
+            "time": None,  # else submitit's own: five minutes
+            **chosen,
+            **gpus,
+            "ntasks_per_node": self.ranks_per_node,
+            "array_parallelism": self.array_parallelism,
+            "signal_delay_s": self.signal,
+            "stderr_to_stdout": True,
+            "srun_args": [f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else None,  # not inherited
+        }
+
+
+class Slurm(Resources):
+    """The same for all jobs, and what some of them want instead: by stage, backend, method (training), evaluator."""
+
+    stages: dict[Literal["train", "generate", "score"], dict[str, Any]] = field(default_factory=dict)
+    backends: dict[str, dict[str, Any]] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluators: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+SECTIONS = ("stages", "backends", "methods", "evaluators")
+
+
+def read(sweep: Any, file: str | None, where: str) -> dict[str, Any]:
+    """A sweep's ``slurm`` with the cluster file laid over it, checked. UserError for whatever cannot be asked for."""
+    layers = [(f"{where}: slurm", sweep or {}), *([(file, load_yaml(Path(file), {}))] if file else [])]
+    found: dict[str, Any] = {}
+    for place, layer in layers:
+        checked = decode(Slurm, layer, f"{place}: " if place == file else place)
+        for section in SECTIONS:
+            for name, own in getattr(checked, section).items():
+                decode(Resources, own, f"{place}: {section}.{name}")
+        found = merge(found, layer)
+    return found
+
+
+def resources(slurm: dict[str, Any], stage: str, cell: Cell, evaluator: str = "") -> Resources:
+    """Of one job: what all get, then what its stage, its backend, and its method or evaluator want instead."""
+    own: dict[str, Any] = {key: value for key, value in slurm.items() if key not in SECTIONS}
+    wishes = [("stages", STAGES[stage])]
+    if stage != "scores":
+        wishes.append(("backends", cell.spec.backend["name"]))
+    if stage == "run":
+        wishes.append(("methods", cell.spec.method["name"]))
+    if evaluator:
+        wishes.append(("evaluators", evaluator))
+    for section, name in wishes:
+        own = merge(own, slurm.get(section, {}).get(name) or {})
+    return decode(Resources, own, "slurm")
+
+
+# -- arrays -----------------------------------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """A cell with what of it is missing."""
+
+    cell: Cell
+    todo: Sequence[Artefact]
+
+
+@dataclass
+class Array:
+    """Jobs of one stage. Task i works on ``cells[i]``, once task i of ``after`` has succeeded."""
+
+    stage: str  # a key of STAGES
+    cells: list[Cell]
+    resources: Resources
+    after: Array | None = None
+    evaluator: str = ""
+    file: str = ""  # of its scores, below their image set
+    job: str = ""  # SLURM's id, once submitted
+    number: int = 0
+
+    @property
+    def title(self) -> str:
+        return f"{STAGES[self.stage]} {self.evaluator}".strip()
+
+
+@dataclass
+class _Chain:
+    """Cells that go through the same stages with the same resources."""
+
+    train: Resources | None
+    generate: Resources | None
+    works: list[Work]
+
+
+def arrays(slurm: dict[str, Any], works: Iterable[Work], scores: Sequence[Any]) -> list[Array]:
+    """All that is missing, predecessors first. Rows that share weights and images are worked on once."""
+    found: list[Array] = []
+    for chain in _chains(slurm, works):
+        for start in range(0, len(chain.works), LARGEST):
+            found += _arrays_of(slurm, chain, chain.works[start : start + LARGEST], scores)
+    for number, array in enumerate(found):
+        array.number = number
+    return found
+
+
+def _chains(slurm: dict[str, Any], works: Iterable[Work]) -> list[_Chain]:
+    chains: list[_Chain] = []
+    seen = set[tuple[str, str]]()
+    for work in works:
+        if (work.cell.id, work.cell.images) in seen:
+            continue
+        seen.add((work.cell.id, work.cell.images))
+        kinds = {part.kind for part in work.todo}
+        train, generate = (
+            resources(slurm, stage, work.cell) if stage in kinds else None for stage in ("run", "images")
+        )
+        chain = next((c for c in chains if (c.train, c.generate) == (train, generate)), None)
+        if chain is None:
+            chains.append(chain := _Chain(train, generate, []))
+        chain.works.append(work)
+    return chains
+
+
+def _arrays_of(slurm: dict[str, Any], chain: _Chain, works: Sequence[Work], scores: Sequence[Any]) -> Iterator[Array]:
+    cells = [work.cell for work in works]
+    last = None
+    for stage, wanted in (("run", chain.train), ("images", chain.generate)):
+        if wanted is not None:
+            yield (last := Array(stage, cells, wanted, last))
+    for score in scores:
+        stem = score.file.removesuffix(".parquet")
+        missing = [w.cell for w in works if any(part.id == f"{w.cell.images}/{stem}" for part in w.todo)]
+        if missing:  # all of them wherever images are missing: then tasks of both arrays correspond
+            asked = resources(slurm, "scores", missing[0], score.name)
+            yield Array("scores", missing, asked, last, score.name, score.file)
+
+
+# -- submission -------------------------------------------------------------------------------------------------------
+
+
+def check() -> None:
+    """UserError unless jobs can be submitted from here."""
+    if missing := [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]:
+        raise UserError(
+            f"--launcher slurm: there is no {missing[0]} on this machine; start it on a login node of a SLURM cluster, "
+            "or choose --launcher local"
+        )
+
+
+def submit(array: Array, folder: Path, name: str, environment: dict[str, str]) -> None:
+    """Hand an array to SLURM; its id is noted in it. ``environment``: of its jobs, beside the one of this process.
+
+    UserError with SLURM's own words if it is refused.
+    """
+    import submitit
+
+    executor = submitit.SlurmExecutor(folder)
+    extra: dict[str, Any] = {"chdir": os.getcwd(), "requeue": True}
+    if array.after is not None:
+        extra |= {"dependency": f"aftercorr:{array.after.job}", "kill-on-invalid-dep": "yes"}
+    executor.update_parameters(
+        job_name=name,
+        setup=[*(f"export {name}={shlex.quote(value)}" for name, value in environment.items()), *array.resources.setup],
+        additional_parameters=extra | array.resources.additional,
+        **array.resources.options(),
+    )
+    executor.parameters["map_count"] = len(array.cells)
+    words = [sys.executable, "-P", "-u", "-m", "alignbench.job", str(folder / f"{array.number}.json")]
+    try:
+        array.job = executor._submit_command(shlex.join(words)).job_id
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"SLURM refused the jobs that {array.title}: {_refusal(str(error))}") from None
+
+
+def _refusal(text: str) -> str:
+    lines = [line.split("error:", 1)[1].strip() for line in text.splitlines() if "error:" in line]
+    return "; ".join(dict.fromkeys(lines)) or " ".join(text.split())[-300:]
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """End them. Unknown and finished ones are no error."""
+    if jobs:
+        subprocess.run(["scancel", *jobs], capture_output=True, check=False)
+
+
+# -- what SLURM knows of submitted jobs -------------------------------------------------------------------------------
+
+
+class Live(NamedTuple):
+    """A job that has not ended."""
+
+    state: str  # PENDING, RUNNING, COMPLETING, ...
+    reason: str  # why it waits
+    restarts: int
+    left: str  # of its time, as SLURM prints it
+
+
+def live(names: Iterable[str]) -> dict[str, Live]:
+    """``12_3`` -> of every job called one of ``names`` that has not ended. UserError if SLURM does not answer."""
+    chosen = sorted(set(names))
+    if not chosen or shutil.which("squeue") is None:
+        return {}
+    columns = "ArrayJobID:|,ArrayTaskID:|,State:|,RestartCnt:|,TimeLeft:|,Reason:"
+    words = ["squeue", "--noheader", "--array", f"--name={','.join(chosen)}", "-O", columns]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"SLURM does not answer: {_refusal(done.stderr)}; try again")
+    found = {}
+    for line in done.stdout.splitlines():
+        array, task, state, restarts, left, reason = (part.strip() for part in line.split("|", 5))
+        found[f"{array}_{task}"] = Live(state, reason, int(restarts or 0), left)
+    return found
+
+
+def ended(job: str) -> str:
+    """How a job ended, in SLURM's words (``TIMEOUT``), as far as it remembers."""
+    if shutil.which("sacct") is None:
+        return ""
+    done = subprocess.run(
+        ["sacct", "-X", "-P", "-n", "-o", "State", "-j", job], capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.split("\n") if done.returncode == 0 else []
+    return re.sub(r" by \d+", "", lines[0].strip()) if lines else ""

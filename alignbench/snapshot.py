@@ -1,0 +1,109 @@
+"""A copy of the code that makes a sweep, in the store: its workers run that, whatever is edited meanwhile.
+
+``<store>/code/<digest>/alignbench/...`` is the running package with its methods, evaluators, reports and sweeps where
+an import looks for them, ``<store>/code/<digest>/plugins/`` the plug-in files. The digest is of every name and byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from alignbench.config import UserError
+from alignbench.store import cannot_write
+
+PARTS = ("", "methods", "evaluators", "reports", "sweeps")  # packages that may each lie in a folder of their own
+CODE, PLUGINS = "code", "plugins"  # folders: of the store, of a snapshot
+
+
+class Snapshot(NamedTuple):
+    """``plugins``: the copies, in the order of the originals."""
+
+    path: Path
+    plugins: list[str]
+
+    def environment(self) -> dict[str, str]:
+        """Variables with which a new interpreter runs this code, ahead of an editable install, and leaves it as is."""
+        path = os.pathsep.join(filter(None, [str(self.path), os.environ.get("PYTHONPATH")]))
+        return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def take(store: Path, plugins: Sequence[str] = ()) -> Snapshot:
+    """The running code and ``plugins`` (paths) as a folder of the store: made whole or not at all, unless it is there.
+
+    UserError if a file cannot be read or written, and for a folder of that name which holds something else.
+    """
+    copies = _plugin_names(plugins)
+    files = package() | {name: _read(Path(path)) for name, path in zip(copies, plugins)}
+    folder = store.resolve() / CODE / digest(files)
+    if not folder.exists():
+        _write(folder, files)
+    check(folder)
+    return Snapshot(folder, [str(folder / name) for name in copies])
+
+
+def check(folder: Path) -> None:
+    """UserError unless a snapshot holds what its name says."""
+    if not folder.is_dir() or digest(read(folder)) != folder.name:
+        raise UserError(f"{folder}: not the code that was copied there; delete this folder")
+
+
+def package() -> dict[str, bytes]:
+    """Every file of the running package, data included, by its place in a snapshot (``alignbench/methods/refl.py``)."""
+    found: dict[str, bytes] = {}
+    for part in PARTS:
+        spec = find_spec(f"alignbench.{part}".rstrip("."))
+        if spec is None or spec.origin is None:
+            raise UserError(f"alignbench.{part}: this installation lacks it; install alignbench again")
+        found |= read(Path(spec.origin).parent, f"alignbench/{part}".rstrip("/") + "/")
+    return found
+
+
+def read(folder: Path, prefix: str = "") -> dict[str, bytes]:
+    """The files of a folder by their names below it; neither hidden ones nor what Python compiled."""
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    kept = [name for name in names if not any(part.startswith((".", "__pycache__")) for part in name.parts)]
+    return {f"{prefix}{name.as_posix()}": _read(folder / name) for name in kept}
+
+
+def digest(files: Mapping[str, bytes]) -> str:
+    """Sixteen hex digits of every name and content."""
+    named = sorted((name, hashlib.sha256(content).hexdigest()) for name, content in files.items())
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+
+
+def _plugin_names(plugins: Sequence[str]) -> list[str]:
+    """Their places in a snapshot; files of the same name get a folder each."""
+    names = [Path(path).name for path in plugins]
+    return [f"{PLUGINS}/{name}" if names.count(name) == 1 else f"{PLUGINS}/{i}/{name}" for i, name in enumerate(names)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Under another name, then renamed: of two processes that do this at once one is first, and both are content."""
+    half = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        for name, content in files.items():
+            path = half / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            path.chmod(0o444)
+        half.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise UserError(cannot_write(folder, error)) from error
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
