@@ -3,8 +3,8 @@
     python benchmarks/slurm_soak.py [--runs 500]
 
 On a SLURM that it starts itself (root on Debian, see tests/slurm/cluster.py). A run's job is the real one, ``srun
-python -m alignbench.job`` on a copy of the code, with a task that has no stages: it reads its task and ends, and imports
-no torch. Every job must have ended well, once. Figures go to benchmarks/results/slurm-soak.json and .md.
+python -m alignbench.job`` on a copy of the code, with a task that has no stages: it reads its task and ends, without
+importing torch. Every job must have ended well, once. Figures go to benchmarks/results/slurm-soak.json and .md.
 """
 
 from __future__ import annotations
