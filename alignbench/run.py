@@ -11,26 +11,25 @@ import hashlib
 import io
 import json
 import os
-import platform
 import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from alignbench import provenance
 from alignbench.config import Interrupted, UserError, decode, settings
 from alignbench.plugins import Registry
-from alignbench.prompts import Prompt, load_prompts
-from alignbench.spec import Evaluation, RunSpec, image_set_id, run_id
+from alignbench.prompts import Prompt, digest, load_prompts
+from alignbench.spec import Evaluation, RunSpec, evaluator_content, image_set_id, run_id
 from alignbench.store import (
     Artefact,
     Lock,
@@ -39,6 +38,7 @@ from alignbench.store import (
     alive,
     cannot_write,
     locked,
+    read_json,
     write,
     write_frame,
     write_json,
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MEGABYTE = 2**20
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy", "pandas", "pillow")
 
 
 class Task(NamedTuple):
@@ -71,6 +70,8 @@ class Task(NamedTuple):
     stages: Sequence[str] = ("run", "images", "scores")
     own_log: bool = False  # does what is printed go to the run's log?
     launcher: int | None = None  # pid without which a local worker ends
+    code: dict[str, Any] | None = None  # ``provenance.code()`` where the sweep was started; None: asked here
+    track: Sequence[str] = ()  # of ``trackers.NAMES``
 
 
 class Failed(Exception):
@@ -108,6 +109,7 @@ class Work:
         self.stop = stop
         self.store = Store(task.store)
         self.registry = Registry(task.plugins)
+        self.code = task.code or provenance.code(task.plugins)
         self.spec = decode(RunSpec, task.spec, "spec")
         self.evaluation = decode(Evaluation, task.evaluation, "evaluation")
         self.run = self.store.run(task.run, task.trains)
@@ -182,9 +184,10 @@ class Work:
             started = time.time()
             plain = settings(self.spec)
             write(self.run.folder / "spec.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+            provenance.begin(self.run.folder, started, self.provenance(), self.code, self.registry)
             if self.task.trains:
                 self._train(lock)
-            write_json(self.run.folder / "provenance.json", self.provenance(started))
+            provenance.end(self.run.folder, started)
             self.run.succeed()
             shutil.rmtree(self.run.folder / "checkpoints", ignore_errors=True)
 
@@ -206,8 +209,11 @@ class Work:
         prompts, training = load_prompts(self.spec.prompts), self.spec.training
         checkpoints = self.run.folder / "checkpoints"
         flow = self.flow
-        records = train(method, flow, reward, prompts, training, accelerator=self.accelerator, checkpoints=checkpoints)
-        for record in records:
+        records = train(
+            method, flow, reward, prompts, training,
+            accelerator=self.accelerator, checkpoints=checkpoints, stop=self.stop,
+        )  # fmt: skip
+        for record in self.tracked(records):
             share = spent(training.budget, record, self.accelerator.num_processes)
             shown = f", reward {record['reward_mean']:.3f}" if "reward_mean" in record else ""
             self.progress("training", share, f"update {record['update'] + 1}{shown}")
@@ -217,24 +223,32 @@ class Work:
         final.chmod((self.run.folder / "train.parquet").stat().st_mode)  # safetensors' own would shut out a group
         final.replace(self.run.product)
 
-    def provenance(self, started: float) -> dict[str, Any]:
-        """What is recorded and not hashed: where, when and with what code the weights were made."""
-        import torch
+    def tracked(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The same records, each shown to the trackers that were asked for."""
+        from alignbench.trackers import Trackers
 
+        title = f"{self.spec.label}, seed {self.spec.training.seed}"
+        names = self.task.track if self.accelerator.is_main_process else ()
+        trackers = Trackers(names, self.store.root, self.task.run, title, settings(self.spec), self.note)
+        try:
+            for record in records:
+                trackers(record)
+                yield record
+        finally:
+            trackers.close()
+
+    def provenance(self) -> dict[str, Any]:
+        """What is recorded and not hashed: with what command, code, files and machine the weights are made."""
+        made = [self.registry.make("backend", self.spec.backend, "backend")]
+        made.append(self.registry.make("method", self.spec.method, "method"))
+        for part in self.spec.rewards if self.task.trains else []:
+            made.append(self.registry.make("evaluator", part["evaluator"], "reward"))
         return {
             "command": self.task.command,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
-            "wall_seconds": round(time.time() - started, 1),  # of the last attempt
-            "alignbench": _version("alignbench"),
-            "revision": _revision(),
-            "plugins": self.task.plugins,
-            "python": platform.python_version(),
-            "packages": {name: _version(name) for name in PACKAGES},
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "host": platform.node(),
-            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "threads": torch.get_num_threads(),
-            "processes": self.accelerator.num_processes,
+            **provenance.made_by(self.code),
+            **provenance.machine(self.accelerator.num_processes),
+            "weights": {part.name: provenance.weights(files) for part in made if (files := part.files())},
+            "prompts": digest(load_prompts(self.spec.prompts)) if self.task.trains else None,
         }
 
     # -- generate -----------------------------------------------------------------------------------------------------
@@ -256,7 +270,11 @@ class Work:
             self.images.status.unlink(missing_ok=True)  # of an earlier failure
 
     def _protocol(self) -> dict[str, Any]:
-        return settings(self.evaluation.protocol) | {"run": self.task.run, "limit": self.evaluation.limit}
+        """How the images are made, and by whom: several times if the work went on elsewhere."""
+        makers = (read_json(self.images.folder / "protocol.json") or {}).get("made_by", [])
+        facts = {"run": self.task.run, "limit": self.evaluation.limit, "prompts_digest": digest(self.prompts)}
+        made_by = [*makers, provenance.made_by(self.code)]
+        return settings(self.evaluation.protocol) | facts | {"made_by": made_by}
 
     @property
     def _indices(self) -> range:
@@ -318,9 +336,17 @@ class Work:
                 return
             frame = self._scored(score, artefact)
             lock.check()
+            write_json(artefact.product.with_suffix(".json"), self._judged(score))
             write_frame(artefact.product, frame)
             artefact.status.unlink(missing_ok=True)
             shutil.rmtree(_parts(artefact), ignore_errors=True)
+
+    def _judged(self, score: dict[str, Any]) -> dict[str, Any]:
+        """Who scored, with which weights and which code."""
+        evaluator = self.registry.make("evaluator", score["settings"], "evaluator")
+        content = evaluator_content(evaluator, self.registry) | {"name": evaluator.name}
+        files = provenance.weights(evaluator.files())
+        return {"evaluator": content, "weights": files, "made_by": provenance.made_by(self.code)}
 
     def _scored(self, score: dict[str, Any], artefact: Artefact) -> pd.DataFrame:
         """One row per image, in the order of the manifest; computed in parts, those that are there are read."""
@@ -378,28 +404,6 @@ def _reason(stage: str, error: Exception, store: Path) -> str:
         return f"{kind}: {cannot_write(error.filename or 'store', error)}"
     text = " ".join(str(error).split())[:300]
     return f"{kind}: {text}" if isinstance(error, UserError) else f"{kind}: {type(error).__name__}: {text}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _revision() -> str | None:
-    """The commit of a source checkout; None for an installed package."""
-    git = Path(__file__).parents[1] / ".git"
-    with suppress(OSError):
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        loose = git / head.removeprefix("ref: ")
-        if loose.exists():
-            return loose.read_text().strip()
-        lines = (git / "packed-refs").read_text().splitlines()
-        return next((line.split()[0] for line in lines if line.endswith(head.removeprefix("ref: "))), None)
-    return None
 
 
 # -- the worker process -----------------------------------------------------------------------------------------------
