@@ -155,8 +155,9 @@ def submit(
             slurm.submit(array, folder, name, code.environment())
             tickets += _tickets(store, array, folder)
             records.write(folder, Path(plan.document.manifest).stem, "slurm", tickets, name, options)
-    except BaseException:
+    except BaseException:  # a half of the jobs would be a sweep that nobody asked for
         slurm.cancel([array.job for array in arrays if array.job])
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     return sum(len(array.cells) for array in arrays)
 

@@ -6,6 +6,8 @@ from JSON: a store is shared, and a pickle in it would be code that anybody with
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -242,7 +244,8 @@ def submit(array: Array, folder: Path, name: str, environment: dict[str, str]) -
     executor.parameters["map_count"] = len(array.cells)
     words = [sys.executable, "-P", "-u", "-m", "alignbench.job", str(folder / f"{array.number}.json")]
     try:
-        array.job = executor._submit_command(shlex.join(words)).job_id
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, and raises it
+            array.job = executor._submit_command(shlex.join(words)).job_id
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"SLURM refused the jobs that {array.title}: {_refusal(str(error))}") from None
 
