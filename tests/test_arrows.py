@@ -16,7 +16,7 @@ LAYERS = (
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip"},
-    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot"},
+    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "ranks", "shards"},
     {"train", "generate", "sweep", "report", "scoring"},
     {"run", "testing", "backends.flux"},
     {"launch", "authoring"},
@@ -27,6 +27,7 @@ METHODS = {"flow", "method", "policy", "nets", "config", "weights"}  # torch, an
 EVALUATORS = {"evaluator", "config", "weights", "clip", "official", "prompts", "shapes", "geneval", "evaluators"}
 REPORTS = {"store", "table", "stats", "config", "reports"}
 TORCHLESS = {
+    "ranks",
     "cli",
     "authoring",
     "launch",
