@@ -13,7 +13,7 @@ from alignbench.config import UserError
 if TYPE_CHECKING:
     from alignbench.plugins import Registry
     from alignbench.store import Store
-    from alignbench.sweep import Cell, Document, Plan
+    from alignbench.sweep import Cell, Document, Draft, Plan
 
 DONE, USAGE, SOME_FAILED, SOME_PENDING, INTERRUPTED = 0, 1, 2, 3, 130
 EPILOG = """\
@@ -72,12 +72,15 @@ def parser() -> argparse.ArgumentParser:
         _document(add[name], optional=name in ("run", "status"))
     for name in ("run", "sweep", "ls", "validate", "plan", "score", "cancel", "retry"):
         add[name].add_argument("--plugin", metavar="FILE", action="append", default=[], help=PLUGIN)
-    for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry", "logs"):
+    for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry", "logs", "rerun", "gc"):
         add[name].add_argument(
             "--store", metavar="DIR", default="store", help="where results are kept (default: store)"
         )
     for name in ("sweep", "plan", "cancel", "retry"):
         add[name].add_argument("--only", metavar="KEY=VALUE", nargs="+", default=[], help=ONLY)
+    for name in ("run", "sweep", "retry"):
+        add[name].add_argument("--track", metavar="TRACKER", action="append", default=[], help=TRACK)
+    add["plan"].add_argument("--gpu", default="h100", help="whose speed and memory to assume: h100, h200 or a100")
     add["sweep"].add_argument("--launcher", default="local", help=LAUNCHER)
     for name in ("sweep", "retry"):
         add[name].add_argument("--slurm", metavar="FILE", help="what jobs ask SLURM for (YAML; beats the sweep's own)")
@@ -98,12 +101,17 @@ def parser() -> argparse.ArgumentParser:
     add["score"].add_argument("--prompts", metavar="LIST", help="a .txt or .jsonl file, or a list's name")
     add["score"].add_argument("-e", "--evaluators", metavar="A,B", required=True, help="evaluators or metrics")
     add["score"].add_argument("--out", metavar="FILE", default="scores.csv", help="table to write (.csv or .parquet)")
+    add["gc"].add_argument("--yes", action="store_true", help="delete without asking")
+    add["rerun"].add_argument("run", metavar="RUN", help="a folder's name below runs/, or the beginning of one")
+    add["rerun"].add_argument("--into", metavar="DIR", help="a new store for it (default: STORE/reruns/RUN-1, -2, ...)")
     add["ls"].add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
     return top
 
 
 LAUNCHER = "local: worker processes; debug: in this process; slurm: jobs of a cluster, submitted, then this ends"
+TRACK = "show training in tensorboard, wandb or trackio, too; may be given several times"
 PLUGIN = "a Python file with methods or evaluators of your own; may be given several times"
+REHEARSE = "the whole sweep with small stand-ins for its models: to see that all of it works; stamped REHEARSAL"
 SETTINGS = "a setting of the methods, instead of its default, as in steps=5; may be given several times"
 ONLY = "run only these: method=refl, '!seed=2', or any setting's path; several values of one key are alternatives"
 
@@ -119,6 +127,7 @@ def _document(verb: argparse.ArgumentParser, optional: bool) -> None:
     verb.add_argument("words", nargs="*" if optional else "+", metavar="SWEEP [a.b=c]", help=words)
     verb.add_argument("--seeds", metavar="0,1,...", help="training seeds, instead of the file's")
     verb.add_argument("--limit", metavar="N", type=_count, help="the first N evaluation prompts only; stamped SUBSET")
+    verb.add_argument("--rehearse", action="store_true", help=REHEARSE)
 
 
 def _count(text: str) -> int:
@@ -258,30 +267,39 @@ def ls(arguments: argparse.Namespace) -> int:
 
 def validate(arguments: argparse.Namespace) -> int:
     """Check a sweep file with its plug-ins, weights, prompts and store. Makes nothing."""
+    from alignbench.planning import shopping
+    from alignbench.sweep import draft, missing
+
     _store(arguments)
-    plan = _plan(arguments)
+    document, registry = _read(arguments), _registry(arguments)
+    gaps = missing(draft(document, registry), registry)
+    if len(gaps) > 1:  # one is told with its place, as for every other mistake
+        print("\n".join(shopping(gaps)), file=sys.stderr)
+        return USAGE
+    plan = _resolve(document, registry)
     evaluators = ", ".join(score.name for score in plan.scores)
     print(f"{plan.document.path}: fine; {len(plan.cells)} runs, {len(plan.prompts)} prompts, scored by {evaluators}")
     return DONE
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """The runs of a sweep: what the store has of each, and what the rest will roughly cost. Makes nothing."""
-    from alignbench.launch import missing
+    """Every run of a sweep: state, GPU-hours, memory, disk; and all that is missing. Makes nothing.
 
-    store = _store(arguments)
-    plan = _plan(arguments)
-    cells = _selected(plan, arguments.only)
-    runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
-    images = len(plan.prompts) * plan.evaluation.protocol.images_per_prompt
-    for cell in cells:
-        todo = [part.kind for part in missing(store, runs[cell.spec.label, cell.seed])]
-        train = f"train {_cost(cell)}" if cell.trains else ""
-        stages = {"run": train, "images": f"generate {images} images", "scores": "score"}
-        steps = ", ".join(dict.fromkeys(stages[kind] for kind in todo if stages[kind])) or "nothing to do"
-        print(f"{cell.title}: {steps}  ({cell.id})")
-    print(_summary(store, plan, cells))
-    return DONE
+    The exit code is 1 as long as something is missing.
+    """
+    from alignbench.planning import gpu_named, page
+    from alignbench.sweep import draft, missing
+
+    gpu = gpu_named(arguments.gpu)
+    store, registry, document = _store(arguments), _registry(arguments), _read(arguments)
+    drafted = draft(document, registry)
+    gaps = missing(drafted, registry)
+    plan = None if gaps else _resolve(document, registry)
+    cells = _selected(plan or drafted, arguments.only)
+    print(page(drafted, plan, cells, store, registry, gpu, gaps))
+    if plan is not None:
+        print(_summary(store, plan, cells))
+    return USAGE if gaps else DONE
 
 
 def new_method(arguments: argparse.Namespace) -> int:
@@ -328,6 +346,51 @@ def score(arguments: argparse.Namespace) -> int:
     return DONE if all(frame["ok"].all() for _, frame in scored) else SOME_FAILED
 
 
+def rerun(arguments: argparse.Namespace) -> int:
+    """Make a finished run again from its own records, and say whether every part is the same, bit by bit.
+
+    Uses the code that made it, if the store has a copy. Exit code 0: all equal, 2: something differs.
+    """
+    from alignbench import rerun
+    from alignbench.store import Store
+
+    store = Store(arguments.store)
+    remark, copy = rerun.elsewhere(store, arguments.run)
+    remark and print(remark, flush=True)
+    if copy:
+        into = ["--into", arguments.into] if arguments.into else []
+        return rerun.again_with(copy, ["rerun", arguments.run, "--store", arguments.store, *into])
+    code = DONE
+    for said in rerun.rerun(store, arguments.run, Path(arguments.into) if arguments.into else None):
+        print(said, flush=True)
+        code = SOME_FAILED if isinstance(said, rerun.Verdict) and said.differs else code
+    return code
+
+
+def gc(arguments: argparse.Namespace) -> int:
+    """List what no sweep of the store refers to, with sizes, and delete it once you agree."""
+    from alignbench import gc
+    from alignbench.store import Store
+
+    store = Store(arguments.store)
+    items = gc.unused(store)
+    for item in items:
+        print(f"{gc.shown(item.size):>9}  {item.what}: {item.why}")
+    if not items:
+        print(f"{store.root}: there is nothing to delete")
+        return DONE
+    what = f"{len(items)} items, {gc.shown(sum(item.size for item in items))}"
+    if not arguments.yes and not sys.stdin.isatty():
+        print(f"{what}; nothing was deleted: say --yes, or answer on a terminal")
+        return DONE
+    if not arguments.yes and input(f"{what}: delete them? [y/N] ").strip().lower() not in ("y", "yes"):
+        print("nothing was deleted")
+        return DONE
+    gone = list(gc.delete(store, items))
+    print(f"deleted: {len(gone)} of {what}")
+    return DONE
+
+
 VERBS = {
     "run": run,
     "sweep": sweep,
@@ -340,6 +403,8 @@ VERBS = {
     "validate": validate,
     "plan": plan,
     "score": score,
+    "rerun": rerun,
+    "gc": gc,
     "new-method": new_method,
     "check-method": check_method,
 }
@@ -370,7 +435,12 @@ def _read(arguments: argparse.Namespace, default: str | None = None) -> Document
     if len(files) > 1 or not (files or default):
         raise UserError(f"command line: name one sweep, got {', '.join(files) or 'none'}")
     assignments = [word for word in arguments.words if "=" in word]
-    return read(files[0] if files else str(default), assignments, arguments.seeds, arguments.limit)
+    document = read(files[0] if files else str(default), assignments, arguments.seeds, arguments.limit)
+    if not arguments.rehearse:
+        return document
+    from alignbench.rehearsal import rehearse
+
+    return rehearse(document, Path(arguments.store))
 
 
 def _resolve(document: Document, registry: Registry) -> Plan:
@@ -383,7 +453,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     return _resolve(_read(arguments), _registry(arguments))
 
 
-def _selected(plan: Plan, only: Sequence[str]) -> list[Cell]:
+def _selected(plan: Plan | Draft, only: Sequence[str]) -> list[Cell]:
     from alignbench.sweep import select
 
     return select(plan.cells, only)
@@ -393,14 +463,16 @@ def _make(
     arguments: argparse.Namespace, plan: Plan, cells: Sequence[Cell], store: Store, launcher: str, jobs: int | None
 ) -> int:
     """Record the manifest, make what is missing, name what failed."""
+    from alignbench import trackers
     from alignbench.launch import launch
     from alignbench.store import write_json
 
+    trackers.check(arguments.track)
     store.open()
     manifest = plan.manifest() | {"plugins": arguments.plugin}  # as typed, for the line that says how to regenerate
     write_json(store.root / "sweeps" / plan.document.manifest, manifest)
     print(_summary(store, plan, cells), file=sys.stderr)
-    outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=arguments.plugin)
+    outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=arguments.plugin, track=arguments.track)
     failed = [outcome for outcome in outcomes if outcome.state != "done"]
     for outcome in failed:
         log = store.root / "runs" / outcome.cell.id / "log.txt"
@@ -422,16 +494,17 @@ def _hand_out(
     arguments: argparse.Namespace, plan: Plan, cells: Sequence[Cell], store: Store, options: dict[str, Any]
 ) -> int:
     """Submit what is missing to SLURM and end; with --wait, stay until it is made."""
-    from alignbench import jobs
+    from alignbench import jobs, trackers
     from alignbench.launch import submit
     from alignbench.store import write_json
 
+    trackers.check(arguments.track)
     store.open()
     manifest = plan.manifest() | {"plugins": arguments.plugin}
     path = store.root / "sweeps" / plan.document.manifest
     write_json(path, manifest)
     print(_summary(store, plan, cells), file=sys.stderr)
-    count = submit(plan, cells, store, options, arguments.plugin)
+    count = submit(plan, cells, store, options, arguments.plugin, arguments.track)
     print(f"{count} jobs submitted; alignbench status {plan.document.command}", file=sys.stderr)
     chosen = {(cell.spec.label, cell.seed) for cell in cells}
     shown = manifest | {"runs": [run for run in manifest["runs"] if (run["label"], run["seed"]) in chosen]}
@@ -454,17 +527,6 @@ def _summary(store: Store, plan: Plan, cells: Sequence[Cell]) -> str:
     train = sum(part.kind == "run" and part.id in trained for part in parts.values())
     images, scores = (sum(part.kind == kind for part in parts.values()) for kind in ("images", "scores"))
     return f"{len(cells)} runs: {train} to train, {images} image sets to make, {scores} scores to compute"
-
-
-def _cost(cell: Cell) -> str:
-    """A rough number of network evaluations of training."""
-    budget, steps = cell.spec.training.budget, cell.spec.method["steps"]
-    if budget.nfe:
-        return f"for {budget.nfe:,} NFE"
-    images = budget.images or (budget.updates or 0) * cell.spec.training.batch
-    if images:
-        return f"on {images:,} images ({steps} steps each, roughly {images * steps:,} NFE)"
-    return f"for {budget.gpu_seconds:,} GPU-seconds"
 
 
 def _named_manifest(arguments: argparse.Namespace, store: Store) -> tuple[str, dict[str, Any]]:

@@ -19,6 +19,14 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text is one clear line: where, what, what instead."""
 
 
+class Missing(UserError):
+    """A file that one ``command`` gets. ``what``: it, in a word or two; ``note``: what to accept or know before."""
+
+    def __init__(self, text: str, what: str, command: str, note: str = "") -> None:
+        super().__init__(text)
+        self.what, self.command, self.note = what, command, note
+
+
 class Interrupted(Exception):
     """Somebody asked for a stop. No failure: what is done is saved, and the same task goes on from there."""
 

@@ -37,6 +37,7 @@ class Evaluator(Config):
     version: ClassVar[str]  # of model and preprocessing: part of every score's id
     metrics: ClassVar[tuple[Metric, ...]]
     differentiable: ClassVar[bool] = False
+    seconds_per_image: ClassVar[float | None] = None  # on one GPU with the published weights, roughly: for plans alone
 
     def files(self) -> list[Path]:
         """The weight and configuration files that determine the score. UserError if one is missing or unreadable."""

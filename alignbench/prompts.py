@@ -137,8 +137,11 @@ def digest(prompts: Sequence[Prompt]) -> str:
 def check_vocabulary(prompts: Sequence[Prompt], name: str, tokenizers: Sequence[Path], where: str = "prompts") -> None:
     """UserError for the first prompt with a piece that a text encoder's own tokenizer does not know. Loads no model.
 
-    ``tokenizers``: ``tokenizer.json`` files; those that can spell every text (byte-level ones) find nothing.
+    ``tokenizers``: ``tokenizer.json`` files. One that reads bytes can spell every text, so that a model with such an
+    encoder (FLUX.1's CLIP) is never without the whole prompt, though another of its encoders (T5) knows no '{' or '~'.
     """
+    if any(_reads_bytes(file) for file in tokenizers):
+        return
     for file in tokenizers:
         unknown = _unknown_pieces(file)
         for number, prompt in enumerate(prompts, 1):
@@ -148,6 +151,15 @@ def check_vocabulary(prompts: Sequence[Prompt], name: str, tokenizers: Sequence[
                     f"{spot}: the model's text encoder has no token for {piece!r} in {prompt.text!r}; "
                     "write the prompt without it"
                 )
+
+
+BYTES = 256
+
+
+def _reads_bytes(file: Path) -> bool:
+    """Is there a token for each of the 256 characters that byte-level tokenizers write bytes with?"""
+    vocabulary = json.loads(read_text(file))["model"].get("vocab")
+    return isinstance(vocabulary, dict) and sum(len(token) == 1 for token in vocabulary) >= BYTES
 
 
 def _unknown_pieces(file: Path) -> Callable[[str], str]:

@@ -7,14 +7,16 @@ content of the list, not its name, is part of every id.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import random
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from alignbench.config import UserError, read_text
+from alignbench.config import Missing, UserError, read_text
 
 Rows = Iterable[tuple[str, str]]  # text, tag
 
@@ -33,6 +35,26 @@ class PromptSet(NamedTuple):
 def hpdv2(text: str) -> Rows:
     """test.json: a list of objects with "prompt"; blocks of 100 by style, the order of the 400 is the file's."""
     return ((item["prompt"], "") for item in json.loads(text))
+
+
+HPDV2_TRAIN = 50_000
+
+
+def hpdv2_train(text: str) -> Rows:
+    """train.json: a list of comparisons with "prompt": 50,000 of its distinct prompts, drawn with seed 0 from those in
+    the order of their text that hold no control and no Chinese character, which FLUX.1's T5 cannot read. The LeapAlign
+    paper samples as many and does not say which; the code that it builds on drops Chinese ones too."""
+    distinct = sorted({" ".join(item["prompt"].split()) for item in json.loads(text)})
+    readable = [prompt for prompt in distinct if prompt and not any(map(_unreadable, prompt))]
+    chosen = random.Random("hpdv2 train").sample(readable, HPDV2_TRAIN)
+    return ((prompt, "") for prompt in chosen)
+
+
+def _unreadable(character: str) -> bool:
+    if character.isascii():
+        return not character.isprintable()
+    category, name = unicodedata.category(character), unicodedata.name(character, "")
+    return category in ("Cc", "Cs", "Zl", "Zp") or name.startswith("CJK")
 
 
 def mjhq_500(text: str) -> Rows:
@@ -59,6 +81,9 @@ def parti(text: str) -> Rows:
 
 SETS = {
     "hpdv2/test": PromptSet("ymhao/HPDv2", "test.json", 400, hpdv2, "Apache-2.0", "HPDv2's whole test split"),
+    "hpdv2/train": PromptSet(
+        "ymhao/HPDv2", "train.json", HPDV2_TRAIN, hpdv2_train, "Apache-2.0", "50,000 prompts of HPDv2's training split"
+    ),
     "mjhq/500": PromptSet(
         "playgroundai/MJHQ-30K", "meta_data.json", 500, mjhq_500, "none stated", "50 prompts of each MJHQ-30K category"
     ),
@@ -73,8 +98,15 @@ SETS = {
 
 def rows(name: str, where: str) -> list[tuple[str, str]]:
     """(text, tag) of the set's prompts; repeated texts once. UserError with the command that gets a missing file."""
+    path = cached(SETS[name], where)
+    stat = path.stat()
+    return _rows(name, path, (stat.st_size, stat.st_mtime_ns), where)
+
+
+@functools.lru_cache(maxsize=4)  # a sweep asks for the same lists once per run, and one of them lies in a large file
+def _rows(name: str, path: Path, state: tuple[int, int], where: str) -> list[tuple[str, str]]:
+    """``state``: of the file, so that a changed one is read again."""
     chosen = SETS[name]
-    path = cached(chosen, where)
     try:
         found = list(dict.fromkeys((" ".join(text.split()), tag) for text, tag in chosen.parse(read_text(path))))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -91,7 +123,7 @@ def cached(chosen: PromptSet, where: str) -> Path:
     try:
         return Path(hf_hub_download(chosen.repository, chosen.file, repo_type="dataset", local_files_only=True))
     except (OSError, ValueError):  # LocalEntryNotFoundError is both
-        raise UserError(
-            f"{where}: {chosen.file} of {chosen.repository} is not in the hub cache; fetch it once with "
-            f"`hf download --repo-type dataset {chosen.repository} {chosen.file}` (licence: {chosen.licence})"
-        ) from None
+        command = f"hf download --repo-type dataset {chosen.repository} {chosen.file}"
+        text = f"{where}: {chosen.file} of {chosen.repository} is not in the hub cache; fetch it once with "
+        what, licence = f"{chosen.file} of {chosen.repository}", f"licence: {chosen.licence}"
+        raise Missing(f"{text}`{command}` ({licence})", what, command, licence) from None

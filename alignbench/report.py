@@ -75,11 +75,12 @@ def markdown(
     words = _words(manifest["name"])
     sections = [
         f"Made by `{regenerate(manifest)}`",
-        f"# {escape(words.title)}",
+        f"# {'REHEARSAL: ' * bool(manifest.get('rehearsal'))}{escape(words.title)}",
+        REHEARSED if manifest.get("rehearsal") else "",
         f"**SUBSET: only the first {manifest['subset']} evaluation prompts.**" if manifest.get("subset") else "",
         words.intro.strip(),
         *_answers(words.questions, analysis),
-        "## Results",
+        "## Results (REHEARSAL)" if manifest.get("rehearsal") else "## Results",
         main_table(analysis, costs, hybrid(manifest)).markdown(),
         LEGEND.format(base=escape(analysis.base or "a base model (none in this sweep)"), count=len(analysis.compared)),
         _hybrid_note(manifest),
@@ -97,6 +98,9 @@ def markdown(
     return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
 
 
+REHEARSED = """\
+**REHEARSAL: small random models stand in for the real ones, and almost nothing was trained. That everything ran is all
+that this page shows; no number in it means anything.**"""
 TWO_SEEDS_NOTE = """\
 With fewer than three seeds of a method, the spread between trainings is the larger of its own and that of all methods
 together. The interval of a method whose trainings differ far more than the others' is then too short (85 % instead of
@@ -118,7 +122,8 @@ def made_with(results: store.Results) -> list[str]:
     for run in results.manifest["runs"]:
         origin = store.read_json(results.store / "runs" / run["id"] / "provenance.json")
         if origin is not None:
-            code = f"alignbench {origin['alignbench']} {origin['revision'] or ''}".strip()
+            changed = f"with changes (code {origin['code']})" if origin.get("dirty") else ""
+            code = " ".join(filter(None, ["alignbench", origin["alignbench"], origin["revision"], changed]))
             packages = [f"{name} {version}" for name, version in origin["packages"].items()]
             machine = [origin["machine"], *origin["devices"], f"{origin['processes']} x {origin['threads']} threads"]
             found[", ".join([code, f"Python {origin['python']}", *packages, *machine])] = None
@@ -468,8 +473,8 @@ def _departures(manifest: dict[str, Any]) -> list[str]:
 
 
 def _words(name: str) -> Words:
-    """The report module of the sweep's name, if there is one; a subset of a sweep asks the same questions."""
-    name = name.removesuffix("-SUBSET")
+    """The report module of the sweep's name, if there is one; a subset or a rehearsal asks the same questions."""
+    name = name.removesuffix("-SUBSET").removesuffix("-REHEARSAL")
     module = f"alignbench.reports.{name}"
     if not name.isidentifier() or importlib.util.find_spec(module) is None:
         return Words(f"Sweep {name}")
@@ -488,7 +493,8 @@ def _picture_grid(results: store.Results, analysis: Analysis) -> Any:
     chosen = grid.choose(known["prompt_id"].tolist(), tags)
     about = known.set_index("prompt_id").loc[chosen]
     files = {label: dict(zip(found["prompt_id"], found["path"])) for label, found in sets.items() if found is not None}
-    rows = [(label, [files.get(label, {}).get(prompt) for prompt in chosen]) for label in analysis.labels]
+    stamp = "REHEARSAL " * bool(results.manifest.get("rehearsal"))
+    rows = [(stamp + label, [files.get(label, {}).get(prompt) for prompt in chosen]) for label in analysis.labels]
     return grid.draw(rows, list(zip(about["tag"].fillna("").str.replace("_", " "), about["text"])))
 
 

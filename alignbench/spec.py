@@ -240,11 +240,12 @@ def fingerprint(files: Iterable[Path]) -> str:
     """One digest of content and of names below the files' common folder. UserError if one cannot be read."""
     files = list(files)
     top = os.path.commonpath([path.parent for path in files]) if files else ""
-    named = sorted((os.path.relpath(path, top), _file_digest(path)) for path in files)
+    named = sorted((os.path.relpath(path, top), file_digest(path)) for path in files)
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """sha256; of a large file as ``_content_digest`` says. UserError if it cannot be read."""
     try:
         stat = path.stat()
         return _content_digest(str(path), stat.st_size, stat.st_mtime_ns)

@@ -214,6 +214,11 @@ class Lock:
         self._ended = threading.Event()
         self._seen = (float("nan"), 0.0)  # the holder's last heartbeat, and since when we have seen none after it
 
+    @property
+    def held(self) -> bool:
+        """By anybody, right now."""
+        return _holder(self.path) is not None
+
     def check(self) -> None:
         """LockLost unless it is still ours. Asked before anything is declared done."""
         if (read_json(self.path) or {}).get("token") != self.token:
@@ -274,6 +279,11 @@ class Lock:
         if silent < WATCHED:
             return False
         return silent > STALE or time.time() - beat > STALE or _job_ended(found.get("job"))
+
+
+def locks_held(root: Path) -> list[Path]:
+    """Those of a store's locks that somebody holds right now."""
+    return [path for path in (root / "locks").glob("*.lock") if _holder(path) is not None]
 
 
 def _create(path: Path, text: str) -> None:

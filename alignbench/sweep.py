@@ -5,15 +5,18 @@ Everything that can be wrong is found here, before any model is loaded.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench import prompts as prompt_lists
+from alignbench import weights
 from alignbench.config import (
+    Missing,
     UserError,
     decode,
     did_you_mean,
@@ -88,6 +91,7 @@ class Document:
     data: dict[str, Any]
     run_sets: list[tuple[str, Any]] = field(default_factory=list)  # assignments that hold for every run, last of all
     command: str = ""  # what to type after `alignbench sweep` or `alignbench report`
+    rehearsal: bool = False  # small stand-ins for all models: no number means anything
 
     @property
     def name(self) -> str:
@@ -169,6 +173,7 @@ class Plan:
             "training_evaluator": self.training_evaluator,
             "protocol": settings(self.evaluation.protocol),
             "subset": self.evaluation.limit,
+            "rehearsal": self.document.rehearsal,
             "prompts": len(self.prompts),
             "cases": list(dict.fromkeys(cell.spec.label for cell in self.cells)),
             "runs": [self._run(cell) for cell in self.cells],
@@ -178,6 +183,7 @@ class Plan:
         scores = [
             {
                 "evaluator": score.name,
+                "settings": score.settings,
                 "version": score.version,
                 "file": f"scores/{cell.images}/{score.file}",
                 "metrics": score.metrics,
@@ -199,23 +205,70 @@ class Plan:
         }
 
 
-def resolve(document: Document, registry: Registry) -> Plan:
-    """Every cell with its ids. UserError for the first thing that is wrong, with its place; no model is loaded."""
+class Draft(NamedTuple):
+    """A sweep as far as it can be known without a file of any model or prompt list: its cells have no ids."""
+
+    document: Document
+    sweep: Sweep
+    cells: list[Cell]
+
+
+def draft(document: Document, registry: Registry) -> Draft:
+    """Every cell, its settings checked. UserError for the first thing that is wrong, with its place."""
     where = document.path
     _refuse_case_settings(document)
     sweep = decode(Sweep, document.data, f"{where}: ")
     cells = [cell for i, _ in enumerate(sweep.cases) for cell in _case(sweep, document, i, registry)]
     _refuse_twins(cells, where)
     _refuse_idle(sweep, document, cells, registry)
+    for cell in _distinct(cells):
+        check_settings(cell.spec, registry, f"{where}: {cell.spec.label}")
+    return Draft(document, sweep, cells)
+
+
+def resolve(document: Document, registry: Registry) -> Plan:
+    """Every cell with its ids. UserError for the first thing that is wrong, with its place; no model is loaded."""
+    where = document.path
+    _, sweep, cells = draft(document, registry)
     evaluation = sweep.evaluation
     protocol = evaluation.protocol
     prompts = load(protocol.prompts, join(f"{where}: evaluation", "protocol.prompts"))[: evaluation.limit]
-    for cell in {_but_seed(cell): cell for cell in cells}.values():
+    for cell in _distinct(cells):
         check_run(cell.spec, registry, f"{where}: {cell.spec.label}")
         check_evaluation(cell, evaluation, registry, where)
     scores = _scores(sweep, cells, prompts, registry, where)
     cells = [identify(cell, prompts, registry) for cell in cells]
     return Plan(document, evaluation, cells, scores, prompts, ", ".join(_names(_trained_on(cells))))
+
+
+def missing(draft: Draft, registry: Registry) -> list[Missing]:
+    """All that has to be fetched before the sweep can start, each once; UserError for what no command mends."""
+    needs: list[Callable[[], Any]] = []
+    for cell in _distinct(draft.cells):
+        spec = cell.spec
+        needs += [registry.make(kind, getattr(spec, kind), kind).files for kind in ("backend", "method")]
+        if cell.trains:
+            needs.append(functools.partial(load, spec.prompts, f"{spec.label}: prompts"))
+            needs += [registry.make("evaluator", part["evaluator"], "reward").files for part in spec.rewards]
+    evaluation = draft.sweep.evaluation
+    needs.append(functools.partial(load, evaluation.protocol.prompts, "evaluation.protocol.prompts"))
+    needs += [registry.make("evaluator", plain, "evaluation.evaluators").files for plain in evaluation.evaluators]
+    with weights.collecting() as found:
+        for need in needs:
+            before = len(found)
+            try:
+                need()
+            except Missing as error:
+                found.append(error)
+            except (UserError, OSError):  # of a file beside a missing one
+                if len(found) == before:
+                    raise
+    return list({error.command: error for error in found}.values())
+
+
+def _distinct(cells: Sequence[Cell]) -> list[Cell]:
+    """One of the cells that differ in the seed alone."""
+    return list({_but_seed(cell): cell for cell in cells}.values())
 
 
 def _but_seed(cell: Cell) -> str:
@@ -397,8 +450,16 @@ def load(name: str, where: str) -> list[Prompt]:
     return prompt_lists.load_prompts(name, where)
 
 
+def check_settings(spec: RunSpec, registry: Registry, where: str) -> None:
+    """What can be known to fail from the settings alone, as a batch without whole groups, a reward without gradient."""
+    method = registry.make("method", spec.method, "method")
+    evaluators = [registry.make("evaluator", part["evaluator"], "reward.evaluator") for part in spec.rewards]
+    for size in _micro_batches(spec.training) if method.trains else ():
+        _prefixed(where, method.check, size, all(evaluator.differentiable for evaluator in evaluators))
+
+
 def check_run(spec: RunSpec, registry: Registry, where: str) -> None:
-    """Whatever can be known to fail before a model is loaded: weights, prompts, a reward that has no gradient."""
+    """Whatever can be known to fail before a model is loaded: weights, prompts, a model that has no score."""
     backend = registry.make("backend", spec.backend, "backend")
     method = registry.make("method", spec.method, "method")
     _prefixed(where, backend.files)
@@ -406,8 +467,6 @@ def check_run(spec: RunSpec, registry: Registry, where: str) -> None:
     if not method.trains:
         return
     evaluators = [registry.make("evaluator", part["evaluator"], "reward.evaluator") for part in spec.rewards]
-    for size in _micro_batches(spec.training):
-        _prefixed(where, method.check, size, all(evaluator.differentiable for evaluator in evaluators))
     if method.stochastic and (why := getattr(backend, "deterministic", None)):
         raise UserError(
             f"{where}: method.name: {method.name} samples by an SDE, and {why}; "

@@ -10,13 +10,46 @@ import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from alignbench.config import UserError
+from alignbench.config import Missing, UserError
 
 SHAPES = Path(__file__).parent / "shapes" / "assets"
+GATED = {  # repositories that ask for consent on their page before anything can be fetched
+    "black-forest-labs/FLUX.1-dev": "gated: accept the FLUX.1 [dev] non-commercial licence at "
+    "https://huggingface.co/black-forest-labs/FLUX.1-dev, then `hf auth login`; "
+    "`--exclude flux1-dev.safetensors` spares 24 GB that are not read",
+}
 BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6, and OpenMMLab's files do
+
+
+_collected: ContextVar[list[Missing] | None] = ContextVar("_collected", default=None)
+
+
+class Absent(type(Path())):  # type: ignore[misc]  # the class that Path is on this machine
+    """The place of something that is not there, while missing things are collected: what is below it is not checked."""
+
+
+@contextmanager
+def collecting() -> Iterator[list[Missing]]:
+    """Within it what is missing is not raised one by one: it is added to the list, and checks go on without it."""
+    found: list[Missing] = []
+    token = _collected.set(found)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)
+
+
+def absent(error: Missing) -> Path:
+    """Raise ``error``; or, while collecting, note it, and give the place where the thing would be."""
+    found = _collected.get()
+    if found is None:
+        raise error
+    found.append(error)
+    return Absent(error.what)
 
 
 def locate(
@@ -47,15 +80,14 @@ def _cached(repository: str, where: str, revision: str | None, files: Sequence[s
         return Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except (OSError, ValueError):  # LocalEntryNotFoundError is both, HFValidationError a ValueError
         command = " ".join(["hf download", repository, *files, *(["--revision", revision] if revision else [])])
-        raise UserError(
-            f"{where}: '{repository}' is neither a path nor in the hub cache; "
-            f"fetch it once with `{command}`, or give a folder"
-        ) from None
+        text = f"{where}: '{repository}' is neither a path nor in the hub cache; fetch it once with `{command}`"
+        error = Missing(f"{text}, or give a folder", repository, command, GATED.get(repository, ""))
+    return absent(error)
 
 
 def check(files: Iterable[Path], where: str) -> list[Path]:
     """``files``, sorted, each proven readable as what its suffix says. UserError for the first that is not."""
-    found = sorted(files)
+    found = sorted(path for path in files if not isinstance(path, Absent))
     for path in found:
         try:
             _CHECKS.get(path.suffix, _readable)(path)
@@ -113,6 +145,8 @@ _CHECKS = {".json": _json, ".safetensors": _safetensors, ".pt": _torch_zip, ".pt
 
 def model_files(folder: Path, where: str) -> list[Path]:
     """Configuration and weights of one transformers or diffusers folder, every shard that an index names included."""
+    if isinstance(folder, Absent):
+        return []
     weights = set(folder.glob("*.safetensors")) or set(folder.glob("*.bin"))
     for index in check(folder.glob("*.index.json"), where):
         weights |= _shards(index)
@@ -134,6 +168,8 @@ def published(name: str, where: str, *, revision: str | None = None, subfolder: 
     ``name``: as for ``locate``. UserError for none, for several, and for what cannot be read.
     """
     place = locate(name, where, shapes="model", revision=revision)
+    if isinstance(place, Absent):
+        return []
     if subfolder is not None:
         place /= subfolder
     folder = place.parent if place.is_file() else place

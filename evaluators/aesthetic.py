@@ -36,6 +36,7 @@ class Aesthetic(Evaluator):
     """LAION's aesthetic score, about 1 to 10. ``weights``: the head's .pth file; ``clip``: a hub id or a folder."""
 
     name: ClassVar[str] = "aesthetic"
+    seconds_per_image: ClassVar[float | None] = 0.02
     version: ClassVar[str] = "2-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("aesthetic", "1-10"),)
     differentiable: ClassVar[bool] = True

@@ -30,6 +30,7 @@ class CLIPScore(Evaluator):
     """CLIPScore, about 0.2 to 0.35. ``weights``: a hub id or a folder with a CLIPModel and its processor."""
 
     name: ClassVar[str] = "clipscore"
+    seconds_per_image: ClassVar[float | None] = 0.02
     version: ClassVar[str] = "1-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("clipscore", "cosine"),)
     differentiable: ClassVar[bool] = True

@@ -30,6 +30,7 @@ class Diversity(Evaluator):
     """Of the pictures of one prompt; a prompt with a single picture has none. ``weights``: a CLIPModel, or "shapes"."""
 
     name: ClassVar[str] = "diversity"
+    seconds_per_image: ClassVar[float | None] = 0.02
     version: ClassVar[str] = "1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("diversity", "squared distance"),)
 

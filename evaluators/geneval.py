@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from alignbench import weights
 from alignbench.clip import HUB_FILES, Clip, processor_files
-from alignbench.config import UserError
+from alignbench.config import Missing, UserError
 from alignbench.evaluator import Evaluator, Metric, device, to_pil, to_tensor
 from alignbench.evaluators.mask2former import Mask2Former
 from alignbench.geneval import COLORS
@@ -65,6 +65,7 @@ class GenEval(Evaluator):
     """GenEval's verification. ``detector``: "shapes", or mmdet's Mask2Former: its .pth file, its folder or a hub id."""
 
     name: ClassVar[str] = "geneval"
+    seconds_per_image: ClassVar[float | None] = 0.2
     version: ClassVar[str] = "1"
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("geneval", "fraction", by_task=True),
@@ -81,8 +82,11 @@ class GenEval(Evaluator):
         """Mask2Former's weight file. UserError if there is none."""
         try:
             path = weights.locate(self.detector, "geneval.detector", revision=self.revision)
+        except Missing:
+            raise
         except UserError as error:
-            raise UserError(f"{error}, or 'shapes'; GenEval's own file: `curl -LO {URL}`") from None
+            text = f"{error}, or 'shapes'; GenEval's own file: `curl -LO {URL}`"
+            return weights.absent(Missing(text, Path(URL).name, f"curl -LO {URL}"))
         found = sorted(path.glob("*.pth")) if path.is_dir() else [path]
         if len(found) != 1:
             raise UserError(

@@ -38,6 +38,7 @@ class HPSv2(Evaluator):
     """
 
     name: ClassVar[str] = "hpsv2"
+    seconds_per_image: ClassVar[float | None] = 0.02
     version: ClassVar[str] = "2.1-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("hpsv2.1", "cosine"),)
     weights: str = "xswu/HPSv2"

@@ -35,6 +35,7 @@ class PickScore(Evaluator):
     """
 
     name: ClassVar[str] = "pickscore"
+    seconds_per_image: ClassVar[float | None] = 0.02
     version: ClassVar[str] = "1-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("pickscore", "logit"),)
     differentiable: ClassVar[bool] = True

@@ -111,6 +111,7 @@ class UnifiedReward(Evaluator):
     """
 
     name: ClassVar[str] = "unifiedreward"
+    seconds_per_image: ClassVar[float | None] = 8.0  # some 300 words, one by one, of 7 B parameters
 
     template: Literal["acs", "acs_2", "final", "flowbp"] = "acs"
     weights: str = "CodeGoat24/UnifiedReward-qwen-7b"

@@ -12,14 +12,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
-    {"config", "stats", "grid", "shapes.scene"},
+    {"config", "stats", "grid", "shapes.scene", "cost"},
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
-    {"flow", "spec", "store", "shapes.checker", "clip"},
+    {"flow", "spec", "store", "shapes.checker", "clip", "small"},
     {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "ranks", "shards"},
-    {"train", "generate", "sweep", "report", "scoring"},
-    {"run", "testing", "backends.flux"},
-    {"launch", "authoring"},
+    {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
+    {"slurm"},
+    {"run", "jobs", "testing", "backends.flux", "rehearsal"},
+    {"launch", "job", "authoring", "estimate"},
+    {"rerun", "gc", "planning"},
     {"cli"},
 )
 APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
@@ -30,6 +32,10 @@ TORCHLESS = {
     "ranks",
     "cli",
     "authoring",
+    "cost",
+    "estimate",
+    "planning",
+    "rehearsal",
     "launch",
     "run",
     "sweep",
@@ -40,6 +46,9 @@ TORCHLESS = {
     "config",
     "report",
     "analysis",
+    "snapshot",
+    "provenance",
+    "trackers",
 }
 
 

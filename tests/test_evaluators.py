@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import msgspec
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from alignbench import small
 from alignbench.config import UserError, settings
 from alignbench.evaluator import Reward, Term, to_tensor
 from alignbench.evaluators import geneval
@@ -42,29 +42,29 @@ def images():
 
 @pytest.fixture(scope="module")
 def hps(tmp_path_factory):
-    return HPSv2(weights=str(tiny.hps_folder(tmp_path_factory.mktemp("hps"))))
+    return HPSv2(weights=str(small.hps_folder(tmp_path_factory.mktemp("hps"))))
 
 
 @pytest.fixture(scope="module")
 def pick(tmp_path_factory):
-    return PickScore(weights=str(tiny.pickscore_folder(tmp_path_factory.mktemp("pick"))))
+    return PickScore(weights=str(small.pickscore_folder(tmp_path_factory.mktemp("pick"))))
 
 
 @pytest.fixture(scope="module")
 def image_reward(tmp_path_factory):
-    folder = str(tiny.imagereward_folder(tmp_path_factory.mktemp("image_reward")))
+    folder = str(small.imagereward_folder(tmp_path_factory.mktemp("image_reward")))
     return ImageReward(weights=folder, tokenizer=folder)
 
 
 @pytest.fixture(scope="module")
 def clip_score(tmp_path_factory):
-    return CLIPScore(weights=str(tiny.clip_folder(tmp_path_factory.mktemp("clip"))))
+    return CLIPScore(weights=str(small.clip_folder(tmp_path_factory.mktemp("clip"))))
 
 
 @pytest.fixture(scope="module")
 def aesthetic(tmp_path_factory):
-    folder = tiny.clip_folder(tmp_path_factory.mktemp("aesthetic") / "clip", features=768)
-    return Aesthetic(weights=str(tiny.aesthetic_head(folder.with_name("head.pth"))), clip=str(folder))
+    folder = small.clip_folder(tmp_path_factory.mktemp("aesthetic") / "clip", features=768)
+    return Aesthetic(weights=str(small.aesthetic_head(folder.with_name("head.pth"))), clip=str(folder))
 
 
 @pytest.fixture(scope="module", params=["hps", "pick", "image_reward", "clip_score", "aesthetic"])
@@ -87,7 +87,7 @@ def official_hps(folder, image, text):
     import open_clip
     from torchvision.transforms import functional as V
 
-    model = open_clip.CLIP(**tiny.HPS_CONFIG).eval()
+    model = open_clip.CLIP(**small.HPS_CONFIG).eval()
     model.load_state_dict(torch.load(folder / "HPS_v2.1_compressed.pt", weights_only=True)["state_dict"])
     x = V.to_tensor(image.convert("RGB"))
     height, width = x.shape[1:]
@@ -373,7 +373,7 @@ def test_the_aesthetic_score_is_affine_in_the_unit_feature(aesthetic, images):
 
 def test_the_aesthetic_head_wants_openais_clip(aesthetic, clip_score, tmp_path):
     """Other features than ViT-L/14's 768, or GELU, would give plausible nonsense: refused before anything is loaded."""
-    gelu = tiny.clip_folder(tmp_path / "gelu", "gelu", 768)
+    gelu = small.clip_folder(tmp_path / "gelu", "gelu", 768)
     for folder, has in ((clip_score.folder, "32 features with quick_gelu"), (gelu, "768 features with gelu")):
         with pytest.raises(UserError, match=has):
             Aesthetic(weights=aesthetic.weights, clip=str(folder)).files()

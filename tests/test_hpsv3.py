@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from alignbench import small
 from alignbench.config import UserError
 from alignbench.evaluator import to_tensor
 from alignbench.evaluators import hpsv3
@@ -25,7 +25,7 @@ PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(TEXTS)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.hpsv3_folder(tmp_path_factory.mktemp("hpsv3"))
+    return small.hpsv3_folder(tmp_path_factory.mktemp("hpsv3"))
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_another_architecture_is_refused(folder, tmp_path, images, spoil, says):
 
 def test_another_tokenizer_is_refused(folder, tmp_path, images):
     """The special token must be the last of the embeddings: with another vocabulary, every id would be another."""
-    base = tiny.qwen2vl_base(tmp_path)
+    base = small.qwen2vl_base(tmp_path)
     text = (base / "tokenizer.json").read_text().replace("<|video_pad|>", "<|im_start|>")
     (base / "tokenizer.json").write_text(text)
     (base / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from alignbench import promptsets
 from alignbench.config import UserError
-from alignbench.prompts import digest, load_prompts
+from alignbench.prompts import Prompt, check_vocabulary, digest, load_prompts
 from alignbench.promptsets import SETS
 
 REVISION = "0" * 40
@@ -76,3 +77,30 @@ def test_another_file_is_refused(text, hub):
     hub("hpdv2/test", text)
     with pytest.raises(UserError, match=r"HPDv2|instead of 400"):
         load_prompts("hpdv2/test")
+
+
+def test_hpdv2_train_is_fifty_thousand_readable_prompts(hub):
+    """Distinct, the same for the comparisons in another order, none in Chinese or with a control character."""
+    texts = [f"prompt  {i}" for i in range(50_400)]
+    odd = ["一只猫", "a\x07bell", "é and ~ are fine"]
+    hub("hpdv2/train", json.dumps([{"prompt": text, "human_preference": [1, 0]} for text in [*texts, *odd, *texts]]))
+    first = load_prompts("hpdv2/train")
+    assert len({p.id for p in first}) == len(first) == 50_000
+    assert not {p.text for p in first} & {"一只猫", "a\x07bell"}
+    (path,) = {promptsets.cached(SETS["hpdv2/train"], "here")}
+    path.write_text(json.dumps(json.loads(path.read_text())[::-1]))
+    assert digest(load_prompts("hpdv2/train")) == digest(first)
+
+
+def test_a_prompt_is_refused_only_where_no_encoder_reads_it(tmp_path):
+    """T5 has no token for '{': an error for T5 alone, and none beside an encoder that reads bytes, as FLUX.1's CLIP."""
+    from tiny import t5_tokenizer
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    t5_tokenizer().save_pretrained(tmp_path)
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    Tokenizer(models.BPE(vocab=alphabet, merges=[])).save(str(tmp_path / "bytes.json"))
+    prompts = [Prompt("1", "a photo of a {circle}")]
+    with pytest.raises(UserError, match="no token for"):
+        check_vocabulary(prompts, "shapes/test", [tmp_path / "tokenizer.json"])
+    check_vocabulary(prompts, "shapes/test", [tmp_path / "tokenizer.json", tmp_path / "bytes.json"])

@@ -1,17 +1,25 @@
 """Several processes make the run that one makes, and all of them end together."""
 
+import json
 import shutil
 
+import pandas as pd
 import pytest
 import ranked
 import tiny
 import torch
 from safetensors.torch import load_file
+from world import PLUGIN, sweep_file
 
+from alignbench import launch
 from alignbench.checkpoint import FINAL, read_state, states
 from alignbench.config import UserError
+from alignbench.plugins import Registry
 from alignbench.ranks import Ranks
+from alignbench.run import execute
 from alignbench.spec import Budget, Training, check_ranks
+from alignbench.store import Store
+from alignbench.sweep import read, resolve
 
 CASES = ranked.CASES
 
@@ -82,6 +90,54 @@ def test_a_checkpoint_does_not_know_how_many_ranks_wrote_it(both, tune):
     assert read_state(states(kept)[0])["step"] == 1
     near(ranked.trained(folder, Ranks(), "ddp", tune, "leapalign", kept)["records"], alone[case]["records"][1:])
     same_weights(kept, folder / case)
+
+
+def task(folder, parallel="ddp"):
+    """The tiny sweep's run that trains, to be executed in ``folder``."""
+    store = Store(folder / "store")
+    plan = resolve(read(sweep_file(folder), seeds="0"), Registry([PLUGIN]))
+    cell = next(cell for cell in plan.cells if cell.trains)
+    scores = [score._asdict() for score in plan.scores]
+    more = {"threads": 1, "progress": str(folder / "progress.json"), "plugins": [PLUGIN], "parallel": parallel}
+    plain = launch.task(plan, store, cell, None, scores=scores, **more)
+    (folder / "task.json").write_text(json.dumps(plain))
+    return store, plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path, parallel):
+    """From nothing to scores; and from one process's weights two make the same images, byte by byte, and scores."""
+    store, plain = task(tmp_path, parallel)
+    first, second = ranked.together("execute", tmp_path)
+    assert (first["state"], second["state"]) == ("done", "done")
+    assert first["made"] == ["run", "images", "scores", "scores"]
+    assert json.loads((store.run(plain["run"], True).folder / "provenance.json").read_text())["processes"] == 2
+    images = store.images(plain["images"])
+    pictures = {path.name: path.read_bytes() for path in images.folder.glob("*.png")}
+    manifest = pd.read_parquet(images.product)
+    scores = {path.name: pd.read_parquet(path) for path in (store.root / "scores").rglob("*.parquet")}
+    assert len(pictures) == len(manifest) == 4
+    assert len(scores) == 2
+    shutil.rmtree(images.folder)
+    shutil.rmtree(store.root / "scores")
+    assert execute(plain)["made"] == ["images", "scores", "scores"]
+    assert {path.name: path.read_bytes() for path in images.folder.glob("*.png")} == pictures
+    pd.testing.assert_frame_equal(pd.read_parquet(images.product), manifest)
+    for path in (store.root / "scores").rglob("*.parquet"):
+        pd.testing.assert_frame_equal(pd.read_parquet(path), scores[path.name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", ["0", "1"])
+def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path, fails):
+    """Where no other rank expects it: the reason is on record, the lock is free, and nobody is left waiting."""
+    store, plain = task(tmp_path)
+    ranked.together("execute", tmp_path, fails, expect=1)
+    run = store.run(plain["run"], True)
+    assert "RuntimeError: fell over" in (run.failure or "")
+    assert not run.busy
+    assert not run.done
 
 
 def test_one_process_starts_nothing(monkeypatch):

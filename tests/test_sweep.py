@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,21 +19,6 @@ from safetensors.numpy import load_file
 from world import PLUGIN, alignbench, debug_sweep, sweep_file, tables
 
 MEASURED = ["seconds", "peak_memory_bytes"]  # what two equal runs may differ in
-
-
-@pytest.fixture(scope="session")
-def swept(tmp_path_factory) -> Path:
-    """A folder with the tiny sweep's file and its finished store."""
-    folder = tmp_path_factory.mktemp("swept")
-    assert debug_sweep(sweep_file(folder), folder / "store") == 0
-    return folder
-
-
-@pytest.fixture
-def copy(swept, tmp_path) -> Path:
-    """The same, to be spoilt."""
-    shutil.copytree(swept / "store", tmp_path / "store")
-    return tmp_path
 
 
 def todo(folder: Path, capsys, *words: str) -> str:
@@ -67,10 +53,8 @@ def test_a_sweep_makes_everything_that_its_manifest_promises(swept):
     assert set(scores["metric"]) == {"brightness", "geneval", "geneval_strict"}
     for run in (swept / "store" / "runs").iterdir():
         made = {path.name for path in run.iterdir()}
-        assert {"spec.yaml", "provenance.json", "status.json", "log.txt"} >= made - {
-            "train.parquet",
-            "weights.safetensors",
-        }
+        always = {"spec.yaml", "provenance.json", "plugins", "status.json", "log.txt"}
+        assert always >= made - {"train.parquet", "weights.safetensors", "dirty.patch"}
         assert ("weights.safetensors" in made) == (not run.name.startswith("base"))
     provenance = json.loads(next((swept / "store").glob("runs/last-*/provenance.json")).read_text())
     assert provenance["packages"]["torch"]
@@ -230,7 +214,7 @@ def test_report_and_status_of_a_finished_sweep(swept, capsys, tmp_path):
     assert alignbench("status", store=swept / "store", plugin=False) == 0
     assert "3 done" in capsys.readouterr().out
     assert alignbench("status", path, store=swept / "store", plugin=False) == 0
-    assert "Last, seed 1: done  (last-" in capsys.readouterr().out
+    assert re.search(r"^Last, seed 1  last-\w+  done$", capsys.readouterr().out, re.MULTILINE)
     assert alignbench("report", path, "training.batch=1", store=swept / "store", plugin=False) == 1
     assert "was not run in" in capsys.readouterr().err
 

@@ -13,10 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 
+from alignbench import small
 from alignbench.config import UserError
 from alignbench.evaluators import unifiedreward
 from alignbench.evaluators.unifiedreward import Answer, UnifiedReward, parse
@@ -469,9 +469,9 @@ def test_a_prompt_with_an_image_s_token_is_refused(server):
 # -- the model, here --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[("Qwen2_5_VL", 8), ("Qwen3_VL", 6)])
+@pytest.fixture(scope="module", params=["Qwen2_5_VL", "Qwen3_VL"])
 def local(request, tmp_path_factory):
-    folder = tiny.judge_folder(tmp_path_factory.mktemp("judge"), *request.param)
+    folder = small.judge_folder(tmp_path_factory.mktemp("judge"), request.param)
     return UnifiedReward(weights=str(folder), max_new_tokens=12)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from alignbench import weights
-from alignbench.config import Config, UserError
+from alignbench.config import Config, Missing, UserError
+from alignbench.cost import FLUX_1_DEV, Model
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ Pipeline = Any  # diffusers.FluxPipeline, whose parts type checkers cannot see
 Network = Any  # diffusers.FluxTransformer2DModel
 Split = Callable[[Network, Sequence[Network], Any, bool], None]  # network, blocks, computing type, is it trained?
 
+HUB = "black-forest-labs/FLUX.1-dev"
 MODELS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 PROMPTS_KEPT = 4096  # encoded prompts in host memory; FLUX.1-dev's are 4 MB each in bfloat16
@@ -40,7 +42,7 @@ class Flux(Config):
     training_only: ClassVar[tuple[str, ...]] = (  # settings that do not change the untrained model's images
         *("size", "guidance", "lora_rank", "lora_alpha", "lora_targets", "clamp", "gradient_checkpointing"),
     )
-    model: str = "black-forest-labs/FLUX.1-dev"  # or a folder, or "shapes"
+    model: str = HUB  # or a folder, or "shapes"
     revision: str | None = None
     size: int = 720  # pixels, square, during training (LeapAlign section 6.1)
     guidance: float = 3.5  # ignored by models without a guidance embedding (schnell)
@@ -91,6 +93,25 @@ class Flux(Config):
         pixels = 2 ** len(json.loads(config.read_text())["block_out_channels"])  # autoencoder's factor x packing's 2
         if size < pixels or size % pixels:
             raise UserError(f"{where}: {size} pixels are not a multiple of {pixels}, the side of this model's tokens")
+
+    @property
+    def measures(self) -> Model | None:
+        """For plans: by its configuration, or FLUX.1-dev's published one where that is not there. None: not known."""
+        try:
+            files = {part: self.folder / part / "config.json" for part in MODELS}
+        except Missing:
+            return Model.read(FLUX_1_DEV) if self.model == HUB else None
+        weights.check(files.values(), "backend.model")
+        return Model.read({part: json.loads(path.read_text()) for part, path in files.items()})
+
+    @property
+    def text_tokens(self) -> int:
+        """T5 tokens of a prompt."""
+        try:
+            config = json.loads((self.folder / "tokenizer_2" / "tokenizer_config.json").read_text())
+        except (Missing, OSError):
+            config = {}
+        return min(self.max_sequence_length, config.get("model_max_length", self.max_sequence_length))
 
     @property
     def deterministic(self) -> str | None:

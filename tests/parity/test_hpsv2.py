@@ -5,10 +5,9 @@ import json
 import msgspec
 import open_clip
 import pytest
-import tiny
 from official_inputs import agree, images, prompts
 
-from alignbench import official
+from alignbench import official, small
 from alignbench.evaluators.hpsv2 import HPSv2
 
 pytestmark = pytest.mark.parity
@@ -22,7 +21,7 @@ def environment():
 @pytest.fixture(scope="module", params=["random", "shapes"])
 def port(request, environment, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hps")
-    return HPSv2(weights="shapes" if request.param == "shapes" else str(tiny.hps_folder(folder)))
+    return HPSv2(weights="shapes" if request.param == "shapes" else str(small.hps_folder(folder)))
 
 
 def test_scores_agree(port):

@@ -3,11 +3,10 @@
 import msgspec
 import numpy as np
 import pytest
-import tiny
 import torch
 from official_inputs import agree, images, prompts
 
-from alignbench import official
+from alignbench import official, small
 from alignbench.evaluator import to_tensor
 from alignbench.evaluators.hpsv3 import HPSv3
 
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.parity
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
     official.install("hpsv3-official")
-    folder = str(tiny.hpsv3_folder(tmp_path_factory.mktemp("hpsv3")))
+    folder = str(small.hpsv3_folder(tmp_path_factory.mktemp("hpsv3")))
     return HPSv3(weights=folder, base=folder)
 
 

@@ -3,10 +3,9 @@
 import msgspec
 import numpy as np
 import pytest
-import tiny
 from official_inputs import agree, images, prompts
 
-from alignbench import official
+from alignbench import official, small
 from alignbench.evaluators.imagereward import CHECKPOINT, CONFIG, ImageReward
 
 pytestmark = pytest.mark.parity
@@ -15,7 +14,7 @@ pytestmark = pytest.mark.parity
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
     official.install("imagereward-official")
-    folder = str(tiny.imagereward_folder(tmp_path_factory.mktemp("image_reward")))
+    folder = str(small.imagereward_folder(tmp_path_factory.mktemp("image_reward")))
     return ImageReward(weights=folder, tokenizer=folder)
 
 

@@ -1,0 +1,172 @@
+"""The page that `alignbench plan` prints: every run with its state and cost, the totals, and what is still missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from alignbench.config import Missing, UserError, did_you_mean
+from alignbench.cost import GPU, GPUS
+from alignbench.estimate import Estimate, estimate
+from alignbench.plugins import Registry
+from alignbench.store import Results, Store, artefacts
+from alignbench.sweep import Cell, Draft, Plan
+
+GB = 1e9
+HEAD = ("run", "state", "images", "NFE/image", "train", "evaluate", "memory", "disk")
+STAGE = {"run": "train", "images": "generate", "scores": "score"}  # artefact -> the hours of an Estimate
+
+
+def gpu_named(name: str) -> GPU:
+    """UserError for one whose speed nobody wrote down."""
+    if name.lower() not in GPUS:
+        raise UserError(f"--gpu: there is no '{name}'{did_you_mean(name, GPUS, 'GPUs')}")
+    return GPUS[name.lower()]
+
+
+def page(
+    draft: Draft,
+    plan: Plan | None,
+    cells: Sequence[Cell],
+    store: Store,
+    registry: Registry,
+    gpu: GPU,
+    gaps: list[Missing],
+) -> str:
+    """``plan``: None as long as there are ``gaps``; then nothing is known of what the store has."""
+    found = [estimate(cell, draft.sweep.evaluation, registry, gpu) for cell in cells]
+    runs = {} if plan is None else {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
+    states, open_hours = [], 0.0
+    for cell, each in zip(cells, found):
+        state, hours = _state(store, plan, runs.get((cell.spec.label, cell.seed)), each)
+        states.append(state)
+        open_hours += hours
+    rows = [_row(cell, state, each) for cell, state, each in zip(cells, states, found)]
+    lines = [
+        f"{draft.document.name}, on one {gpu.name} per run; hours are GPU-hours, and every figure is about:",
+        *columns([HEAD, *rows]),
+        "",
+        _totals(found, open_hours),
+        _assumptions(gpu, draft),
+        *_does_not_fit(cells, found, gpu),
+        *_unequal(cells, found),
+        *(f"{cell.title}: no estimate: {each.unknown}" for cell, each in zip(cells, found) if each.unknown),
+        *([""] if gaps else []),
+        *shopping(gaps),
+    ]
+    return "\n".join(lines)
+
+
+def _state(store: Store, plan: Plan | None, run: dict[str, Any] | None, each: Estimate) -> tuple[str, float]:
+    """Of a run, and the hours that are still to be spent on it."""
+    if plan is None or run is None:
+        return "not ready", each.train + each.generate + each.score
+    todo = [part.kind for part in artefacts(store, run) if not part.done]
+    hours = sum(getattr(each, STAGE[kind]) / (len(run["scores"]) if kind == "scores" else 1) for kind in todo)
+    return Results(store.root, plan.manifest()).state(run)[0], hours
+
+
+def _row(cell: Cell, state: str, each: Estimate) -> list[str]:
+    if each.unknown:
+        return [cell.title, state, *["?"] * (len(HEAD) - 2)]
+    nfe = "-" if each.usage is None else f"{each.usage.forward:.3g} + {each.usage.grad:.3g}"
+    return [
+        cell.title,
+        state,
+        f"{each.images:,}" if each.usage else "-",
+        nfe,
+        f"{about(each.train)} h" if each.usage else "-",
+        f"{about(each.generate + each.score)} h",
+        size(each.memory),
+        size(each.weights + each.pictures),
+    ]
+
+
+def _totals(found: Sequence[Estimate], open_hours: float) -> str:
+    hours = sum(each.train + each.generate + each.score for each in found)
+    disk = sum(each.weights + each.pictures for each in found)
+    state = max((each.state for each in found), default=0)
+    kept = f"; {size(state)} more for every run that is being trained" if state else ""
+    return (
+        f"all {len(found)} runs: {about(hours)} GPU-hours, {about(open_hours)} of them still to be spent; "
+        f"{size(disk)} on disk{kept}"
+    )
+
+
+def _assumptions(gpu: GPU, draft: Draft) -> str:
+    backend = draft.cells[0].spec.backend
+    dtype = "float32" if backend.get("dtype") == "float32" else "bfloat16"
+    why = f" ({gpu.why})" if dtype == "bfloat16" else ""
+    return (
+        f"assumed, not measured: {getattr(gpu, dtype):g} TFLOP/s in {dtype}{why}; the evaluators' seconds per picture; "
+        "2 bytes per pixel of a picture. Not in it: loading, waiting, failures, and the reward model's memory. "
+        "Be prepared for half as much again"
+    )
+
+
+def _does_not_fit(cells: Sequence[Cell], found: Sequence[Estimate], gpu: GPU) -> list[str]:
+    large = [cell.spec.label for cell, each in zip(cells, found) if each.memory > gpu.memory * GB]
+    if not large:
+        return []
+    names = ", ".join(dict.fromkeys(large))
+    what = f"does not fit into one {gpu.name}'s {gpu.memory:g} GB: {names}"
+    return [f"{what}; smaller: backend.tune=lora, backend.gradient_checkpointing=true, training.micro_batch=1"]
+
+
+def _unequal(cells: Sequence[Cell], found: Sequence[Estimate]) -> list[str]:
+    """Rows whose trainings look at different numbers of images; the reasons stand in the sweep."""
+    images = {cell.spec.label: each.images for cell, each in zip(cells, found) if each.usage}
+    if len(set(images.values())) < 2:
+        return []
+    reasons = {cell.spec.label: [note["reason"] for note in cell.notes if _touches(note["set"])] for cell in cells}
+    usual = max(images.values(), key=list(images.values()).count)
+    lines = [f"training images differ between rows; {usual:,} in most, but"]
+    for label, count in images.items():
+        if count != usual:
+            why = (
+                " ".join(reasons[label])
+                or "the budget counts something else, and this method spends it faster or slower"
+            )
+            lines.append(f"  {label}: {count:,}. {' '.join(why.split())}")
+    return lines
+
+
+def _touches(settings: dict[str, Any]) -> bool:
+    return any(key == "training" or key.startswith(("training.batch", "training.budget")) for key in settings)
+
+
+def shopping(gaps: Sequence[Missing]) -> list[str]:
+    """What is missing, and the command for each."""
+    if not gaps:
+        return []
+    lines = [f"missing, {len(gaps)} in all; this gets them:"]
+    for gap in gaps:
+        lines += [f"  {gap.command}", *[f"    # {gap.note}"] * bool(gap.note)]
+    return lines
+
+
+# -- how it looks ------------------------------------------------------------------------------------------------------
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of equally wide columns, texts to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join(
+            f"{text:<{width}}" if i < 2 else f"{text:>{width}}" for i, (text, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
+
+
+def about(value: float) -> str:
+    """Two significant digits: no more is known."""
+    if value < 0.01:
+        return "0" if value == 0 else "<0.01"
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"
+
+
+def size(count: float) -> str:
+    """Bytes, as gigabytes or megabytes."""
+    return f"{about(count / GB)} GB" if count >= GB / 10 else f"{about(count / 1e6)} MB"
