@@ -16,7 +16,7 @@ LAYERS = (
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip", "small"},
-    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm"},
+    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards"},
     {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
     {"run", "jobs", "testing", "backends.flux", "rehearsal"},
     {"launch", "job", "authoring", "estimate"},
@@ -28,6 +28,7 @@ METHODS = {"flow", "method", "policy", "nets", "config", "weights"}  # torch, an
 EVALUATORS = {"evaluator", "config", "weights", "clip", "official", "prompts", "shapes", "geneval", "evaluators"}
 REPORTS = {"store", "table", "stats", "config", "reports"}
 TORCHLESS = {
+    "ranks",
     "cli",
     "authoring",
     "cost",
