@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 
 class Metric(NamedTuple):
-    """One column of a table. ``by_task``: the unweighted mean of the task means (GenEval), not the mean over images."""
+    """One column of a table. ``by_task``: the unweighted mean of the task means (GenEval), not the mean over images.
+
+    ``higher_is_better``: None where neither direction is better in itself; then nothing wins and nothing loses.
+    """
 
     name: str
     unit: str
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
     by_task: bool = False
 
 
@@ -37,6 +40,7 @@ class Evaluator(Config):
     version: ClassVar[str]  # of model and preprocessing: part of every score's id
     metrics: ClassVar[tuple[Metric, ...]]
     differentiable: ClassVar[bool] = False
+    paired: ClassVar[bool] = False  # True: ``score(images, prompts, base)``, and a setting ``base: str | None = None``
 
     def files(self) -> list[Path]:
         """The weight and configuration files that determine the score. UserError if one is missing or unreadable."""
@@ -48,7 +52,8 @@ class Evaluator(Config):
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
         """One row per image, one column per metric (by ``Metric.name``). NaN: this image could not be scored.
 
-        The columns of text in TEXTS may follow.
+        The columns of text in TEXTS may follow. A ``paired`` evaluator is handed a third sequence, ``base``: to each
+        image the base model's picture of the same prompt and noise.
         """
         raise NotImplementedError
 

@@ -139,7 +139,7 @@ class Launch:
             trains=cell.trains,
             spec=settings(cell.spec),
             evaluation=settings(self.plan.evaluation) | {"protocol": settings(cell.protocol)},
-            scores=[score._asdict() for score in self.plan.scores],
+            scores=[score._asdict() for score in self.plan.scored(cell)],
             plugins=[str(Path(path).resolve()) for path in self.plugins],
             threads=self.threads,
             progress=str(job.progress.resolve()),

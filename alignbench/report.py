@@ -82,6 +82,7 @@ def markdown(
         "## Results",
         main_table(analysis, costs, hybrid(manifest)).markdown(),
         LEGEND.format(base=escape(analysis.base or "a base model (none in this sweep)"), count=len(analysis.compared)),
+        NEUTRAL_NOTE if any(measure.higher_is_better is None for measure in analysis.measures) else "",
         _hybrid_note(manifest),
         _budgets(analysis, costs),
         *([f"![same prompts and noise, one row per method]({picture})", GRID_NOTE] if picture else []),
@@ -97,6 +98,7 @@ def markdown(
     return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
 
 
+NEUTRAL_NOTE = "A column without an arrow: neither direction is better in itself, nothing in it is bold."
 TWO_SEEDS_NOTE = """\
 With fewer than three seeds of a method, the spread between trainings is the larger of its own and that of all methods
 together. The interval of a method whose trainings differ far more than the others' is then too short (85 % instead of
@@ -238,7 +240,8 @@ def _answers(questions: Sequence[tuple[str, Sequence[str]]], analysis: Analysis)
         if subject not in analysis.labels or not rivals:
             continue
         lines = [f"## Does {escape(subject)} beat {escape(_and(rivals))}?"]
-        lines += [_answer(subject, rivals, measure, analysis) for measure in reversed(analysis.measures)]
+        directed = [measure for measure in analysis.measures if measure.higher_is_better is not None]
+        lines += [_answer(subject, rivals, measure, analysis) for measure in reversed(directed)]
         sections += [lines[0], "\n".join(lines[1:]), "Verdicts: Holm's correction over the methods named, p < 0.05."]
     return sections
 

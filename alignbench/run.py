@@ -30,7 +30,7 @@ import yaml
 from alignbench.config import UserError, decode, settings
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt, load_prompts
-from alignbench.spec import Evaluation, RunSpec, image_set_id, run_id
+from alignbench.spec import BASE, Evaluation, RunSpec, base_of, image_set_id, run_id
 from alignbench.store import (
     Artefact,
     Lock,
@@ -83,6 +83,7 @@ def execute(task: dict[str, Any]) -> dict[str, Any]:
     with _process(work.task, work.log), suppress(Failed):
         work.train()
         work.generate()
+        work.generate_base()
         work.score()
     return {"state": "failed" if work.failures else "done", "reason": "; ".join(work.failures), "made": work.made}
 
@@ -234,6 +235,29 @@ class Work:
             write_frame(self.images.product, pd.DataFrame(rows))
             self.images.status.unlink(missing_ok=True)  # of an earlier failure
 
+    def generate_base(self) -> None:
+        """For paired evaluators: the base model's pictures, by the very code that makes them as a row of their own."""
+        if self.base is None:
+            return
+        self.__dict__.pop("flow", None)  # not two models at once; scoring needs neither
+        with suppress(Failed):  # the scores that lack them say so
+            self.base.generate()
+        self.base.__dict__.pop("flow", None)
+        self.made += self.base.made
+
+    @cached_property
+    def base(self) -> Work | None:
+        """The untrained model's pictures of the same prompts and noise; None if no evaluator compares with them."""
+        images = next((score["base"] for score in self.task.scores if score["base"]), None)
+        if images is None:
+            return None
+        spec, protocol = base_of(self.spec, self.evaluation.protocol, self.registry)
+        evaluation = settings(self.evaluation) | {"protocol": settings(protocol)}
+        task = self.task._replace(
+            run=f"{BASE}-{run_id(spec, self.registry, [])}", images=images, trains=False, scores=[]
+        )
+        return Work(task._replace(spec=settings(spec), evaluation=evaluation))
+
     def _protocol(self) -> dict[str, Any]:
         return settings(self.evaluation.protocol) | {"run": self.task.run, "limit": self.evaluation.limit}
 
@@ -307,23 +331,36 @@ class Work:
         from alignbench.scoring import passes
 
         evaluator = self.registry.make("evaluator", score["settings"], "evaluator")
+        base = self.base if score["base"] else None
+        if base is not None and not base.images.done:
+            raise UserError(f"the base model's pictures are missing: {base.images.failure or 'not made yet'}")
         images = pd.read_parquet(self.images.product)
         frames = []
         for here in passes(list(images["prompt_id"])):  # one file each: what a killed run has scored is not lost
             part = _parts(artefact) / f"{here.start}.parquet"
             if not part.exists():
-                write_frame(part, self._score_rows(evaluator, images.iloc[here]))
+                write_frame(part, self._score_rows(evaluator, images.iloc[here], base))
             frames.append(pd.read_parquet(part))
             self.progress(f"scoring, {score['name']}", here.stop / len(images))
         return pd.concat(frames, ignore_index=True)
 
-    def _score_rows(self, evaluator: Any, rows: pd.DataFrame) -> pd.DataFrame:
-        from alignbench.scoring import in_threads, score_rows
+    def _score_rows(self, evaluator: Any, rows: pd.DataFrame, base: Work | None) -> pd.DataFrame:
+        from alignbench.scoring import score_rows
 
         prompts = {prompt.id: prompt for prompt in self.prompts}
-        pictures = list(in_threads(self._picture, rows["file"], rows["sha256"]))
-        found = score_rows(evaluator, pictures, [prompts[id] for id in rows["prompt_id"]])
+        pictures = [work.pictures(rows) for work in (self, base) if work is not None]
+        found = score_rows(evaluator, pictures[0], [prompts[id] for id in rows["prompt_id"]], *pictures[1:])
         return rows[["prompt_id", "tag", "index"]].reset_index(drop=True).join(found)
+
+    def pictures(self, rows: pd.DataFrame) -> list[Image]:
+        """This run's pictures of the prompts and indices of ``rows``, in their order."""
+        import pandas as pd
+
+        from alignbench.scoring import in_threads
+
+        place = ["prompt_id", "index"]
+        mine = rows[place].merge(pd.read_parquet(self.images.product), on=place, how="left", validate="1:1")
+        return list(in_threads(self._picture, mine["file"], mine["sha256"]))
 
     def _picture(self, file: str, sha256: str) -> Image:
         """The image, if it is still the one that was made."""

@@ -391,4 +391,5 @@ class Results:
 def artefacts(store: Store, run: dict[str, Any]) -> list[Artefact]:
     """The artefacts of one run of a manifest, in the order in which they are made."""
     scores = [store.scores(run["images"], Path(score["file"]).name) for score in run["scores"]]
-    return [store.run(run["id"], run["seed"] != -1), store.images(run["images"]), *scores]
+    images = dict.fromkeys([run["images"], *(score["base"] for score in run["scores"] if "base" in score)])
+    return [store.run(run["id"], run["seed"] != -1), *map(store.images, images), *scores]
