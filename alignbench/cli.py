@@ -320,9 +320,12 @@ def _read(arguments: argparse.Namespace, default: str | None = None) -> Document
 
 
 def _resolve(document: Document, registry: Registry) -> Plan:
-    from alignbench.sweep import resolve
+    from alignbench.sweep import resolve, warnings_of
 
-    return resolve(document, registry)
+    plan = resolve(document, registry)
+    for line in warnings_of(plan, registry):
+        print(f"alignbench: {line}", file=sys.stderr)
+    return plan
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

@@ -40,6 +40,7 @@ class Evaluator(Config):
     version: ClassVar[str]  # of model and preprocessing: part of every score's id
     metrics: ClassVar[tuple[Metric, ...]]
     differentiable: ClassVar[bool] = False
+    reward_range: ClassVar[tuple[float, float] | None] = None  # that no ``reward`` leaves: margins are checked by it
     paired: ClassVar[bool] = False  # True: ``score(images, prompts, base)``, and a setting ``base: str | None = None``
 
     def files(self) -> list[Path]:

@@ -91,6 +91,7 @@ def markdown(
         *_task_sections(analysis),
         *_notes_section(manifest),
         *_settings_section(manifest),
+        *_warnings_section(costs),
         *_missing_section(analysis, costs),
         *_coverage_section(manifest, analysis),
         *_protocol_section(manifest, analysis, origins),
@@ -412,6 +413,13 @@ def _of_runs(runs: Sequence[dict[str, Any]], part: str) -> list[str]:
             value = {key: setting for key, setting in value.items() if key != "seed"}
         found[_flat(value) if isinstance(value, dict) else f"{value}"] = None
     return [text for text in found if text]
+
+
+def _warnings_section(costs: pd.DataFrame) -> list[str]:
+    """What training records show to be hardly meant."""
+    warned = [run for run in costs.to_dict("records") if isinstance(run.get("warning"), str) and run["warning"]]
+    lines = [f"- **{escape(run['label'])}, seed {run['seed']}**: {escape(run['warning'])}" for run in warned]
+    return ["## Warnings", "\n".join(lines)] if lines else []
 
 
 def _missing_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:

@@ -152,6 +152,12 @@ class Work:
             with self.log.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
 
+    def warn(self, text: str) -> None:
+        """A line in the run's log, and for whoever started it."""
+        self.note(f"warning: {text}")
+        if self.task.launcher is None:  # a worker's stderr is the log
+            print(f"alignbench: {self.spec.label}: {text}", file=sys.stderr)
+
     # -- train --------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -186,10 +192,14 @@ class Work:
         prompts, training = load_prompts(self.spec.prompts), self.spec.training
         checkpoints = self.run.folder / "checkpoints"
         flow = self.flow
-        records = train(method, flow, reward, prompts, training, accelerator=self.accelerator, checkpoints=checkpoints)
+        records = train(
+            method, flow, reward, prompts, training,
+            accelerator=self.accelerator, checkpoints=checkpoints, warn=self.warn,
+        )  # fmt: skip
         for record in records:
             share = spent(training.budget, record, self.accelerator.num_processes)
             shown = f", reward {record['reward_mean']:.3f}" if "reward_mean" in record else ""
+            shown += ", every hinge closed" if record.get("hinge_closed") == 1 else ""
             self.progress("training", share, f"update {record['update'] + 1}{shown}")
         lock.check()
         write_frame(self.run.folder / "train.parquet", pd.DataFrame(checkpoint.load_records(checkpoints)))

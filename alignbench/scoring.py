@@ -138,8 +138,9 @@ def score_rows(
 ) -> pd.DataFrame:
     """A row per picture: the evaluator's metrics, "ok", "error", and "raw" if it keeps answers.
 
-    ``base``: of a paired evaluator, the pictures to compare with. Text in place of a picture is its error. If
-    the evaluator fails, pictures are scored one by one, so that one bad picture costs no other its score. If it fails for all of them, the error is the evaluator's, and raised.
+    ``base``: of a paired evaluator, the pictures to compare with. Text in place of a picture is its error. If the
+    evaluator fails, pictures are scored one by one, so that one bad picture costs no other its score. If it fails for
+    all of them, the error is the evaluator's, and raised.
     """
     import pandas as pd
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignbench import hinge
 from alignbench import prompts as prompt_lists
 from alignbench.config import (
     UserError,
@@ -428,9 +429,21 @@ def check_run(spec: RunSpec, registry: Registry, where: str) -> None:
         )
     prompts = load(spec.prompts, f"{where}: prompts")
     _check_prompts(spec.prompts, prompts, backend)
-    for evaluator in evaluators:
+    for evaluator, part in zip(evaluators, spec.rewards, strict=True):
         _prefixed(where, evaluator.files)
         _prefixed(where, evaluator.check, prompts)
+        if why := hinge.impossible(part["margin"], evaluator.reward_range):
+            raise UserError(f"{where}: reward.margin: {evaluator.name}: {why}")
+
+
+def warnings_of(plan: Plan, registry: Registry) -> list[str]:
+    """What will run, and yet is hardly meant; each once."""
+    found = dict[str, None]()
+    for part in (part for cell in plan.cells if cell.trains for part in cell.spec.rewards):
+        evaluator = registry.make("evaluator", part["evaluator"], "reward.evaluator")
+        if why := hinge.pointless(part["margin"], evaluator.reward_range):
+            found[f"{plan.document.path}: reward.margin: {evaluator.name}: {why}"] = None
+    return list(found)
 
 
 def check_evaluation(cell: Cell, evaluation: Evaluation, registry: Registry, where: str) -> None:

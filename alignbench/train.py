@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from alignbench import hinge
 from alignbench.checkpoint import FINAL, copy_parameters, load_state, save_state, save_weights
 from alignbench.config import UserError
 from alignbench.evaluator import Reward
@@ -41,6 +43,7 @@ def train(
     *,
     accelerator: Accelerator,
     checkpoints: Path | None = None,
+    warn: Callable[[str], Any] = warnings.warn,
 ) -> Iterator[Record]:
     """Train ``flow`` in place until the budget is spent; yield one record per optimizer update, costs as totals so far.
 
@@ -48,7 +51,7 @@ def train(
     resumed bitwise (only new records are yielded: ``load_records`` has the earlier ones), and once all records are
     consumed ``final.safetensors`` holds the trained weights and their average. A method with ``trains = False`` yields
     and writes nothing. UserError for settings that cannot work, and for losses, rewards or gradients that are not
-    finite; the last checkpoint is then kept.
+    finite; the last checkpoint is then kept. ``warn`` is told once of hinges that look like a margin in a wrong unit.
     """
     if not method.trains:
         return
@@ -62,6 +65,10 @@ def train(
         records = list(run.advance(flow, reward, prompts))
         if checkpoints is not None and (run.finished or run.step % training.checkpoint_every == 0):
             run.save(checkpoints)
+        if accelerator.is_main_process and (run.step == hinge.BATCHES or (run.finished and run.step < hinge.BATCHES)):
+            margins = {term.evaluator.name: term.margin for term in reward.terms}
+            for line in hinge.complaints(run.records, margins):
+                warn(line)
         yield from records
     if checkpoints is not None:
         run.save_final(checkpoints)

@@ -32,6 +32,7 @@ class CLIPScore(Evaluator):
     name: ClassVar[str] = "clipscore"
     version: ClassVar[str] = "1-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("clipscore", "cosine"),)
+    reward_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     differentiable: ClassVar[bool] = True
 
     weights: str = "openai/clip-vit-large-patch14"
