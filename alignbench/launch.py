@@ -139,7 +139,7 @@ def submit(
         slurm.Work(cell, [part for part in todo if part.id not in coming])
         for cell, todo in unfinished(plan, cells, store)
     ]
-    arrays = slurm.arrays(options, [work for work in works if work.todo], plan.scores)
+    arrays = slurm.arrays(options, [work for work in works if work.todo], plan.scored)
     for array in arrays:
         if array.stage == "run":
             for cell in array.cells:
@@ -169,11 +169,10 @@ def _progress(folder: Path, array: slurm.Array, index: int) -> str:
 def _write_tasks(
     plan: Plan, store: Store, array: slurm.Array, folder: Path, code: Snapshot, track: Sequence[str]
 ) -> None:
-    scores = [score._asdict() for score in plan.scores if score.file == array.file]
     tasks = [
         task(
             plan, store, cell, code,
-            scores=scores,
+            scores=[score._asdict() for score in plan.scored(cell) if score.file in array.files],
             stages=array.stages(cell),
             threads=array.resources.cpus_per_task or 1,
             parallel=array.resources.parallel,
@@ -190,7 +189,9 @@ def _tickets(store: Store, array: slurm.Array, folder: Path) -> list[Ticket]:
     def makes(cell: Cell, stage: str) -> Artefact:
         if stage == "run":
             return store.run(cell.id, cell.trains)
-        return store.images(cell.images) if stage == "images" else store.scores(cell.images, array.file)
+        if stage == "images":
+            return store.images(cell.images)
+        return store.scores(cell.images, array.files[array.cells.index(cell)])
 
     return [
         Ticket(
@@ -259,7 +260,7 @@ class Launch:
     def task(self, job: Job, launcher: int | None) -> dict[str, Any]:
         return task(
             self.plan, self.store, job.cell, self.code,
-            scores=[score._asdict() for score in self.plan.scores],
+            scores=[score._asdict() for score in self.plan.scored(job.cell)],
             threads=self.threads,
             track=list(self.track),
             progress=str(job.progress),

@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -27,7 +27,7 @@ from alignbench.spec import Count
 from alignbench.store import Artefact
 
 if TYPE_CHECKING:
-    from alignbench.sweep import Cell
+    from alignbench.sweep import Cell, Score
 
 STAGES = {"run": "train", "images": "generate", "scores": "score"}  # kinds of artefacts, and what making them is called
 LARGEST = 1000  # tasks of an array; SLURM's default MaxArraySize is 1001
@@ -143,7 +143,7 @@ class Array:
     resources: Resources
     after: Array | None = None
     evaluator: str = ""
-    file: str = ""  # of its scores, below their image set
+    files: Sequence[str] = ()  # of its scores, below their image sets
     job: str = ""  # SLURM's id, once submitted
     number: int = 0
 
@@ -165,12 +165,15 @@ class _Chain:
     works: list[Work]
 
 
-def arrays(slurm: dict[str, Any], works: Iterable[Work], scores: Sequence[Any]) -> list[Array]:
-    """All that is missing, predecessors first. Rows that share weights and images are worked on once."""
+def arrays(slurm: dict[str, Any], works: Iterable[Work], scored: Callable[[Cell], Sequence[Score]]) -> list[Array]:
+    """All that is missing, predecessors first. Rows that share weights and images are worked on once.
+
+    ``scored``: the evaluators of a cell, in the same order for all.
+    """
     found: list[Array] = []
     for chain in _chains(slurm, works):
         for start in range(0, len(chain.works), LARGEST):
-            found += _arrays_of(slurm, chain, chain.works[start : start + LARGEST], scores)
+            found += _arrays_of(slurm, chain, chain.works[start : start + LARGEST], scored)
     for number, array in enumerate(found):
         array.number = number
     return found
@@ -196,18 +199,25 @@ def _chains(slurm: dict[str, Any], works: Iterable[Work]) -> list[_Chain]:
     return chains
 
 
-def _arrays_of(slurm: dict[str, Any], chain: _Chain, works: Sequence[Work], scores: Sequence[Any]) -> Iterator[Array]:
+def _arrays_of(
+    slurm: dict[str, Any], chain: _Chain, works: Sequence[Work], scored: Callable[[Cell], Sequence[Score]]
+) -> Iterator[Array]:
     cells = [work.cell for work in works]
     last = None
     for stage, wanted in (("run", chain.train), ("images", chain.generate)):
         if wanted is not None:
             yield (last := Array(stage, cells, wanted, last))
-    for score in scores:
-        stem = score.file.removesuffix(".parquet")
-        missing = [w.cell for w in works if any(part.id == f"{w.cell.images}/{stem}" for part in w.todo)]
-        if missing:  # all of them wherever images are missing: then tasks of both arrays correspond
-            asked = resources(slurm, "scores", missing[0], score.name)
-            yield Array("scores", missing, asked, last, score.name, score.file)
+    for column in zip(*(scored(cell) for cell in cells)):
+        pairs = [(work.cell, score) for work, score in zip(works, column) if _lacks(work, score)]
+        if pairs:  # all of them wherever images are missing: then tasks of both arrays correspond
+            (first, score), files = pairs[0], [score.file for _, score in pairs]
+            asked = resources(slurm, "scores", first, score.name)
+            yield Array("scores", [cell for cell, _ in pairs], asked, last, score.name, files)
+
+
+def _lacks(work: Work, score: Score) -> bool:
+    name = f"{work.cell.images}/{score.file.removesuffix('.parquet')}"
+    return any(part.id == name for part in work.todo)
 
 
 # -- submission -------------------------------------------------------------------------------------------------------

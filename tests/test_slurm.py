@@ -26,7 +26,7 @@ def planned(folder: Path, **changes) -> Plan:
 
 def ask(folder: Path, slurm_settings: dict, **changes) -> list[slurm.Array]:
     plan = planned(folder, **changes)
-    return arrays(slurm_settings, unfinished(plan, plan.cells, Store(folder / "store")), plan.scores)
+    return arrays(slurm_settings, unfinished(plan, plan.cells, Store(folder / "store")), plan.scored)
 
 
 def test_one_array_per_stage_and_a_predecessor_for_every_task(tmp_path):
@@ -54,7 +54,7 @@ def test_only_what_is_missing_is_asked_for(tmp_path):
         write(store.images(cell.images).product, b"manifest")
         for score in plan.scores[1:]:
             write(store.scores(cell.images, score.file).product, b"scores")
-    (only,) = arrays({}, unfinished(plan, plan.cells, store), plan.scores)
+    (only,) = arrays({}, unfinished(plan, plan.cells, store), plan.scored)
     assert (only.title, only.after, len(only.cells)) == ("score bright", None, 3)
 
 
