@@ -19,8 +19,8 @@ DONE, USAGE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 130
 EPILOG = """\
 SWEEP is a YAML file, or the name of a packaged one (see `alignbench ls sweeps`). Settings on the command line beat the
 file: training.batch=8 (every run), evaluation.protocol.steps=10, grid.training.seed=[0,1], seed=3.
-Exit codes: 0 all done, 1 a mistake in what was asked (nothing was run), 2 some runs (of check-method: promises) failed,
-130 interrupted.
+Exit codes: 0 all done, 1 a mistake in what was asked (nothing was run), 2 some runs (of check-method: promises; of
+doctor: checks) failed, 130 interrupted.
 """
 KINDS = ("methods", "evaluators", "backends", "prompts", "sweeps")
 
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add = {name: _verb(verbs, name, function) for name, function in VERBS.items()}
     for name in ("run", "sweep", "status", "report", "validate", "plan"):
         _document(add[name], optional=name in ("run", "status"))
-    for name in ("run", "sweep", "ls", "validate", "plan", "score"):
+    for name in ("run", "sweep", "ls", "validate", "plan", "score", "doctor"):
         add[name].add_argument("--plugin", metavar="FILE", action="append", default=[], help=PLUGIN)
     for name in ("run", "sweep", "status", "report", "validate", "plan"):
         add[name].add_argument(
@@ -93,10 +93,15 @@ def parser() -> argparse.ArgumentParser:
     add["score"].add_argument("--prompts", metavar="LIST", help="a .txt or .jsonl file, or a list's name")
     add["score"].add_argument("-e", "--evaluators", metavar="A,B", required=True, help="evaluators or metrics")
     add["score"].add_argument("--out", metavar="FILE", default="scores.csv", help="table to write (.csv or .parquet)")
+    add["doctor"].add_argument("words", nargs="*", metavar="EVALUATOR.SETTING=VALUE", help="as hpsv3.weights=FOLDER")
+    add["doctor"].add_argument("-e", "--evaluators", metavar="A,B", help="only these evaluators or metrics")
+    add["doctor"].add_argument("--install", metavar="NAME", help="make an official package's environment, as shown")
+    add["doctor"].add_argument("--references", metavar="DIR", help=REFERENCES)
     add["ls"].add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
     return top
 
 
+REFERENCES = "pictures with published scores (default: ~/.cache/alignbench/references)"
 PLUGIN = "a Python file with methods or evaluators of your own; may be given several times"
 SETTINGS = "a setting of the methods, instead of its default, as in steps=5; may be given several times"
 ONLY = "run only these: method=refl, '!seed=2', or any setting's path; several values of one key are alternatives"
@@ -276,6 +281,31 @@ def score(arguments: argparse.Namespace) -> int:
     return DONE if all(frame["ok"].all() for _, frame in scored) else SOME_FAILED
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Look at packages, weights and official engines, and whether evaluators still compute what they did.
+
+    Golden scores are of small random checkpoints, on pictures made here: they need no weights. Missing weights are
+    named with the command that fetches them, and are not wrong; exit code 2 if something is.
+    """
+    from alignbench import doctor, official, scoring
+    from alignbench.config import cache
+
+    if arguments.install:
+        official.install(arguments.install)
+        return DONE
+    registry = _registry(arguments)
+    names = arguments.evaluators or ",".join(registry.names("evaluator"))
+    chosen = scoring.evaluator_settings(registry, names, arguments.words)
+    references = Path(arguments.references) if arguments.references else cache() / "references"
+    lines = []
+    for line in doctor.look(registry, chosen, references):
+        lines.append(line)
+        print(f"{line.part}: {line.verdict}", file=sys.stderr)
+    print(doctor.table(lines))
+    print(f"\n{doctor.UNTRIED}")
+    return SOME_FAILED if any(line.verdict == doctor.WRONG for line in lines) else DONE
+
+
 VERBS = {
     "run": run,
     "sweep": sweep,
@@ -285,6 +315,7 @@ VERBS = {
     "validate": validate,
     "plan": plan,
     "score": score,
+    "doctor": doctor,
     "new-method": new_method,
     "check-method": check_method,
 }

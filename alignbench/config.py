@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -17,6 +18,15 @@ import yaml
 
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one clear line: where, what, what instead."""
+
+
+class NotFetched(UserError):
+    """What is missing was never put on this machine: a file to download, a package to install."""
+
+
+def cache() -> Path:
+    """Where what is made once per machine is kept: $ALIGNBENCH_CACHE, or ~/.cache/alignbench."""
+    return Path(os.environ.get("ALIGNBENCH_CACHE") or "~/.cache/alignbench").expanduser().resolve()
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))

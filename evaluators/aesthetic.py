@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from alignbench import clip, weights
 from alignbench.clip import Clip, linear_head
-from alignbench.config import UserError
+from alignbench.config import NotFetched, UserError
 from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Aesthetic(Evaluator):
         path = Path(self.weights).expanduser()
         if not path.is_file():
             fetch = f"curl --create-dirs -Lo {path} {SOURCE}"
-            raise UserError(f"aesthetic.weights: there is no file {path}; fetch it once with `{fetch}`")
+            raise NotFetched(f"aesthetic.weights: there is no file {path}; fetch it once with `{fetch}`")
         return path
 
     @cached_property

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from alignbench import weights
 from alignbench.clip import HUB_FILES, Clip, processor_files
-from alignbench.config import UserError
+from alignbench.config import NotFetched, UserError
 from alignbench.evaluator import Evaluator, Metric, device, to_pil, to_tensor
 from alignbench.evaluators.mask2former import Mask2Former
 from alignbench.geneval import COLORS
@@ -81,8 +81,8 @@ class GenEval(Evaluator):
         """Mask2Former's weight file. UserError if there is none."""
         try:
             path = weights.locate(self.detector, "geneval.detector", revision=self.revision)
-        except UserError as error:
-            raise UserError(f"{error}, or 'shapes'; GenEval's own file: `curl -LO {URL}`") from None
+        except NotFetched as error:
+            raise NotFetched(f"{error}, or 'shapes'; GenEval's own file: `curl -LO {URL}`") from None
         found = sorted(path.glob("*.pth")) if path.is_dir() else [path]
         if len(found) != 1:
             raise UserError(
@@ -118,6 +118,24 @@ class GenEval(Evaluator):
         self.check(prompts)
         rows = [self._verdicts(_upright(image), _metadata(prompt)) for image, prompt in zip(images, prompts)]
         return pd.DataFrame(rows, columns=[metric.name for metric in self.metrics], dtype="float64")
+
+    def probe(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
+        """With Mask2Former: its highest scores in each image, and the image's cosines with COLORS (of a dog)."""
+        import pandas as pd
+
+        if self.detector == "shapes":
+            return super().probe(images, prompts)
+        return pd.DataFrame([self._seen(_upright(image)) for image in images])
+
+    def _seen(self, image: Image) -> dict[str, float]:
+        import numpy as np
+        import torch
+
+        highest = sorted((found.score for found in self._mask2former.detect(np.asarray(image))), reverse=True)[:3]
+        with torch.no_grad():
+            feature = self._colors.model.images(self._colors.prepare(image)[None].to(device()))[0]
+        cosines = (self._colors.classifier("dog").to(feature.device) @ feature).tolist()
+        return dict(zip(("first", "second", "third", *COLORS), (*highest, *cosines)))
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """(B, 3, H, W) pixels in [0, 1] -> (B,) of 0.0 and 1.0 by the official rule. Not differentiable."""

@@ -18,7 +18,7 @@ LAYERS = (
     {"flow", "spec", "store", "shapes.checker", "clip", "small"},
     {"checkpoint", "meter", "adapters", "policy", "nets"},
     {"train", "generate", "sweep", "report", "scoring"},
-    {"run", "testing", "backends.flux"},
+    {"run", "testing", "backends.flux", "doctor"},
     {"launch", "authoring"},
     {"cli"},
 )
