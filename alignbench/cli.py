@@ -19,8 +19,8 @@ DONE, USAGE, SOME_FAILED, SOME_PENDING, INTERRUPTED = 0, 1, 2, 3, 130
 EPILOG = """\
 SWEEP is a YAML file, or the name of a packaged one (see `alignbench ls sweeps`). Settings on the command line beat the
 file: training.batch=8 (every run), evaluation.protocol.steps=10, grid.training.seed=[0,1], seed=3.
-Exit codes: 0 all done, 1 a mistake in what was asked (nothing was run), 2 some runs (of check-method: promises) failed,
-3 some are still to come, 130 interrupted.
+Exit codes: 0 all done, 1 a mistake in what was asked (nothing was run), 2 some runs (of check-method: promises; of
+doctor: checks) failed, 3 some are still to come, 130 interrupted.
 """
 KINDS = ("methods", "evaluators", "backends", "prompts", "sweeps")
 
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add = {name: _verb(verbs, name, function) for name, function in VERBS.items()}
     for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry"):
         _document(add[name], optional=name in ("run", "status"))
-    for name in ("run", "sweep", "ls", "validate", "plan", "score", "cancel", "retry"):
+    for name in ("run", "sweep", "ls", "validate", "plan", "score", "cancel", "retry", "doctor"):
         add[name].add_argument("--plugin", metavar="FILE", action="append", default=[], help=PLUGIN)
     for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry", "logs", "rerun", "gc"):
         add[name].add_argument(
@@ -104,12 +104,17 @@ def parser() -> argparse.ArgumentParser:
     add["gc"].add_argument("--yes", action="store_true", help="delete without asking")
     add["rerun"].add_argument("run", metavar="RUN", help="a folder's name below runs/, or the beginning of one")
     add["rerun"].add_argument("--into", metavar="DIR", help="a new store for it (default: STORE/reruns/RUN-1, -2, ...)")
+    add["doctor"].add_argument("words", nargs="*", metavar="EVALUATOR.SETTING=VALUE", help="as hpsv3.weights=FOLDER")
+    add["doctor"].add_argument("-e", "--evaluators", metavar="A,B", help="only these evaluators or metrics")
+    add["doctor"].add_argument("--install", metavar="NAME", help="make an official package's environment, as shown")
+    add["doctor"].add_argument("--references", metavar="DIR", help=REFERENCES)
     add["ls"].add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
     return top
 
 
 LAUNCHER = "local: worker processes; debug: in this process; slurm: jobs of a cluster, submitted, then this ends"
 TRACK = "show training in tensorboard, wandb or trackio, too; may be given several times"
+REFERENCES = "pictures with published scores (default: ~/.cache/alignbench/references)"
 PLUGIN = "a Python file with methods or evaluators of your own; may be given several times"
 REHEARSE = "the whole sweep with small stand-ins for its models: to see that all of it works; stamped REHEARSAL"
 SETTINGS = "a setting of the methods, instead of its default, as in steps=5; may be given several times"
@@ -392,6 +397,31 @@ def gc(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Look at packages, weights and official engines, and whether evaluators still compute what they did.
+
+    Golden scores are of small random checkpoints, on pictures made here: they need no weights. Missing weights are
+    named with the command that fetches them, and are not wrong; exit code 2 if something is.
+    """
+    from alignbench import doctor, official, scoring
+    from alignbench.config import cache
+
+    if arguments.install:
+        official.install(arguments.install)
+        return DONE
+    registry = _registry(arguments)
+    names = arguments.evaluators or ",".join(registry.names("evaluator"))
+    chosen = scoring.evaluator_settings(registry, names, arguments.words)
+    references = Path(arguments.references) if arguments.references else cache() / "references"
+    lines = []
+    for line in doctor.look(registry, chosen, references):
+        lines.append(line)
+        print(f"{line.part}: {line.verdict}", file=sys.stderr)
+    print(doctor.table(lines))
+    print(f"\n{doctor.UNTRIED}")
+    return SOME_FAILED if any(line.verdict == doctor.WRONG for line in lines) else DONE
+
+
 VERBS = {
     "run": run,
     "sweep": sweep,
@@ -406,6 +436,7 @@ VERBS = {
     "score": score,
     "rerun": rerun,
     "gc": gc,
+    "doctor": doctor,
     "new-method": new_method,
     "check-method": check_method,
 }

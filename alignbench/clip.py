@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from alignbench.prompts import Prompt
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-LIMIT = 77  # tokens of a prompt that are read, start and end included
 FILES = (*PROCESSOR_FILES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
@@ -85,6 +85,12 @@ class Clip:
         pixels = crop(pixels, top, left, height, width)
         return normalize(pixels, processor.image_mean, processor.image_std)
 
+    @cached_property
+    def limit(self) -> int:
+        """Tokens of a prompt that are read, start and end included: the model's positions, 77 of OpenAI's."""
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return config.get("text_config", {}).get("max_position_embeddings", 77)  # transformers' default
+
     def tokens(self, text: str) -> int:
         """The length of ``text`` in tokens, uncut, start and end included."""
         return len(self.tokenizer.tokenize(text)) + 2
@@ -94,7 +100,7 @@ class Clip:
         import torch
 
         if prompt not in self._texts:
-            tokens = self.tokenizer(prompt, padding=True, truncation=True, max_length=LIMIT, return_tensors="pt")
+            tokens = self.tokenizer(prompt, padding=True, truncation=True, max_length=self.limit, return_tensors="pt")
             with torch.no_grad():
                 features = self.model.get_text_features(**tokens.to(self.model.device))
             self._texts[prompt] = _unit(features)[0].cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -19,8 +20,12 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text is one clear line: where, what, what instead."""
 
 
-class Missing(UserError):
-    """A file that one ``command`` gets. ``what``: it, in a word or two; ``note``: what to accept or know before."""
+class NotFetched(UserError):
+    """What is missing was never put on this machine."""
+
+
+class Missing(NotFetched):
+    """The same of what one ``command`` gets. ``what``: it, in a word or two; ``note``: what to accept or know before."""
 
     def __init__(self, text: str, what: str, command: str, note: str = "") -> None:
         super().__init__(text)
@@ -29,6 +34,11 @@ class Missing(UserError):
 
 class Interrupted(Exception):
     """Somebody asked for a stop. No failure: what is done is saved, and the same task goes on from there."""
+
+
+def cache() -> Path:
+    """Where what is made once per machine is kept: $ALIGNBENCH_CACHE, or ~/.cache/alignbench."""
+    return Path(os.environ.get("ALIGNBENCH_CACHE") or "~/.cache/alignbench").expanduser().resolve()
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))

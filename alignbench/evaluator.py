@@ -59,6 +59,13 @@ class Evaluator(Config):
         """
         raise NotImplementedError
 
+    def probe(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
+        """One row of numbers per image, for `alignbench doctor`: they change if a library changes what is computed.
+
+        The scores; an evaluator overrides this if its own are too coarse to show that.
+        """
+        return self.score(images, prompts)[[metric.name for metric in self.metrics]]
+
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """(B, 3, H, W) pixels in [0, 1] -> (B,) scores: ``metrics[0]``, in its unit unless a setting names another.
 

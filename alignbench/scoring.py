@@ -256,6 +256,15 @@ def passes(prompts: Sequence[str]) -> Iterator[slice]:
 
 def judges(registry: Registry, names: str, assignments: Sequence[str]) -> list[Any]:
     """``hpsv2.1,pickscore`` (metrics or evaluators), with ``pickscore.weights=shapes``: proven usable."""
+    chosen = evaluator_settings(registry, names, assignments)
+    made = [registry.make("evaluator", {"name": name, **own}, f"-e {name}") for name, own in chosen.items()]
+    for evaluator in made:
+        evaluator.files()
+    return made
+
+
+def evaluator_settings(registry: Registry, names: str, assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Evaluators by name, with the settings that the assignments give them."""
     known = {name: name for name in registry.names("evaluator")}
     for name in list(known):
         metrics = getattr(registry.get("evaluator", name, "-e"), "metrics", ())
@@ -272,10 +281,7 @@ def judges(registry: Registry, names: str, assignments: Sequence[str]) -> list[A
         if known.get(name) not in settings or not field:
             raise UserError(f"{place}: write <evaluator>.<setting>=<value>, of {', '.join(settings)}")
         settings[known[name]][field] = value
-    made = [registry.make("evaluator", {"name": name, **own}, f"-e {name}") for name, own in settings.items()]
-    for evaluator in made:
-        evaluator.files()
-    return made
+    return settings
 
 
 def tidy(scored: Sequence[tuple[Any, pd.DataFrame]]) -> pd.DataFrame:

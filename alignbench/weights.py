@@ -5,7 +5,9 @@ Everything is checked by headers, without torch, so that a broken file is found 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,8 +16,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from alignbench.config import Missing, UserError
+from alignbench.config import Missing, NotFetched, UserError
 
+TRUST = "ALIGNBENCH_TRUST"  # environment variable: the sha256 of a file whose pickled code may run
 SHAPES = Path(__file__).parent / "shapes" / "assets"
 GATED = {  # repositories that ask for consent on their page before anything can be fetched
     "black-forest-labs/FLUX.1-dev": "gated: accept the FLUX.1 [dev] non-commercial licence at "
@@ -69,7 +72,7 @@ def locate(
         )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         choices = "a path, a hub id, or 'shapes'" if shapes else "a path or a hub id"
-        raise UserError(f"{where}: there is no file or folder '{name}'; give {choices}")
+        raise NotFetched(f"{where}: there is no file or folder '{name}'; give {choices}")
     return _cached(name, where, revision, files)
 
 
@@ -92,7 +95,7 @@ def check(files: Iterable[Path], where: str) -> list[Path]:
         try:
             _CHECKS.get(path.suffix, _readable)(path)
         except FileNotFoundError:
-            raise UserError(f"{where}: {path} is missing") from None
+            raise NotFetched(f"{where}: {path} is missing") from None
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{where}: {path} cannot be read: {reason}") from None
@@ -195,14 +198,21 @@ def _one_network(folder: Path, where: str) -> set[Path]:
 
 
 def load(path: Path, where: str) -> dict[str, Any]:
-    """What a torch.save file holds: tensors and plain data. UserError if it holds objects, which could run code."""
+    """What a torch.save file holds: tensors and plain data. UserError if it holds objects, which could run code.
+
+    The environment variable TRUST, set to the file's sha256, says that this very file may.
+    """
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        what = "holds more than tensors and plain data; if you trust it, save its tensors anew with torch"
-        raise UserError(f"{where}: {path} {what}") from None
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if os.environ.get(TRUST) == digest:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    what = f"holds more than tensors and plain data, and reading that runs its code; if you trust it: {TRUST}={digest}"
+    raise UserError(f"{where}: {path} {what}")
 
 
 def fill(model: Any, state: Mapping[str, Any], path: Path, where: str, assign: bool = False) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from alignbench import clip, weights
 from alignbench.clip import Clip, linear_head
-from alignbench.config import UserError
+from alignbench.config import Missing, UserError
 from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class Aesthetic(Evaluator):
         path = Path(self.weights).expanduser()
         if not path.is_file():
             fetch = f"curl --create-dirs -Lo {path} {SOURCE}"
-            raise UserError(f"aesthetic.weights: there is no file {path}; fetch it once with `{fetch}`")
+            text = f"aesthetic.weights: there is no file {path}; fetch it once with `{fetch}`"
+            return weights.absent(Missing(text, path.name, fetch))
         return path
 
     @cached_property

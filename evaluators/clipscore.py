@@ -55,7 +55,7 @@ class CLIPScore(Evaluator):
         def batch(images: Sequence[Image], prompts: Sequence[Prompt]) -> Tensor:
             return self._clip.cosine(self._clip.official(images).to(device()), prompts)
 
-        warn_of_cut(self.name, prompts, clip.LIMIT, self._clip.tokens)
+        warn_of_cut(self.name, prompts, self._clip.limit, self._clip.tokens)
         return in_batches(batch, images, prompts, self.metrics[0].name)
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:

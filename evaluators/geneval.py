@@ -123,6 +123,24 @@ class GenEval(Evaluator):
         rows = [self._verdicts(_upright(image), _metadata(prompt)) for image, prompt in zip(images, prompts)]
         return pd.DataFrame(rows, columns=[metric.name for metric in self.metrics], dtype="float64")
 
+    def probe(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
+        """With Mask2Former: its highest scores in each image, and the image's cosines with COLORS (of a dog)."""
+        import pandas as pd
+
+        if self.detector == "shapes":
+            return super().probe(images, prompts)
+        return pd.DataFrame([self._seen(_upright(image)) for image in images])
+
+    def _seen(self, image: Image) -> dict[str, float]:
+        import numpy as np
+        import torch
+
+        highest = sorted((found.score for found in self._mask2former.detect(np.asarray(image))), reverse=True)[:3]
+        with torch.no_grad():
+            feature = self._colors.model.images(self._colors.prepare(image)[None].to(device()))[0]
+        cosines = (self._colors.classifier("dog").to(feature.device) @ feature).tolist()
+        return dict(zip(("first", "second", "third", *COLORS), (*highest, *cosines)))
+
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """(B, 3, H, W) pixels in [0, 1] -> (B,) of 0.0 and 1.0 by the official rule. Not differentiable."""
         verdicts = [self._verdicts(to_pil(image), _metadata(prompt))[0] for image, prompt in zip(pixels, prompts)]

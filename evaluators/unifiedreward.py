@@ -186,6 +186,21 @@ class UnifiedReward(Evaluator):
         self._report(frame)
         return frame
 
+    def probe(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
+        """Of a model here: the log-probabilities of five tokens as the first of its answer."""
+        import pandas as pd
+        import torch
+
+        if self.server is not None:
+            return super().probe(images, prompts)
+        rows = []
+        for image, prompt in zip(images, prompts, strict=True):
+            question = text(self._template.questions[0].file, prompt.text)
+            with torch.no_grad():
+                logits = self._model.to(device())(**self._inputs(image.convert("RGB"), question)).logits[0, -1]
+            rows.append(logits.float().log_softmax(-1)[[*range(5)]].tolist())
+        return pd.DataFrame(rows, columns=[f"token {i}" for i in range(5)])
+
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """(B, 3, H, W) pixels in [0, 1] -> (B,) scores, the first metric's. Not differentiable: they are text."""
         images = [to_pil(image) for image in check_range(pixels)]
@@ -305,12 +320,11 @@ class UnifiedReward(Evaluator):
 
     # -- the model, here ----------------------------------------------------------------------------------------------
 
-    def _generate(self, image: Image, question: str) -> Answer:
-        """One image at a time: padding a batch would change the numbers, and with them, now and then, a digit."""
-        import torch
+    def _inputs(self, image: Image, question: str) -> Any:
+        """What the model reads, on its device."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        model, processor = self._model.to(device()), self._processor
+        processor = self._processor
         settings = processor.image_processor
         side, size = settings.patch_size * settings.merge_size, settings.size
         limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
@@ -320,13 +334,19 @@ class UnifiedReward(Evaluator):
         chat = processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        inputs = processor(text=[chat], images=[picture], do_resize=False, return_tensors="pt").to(device())
+        return processor(text=[chat], images=[picture], do_resize=False, return_tensors="pt").to(device())
+
+    def _generate(self, image: Image, question: str) -> Answer:
+        """One image at a time: padding a batch would change the numbers, and with them, now and then, a digit."""
+        import torch
+
+        model, inputs = self._model.to(device()), self._inputs(image, question)
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         with torch.no_grad():
             found = model.generate(**inputs, max_new_tokens=self._tokens, **greedy)
         written = found[0, inputs["input_ids"].shape[1] :]
         cut = written[-1].item() not in _ends(model.generation_config.eos_token_id)
-        return Answer(processor.decode(written, skip_special_tokens=True), cut)
+        return Answer(self._processor.decode(written, skip_special_tokens=True), cut)
 
     @cached_property
     def _processor(self) -> Any:

@@ -18,7 +18,7 @@ LAYERS = (
     {"flow", "spec", "store", "shapes.checker", "clip", "small"},
     {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards"},
     {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
-    {"run", "jobs", "testing", "backends.flux", "rehearsal"},
+    {"run", "jobs", "testing", "backends.flux", "rehearsal", "doctor"},
     {"launch", "job", "authoring", "estimate"},
     {"rerun", "gc", "planning"},
     {"cli"},

@@ -1,5 +1,6 @@
 """Evaluators equal the official computation; rewards equal scores; GenEval's rules hold."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -16,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from alignbench import small
+from alignbench import small, weights
 from alignbench.config import UserError, settings
 from alignbench.evaluator import Reward, Term, to_tensor
 from alignbench.evaluators import geneval
@@ -533,6 +534,35 @@ make = lambda settings: Registry().make("evaluator", settings, "")
 make({{"name": "geneval", "detector": "shapes"}}).check([])
 assert not {{"torch", "transformers", "open_clip"}} & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pickled_code_runs_only_if_this_very_file_is_trusted(tmp_path, monkeypatch):
+    """Not without the variable, not with another file's hash; with its own, which the error tells, it is read."""
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    path = tmp_path / "trap.pt"
+    torch.save({"meta": Trap(), "tensor": torch.ones(2)}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for value in ("", "1", "0" * 64):
+        monkeypatch.setenv("ALIGNBENCH_TRUST", value)
+        with pytest.raises(UserError, match=f"runs its code; if you trust it: ALIGNBENCH_TRUST={digest}"):
+            weights.load(path, "x.weights")
+        assert not (tmp_path / "sprung").exists()
+    monkeypatch.setenv("ALIGNBENCH_TRUST", digest)
+    assert weights.load(path, "x.weights")["tensor"].tolist() == [1, 1]
+    assert (tmp_path / "sprung").exists()
+
+
+def test_a_smaller_clip_reads_as_much_as_it_can():
+    """The shapes world's PickScore has 24 positions: a longer prompt is cut there and counted, as at 77."""
+    pick, image = PickScore(weights="shapes"), picture(64, 64, 0)
+    with pytest.warns(UserWarning, match="pickscore: 1 of 1 prompts are longer than 24 tokens"):
+        (long,) = pick.score([image], [Prompt("p", "red circle " * 60)])["pickscore"]
+    with pytest.warns(UserWarning, match="1 of 1"):
+        assert pick.score([image], [Prompt("p", "red circle " * 40)])["pickscore"].tolist() == [long]
 
 
 # -- official engines --------------------------------------------------------------------------------------------------

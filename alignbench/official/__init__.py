@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignbench.config import UserError, did_you_mean
+from alignbench.config import UserError, cache, did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,10 +134,9 @@ def _requirements(engine: str) -> Path:
 
 def _folder(engine: str) -> Path:
     """Where the environment lies. Its name hashes what it is made of: another torch or pin is another environment."""
-    cache = os.environ.get("ALIGNBENCH_CACHE") or "~/.cache/alignbench"
     content = "\n".join([sys.version, *_shared(), _requirements(engine).read_text(encoding="utf-8")])
     key = hashlib.sha256(content.encode()).hexdigest()[:8]
-    return Path(cache).expanduser().resolve() / "environments" / f"{engine}{SUFFIX}-{key}"
+    return cache() / "environments" / f"{engine}{SUFFIX}-{key}"
 
 
 def _python(engine: str) -> Path:
