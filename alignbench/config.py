@@ -25,7 +25,7 @@ class NotFetched(UserError):
 
 
 class Missing(NotFetched):
-    """The same of what one ``command`` gets. ``what``: it, in a word or two; ``note``: what to accept or know before."""
+    """The same, where one ``command`` gets ``what`` is missing; ``note``: what to accept or to know before."""
 
     def __init__(self, text: str, what: str, command: str, note: str = "") -> None:
         super().__init__(text)

@@ -37,11 +37,10 @@ def complaints(records: Sequence[Mapping[Any, Any]], margins: dict[str, float | 
 
     Of a method that does not use the hinge, records have no ``hinge_closed``, and nothing is odd.
     """
-    first = [record for record in records if record["step"] < BATCHES]
     found = []
     for name, margin in margins.items():
         own = "" if len(margins) == 1 else f"_{name}"
-        seen = [r for r in first if _number(r.get(f"hinge_closed{own}"))]
+        seen = [r for r in records if _number(r.get(f"hinge_closed{own}")) and r["step"] < BATCHES]
         if margin is None or not seen:
             continue
         mean = statistics.fmean(r[f"reward{own or '_mean'}"] for r in seen)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
-    {"config", "stats", "grid", "shapes.scene", "cost"},
+    {"config", "stats", "grid", "hinge", "shapes.scene", "cost"},
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip", "small"},
@@ -51,6 +51,7 @@ TORCHLESS = {
     "slurm",
     "jobs",
     "small",
+    "hinge",
 }
 
 
