@@ -16,9 +16,8 @@ LAYERS = (
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip", "small"},
-    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot"},
+    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards"},
     {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
-    {"slurm"},
     {"run", "jobs", "testing", "backends.flux", "rehearsal"},
     {"launch", "job", "authoring", "estimate"},
     {"rerun", "gc", "planning"},
@@ -29,6 +28,7 @@ METHODS = {"flow", "method", "policy", "nets", "config", "weights"}  # torch, an
 EVALUATORS = {"evaluator", "config", "weights", "clip", "official", "prompts", "shapes", "geneval", "evaluators"}
 REPORTS = {"store", "table", "stats", "config", "reports"}
 TORCHLESS = {
+    "ranks",
     "cli",
     "authoring",
     "cost",
@@ -48,6 +48,9 @@ TORCHLESS = {
     "snapshot",
     "provenance",
     "trackers",
+    "slurm",
+    "jobs",
+    "small",
 }
 
 
