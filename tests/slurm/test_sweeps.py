@@ -149,11 +149,12 @@ def test_a_sweep_survives_all_that_slurm_does_to_its_jobs(prepare, cluster, calm
     """
     slow = {"time": 2, "signal": 80}
     sweep = prepare(*LIMITED, *TAGS, "base", slurm={"methods": {"limited": slow}})  # the slowest first
-    held = {tag: sweep.stop_at(tag, 2) for tag in ("requeued", "cancelled", "killed", "drained", "late")}
+    held = {tag: sweep.stop_at(tag, 2) for tag in ("requeued", "cancelled", "killed", "drained")}
+    held["late"] = sweep.stop_at("late", 0)  # the first: it does not get to where it would heed the signal
     (sweep.hold / "yields.slow").touch()
     sweep.submit()
     for tag in held:
-        sweep.reached(tag, 2)
+        sweep.reached(tag, 0 if tag == "late" else 2)
     cluster._run("scontrol", "update", f"jobid={sweep.job('late')}", "TimeLimit=1")
 
     node = sweep.row("drained").node
@@ -188,9 +189,10 @@ def test_a_sweep_survives_all_that_slurm_does_to_its_jobs(prepare, cluster, calm
     assert before == {path: path.stat().st_mtime_ns for path in before}
     for tag in ("drained", "yields", *TAGS[4:]):
         assert sweep.batches(tag) == BATCHES
-    for tag in ("requeued", "cancelled", "killed", "late"):
+    for tag in ("requeued", "cancelled"):  # SIGTERM comes first: a batch that ends in time is kept
         assert sweep.batches(tag) in (BATCHES, [0, 1, 2, 2, 3])
     assert sweep.batches("killed") == [0, 1, 2, 2, 3]
+    assert sweep.batches("late") == [0, 0, 1, 2, 3]
     assert (sweep.hold / "scored.log").read_text().split() == [str(IMAGES)] * 12
     assert list((sweep.store / "locks").iterdir()) == []
 
