@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -116,12 +116,11 @@ def load_records(folder: Path) -> list[dict[str, Any]]:
     return read_state(found[0])["records"] if found else []
 
 
-def save_weights(flow: Flow, path: Path, ema: list[Tensor] | None = None) -> None:
+def save_weights(named: Mapping[str, Tensor], path: Path, ema: Sequence[Tensor] | None = None) -> None:
     """The trained parameters, as they are ("last.<name>") and averaged ("ema.<name>", in the same order)."""
-    named = list(flow.named_parameters())
-    tensors = {f"last.{name}": p.detach() for name, p in named}
+    tensors = {f"last.{name}": p.detach() for name, p in named.items()}
     if ema is not None:
-        tensors |= {f"ema.{name}": average for (name, _), average in zip(named, ema, strict=True)}
+        tensors |= {f"ema.{name}": average for name, average in zip(named, ema, strict=True)}
     contiguous = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
     _replace(path, lambda temporary: save_file(contiguous, temporary))
 

@@ -72,12 +72,14 @@ def parser() -> argparse.ArgumentParser:
         _document(add[name], optional=name in ("run", "status"))
     for name in ("run", "sweep", "ls", "validate", "plan", "score", "cancel", "retry"):
         add[name].add_argument("--plugin", metavar="FILE", action="append", default=[], help=PLUGIN)
-    for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry", "logs"):
+    for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry", "logs", "rerun", "gc"):
         add[name].add_argument(
             "--store", metavar="DIR", default="store", help="where results are kept (default: store)"
         )
     for name in ("sweep", "plan", "cancel", "retry"):
         add[name].add_argument("--only", metavar="KEY=VALUE", nargs="+", default=[], help=ONLY)
+    for name in ("run", "sweep", "retry"):
+        add[name].add_argument("--track", metavar="TRACKER", action="append", default=[], help=TRACK)
     add["plan"].add_argument("--gpu", default="h100", help="whose speed and memory to assume: h100, h200 or a100")
     add["sweep"].add_argument("--launcher", default="local", help=LAUNCHER)
     for name in ("sweep", "retry"):
@@ -99,11 +101,15 @@ def parser() -> argparse.ArgumentParser:
     add["score"].add_argument("--prompts", metavar="LIST", help="a .txt or .jsonl file, or a list's name")
     add["score"].add_argument("-e", "--evaluators", metavar="A,B", required=True, help="evaluators or metrics")
     add["score"].add_argument("--out", metavar="FILE", default="scores.csv", help="table to write (.csv or .parquet)")
+    add["gc"].add_argument("--yes", action="store_true", help="delete without asking")
+    add["rerun"].add_argument("run", metavar="RUN", help="a folder's name below runs/, or the beginning of one")
+    add["rerun"].add_argument("--into", metavar="DIR", help="a new store for it (default: STORE/reruns/RUN-1, -2, ...)")
     add["ls"].add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
     return top
 
 
 LAUNCHER = "local: worker processes; debug: in this process; slurm: jobs of a cluster, submitted, then this ends"
+TRACK = "show training in tensorboard, wandb or trackio, too; may be given several times"
 PLUGIN = "a Python file with methods or evaluators of your own; may be given several times"
 REHEARSE = "the whole sweep with small stand-ins for its models: to see that all of it works; stamped REHEARSAL"
 SETTINGS = "a setting of the methods, instead of its default, as in steps=5; may be given several times"
@@ -333,11 +339,57 @@ def score(arguments: argparse.Namespace) -> int:
     chosen = scoring.pictures(Path(arguments.folder), arguments.prompts)
     for evaluator in evaluators:
         evaluator.check([picture.prompt for picture in chosen])
-    scored = [(evaluator, scoring.score_pictures(evaluator, chosen)) for evaluator in evaluators]
+    bases = [scoring.partners(evaluator, chosen, arguments.prompts) for evaluator in evaluators]
+    scored = [(judge, scoring.score_pictures(judge, chosen, base)) for judge, base in zip(evaluators, bases)]
     for path in scoring.save(scored, Path(arguments.out), arguments.plugin):
         print(f"written: {path}", file=sys.stderr)
     print(scoring.summary(scored).markdown())
     return DONE if all(frame["ok"].all() for _, frame in scored) else SOME_FAILED
+
+
+def rerun(arguments: argparse.Namespace) -> int:
+    """Make a finished run again from its own records, and say whether every part is the same, bit by bit.
+
+    Uses the code that made it, if the store has a copy. Exit code 0: all equal, 2: something differs.
+    """
+    from alignbench import rerun
+    from alignbench.store import Store
+
+    store = Store(arguments.store)
+    remark, copy = rerun.elsewhere(store, arguments.run)
+    remark and print(remark, flush=True)
+    if copy:
+        into = ["--into", arguments.into] if arguments.into else []
+        return rerun.again_with(copy, ["rerun", arguments.run, "--store", arguments.store, *into])
+    code = DONE
+    for said in rerun.rerun(store, arguments.run, Path(arguments.into) if arguments.into else None):
+        print(said, flush=True)
+        code = SOME_FAILED if isinstance(said, rerun.Verdict) and said.differs else code
+    return code
+
+
+def gc(arguments: argparse.Namespace) -> int:
+    """List what no sweep of the store refers to, with sizes, and delete it once you agree."""
+    from alignbench import gc
+    from alignbench.store import Store
+
+    store = Store(arguments.store)
+    items = gc.unused(store)
+    for item in items:
+        print(f"{gc.shown(item.size):>9}  {item.what}: {item.why}")
+    if not items:
+        print(f"{store.root}: there is nothing to delete")
+        return DONE
+    what = f"{len(items)} items, {gc.shown(sum(item.size for item in items))}"
+    if not arguments.yes and not sys.stdin.isatty():
+        print(f"{what}; nothing was deleted: say --yes, or answer on a terminal")
+        return DONE
+    if not arguments.yes and input(f"{what}: delete them? [y/N] ").strip().lower() not in ("y", "yes"):
+        print("nothing was deleted")
+        return DONE
+    gone = list(gc.delete(store, items))
+    print(f"deleted: {len(gone)} of {what}")
+    return DONE
 
 
 VERBS = {
@@ -352,6 +404,8 @@ VERBS = {
     "validate": validate,
     "plan": plan,
     "score": score,
+    "rerun": rerun,
+    "gc": gc,
     "new-method": new_method,
     "check-method": check_method,
 }
@@ -391,9 +445,12 @@ def _read(arguments: argparse.Namespace, default: str | None = None) -> Document
 
 
 def _resolve(document: Document, registry: Registry) -> Plan:
-    from alignbench.sweep import resolve
+    from alignbench.sweep import resolve, warnings_of
 
-    return resolve(document, registry)
+    plan = resolve(document, registry)
+    for line in warnings_of(plan, registry):
+        print(f"alignbench: {line}", file=sys.stderr)
+    return plan
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
@@ -410,14 +467,16 @@ def _make(
     arguments: argparse.Namespace, plan: Plan, cells: Sequence[Cell], store: Store, launcher: str, jobs: int | None
 ) -> int:
     """Record the manifest, make what is missing, name what failed."""
+    from alignbench import trackers
     from alignbench.launch import launch
     from alignbench.store import write_json
 
+    trackers.check(arguments.track)
     store.open()
     manifest = plan.manifest() | {"plugins": arguments.plugin}  # as typed, for the line that says how to regenerate
     write_json(store.root / "sweeps" / plan.document.manifest, manifest)
     print(_summary(store, plan, cells), file=sys.stderr)
-    outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=arguments.plugin)
+    outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=arguments.plugin, track=arguments.track)
     failed = [outcome for outcome in outcomes if outcome.state != "done"]
     for outcome in failed:
         log = store.root / "runs" / outcome.cell.id / "log.txt"
@@ -432,23 +491,24 @@ def _make(
 def _resources(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     from alignbench import slurm
 
-    return slurm.read(plan.document.data.get("slurm"), arguments.slurm, plan.document.path)
+    return slurm.read(plan.document.data.get("slurm", {}), arguments.slurm, _registry(arguments))
 
 
 def _hand_out(
     arguments: argparse.Namespace, plan: Plan, cells: Sequence[Cell], store: Store, options: dict[str, Any]
 ) -> int:
     """Submit what is missing to SLURM and end; with --wait, stay until it is made."""
-    from alignbench import jobs
+    from alignbench import jobs, trackers
     from alignbench.launch import submit
     from alignbench.store import write_json
 
+    trackers.check(arguments.track)
     store.open()
     manifest = plan.manifest() | {"plugins": arguments.plugin}
     path = store.root / "sweeps" / plan.document.manifest
     write_json(path, manifest)
     print(_summary(store, plan, cells), file=sys.stderr)
-    count = submit(plan, cells, store, options, arguments.plugin)
+    count = submit(plan, cells, store, options, arguments.plugin, arguments.track)
     print(f"{count} jobs submitted; alignbench status {plan.document.command}", file=sys.stderr)
     chosen = {(cell.spec.label, cell.seed) for cell in cells}
     shown = manifest | {"runs": [run for run in manifest["runs"] if (run["label"], run["seed"]) in chosen]}

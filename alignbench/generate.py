@@ -35,11 +35,12 @@ def generate(
     """Yield (prompt, index, image), prompt by prompt, without the (prompt id, index) pairs in ``done``.
 
     ``flow`` carries the weights to be evaluated; its ``at(size=, guidance=)`` gives the view that makes the images.
-    ``shard`` = (rank, ranks) makes every ranks-th image. Noise is drawn on the CPU from (seed, prompt id, index).
+    ``shard`` = (rank, ranks) makes every ranks-th of the missing images, so all ranks need the same ``done``. Noise is
+    drawn on the CPU from (seed, prompt id, index).
     """
     flow = flow.at(size=protocol.size, guidance=protocol.guidance)
     wanted = [(prompt, index) for prompt in prompts for index in range(protocol.images_per_prompt)]
-    missing = [item for item in wanted[shard[0] :: shard[1]] if (item[0].id, item[1]) not in done]
+    missing = [item for item in wanted if (item[0].id, item[1]) not in done][shard[0] :: shard[1]]
     sigmas = flow.sigmas(protocol.steps)
     size = _images_per_pass(flow)
     for start in range(0, len(missing), size):

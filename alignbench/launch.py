@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench import jobs as records
-from alignbench import slurm
+from alignbench import provenance, slurm
 from alignbench.config import UserError, did_you_mean, settings
 from alignbench.jobs import Ticket
 from alignbench.run import Task, execute
@@ -115,14 +115,21 @@ def task(plan: Plan, store: Store, cell: Cell, code: Snapshot | None, **more: An
         spec=settings(cell.spec),
         evaluation=settings(plan.evaluation) | {"protocol": settings(cell.protocol)},
         command=sys.argv,
-        **({"plugins": code.plugins} if code else {}) | more,
+        **({"plugins": code.plugins, "code": provenance.code(code.given)} if code else {}) | more,
     )._asdict()
 
 
 # -- slurm ------------------------------------------------------------------------------------------------------------
 
 
-def submit(plan: Plan, cells: Sequence[Cell], store: Store, options: dict[str, Any], plugins: Sequence[str]) -> int:
+def submit(
+    plan: Plan,
+    cells: Sequence[Cell],
+    store: Store,
+    options: dict[str, Any],
+    plugins: Sequence[str],
+    track: Sequence[str] = (),
+) -> int:
     """Hand all that is missing, and not under way already, to SLURM; how many jobs that makes.
 
     UserError if SLURM refuses one: those submitted before it by this call are cancelled.
@@ -132,7 +139,7 @@ def submit(plan: Plan, cells: Sequence[Cell], store: Store, options: dict[str, A
         slurm.Work(cell, [part for part in todo if part.id not in coming])
         for cell, todo in unfinished(plan, cells, store)
     ]
-    arrays = slurm.arrays(options, [work for work in works if work.todo], plan.scores)
+    arrays = slurm.arrays(options, [work for work in works if work.todo], plan.scored)
     for array in arrays:
         if array.stage == "run":
             for cell in array.cells:
@@ -144,12 +151,13 @@ def submit(plan: Plan, cells: Sequence[Cell], store: Store, options: dict[str, A
     tickets: list[Ticket] = []
     try:
         for array in arrays:
-            _write_tasks(plan, store, array, folder, code)
+            _write_tasks(plan, store, array, folder, code, track)
             slurm.submit(array, folder, name, code.environment())
             tickets += _tickets(store, array, folder)
             records.write(folder, Path(plan.document.manifest).stem, "slurm", tickets, name, options)
-    except BaseException:
+    except BaseException:  # a half of the jobs would be a sweep that nobody asked for
         slurm.cancel([array.job for array in arrays if array.job])
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     return sum(len(array.cells) for array in arrays)
 
@@ -158,15 +166,17 @@ def _progress(folder: Path, array: slurm.Array, index: int) -> str:
     return str(folder / f"{array.number}-{index}.progress.json")
 
 
-def _write_tasks(plan: Plan, store: Store, array: slurm.Array, folder: Path, code: Snapshot) -> None:
-    scores = [score._asdict() for score in plan.scores if score.file == array.file]
+def _write_tasks(
+    plan: Plan, store: Store, array: slurm.Array, folder: Path, code: Snapshot, track: Sequence[str]
+) -> None:
     tasks = [
         task(
             plan, store, cell, code,
-            scores=scores,
-            stages=[array.stage],
+            scores=[score._asdict() for score in plan.scored(cell) if score.file in array.files],
+            stages=array.stages(cell),
             threads=array.resources.cpus_per_task or 1,
             parallel=array.resources.parallel,
+            track=list(track),
             progress=_progress(folder, array, i),
             own_log=True,
         )
@@ -176,13 +186,21 @@ def _write_tasks(plan: Plan, store: Store, array: slurm.Array, folder: Path, cod
 
 
 def _tickets(store: Store, array: slurm.Array, folder: Path) -> list[Ticket]:
-    def makes(cell: Cell) -> Artefact:
-        if array.stage == "run":
+    def makes(cell: Cell, stage: str) -> Artefact:
+        if stage == "run":
             return store.run(cell.id, cell.trains)
-        return store.images(cell.images) if array.stage == "images" else store.scores(cell.images, array.file)
+        if stage == "images":
+            return store.images(cell.images)
+        return store.scores(cell.images, array.files[array.cells.index(cell)])
 
     return [
-        Ticket(f"{array.job}_{i}", array.title, [makes(cell).id], cell.id, _progress(folder, array, i))
+        Ticket(
+            job=f"{array.job}_{i}",
+            stage=array.title,
+            makes=[makes(cell, stage).id for stage in array.stages(cell)],
+            run=cell.id,
+            progress=_progress(folder, array, i),
+        )
         for i, cell in enumerate(array.cells)
     ]
 
@@ -198,6 +216,7 @@ def launch(
     launcher: str = "local",
     jobs: int | None = None,
     plugins: Sequence[str] = (),
+    track: Sequence[str] = (),
 ) -> list[Outcome]:
     """Make what is missing of ``cells``, here. A run that fails is reported and does not stop the others."""
     works = unfinished(plan, cells, store)
@@ -214,7 +233,7 @@ def launch(
     records.write(folder, Path(plan.document.manifest).stem, launcher, tickets)
     # submitit's files hold pickles: in a folder of this user's own, never in a store that others can write to
     with tempfile.TemporaryDirectory(prefix="alignbench-") as private:
-        work = Launch(plan, store, Path(private), queue, jobs, threads, gpus, list(plugins))
+        work = Launch(plan, store, Path(private), queue, jobs, threads, gpus, list(plugins), track)
         try:
             with show(queue, len(cells)) as display:
                 outcomes += (work.debug if launcher == "debug" else work.local)(display)
@@ -235,13 +254,15 @@ class Launch:
     threads: int
     gpus: list[int]
     plugins: list[str]
+    track: Sequence[str]
     code: Snapshot | None = None  # what workers run; None: this process's own modules
 
     def task(self, job: Job, launcher: int | None) -> dict[str, Any]:
         return task(
             self.plan, self.store, job.cell, self.code,
-            scores=[score._asdict() for score in self.plan.scores],
+            scores=[score._asdict() for score in self.plan.scored(job.cell)],
             threads=self.threads,
+            track=list(self.track),
             progress=str(job.progress),
             launcher=launcher,
             own_log=launcher is not None,

@@ -11,26 +11,26 @@ import hashlib
 import io
 import json
 import os
-import platform
 import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from alignbench import provenance
 from alignbench.config import Interrupted, UserError, decode, settings
 from alignbench.plugins import Registry
-from alignbench.prompts import Prompt, load_prompts
-from alignbench.spec import Evaluation, RunSpec, image_set_id, run_id
+from alignbench.prompts import Prompt, digest, load_prompts
+from alignbench.ranks import STOPPED, OtherFailed, Ranks
+from alignbench.spec import BASE, Evaluation, RunSpec, base_of, evaluator_content, image_set_id, run_id
 from alignbench.store import (
     Artefact,
     Lock,
@@ -39,6 +39,7 @@ from alignbench.store import (
     alive,
     cannot_write,
     locked,
+    read_json,
     write,
     write_frame,
     write_json,
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MEGABYTE = 2**20
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy", "pandas", "pillow")
 
 
 class Task(NamedTuple):
@@ -71,6 +71,8 @@ class Task(NamedTuple):
     stages: Sequence[str] = ("run", "images", "scores")
     own_log: bool = False  # does what is printed go to the run's log?
     launcher: int | None = None  # pid without which a local worker ends
+    code: dict[str, Any] | None = None  # ``provenance.code()`` where the sweep was started; None: asked here
+    track: Sequence[str] = ()  # of ``trackers.NAMES``
 
 
 class Failed(Exception):
@@ -96,6 +98,7 @@ def execute(task: dict[str, Any], stop: Callable[[], bool] = lambda: False) -> d
             state = "interrupted"
         except Failed:
             pass
+        work.ranks.close()  # not where something unforeseen ends this process: it must not wait for the others
     state = "failed" if work.failures else state
     return {"state": state, "reason": "; ".join(work.failures), "made": work.made}
 
@@ -108,20 +111,20 @@ class Work:
         self.stop = stop
         self.store = Store(task.store)
         self.registry = Registry(task.plugins)
+        self.code = task.code or provenance.code(task.plugins)
         self.spec = decode(RunSpec, task.spec, "spec")
         self.evaluation = decode(Evaluation, task.evaluation, "evaluation")
         self.run = self.store.run(task.run, task.trains)
         self.images = self.store.images(task.images)
         self.log = self.run.folder / "log.txt"
-        self.progress = Progress(Path(task.progress))
+        self.ranks = Ranks()
+        self.progress = Progress(Path(task.progress) if self.ranks.first else None)
         self.failures: list[str] = []
         self.made: list[str] = []
 
-    @cached_property
+    @property
     def accelerator(self) -> Accelerator:
-        from accelerate import Accelerator
-
-        return Accelerator()
+        return self.ranks.accelerator
 
     @cached_property
     def flow(self) -> Any:
@@ -135,22 +138,50 @@ class Work:
 
     @contextmanager
     def making(self, artefact: Artefact) -> Iterator[Lock | None]:
-        """Hold the artefact's lock; None if it is there. A failure is put on record, with the log to read."""
+        """Hold the artefact's lock; None if it is there. A failure is put on record, with the log to read.
+
+        Of several ranks the first holds the lock and keeps the record; a failure of one is a failure of all.
+        """
         try:
-            with locked(artefact, lambda holder: self.progress(f"waiting for {holder}")) as lock:
+            with self._held(artefact) as lock:
                 yield lock
+                self.ranks.meet()
                 if lock:
                     self.made.append(artefact.kind)
         except Interrupted:  # no failure, and nothing to put on record: the next attempt goes on
+            self.ranks.fail(STOPPED)
             raise
         except Exception as error:
-            reason = _reason(artefact.kind, error, self.store.root)
+            if isinstance(error, OtherFailed) and str(error) == STOPPED:
+                raise Interrupted from error
+            mine = _reason(artefact.kind, error, self.store.root)
+            reason = self.ranks.fail(str(error) if isinstance(error, OtherFailed) else mine)
             self.note(traceback.format_exc())
-            self.failures.append(reason)
-            if not isinstance(error, LockLost):  # then the record is the other process's
-                with suppress(UserError):  # on a full disk not even this can be written
-                    artefact.fail(reason, str(self.log))
+            self._failed(artefact, reason, recorded=not isinstance(error, LockLost))  # lost: it is the other's record
             raise Failed from error
+
+    @contextmanager
+    def _held(self, artefact: Artefact) -> Iterator[Lock | None]:
+        """The lock, held by the first rank for all; None if the artefact is there."""
+        if not self.ranks.first:
+            yield Lock(artefact.lock) if self.ranks.tell(lambda: None) else None
+            return
+        with locked(artefact, lambda holder: self.progress(f"waiting for {holder}")) as lock:
+
+            def give_up(reason: str) -> None:
+                self._failed(artefact, reason, recorded=reason != STOPPED)
+                if lock:
+                    lock.release()
+
+            self.ranks.stuck = give_up
+            self.ranks.tell(lambda: lock is not None)
+            yield lock
+
+    def _failed(self, artefact: Artefact, reason: str, recorded: bool) -> None:
+        self.failures.append(reason)
+        if recorded and self.ranks.first:
+            with suppress(UserError):  # on a full disk not even this can be written
+                artefact.fail(reason, str(self.log))
 
     def check_unchanged(self) -> None:
         """UserError if a file that the ids were made from has changed since."""
@@ -164,6 +195,7 @@ class Work:
         """Called after each piece of work that is saved: a job that is queued again and again always gets on."""
         if self.stop():
             raise Interrupted
+        self.ranks.check()
 
     def note(self, text: str) -> None:
         """A line in the run's log."""
@@ -172,21 +204,30 @@ class Work:
             with self.log.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
 
+    def warn(self, text: str) -> None:
+        """A line in the run's log, and for whoever started it."""
+        self.note(f"warning: {text}")
+        if self.task.launcher is None:  # a worker's stderr is the log
+            print(f"alignbench: {self.spec.label}: {text}", file=sys.stderr)
+
     # -- train --------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         with self.making(self.run) as lock:
             if lock is None:
                 return
-            self.check_unchanged()
+            self.ranks.tell(self.check_unchanged)
             started = time.time()
-            plain = settings(self.spec)
-            write(self.run.folder / "spec.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+            if self.ranks.first:
+                plain = settings(self.spec)
+                write(self.run.folder / "spec.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+                provenance.begin(self.run.folder, started, self.provenance(), self.code, self.registry)
             if self.task.trains:
                 self._train(lock)
-            write_json(self.run.folder / "provenance.json", self.provenance(started))
-            self.run.succeed()
-            shutil.rmtree(self.run.folder / "checkpoints", ignore_errors=True)
+            if self.ranks.first:
+                provenance.end(self.run.folder, started)
+                self.run.succeed()
+                shutil.rmtree(self.run.folder / "checkpoints", ignore_errors=True)
 
     def _train(self, lock: Lock) -> None:
         """Records to train.parquet, weights to weights.safetensors; resumes from the checkpoint if there is one."""
@@ -206,35 +247,53 @@ class Work:
         prompts, training = load_prompts(self.spec.prompts), self.spec.training
         checkpoints = self.run.folder / "checkpoints"
         flow = self.flow
-        records = train(method, flow, reward, prompts, training, accelerator=self.accelerator, checkpoints=checkpoints)
-        for record in records:
+        records = train(
+            method, flow, reward, prompts, training,
+            accelerator=self.accelerator, checkpoints=checkpoints, stop=self.stop,
+            sharded=self.task.parallel == "fsdp", warn=self.warn,
+        )  # fmt: skip
+        for record in self.tracked(records):
             share = spent(training.budget, record, self.accelerator.num_processes)
             shown = f", reward {record['reward_mean']:.3f}" if "reward_mean" in record else ""
+            shown += ", every hinge closed" if record.get("hinge_closed") == 1 else ""
             self.progress("training", share, f"update {record['update'] + 1}{shown}")
+        if self.task.parallel == "fsdp":
+            del self.flow, flow, records  # in parts; images are made with the whole model, so it is loaded again
+        if not self.ranks.first:
+            return
         lock.check()
         write_frame(self.run.folder / "train.parquet", pd.DataFrame(checkpoint.load_records(checkpoints)))
         final = checkpoints / checkpoint.FINAL
         final.chmod((self.run.folder / "train.parquet").stat().st_mode)  # safetensors' own would shut out a group
         final.replace(self.run.product)
 
-    def provenance(self, started: float) -> dict[str, Any]:
-        """What is recorded and not hashed: where, when and with what code the weights were made."""
-        import torch
+    def tracked(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The same records, each shown to the trackers that were asked for."""
+        from alignbench.trackers import Trackers
 
+        title = f"{self.spec.label}, seed {self.spec.training.seed}"
+        names = self.task.track if self.accelerator.is_main_process else ()
+        trackers = Trackers(names, self.store.root, self.task.run, title, settings(self.spec), self.note)
+        try:
+            for record in records:
+                trackers(record)
+                yield record
+        finally:
+            trackers.close()
+
+    def provenance(self) -> dict[str, Any]:
+        """What is recorded and not hashed: with what command, code, files and machine the weights are made."""
+        made = [self.registry.make("backend", self.spec.backend, "backend")]
+        made.append(self.registry.make("method", self.spec.method, "method"))
+        for part in self.spec.rewards if self.task.trains else []:
+            made.append(self.registry.make("evaluator", part["evaluator"], "reward"))
         return {
             "command": self.task.command,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
-            "wall_seconds": round(time.time() - started, 1),  # of the last attempt
-            "alignbench": _version("alignbench"),
-            "revision": _revision(),
-            "plugins": self.task.plugins,
-            "python": platform.python_version(),
-            "packages": {name: _version(name) for name in PACKAGES},
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "host": platform.node(),
-            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "threads": torch.get_num_threads(),
-            "processes": self.accelerator.num_processes,
+            **provenance.made_by(self.code),
+            **provenance.machine(self.accelerator.num_processes),
+            "parallel": self.task.parallel,
+            "weights": {part.name: provenance.weights(files) for part in made if (files := part.files())},
+            "prompts": digest(load_prompts(self.spec.prompts)) if self.task.trains else None,
         }
 
     # -- generate -----------------------------------------------------------------------------------------------------
@@ -243,20 +302,56 @@ class Work:
         with self.making(self.images) as lock:
             if lock is None:
                 return
-            self.check_unchanged()
-            write_json(self.images.folder / "protocol.json", self._protocol())
+            self.ranks.tell(self.check_unchanged)
+            if self.ranks.first:
+                write_json(self.images.folder / "protocol.json", self._protocol())
             self._generate()
-            rows = [self._image_row(prompt, index) for prompt in self.prompts for index in self._indices]
-            import pandas as pd
+            self.ranks.meet()
+            if self.ranks.first:
+                self._finish_images(lock)
 
-            for half in self.images.folder.glob(".*.tmp"):  # of a process that was killed while writing
-                half.unlink()
-            lock.check()
-            write_frame(self.images.product, pd.DataFrame(rows))
-            self.images.status.unlink(missing_ok=True)  # of an earlier failure
+    def _finish_images(self, lock: Lock) -> None:
+        """The manifest, once all images are there."""
+        import pandas as pd
+
+        rows = [self._image_row(prompt, index) for prompt in self.prompts for index in self._indices]
+        for half in self.images.folder.glob(".*.tmp"):  # of a process that was killed while writing
+            half.unlink()
+        lock.check()
+        write_frame(self.images.product, pd.DataFrame(rows))
+        self.images.status.unlink(missing_ok=True)  # of an earlier failure
+
+    def generate_base(self) -> None:
+        """For paired evaluators: the base model's pictures, by the very code that makes them as a row of their own."""
+        if self.base is None:
+            return
+        self.__dict__.pop("flow", None)  # not two models at once; scoring needs neither
+        with suppress(Failed):  # the scores that lack them say so
+            self.base.generate()
+        self.base.__dict__.pop("flow", None)
+        self.made += self.base.made
+
+    @cached_property
+    def base(self) -> Work | None:
+        """The untrained model's pictures of the same prompts and noise; None if no evaluator compares with them."""
+        images = next((score["base"] for score in self.task.scores if score["base"]), None)
+        if images is None:
+            return None
+        spec, protocol = base_of(self.spec, self.evaluation.protocol, self.registry)
+        evaluation = settings(self.evaluation) | {"protocol": settings(protocol)}
+        task = self.task._replace(
+            run=f"{BASE}-{run_id(spec, self.registry, [])}", images=images, trains=False, scores=[]
+        )
+        work = Work(task._replace(spec=settings(spec), evaluation=evaluation), self.stop)
+        work.ranks = self.ranks  # of which the first alone is left
+        return work
 
     def _protocol(self) -> dict[str, Any]:
-        return settings(self.evaluation.protocol) | {"run": self.task.run, "limit": self.evaluation.limit}
+        """How the images are made, and by whom: several times if the work went on elsewhere."""
+        makers = (read_json(self.images.folder / "protocol.json") or {}).get("made_by", [])
+        facts = {"run": self.task.run, "limit": self.evaluation.limit, "prompts_digest": digest(self.prompts)}
+        made_by = [*makers, provenance.made_by(self.code)]
+        return settings(self.evaluation.protocol) | facts | {"made_by": made_by}
 
     @property
     def _indices(self) -> range:
@@ -266,18 +361,19 @@ class Work:
         return self.images.folder / f"{prompt.id}-{index}.png"
 
     def _generate(self) -> None:
-        """Write every image that is not there, one whole file each."""
+        """Write every image that is not there, one whole file each; of several ranks each makes its share."""
         from alignbench.generate import generate
 
-        wanted = [(prompt.id, index) for prompt in self.prompts for index in self._indices]
-        done = {(prompt.id, i) for prompt in self.prompts for i in self._indices if self._file(prompt, i).exists()}
+        wanted = [(prompt, index) for prompt in self.prompts for index in self._indices]
+        there = self.ranks.tell(lambda: [self._file(prompt, index).exists() for prompt, index in wanted])
+        done = {(prompt.id, index) for (prompt, index), is_there in zip(wanted, there) if is_there}
         if len(done) == len(wanted):
             return
-        flow = self.evaluated_flow()
-        for prompt, index, image in generate(flow, self.prompts, self.evaluation.protocol, done):
+        flow, shard, made = self.evaluated_flow(), (self.ranks.rank, self.ranks.size), len(done)
+        for prompt, index, image in generate(flow, self.prompts, self.evaluation.protocol, done, shard=shard):
             write(self._file(prompt, index), _png(image))
-            done.add((prompt.id, index))
-            self.progress("images", len(done) / len(wanted), f"{len(done)} of {len(wanted)}")
+            made = min(made + self.ranks.size, len(wanted))  # the others are about as far
+            self.progress("images", made / len(wanted), f"{made} of {len(wanted)}")
             self.may_stop()
 
     def evaluated_flow(self) -> Any:
@@ -306,7 +402,11 @@ class Work:
     # -- score --------------------------------------------------------------------------------------------------------
 
     def score(self) -> None:
-        """Every evaluator; one that fails does not stop the others."""
+        """Every evaluator; one that fails does not stop the others. Work of the first rank; the others are through."""
+        self.ranks.close()
+        if not self.ranks.first:
+            return
+        self.generate_base()
         for score in self.task.scores:
             with suppress(Failed):
                 self._score(score)
@@ -318,9 +418,17 @@ class Work:
                 return
             frame = self._scored(score, artefact)
             lock.check()
+            write_json(artefact.product.with_suffix(".json"), self._judged(score))
             write_frame(artefact.product, frame)
             artefact.status.unlink(missing_ok=True)
             shutil.rmtree(_parts(artefact), ignore_errors=True)
+
+    def _judged(self, score: dict[str, Any]) -> dict[str, Any]:
+        """Who scored, with which weights and which code."""
+        evaluator = self.registry.make("evaluator", score["settings"], "evaluator")
+        content = evaluator_content(evaluator, self.registry) | {"name": evaluator.name}
+        files = provenance.weights(evaluator.files())
+        return {"evaluator": content, "weights": files, "made_by": provenance.made_by(self.code)}
 
     def _scored(self, score: dict[str, Any], artefact: Artefact) -> pd.DataFrame:
         """One row per image, in the order of the manifest; computed in parts, those that are there are read."""
@@ -329,24 +437,37 @@ class Work:
         from alignbench.scoring import passes
 
         evaluator = self.registry.make("evaluator", score["settings"], "evaluator")
+        base = self.base if score["base"] else None
+        if base is not None and not base.images.done:
+            raise UserError(f"the base model's pictures are missing: {base.images.failure or 'not made yet'}")
         images = pd.read_parquet(self.images.product)
         frames = []
         for here in passes(list(images["prompt_id"])):  # one file each: what a killed run has scored is not lost
             part = _parts(artefact) / f"{here.start}.parquet"
             if not part.exists():
-                write_frame(part, self._score_rows(evaluator, images.iloc[here]))
+                write_frame(part, self._score_rows(evaluator, images.iloc[here], base))
                 self.may_stop()
             frames.append(pd.read_parquet(part))
             self.progress(f"scoring, {score['name']}", here.stop / len(images))
         return pd.concat(frames, ignore_index=True)
 
-    def _score_rows(self, evaluator: Any, rows: pd.DataFrame) -> pd.DataFrame:
-        from alignbench.scoring import in_threads, score_rows
+    def _score_rows(self, evaluator: Any, rows: pd.DataFrame, base: Work | None) -> pd.DataFrame:
+        from alignbench.scoring import score_rows
 
         prompts = {prompt.id: prompt for prompt in self.prompts}
-        pictures = list(in_threads(self._picture, rows["file"], rows["sha256"]))
-        found = score_rows(evaluator, pictures, [prompts[id] for id in rows["prompt_id"]])
+        pictures = [work.pictures(rows) for work in (self, base) if work is not None]
+        found = score_rows(evaluator, pictures[0], [prompts[id] for id in rows["prompt_id"]], *pictures[1:])
         return rows[["prompt_id", "tag", "index"]].reset_index(drop=True).join(found)
+
+    def pictures(self, rows: pd.DataFrame) -> list[Image]:
+        """This run's pictures of the prompts and indices of ``rows``, in their order."""
+        import pandas as pd
+
+        from alignbench.scoring import in_threads
+
+        place = ["prompt_id", "index"]
+        mine = rows[place].merge(pd.read_parquet(self.images.product), on=place, how="left", validate="1:1")
+        return list(in_threads(self._picture, mine["file"], mine["sha256"]))
 
     def _picture(self, file: str, sha256: str) -> Image:
         """The image, if it is still the one that was made."""
@@ -380,42 +501,20 @@ def _reason(stage: str, error: Exception, store: Path) -> str:
     return f"{kind}: {text}" if isinstance(error, UserError) else f"{kind}: {type(error).__name__}: {text}"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _revision() -> str | None:
-    """The commit of a source checkout; None for an installed package."""
-    git = Path(__file__).parents[1] / ".git"
-    with suppress(OSError):
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        loose = git / head.removeprefix("ref: ")
-        if loose.exists():
-            return loose.read_text().strip()
-        lines = (git / "packed-refs").read_text().splitlines()
-        return next((line.split()[0] for line in lines if line.endswith(head.removeprefix("ref: "))), None)
-    return None
-
-
 # -- the worker process -----------------------------------------------------------------------------------------------
 
 
 class Progress:
     """Says in a small file how far a run is; whoever shows it reads that."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | None) -> None:
+        self.path = path  # None: somebody else says it
         self._last = 0.0
 
     def __call__(self, stage: str, share: float | None = None, detail: str = "") -> None:
         """``share``: of this stage, 0 to 1. At most three times a second reach the disk."""
         now = time.time()
-        if now - self._last < 0.3 and share is not None and share < 1:
+        if self.path is None or (now - self._last < 0.3 and share is not None and share < 1):
             return
         self._last = now
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,11 @@ CODE, PLUGINS = "code", "plugins"  # folders: of the store, of a snapshot
 
 
 class Snapshot(NamedTuple):
-    """``plugins``: the copies, in the order of the originals."""
+    """``plugins``: the copies; ``given``: the originals, in the same order."""
 
     path: Path
     plugins: list[str]
+    given: list[str]
 
     def environment(self) -> dict[str, str]:
         """Variables with which a new interpreter runs this code, ahead of an editable install, and leaves it as is."""
@@ -40,19 +42,25 @@ def take(store: Path, plugins: Sequence[str] = ()) -> Snapshot:
 
     UserError if a file cannot be read or written, and for a folder of that name which holds something else.
     """
-    copies = _plugin_names(plugins)
+    copies = plugin_names(plugins)
     files = package() | {name: _read(Path(path)) for name, path in zip(copies, plugins)}
     folder = store.resolve() / CODE / digest(files)
     if not folder.exists():
         _write(folder, files)
     check(folder)
-    return Snapshot(folder, [str(folder / name) for name in copies])
+    return Snapshot(folder, [str(folder / name) for name in copies], list(plugins))
 
 
 def check(folder: Path) -> None:
     """UserError unless a snapshot holds what its name says."""
     if not folder.is_dir() or digest(read(folder)) != folder.name:
         raise UserError(f"{folder}: not the code that was copied there; delete this folder")
+
+
+def running() -> str | None:
+    """The name of the snapshot that this process runs from; None for a checkout or an installed package."""
+    home = Path(__file__).parents[1]
+    return home.name if home.parent.name == CODE and re.fullmatch("[0-9a-f]{16}", home.name) else None
 
 
 def package() -> dict[str, bytes]:
@@ -79,7 +87,7 @@ def digest(files: Mapping[str, bytes]) -> str:
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
-def _plugin_names(plugins: Sequence[str]) -> list[str]:
+def plugin_names(plugins: Sequence[str]) -> list[str]:
     """Their places in a snapshot; files of the same name get a folder each."""
     names = [Path(path).name for path in plugins]
     return [f"{PLUGINS}/{name}" if names.count(name) == 1 else f"{PLUGINS}/{i}/{name}" for i, name in enumerate(names)]

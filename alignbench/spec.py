@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, structs
 
 from alignbench.config import Config, UserError, settings
 from alignbench.plugins import Registry
@@ -222,6 +222,15 @@ def image_set_id(run: str, trains: bool, protocol: Protocol, prompts: Sequence[P
     return content_id(content)
 
 
+BASE = "base"  # the method that trains nothing
+
+
+def base_of(spec: RunSpec, protocol: Protocol, registry: Registry) -> tuple[RunSpec, Protocol]:
+    """The untrained model's run, and the protocol of its pictures: what the pictures of ``spec`` are paired with."""
+    method = settings(registry.make("method", {"name": BASE}, "method"))
+    return structs.replace(spec, label=BASE, method=method), structs.replace(protocol, tuned_steps=None)
+
+
 def evaluator_content(evaluator: Any, registry: Registry) -> dict[str, Any]:
     """Everything that determines the scores of given images."""
     return {
@@ -240,11 +249,12 @@ def fingerprint(files: Iterable[Path]) -> str:
     """One digest of content and of names below the files' common folder. UserError if one cannot be read."""
     files = list(files)
     top = os.path.commonpath([path.parent for path in files]) if files else ""
-    named = sorted((os.path.relpath(path, top), _file_digest(path)) for path in files)
+    named = sorted((os.path.relpath(path, top), file_digest(path)) for path in files)
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """sha256; of a large file as ``_content_digest`` says. UserError if it cannot be read."""
     try:
         stat = path.stat()
         return _content_digest(str(path), stat.st_size, stat.st_mtime_ns)

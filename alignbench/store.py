@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignbench import hinge
 from alignbench.config import UserError
 
 if TYPE_CHECKING:
@@ -214,6 +215,11 @@ class Lock:
         self._ended = threading.Event()
         self._seen = (float("nan"), 0.0)  # the holder's last heartbeat, and since when we have seen none after it
 
+    @property
+    def held(self) -> bool:
+        """By anybody, right now."""
+        return _holder(self.path) is not None
+
     def check(self) -> None:
         """LockLost unless it is still ours. Asked before anything is declared done."""
         if (read_json(self.path) or {}).get("token") != self.token:
@@ -274,6 +280,11 @@ class Lock:
         if silent < WATCHED:
             return False
         return silent > STALE or time.time() - beat > STALE or _job_ended(found.get("job"))
+
+
+def locks_held(root: Path) -> list[Path]:
+    """Those of a store's locks that somebody holds right now."""
+    return [path for path in (root / "locks").glob("*.lock") if _holder(path) is not None]
 
 
 def _create(path: Path, text: str) -> None:
@@ -428,6 +439,10 @@ class Results:
             return dict.fromkeys(names, 0 if zero else None) | dict.fromkeys(("reward_first", "reward_last"))
         records = pd.read_parquet(path)
         tenth = max(1, len(records) // 10)
+        rewards = run.get("settings", {}).get("reward", [])
+        margins = {
+            part["evaluator"]["name"]: part["margin"] for part in (rewards if isinstance(rewards, list) else [rewards])
+        }
         reward = records["reward_mean"] if "reward_mean" in records else pd.Series(dtype=float)
         last = records.iloc[-1]
         return {
@@ -435,10 +450,12 @@ class Results:
             **{name: last[name].item() for name in COSTS},
             "reward_first": reward.head(tenth).mean(),
             "reward_last": reward.tail(tenth).mean(),
+            "warning": "; ".join(hinge.complaints(records.to_dict("records"), margins)),
         }
 
 
 def artefacts(store: Store, run: dict[str, Any]) -> list[Artefact]:
     """The artefacts of one run of a manifest, in the order in which they are made."""
     scores = [store.scores(run["images"], Path(score["file"]).name) for score in run["scores"]]
-    return [store.run(run["id"], run["seed"] != -1), store.images(run["images"]), *scores]
+    images = dict.fromkeys([run["images"], *(score["base"] for score in run["scores"] if "base" in score)])
+    return [store.run(run["id"], run["seed"] != -1), *map(store.images, images), *scores]

@@ -11,8 +11,9 @@ import itertools
 import math
 import sys
 import time
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,7 +21,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from alignbench import hinge
 from alignbench.checkpoint import FINAL, check_shapes, copy_parameters, read_state, save_state, save_weights, states
 from alignbench.config import Interrupted, UserError
 from alignbench.evaluator import Reward
@@ -28,6 +31,7 @@ from alignbench.flow import Batch, Flow, euler, seeded
 from alignbench.meter import GRAD_SHARES, Meter, Watch, metered, metered_reward
 from alignbench.method import AlignMethod, Loss, Pool, Updates
 from alignbench.prompts import Prompt
+from alignbench.shards import Shards, as_kept, average, local, whole
 from alignbench.spec import Budget, Training
 
 T = TypeVar("T")
@@ -44,6 +48,8 @@ def train(
     accelerator: Accelerator,
     checkpoints: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
+    sharded: bool = False,
+    warn: Callable[[str], Any] = warnings.warn,
 ) -> Iterator[Record]:
     """Train ``flow`` in place until the budget is spent; yield one record per optimizer update, costs as totals so far.
 
@@ -54,13 +60,15 @@ def train(
     that are not finite; the last checkpoint is then kept.
 
     ``stop`` is asked after every batch. If it says yes on any rank, the state is saved at once, and on every rank
-    Interrupted is raised after that batch's records.
+    Interrupted is raised after that batch's records. ``sharded``: several ranks keep a part of every weight each
+    (FSDP2), which only changes rounding; ``flow`` stays in parts, and is of no use to one rank alone afterwards.
+    ``warn`` is told once of hinges that look like a margin in a wrong unit.
     """
     if not method.trains:
         return
     check(method, reward, training, accelerator)
     method.prepare(flow)  # before the average starts from the weights, and before a resume replaces them
-    run = Run(method, flow, training, accelerator)
+    run = Run(method, flow, training, accelerator, sharded)
     if checkpoints is not None:
         run.resume(checkpoints)
     flow, reward = metered(flow, run.meter, run.watch), metered_reward(reward, run.meter, run.watch)
@@ -69,6 +77,10 @@ def train(
         stopped = run.anywhere(stop) and not run.finished
         if checkpoints is not None and (run.finished or stopped or run.step % training.checkpoint_every == 0):
             run.save(checkpoints)
+        if accelerator.is_main_process and (run.step == hinge.BATCHES or (run.finished and run.step < hinge.BATCHES)):
+            margins = {term.evaluator.name: term.margin for term in reward.terms}
+            for line in hinge.complaints(run.records, margins):
+                warn(line)
         yield from records
         if stopped:
             raise Interrupted(f"training: stopped after {run.step} batches")
@@ -131,9 +143,12 @@ def _permutation(seed: int, epoch: int, count: int) -> list[int]:
 class Run:
     """Weights, optimizer, average, meter and counters: all that a checkpoint holds."""
 
-    def __init__(self, method: AlignMethod, flow: Flow, training: Training, accelerator: Accelerator) -> None:
+    def __init__(
+        self, method: AlignMethod, flow: Flow, training: Training, accelerator: Accelerator, sharded: bool = False
+    ) -> None:
         self.method, self.training, self.accelerator = method, training, accelerator
         self.flow = flow
+        self.shards = Shards(flow, accelerator) if sharded and accelerator.num_processes > 1 else None
         self.parameters = dict(flow.named_parameters())
         with torch.random.fork_rng(devices=[]):  # modules draw their first weights from torch's global generator
             torch.manual_seed(seeded("modules", training.seed).initial_seed())
@@ -249,10 +264,16 @@ class Run:
         norms = {}
         for name, group in self.groups.items():
             for p in group:
-                gradient = torch.zeros_like(p) if p.grad is None else p.grad  # so that all ranks reduce the same list
-                p.grad = self.accelerator.reduce(gradient, "mean")
-            clip = self.training.optimizer.clip
-            norm = nn.utils.clip_grad_norm_(group, float("inf") if clip is None else clip)
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # so that all ranks reduce the same list
+            gradients = [p.grad for p in group if p.grad is not None]
+            if self.accelerator.num_processes > 1 and not (
+                name == "flow" and self.shards
+            ):  # FSDP2 has averaged its own
+                average(gradients, self.accelerator)
+            norm = nn.utils.get_total_norm(gradients)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            if self.training.optimizer.clip is not None:
+                nn.utils.clip_grads_with_norm_(group, self.training.optimizer.clip, norm)
             norms["grad_norm" if name == "flow" else f"grad_norm_{name}"] = norm.item()
         return norms
 
@@ -270,9 +291,12 @@ class Run:
             group["lr"] = lr
         self.optimizer.step()
         self.update += 1
+        if self.shards is not None:
+            self.shards.give_up()
         if self.ema is not None:
             assert settings.ema is not None
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.groups["flow"]], 1 - settings.ema)
+            ema, now = ([local(t.detach()) for t in tensors] for tensors in (self.ema, self.groups["flow"]))
+            torch._foreach_lerp_(ema, now, 1 - settings.ema)
         return lr
 
     def costs(self) -> dict[str, int | float]:
@@ -293,9 +317,11 @@ class Run:
         failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
         if self.accelerator.reduce(failed, "sum") == 0:
             return result  # type: ignore[return-value]  # None only if that is what work() gave
-        if isinstance(failure, UserError):
-            raise self.error(str(failure)) from failure
-        raise failure or self.error("another rank failed; its own message says why")
+        said = None if failure is None else str(failure) if isinstance(failure, UserError) else repr(failure)
+        reasons = [f"rank {n}: {why}" for n, why in enumerate(gather_object([said])) if why is not None]
+        if failure is None:
+            raise self.error(f"another rank failed ({reasons[0]})")
+        raise self.error(str(failure)) if isinstance(failure, UserError) else failure
 
     def anywhere(self, asked: Callable[[], bool]) -> bool:
         """Does any rank say yes? The same answer on all of them, whose signals may not come in the same batch."""
@@ -309,20 +335,28 @@ class Run:
     # ---- saved and resumed
 
     def save(self, folder: Path) -> None:
-        """Add a checkpoint. Written by the first rank alone."""
-        if not self.accelerator.is_main_process:
-            return
+        """Add a checkpoint. Written by the first rank alone; it is the same however many there are."""
+        moments = self.optimizer.state_dict()
+        moments["state"] = {i: self.whole(values) for i, values in moments["state"].items()}
         state = {
             "step": self.step,
             "update": self.update,
-            "flow": {name: p.detach() for name, p in self.parameters.items()},
-            "ema": self.ema,
+            "flow": self.whole(self.parameters),
+            "ema": self.whole_ema(),
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": moments,
             "method": self.method.state_dict(),
             "records": self.records,
         }
-        save_state(folder, state, self.training.keep)
+        if self.accelerator.is_main_process:
+            save_state(folder, state, self.training.keep)
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Of every rank's parts; only on the first rank."""
+        return {name: whole(t.detach(), self.accelerator.is_main_process) for name, t in tensors.items()}
+
+    def whole_ema(self) -> list[Any] | None:
+        return None if self.ema is None else list(self.whole(dict(zip(self.parameters, self.ema))).values())
 
     def resume(self, folder: Path) -> None:
         """Continue from the last checkpoint that is whole and fits; from the start if there is none.
@@ -365,11 +399,17 @@ class Run:
             state[name]
 
     def take_up(self, state: Record, path: Path) -> None:
-        copy_parameters(self.parameters, state["flow"], path)
+        flow = {name: as_kept(t, self.parameters[name]) for name, t in state["flow"].items()}
+        copy_parameters(self.parameters, flow, path)
         if self.ema is not None:
-            self.ema = [average.to(p) for average, p in zip(state["ema"], self.groups["flow"], strict=True)]
+            self.ema = [
+                as_kept(t, p).to(p.device, p.dtype) for t, p in zip(state["ema"], self.groups["flow"], strict=True)
+            ]
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
+        everything = list(itertools.chain(*self.groups.values()))
+        for i, values in state["optimizer"]["state"].items():
+            values |= {name: as_kept(t, everything[i]) for name, t in values.items() if name != "step"}
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state["method"])
         self.step, self.update, self.records = state["step"], state["update"], state["records"]
@@ -379,8 +419,9 @@ class Run:
 
     def save_final(self, folder: Path) -> None:
         """The trained weights and their average, once training is over."""
+        weights, ema = self.whole(self.parameters), self.whole_ema()
         if self.accelerator.is_main_process:
-            save_weights(self.flow, folder / FINAL, self.ema)
+            save_weights(weights, folder / FINAL, ema)
         self.accelerator.wait_for_everyone()
 
 

@@ -16,11 +16,11 @@ LAYERS = (
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip", "small"},
-    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot"},
-    {"train", "generate", "sweep", "report", "scoring"},
-    {"run", "testing", "backends.flux", "rehearsal"},
-    {"launch", "authoring", "estimate"},
-    {"planning"},
+    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards"},
+    {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
+    {"run", "jobs", "testing", "backends.flux", "rehearsal"},
+    {"launch", "job", "authoring", "estimate"},
+    {"rerun", "gc", "planning"},
     {"cli"},
 )
 APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
@@ -28,6 +28,7 @@ METHODS = {"flow", "method", "policy", "nets", "config", "weights"}  # torch, an
 EVALUATORS = {"evaluator", "config", "weights", "clip", "official", "prompts", "shapes", "geneval", "evaluators"}
 REPORTS = {"store", "table", "stats", "config", "reports"}
 TORCHLESS = {
+    "ranks",
     "cli",
     "authoring",
     "cost",
@@ -44,6 +45,12 @@ TORCHLESS = {
     "config",
     "report",
     "analysis",
+    "snapshot",
+    "provenance",
+    "trackers",
+    "slurm",
+    "jobs",
+    "small",
 }
 
 

@@ -19,7 +19,7 @@ from alignbench.plugins import Registry, digest
 
 ROOT = Path(__file__).parent.parent
 FACTS = """
-import json, alignbench, alignbench.methods, alignbench.run
+import json, alignbench, alignbench.methods, alignbench.run, alignbench.provenance
 from alignbench import official, prompts, sweep, weights
 from alignbench.plugins import Registry
 from alignbench.cli import EPILOG
@@ -27,7 +27,7 @@ print(json.dumps({
     "home": alignbench.__file__, "entries": [str(entry.path) for entry in Registry().entries.values()],
     "sweeps": [str(path) for path in sweep.sweeps().values()], "environments": list(official.environments()),
     "prompts": len(prompts.load_prompts("shapes/test")), "model": str(weights.locate("shapes", "", shapes="model")),
-    "epilog": EPILOG, "version": alignbench.run._version("alignbench"),
+    "epilog": EPILOG, "version": alignbench.provenance.installed("alignbench"),
 }))
 """
 
@@ -88,7 +88,7 @@ def test_what_is_edited_later_changes_no_snapshot(tmp_path):
     def take() -> snapshot.Snapshot:
         made = subprocess.run(ask, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert made.returncode == 0, made.stderr
-        return snapshot.Snapshot(Path(made.stdout.strip()), [])
+        return snapshot.Snapshot(Path(made.stdout.strip()), [], [])
 
     before = take()
     assert take() == before

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Pipeline = Any  # diffusers.FluxPipeline, whose parts type checkers cannot see
 Network = Any  # diffusers.FluxTransformer2DModel
+Split = Callable[[Network, Sequence[Network], Any, bool], None]  # network, blocks, computing type, is it trained?
 
 HUB = "black-forest-labs/FLUX.1-dev"
 MODELS = ("transformer", "vae", "text_encoder", "text_encoder_2")
@@ -191,6 +192,7 @@ class FluxFlow:
         self._text = Text(pipeline, settings.max_sequence_length, device)
         # The base model, where switching adapters off does not give it: None until it is used. Shared by all views.
         self._apart: dict[str, Network | None] = {"base": None} if settings.tune == "full" else {}
+        self._split: Split | None = None  # what keeps a part of a network on each rank, once told to
         self._ids = lru_cache(self._make_ids)
 
     def at(self, *, size: int | None = None, guidance: float | None = None) -> FluxFlow:
@@ -269,6 +271,17 @@ class FluxFlow:
     def parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
 
+    def shard(self, split: Split) -> None:
+        """Several ranks keep a part of the transformer each, and so of the base's own copy if there is one."""
+        self._split = split
+        split(self.transformer, _blocks(self.transformer), self._dtype, True)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self._settings.dtype)
+
     def load_transformer(self, files: Sequence[Path]) -> None:
         """Put published weights in the transformer's place. UserError for a name or a shape that does not fit."""
         from safetensors.torch import load_file
@@ -315,7 +328,10 @@ class FluxFlow:
         if not reference:
             yield self.transformer
         elif "base" in self._apart:
-            self._apart["base"] = self._apart["base"] or self._settings._base(self.device)
+            if self._apart["base"] is None:
+                self._apart["base"] = self._settings._base(self.device)
+                if self._split is not None:
+                    self._split(self._apart["base"], _blocks(self._apart["base"]), self._dtype, False)
             yield self._apart["base"]
         else:
             checkpointing = self.transformer.gradient_checkpointing
@@ -334,6 +350,10 @@ class FluxFlow:
         axis = torch.arange(grid, dtype=torch.float32)
         image = torch.stack(torch.meshgrid(torch.zeros(1), axis, axis, indexing="ij"), -1)
         return torch.cat([torch.zeros(words, 3), image.reshape(-1, 3)]).to(self.device)
+
+
+def _blocks(transformer: Network) -> list[Network]:
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 class Text:

@@ -1,0 +1,140 @@
+"""What the processes of tests/test_ranks.py do: ``python ranked.py WHAT FOLDER [words]``, with their environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = 16
+CASES = [("full", "leapalign"), ("lora", "leapalign"), ("lora", "dancegrpo")]
+
+
+def together(what: str, folder: Path, *words: str, ranks: int = 2, expect: int = 0) -> list[Any]:
+    """Run ``what`` in ``ranks`` processes; what each noted."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
+    shared |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, __file__, what, str(folder), *words]
+    processes = []
+    for rank in range(ranks):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        said = (folder / f"{what}{rank}.log").open("w")
+        processes.append(subprocess.Popen(command, env=os.environ | shared | own, stdout=said, stderr=said))
+    try:
+        codes = [process.wait(240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [(folder / f"{what}{rank}.log").read_text() for rank in range(ranks)]
+    assert all((code == 0) is (expect == 0) for code in codes), "\n".join(logs)
+    notes = [folder / f"{what}{rank}.json" for rank in range(ranks)]
+    return [json.loads(path.read_text()) if path.exists() else None for path in notes]
+
+
+def note(what: str, folder: Path, said: Any) -> None:
+    (folder / f"{what}{os.environ.get('RANK', '0')}.json").write_text(json.dumps(said))
+
+
+def flow(folder: Path, tune: str, accelerator=None, dtype: str = "float32"):
+    from alignbench.backends.flux import Flux
+
+    made = Flux(model=str(folder / "flux"), size=32, dtype=dtype, max_sequence_length=WORDS, tune=tune, lora_rank=4)
+    loaded = made.load(accelerator)
+    if tune == "lora":  # B is zero at first, and A then has no gradient
+        with torch.no_grad():
+            for i, p in enumerate(loaded.parameters()):
+                p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    return loaded
+
+
+def method(name: str):
+    from alignbench.methods.dancegrpo import DanceGRPO
+    from alignbench.methods.leapalign import LeapAlign
+
+    if name == "dancegrpo":
+        return DanceGRPO(steps=4, group=2, updates_per_rollout=2)
+    return LeapAlign(steps=4)
+
+
+def training(batches: int, **more):
+    from alignbench.spec import Budget, Optimizer, Training
+
+    optimizer = Optimizer(lr=1e-3, clip=0.5, ema=0.9)
+    given = {"batch": 4, "micro_batch": 2, "drift_every": 1, "checkpoint_every": 1, "optimizer": optimizer}
+    return Training(budget=Budget(images=4 * batches), **given | more)
+
+
+def trained(folder: Path, ranks, parallel: str, tune: str, name: str, kept: Path, batches: int = 2) -> dict:
+    """Records, and how often anything was gathered or scattered in each batch; checkpoints in ``kept``."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    from alignbench import train as loop
+    from alignbench.testing import PROMPTS, QuadraticReward, unclocked
+
+    collectives: list[dict[str, int]] = []
+    advance = loop.Run.advance
+
+    def counted(self, *args):
+        with CommDebugMode() if ranks.size > 1 else nullcontext() as mode:
+            records = list(advance(self, *args))
+        counts = mode.get_comm_counts() if mode else {}
+        collectives.append({str(op).rpartition(".")[2]: n for op, n in counts.items()})
+        return iter(records)
+
+    parts = method(name), flow(folder, tune, ranks.accelerator), QuadraticReward(0.5), PROMPTS, training(batches)
+    options = {"accelerator": ranks.accelerator, "checkpoints": kept, "sharded": parallel == "fsdp"}
+    loop.Run.advance = counted
+    try:
+        records = list(loop.train(*parts, **options))
+    finally:
+        loop.Run.advance = advance
+    return {"records": unclocked(records), "collectives": collectives}
+
+
+def train(folder: Path) -> None:
+    """Every method, both ways to train it and both ways to share it; and one process's checkpoint, resumed."""
+    from alignbench.ranks import Ranks
+
+    ranks, said = Ranks(), {}
+    for tune, name in CASES:
+        for parallel in ("ddp", "fsdp"):
+            kept = folder / f"{tune}-{name}-{parallel}"
+            said[kept.name] = trained(folder, ranks, parallel, tune, name, kept)
+    for tune in ("full", "lora"):
+        said[f"{tune}-resumed"] = trained(folder, ranks, "fsdp", tune, "leapalign", folder / f"{tune}-stopped")
+    note("train", folder, said)
+    ranks.close()
+
+
+def execute(folder: Path, fails: str = "") -> None:
+    """The task in task.json. On the rank ``fails`` the second update falls over, where no other rank expects it."""
+    from alignbench import ranks, run, train
+
+    ranks.GRACE = 5.0
+    if fails and fails == os.environ["RANK"]:
+        descend = train.Run.descend
+
+        def falls(self):
+            if self.update == 1:
+                raise RuntimeError("fell over")
+            return descend(self)
+
+        train.Run.descend = falls
+    said = run.execute(json.loads((folder / "task.json").read_text()))
+    note("execute", folder, said)
+    sys.exit(said["state"] != "done")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,161 @@
+"""Several processes make the run that one makes, and all of them end together."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import ranked
+import tiny
+import torch
+from safetensors.torch import load_file
+from world import PLUGIN, sweep_file
+
+from alignbench import launch
+from alignbench.checkpoint import FINAL, read_state, states
+from alignbench.config import UserError
+from alignbench.plugins import Registry
+from alignbench.ranks import Ranks
+from alignbench.run import execute
+from alignbench.spec import Budget, Training, check_ranks
+from alignbench.store import Store
+from alignbench.sweep import read, resolve
+
+CASES = ranked.CASES
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """(folder, what two processes noted, what one did): two batches of each case, and runs resumed by the other."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny.flux_folder(folder / "flux", scale=2.0)
+    one = Ranks()
+    alone = {f"{t}-{m}": ranked.trained(folder, one, "ddp", t, m, folder / f"{t}-{m}") for t, m in CASES}
+    for tune in ("full", "lora"):  # what one process leaves after a batch, for two to go on with
+        ranked.trained(folder, one, "ddp", tune, "leapalign", folder / f"{tune}-stopped", batches=1)
+    noted = ranked.together("train", folder)
+    return folder, noted, alone
+
+
+def near(records, others):
+    assert len(records) == len(others) > 0
+    for mine, theirs in zip(records, others):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def same_weights(folder, other, tolerance=1e-4):
+    ours, theirs = load_file(folder / FINAL), load_file(other / FINAL)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("tune", "name"), CASES)
+def test_two_ranks_are_one_process(both, tune, name, parallel):
+    """Loss, gradient norm, drift, costs, weights and their average: to rounding, whole or in parts, all or adapters."""
+    folder, noted, alone = both
+    case = f"{tune}-{name}"
+    for rank in noted:
+        near(rank[f"{case}-{parallel}"]["records"], alone[case]["records"])
+    same_weights(folder / f"{case}-{parallel}", folder / case)
+
+
+@pytest.mark.slow
+def test_weights_are_gathered_once_per_update(both):
+    """Once for each of the five modules that are gathered at a time, however many network calls an update makes."""
+    _, (first, second), _ = both
+    for name, updates in (("leapalign", 1), ("dancegrpo", 2)):
+        counts = first[f"lora-{name}-fsdp"]["collectives"]
+        assert counts == second[f"lora-{name}-fsdp"]["collectives"]
+        calls = first[f"lora-{name}-fsdp"]["records"][0]
+        assert calls["nfe_forward"] + calls["nfe_grad"] > 16
+        assert [batch["_allgather_base_"] for batch in counts] == [5 * updates] * 2
+        assert not any("_allgather_base_" in batch for batch in first[f"lora-{name}-ddp"]["collectives"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_checkpoint_does_not_know_how_many_ranks_wrote_it(both, tune):
+    """One process's is resumed by two with their parts, and theirs by one: the undisturbed run's, to rounding."""
+    folder, noted, alone = both
+    case = f"{tune}-leapalign"
+    near(noted[0][f"{tune}-resumed"]["records"], alone[case]["records"][1:])
+    same_weights(folder / f"{tune}-stopped", folder / case)
+    kept = folder / f"{tune}-back"
+    shutil.copytree(folder / f"{case}-fsdp", kept)
+    states(kept)[0].unlink()
+    (kept / FINAL).unlink()
+    assert read_state(states(kept)[0])["step"] == 1
+    near(ranked.trained(folder, Ranks(), "ddp", tune, "leapalign", kept)["records"], alone[case]["records"][1:])
+    same_weights(kept, folder / case)
+
+
+def task(folder, parallel="ddp"):
+    """The tiny sweep's run that trains, to be executed in ``folder``."""
+    store = Store(folder / "store")
+    plan = resolve(read(sweep_file(folder), seeds="0"), Registry([PLUGIN]))
+    cell = next(cell for cell in plan.cells if cell.trains)
+    scores = [score._asdict() for score in plan.scores]
+    more = {"threads": 1, "progress": str(folder / "progress.json"), "plugins": [PLUGIN], "parallel": parallel}
+    plain = launch.task(plan, store, cell, None, scores=scores, **more)
+    (folder / "task.json").write_text(json.dumps(plain))
+    return store, plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path, parallel):
+    """From nothing to scores; and from one process's weights two make the same images, byte by byte, and scores."""
+    store, plain = task(tmp_path, parallel)
+    first, second = ranked.together("execute", tmp_path)
+    assert (first["state"], second["state"]) == ("done", "done")
+    assert first["made"] == ["run", "images", "scores", "scores"]
+    assert json.loads((store.run(plain["run"], True).folder / "provenance.json").read_text())["processes"] == 2
+    images = store.images(plain["images"])
+    pictures = {path.name: path.read_bytes() for path in images.folder.glob("*.png")}
+    manifest = pd.read_parquet(images.product)
+    scores = {path.name: pd.read_parquet(path) for path in (store.root / "scores").rglob("*.parquet")}
+    assert len(pictures) == len(manifest) == 4
+    assert len(scores) == 2
+    shutil.rmtree(images.folder)
+    shutil.rmtree(store.root / "scores")
+    assert execute(plain)["made"] == ["images", "scores", "scores"]
+    assert {path.name: path.read_bytes() for path in images.folder.glob("*.png")} == pictures
+    pd.testing.assert_frame_equal(pd.read_parquet(images.product), manifest)
+    for path in (store.root / "scores").rglob("*.parquet"):
+        pd.testing.assert_frame_equal(pd.read_parquet(path), scores[path.name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", ["0", "1"])
+def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path, fails):
+    """Where no other rank expects it: the reason is on record, the lock is free, and nobody is left waiting."""
+    store, plain = task(tmp_path)
+    ranked.together("execute", tmp_path, fails, expect=1)
+    run = store.run(plain["run"], True)
+    assert "RuntimeError: fell over" in (run.failure or "")
+    assert not run.busy
+    assert not run.done
+
+
+def test_one_process_starts_nothing(monkeypatch):
+    """Alone, nobody is told anything, nobody is waited for, and there is no process group."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks = Ranks()
+    assert ranks.tell(lambda: {"a": 1}) == {"a": 1}
+    ranks.meet()
+    ranks.check()
+    assert ranks.fail("why") == "why"
+    ranks.close()
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("batch", "micro", "ranks"), [(9, None, 2), (8, 5, 2), (8, None, 16)])
+def test_batches_that_ranks_cannot_share_are_refused_before_submission(batch, micro, ranks):
+    """With the place, the setting, and what instead; what divides is accepted."""
+    training = Training(budget=Budget(updates=1), batch=batch, micro_batch=micro)
+    with pytest.raises(UserError, match=r"here: training.(micro_)?batch"):
+        check_ranks(training, ranks, "here")
+    check_ranks(training, 1, "here")
