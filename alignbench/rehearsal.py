@@ -16,6 +16,7 @@ from alignbench.sweep import Document
 
 STAMP = "REHEARSAL"
 SIZE, BATCH, PROMPTS, PICTURES, RANK = 32, 24, 6, 2, 4  # pixels; images; of evaluation; each; of adapters
+LR, EMA = 1e-3, 0.5  # large, so that a few updates show in the pictures: else nobody saw which weights made them
 BATCHES = 2  # that a budget lasts in most rows
 BACKEND = {"model": "shapes", "size": SIZE, "max_sequence_length": 16, "dtype": "float32"}
 REMOTE = ("revision", "base_revision", "clip_revision", "server", "served_model", "engine", "processor", "architecture")
@@ -60,10 +61,10 @@ class Smaller:
         backend = {key: value for key, value in data["base"]["backend"].items() if key != "revision"}
         data["base"]["backend"] = backend | BACKEND | ({"lora_rank": RANK} if backend.get("tune") == "lora" else {})
         training = data["base"].get("training", {})
-        data["base"]["training"] = training | {
-            "checkpoint_every": 1,
-            "batch": self("training.batch", training.get("batch")),
-        }
+        optimizer = training.get("optimizer", {})
+        moving = {"lr": LR} | ({"ema": EMA} if optimizer.get("ema", EMA) is not None else {})
+        batch = self("training.batch", training.get("batch"))
+        data["base"]["training"] = training | {"batch": batch, "checkpoint_every": 1, "optimizer": optimizer | moving}
         data["cases"] = [case | {"method": self("method", case.get("method"))} for case in data.get("cases", [])]
         if "grid" in data:
             data["grid"] = {
@@ -120,6 +121,8 @@ class Smaller:
             "training.batch": self.batch * (i + 1),
             "training.checkpoint_every": 1,
             "training.optimizer.warmup": 0,
+            "training.optimizer.lr": LR * (i + 1),
+            "training.optimizer.ema": None if value is None else EMA / (i + 1),
             "method.weights": "shapes",
             "evaluation.protocol.prompts": "shapes/test",
             "evaluation.protocol.size": SIZE,

@@ -132,7 +132,19 @@ def test_heavy_imports_stand_inside_functions(folder):
 def test_the_command_line_is_light():
     """What help, lists, status and report are made of imports no torch at its top, nor what does."""
     heavy = {"torch", "transformers", "diffusers", "accelerate", "open_clip"}
-    beside = {"table", "stats", "grid", "weights", "method", "evaluator", "official", "clip", "geneval", "promptsets"}
+    beside = {
+        "table",
+        "stats",
+        "grid",
+        "weights",
+        "method",
+        "evaluator",
+        "official",
+        "clip",
+        "geneval",
+        "promptsets",
+        "small",
+    }
     light = TORCHLESS | beside
     for module in light:
         path = harness()[module]
