@@ -65,10 +65,13 @@ def _join_ranks() -> int:
 
 
 def _again(rank: int) -> int:
-    """Have SLURM queue this job again; it ends this process then."""
+    """Have SLURM queue this task again; it ends this process then."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how, and all is saved
     if rank != 0:
         return DONE
-    asked: Any = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)
+    # not SLURM_JOB_ID: an array's last task has the array's own id there, and all tasks would be queued again
+    task = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    asked: Any = subprocess.run(["scontrol", "requeue", task], capture_output=True, text=True)
     if asked.returncode == 0:
         time.sleep(60)  # SLURM ends this process meanwhile
         return DONE
