@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 WORDS = 16
+PATIENCE = 900  # seconds, for a machine that is busy with something else
 CASES = [("full", "leapalign"), ("lora", "leapalign"), ("lora", "dancegrpo")]
 
 
@@ -31,7 +32,7 @@ def together(what: str, folder: Path, *words: str, ranks: int = 2, expect: int =
         said = (folder / f"{what}{rank}.log").open("w")
         processes.append(subprocess.Popen(command, env=os.environ | shared | own, stdout=said, stderr=said))
     try:
-        codes = [process.wait(240) for process in processes]
+        codes = [process.wait(PATIENCE) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -85,7 +86,7 @@ def trained(folder: Path, ranks, parallel: str, tune: str, name: str, kept: Path
     advance = loop.Run.advance
 
     def counted(self, *args):
-        with CommDebugMode() if ranks.size > 1 else nullcontext() as mode:
+        with CommDebugMode() if ranks.size > 1 and tune == "lora" else nullcontext() as mode:  # it is slow
             records = list(advance(self, *args))
         counts = mode.get_comm_counts() if mode else {}
         collectives.append({str(op).rpartition(".")[2]: n for op, n in counts.items()})

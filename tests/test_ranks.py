@@ -69,8 +69,8 @@ def test_weights_are_gathered_once_per_update(both):
     for name, updates in (("leapalign", 1), ("dancegrpo", 2)):
         counts = first[f"lora-{name}-fsdp"]["collectives"]
         assert counts == second[f"lora-{name}-fsdp"]["collectives"]
-        calls = first[f"lora-{name}-fsdp"]["records"][0]
-        assert calls["nfe_forward"] + calls["nfe_grad"] > 16
+        images = first[f"lora-{name}-fsdp"]["records"][0]
+        assert images["nfe_forward"] + images["nfe_grad"] >= 4 * 4  # each rank's two images go through it at once
         assert [batch["_allgather_base_"] for batch in counts] == [5 * updates] * 2
         assert not any("_allgather_base_" in batch for batch in first[f"lora-{name}-ddp"]["collectives"])
 
@@ -105,10 +105,9 @@ def task(folder, parallel="ddp"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path, parallel):
+def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     """From nothing to scores; and from one process's weights two make the same images, byte by byte, and scores."""
-    store, plain = task(tmp_path, parallel)
+    store, plain = task(tmp_path, "fsdp")
     first, second = ranked.together("execute", tmp_path)
     assert (first["state"], second["state"]) == ("done", "done")
     assert first["made"] == ["run", "images", "scores", "scores"]
