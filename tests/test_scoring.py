@@ -138,6 +138,18 @@ def test_bad_files_cost_no_other_its_score(listed):
     assert frame["error"][:5].isna().all()
 
 
+def test_a_picture_that_would_fill_the_memory_is_not_opened(listed):
+    """A file of a few kilobytes that claims 200 million pixels: marked, and its neighbour is scored."""
+    folder = listed / "pictures"
+    picture(40, 30, 0).save(folder / "0-good.png")
+    Image.new("1", (20_000, 10_000)).save(folder / "1-bomb.png")
+    assert (folder / "1-bomb.png").stat().st_size < 100_000
+    chosen = [Picture(file, Prompt("p", "p"), i) for i, file in enumerate(sorted(folder.iterdir()))]
+    frame = score_pictures(Mean(), chosen)
+    assert frame["ok"].tolist() == [True, False]
+    assert "exceeds limit" in frame["error"][1]
+
+
 def test_an_evaluator_that_fails_for_one_picture(listed):
     """Only that picture is lost; if it fails for all of them, the error is raised."""
     images = [Image.new("RGB", (size, 4), (9, 9, 9)) for size in (4, 5, 6)]
