@@ -62,9 +62,11 @@ class Evaluator(Config):
     def probe(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
         """One row of numbers per image, for `alignbench doctor`: they change if a library changes what is computed.
 
-        The scores; an evaluator overrides this if its own are too coarse to show that.
+        The scores; an evaluator overrides this if its own are too coarse to show that. A paired one compares with the
+        next picture.
         """
-        return self.score(images, prompts)[[metric.name for metric in self.metrics]]
+        base = [[*images[1:], images[0]]] if self.paired else []
+        return self.score(images, prompts, *base)[[metric.name for metric in self.metrics]]
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """(B, 3, H, W) pixels in [0, 1] -> (B,) scores: ``metrics[0]``, in its unit unless a setting names another.

@@ -334,7 +334,7 @@ class Work:
     @cached_property
     def base(self) -> Work | None:
         """The untrained model's pictures of the same prompts and noise; None if no evaluator compares with them."""
-        images = next((score["base"] for score in self.task.scores if score["base"]), None)
+        images = next((score["base"] for score in self.task.scores if score.get("base")), None)
         if images is None:
             return None
         spec, protocol = base_of(self.spec, self.evaluation.protocol, self.registry)
@@ -437,7 +437,7 @@ class Work:
         from alignbench.scoring import passes
 
         evaluator = self.registry.make("evaluator", score["settings"], "evaluator")
-        base = self.base if score["base"] else None
+        base = self.base if score.get("base") else None
         if base is not None and not base.images.done:
             raise UserError(f"the base model's pictures are missing: {base.images.failure or 'not made yet'}")
         images = pd.read_parquet(self.images.product)

@@ -539,6 +539,7 @@ MADE: dict[str, Callable[[Path], Any]] = {
     "aesthetic": aesthetic_folder,
     "clipscore": clip_folder,
     "diversity": clip_folder,
+    "base_distance": clip_folder,
     "geneval": geneval_folder,
     "hpsv3": hpsv3_folder,
     "imagereward": imagereward_folder,

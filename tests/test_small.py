@@ -31,7 +31,9 @@ def test_every_built_in_evaluator_scores_with_its_small_checkpoint(name, folder)
     more = {"max_new_tokens": 4} if name == "unifiedreward" else {}
     evaluator = Registry().make("evaluator", {"name": name, **settings, **more}, name)
     assert evaluator.files()
-    frame = evaluator.score([picture(60, 80, 0), picture(50, 40, 1)], [parse_prompt(LINE, "x")] * 2)
+    pictures = [picture(60, 80, 0), picture(50, 40, 1)]
+    base = [pictures] if evaluator.paired else []
+    frame = evaluator.score(pictures, [parse_prompt(LINE, "x")] * 2, *base)
     if name == "unifiedreward":
         assert frame["raw"].str.len().gt(0).all()
     else:
