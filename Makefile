@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 JOBS ?= 2
 
-.PHONY: quickstart test test-slow parity lint
+.PHONY: quickstart test test-slow test-slurm parity lint
 
 quickstart: $(VENV)/.installed
 	$(BIN)/alignbench sweep sweeps/quickstart.yaml -j $(JOBS)
@@ -17,6 +17,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m "slow and not gpu"
+
+# on a SLURM of its own (see tests/slurm/cluster.py): needs root on Debian, installs what is missing; part of test-slow
+test-slurm: $(VENV)/.installed-dev
+	$(BIN)/pytest -m slurm -rs tests/slurm
 
 # against the official packages: the first run installs their environments (see alignbench/official)
 parity: $(VENV)/.installed-dev

@@ -25,7 +25,7 @@ class Measure(NamedTuple):
     evaluator: str
     name: str
     unit: str = ""
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True  # None: neither; then nothing is better and nothing worse
     by_task: bool = False
     role: str = "held-out"
     version: str = ""
@@ -135,11 +135,11 @@ class Analysis:
 
 
 def better(comparison: Comparison, measure: Measure) -> bool:
-    return comparison.verdict == ("up" if measure.higher_is_better else "down")
+    return comparison.verdict == {True: "up", False: "down", None: None}[measure.higher_is_better]
 
 
 def worse(comparison: Comparison, measure: Measure) -> bool:
-    return comparison.verdict == ("down" if measure.higher_is_better else "up")
+    return comparison.verdict == {True: "down", False: "up", None: None}[measure.higher_is_better]
 
 
 def analyse(manifest: dict[str, Any], scores: pd.DataFrame) -> Analysis:

@@ -339,7 +339,8 @@ def score(arguments: argparse.Namespace) -> int:
     chosen = scoring.pictures(Path(arguments.folder), arguments.prompts)
     for evaluator in evaluators:
         evaluator.check([picture.prompt for picture in chosen])
-    scored = [(evaluator, scoring.score_pictures(evaluator, chosen)) for evaluator in evaluators]
+    bases = [scoring.partners(evaluator, chosen, arguments.prompts) for evaluator in evaluators]
+    scored = [(judge, scoring.score_pictures(judge, chosen, base)) for judge, base in zip(evaluators, bases)]
     for path in scoring.save(scored, Path(arguments.out), arguments.plugin):
         print(f"written: {path}", file=sys.stderr)
     print(scoring.summary(scored).markdown())
@@ -444,9 +445,12 @@ def _read(arguments: argparse.Namespace, default: str | None = None) -> Document
 
 
 def _resolve(document: Document, registry: Registry) -> Plan:
-    from alignbench.sweep import resolve
+    from alignbench.sweep import resolve, warnings_of
 
-    return resolve(document, registry)
+    plan = resolve(document, registry)
+    for line in warnings_of(plan, registry):
+        print(f"alignbench: {line}", file=sys.stderr)
+    return plan
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
@@ -487,7 +491,7 @@ def _make(
 def _resources(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     from alignbench import slurm
 
-    return slurm.read(plan.document.data.get("slurm"), arguments.slurm, plan.document.path)
+    return slurm.read(plan.document.data.get("slurm", {}), arguments.slurm, _registry(arguments))
 
 
 def _hand_out(

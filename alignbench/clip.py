@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignbench import weights
 from alignbench.config import UserError
+from alignbench.evaluator import SCORED_AT_ONCE, device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +43,18 @@ class Clip:
     def images(self, pixels: Tensor) -> Tensor:
         """(B, 3, h, w) preprocessed pixels -> (B, D) features of length one."""
         return _unit(self.model.to(pixels.device).get_image_features(pixel_values=pixels))
+
+    def features(self, images: Sequence[Image]) -> Tensor:
+        """(B, D) unit features after the official preprocessing, in float64 on the CPU, without gradient."""
+        import torch
+
+        rows = [] if images else [torch.zeros(0, 1, dtype=torch.float64)]
+        at_once = SCORED_AT_ONCE[device().type]
+        with torch.no_grad():
+            for start in range(0, len(images), at_once):
+                pixels = self.official(images[start : start + at_once]).to(device())
+                rows.append(self.images(pixels).double().cpu())
+        return torch.cat(rows)
 
     def cosine(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """(B,) cosines of image i's features with prompt i's."""

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 
 class Metric(NamedTuple):
-    """One column of a table. ``by_task``: the unweighted mean of the task means (GenEval), not the mean over images."""
+    """One column of a table. ``by_task``: the unweighted mean of the task means (GenEval), not the mean over images.
+
+    ``higher_is_better``: None where neither direction is better in itself; then nothing wins and nothing loses.
+    """
 
     name: str
     unit: str
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
     by_task: bool = False
 
 
@@ -38,6 +41,8 @@ class Evaluator(Config):
     metrics: ClassVar[tuple[Metric, ...]]
     differentiable: ClassVar[bool] = False
     seconds_per_image: ClassVar[float | None] = None  # on one GPU with the published weights, roughly: for plans alone
+    reward_range: ClassVar[tuple[float, float] | None] = None  # that no ``reward`` leaves: margins are checked by it
+    paired: ClassVar[bool] = False  # True: ``score(images, prompts, base)``, and a setting ``base: str | None = None``
 
     def files(self) -> list[Path]:
         """The weight and configuration files that determine the score. UserError if one is missing or unreadable."""
@@ -49,7 +54,8 @@ class Evaluator(Config):
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
         """One row per image, one column per metric (by ``Metric.name``). NaN: this image could not be scored.
 
-        The columns of text in TEXTS may follow.
+        The columns of text in TEXTS may follow. A ``paired`` evaluator is handed a third sequence, ``base``: to each
+        image the base model's picture of the same prompt and noise.
         """
         raise NotImplementedError
 

@@ -139,7 +139,7 @@ def submit(
         slurm.Work(cell, [part for part in todo if part.id not in coming])
         for cell, todo in unfinished(plan, cells, store)
     ]
-    arrays = slurm.arrays(options, [work for work in works if work.todo], plan.scores)
+    arrays = slurm.arrays(options, [work for work in works if work.todo], plan.scored)
     for array in arrays:
         if array.stage == "run":
             for cell in array.cells:
@@ -155,8 +155,9 @@ def submit(
             slurm.submit(array, folder, name, code.environment())
             tickets += _tickets(store, array, folder)
             records.write(folder, Path(plan.document.manifest).stem, "slurm", tickets, name, options)
-    except BaseException:
+    except BaseException:  # a half of the jobs would be a sweep that nobody asked for
         slurm.cancel([array.job for array in arrays if array.job])
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     return sum(len(array.cells) for array in arrays)
 
@@ -168,12 +169,11 @@ def _progress(folder: Path, array: slurm.Array, index: int) -> str:
 def _write_tasks(
     plan: Plan, store: Store, array: slurm.Array, folder: Path, code: Snapshot, track: Sequence[str]
 ) -> None:
-    scores = [score._asdict() for score in plan.scores if score.file == array.file]
     tasks = [
         task(
             plan, store, cell, code,
-            scores=scores,
-            stages=[array.stage],
+            scores=[score._asdict() for score in plan.scored(cell) if score.file in array.files],
+            stages=array.stages(cell),
             threads=array.resources.cpus_per_task or 1,
             parallel=array.resources.parallel,
             track=list(track),
@@ -186,13 +186,21 @@ def _write_tasks(
 
 
 def _tickets(store: Store, array: slurm.Array, folder: Path) -> list[Ticket]:
-    def makes(cell: Cell) -> Artefact:
-        if array.stage == "run":
+    def makes(cell: Cell, stage: str) -> Artefact:
+        if stage == "run":
             return store.run(cell.id, cell.trains)
-        return store.images(cell.images) if array.stage == "images" else store.scores(cell.images, array.file)
+        if stage == "images":
+            return store.images(cell.images)
+        return store.scores(cell.images, array.files[array.cells.index(cell)])
 
     return [
-        Ticket(f"{array.job}_{i}", array.title, [makes(cell).id], cell.id, _progress(folder, array, i))
+        Ticket(
+            job=f"{array.job}_{i}",
+            stage=array.title,
+            makes=[makes(cell, stage).id for stage in array.stages(cell)],
+            run=cell.id,
+            progress=_progress(folder, array, i),
+        )
         for i, cell in enumerate(array.cells)
     ]
 
@@ -252,7 +260,7 @@ class Launch:
     def task(self, job: Job, launcher: int | None) -> dict[str, Any]:
         return task(
             self.plan, self.store, job.cell, self.code,
-            scores=[score._asdict() for score in self.plan.scores],
+            scores=[score._asdict() for score in self.plan.scored(job.cell)],
             threads=self.threads,
             track=list(self.track),
             progress=str(job.progress),

@@ -60,6 +60,7 @@ class Watch:
     def __init__(self) -> None:
         self.scores: list[tuple[Tensor, Tensor, Tensor]] = []  # (M, B) scores, (B,) values, (M, B) closed, of a batch
         self.gradients: list[tuple[Tensor, Tensor]] = []  # sigma (B,), norm of dL/dv (B,), of an update
+        self.hinged = False  # did the method ask for the loss, and with it the hinge? Policy gradients do not
         self.backward = False  # is this the harness's backward, and not a gradient that a method takes for itself?
 
     def see_gradient(self, sigma: float | Tensor, gradient: Tensor) -> None:
@@ -82,11 +83,16 @@ class Watch:
             return {}
         scores, values, closed = (torch.cat(parts, -1).double() for parts in zip(*self.scores))
         means = {"reward_mean": values.mean().item()}
-        if any(term.margin is not None for term in reward.terms):
-            means["hinge_closed"] = closed.mean().item()
+        hinged = self.hinged and any(term.margin is not None for term in reward.terms)
+        if hinged:
+            means |= {"hinge_closed": closed.mean().item(), "reward_std": values.std(correction=0).item()}
         if len(reward.terms) > 1:
-            names = (f"reward_{term.evaluator.name}" for term in reward.terms)
-            means |= dict(zip(names, scores.mean(1).tolist(), strict=True))
+            for term, score, shut in zip(reward.terms, scores, closed, strict=True):
+                name = term.evaluator.name
+                means[f"reward_{name}"] = score.mean().item()
+                if hinged:
+                    means[f"hinge_closed_{name}"] = shut.mean().item()
+                    means[f"reward_std_{name}"] = score.std(correction=0).item()
         return means
 
 
@@ -143,6 +149,7 @@ class MeteredReward(Reward):
             raise UserError(f"{what}; lower optimizer.lr, or look at these images")
 
     def loss(self, scores: Tensor) -> Tensor:
+        self._watch.hinged = True
         return self._reward.loss(scores)
 
 

@@ -11,6 +11,7 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import entry_points
@@ -32,6 +33,9 @@ ROOTS: dict[str, Kind] = {
     "GroupRelative": "method",
     "Evaluator": "evaluator",
 }
+
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 class Entry(NamedTuple):
@@ -65,6 +69,9 @@ class Registry:
 
     def _add(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
+            if not NAME.fullmatch(entry.name):
+                what = f"{entry.cls}.name: {entry.name[:80]!r} becomes a part of file names"
+                raise UserError(f"{entry.path}: {what}; use at most 64 letters, digits, '_', '-' and '.'")
             known = self.entries.setdefault((entry.kind, entry.name), entry)
             if known is not entry:
                 taken = f"the {entry.kind} '{entry.name}' exists already in {known.path}"

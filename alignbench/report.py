@@ -83,6 +83,7 @@ def markdown(
         "## Results (REHEARSAL)" if manifest.get("rehearsal") else "## Results",
         main_table(analysis, costs, hybrid(manifest)).markdown(),
         LEGEND.format(base=escape(analysis.base or "a base model (none in this sweep)"), count=len(analysis.compared)),
+        NEUTRAL_NOTE if any(measure.higher_is_better is None for measure in analysis.measures) else "",
         _hybrid_note(manifest),
         _budgets(analysis, costs),
         *([f"![same prompts and noise, one row per method]({picture})", GRID_NOTE] if picture else []),
@@ -91,6 +92,7 @@ def markdown(
         *_task_sections(analysis),
         *_notes_section(manifest),
         *_settings_section(manifest),
+        *_warnings_section(costs),
         *_missing_section(analysis, costs),
         *_coverage_section(manifest, analysis),
         *_protocol_section(manifest, analysis, origins),
@@ -101,6 +103,7 @@ def markdown(
 REHEARSED = """\
 **REHEARSAL: small random models stand in for the real ones, and almost nothing was trained. That everything ran is all
 that this page shows; no number in it means anything.**"""
+NEUTRAL_NOTE = "A column without an arrow: neither direction is better in itself, nothing in it is bold."
 TWO_SEEDS_NOTE = """\
 With fewer than three seeds of a method, the spread between trainings is the larger of its own and that of all methods
 together. The interval of a method whose trainings differ far more than the others' is then too short (85 % instead of
@@ -243,7 +246,8 @@ def _answers(questions: Sequence[tuple[str, Sequence[str]]], analysis: Analysis)
         if subject not in analysis.labels or not rivals:
             continue
         lines = [f"## Does {escape(subject)} beat {escape(_and(rivals))}?"]
-        lines += [_answer(subject, rivals, measure, analysis) for measure in reversed(analysis.measures)]
+        directed = [measure for measure in analysis.measures if measure.higher_is_better is not None]
+        lines += [_answer(subject, rivals, measure, analysis) for measure in reversed(directed)]
         sections += [lines[0], "\n".join(lines[1:]), "Verdicts: Holm's correction over the methods named, p < 0.05."]
     return sections
 
@@ -414,6 +418,13 @@ def _of_runs(runs: Sequence[dict[str, Any]], part: str) -> list[str]:
             value = {key: setting for key, setting in value.items() if key != "seed"}
         found[_flat(value) if isinstance(value, dict) else f"{value}"] = None
     return [text for text in found if text]
+
+
+def _warnings_section(costs: pd.DataFrame) -> list[str]:
+    """What training records show to be hardly meant."""
+    warned = [run for run in costs.to_dict("records") if isinstance(run.get("warning"), str) and run["warning"]]
+    lines = [f"- **{escape(run['label'])}, seed {run['seed']}**: {escape(run['warning'])}" for run in warned]
+    return ["## Warnings", "\n".join(lines)] if lines else []
 
 
 def _missing_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:

@@ -30,7 +30,7 @@ from alignbench.config import Interrupted, UserError, decode, settings
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt, digest, load_prompts
 from alignbench.ranks import STOPPED, OtherFailed, Ranks
-from alignbench.spec import Evaluation, RunSpec, evaluator_content, image_set_id, run_id
+from alignbench.spec import BASE, Evaluation, RunSpec, base_of, evaluator_content, image_set_id, run_id
 from alignbench.store import (
     Artefact,
     Lock,
@@ -204,6 +204,12 @@ class Work:
             with self.log.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
 
+    def warn(self, text: str) -> None:
+        """A line in the run's log, and for whoever started it."""
+        self.note(f"warning: {text}")
+        if self.task.launcher is None:  # a worker's stderr is the log
+            print(f"alignbench: {self.spec.label}: {text}", file=sys.stderr)
+
     # -- train --------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -244,11 +250,12 @@ class Work:
         records = train(
             method, flow, reward, prompts, training,
             accelerator=self.accelerator, checkpoints=checkpoints, stop=self.stop,
-            sharded=self.task.parallel == "fsdp",
+            sharded=self.task.parallel == "fsdp", warn=self.warn,
         )  # fmt: skip
         for record in self.tracked(records):
             share = spent(training.budget, record, self.accelerator.num_processes)
             shown = f", reward {record['reward_mean']:.3f}" if "reward_mean" in record else ""
+            shown += ", every hinge closed" if record.get("hinge_closed") == 1 else ""
             self.progress("training", share, f"update {record['update'] + 1}{shown}")
         if self.task.parallel == "fsdp":
             del self.flow, flow, records  # in parts; images are made with the whole model, so it is loaded again
@@ -314,6 +321,31 @@ class Work:
         write_frame(self.images.product, pd.DataFrame(rows))
         self.images.status.unlink(missing_ok=True)  # of an earlier failure
 
+    def generate_base(self) -> None:
+        """For paired evaluators: the base model's pictures, by the very code that makes them as a row of their own."""
+        if self.base is None:
+            return
+        self.__dict__.pop("flow", None)  # not two models at once; scoring needs neither
+        with suppress(Failed):  # the scores that lack them say so
+            self.base.generate()
+        self.base.__dict__.pop("flow", None)
+        self.made += self.base.made
+
+    @cached_property
+    def base(self) -> Work | None:
+        """The untrained model's pictures of the same prompts and noise; None if no evaluator compares with them."""
+        images = next((score["base"] for score in self.task.scores if score["base"]), None)
+        if images is None:
+            return None
+        spec, protocol = base_of(self.spec, self.evaluation.protocol, self.registry)
+        evaluation = settings(self.evaluation) | {"protocol": settings(protocol)}
+        task = self.task._replace(
+            run=f"{BASE}-{run_id(spec, self.registry, [])}", images=images, trains=False, scores=[]
+        )
+        work = Work(task._replace(spec=settings(spec), evaluation=evaluation), self.stop)
+        work.ranks = self.ranks  # of which the first alone is left
+        return work
+
     def _protocol(self) -> dict[str, Any]:
         """How the images are made, and by whom: several times if the work went on elsewhere."""
         makers = (read_json(self.images.folder / "protocol.json") or {}).get("made_by", [])
@@ -374,6 +406,7 @@ class Work:
         self.ranks.close()
         if not self.ranks.first:
             return
+        self.generate_base()
         for score in self.task.scores:
             with suppress(Failed):
                 self._score(score)
@@ -404,24 +437,37 @@ class Work:
         from alignbench.scoring import passes
 
         evaluator = self.registry.make("evaluator", score["settings"], "evaluator")
+        base = self.base if score["base"] else None
+        if base is not None and not base.images.done:
+            raise UserError(f"the base model's pictures are missing: {base.images.failure or 'not made yet'}")
         images = pd.read_parquet(self.images.product)
         frames = []
         for here in passes(list(images["prompt_id"])):  # one file each: what a killed run has scored is not lost
             part = _parts(artefact) / f"{here.start}.parquet"
             if not part.exists():
-                write_frame(part, self._score_rows(evaluator, images.iloc[here]))
+                write_frame(part, self._score_rows(evaluator, images.iloc[here], base))
                 self.may_stop()
             frames.append(pd.read_parquet(part))
             self.progress(f"scoring, {score['name']}", here.stop / len(images))
         return pd.concat(frames, ignore_index=True)
 
-    def _score_rows(self, evaluator: Any, rows: pd.DataFrame) -> pd.DataFrame:
-        from alignbench.scoring import in_threads, score_rows
+    def _score_rows(self, evaluator: Any, rows: pd.DataFrame, base: Work | None) -> pd.DataFrame:
+        from alignbench.scoring import score_rows
 
         prompts = {prompt.id: prompt for prompt in self.prompts}
-        pictures = list(in_threads(self._picture, rows["file"], rows["sha256"]))
-        found = score_rows(evaluator, pictures, [prompts[id] for id in rows["prompt_id"]])
+        pictures = [work.pictures(rows) for work in (self, base) if work is not None]
+        found = score_rows(evaluator, pictures[0], [prompts[id] for id in rows["prompt_id"]], *pictures[1:])
         return rows[["prompt_id", "tag", "index"]].reset_index(drop=True).join(found)
+
+    def pictures(self, rows: pd.DataFrame) -> list[Image]:
+        """This run's pictures of the prompts and indices of ``rows``, in their order."""
+        import pandas as pd
+
+        from alignbench.scoring import in_threads
+
+        place = ["prompt_id", "index"]
+        mine = rows[place].merge(pd.read_parquet(self.images.product), on=place, how="left", validate="1:1")
+        return list(in_threads(self._picture, mine["file"], mine["sha256"]))
 
     def _picture(self, file: str, sha256: str) -> Image:
         """The image, if it is still the one that was made."""

@@ -133,56 +133,65 @@ def read_picture(file: Path) -> Image | str:
         return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
 
 
-def score_rows(evaluator: Any, images: Sequence[Image | str], prompts: Sequence[Prompt]) -> pd.DataFrame:
+def score_rows(
+    evaluator: Any, images: Sequence[Image | str], prompts: Sequence[Prompt], base: Sequence[Image | str] | None = None
+) -> pd.DataFrame:
     """A row per picture: the evaluator's metrics, "ok", "error", and "raw" if it keeps answers.
 
-    Text in place of a picture is its error. If the evaluator fails, pictures are scored one by one, so that one bad
-    picture costs no other its score. If it fails for all of them, the error is the evaluator's, and raised.
+    ``base``: of a paired evaluator, the pictures to compare with. Text in place of a picture is its error. If the
+    evaluator fails, pictures are scored one by one, so that one bad picture costs no other its score. If it fails for
+    all of them, the error is the evaluator's, and raised.
     """
     import pandas as pd
 
     names = [metric.name for metric in evaluator.metrics]
-    good = [i for i, image in enumerate(images) if not isinstance(image, str)]
-    found = _scored(evaluator, [images[i] for i in good], [prompts[i] for i in good])
+    wrong = [
+        next((picture for picture in row if isinstance(picture, str)), None) for row in zip(images, base or images)
+    ]
+    good = [i for i, error in enumerate(wrong) if error is None]
+    columns = [images, prompts] if base is None else [images, prompts, base]
+    found = _scored(evaluator, *([column[i] for i in good] for column in columns))
     found = found.set_index(pd.Index(good, dtype=int)).reindex(range(len(images)))
     frame = found[names].astype(float)
     frame["ok"] = frame[names].notna().all(axis=1)
     told = found["error"] if "error" in found else [None] * len(found)
     frame["error"] = pd.Series(
-        [_error(image, ok, error) for image, ok, error in zip(images, frame["ok"], told)], frame.index, object
+        [_error(bad, ok, error) for bad, ok, error in zip(wrong, frame["ok"], told)], frame.index, object
     )
     return frame.join(found["raw"].astype(object)) if "raw" in found else frame
 
 
-def _error(image: Any, ok: bool, told: Any) -> str | None:
-    if isinstance(image, str):
-        return image
+def _error(wrong: str | None, ok: bool, told: Any) -> str | None:
+    if wrong is not None:
+        return wrong
     return None if ok else str(told) if isinstance(told, str) and told else "the score is not a number"
 
 
-def _scored(evaluator: Any, images: Sequence[Any], prompts: Sequence[Prompt]) -> pd.DataFrame:
+def _scored(evaluator: Any, *columns: Sequence[Any]) -> pd.DataFrame:
+    """``columns``: images, prompts, and of a paired evaluator the base model's images."""
+    count = len(columns[0])
     try:
-        return _checked(evaluator, evaluator.score(images, prompts), len(images))
+        return _checked(evaluator, evaluator.score(*columns), count)
     except UserError:
         raise
     except Exception:
-        if len(images) < 2:
+        if count < 2:
             raise
-        return _one_by_one(evaluator, images, prompts)
+        return _one_by_one(evaluator, *columns)
 
 
-def _one_by_one(evaluator: Any, images: Sequence[Any], prompts: Sequence[Prompt]) -> pd.DataFrame:
+def _one_by_one(evaluator: Any, *columns: Sequence[Any]) -> pd.DataFrame:
     import pandas as pd
 
     rows, failures = [], []
-    for image, prompt in zip(images, prompts):
+    for row in zip(*columns):
         try:
-            rows.append(_checked(evaluator, evaluator.score([image], [prompt]), 1))
+            rows.append(_checked(evaluator, evaluator.score(*([item] for item in row)), 1))
         except Exception as error:
             failures.append(error)
             line = " ".join(str(error).split()) or type(error).__name__
             rows.append(pd.DataFrame({"error": [f"{type(error).__name__}: {line}"]}))
-    if len(failures) == len(images):
+    if len(failures) == len(rows):
         raise failures[0]
     return pd.concat(rows, ignore_index=True)
 
@@ -195,14 +204,34 @@ def _checked(evaluator: Any, frame: pd.DataFrame, count: int) -> pd.DataFrame:
     return frame.reset_index(drop=True)
 
 
-def score_pictures(evaluator: Any, chosen: Sequence[Picture]) -> pd.DataFrame:
-    """A row per picture: file, prompt_id, tag, index, and what ``score_rows`` has of it."""
+def partners(evaluator: Any, chosen: Sequence[Picture], prompts: str | None = None) -> list[Picture] | None:
+    """To each picture that of its prompt and index in the folder ``evaluator.base``; None if it is not paired.
+
+    UserError unless both folders hold the same prompts and indices. ``prompts``: as for ``pictures``.
+    """
+    if not evaluator.paired:
+        return None
+    where = f"{evaluator.name}.base"
+    if evaluator.base is None:
+        raise UserError(f"{where}: name the folder of the base model's pictures, {where}=FOLDER")
+    found = {(p.prompt.id, p.place): p for p in pictures(Path(evaluator.base), prompts)}
+    wanted = {(p.prompt.id, p.place): p for p in chosen}
+    if odd := [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
+        one = (wanted | found)[min(odd)]
+        what = f"'{one.prompt.text[:60]}', picture {one.place}, is in one of the two folders alone"
+        raise UserError(f"{where}: {evaluator.base}: {what}; pictures are paired by prompt and index")
+    return [found[p.prompt.id, p.place] for p in chosen]
+
+
+def score_pictures(evaluator: Any, chosen: Sequence[Picture], base: Sequence[Picture] | None = None) -> pd.DataFrame:
+    """A row per picture: file, prompt_id, tag, index, and what ``score_rows`` has of it. ``base``: its ``partners``."""
     import pandas as pd
 
     frames = []
     for part in passes([picture.prompt.id for picture in chosen]):
         here = chosen[part]
-        found = score_rows(evaluator, list(in_threads(read_picture, [p.file for p in here])), [p.prompt for p in here])
+        columns = [list(in_threads(read_picture, [p.file for p in c[part]])) for c in (chosen, base) if c is not None]
+        found = score_rows(evaluator, columns[0], [p.prompt for p in here], *columns[1:])
         about = [(str(p.file), p.prompt.id, p.prompt.tag, p.place) for p in here]
         frames.append(pd.DataFrame(about, columns=["file", "prompt_id", "tag", "index"]).join(found))
     return pd.concat(frames, ignore_index=True)

@@ -6,23 +6,28 @@ from JSON: a store is shared, and a pickle in it would be code that anybody with
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta, field
 
-from alignbench.config import Config, UserError, decode, load_yaml, merge
+from alignbench.config import Config, UserError, decode, join, load_yaml, merge
+from alignbench.plugins import Registry
 from alignbench.spec import Count
 from alignbench.store import Artefact
-from alignbench.sweep import Cell
+
+if TYPE_CHECKING:
+    from alignbench.sweep import Cell, Score
 
 STAGES = {"run": "train", "images": "generate", "scores": "score"}  # kinds of artefacts, and what making them is called
 LARGEST = 1000  # tasks of an array; SLURM's default MaxArraySize is 1001
@@ -85,17 +90,23 @@ class Slurm(Resources):
 SECTIONS = ("stages", "backends", "methods", "evaluators")
 
 
-def read(sweep: Any, file: str | None, where: str) -> dict[str, Any]:
-    """A sweep's ``slurm`` with the cluster file laid over it, checked. UserError for whatever cannot be asked for."""
-    layers = [(f"{where}: slurm", sweep or {}), *([(file, load_yaml(Path(file), {}))] if file else [])]
-    found: dict[str, Any] = {}
-    for place, layer in layers:
-        checked = decode(Slurm, layer, f"{place}: " if place == file else place)
-        for section in SECTIONS:
-            for name, own in getattr(checked, section).items():
-                decode(Resources, own, f"{place}: {section}.{name}")
-        found = merge(found, layer)
-    return found
+def check_options(options: Any, where: str, registry: Registry) -> None:
+    """UserError for a setting that does not exist, or is for a method, evaluator or backend that does not."""
+    checked = decode(Slurm, options, where)
+    for section in SECTIONS:
+        for name, own in getattr(checked, section).items():
+            if section != "stages":
+                registry.entry(section.removesuffix("s"), name, join(where, section))  # type: ignore[arg-type]
+            decode(Resources, own, join(where, f"{section}.{name}"))
+
+
+def read(sweep: dict[str, Any], file: str | None, registry: Registry) -> dict[str, Any]:
+    """A sweep's ``slurm`` (checked already) with the cluster file laid over it."""
+    if file is None:
+        return sweep
+    cluster = load_yaml(Path(file))
+    check_options(cluster, f"{file}: ", registry)
+    return merge(sweep, cluster)
 
 
 def resources(slurm: dict[str, Any], stage: str, cell: Cell, evaluator: str = "") -> Resources:
@@ -132,13 +143,17 @@ class Array:
     resources: Resources
     after: Array | None = None
     evaluator: str = ""
-    file: str = ""  # of its scores, below their image set
+    files: Sequence[str] = ()  # of its scores, below their image sets
     job: str = ""  # SLURM's id, once submitted
     number: int = 0
 
     @property
     def title(self) -> str:
         return f"{STAGES[self.stage]} {self.evaluator}".strip()
+
+    def stages(self, cell: Cell) -> list[str]:
+        """What the job of ``cell`` does."""
+        return ["run", "images"] if self.stage == "images" and not cell.trains else [self.stage]
 
 
 @dataclass
@@ -150,12 +165,15 @@ class _Chain:
     works: list[Work]
 
 
-def arrays(slurm: dict[str, Any], works: Iterable[Work], scores: Sequence[Any]) -> list[Array]:
-    """All that is missing, predecessors first. Rows that share weights and images are worked on once."""
+def arrays(slurm: dict[str, Any], works: Iterable[Work], scored: Callable[[Cell], Sequence[Score]]) -> list[Array]:
+    """All that is missing, predecessors first. Rows that share weights and images are worked on once.
+
+    ``scored``: the evaluators of a cell, in the same order for all.
+    """
     found: list[Array] = []
     for chain in _chains(slurm, works):
         for start in range(0, len(chain.works), LARGEST):
-            found += _arrays_of(slurm, chain, chain.works[start : start + LARGEST], scores)
+            found += _arrays_of(slurm, chain, chain.works[start : start + LARGEST], scored)
     for number, array in enumerate(found):
         array.number = number
     return found
@@ -169,6 +187,8 @@ def _chains(slurm: dict[str, Any], works: Iterable[Work]) -> list[_Chain]:
             continue
         seen.add((work.cell.id, work.cell.images))
         kinds = {part.kind for part in work.todo}
+        if not work.cell.trains and "run" in kinds:
+            kinds = kinds - {"run"} | {"images"}  # no training: the job that makes the images puts it on record
         train, generate = (
             resources(slurm, stage, work.cell) if stage in kinds else None for stage in ("run", "images")
         )
@@ -179,18 +199,25 @@ def _chains(slurm: dict[str, Any], works: Iterable[Work]) -> list[_Chain]:
     return chains
 
 
-def _arrays_of(slurm: dict[str, Any], chain: _Chain, works: Sequence[Work], scores: Sequence[Any]) -> Iterator[Array]:
+def _arrays_of(
+    slurm: dict[str, Any], chain: _Chain, works: Sequence[Work], scored: Callable[[Cell], Sequence[Score]]
+) -> Iterator[Array]:
     cells = [work.cell for work in works]
     last = None
     for stage, wanted in (("run", chain.train), ("images", chain.generate)):
         if wanted is not None:
             yield (last := Array(stage, cells, wanted, last))
-    for score in scores:
-        stem = score.file.removesuffix(".parquet")
-        missing = [w.cell for w in works if any(part.id == f"{w.cell.images}/{stem}" for part in w.todo)]
-        if missing:  # all of them wherever images are missing: then tasks of both arrays correspond
-            asked = resources(slurm, "scores", missing[0], score.name)
-            yield Array("scores", missing, asked, last, score.name, score.file)
+    for column in zip(*(scored(cell) for cell in cells)):
+        pairs = [(work.cell, score) for work, score in zip(works, column) if _lacks(work, score)]
+        if pairs:  # all of them wherever images are missing: then tasks of both arrays correspond
+            (first, score), files = pairs[0], [score.file for _, score in pairs]
+            asked = resources(slurm, "scores", first, score.name)
+            yield Array("scores", [cell for cell, _ in pairs], asked, last, score.name, files)
+
+
+def _lacks(work: Work, score: Score) -> bool:
+    name = f"{work.cell.images}/{score.file.removesuffix('.parquet')}"
+    return any(part.id == name for part in work.todo)
 
 
 # -- submission -------------------------------------------------------------------------------------------------------
@@ -212,6 +239,8 @@ def submit(array: Array, folder: Path, name: str, environment: dict[str, str]) -
     """
     import submitit
 
+    if "%" in str(folder):
+        raise UserError(f"{folder}: SLURM would read the % as a pattern; choose a store without one in its path")
     executor = submitit.SlurmExecutor(folder)
     extra: dict[str, Any] = {"chdir": os.getcwd(), "requeue": True}
     if array.after is not None:
@@ -225,7 +254,8 @@ def submit(array: Array, folder: Path, name: str, environment: dict[str, str]) -
     executor.parameters["map_count"] = len(array.cells)
     words = [sys.executable, "-P", "-u", "-m", "alignbench.job", str(folder / f"{array.number}.json")]
     try:
-        array.job = executor._submit_command(shlex.join(words)).job_id
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, and raises it
+            array.job = executor._submit_command(shlex.join(words)).job_id
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"SLURM refused the jobs that {array.title}: {_refusal(str(error))}") from None
 

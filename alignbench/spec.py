@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, structs
 
 from alignbench.config import Config, UserError, settings
 from alignbench.plugins import Registry
@@ -220,6 +220,15 @@ def image_set_id(run: str, trains: bool, protocol: Protocol, prompts: Sequence[P
     if not trains:  # no average is kept of weights that never move
         del content["weights"]
     return content_id(content)
+
+
+BASE = "base"  # the method that trains nothing
+
+
+def base_of(spec: RunSpec, protocol: Protocol, registry: Registry) -> tuple[RunSpec, Protocol]:
+    """The untrained model's run, and the protocol of its pictures: what the pictures of ``spec`` are paired with."""
+    method = settings(registry.make("method", {"name": BASE}, "method"))
+    return structs.replace(spec, label=BASE, method=method), structs.replace(protocol, tuned_steps=None)
 
 
 def evaluator_content(evaluator: Any, registry: Registry) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignbench import hinge
 from alignbench.config import UserError
 
 if TYPE_CHECKING:
@@ -438,6 +439,10 @@ class Results:
             return dict.fromkeys(names, 0 if zero else None) | dict.fromkeys(("reward_first", "reward_last"))
         records = pd.read_parquet(path)
         tenth = max(1, len(records) // 10)
+        rewards = run.get("settings", {}).get("reward", [])
+        margins = {
+            part["evaluator"]["name"]: part["margin"] for part in (rewards if isinstance(rewards, list) else [rewards])
+        }
         reward = records["reward_mean"] if "reward_mean" in records else pd.Series(dtype=float)
         last = records.iloc[-1]
         return {
@@ -445,10 +450,12 @@ class Results:
             **{name: last[name].item() for name in COSTS},
             "reward_first": reward.head(tenth).mean(),
             "reward_last": reward.tail(tenth).mean(),
+            "warning": "; ".join(hinge.complaints(records.to_dict("records"), margins)),
         }
 
 
 def artefacts(store: Store, run: dict[str, Any]) -> list[Artefact]:
     """The artefacts of one run of a manifest, in the order in which they are made."""
     scores = [store.scores(run["images"], Path(score["file"]).name) for score in run["scores"]]
-    return [store.run(run["id"], run["seed"] != -1), store.images(run["images"]), *scores]
+    images = dict.fromkeys([run["images"], *(score["base"] for score in run["scores"] if "base" in score)])
+    return [store.run(run["id"], run["seed"] != -1), *map(store.images, images), *scores]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignbench import hinge, slurm, weights
 from alignbench import prompts as prompt_lists
-from alignbench import weights
 from alignbench.config import (
     Missing,
     UserError,
@@ -29,9 +29,10 @@ from alignbench.config import (
     settings,
 )
 from alignbench.evaluator import Evaluator
-from alignbench.plugins import Registry
+from alignbench.plugins import NAME, Registry
 from alignbench.prompts import Prompt
 from alignbench.spec import (
+    BASE,
     Evaluation,
     Override,
     Protocol,
@@ -39,6 +40,7 @@ from alignbench.spec import (
     RunSpec,
     Sweep,
     Training,
+    base_of,
     content_id,
     evaluator_content,
     image_set_id,
@@ -60,6 +62,7 @@ class Score(NamedTuple):
     file: str
     metrics: list[dict[str, Any]]
     role: str  # "train", "held-out" or "check"
+    base: str | None = None  # of a paired evaluator: the image set that it compares with, as filled in for a cell
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Cell:
     published: bool = False  # are its weights somebody else's, with training of which nothing is known?
     id: str = ""  # of the weights: the name of its folder below runs/
     images: str = ""  # id of its image set
+    base: str = ""  # id of the image set that the untrained model makes in the same way
 
     @property
     def trains(self) -> bool:
@@ -164,6 +168,15 @@ class Plan:
     prompts: list[Prompt]  # of the evaluation
     training_evaluator: str
 
+    def scored(self, cell: Cell) -> list[Score]:
+        """The evaluators for one cell; the base model's pictures are part of the name of a paired one's file."""
+        return [
+            score
+            if score.base is None
+            else score._replace(base=cell.base, file=score.file.replace(".parquet", f"-{cell.base}.parquet"))
+            for score in self.scores
+        ]
+
     def manifest(self) -> dict[str, Any]:
         """Plain data from which a report is made without methods, evaluators or torch."""
         return {
@@ -188,8 +201,9 @@ class Plan:
                 "file": f"scores/{cell.images}/{score.file}",
                 "metrics": score.metrics,
                 "role": score.role,
+                **({"base": score.base} if score.base else {}),
             }
-            for score in self.scores
+            for score in self.scored(cell)
         ]
         return {
             "id": cell.id,
@@ -221,6 +235,7 @@ def draft(document: Document, registry: Registry) -> Draft:
     cells = [cell for i, _ in enumerate(sweep.cases) for cell in _case(sweep, document, i, registry)]
     _refuse_twins(cells, where)
     _refuse_idle(sweep, document, cells, registry)
+    slurm.check_options(sweep.slurm, f"{where}: slurm", registry)
     for cell in _distinct(cells):
         check_settings(cell.spec, registry, f"{where}: {cell.spec.label}")
     return Draft(document, sweep, cells)
@@ -474,9 +489,21 @@ def check_run(spec: RunSpec, registry: Registry, where: str) -> None:
         )
     prompts = load(spec.prompts, f"{where}: prompts")
     _check_prompts(spec.prompts, prompts, backend)
-    for evaluator in evaluators:
+    for evaluator, part in zip(evaluators, spec.rewards, strict=True):
         _prefixed(where, evaluator.files)
         _prefixed(where, evaluator.check, prompts)
+        if why := hinge.impossible(part["margin"], evaluator.reward_range):
+            raise UserError(f"{where}: reward.margin: {evaluator.name}: {why}")
+
+
+def warnings_of(plan: Plan, registry: Registry) -> list[str]:
+    """What will run, and yet is hardly meant; each once."""
+    found = dict[str, None]()
+    for part in (part for cell in plan.cells if cell.trains for part in cell.spec.rewards):
+        evaluator = registry.make("evaluator", part["evaluator"], "reward.evaluator")
+        if why := hinge.pointless(part["margin"], evaluator.reward_range):
+            found[f"{plan.document.path}: reward.margin: {evaluator.name}: {why}"] = None
+    return list(found)
 
 
 def check_evaluation(cell: Cell, evaluation: Evaluation, registry: Registry, where: str) -> None:
@@ -527,7 +554,9 @@ def identify(cell: Cell, prompts: Sequence[Prompt], registry: Registry) -> Cell:
     name = f"{cell.spec.method['name']}-{run_id(cell.spec, registry, training_prompts)}"
     images = image_set_id(name, cell.trains, cell.protocol, prompts)
     published = not cell.trains and bool(registry.make("method", cell.spec.method, "method").files())
-    return replace(cell, published=published, id=name, images=images)
+    spec, protocol = base_of(cell.spec, cell.protocol, registry)
+    base = image_set_id(f"{BASE}-{run_id(spec, registry, [])}", False, protocol, prompts)
+    return replace(cell, published=published, id=name, images=images, base=base)
 
 
 def _trained_on(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -557,16 +586,21 @@ def _scores(
     for i, plain in enumerate(sweep.evaluation.evaluators):
         place = f"{where}: evaluation.evaluators[{i}]"
         evaluator = registry.make("evaluator", plain, place)
+        if evaluator.paired and evaluator.base is not None:
+            raise UserError(f"{place}.base: a sweep makes the base model's pictures itself; leave it out")
         _prefixed(place, evaluator.files)
         _prefixed(place, evaluator.check, prompts)
         content = evaluator_content(evaluator, registry)
+        if not NAME.fullmatch(evaluator.version):
+            raise UserError(f"{place}: {evaluator.name}'s version {evaluator.version!r} becomes a part of file names")
         file = f"{evaluator.name}@{evaluator.version}-{content_id(content)}.parquet"
         if file in [score.file for score in scores]:
             raise UserError(f"{place}: {evaluator.name} is there already with the same settings; remove one")
         untrained = "held-out" if evaluator.files() else "check"  # without weights it is a rule, not a learnt opinion
         role = "train" if _judge(evaluator) in trained_on else untrained
         metrics = [dict(metric._asdict()) for metric in evaluator.metrics]
-        scores.append(Score(settings(evaluator), evaluator.name, evaluator.version, file, metrics, role))
+        base = "" if evaluator.paired else None
+        scores.append(Score(settings(evaluator), evaluator.name, evaluator.version, file, metrics, role, base))
     names = [metric["name"] for score in scores for metric in score.metrics]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{where}: evaluation.evaluators: two of them make a column '{twice}'; keep one")

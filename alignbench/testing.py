@@ -13,7 +13,7 @@ import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -21,6 +21,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL.Image import Image, Resampling, fromarray
+from PIL.ImageOps import mirror
 from torch import Tensor, nn
 
 from alignbench.checkpoint import load_records
@@ -32,6 +33,9 @@ from alignbench.method import AlignMethod, Loss, Pool
 from alignbench.prompts import Prompt
 from alignbench.spec import Budget, Optimizer, Training
 from alignbench.train import draw_batch, resume, train
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PROMPTS = tuple(Prompt(f"p{i}", f"prompt number {i}") for i in range(7))
 
@@ -400,11 +404,16 @@ class EvaluatorContract:
             pytest.skip("this evaluator gives no training reward, and says so")
         return self.evaluator.reward(pixels, prompts)
 
+    def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
+        """As the harness calls it: a paired evaluator compares each image with its own mirror image."""
+        base = [[mirror(image) for image in images]] if self.evaluator.paired else []
+        return self.evaluator.score(images, prompts, *base)
+
     def metrics(self) -> list[str]:
         return [metric.name for metric in self.evaluator.metrics]
 
     def scores(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> np.ndarray:
-        return self.evaluator.score(images, prompts)[self.metrics()].to_numpy(dtype=float)
+        return self.score(images, prompts)[self.metrics()].to_numpy(dtype=float)
 
     def test_its_files_are_there(self) -> None:
         """Every file that determines the score exists, and every prompt passes ``check``."""
@@ -413,18 +422,18 @@ class EvaluatorContract:
 
     def test_one_row_per_image_and_one_column_per_metric(self) -> None:
         """Finite floats, one row per image, exactly the declared columns, texts behind them; no image is no row."""
-        frame = self.evaluator.score(self.images(), self.prompts())
+        frame = self.score(self.images(), self.prompts())
         assert [name for name in frame if name not in TEXTS] == self.metrics()
         assert list(frame)[: len(self.metrics())] == self.metrics()
         assert len(frame) == len(self.images())
         assert np.isfinite(frame[self.metrics()].to_numpy(dtype=float)).all()
-        assert len(self.evaluator.score([], [])) == 0
+        assert len(self.score([], [])) == 0
 
     def test_scores_are_deterministic(self) -> None:
         """A second call gives the same bits, and no global generator is moved."""
         before = global_state()
-        frame = self.evaluator.score(self.images(), self.prompts())
-        assert frame.equals(self.evaluator.score(self.images(), self.prompts()))
+        frame = self.score(self.images(), self.prompts())
+        assert frame.equals(self.score(self.images(), self.prompts()))
         assert global_state() == before
 
     def test_an_image_is_scored_by_itself(self) -> None:
@@ -440,15 +449,15 @@ class EvaluatorContract:
         """RGBA and grey images score as their RGB conversions do, and are left as they were."""
         rgba, grey = self.images()[0].convert("RGBA"), self.images()[1].convert("L")
         prompts = self.prompts()[:2]
-        found = self.evaluator.score([rgba, grey], prompts)
-        assert found.equals(self.evaluator.score([rgba.convert("RGB"), grey.convert("RGB")], prompts))
+        found = self.score([rgba, grey], prompts)
+        assert found.equals(self.score([rgba.convert("RGB"), grey.convert("RGB")], prompts))
         assert (rgba.mode, grey.mode) == ("RGBA", "L")
 
     def test_the_reward_is_the_score(self) -> None:
         """What training maximises is what the table shows: the first metric, of every image."""
         with torch.no_grad():
             reward = self.reward(self.pixels(), self.prompts())
-        score = self.evaluator.score(self.images(), self.prompts()).iloc[:, 0].to_numpy(dtype=float)
+        score = self.score(self.images(), self.prompts()).iloc[:, 0].to_numpy(dtype=float)
         assert reward.shape == (len(score),)
         assert np.abs(reward.numpy() * self.unit - score).max() < self.parity * self.unit
 

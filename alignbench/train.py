@@ -11,6 +11,7 @@ import itertools
 import math
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from alignbench import hinge
 from alignbench.checkpoint import FINAL, check_shapes, copy_parameters, read_state, save_state, save_weights, states
 from alignbench.config import Interrupted, UserError
 from alignbench.evaluator import Reward
@@ -47,6 +49,7 @@ def train(
     checkpoints: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
     sharded: bool = False,
+    warn: Callable[[str], Any] = warnings.warn,
 ) -> Iterator[Record]:
     """Train ``flow`` in place until the budget is spent; yield one record per optimizer update, costs as totals so far.
 
@@ -59,6 +62,7 @@ def train(
     ``stop`` is asked after every batch. If it says yes on any rank, the state is saved at once, and on every rank
     Interrupted is raised after that batch's records. ``sharded``: several ranks keep a part of every weight each
     (FSDP2), which only changes rounding; ``flow`` stays in parts, and is of no use to one rank alone afterwards.
+    ``warn`` is told once of hinges that look like a margin in a wrong unit.
     """
     if not method.trains:
         return
@@ -73,6 +77,10 @@ def train(
         stopped = run.anywhere(stop) and not run.finished
         if checkpoints is not None and (run.finished or stopped or run.step % training.checkpoint_every == 0):
             run.save(checkpoints)
+        if accelerator.is_main_process and (run.step == hinge.BATCHES or (run.finished and run.step < hinge.BATCHES)):
+            margins = {term.evaluator.name: term.margin for term in reward.terms}
+            for line in hinge.complaints(run.records, margins):
+                warn(line)
         yield from records
         if stopped:
             raise Interrupted(f"training: stopped after {run.step} batches")

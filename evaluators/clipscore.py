@@ -33,6 +33,7 @@ class CLIPScore(Evaluator):
     seconds_per_image: ClassVar[float | None] = 0.02
     version: ClassVar[str] = "1-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("clipscore", "cosine"),)
+    reward_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     differentiable: ClassVar[bool] = True
 
     weights: str = "openai/clip-vit-large-patch14"

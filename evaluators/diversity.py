@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from alignbench import clip, weights
 from alignbench.clip import Clip
-from alignbench.evaluator import SCORED_AT_ONCE, Evaluator, Metric, device
+from alignbench.evaluator import Evaluator, Metric
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,15 +67,7 @@ class Diversity(Evaluator):
 
     def features(self, images: Sequence[Image]) -> Tensor:
         """(B, D) unit features, in float64."""
-        import torch
-
-        rows = [torch.zeros(0, 1, dtype=torch.float64)] if not images else []
-        with torch.no_grad():
-            size = SCORED_AT_ONCE[device().type]
-            for start in range(0, len(images), size):
-                pixels = self._clip.official(images[start : start + size]).to(device())
-                rows.append(self._clip.images(pixels).double().cpu())
-        return torch.cat(rows)
+        return self._clip.features(images)
 
     @cached_property
     def _clip(self) -> Clip:

@@ -41,6 +41,7 @@ class HPSv2(Evaluator):
     seconds_per_image: ClassVar[float | None] = 0.02
     version: ClassVar[str] = "2.1-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("hpsv2.1", "cosine"),)
+    reward_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     weights: str = "xswu/HPSv2"
     revision: str | None = None
     architecture: str = "ViT-H-14"
@@ -112,8 +113,11 @@ class HPSv2(Evaluator):
         if prompt not in self._texts:
             model = self._model
             tokens = self._tokenizer(prompt).to(model.logit_scale.device)
+            end = int(tokens.argmax()) + 1  # attention is causal: the padding behind the end token reaches nothing
             with torch.no_grad():
-                self._texts[prompt] = model.encode_text(tokens, normalize=True)[0].cpu()
+                x = model.token_embedding(tokens[:, :end]) + model.positional_embedding[:end]
+                x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:end, :end]))[0, -1]
+                self._texts[prompt] = torch.nn.functional.normalize(x @ model.text_projection, dim=-1).cpu()
         return self._texts[prompt]
 
     @cached_property

@@ -45,6 +45,10 @@ class PickScore(Evaluator):
     processor: str | None = None  # folder or hub id; None: beside the weights, or else LAION's, as in the README
     reward_unit: Literal["logit", "cosine"] = "logit"
 
+    @property
+    def reward_range(self) -> tuple[float, float]:  # type: ignore[override]  # depends on a setting here
+        return (-1.0, 1.0) if self.reward_unit == "cosine" else (-100.0, 100.0)  # CLIP caps its scale at 100
+
     @cached_property
     def folder(self) -> Path:
         """Where the CLIPModel lies. UserError if nowhere."""

@@ -16,9 +16,8 @@ LAYERS = (
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip", "small"},
-    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "ranks", "shards"},
+    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards"},
     {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
-    {"slurm"},
     {"run", "jobs", "testing", "backends.flux", "rehearsal"},
     {"launch", "job", "authoring", "estimate"},
     {"rerun", "gc", "planning"},
@@ -49,6 +48,9 @@ TORCHLESS = {
     "snapshot",
     "provenance",
     "trackers",
+    "slurm",
+    "jobs",
+    "small",
 }
 
 

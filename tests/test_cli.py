@@ -205,7 +205,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(what, folder, capsys):
         (["cases[9].label=x"], r"command line: there is no item \[9\]"),
         (["batch"], "command line: name one sweep, got tiny.yaml, batch"),
         (["--only", "method=lst"], r"--only method=lst: matches no run \(rows: Base, Last\)"),
-        (["--launcher", "slurm"], "--launcher slurm: not part of this version; there are: local, debug"),
         (["--launcher", "locl"], "there is no launcher 'locl'; did you mean 'local'"),
         (["--limit", "0"], "'0' is not a whole number of 1 or more"),
         (["-j", "two"], "'two' is not a whole number"),

@@ -474,6 +474,15 @@ def test_the_reward_refuses_other_scales(scorer):
             scorer.reward(wrong, PROMPTS[:1])
 
 
+def test_a_text_is_read_up_to_its_end_alone(hps):
+    """Attention is causal, so that leaving out the padding changes no text feature beyond rounding, nor one without."""
+    model = hps._model
+    for text in ("", "a red circle", "a red circle beside a blue square, oil on canvas", "x " * 100):
+        with torch.no_grad():
+            padded = model.encode_text(hps._tokenizer(text), normalize=True)[0]
+        torch.testing.assert_close(hps._text(text), padded, rtol=0, atol=1e-6)
+
+
 def test_the_hinge_is_closed_above_the_margin(hps):
     """relu(margin - score): slope -1 below the margin, 0 above; without a margin the loss is -score."""
     scores = torch.tensor([[0.2, 0.9]], requires_grad=True)

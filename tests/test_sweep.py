@@ -13,12 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
-from safetensors.numpy import load_file
-from world import PLUGIN, alignbench, debug_sweep, sweep_file, tables
-
-MEASURED = ["seconds", "peak_memory_bytes"]  # what two equal runs may differ in
+from world import PLUGIN, alignbench, debug_sweep, same, sweep_file, tables
 
 
 def todo(folder: Path, capsys, *words: str) -> str:
@@ -26,20 +22,6 @@ def todo(folder: Path, capsys, *words: str) -> str:
     capsys.readouterr()
     assert alignbench("plan", sweep_file(folder), *words, store=folder / "store") == 0
     return capsys.readouterr().out.splitlines()[-1]
-
-
-def same(left: Path, right: Path) -> None:
-    """Two stores hold the same weights, records, images and scores, bit by bit."""
-    for path in sorted(left.glob("runs/*/weights.safetensors")):
-        a, b = load_file(path), load_file(right / path.relative_to(left))
-        assert a.keys() == b.keys()
-        assert all((a[name] == b[name]).all() for name in a)
-    for path in sorted(left.glob("runs/*/train.parquet")):
-        frames = [pd.read_parquet(p).drop(columns=MEASURED) for p in (path, right / path.relative_to(left))]
-        pd.testing.assert_frame_equal(*frames, check_exact=True)
-    for pattern in ("images/*/manifest.parquet", "scores/*/*.parquet"):
-        for path in sorted(left.glob(pattern)):
-            pd.testing.assert_frame_equal(pd.read_parquet(path), pd.read_parquet(right / path.relative_to(left)))
 
 
 def test_a_sweep_makes_everything_that_its_manifest_promises(swept):

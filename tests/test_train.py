@@ -59,7 +59,7 @@ def settings(batches=6, **changes):
     return Training(optimizer=optimizer, **given)
 
 
-def run(method, training=None, folder=None, flow=None, reward=None):
+def run(method, training=None, folder=None, flow=None, reward=None, **more):
     """(flow, records) of one run."""
     flow = flow or AffineFlow(STEPS)
     stream = loop.train(
@@ -70,6 +70,7 @@ def run(method, training=None, folder=None, flow=None, reward=None):
         training or settings(),
         accelerator=Accelerator(cpu=True),
         checkpoints=folder,
+        **more,
     )
     return flow, list(stream)
 

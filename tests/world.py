@@ -12,6 +12,7 @@ import yaml
 from alignbench.config import merge
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model is slower with more, above all on a busy machine
+MEASURED = ["seconds", "peak_memory_bytes"]  # what two equal runs may differ in
 PLUGIN = str(Path(__file__).with_name("bright.py"))
 SWEEP: dict[str, Any] = {
     "schema": 1,
@@ -64,3 +65,20 @@ def tables(store: Path, name: str = "tiny") -> Sequence[Any]:
     assert manifest is not None
     results = Results(store, manifest)
     return results.scores, results.costs
+
+
+def same(left: Path, right: Path) -> None:
+    """Two stores hold the same weights, records, images and scores, bit by bit."""
+    import pandas as pd
+    from safetensors.numpy import load_file
+
+    for path in sorted(left.glob("runs/*/weights.safetensors")):
+        a, b = load_file(path), load_file(right / path.relative_to(left))
+        assert a.keys() == b.keys()
+        assert all((a[name] == b[name]).all() for name in a)
+    for path in sorted(left.glob("runs/*/train.parquet")):
+        frames = [pd.read_parquet(p).drop(columns=MEASURED) for p in (path, right / path.relative_to(left))]
+        pd.testing.assert_frame_equal(*frames, check_exact=True)
+    for pattern in ("images/*/manifest.parquet", "scores/*/*.parquet"):
+        for path in sorted(left.glob(pattern)):
+            pd.testing.assert_frame_equal(pd.read_parquet(path), pd.read_parquet(right / path.relative_to(left)))

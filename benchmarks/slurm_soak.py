@@ -1,0 +1,122 @@
+"""What alignbench and submitit add to SLURM: 500 runs that do nothing, as one array, beside 500 times ``true``.
+
+    python benchmarks/slurm_soak.py [--runs 500]
+
+On a SLURM that it starts itself (root on Debian, see tests/slurm/cluster.py). A run's job is the real one, ``srun
+python -m alignbench.job`` on a copy of the code, with a task that has no stages: it reads its task and ends, without
+importing torch. Every job must have ended well, once. Figures go to benchmarks/results/slurm-soak.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tests" / "slurm"))
+
+from cluster import CPUS, NODES, Cluster, running  # noqa: E402  # beside the tests, not in the package
+
+from alignbench import slurm  # noqa: E402
+from alignbench.snapshot import take  # noqa: E402
+from alignbench.store import write_json  # noqa: E402
+
+
+def ours(folder: Path, runs: int) -> str:
+    """Submit them as the launcher does; the array's id."""
+    array = slurm.Array("run", [None] * runs, slurm.Resources())  # type: ignore[list-item]  # no cell is looked at
+    code = take(folder)
+    jobs = folder / "jobs" / "soak"
+    write_json(jobs / "0.json", {"tasks": [{"stages": []}] * runs})
+    slurm.submit(array, jobs, "soak", code.environment())
+    return array.job
+
+
+def plain(cluster: Cluster, runs: int) -> str:
+    """The same number of jobs that are one ``srun true`` each; the array's id."""
+    return cluster.sbatch(f"--array=0-{runs - 1}", "--output=/dev/null", script="srun true")
+
+
+def measure(cluster: Cluster, name: str, job: str, runs: int, submitted: float) -> dict[str, Any]:
+    """Wait for an array: seconds by the clock until the last job has ended, and per job, as SLURM accounts for it."""
+    handed = time.monotonic()
+    waiting = ["squeue", "--noheader", "--array", "--jobs", f"{job},{job}"]
+    while subprocess.run(waiting, capture_output=True, text=True, check=True).stdout.strip():
+        time.sleep(1.0)
+    ended = time.monotonic()
+    words = ["sacct", "-X", "-P", "-n", "-D", "-j", job, "-o", "JobID,State,ElapsedRaw"]
+
+    def accounted() -> list[list[str]] | None:
+        rows = [line.split("|") for line in subprocess.check_output(words, text=True).splitlines()]
+        return rows if len(rows) >= runs and all(row[1] != "RUNNING" for row in rows) else None
+
+    rows = cluster.wait(accounted)
+    states = sorted({state for _, state, _ in rows})
+    if len(rows) != runs or states != ["COMPLETED"]:
+        raise SystemExit(f"{name}: {len(rows)} jobs, {', '.join(states)}; {runs} COMPLETED were expected")
+    return {
+        "jobs": name,
+        "runs": runs,
+        "submit_seconds": handed - submitted,
+        "seconds": ended - submitted,
+        "seconds_per_run": (ended - submitted) / runs,
+        "job_seconds": sum(int(elapsed) for *_, elapsed in rows) / runs,
+    }
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line for line in lines if line.startswith("model name")), ":").partition(":")[2]
+    return {
+        "date": date.today().isoformat(),
+        "cpu": model.strip() or platform.processor(),
+        "cores": os.cpu_count(),
+        "load before": f"{os.getloadavg()[0]:.1f}",
+        "python": platform.python_version(),
+        "slurm": subprocess.check_output(["sbatch", "--version"], text=True).split()[-1],
+        "at a time": f"{len(NODES) * CPUS} jobs",
+    }
+
+
+def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    lines = [f"# {rows[0]['runs']} runs that do nothing, on SLURM", ""]
+    lines += [*(f"- {key}: {value}" for key, value in about.items()), ""]
+    lines += ["| jobs | to submit | until all have ended | per run | of a job |", "|---|---:|---:|---:|---:|"]
+    for row in rows:
+        figures = (row[key] for key in ("submit_seconds", "seconds", "seconds_per_run", "job_seconds"))
+        lines.append(f"| {row['jobs']} | " + " | ".join(f"{figure:.2f} s" for figure in figures) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=500)
+    runs = parser.parse_args().runs
+    with running() as cluster, tempfile.TemporaryDirectory() as folder:
+        about, rows = machine(), []
+        for name in ("srun true", "alignbench"):
+            start = time.monotonic()
+            job = plain(cluster, runs) if name == "srun true" else ours(Path(folder), runs)
+            rows.append(measure(cluster, name, job, runs, start))
+            print(json.dumps(rows[-1]), flush=True)
+        pickles = list(Path(folder).rglob("*.pkl"))
+    if pickles:
+        raise SystemExit(f"pickles in the store: {pickles}")
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    (results / "slurm-soak.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    (results / "slurm-soak.md").write_text(table(about, rows))
+    print(table(about, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Sweeps on a real SLURM, disturbed in every way it knows: nothing is lost, nothing made twice, the tables are equal.
+
+Equal to those of the same sweep in one process, undisturbed: weights, records, images and scores, bit by bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster
+from world import PLUGIN, same, sweep_file
+
+from alignbench.cli import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
+HELD = str(Path(__file__).with_name("held.py"))
+PLUGINS = ["--plugin", PLUGIN, "--plugin", HELD]
+PATIENCE = 900  # seconds, for a machine that is busy with something else
+TAGS = ("requeued", "cancelled", "killed", "drained", *(f"calm{i}" for i in range(5)))
+LIMITED = ("yields", "late")
+BATCHES = [0, 1, 2, 3]
+IMAGES = 2
+
+
+def case(tag: str) -> dict[str, Any]:
+    """A run; of those that train, ``limited`` ones have resources of their own."""
+    if tag == "base":
+        return {"label": "base", "method": {"name": "base"}}
+    return {"label": tag, "method": {"name": "limited" if tag in LIMITED else "held", "tag": tag}}
+
+
+def document(folder: Path, *tags: str, **changes: Any) -> str:
+    """The file of a sweep of these runs."""
+    evaluators = {"evaluators": changes.pop("evaluators", [{"name": "counted"}])}
+    wanted = {
+        "base": {"training": {"budget": {"images": len(BATCHES)}, "batch": 1}},
+        "cases": [case(tag) for tag in tags],
+        "grid": {"training.seed": [0]},
+        "evaluation": evaluators | {"limit": IMAGES},
+    }
+    return sweep_file(folder, wanted | changes)
+
+
+@dataclass
+class Sweep:
+    """A sweep file, its store, and the folder in which the test plug-in says and is told what happens."""
+
+    cluster: Cluster
+    file: str
+    store: Path
+    hold: Path
+
+    def say(self, verb: str, *words: str) -> tuple[int, str]:
+        """A verb of the command line: its exit code, and all that it said."""
+        plugins = [] if verb == "status" else PLUGINS
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = main([verb, self.file, "--store", str(self.store), *plugins, *words])
+        return code, said.getvalue()
+
+    def submit(self) -> None:
+        assert self.say("sweep", "--launcher", "slurm")[0] == 3
+
+    def states(self) -> dict[str, str]:
+        """Of every run: the rest of its row, from its state on."""
+        rows = [line.split(maxsplit=1) for line in self.say("status")[1].splitlines()[1:-1]]
+        return {title.rstrip(","): rest for title, rest in rows}
+
+    def end(self) -> int:
+        """Wait until none of its jobs is left, requeued ones started soon; what `status` exits with."""
+
+        def over() -> int | None:
+            for row in self.cluster.squeue():
+                if row.reason == "BeginTime":
+                    self.cluster.hurry(row.id)
+            code, _ = self.say("status")
+            return None if code == 3 or self.alive() else code + 1
+
+        return self.cluster.wait(over, PATIENCE, every=1.0) - 1
+
+    def alive(self) -> bool:
+        return any(row.state in ("PENDING", "RUNNING", "COMPLETING") for row in self.cluster.squeue())
+
+    def job(self, tag: str) -> str:
+        """The id of the job that trains a run."""
+        manifest = json.loads(next((self.store / "sweeps").glob("*.json")).read_text())
+        run = next(run["id"] for run in manifest["runs"] if run["label"] == tag)
+        tickets = json.loads(next((self.store / "jobs").glob("*/jobs.json")).read_text())["tickets"]
+        return next(ticket["job"] for ticket in tickets if (ticket["run"], ticket["stage"]) == (run, "train"))
+
+    def row(self, tag: str) -> Any:
+        (row,) = self.cluster.squeue(self.job(tag))
+        return row
+
+    def stop_at(self, tag: str, batch: int) -> Path:
+        """Let a training wait in a batch for as long as there is this file."""
+        path = self.hold / f"{tag}.hold-{batch}"
+        path.touch()
+        return path
+
+    def batches(self, tag: str) -> list[int]:
+        """All that were begun, in order, by whatever process."""
+        log = self.hold / f"{tag}.log"
+        return [int(line) for line in log.read_text().split()] if log.exists() else []
+
+    def reached(self, tag: str, batch: int) -> None:
+        self.cluster.wait(lambda: batch in self.batches(tag), PATIENCE)
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory, cluster) -> Path:
+    """The store of all runs, made in this process, undisturbed."""
+    folder = tmp_path_factory.mktemp("calm")
+    file = document(folder, "base", *LIMITED, *TAGS)
+    assert main(["sweep", file, "--store", str(folder / "store"), *PLUGINS, "--launcher", "debug"]) == 0
+    return folder / "store"
+
+
+@pytest.fixture
+def prepare(cluster, tmp_path, monkeypatch) -> Iterator[Callable[..., Sweep]]:
+    """Makes sweeps; what a failed test left in the queue is cancelled."""
+
+    def make(*tags: str, folder: Path = tmp_path, store: Path | None = None, **changes: Any) -> Sweep:
+        hold = folder / "hold"
+        hold.mkdir()
+        monkeypatch.setenv("ALIGNBENCH_TEST_HOLD", str(hold))
+        return Sweep(cluster, document(folder, *tags, **changes), store or folder / "store", hold)
+
+    yield make
+    cluster.cancel("--user=root")
+
+
+def test_a_sweep_survives_all_that_slurm_does_to_its_jobs(prepare, cluster, calm):
+    """Twelve runs: one requeued, one signalled before its limit, one past it, one cancelled, one killed; a node drained
+    and slurmctld restarted under the others. Those three are named with what ended them, `retry` makes them and no
+    other, nothing but a batch that was cut short is begun twice, and the store is the undisturbed one.
+    """
+    slow = {"time": 2, "signal": 80}
+    sweep = prepare(*LIMITED, *TAGS, "base", slurm={"methods": {"limited": slow}})  # the slowest first
+    held = {tag: sweep.stop_at(tag, 2) for tag in ("requeued", "cancelled", "killed", "drained", "late")}
+    (sweep.hold / "yields.slow").touch()
+    sweep.submit()
+    for tag in held:
+        sweep.reached(tag, 2)
+    cluster._run("scontrol", "update", f"jobid={sweep.job('late')}", "TimeLimit=1")
+
+    node = sweep.row("drained").node
+    cluster.drain(node)
+    cluster.restart_controller()
+    assert sweep.row("drained").state == "RUNNING"
+    held["drained"].unlink()
+    cluster.wait(lambda: sweep.row("drained").state == "COMPLETED")
+    cluster.resume(node)
+
+    cluster.kill_job_process(sweep.job("killed"))
+    cluster.cancel(sweep.job("cancelled"))
+    cluster.requeue(sweep.job("requeued"))
+    cluster.wait(lambda: sweep.row("yields").restarts > 0, PATIENCE)
+    (sweep.hold / "yields.slow").unlink()
+    cluster.wait(lambda: sweep.row("late").state == "TIMEOUT", PATIENCE)
+    for path in held.values():
+        path.unlink(missing_ok=True)
+
+    assert sweep.end() == 2
+    states = sweep.states()
+    lost = {"cancelled": "CANCELLED", "killed": "FAILED", "late": "TIMEOUT"}
+    assert {tag for tag, row in states.items() if " done" not in f" {row}"} == set(lost)
+    for tag, how in lost.items():
+        assert f"({how})" in states[tag]
+    before = {path: path.stat().st_mtime_ns for path in sweep.store.glob("[irs][mu]*/*/*.p*")}
+    assert sweep.say("retry")[0] == 3
+    assert sweep.end() == 0
+
+    same(calm, sweep.store)
+    same(sweep.store, calm)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    for tag in ("drained", "yields", *TAGS[4:]):
+        assert sweep.batches(tag) == BATCHES
+    for tag in ("requeued", "cancelled", "killed", "late"):
+        assert sweep.batches(tag) in (BATCHES, [0, 1, 2, 2, 3])
+    assert sweep.batches("killed") == [0, 1, 2, 2, 3]
+    assert (sweep.hold / "scored.log").read_text().split() == [str(IMAGES)] * 12
+    assert list((sweep.store / "locks").iterdir()) == []
+
+
+def test_a_plug_in_that_fails_holds_back_its_own_scores_alone(prepare, calm):
+    """The others' are made, its reason is in the status; once it is mended, `retry` makes its scores and no others."""
+    sweep = prepare("base", evaluators=[{"name": "counted"}, {"name": "bright"}])
+    shutil.copytree(calm, sweep.store, ignore=shutil.ignore_patterns("sweeps", "scores", "jobs"))
+    (sweep.hold / "broken").touch()
+    sweep.submit()
+    assert sweep.end() == 2
+    assert "the judge is ill" in sweep.states()["base"]
+    (made,) = sweep.store.glob("scores/*/*.parquet")
+    assert made.name.startswith("bright@")
+    (sweep.hold / "broken").unlink()
+    before = made.stat().st_mtime_ns
+    assert sweep.say("retry")[0] == 3
+    assert sweep.end() == 0
+    assert made.stat().st_mtime_ns == before
+    (mended,) = sweep.store.glob("scores/*/counted@*.parquet")
+    assert mended.read_bytes() == (calm / mended.relative_to(sweep.store)).read_bytes()
+
+
+def test_a_disk_that_fills_up_costs_nothing_that_was_made(prepare, cluster, calm, tmp_path):
+    """In the middle of a training no byte is left: the run is named; with room again `retry` goes on where it was."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(disk)], check=True)
+    try:
+        sweep = prepare("calm0", store=disk / "store")
+        go_on = sweep.stop_at("calm0", 2)
+        sweep.submit()
+        sweep.reached("calm0", 2)
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(2**16)):
+                pass
+        go_on.unlink()
+        assert sweep.end() == 2
+        assert "done" not in sweep.states()["calm0"]
+        (disk / "filler").unlink()
+        assert sweep.say("retry")[0] == 3
+        assert sweep.end() == 0
+        assert sweep.batches("calm0") == [0, 1, 2, 2, 3]
+        same(sweep.store, calm)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# -- two users on one store -------------------------------------------------------------------------------------------
+
+
+def submitters() -> list[list[str]]:
+    """How to become the one and the other user. Where others cannot read this checkout or its Python, both are root."""
+    become = [["setpriv", f"--reuid={user}", "--regid=users", "--clear-groups"] for user in ("games", "news")]
+    can = subprocess.run([*become[0], sys.executable, "-c", "import alignbench.cli, bright"], cwd=Path(PLUGIN).parent)
+    return become if can.returncode == 0 else [[], []]
+
+
+def test_two_users_sweeps_at_once_share_the_work(prepare, cluster, calm):
+    """Two Unix users, a store that their group can write, runs that both sweeps have: each is made once, both end."""
+    shared = cluster.folder / "shared"  # pytest's own folders are root's alone
+    sweeps = []
+    for words, tags in zip(submitters(), (("base", "calm1"), ("calm1", "calm2"))):
+        folder = shared / "-".join(tags)
+        folder.mkdir(parents=True)
+        sweeps.append((words, prepare(*tags, folder=folder, store=shared / "store")))
+    hold = sweeps[0][1].hold
+    for path in (hold, shared):
+        path.mkdir(exist_ok=True)
+        shutil.chown(path, group="users")
+        path.chmod(0o2775)
+    for user in ("games", "news"):
+        cluster.admit(user)
+    environment = os.environ | {"ALIGNBENCH_TEST_HOLD": str(hold), "HOME": str(shared)}
+    command = [sys.executable, "-m", "alignbench.cli", "sweep"]
+    options = ["--store", str(shared / "store"), *PLUGINS, "--launcher", "slurm"]
+    both = [
+        subprocess.Popen([*words, *command, sweep.file, *options], env=environment, umask=0o002)
+        for words, sweep in sweeps
+    ]
+    assert [process.wait(PATIENCE) for process in both] == [3, 3]
+    assert [sweep.end() for _, sweep in sweeps] == [0, 0]
+    same(shared / "store", calm)
+    logs = {path.stem: path.read_text().split() for path in hold.glob("calm*.log")}
+    assert logs == {tag: [str(batch) for batch in BATCHES] for tag in ("calm1", "calm2")}
+    assert (hold / "scored.log").read_text().split() == [str(IMAGES)] * 3
+    if sweeps[0][0]:
+        owners = {path.owner() for path in (shared / "store" / "runs").iterdir()}
+        assert owners <= {"games", "news"}
