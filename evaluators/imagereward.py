@@ -130,7 +130,7 @@ class ImageReward(Evaluator):
 
         model = self._model.to(pixels.device)
         seen = model["visual_encoder"](pixels).last_hidden_state
-        settings = {"padding": True, "truncation": True, "max_length": LIMIT, "return_tensors": "pt"}
+        settings = {"padding": "max_length", "truncation": True, "max_length": LIMIT, "return_tensors": "pt"}
         text = self._tokenizer([prompt.text for prompt in prompts], **settings).to(pixels.device)
         read = model["text_encoder"](
             text.input_ids,
