@@ -166,9 +166,7 @@ def test_missing_weights_are_named_with_what_fetches_them(capsys, tmp_path, monk
     assert code == 0
     assert rows["clipscore: weights"][0] == "-"
     assert "hf download openai/clip-vit-large-patch14" in rows["clipscore: weights"][1]
-    assert (
-        "gated: accept its licence on https://huggingface.co/black-forest-labs/FLUX.1-dev" in rows["flux: weights"][1]
-    )
+    assert "gated: accept the FLUX.1 [dev] non-commercial licence" in rows["flux: weights"][1]
     assert "hf download black-forest-labs/FLUX.1-dev" in rows["flux: weights"][1]
     assert rows["clipscore: golden scores"][0] == "ok"
     assert rows["torch"] == ("ok", f"{torch.__version__.partition('+')[0]} (>=2.11)") or "(>=2.11)" in rows["torch"][1]
