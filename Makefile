@@ -16,9 +16,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/pytest -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/pytest -m "slow and not gpu"
+	$(BIN)/pytest -m "slow and not gpu and not slurm"
 
-# on a SLURM of its own (see tests/slurm/cluster.py): needs root on Debian, installs what is missing; part of test-slow
+# on a SLURM of its own (see tests/slurm/cluster.py): needs root on Debian, installs what is missing
 test-slurm: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slurm -rs tests/slurm
 

@@ -54,8 +54,7 @@ def _join_ranks() -> int:
     """This process's rank. Of several, each is told what accelerate wants to know, in the environment."""
     ranks, rank = int(os.environ.get("SLURM_NTASKS", 1)), int(os.environ.get("SLURM_PROCID", 0))
     if ranks > 1:
-        hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-        first = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]
+        first = os.environ["SLURM_LAUNCH_NODE_IPADDR"]  # of the job's first node; its name may be SLURM's alone
         port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000  # of no two jobs that share a node
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=os.environ["SLURM_LOCALID"],

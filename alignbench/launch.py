@@ -135,11 +135,10 @@ def submit(
     UserError if SLURM refuses one: those submitted before it by this call are cancelled.
     """
     coming = records.under_way(records.records(store))
-    works = [
-        slurm.Work(cell, [part for part in todo if part.id not in coming])
-        for cell, todo in unfinished(plan, cells, store)
-    ]
-    arrays = slurm.arrays(options, [work for work in works if work.todo], plan.scored)
+    # a row of which one part is under way and another is not is handed out whole: then each part waits for what it
+    # needs, and whoever comes second to a part finds it made, or its lock held
+    works = [work for work in unfinished(plan, cells, store) if any(part.id not in coming for part in work.todo)]
+    arrays = slurm.arrays(options, works, plan.scored)
     for array in arrays:
         if array.stage == "run":
             for cell in array.cells:

@@ -41,9 +41,11 @@ class Ranks:
 
     @cached_property
     def accelerator(self) -> Accelerator:
+        import torch
         from accelerate import Accelerator, InitProcessGroupKwargs
 
-        return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+        alone = self.size == 1 or torch.cuda.is_available()  # else accelerate waits to be told that CPUs are meant
+        return Accelerator(cpu=not alone, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
 
     @cached_property
     def _store(self) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import re
 import shlex
@@ -42,7 +43,7 @@ class Resources(Config):
     gpus_per_node: Annotated[int, Meta(ge=0)] = 0
     tasks_per_node: Count | None = None  # ranks on a node; None: one per GPU, or one
     cpus_per_task: Count | None = None
-    time: Time | None = None  # minutes, or [days-]hours:minutes[:seconds]
+    time: Time | None = None  # minutes, minutes:seconds, hours:minutes:seconds or days-hours:minutes[:seconds]
     mem: str | None = None  # of a node, as in 64G
     constraint: str | None = None
     qos: str | None = None
@@ -60,6 +61,17 @@ class Resources(Config):
     @property
     def ranks_per_node(self) -> int:
         return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def seconds(self) -> float:
+        """Of ``time``; infinite if it is not set."""
+        if not isinstance(self.time, str):
+            return math.inf if self.time is None else 60 * self.time
+        days, _, clock = self.time.rpartition("-")
+        hours, minutes, *seconds = map(int, clock.split(":"))
+        if not days and not seconds:  # minutes:seconds
+            return 60 * hours + minutes
+        return 86_400 * int(days or 0) + 3600 * hours + 60 * minutes + sum(seconds)
 
     def options(self) -> dict[str, Any]:
         """submitit's names for them."""
@@ -121,7 +133,11 @@ def resources(slurm: dict[str, Any], stage: str, cell: Cell, evaluator: str = ""
         wishes.append(("evaluators", evaluator))
     for section, name in wishes:
         own = merge(own, slurm.get(section, {}).get(name) or {})
-    return decode(Resources, own, "slurm")
+    found = decode(Resources, own, "slurm")
+    if found.seconds <= found.signal:
+        what = f"{STAGES[stage]}: {found.time} is no longer than the {found.signal} s before its end in which it saves"
+        raise UserError(f"slurm.time: {what}; raise time, or lower signal")
+    return found
 
 
 # -- arrays -----------------------------------------------------------------------------------------------------------

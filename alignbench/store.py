@@ -271,7 +271,7 @@ class Lock:
             beat = self.path.stat().st_mtime
         except OSError:
             return False
-        found = read_json(self.path)
+        found = _read_lock(self.path)
         if found is None or _gone(found):
             return True
         if beat != self._seen[0]:
@@ -299,7 +299,7 @@ def _create(path: Path, text: str) -> None:
 
 def _holder(lock: Path) -> str | None:
     """ "host, process 12" of the live process that holds ``lock``; None if there is none."""
-    found = read_json(lock)
+    found = _read_lock(lock)
     try:
         age = time.time() - lock.stat().st_mtime
     except OSError:
@@ -307,6 +307,12 @@ def _holder(lock: Path) -> str | None:
     if found is None or age > STALE or _gone(found):
         return None
     return f"{found['host']}, process {found['pid']}"
+
+
+def _read_lock(path: Path) -> dict[str, Any] | None:
+    """None for what is no lock of ours."""
+    found = read_json(path)
+    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) and "host" in found else None
 
 
 def _gone(holder: dict[str, Any]) -> bool:
@@ -322,14 +328,8 @@ def _job_ended(job: Any) -> bool:
     """Does SLURM say that a holder's job, which may be on another machine, is over?"""
     if not job or shutil.which("squeue") is None:
         return False
-    words = [
-        "squeue",
-        "--noheader",
-        "--jobs",
-        f"{job[0]},{job[0]}",
-        "--format",
-        "%T",
-    ]  # twice: unknown is no error then
+    twice = f"{job[0]},{job[0]}"  # an unknown job is no error then
+    words = ["squeue", "--noheader", "--jobs", twice, "--format", "%T"]
     asked = subprocess.run(words, capture_output=True, text=True, check=False)
     return asked.returncode == 0 and not asked.stdout.strip()
 

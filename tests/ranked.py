@@ -24,7 +24,7 @@ def together(what: str, folder: Path, *words: str, ranks: int = 2, expect: int =
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
-    shared |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    shared |= {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, what, str(folder), *words]
     processes = []
     for rank in range(ranks):

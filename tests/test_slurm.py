@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from world import PLUGIN, alignbench, sweep_file
 
-from alignbench import jobs, slurm
+from alignbench import jobs, launch, slurm
 from alignbench.config import UserError
 from alignbench.launch import unfinished
 from alignbench.plugins import Registry
@@ -81,6 +81,21 @@ def test_resources_are_laid_over_one_another(tmp_path):
     assert found["score bright"] == Resources(partition="cpu", time="00:10:00")
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"), [(90, 5400), ("10:30", 630), ("01:00:01", 3601), ("1-02:30", 95_400), ("1-00:00:05", 86_405)]
+)
+def test_a_time_is_read_as_slurm_reads_it(time, seconds):
+    """sbatch's forms of --time."""
+    assert Resources(time=time).seconds == seconds
+
+
+def test_a_job_that_would_be_told_to_save_at_its_start_is_refused(tmp_path):
+    """It would be queued again after every batch."""
+    with pytest.raises(UserError, match=r"slurm.time: generate: 1 is no longer than the 90 s .* lower signal"):
+        ask(tmp_path, {"time": 1})
+    assert ask(tmp_path, {"time": 1, "signal": 20})
+
+
 def test_methods_with_other_resources_are_arrays_of_their_own(tmp_path):
     """A run's images still wait for that run."""
     cases = [{"label": name, "method": {"name": name}} for name in ("last", "stopped")]
@@ -128,6 +143,28 @@ def test_resources_are_part_of_no_id(tmp_path):
     one, other = planned(tmp_path), planned(tmp_path, slurm={"mem": "1G"})
     assert one.document.manifest == other.document.manifest
     assert [cell.id for cell in one.cells] == [cell.id for cell in other.cells]
+
+
+def test_what_is_under_way_is_not_handed_out_again_unless_more_is_wanted(tmp_path, monkeypatch):
+    """All of a row queued: nothing. A part of it, as when another sweep shares its run: the row, in its order."""
+    plan, store, asked = planned(tmp_path), Store(tmp_path / "store"), []
+
+    def submit(array, *words) -> None:
+        array.job = str(10 + len(asked))
+        asked.append(array.title)
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    monkeypatch.setattr(slurm, "cancel", lambda jobs: None)
+    monkeypatch.setattr(slurm, "live", lambda names: live)
+    live: dict[str, slurm.Live] = {}
+    assert launch.submit(plan, plan.cells, store, {}, [PLUGIN]) == 2 + 3 * 3
+    tickets = jobs.records(store)[0].tickets
+    live = {ticket.job: slurm.Live("PENDING", "Priority", 0, "") for ticket in tickets}
+    assert launch.submit(plan, plan.cells, store, {}, [PLUGIN]) == 0
+    asked.clear()
+    live = {ticket.job: job for ticket in tickets if ticket.stage == "train" for job in [live[ticket.job]]}
+    assert launch.submit(plan, plan.cells[1:], store, {}, [PLUGIN]) == 2 * 4
+    assert asked == ["train", "generate", "score bright", "score geneval"]
 
 
 def test_a_batch_that_does_not_divide_among_ranks_is_refused_before_submission(tmp_path, monkeypatch, capsys):

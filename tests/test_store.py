@@ -254,6 +254,14 @@ def test_a_job_that_was_queued_again_takes_over_from_itself(store, monkeypatch):
     assert Lock(path).try_acquire()
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": "x", "host": 1}', "no json"])
+def test_what_is_no_lock_locks_nobody_out(store, text):
+    """A file that somebody else put there, or a disk left half-written."""
+    path = store.run("refl-0", trains=True).lock
+    write(path, text)
+    assert Lock(path).try_acquire()
+
+
 def test_many_that_notice_a_stale_lock_get_one_new_one(store, monkeypatch):
     """Taking over a dead holder's lock is a race that exactly one wins."""
     monkeypatch.setattr(stores, "WATCHED", 0.0)

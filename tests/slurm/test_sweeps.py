@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
+from safetensors.numpy import load_file
 from world import PLUGIN, same, sweep_file
 
 from alignbench.cli import main
@@ -31,6 +32,7 @@ PATIENCE = 900  # seconds, for a machine that is busy with something else
 TAGS = ("requeued", "cancelled", "killed", "drained", *(f"calm{i}" for i in range(5)))
 LIMITED = ("yields", "late")
 BATCHES = [0, 1, 2, 3]
+FINAL = "weights.safetensors"
 IMAGES = 2
 
 
@@ -239,6 +241,26 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_made(prepare, cluster, calm
         same(sweep.store, calm)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_tasks_of_one_job_are_one_run(prepare, tmp_path):
+    """Two ranks on a node train, and draw images, together: the weights are those of one process, to rounding."""
+    training = {"training": {"budget": {"images": 8}, "batch": 2}}
+    both = {"stages": {"train": {"tasks_per_node": 2}, "generate": {"tasks_per_node": 2}}}
+    sweep = prepare("calm1", base=training, slurm=both)
+    sweep.submit()
+    assert sweep.end() == 0, sweep.say("status")[1]
+    (run,) = sweep.store.glob("runs/held-*")
+    assert json.loads((run / "provenance.json").read_text())["processes"] == 2
+    assert len(list(sweep.store.glob("images/*/*.png"))) == IMAGES
+
+    (tmp_path / "alone").mkdir()
+    alone = document(tmp_path / "alone", "calm1", base=training)
+    assert main(["sweep", alone, "--store", str(tmp_path / "alone"), *PLUGINS, "--launcher", "debug"]) == 0
+    ours, theirs = (load_file(store / "runs" / run.name / FINAL) for store in (sweep.store, tmp_path / "alone"))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert abs(ours[name] - value).max() < 1e-4, name
 
 
 # -- two users on one store -------------------------------------------------------------------------------------------
