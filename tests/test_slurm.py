@@ -247,6 +247,7 @@ def test_exit_codes():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_pickle_lies_in_a_store(tmp_path):
     """A local sweep hands work over through a folder of its user's own."""
     assert alignbench("sweep", sweep_file(tmp_path), "--only", "method=base", store=tmp_path / "store") == 0
