@@ -44,6 +44,7 @@ def main(file: str) -> int:
     from alignbench.run import execute
 
     result = execute(task, signals)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # all is saved; one that comes while Python ends would look a failure
     print(f"{result['state']}{': ' + result['reason'] if result['reason'] else ''}", flush=True)
     if result["state"] == "interrupted":
         return ENDED if signals.seen == signal.SIGTERM else _again(rank)

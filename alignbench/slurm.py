@@ -268,7 +268,9 @@ def submit(array: Array, folder: Path, name: str, environment: dict[str, str]) -
         **array.resources.options(),
     )
     executor.parameters["map_count"] = len(array.cells)
-    words = [sys.executable, "-P", "-u", "-m", "alignbench.job", str(folder / f"{array.number}.json")]
+    # until Python listens to it, the signal of the time limit would end the task
+    words = ["bash", "-c", 'trap "" USR2; exec "$@"', "job"]
+    words += [sys.executable, "-P", "-u", "-m", "alignbench.job", str(folder / f"{array.number}.json")]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, and raises it
             array.job = executor._submit_command(shlex.join(words)).job_id
