@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -158,12 +159,30 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def to_tensor(image: Image) -> Tensor:
+def each(work: Callable[[Image], Image], images: Sequence[Image]) -> list[Image]:
+    """``work`` of Pillow's on every image, in as many threads as torch may use: Pillow works outside Python's lock."""
+    import torch
+
+    apart = list({id(image): image for image in images}.values())  # reading one image in two threads would spoil it
+    threads = min(torch.get_num_threads(), len(apart))
+    if threads <= 1:
+        return [work(image) for image in images]
+    with ThreadPoolExecutor(threads) as pool:
+        done = dict(zip(map(id, apart), pool.map(work, apart)))
+    return [done[id(image)] for image in images]
+
+
+def as_rgb(image: Image) -> Image:
+    return image.convert("RGB")
+
+
+def to_tensor(image: Image, device: torch.device | str = "cpu") -> Tensor:
     """Any PIL image -> (3, H, W) in [0, 1], as torchvision's ToTensor after ``convert("RGB")``."""
     import numpy as np
     import torch
 
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    levels = torch.from_numpy(np.array(image.convert("RGB"))).to(device)  # a quarter of what floats would be
+    return levels.permute(2, 0, 1).float() / 255
 
 
 def check_range(pixels: Tensor) -> Tensor:

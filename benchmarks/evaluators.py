@@ -4,11 +4,13 @@
 
 Each package runs in its own environment (installed if missing), and is timed inside its process, in the two ways that
 people call it: once per image, and once per prompt with the list of its images. Loading is stated both ways. For
-``hpsv2`` it belongs to every call, as the package reads the checkpoint anew each time; elsewhere it happens once.
-"as it is" compares that with ours when loaded: what remains in a long scoring run. ImageReward's one call for several
-prompts, ``inference_rank``, reads every prompt with every image; "diagonal" is what of it scores the pairs.
-Opening the PNG files counts on both sides, importing packages on neither. Figures go to
-benchmarks/results/evaluators-<size>.json and .md.
+``hpsv2`` it belongs to every call, as the package reads the checkpoint anew each time (timed on a few calls: they are
+all alike); elsewhere it happens once. "as it is" compares that with ours when loaded: what remains in a long scoring
+run. ImageReward's one call for several prompts, ``inference_rank``, reads every prompt with every image; "diagonal" is
+what of it scores the pairs. Opening the PNG files counts on both sides, importing packages on neither.
+
+With a GPU both sides run there, each in its own precision: ``hpsv2`` in fp16 autocast, everything else in fp32. Figures
+go to benchmarks/results/evaluators-<size>.json and .md, of a GPU to evaluators-<size>-gpu.json and .md.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SIDE = 512  # of the images
-PROMPTS = {"small": (8, 4), "real": (2, 2)}  # and images for each
+PROMPTS = {"small": (8, 4), "real": (2, 2), "gpu": (8, 4)}  # and images for each
+FEW = 2, 4  # prompts and images, of the calls that load a model each
 HPS = {  # small: 12 M parameters in its vision part; real: ViT-H's 632 M
     "small": {
         "embed_dim": 256,
@@ -50,14 +53,16 @@ def seconds(work: Callable[[], Any]) -> float:
     """By the clock with a GPU; without one, seconds of one CPU thread, which other work alters little."""
     import torch
 
-    if torch.cuda.is_available():
-        clock = time.perf_counter
-    else:
-        clock = time.process_time
+    if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    start = clock()
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     work()
-    return clock() - start
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 # -- inside an official environment: only its own packages are imported -----------------------------------------------
@@ -81,8 +86,8 @@ def by_prompt(request: dict) -> list[tuple[str, list[str]]]:
     return [(text, [image for prompt, image in pairs if prompt == text]) for text in texts]
 
 
-def time_hpsv2(request: dict) -> dict[str, float]:
-    """``hpsv2.score`` as it is, then with the checkpoint already in the model."""
+def time_hpsv2(request: dict) -> tuple[dict[str, float], list[float]]:
+    """Seconds per image of ``hpsv2.score`` as it is, then with the checkpoint already in the model; the scores."""
     import torch
 
     read = torch.load
@@ -91,23 +96,28 @@ def time_hpsv2(request: dict) -> dict[str, float]:
     torch.load = read
     score = engine.img_score.score
 
-    def per_image() -> None:
-        for prompt, image in zip(request["prompts"], request["images"]):
-            score(image, prompt, cp=request["checkpoint"])
+    singles = list(zip(request["prompts"], request["images"]))
+    lists = by_prompt(request)
 
-    def per_prompt() -> None:
-        for prompt, images in by_prompt(request):
-            score(images, prompt, cp=request["checkpoint"])
+    def per_image(calls: list) -> float:
+        return seconds(lambda: [score(image, prompt, cp=request["checkpoint"]) for prompt, image in calls]) / len(calls)
 
-    score(request["images"][0], request["prompts"][0], cp=request["checkpoint"])  # the model is built once
-    found = {"per image, loading included": seconds(per_image), "per prompt, loading included": seconds(per_prompt)}
+    def per_prompt(calls: list) -> float:
+        took = seconds(lambda: [score(images, prompt, cp=request["checkpoint"]) for prompt, images in calls])
+        return took / sum(len(images) for _, images in calls)
+
+    per_image(singles[:1])  # the model is built once
+    prompts, images = FEW
+    found = {"per image, loading included": per_image(singles[:images])}
+    found |= {"per prompt, loading included": per_prompt(lists[:prompts])}
     torch.load = lambda *arguments, **settings: {"state_dict": None}
     engine.img_score.model_dict["model"].load_state_dict = lambda state: None
-    return found | {"per image": seconds(per_image), "per prompt": seconds(per_prompt)}
+    found |= {"per image": per_image(singles), "per prompt": per_prompt(lists)}
+    return found, [float(score(image, prompt, cp=request["checkpoint"])[0]) for prompt, image in singles]
 
 
-def time_imagereward(request: dict) -> dict[str, float]:
-    """``ImageReward.score``, without gradient as its README calls it."""
+def time_imagereward(request: dict) -> tuple[dict[str, float], list[float]]:
+    """Seconds per image of ``ImageReward.score``, without gradient as its README calls it; the scores."""
     import torch
 
     engine = engine_script(request["script"])
@@ -131,7 +141,9 @@ def time_imagereward(request: dict) -> dict[str, float]:
         model.score(request["prompts"][0], request["images"][0])
         found = {"per image": seconds(per_image), "per prompt": seconds(per_prompt)}
         square = seconds(diagonal)
-    return found | {f"{how}, loading included": time + loading for how, time in found.items()} | {"diagonal": square}
+        scores = [model.score(prompt, image) for prompt, image in zip(request["prompts"], request["images"])]
+    found |= {f"{how}, loading included": time + loading for how, time in found.items()} | {"diagonal": square}
+    return {how: time / len(request["images"]) for how, time in found.items()}, scores
 
 
 INSIDE = {"hpsv2": time_hpsv2, "imagereward": time_imagereward}
@@ -140,26 +152,25 @@ INSIDE = {"hpsv2": time_hpsv2, "imagereward": time_imagereward}
 # -- in our environment -----------------------------------------------------------------------------------------------
 
 
-def time_ours(make: Callable[[], Any], request: dict) -> dict[str, float]:
-    """One call of ``score``: of an evaluator that is loaded and has seen none of the prompts, then of a fresh one."""
+def time_ours(make: Callable[[], Any], request: dict) -> tuple[dict[str, float], list[float]]:
+    """Seconds per image of one ``score`` by a loaded evaluator that knows no prompt yet, and by a fresh one; scores."""
     from PIL import Image
 
     from alignbench.prompts import Prompt
 
-    prompts = [Prompt(text, text) for text in request["prompts"]]
+    def score(evaluator: Any, texts: list[str]) -> list[float]:
+        prompts = [Prompt(text, text) for text in texts]
+        return evaluator.score([Image.open(path) for path in request["images"]], prompts).iloc[:, 0].tolist()
 
-    def score(evaluator: Any) -> None:
-        evaluator.score([Image.open(path) for path in request["images"]], prompts)
-
-    def loaded() -> float:
-        evaluator = make()
-        evaluator.score([Image.open(request["images"][0])], [Prompt("warm", "warm")])
-        return seconds(lambda: score(evaluator))
-
-    return {"one call": loaded(), "one call, loading included": seconds(lambda: score(make()))}
+    evaluator = make()
+    score(evaluator, [f"warm {text}" for text in request["prompts"]])
+    found = {"one call": seconds(lambda: score(evaluator, request["prompts"]))}
+    scores = score(evaluator, request["prompts"])
+    found["one call, loading included"] = seconds(lambda: score(make(), request["prompts"]))
+    return {how: time / len(request["images"]) for how, time in found.items()}, scores
 
 
-def time_theirs(engine: str, request: dict, folder: Path) -> dict[str, float]:
+def time_theirs(engine: str, request: dict, folder: Path) -> tuple[dict[str, float], list[float]]:
     import subprocess
 
     from alignbench import official
@@ -168,8 +179,11 @@ def time_theirs(engine: str, request: dict, folder: Path) -> dict[str, float]:
     script = official.HERE / f"{engine}.py"
     (folder / "request.json").write_text(json.dumps({**request, "script": str(script)}))
     command = [python, "-I", HERE / "evaluators.py", "--inside", engine, folder / "request.json"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{engine}: the official package failed\n{done.stderr}")
+    times, scores = json.loads(done.stdout.splitlines()[-1])
+    return times, scores
 
 
 def pictures(folder: Path, texts: int, each: int) -> tuple[list[str], list[str]]:
@@ -184,17 +198,43 @@ def pictures(folder: Path, texts: int, each: int) -> tuple[list[str], list[str]]
     return paths, prompts
 
 
+def draw(name: str, shape: tuple[int, ...]) -> Any:
+    """Random numbers of mean 0 and variance 1, quickly: a billion of them are needed."""
+    import torch
+
+    return torch.randn(shape, device="cuda" if torch.cuda.is_available() else "cpu").cpu()
+
+
+def hps_folder(folder: Path, config: dict[str, Any]) -> Path:
+    """The official layout at any size."""
+    import torch
+    from open_clip import CLIP
+
+    from alignbench import small
+    from alignbench.evaluators.hpsv2 import CHECKPOINT
+
+    folder.mkdir()
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in CLIP(**config).state_dict().items()}
+    state = small.random_state({name: shape for name, shape in shapes.items() if shape})
+    state |= {"logit_scale": torch.tensor(4.6)}
+    torch.save({"state_dict": {name: tensor.half() for name, tensor in state.items()}}, folder / CHECKPOINT)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    return folder
+
+
 def contestants(folder: Path, size: str) -> dict[str, tuple[Callable[[], Any], dict[str, str]]]:
     """Engine -> how we make our evaluator, and what the official one is told."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
-    import tiny
+    from unittest import mock
 
+    from alignbench import small
     from alignbench.evaluators.hpsv2 import CHECKPOINT as HPS_CHECKPOINT
     from alignbench.evaluators.hpsv2 import HPSv2
     from alignbench.evaluators.imagereward import CHECKPOINT, CONFIG, ImageReward
 
-    hps = tiny.hps_folder(folder / "hps", HPS[size])
-    reward = tiny.imagereward_folder(folder / "imagereward", **IMAGEREWARD[size])
+    with mock.patch.object(small, "draw", draw):
+        hps = hps_folder(folder / "hps", HPS[size])
+        reward = small.imagereward_folder(folder / "imagereward", **IMAGEREWARD[size])
     beside = {"med_config": str(reward / CONFIG), "tokenizer": str(reward)}
     return {
         "hpsv2": (lambda: HPSv2(weights=str(hps)), {"checkpoint": str(hps / HPS_CHECKPOINT)}),
@@ -205,23 +245,33 @@ def contestants(folder: Path, size: str) -> dict[str, tuple[Callable[[], Any], d
     }
 
 
-def measure(size: str, repeats: int) -> list[dict[str, Any]]:
-    """Rows of figures; the best of the repeats, ours and theirs in turns, as other work slows the machine at times."""
+def measure(size: str, repeats: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of figures; the best of the repeats, ours and theirs in turns, as other work slows the machine at times.
+
+    And how far our scores are from theirs.
+    """
+    import numpy as np
+
+    gaps: dict[str, str] = {}
     best: dict[tuple[str, str, str], float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        images, prompts = pictures(folder, *PROMPTS[size])
+        images, prompts = pictures(folder, *counts(size))
         for engine, (make, told) in contestants(folder, size).items():
             request = {"images": images, "prompts": prompts, **told}
             for repeat in range(repeats):
                 print(f"{engine}: {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
                 both = {"alignbench": time_ours(make, request), "official": time_theirs(engine, request, folder)}
-                for side, times in both.items():
+                ours, theirs = (np.array(scores) for _, scores in both.values())
+                gaps[f"scores of {engine}"] = (
+                    f"at most {abs(ours - theirs).max():.1g} apart, of {abs(theirs).mean():.2g}"
+                )
+                for side, (times, _) in both.items():
                     for how, time_taken in times.items():
                         key = (engine, side, how)
                         best[key] = min(best.get(key, float("inf")), time_taken)
-    rows = [{"evaluator": e, "engine": s, "calls": how, "seconds": t} for (e, s, how), t in best.items()]
-    return [{**row, "images_per_second": len(images) / row["seconds"]} for row in rows]
+    rows = [{"evaluator": e, "engine": s, "calls": how, "seconds_per_image": t} for (e, s, how), t in best.items()]
+    return [{**row, "images_per_second": 1 / row["seconds_per_image"]} for row in rows], gaps
 
 
 def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -244,8 +294,17 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def counts(size: str) -> tuple[int, int]:
+    """Prompts, and images for each."""
+    import torch
+
+    return PROMPTS["gpu" if torch.cuda.is_available() else size]
+
+
 def machine(size: str) -> dict[str, Any]:
     import torch
+
+    texts, each = counts(size)
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line for line in lines if line.startswith("model name")), ":").partition(":")[2]
@@ -257,7 +316,8 @@ def machine(size: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "images": f"{PROMPTS[size][0]} prompts x {PROMPTS[size][1]}, {SIDE} x {SIDE}",
+        "precision": "fp32, of the official hpsv2 fp16 autocast" if torch.cuda.is_available() else "fp32",
+        "images": f"{texts} prompts x {each}, {SIDE} x {SIDE}",
         "weights": "random, " + {"small": "far smaller than the real models", "real": "of the real sizes"}[size],
     }
 
@@ -273,7 +333,7 @@ def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=PROMPTS, default="small")
+    parser.add_argument("--size", choices=HPS, default="small")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -281,11 +341,15 @@ def main() -> None:
         engine, request = arguments.inside
         print(json.dumps(INSIDE[engine](json.loads(Path(request).read_text()))))
         return
-    about, rows = machine(arguments.size), speedups(measure(arguments.size, arguments.repeats))
+    import torch
+
+    found, gaps = measure(arguments.size, arguments.repeats)
+    about, rows = machine(arguments.size) | gaps, speedups(found)
+    name = f"evaluators-{arguments.size}{'-gpu' * torch.cuda.is_available()}"
     results = HERE / "results"
     results.mkdir(exist_ok=True)
-    (results / f"evaluators-{arguments.size}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    (results / f"evaluators-{arguments.size}.md").write_text(table(about, rows))
+    (results / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    (results / f"{name}.md").write_text(table(about, rows))
     print(table(about, rows))
 
 

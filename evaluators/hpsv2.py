@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from alignbench import official, weights
 from alignbench.config import UserError
-from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches, to_tensor, warn_of_cut
+from alignbench.evaluator import (
+    Evaluator,
+    Metric,
+    as_rgb,
+    check_range,
+    device,
+    each,
+    in_batches,
+    to_tensor,
+    warn_of_cut,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,8 +80,8 @@ class HPSv2(Evaluator):
         import torch
 
         def batch(images: Sequence[Image], prompts: Sequence[Prompt]) -> Tensor:
-            pixels = torch.cat([self.preprocess(to_tensor(image)[None]) for image in images])
-            return self._cosine(pixels.to(device()), prompts)
+            pixels = [self.preprocess(to_tensor(image, device())[None]) for image in each(as_rgb, images)]
+            return self._cosine(torch.cat(pixels), prompts)
 
         warn_of_cut(
             self.name, prompts, self._tokenizer.context_length, lambda text: len(self._tokenizer.encode(text)) + 2
@@ -146,10 +156,14 @@ class HPSv2(Evaluator):
 
     @cached_property
     def _model(self) -> Any:
+        import torch
         from open_clip import CLIP
 
         self.files()
         state = weights.load(self.checkpoint, "hpsv2.weights")
-        model = CLIP(**self._config)
-        weights.fill(model, state.get("state_dict", state), self.checkpoint, "hpsv2.weights")
-        return model.eval().requires_grad_(False)
+        with torch.device("meta"):  # to draw a billion random numbers that are then replaced takes seconds
+            model = CLIP(**self._config)
+        weights.fill(model, state.get("state_dict", state), self.checkpoint, "hpsv2.weights", assign=True)
+        n = model.context_length
+        model.attn_mask = torch.full((n, n), float("-inf")).triu(1)  # causal; the one buffer that no checkpoint holds
+        return model.float().eval().requires_grad_(False)

@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from alignbench import official, weights
 from alignbench.clip import linear_head
 from alignbench.config import UserError
-from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches, to_tensor, warn_of_cut
+from alignbench.evaluator import (
+    Evaluator,
+    Metric,
+    as_rgb,
+    check_range,
+    device,
+    each,
+    in_batches,
+    to_tensor,
+    warn_of_cut,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,21 +119,16 @@ class ImageReward(Evaluator):
     def prepare(self, images: Sequence[Image]) -> Tensor:
         """Images -> preprocessed pixels, by Pillow as the package does it."""
         import torch
+        from torchvision.transforms.functional import normalize
 
-        return torch.stack([self._cut(image.convert("RGB")) for image in images])
+        squares = each(lambda image: _square(as_rgb(image)), images)
+        return normalize(torch.stack([to_tensor(square) for square in squares]), MEAN, STD)
 
     def preprocess(self, pixels: Tensor) -> Tensor:
         """The same steps on tensors: shortest edge (bicubic, antialiased), centre crop, normalisation."""
-        return self._cut(pixels.float())
+        from torchvision.transforms.functional import normalize
 
-    def _cut(self, image: Any) -> Tensor:
-        """An image or a batch of pixels -> the middle square, SIDE wide, normalised."""
-        from PIL.Image import Image
-        from torchvision.transforms.functional import InterpolationMode as Mode
-        from torchvision.transforms.functional import center_crop, normalize, resize
-
-        square = center_crop(resize(image, [SIDE], Mode.BICUBIC, antialias=True), [SIDE])
-        return normalize(to_tensor(square) if isinstance(square, Image) else square, MEAN, STD)
+        return normalize(_square(pixels.float()), MEAN, STD)
 
     def _scores(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         import torch
@@ -171,6 +176,14 @@ class ImageReward(Evaluator):
         model = ModuleDict(parts)
         weights.fill(model, state, path, "imagereward.weights")
         return model.eval().requires_grad_(False)
+
+
+def _square(image: Any) -> Any:
+    """An image or a batch of pixels -> its middle square, SIDE wide."""
+    from torchvision.transforms.functional import InterpolationMode as Mode
+    from torchvision.transforms.functional import center_crop, resize
+
+    return center_crop(resize(image, [SIDE], Mode.BICUBIC, antialias=True), [SIDE])
 
 
 def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
