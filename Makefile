@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 JOBS ?= 2
 
-.PHONY: quickstart test test-slow test-slurm parity lint
+.PHONY: quickstart test test-slow test-slurm test-gpu gpu-bench parity lint
 
 quickstart: $(VENV)/.installed
 	$(BIN)/alignbench sweep sweeps/quickstart.yaml -j $(JOBS)
@@ -21,6 +21,14 @@ test-slow: $(VENV)/.installed-dev
 # on a SLURM of its own (see tests/slurm/cluster.py): needs root on Debian, installs what is missing
 test-slurm: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slurm -rs tests/slurm
+
+# on one GPU
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/pytest -m gpu -rs tests/test_gpu.py
+
+# the full-size FLUX.1-dev with random weights on one GPU: figures in benchmarks/results
+gpu-bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/gpu.py
 
 # against the official packages: the first run installs their environments (see alignbench/official)
 parity: $(VENV)/.installed-dev

@@ -14,7 +14,6 @@ import json
 import platform
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +22,7 @@ import msgspec
 
 from alignbench import official, small, weights
 from alignbench.config import Missing, NotFetched, UserError, cache
+from alignbench.evaluator import exact
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt
 
@@ -183,19 +183,6 @@ def probed(evaluator: Any) -> dict[str, list[float]]:
         warnings.simplefilter("ignore")  # of prompts that are cut: some are made to be
         frame = evaluator.probe(golden_pictures(), golden_prompts())
     return {str(name): [float(value) for value in frame[name]] for name in frame}
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """float32 as it stands: on GPUs, convolutions would be computed in TF32."""
-    import torch
-
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def gap(found: dict[str, list[float]], golden: dict[str, list[float]]) -> tuple[float, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -136,7 +137,7 @@ def in_batches(
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
     rows: list[float] = []
     at_once = SCORED_AT_ONCE[device().type]
-    with torch.no_grad():
+    with torch.no_grad(), exact():
         for start in range(0, len(images), at_once):
             part = slice(start, start + at_once)
             rows += score(images[part], prompts[part]).double().tolist()
@@ -157,6 +158,19 @@ def device() -> torch.device:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """No TF32, which GPUs use in convolutions unless told otherwise: a score must not depend on the machine."""
+    import torch
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def each(work: Callable[[Image], Image], images: Sequence[Image]) -> list[Image]:

@@ -30,24 +30,17 @@ def t5_tokenizer(length: int = 512):
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=length)
 
 
-def flux_parts(guidance: bool = True, t5_length: int = 512, scale: float = 1.0) -> dict:
+def flux_parts(guidance: bool = True, t5_length: int = 512, scale: float = 1.0, **transformer_config) -> dict:
     """The parts of a FluxPipeline with 2 + 2 blocks; ``scale`` > 1 makes the random velocity field less trivial."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     torch.manual_seed(0)
     clip, t5 = clip_tokenizer(), t5_tokenizer(t5_length)
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=20,
-        guidance_embeds=guidance,
-        axes_dims_rope=(4, 6, 6),
-    )
+    shape = {"in_channels": 16, "num_layers": 2, "num_single_layers": 2}
+    shape |= {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
+    shape |= {"joint_attention_dim": 24, "pooled_projection_dim": 20, "guidance_embeds": guidance}
+    transformer = FluxTransformer2DModel(**{**shape, **transformer_config})
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.mul_(scale)

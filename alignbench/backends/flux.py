@@ -129,7 +129,10 @@ class Flux(Config):
 
         self.files()
         device = torch.device("cpu") if accelerator is None else accelerator.device
-        pipeline = self._pipeline().to(device)
+        return self.opened(self._pipeline().to(device), device)
+
+    def opened(self, pipeline: Pipeline, device: torch.device) -> FluxFlow:
+        """A pipeline that is on ``device`` already, its transformer made ready to train, everything else frozen."""
         for part in MODELS:
             getattr(pipeline, part).requires_grad_(False).eval()
         if self.tune == "lora":
