@@ -165,5 +165,5 @@ class HPSv2(Evaluator):
             model = CLIP(**self._config)
         weights.fill(model, state.get("state_dict", state), self.checkpoint, "hpsv2.weights", assign=True)
         n = model.context_length
-        model.attn_mask = torch.full((n, n), float("-inf")).triu(1)  # causal; the one buffer that no checkpoint holds
-        return model.float().eval().requires_grad_(False)
+        model.attn_mask = torch.full((n, n), float("-inf")).triu(1)  # causal; the one buffer that no checkpoint has
+        return model.to(device()).float().eval().requires_grad_(False)
