@@ -133,6 +133,9 @@ class Flux(Config):
 
     def opened(self, pipeline: Pipeline, device: torch.device) -> FluxFlow:
         """A pipeline that is on ``device`` already, its transformer made ready to train, everything else frozen."""
+        import torch
+
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward breaks into foreign memory (torch 2.11, H200)
         for part in MODELS:
             getattr(pipeline, part).requires_grad_(False).eval()
         if self.tune == "lora":
