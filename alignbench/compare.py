@@ -85,11 +85,8 @@ def find(root: store.Store, word: str) -> Side:
             raise UserError(f"{word}: there are several sweeps '{named}': {', '.join(sweeps)}; name one as a whole")
         return _row(sweeps[0], manifests[sweeps[0]], label, word)
     ids = {run["id"]: name for name, found in reversed(manifests.items()) for run in found["runs"]}  # the latest stays
-    chosen = [word] if word in ids else sorted(id for id in ids if word and id.startswith(word))
-    if len(chosen) > 1:
-        raise UserError(f"{word}: is the beginning of several runs: {', '.join(chosen)}; name one")
-    if chosen:
-        return _run(manifests, ids[chosen[0]], chosen[0])
+    if word in ids:
+        return _run(manifests, ids[word], word)
     having = [name for name, found in manifests.items() if word in found["cases"]]
     if len(having) > 1:
         raise UserError(
@@ -97,8 +94,16 @@ def find(root: store.Store, word: str) -> Side:
         )
     if having:
         return _row(having[0], manifests[having[0]], word, word)
-    rows = [f"{name}:{label}" for name, found in manifests.items() for label in found["cases"]]
-    raise UserError(f"{word}: there is no such row or run{did_you_mean(word, rows, 'rows')}")
+    chosen = sorted(id for id in ids if word and id.startswith(word))
+    if len(chosen) > 1:
+        raise UserError(f"{word}: is the beginning of several runs: {', '.join(chosen)}; name one")
+    if chosen:
+        return _run(manifests, ids[chosen[0]], chosen[0])
+    if colon:
+        names = dict.fromkeys(str(found["name"]) for found in manifests.values())
+        raise UserError(f"{word}: there is no sweep '{named}'{did_you_mean(named, names, 'sweeps')}")
+    labels = dict.fromkeys(label for found in manifests.values() for label in found["cases"])
+    raise UserError(f"{word}: there is no such row or run{did_you_mean(word, labels, 'rows')}")
 
 
 def _sweeps(manifests: dict[str, dict[str, Any]], name: str) -> list[str]:

@@ -170,14 +170,11 @@ def _run(
         )
     known = {"size": (size, MEASURED)} if size is not None else {}
     known |= told | stated
-    images = content_id(
-        {"imported": [[r.prompt.text, r.prompt.tag, r.place, k.sha256] for r, k in zip(source.rows, looks)]}
-    )
-    scores = [entry for _, _, entry in _foreign_entries(images, source)]
-    scores += [_own_entry(images, judge, registry) for judge in judges]
+    pictures = [(row.prompt.text, row.prompt.tag, row.place, look.sha256) for row, look in zip(source.rows, looks)]
+    images = content_id({"imported": pictures})
+    foreign = _foreign_entries(images, source)
     return {
-        "id": "imported-"
-        + content_id([wanted.label, wanted.seed, images, [s["file"] for s in scores if _is_foreign(s)]]),
+        "id": f"imported-{content_id([wanted.label, wanted.seed, images, [entry['file'] for entry in foreign]])}",
         "label": wanted.label,
         "method": "imported",
         "seed": UNTRAINED if wanted.seed is None else wanted.seed,
@@ -195,7 +192,7 @@ def _run(
         "notes": [],
         "remarks": [*remarks, *_losses(source, looks)],
         "images": images,
-        "scores": scores,
+        "scores": [*foreign, *(_own_entry(images, judge, registry) for judge in judges)],
     }
 
 
@@ -242,52 +239,37 @@ def _losses(source: Source, looks: Sequence[Look]) -> list[str]:
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
-def _foreign(images: str, source: Source) -> list[tuple[str, pd.DataFrame, dict[str, Any]]]:
+def _foreign(images: str, source: Source) -> Iterator[tuple[str, pd.DataFrame, dict[str, Any]]]:
     """(file, table, what it is) of every metric of the source."""
     import pandas as pd
 
-    found = []
-    for key, file, entry in _foreign_entries(images, source):
-        rows = [
-            {
-                "prompt_id": row.prompt.id,
-                "tag": row.prompt.tag,
-                "index": row.place,
-                entry["metrics"][0]["name"]: row.scores.get(key),
-                "ok": row.scores.get(key) is not None,
-                "error": None if row.scores.get(key) is not None else "the source has no score",
-                "raw": row.words or None,
-            }
-            for row in source.rows
-        ]
-        frame = pd.DataFrame(rows).astype({entry["metrics"][0]["name"]: float, "error": object, "raw": object})
-        found.append((file, frame, {"imported": source.kind, "metric": entry["metrics"][0], "key": key}))
-    return found
+    for (key, metric), entry in zip(source.metrics.items(), _foreign_entries(images, source)):
+        found = [row.scores.get(key) for row in source.rows]
+        about = [(row.prompt.id, row.prompt.tag, row.place) for row in source.rows]
+        frame = pd.DataFrame(about, columns=["prompt_id", "tag", "index"])
+        frame[metric.name] = pd.Series(found, dtype=float)
+        frame["ok"] = frame[metric.name].notna()
+        frame["error"] = pd.Series(["the source has no score" if x is None else None for x in found], dtype=object)
+        frame["raw"] = pd.Series([row.words or None for row in source.rows], dtype=object)
+        yield entry["file"], frame, entry["settings"]
 
 
-def _foreign_entries(images: str, source: Source) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(key, file, entry of the manifest) of every metric of the source. The file's name is of its content."""
+def _foreign_entries(images: str, source: Source) -> list[dict[str, Any]]:
+    """Of every metric of the source, for the manifest. The file's name is of its content."""
+    entries = []
     for key, metric in source.metrics.items():
         content = content_id([[row.prompt.id, row.place, row.scores.get(key), row.words] for row in source.rows])
         slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", metric.name).strip("-")
         file = f"scores/{images}/{slug}@{source.kind}-{content}.parquet"
-        yield (
-            key,
-            file,
-            _entry(metric.name, "of unknown version", file, [metric], {"imported": source.kind, "key": key}),
-        )
+        own = {"imported": source.kind, "key": key}
+        entries.append(_entry(metric.name, "of unknown version", file, [metric], own))
+    return entries
 
 
 def _entry(evaluator: str, version: str, file: str, metrics: Sequence[Any], own: dict[str, Any]) -> dict[str, Any]:
     plain = [dict(metric._asdict()) for metric in metrics]
-    return {
-        "evaluator": evaluator,
-        "settings": own,
-        "version": version,
-        "file": file,
-        "metrics": plain,
-        "role": UNKNOWN,
-    }
+    about = {"evaluator": evaluator, "settings": own, "version": version, "file": file}
+    return about | {"metrics": plain, "role": UNKNOWN}
 
 
 def _is_foreign(entry: dict[str, Any]) -> bool:
@@ -360,11 +342,8 @@ def _with(runs: Sequence[dict[str, Any]], run: dict[str, Any], wanted: Wanted) -
     others = [other for other in runs if other not in here]
     for entry in run["scores"]:
         _refuse_other_judge(entry, [score for other in others for score in other["scores"]])
-    return (
-        [run if other is here[0] else other for other in runs if other in (*others, *here[:1])]
-        if here
-        else [*runs, run]
-    )
+    others.insert(runs.index(here[0]) if here else len(runs), run)
+    return others
 
 
 def _more(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], replace: bool) -> list[dict[str, Any]]:
@@ -377,10 +356,12 @@ def _more(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], replace:
 
 
 def _differs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The parts in which two imports of one row differ, but for our own scores and what was typed."""
-    found = [key for key in ("imported", "published", "trained_on", "protocol", "images") if old[key] != new[key]]
+    """The parts in which two imports of one row differ, but for our own scores, and for paths as typed."""
+    names = {"imported": "kind", "published": "--base", "trained_on": "--trained-on", "images": "pictures"}
+    found = [name for key, name in names.items() if old[key] != new[key]]
+    protocols = [{key: run["protocol"][key] for key in SETTINGS} for run in (old, new)]
     foreign = [[entry["file"] for entry in run["scores"] if _is_foreign(entry)] for run in (old, new)]
-    return [*found, *["scores"] * (foreign[0] != foreign[1])]
+    return [*found, *["protocol"] * (protocols[0] != protocols[1]), *["scores"] * (foreign[0] != foreign[1])]
 
 
 def _refuse_other_judge(entry: dict[str, Any], known: Sequence[dict[str, Any]]) -> None:

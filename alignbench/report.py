@@ -73,6 +73,7 @@ def markdown(
 ) -> str:
     """The whole page. The first line says how to make it again; ``origins``: what the runs were made with."""
     words = _words(manifest["name"])
+    alike = "same prompts" if manifest.get("imported") else "same prompts and noise"
     sections = [
         f"Made by `{regenerate(manifest)}`",
         f"# {'REHEARSAL: ' * bool(manifest.get('rehearsal'))}{escape(words.title)}",
@@ -86,14 +87,7 @@ def markdown(
         NEUTRAL_NOTE if any(measure.higher_is_better is None for measure in analysis.measures) else "",
         _hybrid_note(manifest),
         _budgets(analysis, costs),
-        *(
-            [
-                f"![same prompts{' and noise' * (not manifest.get('imported'))}, one row per method]({picture})",
-                GRID_NOTE,
-            ]
-            if picture
-            else []
-        ),
+        *([f"![{alike}, one row per method]({picture})", GRID_NOTE] if picture else []),
         *_changes_section(analysis, bool(manifest.get("imported"))),
         _one_training_note(manifest),
         *_hacking_section(analysis, costs),
