@@ -24,10 +24,10 @@ LABELS = ("base", "ReFL", "LeapAlign")
 PROMPTS = 18
 
 
-@pytest.fixture
-def made(tmp_path):
-    """A store with the sweep "made_up" of tests/test_report.py: its manifest and frame of scores are returned too."""
-    return make(tmp_path / "store")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A store with the sweep "made_up" of tests/test_report.py, to be looked at; its manifest and scores."""
+    return make(tmp_path_factory.mktemp("made") / "store")
 
 
 def make(root: Path, name: str = "made_up", seeds=(0, 1), protocol: dict[str, Any] | None = None, change=None):
