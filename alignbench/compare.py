@@ -257,7 +257,11 @@ def protocols(a: Side, b: Side) -> list[str]:
     left, right = a.protocol, b.protocol
     keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key) is not None or right.get(key) is not None]
     values = {key: (left.get(key, UNKNOWN), right.get(key, UNKNOWN)) for key in keys}
-    lines = [f"not the same {_words(key)}: {_said(x)} and {_said(y)}" for key, (x, y) in values.items() if x != y]
+    lines = [
+        f"{'not the same ' * (UNKNOWN not in (x, y))}{_words(key)}: {_said(x)} and {_said(y)}"
+        for key, (x, y) in values.items()
+        if x != y
+    ]
     if unknown := [_words(key) for key, pair in values.items() if pair == (UNKNOWN, UNKNOWN)]:
         lines.append(f"unknown of both: {', '.join(unknown)}")
     return [*lines, _noise(a, b, values)]
@@ -287,15 +291,18 @@ def _seeds(a: Side, b: Side) -> list[str]:
         seeds = [{run["seed"] for run in side.runs} for side in (a, b)]
         if UNTRAINED not in seeds[0] | seeds[1] and not seeds[0] & seeds[1]:
             lines.append("no training seed is in both, so that nothing can be paired: name two runs by their ids")
-    alone = [name for name, side in zip("AB", (a, b)) if _one_training(side)]
+    counts = [sum(run["label"] == label for run in a.manifest["runs"]) for label in a.manifest["cases"]]
+    pooled = a.sweep == b.sweep and a.whole and b.whole and max(counts) > 1  # then the other rows' spread is in them
+    alone = [name for name, side in zip("AB", (a, b)) if _one_training(side, pooled)]
     if alone:
         whose = " and ".join(alone)
         lines.append(f"of {whose} there is one training: how much trainings differ is unknown, and in no interval")
     return lines
 
 
-def _one_training(side: Side) -> bool:
-    return len(side.runs) == 1 and (side.runs[0]["seed"] != UNTRAINED or bool(side.runs[0].get("published")))
+def _one_training(side: Side, pooled: bool) -> bool:
+    run = side.runs[0]
+    return len(side.runs) == 1 and (bool(run.get("published")) or (run["seed"] != UNTRAINED and not pooled))
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -305,9 +312,8 @@ def table(results: Sequence[Result]) -> Table:
     for result in results:
         decimals = DECIMALS.get(result.measure.unit, 3)
         found = result.change.estimate
-        unit = f", {result.measure.unit}" if result.measure.unit else ""
-        arrow = {True: " ↑", False: " ↓", None: ""}[result.measure.higher_is_better]
-        texts = [f"{title(result.measure)}{unit}{arrow} [{result.measure.role}]"]
+        measure = result.measure
+        texts = [Column(title(measure), measure.unit, measure.higher_is_better, measure.role).header]
         texts += [interval(*mean[:3], decimals) for mean in result.means]
         texts += [interval(*found[:3], decimals + 1, signed=True), _p(found.p), _p(result.change.p_holm)]
         texts += [result.change.verdict, number(result.higher, 2)]

@@ -173,9 +173,10 @@ def _protocol(manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _seeds_mark(analysis: Analysis, label: str) -> str:
-    """How many planned seeds the row rests on, where it is not all."""
+    """How many planned seeds the row rests on, where it is not all. A measure that it has no score of has its dash."""
     planned = len(analysis.seeds[label])
-    used = min((found[label].seeds for found in analysis.means.values()), default=planned)
+    counts = [found[label].seeds for found in analysis.means.values()]
+    used = min(filter(None, counts), default=0 if counts else planned)
     return "" if used == planned else f" ({used} of {planned} seeds)"
 
 

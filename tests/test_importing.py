@@ -335,6 +335,16 @@ def test_more_scores_may_come_later(tmp_path, capsys):
     assert files(store) == before
 
 
+def test_a_score_that_a_row_lacks_is_a_dash(tmp_path):
+    """A metric of one row alone is a dash in the others, which rest on all their trainings all the same."""
+    store = tmp_path / "store"
+    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
+    take(store, "flowbp", flowbp(tmp_path / "b", 0.1), "--label", "B", "-e", "bright")
+    row = next(line for line in section(report(store), "Results").splitlines() if line.startswith("| A "))
+    assert row.split("|")[1].strip() == "A"
+    assert row.split("|")[5].strip() == "—"
+
+
 def test_one_column_has_one_judge(tmp_path, capsys):
     """Rows scored with another setting of an evaluator do not come into its column."""
     store = tmp_path / "store"
