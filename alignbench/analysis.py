@@ -16,7 +16,7 @@ from alignbench.stats import Estimate
 
 ALPHA = 0.05
 UNTRAINED = -1  # the seed of a method that trains nothing
-ROLES = ("train", "held-out", "check")  # in the order of the table's columns
+ROLES = ("train", "held-out", "check", "unknown")  # in the order of the table's columns; the last: of imported rows
 
 
 class Measure(NamedTuple):

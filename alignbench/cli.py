@@ -70,9 +70,10 @@ def parser() -> argparse.ArgumentParser:
     add = {name: _verb(verbs, name, function) for name, function in VERBS.items()}
     for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry"):
         _document(add[name], optional=name in ("run", "status"))
-    for name in ("run", "sweep", "ls", "validate", "plan", "score", "cancel", "retry", "doctor"):
+    for name in ("run", "sweep", "ls", "validate", "plan", "score", "import", "cancel", "retry", "doctor"):
         add[name].add_argument("--plugin", metavar="FILE", action="append", default=[], help=PLUGIN)
-    for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry", "logs", "rerun", "gc"):
+    stored = ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry", "logs", "rerun", "gc")
+    for name in (*stored, "import", "compare"):
         add[name].add_argument(
             "--store", metavar="DIR", default="store", help="where results are kept (default: store)"
         )
@@ -101,6 +102,11 @@ def parser() -> argparse.ArgumentParser:
     add["score"].add_argument("--prompts", metavar="LIST", help="a .txt or .jsonl file, or a list's name")
     add["score"].add_argument("-e", "--evaluators", metavar="A,B", required=True, help="evaluators or metrics")
     add["score"].add_argument("--out", metavar="FILE", default="scores.csv", help="table to write (.csv or .parquet)")
+    _import_options(add["import"])
+    add["compare"].add_argument("a", metavar="A", help=SIDE)
+    add["compare"].add_argument("b", metavar="B", help="the same, of this sweep or another")
+    add["compare"].add_argument("-e", "--evaluators", metavar="M,N", help="only these metrics or evaluators")
+    add["compare"].add_argument("--out", metavar="DIR", help="write compare.md, .csv and .png (the pictures) into it")
     add["gc"].add_argument("--yes", action="store_true", help="delete without asking")
     add["rerun"].add_argument("run", metavar="RUN", help="a folder's name below runs/, or the beginning of one")
     add["rerun"].add_argument("--into", metavar="DIR", help="a new store for it (default: STORE/reruns/RUN-1, -2, ...)")
@@ -112,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+SIDE = "SWEEP:LABEL, a label that one sweep alone has, or a run's id or the beginning of one"
 LAUNCHER = "local: worker processes; debug: in this process; slurm: jobs of a cluster, submitted, then this ends"
 TRACK = "show training in tensorboard, wandb or trackio, too; may be given several times"
 REFERENCES = "pictures with published scores (default: ~/.cache/alignbench/references)"
@@ -133,6 +140,29 @@ def _document(verb: argparse.ArgumentParser, optional: bool) -> None:
     verb.add_argument("--seeds", metavar="0,1,...", help="training seeds, instead of the file's")
     verb.add_argument("--limit", metavar="N", type=_count, help="the first N evaluation prompts only; stamped SUBSET")
     verb.add_argument("--rehearse", action="store_true", help=REHEARSE)
+
+
+def _import_options(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument
+    add("kind", choices=("images", "flowbp", "unirl", "geneval"), metavar="KIND", help="images, flowbp, unirl, geneval")
+    add("path", metavar="PATH", help="a folder of pictures; else a file of scores, or the folder that it is in")
+    add("words", nargs="*", metavar="EVALUATOR.SETTING=VALUE", help="as pickscore.weights=shapes")
+    add("--label", metavar="NAME", required=True, help="the row of the table")
+    add("--sweep", metavar="NAME", default="imported", help="what the table is called (default: imported)")
+    add(
+        "--prompts",
+        metavar="LIST",
+        help="a .txt or .jsonl file, or a list's name; images in GenEval's layout need none",
+    )
+    add("--images", metavar="DIR", help="where the pictures are, if not where the file says")
+    add("-e", "--evaluators", metavar="A,B", help="score the pictures with these evaluators or metrics, too")
+    add("--seed", type=int, metavar="N", help="of training, 0, 1, ... (default: one training of unknown seed)")
+    add("--base", action="store_true", help="the model before any training: what the others are compared with")
+    add("--trained-on", metavar="A,B", help="the rewards of its training, as hpsv2.1 (default: unknown)")
+    add(
+        "--protocol", metavar="A=B,...", default="", help="how pictures were made: steps, guidance, size, weights, seed"
+    )
+    add("--replace", action="store_true", help="put this in the place of a row of the same label and seed")
 
 
 def _count(text: str) -> int:
@@ -352,6 +382,40 @@ def score(arguments: argparse.Namespace) -> int:
     return DONE if all(frame["ok"].all() for _, frame in scored) else SOME_FAILED
 
 
+def import_(arguments: argparse.Namespace) -> int:
+    """Put pictures and scores that were made elsewhere into the store, as a row of a sweep of their own.
+
+    KIND is images (a folder, in any layout that `alignbench score` reads), flowbp (its scores.json), unirl (its
+    scores.jsonl) or geneval (results.jsonl of evaluate_images.py). What nobody told is marked unknown.
+    """
+    from alignbench import importing, scoring
+
+    store, registry = _store(arguments), _registry(arguments)
+    given = arguments.evaluators
+    if arguments.words and not given:
+        raise UserError(f"{arguments.words[0]}: is a setting of no evaluator; name it with -e")
+    judges = scoring.judges(registry, given, arguments.words) if given else []
+    run, changed = importing.add(store, importing.asked(arguments), judges, registry)
+    print("\n".join(importing.told(run, changed)))
+    print(f"the table: alignbench report {arguments.sweep} --store {arguments.store}")
+    return DONE
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Compare two rows or runs: paired differences per metric, and the prompts in which they differ most."""
+    from alignbench import compare
+    from alignbench.store import Store
+
+    store = Store(arguments.store)
+    a, b = compare.find(store, arguments.a), compare.find(store, arguments.b)
+    results, remarks = compare.compare(store, a, b, arguments.evaluators.split(",") if arguments.evaluators else ())
+    text = compare.page(store, a, b, results, remarks)
+    paths = compare.build(store, a, b, results, text, Path(arguments.out)) if arguments.out else []
+    print(text, end="")
+    print("".join(f"written: {path}\n" for path in paths), end="")
+    return DONE
+
+
 def rerun(arguments: argparse.Namespace) -> int:
     """Make a finished run again from its own records, and say whether every part is the same, bit by bit.
 
@@ -434,6 +498,8 @@ VERBS = {
     "validate": validate,
     "plan": plan,
     "score": score,
+    "import": import_,
+    "compare": compare,
     "rerun": rerun,
     "gc": gc,
     "doctor": doctor,

@@ -48,6 +48,16 @@ def draw(rows: Sequence[tuple[str, Sequence[Path | None]]], captions: Sequence[t
     return sheet
 
 
+def stack(sheets: Sequence[Image.Image]) -> Image.Image:
+    """One below the other."""
+    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), PAPER)
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
 def _tile_size(rows: Sequence[tuple[str, Sequence[Path | None]]]) -> int:
     """A whole multiple of a small picture's side, so that its pixels stay square; at most LARGEST of a large one."""
     first = next((file for _, files in rows for file in files if file is not None), None)

@@ -113,7 +113,8 @@ def parse_prompt(line: str, spot: str) -> Prompt:
     tag = data.get("tag", "")
     if not isinstance(tag, str):
         raise UserError(f'{spot}: "tag" is {tag!r}; it must be text')
-    return Prompt(prompt_id(data["prompt"]), _checked(data["prompt"], spot), tag, data)
+    text = _checked(data["prompt"], spot)  # first: half a surrogate pair has no id
+    return Prompt(prompt_id(text), text, tag, data)
 
 
 def _checked(text: str, spot: str) -> str:

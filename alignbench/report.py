@@ -73,6 +73,7 @@ def markdown(
 ) -> str:
     """The whole page. The first line says how to make it again; ``origins``: what the runs were made with."""
     words = _words(manifest["name"])
+    alike = "same prompts" if manifest.get("imported") else "same prompts and noise"
     sections = [
         f"Made by `{regenerate(manifest)}`",
         f"# {'REHEARSAL: ' * bool(manifest.get('rehearsal'))}{escape(words.title)}",
@@ -86,10 +87,12 @@ def markdown(
         NEUTRAL_NOTE if any(measure.higher_is_better is None for measure in analysis.measures) else "",
         _hybrid_note(manifest),
         _budgets(analysis, costs),
-        *([f"![same prompts and noise, one row per method]({picture})", GRID_NOTE] if picture else []),
-        *_changes_section(analysis),
+        *([f"![{alike}, one row per method]({picture})", GRID_NOTE] if picture else []),
+        *_changes_section(analysis, bool(manifest.get("imported"))),
+        _one_training_note(manifest),
         *_hacking_section(analysis, costs),
         *_task_sections(analysis),
+        *_imports_section(manifest),
         *_notes_section(manifest),
         *_settings_section(manifest),
         *_warnings_section(costs),
@@ -115,6 +118,8 @@ their id, tasks in turn."""
 
 def regenerate(manifest: dict[str, Any]) -> str:
     """The commands that make the report from nothing."""
+    if manifest.get("imported"):
+        return " && ".join([*(run["command"] for run in manifest["runs"]), f"alignbench report {manifest['sweep']}"])
     plugins = "".join(f" --plugin {path}" for path in manifest.get("plugins", ()))
     return f"alignbench sweep {manifest['sweep']}{plugins} && alignbench report {manifest['sweep']}"
 
@@ -168,9 +173,10 @@ def _protocol(manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _seeds_mark(analysis: Analysis, label: str) -> str:
-    """How many planned seeds the row rests on, where it is not all."""
+    """How many planned seeds the row rests on, where it is not all. A measure that it has no score of has its dash."""
     planned = len(analysis.seeds[label])
-    used = min((found[label].seeds for found in analysis.means.values()), default=planned)
+    counts = [found[label].seeds for found in analysis.means.values()]
+    used = min(filter(None, counts), default=0 if counts else planned)
     return "" if used == planned else f" ({used} of {planned} seeds)"
 
 
@@ -192,8 +198,8 @@ def _estimate_cell(found: stats.Estimate, measure: Measure) -> Cell:
 
 def _cost_cells(costs: pd.DataFrame, label: str) -> list[Cell]:
     done = _trainings(costs, [label])
-    if done.empty:
-        return [Cell(None)] * len(COSTS)
+    if done.empty:  # weights that are somebody else's are done, and what they cost is not known
+        return [Cell("unknown" if (costs[costs["label"] == label]["state"] == "done").any() else None)] * len(COSTS)
     return [Cell(float(pd.to_numeric(done[column]).mean()) / divisor) for column, _, _, divisor, _ in COSTS]
 
 
@@ -218,7 +224,8 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
             rows.append(list(map(Cell, row)))
     for label in analysis.labels:
         for (column, _, unit, _, _), cell in zip(COSTS, _cost_cells(costs, label)):
-            start = [label, column.removesuffix("_bytes"), "cost", unit, cell.value]
+            value = None if isinstance(cell.value, str) else cell.value
+            start = [label, column.removesuffix("_bytes"), "cost", unit, value]
             rows.append([*map(Cell, start), *[Cell()] * (len(names) - len(start))])
     return Table([Column(name) for name in names], rows)
 
@@ -281,6 +288,8 @@ def _budgets(analysis: Analysis, costs: pd.DataFrame) -> str:
     done = _trainings(costs, analysis.trained)
     if not analysis.trained:
         return ""
+    if done.empty and costs["state"].eq("done").all():
+        return "What the trainings cost is unknown."
     if done.empty:
         return "**No training run has finished.**"
     images = pd.to_numeric(done["images"])
@@ -291,7 +300,7 @@ def _budgets(analysis: Analysis, costs: pd.DataFrame) -> str:
     return f"**The numbers of training images differ**: {listed}."
 
 
-def _changes_section(analysis: Analysis) -> list[str]:
+def _changes_section(analysis: Analysis, imported: bool = False) -> list[str]:
     if analysis.base is None:
         return ["## Paired change", "The sweep has no untrained method to compare with."]
     columns = [Column("measure"), Column("method"), Column(f"change against {analysis.base}")]
@@ -306,8 +315,9 @@ def _changes_section(analysis: Analysis) -> list[str]:
             bold = change.verdict in ("up", "down")
             rows.append([Cell(f"{title(measure)} [{measure.role}]"), Cell(label), *map(Cell, texts[:-1])])
             rows[-1].append(Cell(texts[-1], bold=bold))
-    note = """\
-Image by image: same prompt, same noise. The p-value tests "no change" (t on the bootstrap's standard error,
+    noise = "noise unknown" if imported else "same noise"
+    note = f"""\
+Image by image: same prompt, {noise}. The p-value tests "no change" (t on the bootstrap's standard error,
 Satterthwaite's degrees of freedom) and is corrected for all methods of one measure; up and down: p < 0.05.
 *SE, prompts* takes these very trainings as given; *SE, prompts and seeds* is for trainings with any seed."""
     heading = f"## Paired change against {escape(analysis.base)}"
@@ -322,6 +332,33 @@ def _seeds_note(analysis: Analysis) -> str:
     return TWO_SEEDS_NOTE if min((count for count in used if count), default=3) < 3 else ""
 
 
+def _one_training_note(manifest: dict[str, Any]) -> str:
+    """Of weights that are somebody else's there is one training, and nobody knows how much others would differ."""
+    whose = list(dict.fromkeys(run["label"] for run in manifest["runs"] if run.get("published")))
+    what = "one training, of unknown seed: how much trainings differ is unknown, and no interval of it contains it.**"
+    return f"**Of {escape(_and(whose))} there is {what}" if whose else ""
+
+
+def _imports_section(manifest: dict[str, Any]) -> list[str]:
+    """Where imported rows are from, what is known of them, and what is missing."""
+    lines = []
+    for run in manifest["runs"] if manifest.get("imported") else ():
+        seed = "not trained" if run["seed"] == UNTRAINED and not run["published"] else f"seed {run['seed']}"
+        known = [f"{key} = {run['protocol'][key]} ({where})" for key, where in run["known_from"].items()]
+        unknown = [key for key, value in run["protocol"].items() if value == "unknown"]
+        about = [run["imported"], "training unknown" if run["published"] else seed, *known]
+        about += [f"unknown: {', '.join(unknown)}"] if unknown else []
+        about += [f"said to be trained on {', '.join(run['trained_on'])}"] if run["trained_on"] else []
+        lines.append(f"- {escape(run['label'])}: {escape('; '.join(about))}")
+        lines += [f"  - {escape(remark)}" for remark in run["remarks"]]
+    return ["## Imported rows", "\n".join(lines), IMPORTED_NOTE] if lines else []
+
+
+IMPORTED_NOTE = """\
+These pictures and scores were made elsewhere. A score with a name in brackets is that project's own, as its file has
+it: neither its version nor its weights are proven. [unknown]: nobody said whether a row was trained on it."""
+
+
 def hacked(analysis: Analysis, label: str) -> list[Measure]:
     """The measures that fell (after Holm) although the training reward rose; empty if it did not rise, or none fell."""
     changes = {measure: found[label] for measure, found in analysis.changes.items() if label in found}
@@ -331,6 +368,8 @@ def hacked(analysis: Analysis, label: str) -> list[Measure]:
 
 
 def _hacking_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:
+    if not analysis.trained:
+        return []
     columns = [Column("method"), Column("reward, first 10 % of updates", decimals=4)]
     columns += [Column("reward, last 10 %", decimals=4), Column("change", decimals=4, signed=True)]
     rows = []
@@ -457,8 +496,9 @@ def _coverage_section(manifest: dict[str, Any], analysis: Analysis) -> list[str]
 
 
 def _protocol_section(manifest: dict[str, Any], analysis: Analysis, origins: Sequence[str]) -> list[str]:
-    seeds = sorted({seed for label in analysis.trained for seed in analysis.seeds[label]})
-    facts: dict[str, Any] = {"training seeds": ", ".join(map(str, seeds)) or "none"}
+    known = sorted({seed for label in analysis.trained for seed in analysis.seeds[label]})
+    seeds = [*map(str, known), *["unknown"] * any(run.get("published") for run in manifest["runs"])]
+    facts: dict[str, Any] = {"training seeds": ", ".join(seeds) or "none"}
     facts |= {"evaluation, number of prompts": manifest["prompts"]}
     protocol = {key: value for key, value in manifest["protocol"].items() if value is not None}
     facts |= {f"evaluation, {key.replace('_', ' ')}": value for key, value in protocol.items()}

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from alignbench.config import UserError, did_you_mean, parse_assignment
+from alignbench.config import UserError, did_you_mean, parse_assignment, read_text
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt, load_prompts, parse_prompt
 from alignbench.stats import mean_interval
@@ -62,7 +62,7 @@ def pictures(folder: Path, prompts: str | None = None) -> list[Picture]:
 def _geneval(folder: Path) -> list[Picture]:
     found = []
     for metadata in sorted(folder.glob("*/metadata.jsonl")):
-        prompt = parse_prompt(metadata.read_text(encoding="utf-8").strip(), f"{metadata}:1")
+        prompt = parse_prompt(read_text(metadata).strip(), f"{metadata}:1")
         samples = sorted(path for path in (metadata.parent / "samples").glob("*") if path.suffix.lower() in SUFFIXES)
         found += [Picture(file, prompt, index) for index, file in enumerate(samples)]
     if not found:
@@ -77,7 +77,7 @@ def _named(folder: Path, prompts: str) -> list[Picture]:
     path = Path(prompts)
     if path.suffix != ".jsonl" or not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     if not lines or '"file"' not in lines[0]:
         return []
     found, seen = [], dict[str, int]()

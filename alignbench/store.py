@@ -455,7 +455,8 @@ class Results:
 
 
 def artefacts(store: Store, run: dict[str, Any]) -> list[Artefact]:
-    """The artefacts of one run of a manifest, in the order in which they are made."""
+    """The artefacts of one run of a manifest, in the order in which they are made. Imported weights are elsewhere."""
     scores = [store.scores(run["images"], Path(score["file"]).name) for score in run["scores"]]
     images = dict.fromkeys([run["images"], *(score["base"] for score in run["scores"] if "base" in score)])
-    return [store.run(run["id"], run["seed"] != -1), *map(store.images, images), *scores]
+    weights = [] if run.get("imported") else [store.run(run["id"], run["seed"] != -1)]
+    return [*weights, *map(store.images, images), *scores]

@@ -18,8 +18,8 @@ LAYERS = (
     {"flow", "spec", "store", "shapes.checker", "clip", "small"},
     {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards"},
     {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
-    {"run", "jobs", "testing", "backends.flux", "rehearsal", "doctor"},
-    {"launch", "job", "authoring", "estimate"},
+    {"run", "jobs", "testing", "backends.flux", "rehearsal", "doctor", "importers", "compare"},
+    {"launch", "job", "authoring", "estimate", "importing"},
     {"rerun", "gc", "planning"},
     {"cli"},
 )
@@ -52,6 +52,10 @@ TORCHLESS = {
     "jobs",
     "small",
     "hinge",
+    "scoring",
+    "importers",
+    "importing",
+    "compare",
 }
 
 

@@ -1,0 +1,398 @@
+"""Two rows or runs of a store, side by side: `alignbench compare A B`.
+
+Paired differences A - B per metric, and the prompts in which the two differ most. Rows of one sweep get the very
+numbers of its report; of two sweeps, what both were scored on by the same evaluator with the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from alignbench import grid, stats, store
+from alignbench.analysis import UNTRAINED, Analysis, Comparison, Measure, analyse
+from alignbench.config import UserError, did_you_mean
+from alignbench.report import title
+from alignbench.table import DECIMALS, Cell, Column, Table, escape, interval, number
+
+TOP = 5  # prompts per metric
+UNKNOWN = "unknown"
+
+
+class Side(NamedTuple):
+    """A row with all its trainings (``whole``), or one run of it. ``sweep``: what its manifest is called."""
+
+    sweep: str
+    manifest: dict[str, Any]
+    runs: list[dict[str, Any]]
+    whole: bool
+
+    @property
+    def label(self) -> str:
+        return str(self.runs[0]["label"])
+
+    @property
+    def title(self) -> str:
+        seeds = [str(run["seed"]) for run in self.runs if run["seed"] != UNTRAINED]
+        what = f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}" if seeds else _untrained(self.runs[0])
+        return f"{self.label} of {self.sweep}, {what}"
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return {"model": self.manifest.get("world") or UNKNOWN} | self.runs[0].get(
+            "protocol", self.manifest["protocol"]
+        )
+
+
+class Result(NamedTuple):
+    """One measure. ``higher``: the share of prompts in which A's mean is higher, a tie being half of one."""
+
+    measure: Measure
+    means: tuple[stats.Estimate, stats.Estimate]
+    change: Comparison
+    higher: float
+    pairs: pd.DataFrame  # what ``_pairs`` makes
+
+
+class Disagreement(NamedTuple):
+    """A prompt in which the two differ much: means over its pictures, and the two pictures that differ most."""
+
+    prompt: str
+    a: float
+    b: float
+    pictures: tuple[Path | None, Path | None]
+
+
+def _untrained(run: dict[str, Any]) -> str:
+    return "training unknown" if run.get("published") else "not trained"
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def find(root: store.Store, word: str) -> Side:
+    """``SWEEP:LABEL``, a label of one sweep alone, or a run's id or its beginning. UserError with what there is."""
+    manifests = {path.stem: found for path in root.manifests() if (found := store.read_json(path))}
+    if not manifests:
+        raise UserError(f"{root.root}: no sweep was run or imported there; name another --store")
+    named, colon, label = word.partition(":")
+    if colon and (sweeps := _sweeps(manifests, named)):
+        if len(sweeps) > 1:
+            raise UserError(f"{word}: there are several sweeps '{named}': {', '.join(sweeps)}; name one as a whole")
+        return _row(sweeps[0], manifests[sweeps[0]], label, word)
+    ids = {run["id"]: name for name, found in reversed(manifests.items()) for run in found["runs"]}  # the latest stays
+    if word in ids:
+        return _run(manifests, ids[word], word)
+    having = [name for name, found in manifests.items() if word in found["cases"]]
+    if len(having) > 1:
+        raise UserError(
+            f"{word}: is a row of several sweeps; name one: {', '.join(f'{name}:{word}' for name in having)}"
+        )
+    if having:
+        return _row(having[0], manifests[having[0]], word, word)
+    chosen = sorted(id for id in ids if word and id.startswith(word))
+    if len(chosen) > 1:
+        raise UserError(f"{word}: is the beginning of several runs: {', '.join(chosen)}; name one")
+    if chosen:
+        return _run(manifests, ids[chosen[0]], chosen[0])
+    if colon:
+        names = dict.fromkeys(str(found["name"]) for found in manifests.values())
+        raise UserError(f"{word}: there is no sweep '{named}'{did_you_mean(named, names, 'sweeps')}")
+    labels = dict.fromkeys(label for found in manifests.values() for label in found["cases"])
+    raise UserError(f"{word}: there is no such row or run{did_you_mean(word, labels, 'rows')}")
+
+
+def _sweeps(manifests: dict[str, dict[str, Any]], name: str) -> list[str]:
+    """By file name, by the sweep's name, or by a beginning: the first of these that any fits."""
+    by_name = [stem for stem, found in manifests.items() if found["name"] == name]
+    return [name] if name in manifests else by_name or [stem for stem in manifests if name and stem.startswith(name)]
+
+
+def _row(sweep: str, manifest: dict[str, Any], label: str, word: str) -> Side:
+    runs = [run for run in manifest["runs"] if run["label"] == label]
+    if not runs:
+        raise UserError(f"{word}: {sweep} has no row '{label}'{did_you_mean(label, manifest['cases'], 'rows')}")
+    return Side(sweep, manifest, runs, True)
+
+
+def _run(manifests: dict[str, dict[str, Any]], sweep: str, id: str) -> Side:
+    """One run. UserError if its weights made several sets of pictures."""
+    found = [(name, run) for name, manifest in manifests.items() for run in manifest["runs"] if run["id"] == id]
+    if len({run["images"] for _, run in found}) > 1:
+        places = ", ".join(dict.fromkeys(f"{name}:{run['label']}" for name, run in found))
+        raise UserError(f"{id}: made several sets of pictures; name a row: {places}")
+    return Side(sweep, manifests[sweep], [next(run for name, run in found if name == sweep)], False)
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def compare(root: store.Store, a: Side, b: Side, only: Sequence[str] = ()) -> tuple[list[Result], list[str]]:
+    """Every measure that both have, and remarks on those that are left out. ``only``: metrics or evaluators.
+
+    UserError if there is nothing to compare.
+    """
+    if a.runs == b.runs:
+        raise UserError(f"{a.title}: is compared with itself; name two")
+    judges = [{entry["evaluator"]: _judge(entry) for run in side.runs for entry in run["scores"]} for side in (a, b)]
+    both = [name for name in judges[0] if name in judges[1]]
+    remarks = [f"{name}: scored for A alone" for name in judges[0] if name not in judges[1]]
+    remarks += [f"{name}: scored for B alone" for name in judges[1] if name not in judges[0]]
+    other = [name for name in both if judges[0][name] != judges[1][name]]
+    remarks += [f"{name}: scored with other settings, weights or version of it; not compared" for name in other]
+    analysis, frame, labels = _analysed(root, a, b)
+    measures = [measure for measure in analysis.measures if measure.evaluator in set(both) - set(other)]
+    if not measures:
+        raise UserError(f"{a.title} and {b.title} have no score in common ({'; '.join(remarks) or 'none has any'})")
+    measures = _chosen(measures, only)
+    found = [analysis.compare(measure, [labels])[0].estimate for measure in measures]
+    changes = map(Comparison, found, stats.holm([estimate.p for estimate in found]))
+    return [_result(analysis, frame, measure, change, labels) for measure, change in zip(measures, changes)], remarks
+
+
+def _judge(entry: dict[str, Any]) -> str:
+    """Equal for equal settings, weights and version: our score files are named by these, foreign ones by content."""
+    if "imported" in entry["settings"]:
+        return str(entry["settings"])
+    return Path(entry["file"]).stem.removesuffix(f"-{entry.get('base')}")
+
+
+def _chosen(measures: Sequence[Measure], only: Sequence[str]) -> list[Measure]:
+    names = {name: None for measure in measures for name in (measure.name, measure.evaluator)}
+    if odd := next((word for word in only if word not in names), None):
+        raise UserError(f"-e {odd}: the two are not scored by it{did_you_mean(odd, names)}")
+    return [m for m in measures if not only or m.name in only or m.evaluator in only]
+
+
+def _analysed(root: store.Store, a: Side, b: Side) -> tuple[Analysis, pd.DataFrame, tuple[str, str]]:
+    """The analysis, all scores, and the labels of the two in them.
+
+    Two rows of one sweep: that of the whole sweep, so that the spread between trainings is pooled as in its report.
+    Else of the two alone. A single run stands for itself, not for trainings with any seed.
+    """
+    if a.sweep == b.sweep and a.whole and b.whole:
+        frame = store.Results(root.root, a.manifest).scores
+        return analyse(a.manifest, frame), frame, (a.label, b.label)
+    fixed = {"seed": UNTRAINED, "published": True}
+    runs = [
+        run | {"label": label} | ({} if side.whole else fixed) for label, side in zip("AB", (a, b)) for run in side.runs
+    ]
+    manifest = {"cases": ["A", "B"], "runs": runs}
+    frame = store.Results(root.root, manifest).scores
+    return analyse(manifest, frame), frame, ("A", "B")
+
+
+def _result(
+    analysis: Analysis, frame: pd.DataFrame, measure: Measure, change: Comparison, labels: tuple[str, str]
+) -> Result:
+    means = analysis.means[measure]
+    pairs = _pairs(frame, measure, labels)
+    gaps = _by_prompt(pairs)["difference"]
+    higher = float(((gaps > 0) + 0.5 * (gaps == 0)).mean()) if len(gaps) else np.nan
+    return Result(measure, (means[labels[0]], means[labels[1]]), change, higher, pairs)
+
+
+def _pairs(frame: pd.DataFrame, measure: Measure, labels: tuple[str, str]) -> pd.DataFrame:
+    """A row per pair of pictures with two valid scores: prompt_id, index, run_a, run_b, score_a, score_b, difference.
+
+    Trainings pair by their seed, a side that was not trained (or whose training is unknown) meets every seed. As in
+    the estimates, a prompt that lacks a pair of some seed is left out.
+    """
+    mine = frame[(frame["evaluator"] == measure.evaluator) & (frame["metric"] == measure.name)]
+    mine = mine[mine["ok"].eq(True) & np.isfinite(mine["score"].astype(float))]
+    sides = [mine[mine["label"] == label][["prompt_id", "index", "seed", "run", "score"]] for label in labels]
+    trained = all(not side["seed"].eq(UNTRAINED).any() for side in sides)
+    place = ["prompt_id", "index", *(["seed"] if trained else [])]
+    pairs = sides[0].merge(sides[1], on=place, suffixes=("_a", "_b"))
+    runs = pairs["run_a"] + " " + pairs["run_b"]
+    pairs = pairs[runs.groupby(pairs["prompt_id"]).transform("nunique") == runs.nunique()]
+    return pairs.assign(difference=pairs["score_a"] - pairs["score_b"])
+
+
+def _by_prompt(pairs: pd.DataFrame) -> pd.DataFrame:
+    """prompt_id -> score_a, score_b, difference: means over the pictures of a seed, then over seeds."""
+    columns = ["score_a", "score_b", "difference"]
+    return pairs.groupby(["prompt_id", "run_a", "run_b"])[columns].mean().groupby("prompt_id").mean()
+
+
+def disagreements(root: store.Store, a: Side, b: Side, result: Result, top: int = TOP) -> list[Disagreement]:
+    """The ``top`` prompts with the largest differences of their means, largest first; none without a difference."""
+    means = _by_prompt(result.pairs)
+    order = means["difference"].abs().sort_values(ascending=False, kind="stable").index[:top]
+    files = [{run["id"]: _pictures(root, run) for run in side.runs} for side in (a, b)]
+    found = []
+    for prompt in order:
+        score_a, score_b, gap = means.loc[prompt]
+        if gap == 0:
+            break
+        pairs = result.pairs[result.pairs["prompt_id"] == prompt]
+        pair = pairs.loc[(np.sign(gap) * pairs["difference"]).idxmax()]
+        place = (prompt, pair["index"])
+        shown = [known[pair[run]].get(place, ("", None)) for known, run in zip(files, ("run_a", "run_b"))]
+        text = shown[0][0] or shown[1][0] or f"prompt {prompt}"
+        found.append(Disagreement(text, float(score_a), float(score_b), (shown[0][1], shown[1][1])))
+    return found
+
+
+def _pictures(root: store.Store, run: dict[str, Any]) -> dict[tuple[str, int], tuple[str, Path | None]]:
+    """(prompt id, index) -> the prompt's text, and the picture's file if it is there."""
+    artefact = root.images(run["images"])
+    if not artefact.done:
+        return {}
+    table = pd.read_parquet(artefact.product)
+    paths = [artefact.folder / file for file in table["file"]]
+    shown = [path if path.is_file() else None for path in paths]
+    return dict(zip(zip(table["prompt_id"], table["index"]), zip(table["text"], shown)))
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def protocols(a: Side, b: Side) -> list[str]:
+    """How the pictures of the two were made in different ways, and what of it nobody knows."""
+    left, right = a.protocol, b.protocol
+    keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key) is not None or right.get(key) is not None]
+    values = {key: (left.get(key, UNKNOWN), right.get(key, UNKNOWN)) for key in keys}
+    lines = [
+        f"{'not the same ' * (UNKNOWN not in (x, y))}{_words(key)}: {_said(x)} and {_said(y)}"
+        for key, (x, y) in values.items()
+        if x != y
+    ]
+    if unknown := [_words(key) for key, pair in values.items() if pair == (UNKNOWN, UNKNOWN)]:
+        lines.append(f"unknown of both: {', '.join(unknown)}")
+    return [*lines, _noise(a, b, values)]
+
+
+def _noise(a: Side, b: Side, values: dict[str, tuple[Any, Any]]) -> str:
+    """Our noise follows from seed, prompt, index and the model's latent size."""
+    if any(run.get("imported") for run in (*a.runs, *b.runs)):
+        return "pairs are of the same prompt; whether of the same noise is unknown, as pictures were made elsewhere"
+    if any(x != y for key in ("model", "size", "seed") for x, y in [values.get(key, (None, None))]):
+        return "pairs are of the same prompt, not of the same noise"
+    return "pairs are of the same prompt and the same noise"
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _seeds(a: Side, b: Side) -> list[str]:
+    """What the intervals do not hold."""
+    lines = []
+    if a.whole and b.whole:
+        seeds = [{run["seed"] for run in side.runs} for side in (a, b)]
+        if UNTRAINED not in seeds[0] | seeds[1] and not seeds[0] & seeds[1]:
+            lines.append("no training seed is in both, so that nothing can be paired: name two runs by their ids")
+    counts = [sum(run["label"] == label for run in a.manifest["runs"]) for label in a.manifest["cases"]]
+    pooled = a.sweep == b.sweep and a.whole and b.whole and max(counts) > 1  # then the other rows' spread is in them
+    alone = [name for name, side in zip("AB", (a, b)) if _one_training(side, pooled)]
+    if alone:
+        whose = " and ".join(alone)
+        lines.append(f"of {whose} there is one training: how much trainings differ is unknown, and in no interval")
+    return lines
+
+
+def _one_training(side: Side, pooled: bool) -> bool:
+    run = side.runs[0]
+    return len(side.runs) == 1 and (bool(run.get("published")) or (run["seed"] != UNTRAINED and not pooled))
+
+
+def table(results: Sequence[Result]) -> Table:
+    """A row per metric, to be read."""
+    names = ["metric", "A", "B", "A - B", "p", "p, Holm", "verdict", "A higher", "prompts", "left out", "seeds"]
+    rows = []
+    for result in results:
+        decimals = DECIMALS.get(result.measure.unit, 3)
+        found = result.change.estimate
+        measure = result.measure
+        texts = [Column(title(measure), measure.unit, measure.higher_is_better, measure.role).header]
+        texts += [interval(*mean[:3], decimals) for mean in result.means]
+        texts += [interval(*found[:3], decimals + 1, signed=True), _p(found.p), _p(result.change.p_holm)]
+        texts += [result.change.verdict, number(result.higher, 2)]
+        rows.append([Cell(text) for text in [*texts, *map(str, (found.prompts, found.dropped, found.seeds))]])
+    return Table([Column(name) for name in names], rows)
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else number(value)
+
+
+def tidy(results: Sequence[Result]) -> Table:
+    """A row per metric, in full precision."""
+    names = ["metric", "evaluator", "role", "unit", "a", "a_lo", "a_hi", "b", "b_lo", "b_hi", "difference", "lo", "hi"]
+    names += ["se", "df", "p", "prompts", "seeds", "dropped", "p_holm", "verdict", "a_higher"]
+    rows = []
+    for measure, (a, b), change, higher, _ in results:
+        about: list[Any] = [measure.name, measure.evaluator, measure.role, measure.unit, *a[:3], *b[:3]]
+        found = change.estimate
+        about += [*found[:3], found.se, found.df, found.p, found.prompts, found.seeds, found.dropped]
+        rows.append([Cell(value) for value in [*about, change.p_holm, change.verdict, higher]])
+    return Table([Column(name) for name in names], rows)
+
+
+NOTE = """\
+A - B: prompt by prompt, mean with its 95 % interval. p: of "no difference"; Holm: corrected for the metrics shown.
+up, down: p < 0.05 after that. A higher: the share of prompts in which A's mean is higher (ties are half)."""
+
+
+def page(root: store.Store, a: Side, b: Side, results: Sequence[Result], remarks: Sequence[str]) -> str:
+    """All of it as markdown, to be read in a terminal as well."""
+    lists = [protocols(a, b), [*_seeds(a, b), *remarks]]
+    parts = [
+        f"# {escape(a.label)} and {escape(b.label)}",
+        f"A: {escape(a.title)}  \nB: {escape(b.title)}",
+        *("\n".join(f"- {escape(line)}" for line in lines) for lines in lists if lines),
+        "## Paired differences",
+        table(results).markdown().rstrip("\n"),
+        NOTE,
+        "## The prompts that differ most",
+        *(text for result in results for text in _disagreeing(root, a, b, result)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _disagreeing(root: store.Store, a: Side, b: Side, result: Result) -> Iterator[str]:
+    decimals = DECIMALS.get(result.measure.unit, 3)
+    lines = []
+    for found in disagreements(root, a, b, result):
+        gap = number(found.a - found.b, decimals, signed=True)
+        lines.append(f"- {gap} ({number(found.a, decimals)}, {number(found.b, decimals)}): {escape(found.prompt)}")
+        lines += [f"  - {name}: {path or 'no picture'}" for name, path in zip("AB", found.pictures)]
+    yield f"### {escape(title(result.measure))}"
+    yield "\n".join(lines) if lines else "Nowhere."
+
+
+def sheet(root: store.Store, a: Side, b: Side, results: Sequence[Result]) -> Any:
+    """Below one another for every metric: A's and B's pictures of the prompts that differ most. None without any."""
+    parts = []
+    for result in results:
+        found = disagreements(root, a, b, result)
+        if any(picture for each in found for picture in each.pictures):
+            gaps = [number(each.a - each.b, DECIMALS.get(result.measure.unit, 3), signed=True) for each in found]
+            rows = [
+                (f"{name}: {side.label}", [each.pictures[i] for each in found])
+                for i, (name, side) in enumerate(zip("AB", (a, b)))
+            ]
+            parts.append(
+                grid.draw(rows, [(f"{gap} {result.measure.name}", each.prompt) for gap, each in zip(gaps, found)])
+            )
+    return grid.stack(parts) if parts else None
+
+
+def build(root: store.Store, a: Side, b: Side, results: Sequence[Result], text: str, out: Path) -> list[Path]:
+    """Write compare.md, compare.csv and compare.png (if there is any picture) into ``out``; the paths."""
+    paths = [out / "compare.md", out / "compare.csv"]
+    store.write(paths[0], text)
+    store.write(paths[1], tidy(results).csv())
+    if picture := sheet(root, a, b, results):
+        paths.append(out / "compare.png")
+        store.write(paths[-1], lambda temporary: picture.save(temporary, "PNG"))
+    return paths
