@@ -16,9 +16,9 @@ LAYERS = (
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {"flow", "spec", "store", "shapes.checker", "clip", "small"},
-    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards"},
-    {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
-    {"run", "jobs", "testing", "backends.flux", "rehearsal", "doctor"},
+    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards", "small_backends"},
+    {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers", "backends.pipeline"},
+    {"run", "jobs", "testing", "backends.flux", "backends.sd3", "backends.flux2", "rehearsal", "doctor"},
     {"launch", "job", "authoring", "estimate"},
     {"rerun", "gc", "planning"},
     {"cli"},
@@ -51,6 +51,7 @@ TORCHLESS = {
     "slurm",
     "jobs",
     "small",
+    "small_backends",
     "hinge",
 }
 

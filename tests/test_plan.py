@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from world import PLUGIN, alignbench, debug_sweep, sweep_file, tables
 
 from alignbench.config import UserError
-from alignbench.cost import FLUX_1_DEV, GPUS, Decoder, Linear, Model, TextEncoder, Tokens, Transformer
+from alignbench.cost import FLUX_1_DEV, GPUS, Decoder, FluxTransformer, Linear, Model, TextEncoder, Tokens
 from alignbench.estimate import Estimate, estimate, watch_once
 from alignbench.plugins import Registry
 from alignbench.spec import Budget, Training
@@ -50,7 +50,7 @@ def test_flux_1_dev_costs_what_was_counted(size, forward, full, lora, decoder):
 
 def test_flux_1_dev_has_its_parameters():
     """11.901 B in the transformer, 4.762 B in T5, 0.123 B in CLIP, 84 M in the autoencoder (to 3 %)."""
-    counts = [DEV.transformer.parameters, DEV.t5.parameters, DEV.clip.parameters]
+    counts = [DEV.transformer.parameters, *sorted((each.parameters for each in DEV.encoders), reverse=True)]
     assert [round(count / 1e9, 3) for count in counts] == [11.901, 4.762, 0.123]
     assert DEV.decoder.parameters == pytest.approx(83.8e6, rel=0.03)
 
@@ -77,7 +77,7 @@ def counted(work) -> int:
 def test_a_small_transformer_costs_what_torch_counts(parts):
     """Forward FLOPs exactly, the backward's linear part exactly, and parameters exactly, guidance or not."""
     network = parts["transformer"].train()
-    measures = Transformer.read(network.config)
+    measures = FluxTransformer.read(network.config)
     assert measures.parameters == sum(p.numel() for p in network.parameters())
     tokens = Tokens(image=16, text=5)
 

@@ -73,7 +73,7 @@ def test_a_grid_over_batch_and_budget_keeps_its_points(small, tmp_path):
 def test_another_backend_has_no_rehearsal(small, tmp_path):
     """It is said, rather than replaced by a model of another kind."""
     path = sweep_file(tmp_path, {"base": {"backend": {"name": "mine"}}})
-    with pytest.raises(UserError, match="only the backend flux has a small model"):
+    with pytest.raises(UserError, match="only the backends flux, sd3"):
         rehearse(read(path), small)
 
 
