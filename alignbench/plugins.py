@@ -33,7 +33,7 @@ ROOTS: dict[str, Kind] = {
     "GroupRelative": "method",
     "Evaluator": "evaluator",
     "PipelineBackend": "backend",
-    "Guided": "backend",
+    "GuidedBackend": "backend",
 }
 
 

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from world import PLUGIN, sweep_file
 
 from alignbench.backends.flux2 import Flux2, unpatch
+from alignbench.config import UserError
 from alignbench.cost import FLUX_2_KLEIN_4B, FLUX_2_KLEIN_9B, Model
 from alignbench.flow import integrate
+from alignbench.plugins import Registry
 from alignbench.small_backends import flux2_folder
+from alignbench.sweep import read, resolve
 
 PROMPTS = ["a photo of a red circle", "two blue square"]
 WORDS = 96
@@ -103,3 +107,16 @@ def test_the_full_size_builds_with_its_parameters(published, billions):
     assert measures.transformer.parameters == sum(parameter.numel() for parameter in network.parameters())
     assert round(measures.transformer.parameters / 1e9, 3) == billions
     assert measures.encoders[0].parameters == sum(parameter.numel() for parameter in text_encoder.parameters())
+
+
+def test_policy_gradients_are_refused_on_a_distilled_model(folders, tmp_path):
+    """When the sweep is read, with the reason; on the base model they are not."""
+    for kind, folder in folders.items():
+        backend = {"name": "flux2", "model": str(folder), "guidance": 4.0}
+        case = {"label": "GRPO", "method": {"name": "flowgrpo", "group": 2, "steps": 3}}
+        path = sweep_file(tmp_path, {"base": {"backend": backend}, "cases": [case]})
+        if kind == "base":
+            assert resolve(read(path), Registry([PLUGIN])).cells
+        else:
+            with pytest.raises(UserError, match=r"flowgrpo samples by an SDE, and .* is distilled to few steps"):
+                resolve(read(path), Registry([PLUGIN]))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
-from alignbench.backends.pipeline import Guided, Network, Pipeline, PipelineFlow, Text
+from alignbench.backends.pipeline import GuidedBackend, Network, Pipeline, PipelineFlow, Text
 from alignbench.config import Missing
 from alignbench.cost import FLUX_2_KLEIN_4B, FLUX_2_KLEIN_9B
 
@@ -30,7 +30,7 @@ LAYERS = (9, 18, 27)  # of Qwen3, whose states the transformer reads
 SINGLE_BLOCKS = 24  # of klein 9B; 4B has 20
 
 
-class Flux2(Guided):
+class Flux2(GuidedBackend):
     """A Flux2KleinPipeline folder or hub id. ``size``, ``guidance``: of training, not evaluation."""
 
     name: ClassVar[str] = "flux2"

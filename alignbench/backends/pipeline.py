@@ -178,7 +178,7 @@ class PipelineBackend(Config):
                     parameter.data = parameter.data.float()
 
 
-class Guided(PipelineBackend):
+class GuidedBackend(PipelineBackend):
     """One whose guidance is not distilled into the network: above 1 every velocity takes a second evaluation."""
 
     negative_gradient: Literal["full", "stop"] = "full"  # through the evaluation of the empty prompt too, or not

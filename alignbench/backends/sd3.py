@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from alignbench.backends.pipeline import (
     TRAINING_ONLY,
-    Guided,
+    GuidedBackend,
     Network,
     Pipeline,
     PipelineFlow,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 CLIP_TOKENS = 77
 
 
-class SD3(Guided):
+class SD3(GuidedBackend):
     """A StableDiffusion3Pipeline folder or hub id. ``size``, ``guidance``, ``spacing``: of training, not evaluation."""
 
     name: ClassVar[str] = "sd3"
