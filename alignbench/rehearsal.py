@@ -20,7 +20,6 @@ LR, EMA = 1e-3, 0.5  # large, so that a few updates show in the pictures: else n
 BATCHES = 2  # that a budget lasts in most rows
 BACKENDS = ("flux", *small_backends.MADE)
 REMOTE = ("revision", "base_revision", "clip_revision", "server", "served_model", "engine", "processor", "architecture")
-PUBLISHED = {"weights": "shapes", "subfolder": "transformer", "kind": "transformer"}  # in place of somebody's weights
 
 
 def rehearse(document: Document, store: Path) -> Document:
@@ -47,6 +46,8 @@ class Smaller:
         data = document.data
         model = small_backends.backend(data["base"]["backend"]["name"], folder)
         self.backend = {**model, "size": SIZE, "dtype": "float32"}
+        # in place of somebody's weights: the base model's
+        self.published = {"weights": model["model"], "subfolder": "transformer", "kind": "transformer"}
         sets = [override.get("set", {}) for override in data.get("overrides", [])]
         axes = [{axis: value} for axis, values in data.get("grid", {}).items() for value in values]
         places = [{"training": data["base"].get("training", {})}, *sets, *axes, dict(document.run_sets)]
@@ -111,7 +112,7 @@ class Smaller:
             if place.endswith("evaluator"):
                 return self.evaluator(value)
             if place == "method" and value.get("name") == "checkpoint":
-                return {key: part for key, part in value.items() if key != "revision"} | PUBLISHED
+                return {key: part for key, part in value.items() if key != "revision"} | self.published
             return {key: self(f"{place}.{key}", part, i) for key, part in value.items()}
         if place.startswith("training.budget."):
             return self.spent(place.rpartition(".")[2], value)
@@ -124,7 +125,7 @@ class Smaller:
             "training.optimizer.warmup": 0,
             "training.optimizer.lr": LR * (i + 1),
             "training.optimizer.ema": None if value is None else EMA / (i + 1),
-            "method.weights": "shapes",
+            "method.weights": self.published["weights"],
             "evaluation.protocol.prompts": "shapes/test",
             "evaluation.protocol.size": SIZE,
         }.get(place, value)

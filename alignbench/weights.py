@@ -20,32 +20,23 @@ from alignbench.config import Missing, NotFetched, UserError
 
 TRUST = "ALIGNBENCH_TRUST"  # environment variable: the sha256 of a file whose pickled code may run
 SHAPES = Path(__file__).parent / "shapes" / "assets"
-
-
-def _gate(repository: str, licence: str, spare: str) -> tuple[str, str]:
-    page = f"https://huggingface.co/{repository}"
-    return repository, f"gated: accept the {licence} licence at {page}, then `hf auth login`; {spare}"
-
-
-STABLE = "Stability AI Community"
-SINGLE = "`--exclude '*.fp16*' 'sd3*.safetensors' 'text_encoders/*'` spares what is not read"
-KLEIN = "`--exclude 'flux-2-klein*.safetensors'` spares 18 GB that are not read"
-GATED = dict(  # repositories that ask for consent on their page before anything can be fetched
-    (
-        _gate(
+STABLE, SINGLE = "Stability AI Community", "`--exclude '*.fp16*' 'sd3*.safetensors' 'text_encoders/*'`"
+BLACK_FOREST, KLEIN = "FLUX non-commercial", "`--exclude 'flux-2-klein*.safetensors'`"
+GATED = {  # repositories that ask for consent on their page before anything can be fetched
+    name: f"gated: accept the {licence} licence at https://huggingface.co/{name}, then `hf auth login`; {spare}"
+    for name, licence, spare in (
+        (
             "black-forest-labs/FLUX.1-dev",
             "FLUX.1 [dev] non-commercial",
             "`--exclude flux1-dev.safetensors` spares 24 GB that are not read",
         ),
-        _gate(
-            "stabilityai/stable-diffusion-3-medium-diffusers", STABLE, "`--exclude '*.fp16*'` spares what is not read"
-        ),
-        _gate("stabilityai/stable-diffusion-3.5-medium", STABLE, SINGLE),
-        _gate("stabilityai/stable-diffusion-3.5-large", STABLE, SINGLE),
-        _gate("black-forest-labs/FLUX.2-klein-base-9B", "FLUX non-commercial", KLEIN),
-        _gate("black-forest-labs/FLUX.2-klein-9B", "FLUX non-commercial", KLEIN),
+        ("stabilityai/stable-diffusion-3-medium-diffusers", STABLE, f"{SINGLE} spares what is not read"),
+        ("stabilityai/stable-diffusion-3.5-medium", STABLE, f"{SINGLE} spares what is not read"),
+        ("stabilityai/stable-diffusion-3.5-large", STABLE, f"{SINGLE} spares what is not read"),
+        ("black-forest-labs/FLUX.2-klein-base-9B", BLACK_FOREST, f"{KLEIN} spares 18 GB that are not read"),
+        ("black-forest-labs/FLUX.2-klein-9B", BLACK_FOREST, f"{KLEIN} spares 18 GB that are not read"),
     )
-)
+}
 BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6, and OpenMMLab's files do
 
 

@@ -11,7 +11,7 @@ from test_plan import counted as flops
 
 from alignbench.backends.flux2 import Flux2
 from alignbench.backends.sd3 import SD3
-from alignbench.config import UserError
+from alignbench.config import UserError, settings
 from alignbench.cost import Tokens
 from alignbench.evaluator import Reward, Term
 from alignbench.flow import integrate
@@ -30,6 +30,7 @@ from alignbench.methods.refl import ReFL
 from alignbench.methods.vggflow import VGGFlow
 from alignbench.plugins import Registry
 from alignbench.small_backends import backend
+from alignbench.spec import Budget, RunSpec, Training, run_id
 from alignbench.testing import MethodContract, Quadratic, gradients_of
 
 FAMILIES = {"sd3": SD3, "flux2": Flux2}
@@ -107,17 +108,17 @@ def test_stop_is_the_gradient_of_the_prompts_branch_alone(load):
     assert torch.equal(a, b)  # the base model's is exact whatever the policy
 
 
-@pytest.mark.parametrize(("settings", "spent"), [
+@pytest.mark.parametrize(("changes", "spent"), [
     ({"guidance": 1.0}, (2, 2, 6)),
     ({"negative_gradient": "full"}, (4, 4, 12)),
     ({"negative_gradient": "stop"}, (4, 2, 12)),
 ])  # fmt: skip
-def test_the_meter_counts_every_evaluation(load, settings, spent):
+def test_the_meter_counts_every_evaluation(load, changes, spent):
     """A guided velocity of two samples is four evaluations; of those of a constant branch none has a gradient.
 
     Those that a backward makes again are counted as such.
     """
-    flow, meter = load(**settings), Meter()
+    flow, meter = load(**changes), Meter()
     rows = []
     flow.transformer.register_forward_hook(lambda _, inputs, named, v: rows.append(len(v[0])), with_kwargs=True)
     seen = metered(flow, meter)
@@ -271,11 +272,11 @@ def test_published_weights_take_the_place_of_the_models(load, tmp_path):
 
 def test_a_small_transformer_costs_what_torch_counts(load, family, small):
     """Forward FLOPs, parameters, adapters and text encoders exactly; two branches are two forwards."""
-    flow, settings = load(), FAMILIES[family](**small[family])
-    measures = settings.measures
+    flow, made = load(), FAMILIES[family](**small[family])
+    measures = made.measures
     assert measures.transformer.parameters == sum(p.numel() for p in flow.transformer.parameters())
-    pipeline = settings._pipeline()
-    encoders = [getattr(pipeline, part) for part in settings.models if part.startswith("text_encoder")]
+    pipeline = made._pipeline()
+    encoders = [getattr(pipeline, part) for part in made.models if part.startswith("text_encoder")]
     assert [e.parameters for e in measures.encoders] == [sum(p.numel() for p in each.parameters()) for each in encoders]
     x, cond = some(flow)
     tokens = measures.tokens(32, cond.tensors["text"].shape[1])
@@ -284,9 +285,9 @@ def test_a_small_transformer_costs_what_torch_counts(load, family, small):
     with torch.no_grad():
         flow.velocity(x, 0.5, cond)  # the empty prompt is encoded now
         assert flops(lambda: flow.at(guidance=1.0).velocity(x, 0.5, cond)) == 2 * forward
-        assert flops(lambda: flow.velocity(x, 0.5, cond)) == 2 * forward * settings.branches(4.0)
+        assert flops(lambda: flow.velocity(x, 0.5, cond)) == 2 * forward * made.branches(4.0)
     adapted = load(tune="lora", lora_rank=4)
-    assert sum(p.numel() for p in adapted.parameters()) == measures.transformer.adapters(settings.lora_targets, 4)
+    assert sum(p.numel() for p in adapted.parameters()) == measures.transformer.adapters(made.lora_targets, 4)
     v = flow.at(guidance=1.0).velocity(x, 0.5, cond)
     seen = flops(lambda: v.sum().backward())
     assert seen == pytest.approx(2 * measures.transformer.backward(tokens, full=True), rel=0.05)  # none to the inputs
@@ -294,9 +295,8 @@ def test_a_small_transformer_costs_what_torch_counts(load, family, small):
 
 def test_plans_know_the_length_of_the_text(load, family, small):
     """As many text tokens as a prompt has."""
-    settings = FAMILIES[family](**small[family])
     words = load().encode(PROMPTS).tensors["text"].shape[1]
-    assert settings.text_tokens == words
+    assert FAMILIES[family](**small[family]).text_tokens == words
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -337,6 +337,14 @@ def test_a_missing_shard_is_named(tmp_path, small, family):
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_bytes(msgspec.json.encode(index))
     with pytest.raises(UserError, match=r"of-2\.safetensors is missing"):
         FAMILIES[family](model=str(tmp_path / "copy"), size=32).files()
+
+
+def test_weights_of_another_precision_are_not_the_models(tmp_path, small, family):
+    """model.fp16.safetensors beside model.safetensors, as the hub's SD3 has it: whether it is there changes no id."""
+    folder = shutil.copytree(small[family]["model"], tmp_path / "copy")
+    before = FAMILIES[family](model=str(folder), size=32).files()
+    shutil.copy(folder / "text_encoder/model.safetensors", folder / "text_encoder/model.fp16.safetensors")
+    assert FAMILIES[family](model=str(folder), size=32).files() == before
 
 
 def test_wrong_settings_are_one_clear_line(load, family, small):
@@ -406,6 +414,21 @@ class TestMethods(MethodContract):
         (whole, *_), (split, *_) = self.run(self.flow(), 1), self.run(self.flow(), 1, self.micro)
         for name in ("loss", "grad_norm"):
             assert split[name] == pytest.approx(whole[name], rel=1e-2, abs=1e-6)
+
+
+def test_what_is_of_training_alone_changes_no_base_model(family, small):
+    """The untrained model's run has one id whatever the guidance and gradient of training; a trained one's differ."""
+    registry, ids = Registry(), set()
+    for change in ({}, {"negative_gradient": "stop"}, {"guidance": 2.0}):
+        plain = settings(FAMILIES[family](**{**small[family], **change}))
+        for method in ("base", "leapalign"):
+            reward = {"evaluator": {"name": "hpsv2", "weights": "shapes"}, "margin": None, "weight": 1.0}
+            chosen = settings(registry.make("method", {"name": method}, "method"))
+            training = Training(budget=Budget(images=2), batch=2)
+            parts = {"backend": plain, "method": chosen, "reward": [reward], "training": training}
+            spec = RunSpec(label="any", prompts="shapes/train", **parts)
+            ids.add((method, run_id(spec, registry, [])))
+    assert sorted(method for method, _ in ids) == ["base", *["leapalign"] * 3]
 
 
 def test_the_registry_lists_them():

@@ -108,7 +108,7 @@ def of_another_family(family: str, folder: Path) -> str:
     """The tiny sweep on a hub model of SD3 or FLUX.2, at 512 px."""
     backend = {"name": family, **OTHERS[family], "size": 512, "guidance": 4.0, "dtype": "bfloat16"}
     reward = {"evaluator": {"name": "hpsv2"}, "margin": 0.55}
-    methods = [{"name": "base"}, {"name": "leapalign", "steps": 3}]
+    methods = [{"name": "base"}, {"name": "leapalign", "steps": 3}, {"name": "checkpoint", "weights": "some/body"}]
     cases = [{"label": each["name"], "method": each} for each in methods]
     protocol = {"size": 512, "guidance": 4.0}
     data = {"base": {"backend": backend, "reward": reward}, "grid": {"training.seed": [0]}, "cases": cases}
@@ -122,6 +122,7 @@ def test_another_family_rehearses_with_its_own_small_model(family, small, tmp_pa
     """Of the same family, made once in the store; what belongs to the method and to guidance stays."""
     played = resolve(rehearse(read(of_another_family(family, tmp_path)), small), Registry())
     backend = played.cells[1].spec.backend
+    assert played.cells[2].spec.method["weights"] == backend["model"]
     assert Path(backend["model"]).parent == (small / "rehearsal").resolve()
     assert (backend["name"], backend["size"], backend["guidance"], backend["dtype"]) == (family, 32, 4.0, "float32")
     assert backend.get("spacing") == OTHERS[family].get("spacing")

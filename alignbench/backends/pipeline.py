@@ -29,6 +29,7 @@ Pipeline = Any  # a diffusers pipeline, whose parts type checkers cannot see
 Network = Any  # its transformer
 Split = Callable[[Network, Sequence[Network], Any, bool], None]  # network, blocks, computing type, is it trained?
 
+INDEX = "model_index.json"
 TRAINING_ONLY = (  # settings that do not change the untrained model's images
     *("size", "guidance", "lora_rank", "lora_alpha", "lora_targets", "clamp", "gradient_checkpointing"),
 )
@@ -66,11 +67,10 @@ class PipelineBackend(Config):
 
     def files(self) -> list[Path]:
         """Every file that determines the model, checked without loading it. UserError for the first bad one."""
-        path = self.folder / "model_index.json"
+        path = self.folder / INDEX
         needs = f"{self.name} needs a {self.pipeline}"  # type: ignore[attr-defined]  # of the backend's class
         if not path.is_file():
-            raise UserError(f"backend.model: {self.folder} has no model_index.json; {needs} folder")
-        weights.check([path], "backend.model")
+            raise UserError(f"backend.model: {self.folder} has no {INDEX}; {needs} folder")
         if (kind := self.index.get("_class_name")) != self.pipeline:
             raise UserError(f"backend.model: {self.folder} holds a {kind}; {needs}")
         self.check_size(self.size, "backend.size")
@@ -86,8 +86,8 @@ class PipelineBackend(Config):
 
     @property
     def index(self) -> dict[str, Any]:
-        """``model_index.json``: the class of every part, and the pipeline's own settings."""
-        return json.loads((self.folder / "model_index.json").read_text())
+        """The class of every part, and the pipeline's own settings. UserError if it cannot be read."""
+        return self.read(".", INDEX)
 
     def present(self, parts: Sequence[str]) -> list[str]:
         """``parts`` without the optional ones that this model does not have."""
@@ -180,6 +180,8 @@ class PipelineBackend(Config):
 
 class GuidedBackend(PipelineBackend):
     """One whose guidance is not distilled into the network: above 1 every velocity takes a second evaluation."""
+
+    training_only: ClassVar[tuple[str, ...]] = (*TRAINING_ONLY, "negative_gradient")
 
     negative_gradient: Literal["full", "stop"] = "full"  # through the evaluation of the empty prompt too, or not
 

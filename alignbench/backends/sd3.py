@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from alignbench.backends.pipeline import (
-    TRAINING_ONLY,
     GuidedBackend,
     Network,
     Pipeline,
@@ -53,7 +52,7 @@ class SD3(GuidedBackend):
         "stabilityai/stable-diffusion-3.5-medium": SD3_5_MEDIUM,
         "stabilityai/stable-diffusion-3.5-large": SD3_5_LARGE,
     }
-    training_only: ClassVar[tuple[str, ...]] = (*TRAINING_ONLY, "spacing", "negative_gradient")
+    training_only: ClassVar[tuple[str, ...]] = (*GuidedBackend.training_only, "spacing")
 
     model: str = "stabilityai/stable-diffusion-3.5-medium"  # or a folder
     size: int = 512  # pixels, square, during training (LeapAlign appendix B, FlowBP)
