@@ -1,4 +1,4 @@
-"""What a FLUX.1-shaped model costs, by arithmetic on its configuration alone: parameters, FLOPs, bytes.
+"""What a model costs, by arithmetic on its configuration alone: parameters, FLOPs, bytes.
 
 A multiply-add is two FLOPs. Only matrix products, attention and convolutions are counted, as torch's FlopCounterMode
 does. Nothing here loads a model or imports torch.
@@ -6,16 +6,39 @@ does. Nothing here loads a model or imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 TIME_CHANNELS = 256  # of the sinusoidal embedding of t and of guidance
 FLASH_BACKWARD = 2.5  # FLOPs of attention's backward per FLOP of its forward: the scores are computed once more
-# Counted in a block's graph with flash attention, in tokens times width: what autograd keeps for the backward.
-KEPT_DOUBLE, KEPT_SINGLE = 28.2, 25.2
 KEPT_RESNET = 8.4  # feature maps that autograd keeps of a decoder's residual block
 
-FLUX_1_DEV: dict[str, dict[str, Any]] = {  # what of its published config.json files matters here
+# -- published configurations, as far as they matter here --------------------------------------------------------------
+
+CLIP_L: dict[str, Any] = {
+    "model_type": "clip_text_model",
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "max_position_embeddings": 77,
+    "projection_dim": 768,
+}
+T5_XXL: dict[str, Any] = {
+    "model_type": "t5",
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "relative_attention_num_buckets": 32,
+    "feed_forward_proj": "gated-gelu",
+}
+VAE_16: dict[str, Any] = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16}
+
+FLUX_1_DEV: dict[str, dict[str, Any]] = {
     "transformer": {
         "num_layers": 19,
         "num_single_layers": 38,
@@ -26,25 +49,61 @@ FLUX_1_DEV: dict[str, dict[str, Any]] = {  # what of its published config.json f
         "pooled_projection_dim": 768,
         "guidance_embeds": True,
     },
-    "vae": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16},
-    "text_encoder": {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "max_position_embeddings": 77,
-    },
-    "text_encoder_2": {
-        "vocab_size": 32128,
-        "d_model": 4096,
-        "d_ff": 10240,
-        "d_kv": 64,
-        "num_heads": 64,
-        "num_layers": 24,
-        "relative_attention_num_buckets": 32,
-        "feed_forward_proj": "gated-gelu",
-    },
+    "vae": VAE_16,
+    "text_encoder": CLIP_L,
+    "text_encoder_2": T5_XXL,
 }
+
+PROJECTED = {"architectures": ["CLIPTextModelWithProjection"]}
+CLIP_BIG_G = {**CLIP_L, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "projection_dim": 1280}
+
+
+def _sd3(**transformer: Any) -> dict[str, dict[str, Any]]:
+    """A Stable Diffusion 3 whose transformer differs from SD3-medium's in these settings."""
+    usual = {
+        "_class_name": "SD3Transformer2DModel",
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "attention_head_dim": 64,
+        "in_channels": 16,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+    }
+    clips = {"text_encoder": CLIP_L | PROJECTED, "text_encoder_2": CLIP_BIG_G | PROJECTED}
+    return {"transformer": usual | transformer, "vae": VAE_16, **clips, "text_encoder_3": T5_XXL}
+
+
+SD3_MEDIUM = _sd3()
+SD3_5_MEDIUM = _sd3(dual_attention_layers=range(13), qk_norm="rms_norm")
+SD3_5_LARGE = _sd3(num_layers=38, num_attention_heads=38, qk_norm="rms_norm")
+
+
+def _klein(double: int, single: int, heads: int, qwen: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    transformer = {
+        "_class_name": "Flux2Transformer2DModel",
+        "num_layers": double,
+        "num_single_layers": single,
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "in_channels": 128,
+        "joint_attention_dim": 3 * qwen["hidden_size"],
+        "guidance_embeds": False,
+    }
+    usual = {"model_type": "qwen3", "vocab_size": 151936, "num_hidden_layers": 36, "head_dim": 128}
+    usual |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+    return {"transformer": transformer, "vae": {**VAE_16, "latent_channels": 32}, "text_encoder": usual | qwen}
+
+
+FLUX_2_KLEIN_4B = _klein(
+    5, 20, 24, {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}
+)  # with Qwen3-4B
+FLUX_2_KLEIN_9B = _klein(
+    8, 24, 32, {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+)  # with Qwen3-8B
+
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+Rows = Literal["image", "text", "both", "sample"]
 
 
 class Linear(NamedTuple):
@@ -53,11 +112,12 @@ class Linear(NamedTuple):
     name: str
     n_in: int
     n_out: int
-    rows: Literal["image", "text", "both", "sample"]
+    rows: Rows
+    bias: bool = True
 
     @property
     def parameters(self) -> int:
-        return (self.n_in + 1) * self.n_out
+        return (self.n_in + self.bias) * self.n_out
 
 
 class Tokens(NamedTuple):
@@ -74,8 +134,15 @@ class Tokens(NamedTuple):
         return 1 if linear.rows == "sample" else getattr(self, linear.rows)
 
 
-class Transformer(NamedTuple):
-    """A FluxTransformer2DModel: ``double`` blocks with a stream each for image and text, ``single`` ones with one."""
+STREAMS: tuple[tuple[Rows, tuple[str, ...], str], ...] = (  # of a double block: attention and feed-forward, by name
+    ("image", ("to_q", "to_k", "to_v", "to_out.0"), "ff"),
+    ("text", ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"), "ff_context"),
+)
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """``double`` blocks with a stream each for image and text, then ``single`` ones with one for both."""
 
     double: int
     single: int
@@ -83,22 +150,6 @@ class Transformer(NamedTuple):
     head: int  # channels of one
     channels: int  # of an image token
     text: int  # width of the text states
-    pooled: int
-    guidance: bool
-
-    @classmethod
-    def read(cls, config: Mapping[str, Any]) -> Transformer:
-        """From ``transformer/config.json``; what is not in it has diffusers' default."""
-        return cls(
-            config.get("num_layers", 19),
-            config.get("num_single_layers", 38),
-            config.get("num_attention_heads", 24),
-            config.get("attention_head_dim", 128),
-            config.get("in_channels", 64),
-            config.get("joint_attention_dim", 4096),
-            config.get("pooled_projection_dim", 768),
-            config.get("guidance_embeds", False),
-        )
 
     @property
     def width(self) -> int:
@@ -106,41 +157,16 @@ class Transformer(NamedTuple):
 
     def linears(self) -> list[Linear]:
         """Every linear layer, by the name that diffusers gives it."""
-        d = self.width
-        embedders = ["timestep_embedder", *["guidance_embedder"] * self.guidance]
-        found = [
-            Linear("x_embedder", self.channels, d, "image"),
-            Linear("context_embedder", self.text, d, "text"),
-            *(Linear(f"time_text_embed.{name}.linear_1", TIME_CHANNELS, d, "sample") for name in embedders),
-            *(Linear(f"time_text_embed.{name}.linear_2", d, d, "sample") for name in embedders),
-            Linear("time_text_embed.text_embedder.linear_1", self.pooled, d, "sample"),
-            Linear("time_text_embed.text_embedder.linear_2", d, d, "sample"),
-            Linear("norm_out.linear", d, 2 * d, "sample"),
-            Linear("proj_out", d, self.channels, "image"),
-        ]
-        for i in range(self.double):
-            block = f"transformer_blocks.{i}"
-            for rows, norm, names, ff in (
-                ("image", "norm1", ("to_q", "to_k", "to_v", "to_out.0"), "ff"),
-                ("text", "norm1_context", ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"), "ff_context"),
-            ):
-                found.append(Linear(f"{block}.{norm}.linear", d, 6 * d, "sample"))
-                found += (Linear(f"{block}.attn.{name}", d, d, rows) for name in names)  # type: ignore[arg-type]
-                found.append(Linear(f"{block}.{ff}.net.0.proj", d, 4 * d, rows))  # type: ignore[arg-type]
-                found.append(Linear(f"{block}.{ff}.net.2", 4 * d, d, rows))  # type: ignore[arg-type]
-        for i in range(self.single):
-            block = f"single_transformer_blocks.{i}"
-            found.append(Linear(f"{block}.norm.linear", d, 3 * d, "sample"))
-            found += (Linear(f"{block}.attn.{name}", d, d, "both") for name in ("to_q", "to_k", "to_v"))
-            found.append(Linear(f"{block}.proj_mlp", d, 4 * d, "both"))
-            found.append(Linear(f"{block}.proj_out", 5 * d, d, "both"))
-        return found
+        raise NotImplementedError
+
+    @property
+    def norms(self) -> int:
+        """Parameters of the norms of queries and keys."""
+        return self.head * (4 * self.double + 2 * self.single)
 
     @property
     def parameters(self) -> int:
-        """Linear layers, and the norms of queries and keys."""
-        norms = self.head * (4 * self.double + 2 * self.single)
-        return sum(linear.parameters for linear in self.linears()) + norms
+        return sum(linear.parameters for linear in self.linears()) + self.norms
 
     def adapters(self, targets: Sequence[str], rank: int) -> int:
         """Parameters of LoRA adapters on the layers that peft finds for ``targets``."""
@@ -163,20 +189,207 @@ class Transformer(NamedTuple):
 
     def kept(self, tokens: Tokens, itemsize: int, checkpointing: bool) -> float:
         """Bytes that autograd keeps of one forward of one sample."""
-        widths = self.double + self.single if checkpointing else self.double * KEPT_DOUBLE + self.single * KEPT_SINGLE
-        return widths * tokens.both * self.width * itemsize
+        if checkpointing:
+            return (self.double + self.single) * tokens.both * self.width * itemsize
+        return self.graph(tokens) * self.width * itemsize
+
+    def graph(self, tokens: Tokens) -> float:
+        """What autograd keeps of all blocks for the backward, in numbers per channel of the width.
+
+        Counted in one block's graph in bfloat16 with flash attention.
+        """
+        raise NotImplementedError
 
     def block(self, tokens: Tokens, itemsize: int) -> float:
-        """Bytes of one double block at work, one sample."""
-        return KEPT_DOUBLE * tokens.both * self.width * itemsize
+        """Bytes of one block at work, one sample."""
+        return self.graph(tokens) / (self.double + self.single) * self.width * itemsize
 
 
 def _meant(name: str, targets: Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+@dataclass(frozen=True)
+class FluxTransformer(Transformer):
+    """A FluxTransformer2DModel."""
+
+    pooled: int
+    guidance: bool
+
+    KEPT_DOUBLE, KEPT_SINGLE = 28.2, 25.2
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> FluxTransformer:
+        """From ``transformer/config.json``; what is not in it has diffusers' default."""
+        return cls(
+            config.get("num_layers", 19),
+            config.get("num_single_layers", 38),
+            config.get("num_attention_heads", 24),
+            config.get("attention_head_dim", 128),
+            config.get("in_channels", 64),
+            config.get("joint_attention_dim", 4096),
+            config.get("pooled_projection_dim", 768),
+            config.get("guidance_embeds", False),
+        )
+
+    def linears(self) -> list[Linear]:
+        d = self.width
+        embedders = ["timestep_embedder", *["guidance_embedder"] * self.guidance]
+        found = [
+            Linear("x_embedder", self.channels, d, "image"),
+            Linear("context_embedder", self.text, d, "text"),
+            *(Linear(f"time_text_embed.{name}.linear_1", TIME_CHANNELS, d, "sample") for name in embedders),
+            *(Linear(f"time_text_embed.{name}.linear_2", d, d, "sample") for name in embedders),
+            Linear("time_text_embed.text_embedder.linear_1", self.pooled, d, "sample"),
+            Linear("time_text_embed.text_embedder.linear_2", d, d, "sample"),
+            Linear("norm_out.linear", d, 2 * d, "sample"),
+            Linear("proj_out", d, self.channels, "image"),
+        ]
+        for i in range(self.double):
+            block = f"transformer_blocks.{i}"
+            for (rows, names, ff), norm in zip(STREAMS, ("norm1", "norm1_context")):
+                found.append(Linear(f"{block}.{norm}.linear", d, 6 * d, "sample"))
+                found += (Linear(f"{block}.attn.{name}", d, d, rows) for name in names)
+                found.append(Linear(f"{block}.{ff}.net.0.proj", d, 4 * d, rows))
+                found.append(Linear(f"{block}.{ff}.net.2", 4 * d, d, rows))
+        for i in range(self.single):
+            block = f"single_transformer_blocks.{i}"
+            found.append(Linear(f"{block}.norm.linear", d, 3 * d, "sample"))
+            found += (Linear(f"{block}.attn.{name}", d, d, "both") for name in ("to_q", "to_k", "to_v"))
+            found.append(Linear(f"{block}.proj_mlp", d, 4 * d, "both"))
+            found.append(Linear(f"{block}.proj_out", 5 * d, d, "both"))
+        return found
+
+    def graph(self, tokens: Tokens) -> float:
+        return (self.double * self.KEPT_DOUBLE + self.single * self.KEPT_SINGLE) * tokens.both
+
+    def block(self, tokens: Tokens, itemsize: int) -> float:
+        return self.KEPT_DOUBLE * tokens.both * self.width * itemsize
+
+
+@dataclass(frozen=True)
+class SD3Transformer(Transformer):
+    """An SD3Transformer2DModel: its first ``dual`` blocks attend within the image too; the last drops the text."""
+
+    pooled: int
+    dual: int
+    qk_norm: bool
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> SD3Transformer:
+        """From ``transformer/config.json``; what is not in it has diffusers' default."""
+        return cls(
+            config.get("num_layers", 18),
+            0,
+            config.get("num_attention_heads", 18),
+            config.get("attention_head_dim", 64),
+            config.get("in_channels", 16) * config.get("patch_size", 2) ** 2,
+            config.get("joint_attention_dim", 4096),
+            config.get("pooled_projection_dim", 2048),
+            len(config.get("dual_attention_layers", ())),
+            config.get("qk_norm") is not None,
+        )
+
+    @property
+    def norms(self) -> int:
+        return self.head * (4 * self.double + 2 * self.dual) * self.qk_norm
+
+    def linears(self) -> list[Linear]:
+        d = self.width
+        found = [
+            Linear("pos_embed.proj", self.channels, d, "image"),  # a convolution whose patches do not overlap
+            Linear("context_embedder", self.text, d, "text"),
+            Linear("time_text_embed.timestep_embedder.linear_1", TIME_CHANNELS, d, "sample"),
+            Linear("time_text_embed.timestep_embedder.linear_2", d, d, "sample"),
+            Linear("time_text_embed.text_embedder.linear_1", self.pooled, d, "sample"),
+            Linear("time_text_embed.text_embedder.linear_2", d, d, "sample"),
+            Linear("norm_out.linear", d, 2 * d, "sample"),
+            Linear("proj_out", d, self.channels, "image"),
+        ]
+        for i in range(self.double):
+            block, dual, last = f"transformer_blocks.{i}", i < self.dual, i == self.double - 1
+            found.append(Linear(f"{block}.norm1.linear", d, (9 if dual else 6) * d, "sample"))
+            found.append(Linear(f"{block}.norm1_context.linear", d, (2 if last else 6) * d, "sample"))
+            for rows, names, ff in STREAMS:
+                kept = names[:3] if last and rows == "text" else names
+                found += (Linear(f"{block}.attn.{name}", d, d, rows) for name in kept)
+                if kept == names:
+                    found.append(Linear(f"{block}.{ff}.net.0.proj", d, 4 * d, rows))
+                    found.append(Linear(f"{block}.{ff}.net.2", 4 * d, d, rows))
+            if dual:
+                found += (Linear(f"{block}.attn2.{name}", d, d, "image") for name in STREAMS[0][1])
+        return found
+
+    def attention(self, tokens: Tokens) -> int:
+        return super().attention(tokens) + self.dual * 4 * tokens.image**2 * self.width
+
+    def graph(self, tokens: Tokens) -> float:
+        both, alone = (29.1, 14.1) if self.qk_norm else (21.1, 6.0)
+        return self.double * both * tokens.both + self.dual * alone * tokens.image
+
+
+@dataclass(frozen=True)
+class Flux2Transformer(Transformer):
+    """A Flux2Transformer2DModel: no biases, one modulation for all blocks, gated feed-forward layers."""
+
+    mlp: int  # width of the feed-forward layers
+    guidance: bool
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Flux2Transformer:
+        """From ``transformer/config.json``; what is not in it has diffusers' default."""
+        heads, head = config.get("num_attention_heads", 48), config.get("attention_head_dim", 128)
+        return cls(
+            config.get("num_layers", 8),
+            config.get("num_single_layers", 48),
+            heads,
+            head,
+            config.get("in_channels", 128),
+            config.get("joint_attention_dim", 15360),
+            int(heads * head * config.get("mlp_ratio", 3.0)),
+            config.get("guidance_embeds", True),
+        )
+
+    def linears(self) -> list[Linear]:
+        d, embedders = self.width, ["timestep_embedder", *["guidance_embedder"] * self.guidance]
+        found = [
+            Linear("x_embedder", self.channels, d, "image"),
+            Linear("context_embedder", self.text, d, "text"),
+            *(Linear(f"time_guidance_embed.{name}.linear_1", TIME_CHANNELS, d, "sample") for name in embedders),
+            *(Linear(f"time_guidance_embed.{name}.linear_2", d, d, "sample") for name in embedders),
+            Linear("double_stream_modulation_img.linear", d, 6 * d, "sample"),
+            Linear("double_stream_modulation_txt.linear", d, 6 * d, "sample"),
+            Linear("single_stream_modulation.linear", d, 3 * d, "sample"),
+            Linear("norm_out.linear", d, 2 * d, "sample"),
+            Linear("proj_out", d, self.channels, "image"),
+        ]
+        for i in range(self.double):
+            block = f"transformer_blocks.{i}"
+            for rows, names, ff in STREAMS:
+                found += (Linear(f"{block}.attn.{name}", d, d, rows) for name in names)
+                found.append(Linear(f"{block}.{ff}.linear_in", d, 2 * self.mlp, rows))
+                found.append(Linear(f"{block}.{ff}.linear_out", self.mlp, d, rows))
+        for i in range(self.single):
+            block = f"single_transformer_blocks.{i}.attn"
+            found.append(Linear(f"{block}.to_qkv_mlp_proj", d, 3 * d + 2 * self.mlp, "both"))
+            found.append(Linear(f"{block}.to_out", d + self.mlp, d, "both"))
+        return [linear._replace(bias=False) for linear in found]
+
+    def graph(self, tokens: Tokens) -> float:
+        return (self.double * 32.1 + self.single * 31.1) * tokens.both
+
+
+TRANSFORMERS: dict[str, Callable[[Mapping[str, Any]], Transformer]] = {
+    "FluxTransformer2DModel": FluxTransformer.read,
+    "SD3Transformer2DModel": SD3Transformer.read,
+    "Flux2Transformer2DModel": Flux2Transformer.read,
+}
+
+# -- autoencoders and text encoders ------------------------------------------------------------------------------------
+
+
 class Decoder(NamedTuple):
-    """The decoder of an AutoencoderKL. ``widths``: as in ``block_out_channels``, the image's side first."""
+    """The decoder of an AutoencoderKL or an AutoencoderKLFlux2. ``widths``: of its blocks, the image's side first."""
 
     widths: tuple[int, ...]
     layers: int
@@ -186,8 +399,13 @@ class Decoder(NamedTuple):
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Decoder:
         """From ``vae/config.json``."""
-        widths, layers = tuple(config["block_out_channels"]), config.get("layers_per_block", 1)
-        return cls(widths, layers, config["latent_channels"], config.get("mid_block_add_attention", True))
+        widths = tuple(config.get("decoder_block_out_channels") or config["block_out_channels"])
+        return cls(
+            widths,
+            config.get("layers_per_block", 1),
+            config["latent_channels"],
+            config.get("mid_block_add_attention", True),
+        )
 
     @property
     def scale(self) -> int:
@@ -232,7 +450,7 @@ class Decoder(NamedTuple):
 
 
 class TextEncoder(NamedTuple):
-    """A T5 encoder or a CLIP text model, as far as its cost goes."""
+    """A T5 encoder, a CLIP text model or a Qwen3, as far as its cost goes."""
 
     parameters: int  # all of them
     applied: int  # of matrices, to every token
@@ -240,8 +458,13 @@ class TextEncoder(NamedTuple):
     layers: int
 
     @classmethod
+    def read(cls, config: Mapping[str, Any]) -> TextEncoder:
+        """From its ``config.json``."""
+        kinds = {"t5": cls.t5, "qwen3": cls.qwen3, "clip_text_model": cls.clip}
+        return kinds[config["model_type"]](config)
+
+    @classmethod
     def t5(cls, config: Mapping[str, Any]) -> TextEncoder:
-        """From ``text_encoder_2/config.json``."""
         d, layers, inner = config["d_model"], config["num_layers"], config["num_heads"] * config["d_kv"]
         gated = str(config.get("feed_forward_proj", "relu")).startswith("gated")
         block = 4 * d * inner + (3 if gated else 2) * d * config["d_ff"]
@@ -250,12 +473,21 @@ class TextEncoder(NamedTuple):
 
     @classmethod
     def clip(cls, config: Mapping[str, Any]) -> TextEncoder:
-        """From ``text_encoder/config.json``."""
         d, hidden, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
         block = 4 * d * d + 2 * d * hidden
         small = 4 * d + d + hidden + 4 * d  # biases, and two norms
         rest = (config["vocab_size"] + config["max_position_embeddings"] + 2) * d
+        if config.get("architectures") == ["CLIPTextModelWithProjection"]:
+            rest += d * config["projection_dim"]
         return cls(layers * (block + small) + rest, layers * block, d, layers)
+
+    @classmethod
+    def qwen3(cls, config: Mapping[str, Any]) -> TextEncoder:
+        d, layers, head = config["hidden_size"], config["num_hidden_layers"], config["head_dim"]
+        inner, shared = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+        block = 2 * d * inner + 2 * d * shared + 3 * d * config["intermediate_size"]
+        words = config["vocab_size"] * d * (1 if config.get("tie_word_embeddings") else 2)
+        return cls(layers * (block + 2 * d + 2 * head) + d + words, layers * block, inner, layers)
 
     def forward(self, tokens: int) -> float:
         """FLOPs of one prompt."""
@@ -263,25 +495,30 @@ class TextEncoder(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A FluxPipeline."""
+    """A pipeline: what a plan has to know of it."""
 
     transformer: Transformer
     decoder: Decoder
-    t5: TextEncoder
-    clip: TextEncoder
+    encoders: tuple[TextEncoder, ...]
 
     @classmethod
     def read(cls, configs: Mapping[str, Mapping[str, Any]]) -> Model:
         """From the ``config.json`` of each part."""
-        return cls(
-            Transformer.read(configs["transformer"]),
-            Decoder.read(configs["vae"]),
-            TextEncoder.t5(configs["text_encoder_2"]),
-            TextEncoder.clip(configs["text_encoder"]),
-        )
+        read = TRANSFORMERS[configs["transformer"].get("_class_name", "FluxTransformer2DModel")]
+        encoders = [TextEncoder.read(config) for part, config in configs.items() if part.startswith("text_encoder")]
+        return cls(read(configs["transformer"]), Decoder.read(configs["vae"]), tuple(encoders))
 
     def tokens(self, size: int, text: int) -> Tokens:
         return Tokens((size // self.decoder.scale) ** 2, text)
+
+    @property
+    def frozen(self) -> int:
+        """Parameters of text encoders and autoencoder."""
+        return sum(encoder.parameters for encoder in self.encoders) + self.decoder.parameters
+
+    def encode(self, text: int) -> float:
+        """FLOPs of one prompt of ``text`` tokens, at most: a CLIP reads fewer."""
+        return sum(encoder.forward(text) for encoder in self.encoders)
 
 
 class GPU(NamedTuple):

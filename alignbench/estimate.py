@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from alignbench.config import UserError, settings
 from alignbench.cost import GPU, Model
@@ -30,6 +30,7 @@ RUNS = 24  # batches at most that a method is watched for: the mean of what is d
 TOY = 100e6  # bytes: an evaluator of less is no published one, and takes no time worth a plan
 PNG = 2.0  # bytes per pixel of a photograph; drawings take less
 HOUR = 3600.0
+Negative = Literal["full", "stop"] | None  # gradient of the second branch of classifier-free guidance; None: no branch
 
 
 class Estimate(NamedTuple):
@@ -94,15 +95,16 @@ class Pieces(NamedTuple):
     @property
     def frozen(self) -> float:
         """Bytes of text encoders and autoencoder."""
-        return (self.model.t5.parameters + self.model.clip.parameters + self.model.decoder.parameters) * self.itemsize
+        return self.model.frozen * self.itemsize
 
     def sampled(self) -> Estimate:
         """Evaluation: pictures made and scored."""
         protocol, model = self.cell.protocol, self.model
         tokens = model.tokens(protocol.size, self.backend.text_tokens)
         images = prompt_count(protocol.prompts, self.evaluation.limit) * protocol.images_per_prompt
-        flops = protocol.steps * model.transformer.forward(tokens) + model.decoder.forward(protocol.size)
-        flops += model.t5.forward(tokens.text) / protocol.images_per_prompt
+        steps = protocol.steps * self.backend.branches(protocol.guidance)
+        flops = steps * model.transformer.forward(tokens) + model.decoder.forward(protocol.size)
+        flops += model.encode(tokens.text) / protocol.images_per_prompt
         judges = [self.registry.make("evaluator", plain, "evaluator") for plain in self.evaluation.evaluators]
         memory = self.frozen + model.transformer.parameters * self.itemsize
         return Estimate(
@@ -116,8 +118,8 @@ class Pieces(NamedTuple):
         """``found``, and training."""
         training, terms = self.cell.spec.training, len(self.cell.spec.rewards)
         try:
-            watched = watch_once(method, training, terms, self.cell.spec.method["name"])
-        except Exception as error:  # whatever a plug-in's code raises on a flow that is no FLUX
+            watched = watch_once(method, training, terms, self.cell.spec.method["name"], self.negative)
+        except Exception as error:  # whatever a plug-in's code raises on a flow that is no pipeline's
             return Estimate(unknown=f"its method does not run on the toy flow ({type(error).__name__}: {error})")
         per_image = self.seconds_per_image(watched.mean)
         images = training.batch * watched.batches(training, per_image)
@@ -134,6 +136,11 @@ class Pieces(NamedTuple):
         )
 
     @property
+    def negative(self) -> Negative:
+        """What becomes of the gradient of a second branch, if training has one."""
+        return self.backend.negative_gradient if self.backend.branches(self.backend.guidance) == 2 else None
+
+    @property
     def trained_parameters(self) -> int:
         backend, transformer = self.backend, self.model.transformer
         full = backend.tune == "full"
@@ -148,7 +155,7 @@ class Pieces(NamedTuple):
         with_gradient = (1 + again) * forward + model.transformer.backward(tokens, backend.tune == "full")
         flops = (usage.forward + usage.recomputed) * forward + usage.grad * with_gradient
         flops += (usage.decodes + (1 + again) * usage.decodes_grad) * model.decoder.forward(backend.size)
-        flops += model.t5.forward(tokens.text)
+        flops += model.encode(tokens.text)
         rewards = [
             self.registry.make("evaluator", part["evaluator"], "reward.evaluator") for part in self.cell.spec.rewards
         ]
@@ -236,19 +243,22 @@ def _kept() -> dict[str, Watched]:
     return {}
 
 
-def watch_once(method: AlignMethod, training: Training, terms: int, name: str) -> Watched:
+def watch_once(method: AlignMethod, training: Training, terms: int, name: str, negative: Negative = None) -> Watched:
     """As ``watch``, for as many batches as the budget can last; remembered for runs that differ in their seed alone."""
-    key = content_id([name, settings(method), settings(training) | {"seed": 0}, terms])
+    key = content_id([name, settings(method), settings(training) | {"seed": 0}, terms, negative])
     if key not in _kept():
-        first = watch(method, training, terms, range(1))
+        first = watch(method, training, terms, range(1), negative)
         count = first.batches(training, 1.0) if not training.budget.gpu_seconds else RUNS
-        rest = watch(method, training, terms, range(1, min(RUNS, count)))
+        rest = watch(method, training, terms, range(1, min(RUNS, count)), negative)
         _kept()[key] = Watched(first.usage + rest.usage, first.updates + rest.updates)
     return _kept()[key]
 
 
-def watch(method: AlignMethod, training: Training, terms: int, steps: range) -> Watched:
-    """Batches of training, of each one micro-batch, with a toy of three numbers a picture in the model's place."""
+def watch(method: AlignMethod, training: Training, terms: int, steps: range, negative: Negative) -> Watched:
+    """Batches of training, of each one micro-batch, with a toy of three numbers a picture in the model's place.
+
+    ``negative``: the toy is guided in two branches, with this gradient of the second.
+    """
     import torch
 
     from alignbench.evaluator import Reward, Term
@@ -259,7 +269,7 @@ def watch(method: AlignMethod, training: Training, terms: int, steps: range) -> 
     size = min(training.micro_batch or training.batch, training.batch)
     found = Watched([], [])
     for step in steps:
-        flow, meter = Probe(GaussianFlow()), Meter()
+        flow, meter = Probe(GaussianFlow(), negative), Meter()
         reward = metered_reward(Reward(*(Term(Quadratic()) for _ in range(terms))), meter)
         batch = draw_batch(flow, PROMPTS, training, step, range(size), torch.device("cpu"))
         updates = 0
@@ -279,17 +289,24 @@ def watch(method: AlignMethod, training: Training, terms: int, steps: range) -> 
 class Probe:
     """A flow that sees how many evaluations' graphs are alive at once, in samples."""
 
-    def __init__(self, flow: Flow) -> None:
-        self._flow = flow
+    def __init__(self, flow: Flow, negative: Negative) -> None:
+        self._flow, self._negative = flow, negative
         self.alive = self.peak = self.decodes_grad = self.reference = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._flow, name)
 
     def velocity(self, x: Tensor, sigma: float | Tensor, cond: Cond, *, reference: bool = False) -> Tensor:
-        v = self._flow.velocity(x, sigma, cond, reference=reference)
-        self.reference += len(x) * reference
-        return _mark(v, Graph(self, len(x))) if v.requires_grad else v
+        from alignbench.flow import guided
+
+        def evaluate() -> Tensor:
+            v = self._flow.velocity(x, sigma, cond, reference=reference)
+            self.reference += len(x) * reference
+            return _mark(v, Graph(self, len(x))) if v.requires_grad else v
+
+        if self._negative is None:
+            return evaluate()
+        return guided(evaluate, evaluate, 1.0, "full" if reference else self._negative)
 
     def decode(self, x0: Tensor) -> Tensor:
         import torch

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -172,6 +172,46 @@ def _again() -> Iterator[None]:
 def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
     """``value`` forward, exactly; the gradient goes to ``gradient`` alone (LeapAlign's latent connector)."""
     return value.detach() + (gradient - gradient.detach())  # the bracket is exactly zero, so nothing is rounded
+
+
+def guided(
+    positive: Callable[[], Tensor],
+    negative: Callable[[], Tensor],
+    guidance: float,
+    gradient: Literal["full", "stop"] = "full",
+) -> Tensor:
+    """Classifier-free guidance, v_neg + guidance (v_pos - v_neg), of two evaluations of the network.
+
+    ``gradient``: "full" goes through both. "stop": v_neg is a constant, so that v_pos's counts ``guidance`` times.
+    """
+    with nullcontext() if gradient == "full" else torch.no_grad():
+        v_neg = evaluated(negative())
+    v_pos = evaluated(positive())
+    return v_neg + guidance * (v_pos - v_neg)
+
+
+_counters: ContextVar[tuple[list[tuple[int, bool]], ...]] = ContextVar("_counters", default=())
+
+
+def evaluated(v: Tensor) -> Tensor:
+    """``v``, the output of one evaluation of the network; whoever counts them is told.
+
+    A velocity that is one evaluation need not say so.
+    """
+    for counter in _counters.get():
+        counter.append((len(v), v.requires_grad))
+    return v
+
+
+def counted(velocity: Callable[..., Tensor], *arguments: Any, **named: Any) -> tuple[Tensor, list[tuple[int, bool]]]:
+    """A velocity, and the evaluations of the network that it took: of how many samples, and whether with gradient."""
+    calls: list[tuple[int, bool]] = []
+    token = _counters.set((*_counters.get(), calls))
+    try:
+        v = velocity(*arguments, **named)
+    finally:
+        _counters.reset(token)
+    return v, calls or [(len(v), v.requires_grad)]
 
 
 def scale_grad(z: Tensor, factor: float) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from alignbench.config import UserError
 from alignbench.evaluator import Reward
-from alignbench.flow import recomputing
+from alignbench.flow import counted, recomputing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Meter:
-    """Running totals of one rank. Counts are per sample: a forward of B rows counts B."""
+    """Running totals of one rank. Counts are per sample: a forward of B rows counts B.
+
+    A velocity with classifier-free guidance in two branches is two forwards.
+    """
 
     nfe_forward: int = 0  # network forwards without gradient
     nfe_grad: int = 0  # network forwards that a backward can go through
@@ -110,14 +113,16 @@ class MeteredFlow:
         return getattr(self._flow, name)
 
     def velocity(self, x: Tensor, sigma: float | Tensor, cond: Cond, *, reference: bool = False) -> Tensor:
-        v = self._flow.velocity(x, sigma, cond, reference=reference)
-        if recomputing.get():
-            self._meter.nfe_recomputed += len(x)
-        elif v.requires_grad:
-            self._meter.nfe_grad += len(x)
+        v, evaluations = counted(self._flow.velocity, x, sigma, cond, reference=reference)
+        for rows, grad in evaluations:
+            if recomputing.get():
+                self._meter.nfe_recomputed += rows
+            elif grad:
+                self._meter.nfe_grad += rows
+            else:
+                self._meter.nfe_forward += rows
+        if v.requires_grad and not recomputing.get():
             v.register_hook(functools.partial(self._watch.see_gradient, sigma))
-        else:
-            self._meter.nfe_forward += len(x)
         return v
 
     def decode(self, x0: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ ROOTS: dict[str, Kind] = {
     "Pathwise": "method",
     "GroupRelative": "method",
     "Evaluator": "evaluator",
+    "PipelineBackend": "backend",
+    "GuidedBackend": "backend",
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alignbench import small
+from alignbench import small, small_backends
 from alignbench.config import UserError
 from alignbench.sweep import Document
 
@@ -18,18 +18,16 @@ STAMP = "REHEARSAL"
 SIZE, BATCH, PROMPTS, PICTURES, RANK = 32, 24, 6, 2, 4  # pixels; images; of evaluation; each; of adapters
 LR, EMA = 1e-3, 0.5  # large, so that a few updates show in the pictures: else nobody saw which weights made them
 BATCHES = 2  # that a budget lasts in most rows
-BACKEND = {"model": "shapes", "size": SIZE, "max_sequence_length": 16, "dtype": "float32"}
+BACKENDS = ("flux", *small_backends.MADE)
 REMOTE = ("revision", "base_revision", "clip_revision", "server", "served_model", "engine", "processor", "architecture")
-PUBLISHED = {"weights": "shapes", "subfolder": "transformer", "kind": "transformer"}  # in place of somebody's weights
 
 
 def rehearse(document: Document, store: Path) -> Document:
     """The sweep's rehearsal. Small checkpoints are made below ``store/rehearsal`` where they are not there yet."""
     backend = document.data.get("base", {}).get("backend", {})
-    if backend.get("name") != "flux":
-        raise UserError(
-            f"{document.path}: --rehearse: only the backend flux has a small model, not {backend.get('name')}"
-        )
+    if backend.get("name") not in BACKENDS:
+        has = f"only the backends {', '.join(BACKENDS)} have a small model"
+        raise UserError(f"{document.path}: --rehearse: {has}, not {backend.get('name')}")
     smaller = Smaller(document, store / "rehearsal")
     return replace(
         document,
@@ -46,6 +44,10 @@ class Smaller:
     def __init__(self, document: Document, folder: Path) -> None:
         self.document, self.folder = document, folder
         data = document.data
+        model = small_backends.backend(data["base"]["backend"]["name"], folder)
+        self.backend = {**model, "size": SIZE, "dtype": "float32"}
+        # in place of somebody's weights: the base model's
+        self.published = {"weights": model["model"], "subfolder": "transformer", "kind": "transformer"}
         sets = [override.get("set", {}) for override in data.get("overrides", [])]
         axes = [{axis: value} for axis, values in data.get("grid", {}).items() for value in values]
         places = [{"training": data["base"].get("training", {})}, *sets, *axes, dict(document.run_sets)]
@@ -59,7 +61,9 @@ class Smaller:
         data["name"] = f"{data.get('name', 'sweep')}-{STAMP}"
         data["base"] = {part: self(part, value) for part, value in data["base"].items()}
         backend = {key: value for key, value in data["base"]["backend"].items() if key != "revision"}
-        data["base"]["backend"] = backend | BACKEND | ({"lora_rank": RANK} if backend.get("tune") == "lora" else {})
+        data["base"]["backend"] = (
+            backend | self.backend | ({"lora_rank": RANK} if backend.get("tune") == "lora" else {})
+        )
         training = data["base"].get("training", {})
         optimizer = training.get("optimizer", {})
         moving = {"lr": LR} | ({"ema": EMA} if optimizer.get("ema", EMA) is not None else {})
@@ -108,22 +112,20 @@ class Smaller:
             if place.endswith("evaluator"):
                 return self.evaluator(value)
             if place == "method" and value.get("name") == "checkpoint":
-                return {key: part for key, part in value.items() if key != "revision"} | PUBLISHED
+                return {key: part for key, part in value.items() if key != "revision"} | self.published
             return {key: self(f"{place}.{key}", part, i) for key, part in value.items()}
         if place.startswith("training.budget."):
             return self.spent(place.rpartition(".")[2], value)
         return {
-            "backend.model": "shapes",
+            **{f"backend.{key}": value for key, value in self.backend.items()},
             "backend.size": SIZE * (i + 1),
-            "backend.dtype": "float32",
-            "backend.max_sequence_length": 16,
             "prompts": "shapes/train",
             "training.batch": self.batch * (i + 1),
             "training.checkpoint_every": 1,
             "training.optimizer.warmup": 0,
             "training.optimizer.lr": LR * (i + 1),
             "training.optimizer.ema": None if value is None else EMA / (i + 1),
-            "method.weights": "shapes",
+            "method.weights": self.published["weights"],
             "evaluation.protocol.prompts": "shapes/test",
             "evaluation.protocol.size": SIZE,
         }.get(place, value)

@@ -39,11 +39,12 @@ def checkpoint(evaluator: str, folder: Path) -> dict[str, Any]:
         raise UserError(f"there is no small checkpoint for the evaluator '{evaluator}'{known}")
     made = folder.resolve() / f"{evaluator}-{digest(Path(__file__))[:8]}"
     if not made.exists():
-        _make(MADE[evaluator], made)
+        make(MADE[evaluator], made)
     return _settings(evaluator, made)
 
 
-def _make(build: Callable[[Path], Any], folder: Path) -> None:
+def make(build: Callable[[Path], Any], folder: Path) -> None:
+    """``build(folder)``, whole or not at all. Two processes may make the same."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         build(unfinished := Path(temporary) / "made")

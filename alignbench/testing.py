@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from alignbench.checkpoint import load_records
 from alignbench.config import UserError
 from alignbench.evaluator import TEXTS, Evaluator, Reward, Term, to_tensor
-from alignbench.flow import Batch, Cond, Flow, integrate, recomputing, seeded
+from alignbench.flow import Batch, Cond, Flow, counted, integrate, recomputing, seeded
 from alignbench.meter import Meter, metered, metered_reward
 from alignbench.method import AlignMethod, Loss, Pool
 from alignbench.prompts import Prompt
@@ -142,9 +142,9 @@ class CallLog:
         return getattr(self._flow, name)
 
     def velocity(self, x: Tensor, sigma: float | Tensor, cond: Cond, *, reference: bool = False) -> Tensor:
-        v = self._flow.velocity(x, sigma, cond, reference=reference)
+        v, evaluations = counted(self._flow.velocity, x, sigma, cond, reference=reference)
         if not recomputing.get():
-            self.calls.append((len(x), v.requires_grad, reference))
+            self.calls += [(rows, grad, reference) for rows, grad in evaluations]
         return v
 
 

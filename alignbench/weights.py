@@ -20,10 +20,22 @@ from alignbench.config import Missing, NotFetched, UserError
 
 TRUST = "ALIGNBENCH_TRUST"  # environment variable: the sha256 of a file whose pickled code may run
 SHAPES = Path(__file__).parent / "shapes" / "assets"
+STABLE, SINGLE = "Stability AI Community", "`--exclude '*.fp16*' 'sd3*.safetensors' 'text_encoders/*'`"
+BLACK_FOREST, KLEIN = "FLUX non-commercial", "`--exclude 'flux-2-klein*.safetensors'`"
 GATED = {  # repositories that ask for consent on their page before anything can be fetched
-    "black-forest-labs/FLUX.1-dev": "gated: accept the FLUX.1 [dev] non-commercial licence at "
-    "https://huggingface.co/black-forest-labs/FLUX.1-dev, then `hf auth login`; "
-    "`--exclude flux1-dev.safetensors` spares 24 GB that are not read",
+    name: f"gated: accept the {licence} licence at https://huggingface.co/{name}, then `hf auth login`; {spare}"
+    for name, licence, spare in (
+        (
+            "black-forest-labs/FLUX.1-dev",
+            "FLUX.1 [dev] non-commercial",
+            "`--exclude flux1-dev.safetensors` spares 24 GB that are not read",
+        ),
+        ("stabilityai/stable-diffusion-3-medium-diffusers", STABLE, f"{SINGLE} spares what is not read"),
+        ("stabilityai/stable-diffusion-3.5-medium", STABLE, f"{SINGLE} spares what is not read"),
+        ("stabilityai/stable-diffusion-3.5-large", STABLE, f"{SINGLE} spares what is not read"),
+        ("black-forest-labs/FLUX.2-klein-base-9B", BLACK_FOREST, f"{KLEIN} spares 18 GB that are not read"),
+        ("black-forest-labs/FLUX.2-klein-9B", BLACK_FOREST, f"{KLEIN} spares 18 GB that are not read"),
+    )
 }
 BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6, and OpenMMLab's files do
 
@@ -150,7 +162,7 @@ def model_files(folder: Path, where: str) -> list[Path]:
     """Configuration and weights of one transformers or diffusers folder, every shard that an index names included."""
     if isinstance(folder, Absent):
         return []
-    weights = set(folder.glob("*.safetensors")) or set(folder.glob("*.bin"))
+    weights = {path for path in folder.glob("*.safetensors") if ".fp16" not in path.name} or set(folder.glob("*.bin"))
     for index in check(folder.glob("*.index.json"), where):
         weights |= _shards(index)
     if not weights:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import gc
 import itertools
 import json
@@ -36,6 +35,7 @@ import torch
 from accelerate import Accelerator
 
 from alignbench.backends.flux import Flux, FluxFlow
+from alignbench.backends.pipeline import Text
 from alignbench.cost import FLUX_1_DEV, Model
 from alignbench.evaluator import Reward, Term
 from alignbench.evaluators.hpsv2 import HPSv2
@@ -174,7 +174,7 @@ def world(small: bool, device: torch.device, folder: Path) -> World:
     (folder / "vae" / "config.json").write_text(json.dumps(configs["vae"]))
     sizes, words, steps = ((16, 24, 32), 8, 4) if small else ((512, 720, 1024), 512, 25)
     settings = Flux(model=str(folder), size=sizes[1], tune="lora", gradient_checkpointing=True)
-    flow = text_at_random(FluxFlow(pipeline, settings, device), shape, words)
+    flow = FluxFlow(pipeline, settings, RandomText(shape, words, device), device)
     judge = random_judge(SMALL_JUDGE if small else None, device)
     return World(device, Model.read(configs), flow, settings, pipeline, judge, sizes, sizes[1], words, steps)
 
@@ -188,22 +188,16 @@ def randomised(module: Any, scale: float = 0.02) -> Any:
     return module
 
 
-def text_at_random(flow: FluxFlow, shape: dict[str, Any], words: int) -> FluxFlow:
-    """``flow`` with random text states in the encoders' place, the same for the same prompt."""
+class RandomText(Text):
+    """Random text states in the encoders' place, the same for the same prompt."""
 
-    sizes = {"text": (words, shape["joint_attention_dim"]), "pooled": (shape["pooled_projection_dim"],)}
+    def __init__(self, shape: dict[str, Any], words: int, device: torch.device) -> None:
+        super().__init__(device)
+        self.sizes = {"text": (words, shape["joint_attention_dim"]), "pooled": (shape["pooled_projection_dim"],)}
 
-    @functools.cache
-    def one(prompt: str) -> dict[str, torch.Tensor]:
+    def _encode_one(self, prompt: str) -> dict[str, torch.Tensor]:
         rng = seeded("text", prompt)
-        return {name: torch.randn(size, generator=rng).bfloat16() for name, size in sizes.items()}
-
-    def encode(prompts: Sequence[str]) -> Cond:
-        rows = [one(prompt) for prompt in prompts]
-        return Cond({name: torch.stack([row[name] for row in rows]).to(flow.device) for name in sizes})
-
-    flow._text = encode  # type: ignore[assignment]
-    return flow
+        return {name: torch.randn(size, generator=rng).bfloat16() for name, size in self.sizes.items()}
 
 
 def random_judge(config: dict[str, Any] | None, device: torch.device) -> HPSv2:
@@ -223,9 +217,8 @@ def random_judge(config: dict[str, Any] | None, device: torch.device) -> HPSv2:
 
 def with_adapters(it: World) -> World:
     """LoRA put on as for training, but with a B that has learnt something: a zero would have no gradient behind it."""
-    encode = it.flow._text
-    flow = it.settings.opened(it.pipeline, it.device)
-    flow._text = encode
+    it.settings.open(it.pipeline)
+    flow = FluxFlow(it.pipeline, it.settings, it.flow._text, it.device)
     with torch.no_grad():
         for name, parameter in flow.named_parameters():
             if "lora_B" in name:

@@ -34,5 +34,5 @@ class Checkpoint(AlignMethod):
     def prepare(self, flow: Flow) -> None:
         loader = f"load_{self.kind}"
         what = f"this backend ({type(flow).__name__}) cannot load a published {self.kind}"
-        require(hasattr(flow, loader), "method.kind", what, "choose the backend flux, or another kind")
+        require(hasattr(flow, loader), "method.kind", what, "choose the backend flux, sd3 or flux2, or another kind")
         getattr(flow, loader)(self.files())

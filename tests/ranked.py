@@ -16,6 +16,7 @@ import torch
 WORDS = 16
 PATIENCE = 900  # seconds, for a machine that is busy with something else
 CASES = [("full", "leapalign"), ("lora", "leapalign"), ("lora", "dancegrpo")]
+GUIDED = [("sd3", "stop"), ("flux2", "full")]  # other families, and the gradient of their second branch
 
 
 def together(what: str, folder: Path, *words: str, ranks: int = 2, expect: int = 0) -> list[Any]:
@@ -46,10 +47,15 @@ def note(what: str, folder: Path, said: Any) -> None:
     (folder / f"{what}{os.environ.get('RANK', '0')}.json").write_text(json.dumps(said))
 
 
-def flow(folder: Path, tune: str, accelerator=None, dtype: str = "float32"):
-    from alignbench.backends.flux import Flux
+def flow(folder: Path, tune: str, accelerator=None, dtype: str = "float32", guided: tuple[str, str] | None = None):
+    from alignbench.plugins import Registry
+    from alignbench.small_backends import backend
 
-    made = Flux(model=str(folder / "flux"), size=32, dtype=dtype, max_sequence_length=WORDS, tune=tune, lora_rank=4)
+    wanted: dict[str, Any] = {"name": "flux", "model": str(folder / "flux"), "max_sequence_length": WORDS}
+    if guided:
+        family, gradient = guided
+        wanted = {"name": family, **backend(family, folder), "guidance": 3.0, "negative_gradient": gradient}
+    made = Registry().make("backend", {**wanted, "size": 32, "dtype": dtype, "tune": tune, "lora_rank": 4}, "backend")
     loaded = made.load(accelerator)
     if tune == "lora":  # B is zero at first, and A then has no gradient
         with torch.no_grad():
@@ -75,7 +81,9 @@ def training(batches: int, **more):
     return Training(budget=Budget(images=4 * batches), **given | more)
 
 
-def trained(folder: Path, ranks, parallel: str, tune: str, name: str, kept: Path, batches: int = 2) -> dict:
+def trained(
+    folder: Path, ranks, parallel: str, tune: str, name: str, kept: Path, batches: int = 2, guided=None
+) -> dict:
     """Records, and how often anything was gathered or scattered in each batch; checkpoints in ``kept``."""
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -92,7 +100,8 @@ def trained(folder: Path, ranks, parallel: str, tune: str, name: str, kept: Path
         collectives.append({str(op).rpartition(".")[2]: n for op, n in counts.items()})
         return iter(records)
 
-    parts = method(name), flow(folder, tune, ranks.accelerator), QuadraticReward(0.5), PROMPTS, training(batches)
+    model = flow(folder, tune, ranks.accelerator, guided=guided)
+    parts = method(name), model, QuadraticReward(0.5), PROMPTS, training(batches)
     options = {"accelerator": ranks.accelerator, "checkpoints": kept, "sharded": parallel == "fsdp"}
     loop.Run.advance = counted
     try:
@@ -114,6 +123,18 @@ def train(folder: Path) -> None:
     for tune in ("full", "lora"):
         said[f"{tune}-resumed"] = trained(folder, ranks, "fsdp", tune, "leapalign", folder / f"{tune}-stopped")
     note("train", folder, said)
+    ranks.close()
+
+
+def guide(folder: Path) -> None:
+    """The other families, all weights trained in parts, with guidance."""
+    from alignbench.ranks import Ranks
+
+    ranks, said = Ranks(), {}
+    for guided in GUIDED:
+        kept = folder / f"{guided[0]}-fsdp"
+        said[guided[0]] = trained(folder, ranks, "fsdp", "full", "leapalign", kept, guided=guided)["records"]
+    note("guide", folder, said)
     ranks.close()
 
 

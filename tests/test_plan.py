@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import struct
@@ -15,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from world import PLUGIN, alignbench, debug_sweep, sweep_file, tables
 
 from alignbench.config import UserError
-from alignbench.cost import FLUX_1_DEV, GPUS, Decoder, Linear, Model, TextEncoder, Tokens, Transformer
-from alignbench.estimate import Estimate, estimate, watch_once
+from alignbench.cost import FLUX_1_DEV, GPUS, Decoder, FluxTransformer, Linear, Model, TextEncoder, Tokens
+from alignbench.estimate import Estimate, Probe, estimate, watch_once
 from alignbench.plugins import Registry
 from alignbench.spec import Budget, Training
 from alignbench.sweep import draft, read, resolve
-from alignbench.testing import PROMPTS, AffineFlow, QuadraticReward
+from alignbench.testing import PROMPTS, AffineFlow, GaussianFlow, QuadraticReward
 from alignbench.train import train
 
 DEV = Model.read(FLUX_1_DEV)
@@ -50,7 +51,7 @@ def test_flux_1_dev_costs_what_was_counted(size, forward, full, lora, decoder):
 
 def test_flux_1_dev_has_its_parameters():
     """11.901 B in the transformer, 4.762 B in T5, 0.123 B in CLIP, 84 M in the autoencoder (to 3 %)."""
-    counts = [DEV.transformer.parameters, DEV.t5.parameters, DEV.clip.parameters]
+    counts = [DEV.transformer.parameters, *sorted((each.parameters for each in DEV.encoders), reverse=True)]
     assert [round(count / 1e9, 3) for count in counts] == [11.901, 4.762, 0.123]
     assert DEV.decoder.parameters == pytest.approx(83.8e6, rel=0.03)
 
@@ -77,7 +78,7 @@ def counted(work) -> int:
 def test_a_small_transformer_costs_what_torch_counts(parts):
     """Forward FLOPs exactly, the backward's linear part exactly, and parameters exactly, guidance or not."""
     network = parts["transformer"].train()
-    measures = Transformer.read(network.config)
+    measures = FluxTransformer.read(network.config)
     assert measures.parameters == sum(p.numel() for p in network.parameters())
     tokens = Tokens(image=16, text=5)
 
@@ -318,3 +319,51 @@ class Odd(AlignMethod):
     def loss(self, flow, reward, batch):
         return flow.transformer.blocks
 """
+
+
+HUBS = {
+    "sd3": ("stabilityai/stable-diffusion-3.5-medium", "Stability AI Community licence"),
+    "flux2": ("black-forest-labs/FLUX.2-klein-base-9B", "FLUX non-commercial licence"),
+}
+
+
+@pytest.mark.parametrize("family", HUBS)
+def test_other_families_are_planned_without_any_file(family, nothing, tmp_path, capsys):
+    """From the published configuration, with the hub's command and the licence; guidance doubles the evaluations."""
+    model, licence = HUBS[family]
+    path = Path(sweep_file(tmp_path, {"base": {"backend": {"name": family, "model": model, "size": 512}}}))
+    path.write_text(path.read_text().replace("    max_sequence_length: 16\n", ""))
+    runs = {}
+    for guidance in ("1.0", "4.0"):
+        words = ("plan", str(path), f"backend.guidance={guidance}", "--only", "seed=0")
+        assert alignbench(*words, store=tmp_path / "store") == 1
+        out = capsys.readouterr().out
+        runs[guidance] = re.search(r"Last, seed 0 +not ready +8 +(\S+) \+ (\S+) ", out).groups()
+    assert [2 * float(count) for count in runs["1.0"]] == [float(count) for count in runs["4.0"]]
+    assert f"hf download {model}\n" in out
+    assert f"gated: accept the {licence} at https://huggingface.co/{model}" in out
+
+
+def test_a_constant_branch_costs_no_backward():
+    """Evaluations of guided training, watched on the toy: both branches, or one of them without gradient."""
+    method, training = (
+        Registry().make("method", {"name": "leapalign"}, "method"),
+        Training(budget=Budget(updates=1), batch=2),
+    )
+    plain, full, stop = (watch_once(method, training, 1, "leapalign", each).mean for each in (None, "full", "stop"))
+    assert (plain.forward, plain.grad, plain.live) == (23, 2, 2)
+    assert (full.forward, full.grad, full.live) == (46, 4, 4)
+    assert (stop.forward, stop.grad, stop.live) == (48, 2, 2)
+
+
+def test_a_plan_of_guided_training_agrees_with_the_meter():
+    """Every built-in method on the guided toy: what is watched is what its training loop counts with two branches."""
+    for name, negative in itertools.product(("draft_lv", "vggflow", "bptt", "adjoint_matching"), ("full", "stop")):
+        method = Registry().make("method", {"name": name}, "method")
+        training = Training(budget=Budget(images=4), batch=2, drift_every=None)
+        flow = Probe(GaussianFlow(), negative)
+        reward = QuadraticReward()
+        record = list(train(method, flow, reward, PROMPTS, training, accelerator=Accelerator(cpu=True)))[-1]
+        usage = watch_once(method, training, 1, name, negative).mean
+        predicted = [round(4 * each) for each in usage[:3]]
+        assert predicted == [record[column] for column in ("nfe_forward", "nfe_grad", "nfe_recomputed")]

@@ -92,6 +92,20 @@ def test_a_checkpoint_does_not_know_how_many_ranks_wrote_it(both, tune):
     same_weights(kept, folder / case)
 
 
+@pytest.mark.slow
+def test_two_ranks_guide_as_one_process_does(tmp_path):
+    """SD3 and FLUX.2 in parts, where a velocity is two network calls, one of them with a gradient or both."""
+    alone = {}
+    for guided in ranked.GUIDED:
+        kept = tmp_path / guided[0]
+        alone[guided[0]] = ranked.trained(tmp_path, Ranks(), "ddp", "full", "leapalign", kept, guided=guided)["records"]
+    for rank in ranked.together("guide", tmp_path):
+        for family, records in alone.items():
+            near(rank[family], records)
+    for family in alone:
+        same_weights(tmp_path / f"{family}-fsdp", tmp_path / family)
+
+
 def task(folder, parallel="ddp"):
     """The tiny sweep's run that trains, to be executed in ``folder``."""
     store = Store(folder / "store")

@@ -73,7 +73,7 @@ def test_a_grid_over_batch_and_budget_keeps_its_points(small, tmp_path):
 def test_another_backend_has_no_rehearsal(small, tmp_path):
     """It is said, rather than replaced by a model of another kind."""
     path = sweep_file(tmp_path, {"base": {"backend": {"name": "mine"}}})
-    with pytest.raises(UserError, match="only the backend flux has a small model"):
+    with pytest.raises(UserError, match="only the backends flux, sd3"):
         rehearse(read(path), small)
 
 
@@ -96,3 +96,50 @@ def test_a_rehearsal_from_nothing_to_its_report(tmp_path, capsys):
     assert "no number in it means anything" in page
     assert all("REHEARSAL" in file.name for file in [*out.iterdir(), *(store / "sweeps").iterdir()])
     assert len(list(out.iterdir())) == 3
+
+
+OTHERS = {
+    "sd3": {"model": "stabilityai/stable-diffusion-3.5-medium", "spacing": "linear"},
+    "flux2": {"model": "black-forest-labs/FLUX.2-klein-base-9B", "revision": "main"},
+}
+
+
+def of_another_family(family: str, folder: Path) -> str:
+    """The tiny sweep on a hub model of SD3 or FLUX.2, at 512 px."""
+    backend = {"name": family, **OTHERS[family], "size": 512, "guidance": 4.0, "dtype": "bfloat16"}
+    reward = {"evaluator": {"name": "hpsv2"}, "margin": 0.55}
+    methods = [{"name": "base"}, {"name": "leapalign", "steps": 3}, {"name": "checkpoint", "weights": "some/body"}]
+    cases = [{"label": each["name"], "method": each} for each in methods]
+    protocol = {"size": 512, "guidance": 4.0}
+    data = {"base": {"backend": backend, "reward": reward}, "grid": {"training.seed": [0]}, "cases": cases}
+    path = sweep_file(folder, {**data, "evaluation": {"protocol": protocol, "evaluators": [{"name": "hpsv2"}]}})
+    text = Path(path).read_text().replace("      max_sequence_length: 16\n", "")
+    return str(Path(path).write_text(text) and path)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_another_family_rehearses_with_its_own_small_model(family, small, tmp_path):
+    """Of the same family, made once in the store; what belongs to the method and to guidance stays."""
+    played = resolve(rehearse(read(of_another_family(family, tmp_path)), small), Registry())
+    backend = played.cells[1].spec.backend
+    assert played.cells[2].spec.method["weights"] == backend["model"]
+    assert Path(backend["model"]).parent == (small / "rehearsal").resolve()
+    assert (backend["name"], backend["size"], backend["guidance"], backend["dtype"]) == (family, 32, 4.0, "float32")
+    assert backend.get("spacing") == OTHERS[family].get("spacing")
+    assert backend["revision"] is None
+    before = {path: path.stat().st_mtime_ns for path in Path(backend["model"]).rglob("*")}
+    rehearse(read(of_another_family(family, tmp_path)), small)
+    assert before == {path: path.stat().st_mtime_ns for path in Path(backend["model"]).rglob("*")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OTHERS)
+def test_another_family_from_nothing_to_its_scores(family, tmp_path):
+    """A whole rehearsal: trained, generated, scored; guided training spends two evaluations where FLUX.1 spends one."""
+    path, store = of_another_family(family, tmp_path), tmp_path / "store"
+    assert alignbench("sweep", path, "--rehearse", "--launcher", "debug", store=store, plugin=False) == 0
+    scores, costs = tables(store)
+    row = costs[costs["label"] == "leapalign"].iloc[0]
+    assert (row["nfe_forward"], row["nfe_grad"]) == (2 * row["images"], 4 * row["images"])
+    seen = scores[scores["metric"] == "hpsv2.1"].pivot(index=["prompt_id", "index"], columns="label", values="score")
+    assert ((seen["leapalign"] - seen["base"]).abs() > 1e-5).all()

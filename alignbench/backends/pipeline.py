@@ -1,0 +1,391 @@
+"""What the backends of diffusers' pipelines share: files, loading, adapters, the base model, encoded prompts.
+
+Latents are packed: (B, tokens, channels), fp32. A backend adds how its pipeline encodes a prompt, calls its network,
+spaces its sigmas and decodes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from alignbench import weights
+from alignbench.config import Config, Missing, UserError
+from alignbench.cost import Model
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from alignbench.flow import Cond
+
+Pipeline = Any  # a diffusers pipeline, whose parts type checkers cannot see
+Network = Any  # its transformer
+Split = Callable[[Network, Sequence[Network], Any, bool], None]  # network, blocks, computing type, is it trained?
+
+INDEX = "model_index.json"
+TRAINING_ONLY = (  # settings that do not change the untrained model's images
+    *("size", "guidance", "lora_rank", "lora_alpha", "lora_targets", "clamp", "gradient_checkpointing"),
+)
+
+
+class PipelineBackend(Config):
+    """A pipeline's folder or hub id, and how it is trained. ``size``, ``guidance``: of training, not evaluation."""
+
+    pipeline: ClassVar[str]  # diffusers' class, as model_index.json names it ...
+    network: ClassVar[str]  # ... and that of its transformer
+    models: ClassVar[tuple[str, ...]]  # subfolders with weights
+    tokenizers: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()  # what of these a model_index.json may have as null
+    published: ClassVar[Mapping[str, Mapping[str, Any]]]  # hub id -> its parts' configurations, for plans
+    training_only: ClassVar[tuple[str, ...]] = TRAINING_ONLY
+
+    model: str  # or a folder
+    size: int  # pixels, square, during training
+    guidance: float
+    lora_targets: tuple[str, ...]
+    revision: str | None = None
+    tune: Literal["full", "lora"] = "full"
+    lora_rank: int = 32
+    lora_alpha: int = 64
+    dtype: Literal["float32", "bfloat16"] = (
+        "bfloat16"  # of frozen weights and of autocast; trained weights stay float32
+    )
+    clamp: Literal["hard", "straight_through"] = "hard"  # gradient of the final clamp to [0, 1]: zero outside, or one
+    gradient_checkpointing: bool = False  # of the transformer's blocks and of the decoder
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the pipeline lies. UserError if nowhere."""
+        return weights.locate(self.model, "backend.model", shapes="model", revision=self.revision)
+
+    def files(self) -> list[Path]:
+        """Every file that determines the model, checked without loading it. UserError for the first bad one."""
+        path = self.folder / INDEX
+        needs = f"{self.name} needs a {self.pipeline}"  # type: ignore[attr-defined]  # of the backend's class
+        if not path.is_file():
+            raise UserError(f"backend.model: {self.folder} has no {INDEX}; {needs} folder")
+        if (kind := self.index.get("_class_name")) != self.pipeline:
+            raise UserError(f"backend.model: {self.folder} holds a {kind}; {needs}")
+        self.check_size(self.size, "backend.size")
+        found = [path, *weights.check([self.folder / "scheduler" / "scheduler_config.json"], "backend.model")]
+        for part in self.present(self.models):
+            found += weights.model_files(self.folder / part, "backend.model")
+        for part in self.present(self.tokenizers):
+            kept = [path for path in (self.folder / part).glob("*") if path.is_file()]
+            if not kept:
+                raise UserError(f"backend.model: {self.folder / part} is missing or empty")
+            found += weights.check(kept, "backend.model")
+        return found
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """The class of every part, and the pipeline's own settings. UserError if it cannot be read."""
+        return self.read(".", INDEX)
+
+    def present(self, parts: Sequence[str]) -> list[str]:
+        """``parts`` without the optional ones that this model does not have."""
+        return [part for part in parts if part not in self.optional or self.index.get(part, [None])[0] is not None]
+
+    def check_size(self, size: int, where: str) -> None:
+        """UserError unless ``size`` pixels are a whole number of tokens."""
+        pixels = 2 ** len(self.read("vae")["block_out_channels"])  # the autoencoder's factor times packing's 2
+        if size < pixels or size % pixels:
+            raise UserError(f"{where}: {size} pixels are not a multiple of {pixels}, the side of this model's tokens")
+
+    def read(self, part: str, file: str = "config.json") -> dict[str, Any]:
+        """The configuration of a part. UserError if it cannot be read."""
+        path = self.folder / part / file
+        weights.check([path], "backend.model")
+        return json.loads(path.read_text())
+
+    @property
+    def measures(self) -> Model | None:
+        """For plans: by its configuration, or by the published one where that is not there. None: not known."""
+        try:
+            return Model.read({part: self.read(part) for part in self.present(self.models)})
+        except Missing:
+            known = self.published.get(self.model)
+            return None if known is None else Model.read(known)
+
+    def branches(self, guidance: float) -> int:
+        """Evaluations of the network for one velocity: two with classifier-free guidance."""
+        return 1
+
+    def ready(self, accelerator: Accelerator | None) -> tuple[Pipeline, torch.device]:
+        """The pipeline on ``accelerator``'s device (the CPU without one), with the parameters that are trained."""
+        import torch
+
+        self.files()
+        device = torch.device("cpu") if accelerator is None else accelerator.device
+        pipeline = self._pipeline().to(device)
+        self.open(pipeline)
+        return pipeline, device
+
+    def open(self, pipeline: Pipeline) -> None:
+        """Make the transformer ready to train, and freeze everything else."""
+        import torch
+
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward reads what is not its own (torch 2.11, H200)
+        for part in self.present(self.models):
+            getattr(pipeline, part).requires_grad_(False).eval()
+        if self.tune == "lora":
+            self._add_lora(pipeline.transformer)
+        else:
+            pipeline.transformer.requires_grad_(True)
+        if self.gradient_checkpointing:
+            pipeline.transformer.enable_gradient_checkpointing()
+            pipeline.vae.enable_gradient_checkpointing()
+
+    def _pipeline(self) -> Pipeline:
+        import diffusers
+        import torch
+
+        frozen = getattr(torch, self.dtype)
+        trained = torch.float32 if self.tune == "full" else frozen
+        with weights.quiet():
+            return getattr(diffusers, self.pipeline).from_pretrained(
+                self.folder,
+                dtype={"transformer": trained, "default": frozen},
+                local_files_only=True,
+                **dict.fromkeys(set(self.optional) - set(self.present(self.optional))),  # None, or diffusers asks
+            )
+
+    def base(self, device: torch.device) -> Network:
+        """The untouched transformer, read again from disk: training has already moved the one in memory."""
+        import diffusers
+        import torch
+
+        with weights.quiet():
+            base = getattr(diffusers, self.network).from_pretrained(
+                self.folder, subfolder="transformer", dtype=getattr(torch, self.dtype), local_files_only=True
+            )
+        return base.to(device).requires_grad_(False).eval()
+
+    def _add_lora(self, transformer: Network) -> None:
+        """Adapters in float32, the same on every rank and in every run: A random from a fixed seed, B zero."""
+        import torch
+        from peft import LoraConfig
+
+        config = LoraConfig(r=self.lora_rank, lora_alpha=self.lora_alpha, target_modules=list(self.lora_targets))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            try:
+                transformer.add_adapter(config)
+            except ValueError as error:
+                raise UserError(f"backend.lora_targets: {' '.join(str(error).split())}") from None
+            for parameter in transformer.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+
+
+class GuidedBackend(PipelineBackend):
+    """One whose guidance is not distilled into the network: above 1 every velocity takes a second evaluation."""
+
+    training_only: ClassVar[tuple[str, ...]] = (*TRAINING_ONLY, "negative_gradient")
+
+    negative_gradient: Literal["full", "stop"] = "full"  # through the evaluation of the empty prompt too, or not
+
+    def branches(self, guidance: float) -> int:
+        return 2 if guidance > 1 else 1
+
+
+class PipelineFlow:
+    """A loaded pipeline as a ``Flow``. Views made by ``at`` share weights, adapters and encoded prompts."""
+
+    def __init__(self, pipeline: Pipeline, settings: Any, text: Text, device: torch.device) -> None:
+        self.device = device
+        self.size, self.guidance = settings.size, settings.guidance
+        self.transformer, self.vae = pipeline.transformer, pipeline.vae
+        self.scheduler = pipeline.scheduler
+        self._settings, self._text = settings, text
+        # The base model, where switching adapters off does not give it: None until it is used. Shared by all views.
+        self._apart: dict[str, Network | None] = {"base": None} if settings.tune == "full" else {}
+        self._split: Split | None = None  # what keeps a part of a network on each rank, once told to
+        self._empty = lru_cache(lambda: text([""]))  # on the device: needed at every guided call
+
+    def at(self, *, size: int | None = None, guidance: float | None = None) -> Self:
+        """The same model at another image size or guidance, for evaluation. UserError for an impossible size."""
+        view = copy.copy(self)
+        view.size = self.size if size is None else size
+        view.guidance = self.guidance if guidance is None else guidance
+        self._settings.check_size(view.size, "size")
+        return view
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of the image."""
+        return self.size // 2 ** len(self.vae.config.block_out_channels)
+
+    def velocity(self, x: Tensor, sigma: float | Tensor, cond: Cond, *, reference: bool = False) -> Tensor:
+        """v(x, sigma, cond), fp32, shape of ``x`` (B, tokens, channels). ``sigma``: a number or one per sample.
+
+        With guidance in two branches, v_neg + guidance (v_pos - v_neg), where v_neg is of the empty prompt. The base
+        model's gradient is always exact: ``negative_gradient`` is a choice of training.
+        """
+        import torch
+
+        from alignbench.flow import Cond, guided
+
+        time = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).expand(len(x))
+        if self._settings.branches(self.guidance) == 1:
+            with self._network(reference) as network, self._autocast():
+                return self._evaluate(network, x, time, cond).float()
+        empty = Cond({name: t.expand(len(x), *t.shape[1:]) for name, t in self._empty().tensors.items()})
+        with self._network(reference) as network, self._autocast():
+            return guided(
+                lambda: self._evaluate(network, x, time, cond).float(),
+                lambda: self._evaluate(network, x, time, empty).float(),
+                self.guidance,
+                "full" if reference else self._settings.negative_gradient,
+            )
+
+    def _evaluate(self, network: Network, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        """One evaluation of ``network`` at the sigmas ``time`` (B,): the pipeline's own call."""
+        raise NotImplementedError
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Text conditioning. Each prompt is encoded once, alone."""
+        return self._text(prompts)
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        """The autoencoder's latents -> pixels (B, 3, size, size) in [0, 1], fp32, differentiable."""
+        pixels = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float() * 0.5 + 0.5
+        if self._settings.clamp == "hard":
+            return pixels.clamp(0, 1)
+        from alignbench.flow import straight_through
+
+        return straight_through(pixels.clamp(0, 1), pixels)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The trained parameters, by the names that diffusers gives them."""
+        return ((name, p) for name, p in self.transformer.named_parameters() if p.requires_grad)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def shard(self, split: Split) -> None:
+        """Several ranks keep a part of the transformer each, and so of the base's own copy if there is one."""
+        self._split = split
+        split(self.transformer, _blocks(self.transformer), self._dtype, True)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self._settings.dtype)
+
+    def load_transformer(self, files: Sequence[Path]) -> None:
+        """Put published weights in the transformer's place. UserError for a name or a shape that does not fit."""
+        from safetensors.torch import load_file
+
+        from alignbench.checkpoint import copy_parameters
+
+        self._check_config([path for path in files if path.name == "config.json"])
+        shards = [path for path in files if path.suffix == ".safetensors"]
+        stored = {name: tensor for path in shards for name, tensor in load_file(path).items()}  # mapped, not read yet
+        own = self.transformer.state_dict()
+        plain = {name.replace(".base_layer", ""): tensor for name, tensor in own.items() if ".lora_" not in name}
+        copy_parameters(plain, stored, shards[0])
+        self._apart.setdefault("base", None)
+
+    def load_lora(self, files: Sequence[Path]) -> None:
+        """Put published adapters on. UserError for a name or a shape that does not fit."""
+        from alignbench.adapters import read_lora
+
+        adapters = read_lora(files, dict(self.transformer.named_modules()))
+        self.transformer.load_lora_adapter(adapters, prefix=None, adapter_name="published")
+        self.transformer.set_adapter("published")
+        for name, parameter in self.transformer.named_parameters():
+            if ".published." in name:
+                parameter.data = parameter.data.float()
+
+    def _check_config(self, configs: Sequence[Path]) -> None:
+        """UserError for a setting that differs from this model's: not all of them show in the weights' shapes."""
+        ours = json.loads(self.transformer.to_json_string())
+        for path in configs:
+            theirs = json.loads(path.read_text())
+            common = [key for key in theirs.keys() & ours.keys() if key == "_class_name" or key[0] != "_"]
+            if odd := sorted(key for key in common if theirs[key] != ours[key]):
+                what = f"{odd[0]} is {theirs[odd[0]]} and the model's is {ours[odd[0]]}"
+                raise UserError(f"{path}: {what}; these are weights of another model")
+
+    def _autocast(self):
+        import torch
+
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._settings.dtype == "bfloat16")
+
+    @contextmanager
+    def _network(self, reference: bool) -> Iterator[Network]:
+        """The transformer as trained, or as it was before training: without its adapters, or read again from disk."""
+        if not reference:
+            yield self.transformer
+        elif "base" in self._apart:
+            if self._apart["base"] is None:
+                self._apart["base"] = self._settings.base(self.device)
+                if self._split is not None:
+                    self._split(self._apart["base"], _blocks(self._apart["base"]), self._dtype, False)
+            yield self._apart["base"]
+        else:
+            checkpointing = self.transformer.gradient_checkpointing
+            self.transformer.disable_adapters()
+            self.transformer.gradient_checkpointing = False  # a recomputation would run after the adapters are back
+            try:
+                yield self.transformer
+            finally:
+                self.transformer.enable_adapters()
+                self.transformer.gradient_checkpointing = checkpointing
+
+
+def _blocks(transformer: Network) -> list[Network]:
+    return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+
+
+class Text:
+    """Encoded prompts, kept in host memory: the ``kept`` last ones.
+
+    One prompt at a time: an embedding must not depend on its neighbours' rounding.
+    """
+
+    def __init__(self, device: torch.device, kept: int = 4096) -> None:
+        self.device = device
+        self._encode = lru_cache(kept)(self._encode_one)
+
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        import torch
+
+        from alignbench.flow import Cond
+
+        rows = [self._encode(prompt) for prompt in prompts]
+        return Cond({name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]})
+
+    def _encode_one(self, prompt: str) -> dict[str, Tensor]:
+        """Conditioning of one prompt, on the CPU, without the sample dimension."""
+        raise NotImplementedError
+
+
+def token_ids(tokenizer: Any, prompt: str, length: int, device: torch.device) -> Tensor:
+    """(1, length), padded or cut."""
+    return tokenizer(
+        prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids.to(device)
+
+
+def pack(z: Tensor) -> Tensor:
+    """(B, C, 2h, 2w) -> (B, h * w, 4C): every 2 x 2 patch becomes a token."""
+    b, c, height, width = z.shape
+    z = z.view(b, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return z.reshape(b, height // 2 * (width // 2), 4 * c)
+
+
+def unpack(tokens: Tensor, grid: int) -> Tensor:
+    """The inverse of ``pack`` for a square of ``grid`` x ``grid`` tokens."""
+    b, _, channels = tokens.shape
+    z = tokens.view(b, grid, grid, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return z.reshape(b, channels // 4, 2 * grid, 2 * grid)
