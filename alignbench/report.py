@@ -386,7 +386,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> str:
     nested = [
         _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key} = {_said(value)}"
         for key, value in settings.items()
-        if value != {}
+        if value not in ({}, [])
     ]
     return ", ".join(nested)
 

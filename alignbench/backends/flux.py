@@ -88,11 +88,16 @@ class Flux(Config):
 
     def check_size(self, size: int, where: str) -> None:
         """UserError unless ``size`` pixels are a whole number of tokens."""
+        if size < self.patch or size % self.patch:
+            what = f"{size} pixels are not a multiple of {self.patch}, the side of this model's tokens"
+            raise UserError(f"{where}: {what}")
+
+    @property
+    def patch(self) -> int:
+        """Pixels along a token's side: the autoencoder's factor x packing's 2."""
         config = self.folder / "vae" / "config.json"
         weights.check([config], "backend.model")
-        pixels = 2 ** len(json.loads(config.read_text())["block_out_channels"])  # autoencoder's factor x packing's 2
-        if size < pixels or size % pixels:
-            raise UserError(f"{where}: {size} pixels are not a multiple of {pixels}, the side of this model's tokens")
+        return 2 ** len(json.loads(config.read_text())["block_out_channels"])
 
     @property
     def measures(self) -> Model | None:
