@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from alignbench import grid, stats, store
+from alignbench import curves, grid, stats, store
 from alignbench.analysis import UNTRAINED, Analysis, Measure, analyse, better, worse
 from alignbench.table import DECIMALS, Cell, Column, Table, escape, interval, number
 
@@ -55,7 +55,9 @@ def build(results: store.Results, out: Path) -> list[Path]:
     analysis = analyse(manifest, results.scores)
     picture = _picture_grid(results, analysis)
     paths = [out / f"{name}.md", out / f"{name}.csv"]
-    text = markdown(manifest, results.costs, analysis, f"{name}-grid.png" if picture else None, made_with(results))
+    sheet = f"{name}-grid.png" if picture else None
+    course = curves.sections(results, analysis)
+    text = markdown(manifest, results.costs, analysis, sheet, made_with(results), course)
     store.write(paths[0], text)
     store.write(paths[1], tidy(analysis, results.costs).csv())
     if picture:
@@ -70,8 +72,12 @@ def markdown(
     analysis: Analysis,
     picture: str | None = None,
     origins: Sequence[str] = (),
+    course: Sequence[str] = (),
 ) -> str:
-    """The whole page. The first line says how to make it again; ``origins``: what the runs were made with."""
+    """The whole page. The first line says how to make it again; ``origins``: what the runs were made with.
+
+    ``course``: sections on what happened over the course of training.
+    """
     words = _words(manifest["name"])
     sections = [
         f"Made by `{regenerate(manifest)}`",
@@ -89,6 +95,7 @@ def markdown(
         *([f"![same prompts and noise, one row per method]({picture})", GRID_NOTE] if picture else []),
         *_changes_section(analysis),
         *_hacking_section(analysis, costs),
+        *course,
         *_task_sections(analysis),
         *_notes_section(manifest),
         *_settings_section(manifest),
