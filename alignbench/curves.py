@@ -267,6 +267,8 @@ def normalised(analysis: Analysis) -> dict[Measure, dict[str, Array]]:
 
 def _seed_means(values: Array, tags: Any, by_task: bool) -> Array:
     """(S,) means over prompts, of the seeds that have any score; of task means where a measure is one."""
+    if not len(tags):
+        return np.array([])
     prompts = _mean(values, 1)
     groups = [tags == tag for tag in np.unique(tags)] if by_task else [np.full(len(tags), True)]
     means = np.mean([_mean(prompts[group], 0) for group in groups], axis=0)
