@@ -457,7 +457,8 @@ def _equal_cost_section(found: Sequence[Course], analysis: Analysis) -> list[str
         chosen = directed(analysis)
         means = {measure: equal_cost(found, measure, axis) for measure in chosen}
         rows = [
-            [Cell(course.label), *(Cell(*means[measure][course.label][:3]) for measure in chosen)] for course in found
+            [Cell(course.label), *(_mean_cell(means[measure][course.label], measure) for measure in chosen)]
+            for course in found
         ]
         parts += [f"**At {_short(cost)} {name}, the most that every method reached:**"]
         parts += [Table([Column("method"), *map(_column, chosen)], rows).markdown()]
@@ -465,6 +466,12 @@ def _equal_cost_section(found: Sequence[Course], analysis: Analysis) -> list[str
         return []
     note = "Between milestones a score is interpolated linearly, prompt by prompt; nothing is extrapolated."
     return ["### Scores at equal cost", *parts, note]
+
+
+def _mean_cell(found: Estimate, measure: Measure) -> Cell:
+    """A mean and its interval; a share's interval ends where shares end."""
+    low, high = (0.0, 1.0) if measure.unit == "fraction" else (-np.inf, np.inf)
+    return Cell(found.mean, max(found.lo, low), min(found.hi, high))
 
 
 def _target_section(found: Sequence[Course], analysis: Analysis) -> list[str]:

@@ -439,7 +439,7 @@ def _hacking(found: Sequence[Course], analysis: Analysis) -> Figure | None:
             axes.axhline(0, color=INK, linewidth=0.5, zorder=0)
             axes.set_title(course.label, color=INK)
             _short_ticks(axes.xaxis)
-        canvas.supylabel(f"gain over {analysis.base} / largest of any method", fontsize=6.5)
+        canvas.supylabel(f"scaled gain over {analysis.base}", fontsize=6.5)
         handles = [
             Line2D([], [], color=INK, linestyle=styles.get(m, ("-", ""))[0], marker=styles.get(m, ("-", ""))[1],
                    linewidth=1.8 if m.role == "train" else 0.9, markersize=2.5, label=f"{m.name} [{m.role}]")
