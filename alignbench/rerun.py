@@ -14,7 +14,7 @@ from alignbench.config import UserError, decode
 from alignbench.launch import Job, missing, settle, show
 from alignbench.run import Task, execute
 from alignbench.spec import Protocol, RunSpec
-from alignbench.store import Artefact, Store, artefacts, milestones, reached, read_json
+from alignbench.store import Artefact, Store, artefacts, milestones, read_json
 from alignbench.sweep import UNTRAINED, Cell
 
 if TYPE_CHECKING:
@@ -205,9 +205,11 @@ def compare(store: Store, fresh: Store, run: dict[str, Any], first: bool = True)
             yield Verdict(part, "", "they were not made")
         elif old.kind == "run":
             yield _weights(old.product, new.product)
-            for update in (part["update"] for part in milestones(run) if reached(store, run["id"], part["update"])):
-                verdict = _weights(store.milestone(old.id, update), fresh.milestone(old.id, update))
-                yield verdict._replace(part=f"weights after {update} updates")
+            for update in (part["update"] for part in milestones(run)):
+                paths = [place.milestone(old.id, update) for place in (store, fresh)]
+                if paths[0].is_file():
+                    verdict = _weights(*paths) if paths[1].is_file() else Verdict("", "", "they were not made")
+                    yield verdict._replace(part=f"weights after {update} updates")
             frames = (pd.read_parquet(it.folder / "train.parquet").drop(columns=MEASURED) for it in (old, new))
             yield _frames("records", *frames)
         elif old.kind == "images":
