@@ -184,7 +184,8 @@ def _make(store: Store, fresh: Store, run: dict[str, Any], origin: Mapping[str, 
 
 def _score(score: dict[str, Any]) -> dict[str, Any]:
     """As a worker gets it."""
-    about = {key: score[key] for key in ("settings", "version", "metrics", "role")}
+    names = ("settings", "version", "metrics", "role", "base")  # the last: of a paired evaluator alone
+    about: dict[str, Any] = {name: score[name] for name in names if name in score}
     return {**about, "name": score["evaluator"], "file": Path(score["file"]).name}
 
 
