@@ -152,7 +152,7 @@ def analyse(manifest: dict[str, Any], scores: pd.DataFrame) -> Analysis:
     published = {run["label"] for run in manifest["runs"] if run.get("published")}
     base = next((label for label in labels if seeds[label] == [UNTRAINED] and label not in published), None)
     measures = _measures(manifest["runs"])
-    analysis = Analysis(labels, base, seeds, measures, _scores(scores, measures, seeds))
+    analysis = Analysis(labels, base, seeds, measures, cubes(scores, measures, seeds))
     for measure in measures:
         analysis.means[measure] = analysis.averages(measure)
         pairs = [(label, base) for label in analysis.compared if base is not None]
@@ -175,7 +175,8 @@ def _measures(runs: Iterable[dict[str, Any]]) -> list[Measure]:
     return sorted(found.values(), key=lambda measure: ROLES.index(measure.role))
 
 
-def _scores(frame: pd.DataFrame, measures: Sequence[Measure], seeds: dict[str, list[int]]) -> dict[Measure, Scores]:
+def cubes(frame: pd.DataFrame, measures: Sequence[Measure], seeds: dict[str, list[int]]) -> dict[Measure, Scores]:
+    """Rows of scores as arrays, by measure. ``seeds``: the planned training seeds of every label."""
     training_seeds = sorted({seed for found in seeds.values() for seed in found if seed != UNTRAINED})
     score = frame["score"].to_numpy(float, na_value=np.nan)
     valid = frame["ok"].eq(True).fillna(False).to_numpy(bool) & np.isfinite(score)

@@ -22,7 +22,7 @@ import msgspec
 
 from alignbench import official, small, weights
 from alignbench.config import Missing, NotFetched, UserError, cache
-from alignbench.evaluator import exact
+from alignbench.evaluator import Evaluator, exact
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt
 
@@ -139,7 +139,11 @@ TEXTS = (
     "x",
 )
 LINE = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}  # so that GenEval can be asked, too
-FIXED = {"hpsv3": {"dtype": "float32"}, "unifiedreward": {"dtype": "float32"}}  # settings that a device would decide
+FIXED: dict[str, dict[str, Any]] = {  # settings that a device or a sweep's model would decide
+    "hpsv3": {"dtype": "float32"},
+    "unifiedreward": {"dtype": "float32"},
+    "picture_stats": {"patch": 4},
+}
 
 
 def golden_pictures() -> list[Image]:
@@ -172,8 +176,10 @@ def drawn(height: int, width: int, seed: int) -> Image:
 
 
 def golden_evaluator(registry: Registry, name: str) -> Any:
-    """The evaluator with its small checkpoint."""
-    settings = {**small.checkpoint(name, cache() / "small"), **FIXED.get(name, {})}
+    """The evaluator with its small checkpoint, if it needs one."""
+    weightless = getattr(registry.get("evaluator", name, name), "files", None) is Evaluator.files
+    checkpoint = {} if weightless else small.checkpoint(name, cache() / "small")
+    settings = {**checkpoint, **FIXED.get(name, {})}
     return registry.make("evaluator", {"name": name, **settings}, name)
 
 

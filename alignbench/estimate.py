@@ -42,7 +42,7 @@ class Estimate(NamedTuple):
     generate: float = 0.0
     score: float = 0.0
     memory: float = 0.0  # peak, of training or of sampling
-    weights: int = 0  # of the trained weights' file, its header left out
+    weights: int = 0  # of the trained weights' files, milestones and all, their headers left out
     state: int = 0  # of the checkpoints that are there while it trains
     pictures: float = 0.0
     unknown: str = ""  # why there is no estimate of it
@@ -114,6 +114,12 @@ class Pieces(NamedTuple):
             pictures=images * protocol.size**2 * PNG,
         )
 
+    @property
+    def share_at_milestones(self) -> float:
+        """Of the evaluation's pictures: how many are made at a milestone."""
+        name, fewer = self.cell.protocol.prompts, self.evaluation.at_milestones
+        return prompt_count(name, fewer.limit) / prompt_count(name, self.evaluation.limit)
+
     def trained(self, found: Estimate, method: AlignMethod) -> Estimate:
         """``found``, and training."""
         training, terms = self.cell.spec.training, len(self.cell.spec.rewards)
@@ -122,16 +128,20 @@ class Pieces(NamedTuple):
         except Exception as error:  # whatever a plug-in's code raises on a flow that is no pipeline's
             return Estimate(unknown=f"its method does not run on the toy flow ({type(error).__name__}: {error})")
         per_image = self.seconds_per_image(watched.mean)
-        images = training.batch * watched.batches(training, per_image)
-        usage = watched.mean
+        batches, usage = watched.batches(training, per_image), watched.mean
         trained, memory = self.trained_parameters, self.memory(usage)
         copies = 1 if training.optimizer.ema is None else 2
+        reached = sum(update <= watched.made(batches) for update in training.milestones)
+        sets = 1 + reached * self.share_at_milestones
         return found._replace(
-            images=images,
+            generate=found.generate * sets,
+            score=found.score * sets,
+            pictures=found.pictures * sets,
+            images=training.batch * batches,
             usage=usage,
-            train=images * per_image / HOUR,
+            train=training.batch * batches * per_image / HOUR,
             memory=max(found.memory, memory),
-            weights=4 * trained * copies,
+            weights=4 * trained * copies * (1 + reached),
             state=4 * trained * (copies + 2) * training.keep,
         )
 
@@ -226,6 +236,10 @@ class Watched(NamedTuple):
             return self._until(budget.nfe, [batch * (usage.forward + usage.grad) for usage in self.usage])
         images = budget.images or (budget.gpu_seconds or 0) / per_image
         return -(-int(images) // batch)
+
+    def made(self, batches: int) -> float:
+        """Updates in so many batches."""
+        return batches * sum(self.updates) / len(self.updates)
 
     def _until(self, budget: float, spent: Sequence[float]) -> int:
         """Batches until ``budget`` is spent, where the n-th spends ``spent[n]``, and later ones the mean."""

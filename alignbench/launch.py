@@ -111,6 +111,7 @@ def task(plan: Plan, store: Store, cell: Cell, code: Snapshot | None, **more: An
         store=str(store.root.resolve()),
         run=cell.id,
         images=cell.images,
+        milestones=cell.milestones,
         trains=cell.trains,
         spec=settings(cell.spec),
         evaluation=settings(plan.evaluation) | {"protocol": settings(cell.protocol)},
@@ -185,18 +186,19 @@ def _write_tasks(
 
 
 def _tickets(store: Store, array: slurm.Array, folder: Path) -> list[Ticket]:
-    def makes(cell: Cell, stage: str) -> Artefact:
+    def makes(cell: Cell, stage: str) -> list[Artefact]:
         if stage == "run":
-            return store.run(cell.id, cell.trains)
+            return [store.run(cell.id, cell.trains)]
+        sets = [cell.images, *(images for _, images in cell.milestones)]
         if stage == "images":
-            return store.images(cell.images)
-        return store.scores(cell.images, array.files[array.cells.index(cell)])
+            return [store.images(images) for images in sets]
+        return [store.scores(images, array.files[array.cells.index(cell)]) for images in sets]
 
     return [
         Ticket(
             job=f"{array.job}_{i}",
             stage=array.title,
-            makes=[makes(cell, stage).id for stage in array.stages(cell)],
+            makes=[part.id for stage in array.stages(cell) for part in makes(cell, stage)],
             run=cell.id,
             progress=_progress(folder, array, i),
         )

@@ -9,7 +9,7 @@ from alignbench.config import Missing, UserError, did_you_mean
 from alignbench.cost import GPU, GPUS
 from alignbench.estimate import Estimate, estimate
 from alignbench.plugins import Registry
-from alignbench.store import Results, Store, artefacts
+from alignbench.store import Results, Store, artefacts, milestones
 from alignbench.sweep import Cell, Draft, Plan
 
 GB = 1e9
@@ -62,7 +62,8 @@ def _state(store: Store, plan: Plan | None, run: dict[str, Any] | None, each: Es
     if plan is None or run is None:
         return "not ready", each.train + each.generate + each.score
     todo = [part.kind for part in artefacts(store, run) if not part.done]
-    hours = sum(getattr(each, STAGE[kind]) / (len(run["scores"]) if kind == "scores" else 1) for kind in todo)
+    parts = {"run": 1, "images": 1 + len(milestones(run)), "scores": len(run["scores"]) * (1 + len(milestones(run)))}
+    hours = sum(getattr(each, STAGE[kind]) / parts[kind] for kind in todo)
     return Results(store.root, plan.manifest()).state(run)[0], hours
 
 

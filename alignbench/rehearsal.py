@@ -122,6 +122,7 @@ class Smaller:
             "prompts": "shapes/train",
             "training.batch": self.batch * (i + 1),
             "training.checkpoint_every": 1,
+            "training.milestones": [1] if value else [],
             "training.optimizer.warmup": 0,
             "training.optimizer.lr": LR * (i + 1),
             "training.optimizer.ema": None if value is None else EMA / (i + 1),
@@ -135,7 +136,8 @@ class Smaller:
         least = {"images": BATCHES * self.batch, "updates": BATCHES, "nfe": BATCHES * self.batch * 25, "gpu_seconds": 5}
         if kind not in least or not isinstance(value, int | float):
             return value
-        return max(1, round(least[kind] * value / self.budget.get(kind, value)))
+        few = BATCHES if kind == "updates" else 1  # a milestone stands before the end
+        return max(few, round(least[kind] * value / self.budget.get(kind, value)))
 
 
 def _all(place: dict[str, Any], path: str) -> list[Any]:

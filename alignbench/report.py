@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from alignbench import grid, stats, store
+from alignbench import curves, grid, stats, store
 from alignbench.analysis import UNTRAINED, Analysis, Measure, analyse, better, worse
 from alignbench.table import DECIMALS, Cell, Column, Table, escape, interval, number
 
@@ -55,7 +55,9 @@ def build(results: store.Results, out: Path) -> list[Path]:
     analysis = analyse(manifest, results.scores)
     picture = _picture_grid(results, analysis)
     paths = [out / f"{name}.md", out / f"{name}.csv"]
-    text = markdown(manifest, results.costs, analysis, f"{name}-grid.png" if picture else None, made_with(results))
+    sheet = f"{name}-grid.png" if picture else None
+    course = curves.sections(results, analysis)
+    text = markdown(manifest, results.costs, analysis, sheet, made_with(results), course)
     store.write(paths[0], text)
     store.write(paths[1], tidy(analysis, results.costs).csv())
     if picture:
@@ -70,8 +72,12 @@ def markdown(
     analysis: Analysis,
     picture: str | None = None,
     origins: Sequence[str] = (),
+    course: Sequence[str] = (),
 ) -> str:
-    """The whole page. The first line says how to make it again; ``origins``: what the runs were made with."""
+    """The whole page. The first line says how to make it again; ``origins``: what the runs were made with.
+
+    ``course``: sections on what happened over the course of training.
+    """
     words = _words(manifest["name"])
     alike = "same prompts" if manifest.get("imported") else "same prompts and noise"
     sections = [
@@ -91,6 +97,7 @@ def markdown(
         *_changes_section(analysis, bool(manifest.get("imported"))),
         _one_training_note(manifest),
         *_hacking_section(analysis, costs),
+        *course,
         *_task_sections(analysis),
         *_imports_section(manifest),
         *_notes_section(manifest),
@@ -425,7 +432,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> str:
     nested = [
         _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key} = {_said(value)}"
         for key, value in settings.items()
-        if value != {}
+        if value not in ({}, [])
     ]
     return ", ".join(nested)
 

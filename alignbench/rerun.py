@@ -14,7 +14,7 @@ from alignbench.config import UserError, decode
 from alignbench.launch import Job, missing, settle, show
 from alignbench.run import Task, execute
 from alignbench.spec import Protocol, RunSpec
-from alignbench.store import Store, artefacts, read_json
+from alignbench.store import Artefact, Store, artefacts, milestones, read_json
 from alignbench.sweep import UNTRAINED, Cell
 
 if TYPE_CHECKING:
@@ -56,8 +56,13 @@ def recorded(store: Store, id: str) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for manifest in filter(None, map(read_json, store.manifests())):
         for run in (run for run in manifest["runs"] if run["id"] == id):
-            kept = found.setdefault(run["images"], {**run, "limit": manifest["subset"], "scores": []})
-            kept["scores"] += [score for score in run["scores"] if score not in kept["scores"]]
+            sets = [run, *milestones(run)]
+            limits = {"limit": manifest["subset"], "milestone_prompts": manifest.get("milestone_prompts")}
+            empty = [{**part, "scores": []} for part in milestones(run)]
+            fresh = {**run, **limits, "scores": [], **({"milestones": empty} if empty else {})}
+            kept = found.setdefault(" ".join(part["images"] for part in sets), fresh)
+            for part, mine in zip([kept, *milestones(kept)], sets, strict=True):
+                part["scores"] += [score for score in mine["scores"] if score not in part["scores"]]
     if not found:
         raise UserError(f"{store.root / 'runs' / id}: no sweep of this store has it, its evaluation is not known")
     origin = read_json(store.root / "runs" / id / provenance.FILE) or {}
@@ -155,7 +160,13 @@ def _make(store: Store, fresh: Store, run: dict[str, Any], origin: Mapping[str, 
         images=run["images"],
         trains=run["seed"] != UNTRAINED,
         spec=run["settings"],
-        evaluation={"protocol": protocol, "evaluators": evaluators, "limit": run["limit"]},
+        milestones=[(part["update"], part["images"]) for part in milestones(run)],
+        evaluation={
+            "protocol": protocol,
+            "evaluators": evaluators,
+            "limit": run["limit"],
+            "milestone_prompts": run["milestone_prompts"],
+        },
         scores=[_score(score) for score in run["scores"]],
         plugins=[str((folder / row["copy"]).resolve()) for row in origin["plugins"] if not row["installed"]],
         threads=origin["threads"],
@@ -173,7 +184,8 @@ def _make(store: Store, fresh: Store, run: dict[str, Any], origin: Mapping[str, 
 
 def _score(score: dict[str, Any]) -> dict[str, Any]:
     """As a worker gets it."""
-    about = {key: score[key] for key in ("settings", "version", "metrics", "role")}
+    names = ("settings", "version", "metrics", "role", "base")  # the last: of a paired evaluator alone
+    about: dict[str, Any] = {name: score[name] for name in names if name in score}
     return {**about, "name": score["evaluator"], "file": Path(score["file"]).name}
 
 
@@ -184,14 +196,21 @@ def compare(store: Store, fresh: Store, run: dict[str, Any], first: bool = True)
     """A verdict on every part that the store has. ``first``: of the run's image sets; weights are compared once."""
     import pandas as pd
 
-    for old, new in zip(artefacts(store, run), artefacts(fresh, run)):
+    again = {(part.kind, part.id): part for part in artefacts(fresh, run)}
+    for old in artefacts(store, run):
+        new: Artefact | None = again.get((old.kind, old.id))
         if not old.done or (old.kind == "run" and (run["seed"] == UNTRAINED or not first)):
             continue
         part = {"run": "weights", "images": f"images {old.id}", "scores": f"scores {old.id}"}[old.kind]
-        if not new.done:
+        if new is None or not new.done:
             yield Verdict(part, "", "they were not made")
         elif old.kind == "run":
             yield _weights(old.product, new.product)
+            for update in (part["update"] for part in milestones(run)):
+                paths = [place.milestone(old.id, update) for place in (store, fresh)]
+                if paths[0].is_file():
+                    verdict = _weights(*paths) if paths[1].is_file() else Verdict("", "", "they were not made")
+                    yield verdict._replace(part=f"weights after {update} updates")
             frames = (pd.read_parquet(it.folder / "train.parquet").drop(columns=MEASURED) for it in (old, new))
             yield _frames("records", *frames)
         elif old.kind == "images":

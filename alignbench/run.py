@@ -39,6 +39,7 @@ from alignbench.store import (
     alive,
     cannot_write,
     locked,
+    reached,
     read_json,
     write,
     write_frame,
@@ -73,6 +74,8 @@ class Task(NamedTuple):
     launcher: int | None = None  # pid without which a local worker ends
     code: dict[str, Any] | None = None  # ``provenance.code()`` where the sweep was started; None: asked here
     track: Sequence[str] = ()  # of ``trackers.NAMES``
+    milestones: Sequence[Sequence[Any]] = ()  # (update, id of its image set)
+    update: int | None = None  # of the milestone of which ``images`` are; None: they are of the end
 
 
 class Failed(Exception):
@@ -121,6 +124,8 @@ class Work:
         self.progress = Progress(Path(task.progress) if self.ranks.first else None)
         self.failures: list[str] = []
         self.made: list[str] = []
+        self.judges: dict[str, Any] = {}  # of the evaluator whose turn it is: file -> itself, its model loaded
+        self.end: Work | None = None  # of which this is a milestone
 
     @property
     def accelerator(self) -> Accelerator:
@@ -187,7 +192,7 @@ class Work:
         """UserError if a file that the ids were made from has changed since."""
         training = load_prompts(self.spec.prompts) if self.task.trains else []
         run = f"{self.spec.method['name']}-{run_id(self.spec, self.registry, training)}"
-        images = image_set_id(run, self.task.trains, self.evaluation.protocol, self.prompts)
+        images = image_set_id(run, self.task.trains, self.evaluation.protocol, self.prompts, self.task.update)
         if (run, images) != (self.task.run, self.task.images):
             raise UserError("weights, prompts or a plug-in changed since the sweep was started; start it again")
 
@@ -222,15 +227,17 @@ class Work:
                 plain = settings(self.spec)
                 write(self.run.folder / "spec.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
                 provenance.begin(self.run.folder, started, self.provenance(), self.code, self.registry)
-            if self.task.trains:
-                self._train(lock)
+            facts = self._train(lock) if self.task.trains else {}
             if self.ranks.first:
                 provenance.end(self.run.folder, started)
-                self.run.succeed()
+                self.run.succeed(**facts)
                 shutil.rmtree(self.run.folder / "checkpoints", ignore_errors=True)
 
-    def _train(self, lock: Lock) -> None:
-        """Records to train.parquet, weights to weights.safetensors; resumes from the checkpoint if there is one."""
+    def _train(self, lock: Lock) -> dict[str, Any]:
+        """Records to train.parquet, weights to weights.safetensors; resumes from the checkpoint if there is one.
+
+        Returns what the status says beside "done".
+        """
         import pandas as pd
 
         from alignbench import checkpoint
@@ -249,7 +256,7 @@ class Work:
         flow = self.flow
         records = train(
             method, flow, reward, prompts, training,
-            accelerator=self.accelerator, checkpoints=checkpoints, stop=self.stop,
+            accelerator=self.accelerator, checkpoints=checkpoints, milestones=self.run.folder, stop=self.stop,
             sharded=self.task.parallel == "fsdp", warn=self.warn,
         )  # fmt: skip
         for record in self.tracked(records):
@@ -260,12 +267,18 @@ class Work:
         if self.task.parallel == "fsdp":
             del self.flow, flow, records  # in parts; images are made with the whole model, so it is loaded again
         if not self.ranks.first:
-            return
+            return {}
         lock.check()
-        write_frame(self.run.folder / "train.parquet", pd.DataFrame(checkpoint.load_records(checkpoints)))
-        final = checkpoints / checkpoint.FINAL
-        final.chmod((self.run.folder / "train.parquet").stat().st_mode)  # safetensors' own would shut out a group
+        frame = pd.DataFrame(checkpoint.load_records(checkpoints))
+        write_frame(self.run.folder / "train.parquet", frame)
+        final, updates = checkpoints / checkpoint.FINAL, int(frame["update"].iloc[-1]) + 1
+        kept = [self.store.milestone(self.task.run, update) for update in training.milestones if update <= updates]
+        for path in (final, *kept):
+            path.chmod((self.run.folder / "train.parquet").stat().st_mode)  # safetensors' own would shut out a group
         final.replace(self.run.product)
+        for update in training.milestones[len(kept) :]:
+            self.warn(f"the milestone of update {update} is not there: training ended after {updates} updates")
+        return {"updates": updates}
 
     def tracked(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The same records, each shown to the trackers that were asked for."""
@@ -299,6 +312,12 @@ class Work:
     # -- generate -----------------------------------------------------------------------------------------------------
 
     def generate(self) -> None:
+        """The pictures of the end, then those of the milestones."""
+        self._generate_set()
+        for work in self.milestones(self.ranks.tell(self.reached)):
+            work._generate_set()
+
+    def _generate_set(self) -> None:
         with self.making(self.images) as lock:
             if lock is None:
                 return
@@ -320,6 +339,21 @@ class Work:
         lock.check()
         write_frame(self.images.product, pd.DataFrame(rows))
         self.images.status.unlink(missing_ok=True)  # of an earlier failure
+
+    def reached(self) -> list[int]:
+        """The milestones that training came to."""
+        return [update for update, _ in self.task.milestones if reached(self.store, self.task.run, update)]
+
+    def milestones(self, updates: Sequence[int]) -> Iterator[Work]:
+        """The pictures and scores after ``updates``, by the code that makes the end's, and with its model."""
+        evaluation = settings(self.evaluation.at_milestones)
+        for update, images in self.task.milestones:
+            if update in updates:
+                task = self.task._replace(images=images, update=update, evaluation=evaluation, milestones=())
+                work = Work(task, self.stop)
+                work.end, work.ranks, work.judges = self, self.ranks, self.judges
+                work.failures, work.made = self.failures, self.made
+                yield work
 
     def generate_base(self) -> None:
         """For paired evaluators: the base model's pictures, by the very code that makes them as a row of their own."""
@@ -378,11 +412,13 @@ class Work:
 
     def evaluated_flow(self) -> Any:
         """The flow with the weights that the protocol asks for."""
-        flow = self.flow
+        flow = (self.end or self).flow
         if self.task.trains:
             from alignbench.checkpoint import load_weights
 
-            load_weights(flow, self.run.product, self.evaluation.protocol.weights)
+            update = self.task.update
+            path = self.run.product if update is None else self.store.milestone(self.task.run, update)
+            load_weights(flow, path, self.evaluation.protocol.weights)
         else:
             self.registry.make("method", self.spec.method, "method").prepare(flow)
         return flow
@@ -407,9 +443,12 @@ class Work:
         if not self.ranks.first:
             return
         self.generate_base()
+        sets = [self, *self.milestones(self.reached())]
         for score in self.task.scores:
-            with suppress(Failed):
-                self._score(score)
+            for work in sets:
+                with suppress(Failed):
+                    work._score(score)
+            self.judges.clear()  # not two evaluators' models at once
 
     def _score(self, score: dict[str, Any]) -> None:
         artefact = self.store.scores(self.task.images, score["file"])
@@ -436,8 +475,10 @@ class Work:
 
         from alignbench.scoring import passes
 
-        evaluator = self.registry.make("evaluator", score["settings"], "evaluator")
-        base = self.base if score.get("base") else None
+        if score["file"] not in self.judges:
+            self.judges[score["file"]] = self.registry.make("evaluator", score["settings"], "evaluator")
+        evaluator = self.judges[score["file"]]
+        base = (self.end or self).base if score.get("base") else None
         if base is not None and not base.images.done:
             raise UserError(f"the base model's pictures are missing: {base.images.failure or 'not made yet'}")
         images = pd.read_parquet(self.images.product)

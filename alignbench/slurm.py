@@ -232,8 +232,9 @@ def _arrays_of(
 
 
 def _lacks(work: Work, score: Score) -> bool:
-    name = f"{work.cell.images}/{score.file.removesuffix('.parquet')}"
-    return any(part.id == name for part in work.todo)
+    sets = [work.cell.images, *(images for _, images in work.cell.milestones)]
+    names = {f"{images}/{score.file.removesuffix('.parquet')}" for images in sets}
+    return any(part.id in names for part in work.todo)
 
 
 # -- submission -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -62,6 +63,15 @@ class Training(Config):
     checkpoint_every: Count = 25  # batches; not part of the run's id
     keep: Count = 2  # checkpoints, so that one which a disk has damaged is not the only one; no part of the id
     drift_every: Count | None = 10  # batches between two looks at the drift from the base model; no part of the id
+    milestones: tuple[Count, ...] = ()  # updates after which the weights are also kept, and their pictures scored
+
+    def __post_init__(self) -> None:
+        if any(b <= a for a, b in itertools.pairwise(self.milestones)):
+            raise UserError(f"milestones: {list(self.milestones)} do not increase; list each update once, in order")
+        end = self.budget.updates
+        if end is not None and self.milestones and self.milestones[-1] >= end:
+            what = f"{self.milestones[-1]} is not before the end, update {end}, which is evaluated anyway"
+            raise UserError(f"milestones: {what}; choose updates below {end}")
 
 
 class Protocol(Config):
@@ -134,6 +144,13 @@ class Evaluation(Config):
     protocol: Protocol
     evaluators: Annotated[list[dict[str, Any]], Meta(min_length=1)]
     limit: Count | None = None  # the first prompts only: for a quick look; everything made of it says SUBSET
+    milestone_prompts: Count | None = None  # at milestones only the first of these prompts; None: all
+
+    @property
+    def at_milestones(self) -> Evaluation:
+        """What is made at a milestone: of ever fewer prompts, never of more."""
+        counts = [count for count in (self.limit, self.milestone_prompts) if count is not None]
+        return structs.replace(self, limit=min(counts, default=None))
 
 
 class Sweep(Config):
@@ -199,6 +216,8 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     training = settings(spec.training)
     for name in ("checkpoint_every", "keep", "drift_every"):  # what moves no weight
         del training[name]
+    if not spec.training.milestones:  # then the id is that of before there was such a setting
+        del training["milestones"]
     content = {
         "backend": spec.backend,
         "backend files": fingerprint(backend.files()),
@@ -212,11 +231,18 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     return content_id(content)
 
 
-def image_set_id(run: str, trains: bool, protocol: Protocol, prompts: Sequence[Prompt]) -> str:
-    """Of the weights and everything that determines the images. ``prompts``: those of ``protocol.prompts``."""
+def image_set_id(
+    run: str, trains: bool, protocol: Protocol, prompts: Sequence[Prompt], update: int | None = None
+) -> str:
+    """Of the weights and everything that determines the images. ``prompts``: those of ``protocol.prompts``.
+
+    ``update``: of the milestone at which the weights were kept; None: those of the end.
+    """
     content = settings(protocol) | {"run": run, "prompts": prompts_digest(prompts)}
     if protocol.tuned_steps is None:  # then the id is that of before there was such a setting
         del content["tuned_steps"]
+    if update is not None:
+        content["update"] = update
     if not trains:  # no average is kept of weights that never move
         del content["weights"]
     return content_id(content)

@@ -132,6 +132,39 @@ def paired_difference(
     return mean_interval(difference, strata, pooled=pooled, level=level, draws=draws, seed=seed)
 
 
+def curve_draws(
+    values: ArrayLike, strata: ArrayLike | None = None, *, draws: int = DRAWS, seed: int = 0
+) -> tuple[Array, Array]:
+    """Means (K,) of ``values`` (K, P, I, S) and joint resamples (draws, K) of them: whole curves, for what is no mean.
+
+    One resample of prompts and of seeds serves all K points, so differences along a curve are paired, and so are curves
+    of the same prompts. The variance of each point is that of ``mean_interval``; nothing is expanded for few seeds.
+    Only prompts and seeds that every point has are used. nan if there are none.
+    """
+    points = np.asarray(values, float)
+    whole = ~np.isnan(points).all(2)  # (K, P, S)
+    seeds = whole.any(1).all(0)
+    usable = whole[:, :, seeds].all((0, 2))
+    points = np.where(usable[None, :, None, None] & seeds[None, None, None, :], points, np.nan)
+    means, columns = [], []
+    for point in points:
+        grid, groups, _ = _complete(point, strata)
+        if grid.size == 0:
+            return np.full(len(points), np.nan), np.full((draws, len(points)), np.nan)
+        levels = _levels(grid, groups)
+        count = grid.shape[1]
+        deviations = _prompt_weights(_sizes(groups), draws, seed) @ (levels.rows * levels.weights)
+        if count > 1 and levels.raw_seeds > 0:
+            apart = (levels.weights @ grid - levels.mean) / np.sqrt(count * (count - 1))
+            apart *= np.sqrt(levels.seeds / levels.raw_seeds)  # the interaction is in the prompts' part already
+            deviations = (
+                deviations + np.random.default_rng((seed, draws, count)).standard_normal((draws, count)) @ apart
+            )
+        means.append(levels.mean)
+        columns.append(levels.mean + deviations)
+    return np.array(means), np.stack(columns, axis=1)
+
+
 def pool_seeds(
     arrays: Iterable[ArrayLike], strata: ArrayLike | None = None, *, df_per_seed: int | None = None
 ) -> SeedSpread | None:
@@ -250,6 +283,12 @@ def _prompt_weights(sizes: tuple[int, ...], draws: int, seed: int) -> Array:
 def _normal(draws: int, seed: int) -> Array:
     """(draws,) standard normal numbers for the level of training seeds."""
     return np.random.default_rng((seed, draws)).standard_normal(draws)
+
+
+@lru_cache(maxsize=8)
+def _normals(draws: int, count: int, seed: int) -> Array:
+    """(draws, count) standard normal numbers, one for each training seed: the same for all points of a curve."""
+    return np.random.default_rng((seed, draws, count)).standard_normal((draws, count))
 
 
 def _p_value(mean: float, se: float, df: float) -> float:

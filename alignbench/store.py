@@ -146,6 +146,10 @@ class Store:
         status = folder / "status.json"
         return Artefact("run", id, folder, folder / "weights.safetensors" if trains else status, status, self._lock(id))
 
+    def milestone(self, run: str, update: int) -> Path:
+        """The weights that a run had after ``update`` updates, in the same form as those of its end."""
+        return self.root / "runs" / run / milestone_file(update)
+
     def images(self, id: str) -> Artefact:
         folder = self.root / "images" / id
         return Artefact(
@@ -193,6 +197,10 @@ class Store:
         """Those of every sweep that was run here, latest first."""
         found = (self.root / "sweeps").glob("*.json")
         return sorted(found, key=lambda path: -path.stat().st_mtime)
+
+
+def milestone_file(update: int) -> str:
+    return f"weights-{update:06}.safetensors"
 
 
 def _now() -> str:
@@ -407,13 +415,7 @@ class Results:
         frames = [pd.DataFrame({name: [] for name in columns})]
         for run in self.manifest["runs"]:
             for score in run["scores"]:
-                if not (self.store / score["file"]).is_file():
-                    continue
-                found = pd.read_parquet(self.store / score["file"])
-                for metric in score["metrics"]:
-                    part = found[["prompt_id", "tag", "index", "ok"]].assign(score=found[metric["name"]].astype(float))
-                    facts = {"evaluator": score["evaluator"], "metric": metric["name"], "run": run["id"]}
-                    frames.append(part.assign(**{key: run[key] for key in ("label", "method", "seed")}, **facts))
+                frames += score_rows(self.store, run, score)
         return pd.concat(frames[1:] or frames, ignore_index=True)[columns]
 
     @cached_property
@@ -454,9 +456,35 @@ class Results:
         }
 
 
+def score_rows(store: Path, run: dict[str, Any], score: dict[str, Any]) -> Iterator[pd.DataFrame]:
+    """A frame for each metric of one score file of ``run``, one row per image; none if it is not there yet."""
+    import pandas as pd
+
+    if not (store / score["file"]).is_file():
+        return
+    found = pd.read_parquet(store / score["file"])
+    for metric in score["metrics"]:
+        part = found[["prompt_id", "tag", "index", "ok"]].assign(score=found[metric["name"]].astype(float))
+        facts = {"evaluator": score["evaluator"], "metric": metric["name"], "run": run["id"]}
+        yield part.assign(**{key: run[key] for key in ("label", "method", "seed")}, **facts)
+
+
 def artefacts(store: Store, run: dict[str, Any]) -> list[Artefact]:
     """The artefacts of one run of a manifest, in the order in which they are made. Imported weights are elsewhere."""
-    scores = [store.scores(run["images"], Path(score["file"]).name) for score in run["scores"]]
-    images = dict.fromkeys([run["images"], *(score["base"] for score in run["scores"] if "base" in score)])
+    bases = [score["base"] for score in run["scores"] if "base" in score]
+    sets = [run, *(milestone for milestone in milestones(run) if reached(store, run["id"], milestone["update"]))]
+    images = dict.fromkeys([*(part["images"] for part in sets), *bases])
+    scores = [store.scores(part["images"], Path(score["file"]).name) for part in sets for score in part["scores"]]
     weights = [] if run.get("imported") else [store.run(run["id"], run["seed"] != -1)]
     return [*weights, *map(store.images, images), *scores]
+
+
+def milestones(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """{"update", "images", "scores"} of every milestone that was planned for a run of a manifest."""
+    return run.get("milestones", [])
+
+
+def reached(store: Store, run: str, update: int) -> bool:
+    """False if the run of that id has ended before that update: then there is nothing of it, and nothing is missing."""
+    status = read_json(store.run(run, True).status) or {}
+    return status.get("state") != "done" or update <= status.get("updates", update)

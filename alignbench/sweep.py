@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from msgspec import structs
+
 from alignbench import hinge, slurm, weights
 from alignbench import prompts as prompt_lists
 from alignbench.config import (
@@ -77,6 +79,7 @@ class Cell:
     id: str = ""  # of the weights: the name of its folder below runs/
     images: str = ""  # id of its image set
     base: str = ""  # id of the image set that the untrained model makes in the same way
+    milestones: tuple[tuple[int, str], ...] = ()  # (update, id of its image set)
 
     @property
     def trains(self) -> bool:
@@ -186,6 +189,7 @@ class Plan:
             "training_evaluator": self.training_evaluator,
             "protocol": settings(self.evaluation.protocol),
             "subset": self.evaluation.limit,
+            "milestone_prompts": self.evaluation.milestone_prompts,
             "rehearsal": self.document.rehearsal,
             "prompts": len(self.prompts),
             "cases": list(dict.fromkeys(cell.spec.label for cell in self.cells)),
@@ -193,17 +197,9 @@ class Plan:
         }
 
     def _run(self, cell: Cell) -> dict[str, Any]:
-        scores = [
-            {
-                "evaluator": score.name,
-                "settings": score.settings,
-                "version": score.version,
-                "file": f"scores/{cell.images}/{score.file}",
-                "metrics": score.metrics,
-                "role": score.role,
-                **({"base": score.base} if score.base else {}),
-            }
-            for score in self.scored(cell)
+        milestones = [
+            {"update": update, "images": images, "scores": self._scores(cell, images)}
+            for update, images in cell.milestones
         ]
         return {
             "id": cell.id,
@@ -215,8 +211,24 @@ class Plan:
             "protocol": settings(cell.protocol),
             "notes": cell.notes,
             "images": cell.images,
-            "scores": scores,
+            "scores": self._scores(cell, cell.images),
+            **({"milestones": milestones} if milestones else {}),
         }
+
+    def _scores(self, cell: Cell, images: str) -> list[dict[str, Any]]:
+        """Those of one of the cell's image sets."""
+        return [
+            {
+                "evaluator": score.name,
+                "settings": score.settings,
+                "version": score.version,
+                "file": f"scores/{images}/{score.file}",
+                "metrics": score.metrics,
+                "role": score.role,
+                **({"base": score.base} if score.base else {}),
+            }
+            for score in self.scored(cell)
+        ]
 
 
 class Draft(NamedTuple):
@@ -252,7 +264,8 @@ def resolve(document: Document, registry: Registry) -> Plan:
         check_run(cell.spec, registry, f"{where}: {cell.spec.label}")
         check_evaluation(cell, evaluation, registry, where)
     scores = _scores(sweep, cells, prompts, registry, where)
-    cells = [identify(cell, prompts, registry) for cell in cells]
+    fewer = prompts[: evaluation.at_milestones.limit]
+    cells = [identify(cell, prompts, registry, fewer) for cell in cells]
     return Plan(document, evaluation, cells, scores, prompts, ", ".join(_names(_trained_on(cells))))
 
 
@@ -548,23 +561,34 @@ def _check_prompts(name: str, prompts: list[Prompt], backend: Any) -> None:
     prompt_lists.check_vocabulary(prompts, name, files)
 
 
-def identify(cell: Cell, prompts: Sequence[Prompt], registry: Registry) -> Cell:
-    """``cell`` with the ids of its weights and of its images."""
+def identify(
+    cell: Cell, prompts: Sequence[Prompt], registry: Registry, at_milestones: Sequence[Prompt] | None = None
+) -> Cell:
+    """``cell`` with the ids of its weights and of its images. ``at_milestones``: None for all prompts."""
     training_prompts = load(cell.spec.prompts, "prompts") if cell.trains else []
     name = f"{cell.spec.method['name']}-{run_id(cell.spec, registry, training_prompts)}"
     images = image_set_id(name, cell.trains, cell.protocol, prompts)
+    fewer = prompts if at_milestones is None else at_milestones
+    milestones = tuple(
+        (update, image_set_id(name, True, cell.protocol, fewer, update))
+        for update in (cell.spec.training.milestones if cell.trains else ())
+    )
     published = not cell.trains and bool(registry.make("method", cell.spec.method, "method").files())
     spec, protocol = base_of(cell.spec, cell.protocol, registry)
     base = image_set_id(f"{BASE}-{run_id(spec, registry, [])}", False, protocol, prompts)
-    return replace(cell, published=published, id=name, images=images, base=base)
+    return replace(cell, published=published, id=name, images=images, base=base, milestones=milestones)
 
 
 def _trained_on(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """The settings of every evaluator that some run is trained on."""
+    return _different(part["evaluator"] for cell in cells for part in cell.spec.rewards)
+
+
+def _different(plain: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for part in (part for cell in cells for part in cell.spec.rewards):
-        if part["evaluator"] not in found:
-            found.append(part["evaluator"])
+    for part in plain:
+        if part not in found:
+            found.append(part)
     return found
 
 
@@ -577,6 +601,15 @@ def _names(evaluators: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(evaluator["name"] for evaluator in evaluators))
 
 
+def _fitted(evaluator: Any, cells: Sequence[Cell], registry: Registry) -> Any:
+    """An evaluator that asks for the side of the model's tokens (``patch: None``) is told, if there is but one."""
+    if getattr(evaluator, "patch", 0) is not None:
+        return evaluator
+    backends = [registry.make("backend", plain, "backend") for plain in _different(cell.spec.backend for cell in cells)]
+    sides = {getattr(backend, "patch", None) for backend in backends}
+    return structs.replace(evaluator, patch=sides.pop()) if len(sides) == 1 else evaluator
+
+
 def _scores(
     sweep: Sweep, cells: Sequence[Cell], prompts: Sequence[Prompt], registry: Registry, where: str
 ) -> list[Score]:
@@ -585,7 +618,7 @@ def _scores(
     scores: list[Score] = []
     for i, plain in enumerate(sweep.evaluation.evaluators):
         place = f"{where}: evaluation.evaluators[{i}]"
-        evaluator = registry.make("evaluator", plain, place)
+        evaluator = _fitted(registry.make("evaluator", plain, place), cells, registry)
         if evaluator.paired and evaluator.base is not None:
             raise UserError(f"{place}.base: a sweep makes the base model's pictures itself; leave it out")
         _prefixed(place, evaluator.files)

@@ -33,6 +33,7 @@ from alignbench.method import AlignMethod, Loss, Pool, Updates
 from alignbench.prompts import Prompt
 from alignbench.shards import Shards, as_kept, average, local, whole
 from alignbench.spec import Budget, Training
+from alignbench.store import milestone_file
 
 T = TypeVar("T")
 Record = dict[str, Any]
@@ -47,6 +48,7 @@ def train(
     *,
     accelerator: Accelerator,
     checkpoints: Path | None = None,
+    milestones: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
     sharded: bool = False,
     warn: Callable[[str], Any] = warnings.warn,
@@ -59,6 +61,9 @@ def train(
     False`` yields and writes nothing. UserError for settings that cannot work, and for losses, rewards or gradients
     that are not finite; the last checkpoint is then kept.
 
+    ``milestones``: the folder into which the weights go, as ``weights-<updates>.safetensors``, as soon as an update of
+    ``training.milestones`` is done; a resumed run writes the same bytes again.
+
     ``stop`` is asked after every batch. If it says yes on any rank, the state is saved at once, and on every rank
     Interrupted is raised after that batch's records. ``sharded``: several ranks keep a part of every weight each
     (FSDP2), which only changes rounding; ``flow`` stays in parts, and is of no use to one rank alone afterwards.
@@ -68,7 +73,7 @@ def train(
         return
     check(method, reward, training, accelerator)
     method.prepare(flow)  # before the average starts from the weights, and before a resume replaces them
-    run = Run(method, flow, training, accelerator, sharded)
+    run = Run(method, flow, training, accelerator, sharded, milestones)
     if checkpoints is not None:
         run.resume(checkpoints)
     flow, reward = metered(flow, run.meter, run.watch), metered_reward(reward, run.meter, run.watch)
@@ -85,7 +90,7 @@ def train(
         if stopped:
             raise Interrupted(f"training: stopped after {run.step} batches")
     if checkpoints is not None:
-        run.save_final(checkpoints)
+        run.save_weights(checkpoints / FINAL)
 
 
 def check(method: AlignMethod, reward: Reward, training: Training, accelerator: Accelerator) -> None:
@@ -144,10 +149,16 @@ class Run:
     """Weights, optimizer, average, meter and counters: all that a checkpoint holds."""
 
     def __init__(
-        self, method: AlignMethod, flow: Flow, training: Training, accelerator: Accelerator, sharded: bool = False
+        self,
+        method: AlignMethod,
+        flow: Flow,
+        training: Training,
+        accelerator: Accelerator,
+        sharded: bool = False,
+        milestones: Path | None = None,
     ) -> None:
         self.method, self.training, self.accelerator = method, training, accelerator
-        self.flow = flow
+        self.flow, self.milestones = flow, milestones
         self.shards = Shards(flow, accelerator) if sharded and accelerator.num_processes > 1 else None
         self.parameters = dict(flow.named_parameters())
         with torch.random.fork_rng(devices=[]):  # modules draw their first weights from torch's global generator
@@ -195,6 +206,9 @@ class Run:
             place = {"step": self.step - 1, "update": self.update - 1}
             record = {**place, **metrics, **norms, "drift": self.drift, "lr": lr, **self.costs()}
             self.records.append(record)
+            if self.milestones is not None and self.update in self.training.milestones:
+                self.save_weights(self.milestones / milestone_file(self.update))
+                started = time.perf_counter()  # keeping weights is no part of a method's time
             yield record
         if self.update == before:
             raise self.error(f"method {self.method.name} made no update of a whole batch; yield at least one")
@@ -417,12 +431,15 @@ class Run:
         if self.accelerator.is_main_process and self.records:  # totals over ranks continue in the first one
             self.meter.load_state_dict({name: self.records[-1][name] for name in self.meter.state_dict()})
 
-    def save_final(self, folder: Path) -> None:
-        """The trained weights and their average, once training is over."""
+    def save_weights(self, path: Path) -> None:
+        """The trained weights and their average, as they are now."""
         weights, ema = self.whole(self.parameters), self.whole_ema()
-        if self.accelerator.is_main_process:
-            save_weights(weights, folder / FINAL, ema)
-        self.accelerator.wait_for_everyone()
+
+        def write() -> None:
+            if self.accelerator.is_main_process:
+                save_weights(weights, path, ema)
+
+        self.together(write)
 
 
 def resume(updates: Updates, answer: Tensor) -> Iterable[Loss] | Pool | None:

@@ -78,6 +78,7 @@ def training(batches: int, **more):
 
     optimizer = Optimizer(lr=1e-3, clip=0.5, ema=0.9)
     given = {"batch": 4, "micro_batch": 2, "drift_every": 1, "checkpoint_every": 1, "optimizer": optimizer}
+    given |= {"milestones": (1,)}
     return Training(budget=Budget(images=4 * batches), **given | more)
 
 
@@ -102,7 +103,7 @@ def trained(
 
     model = flow(folder, tune, ranks.accelerator, guided=guided)
     parts = method(name), model, QuadraticReward(0.5), PROMPTS, training(batches)
-    options = {"accelerator": ranks.accelerator, "checkpoints": kept, "sharded": parallel == "fsdp"}
+    options = {"accelerator": ranks.accelerator, "checkpoints": kept, "milestones": kept, "sharded": parallel == "fsdp"}
     loop.Run.advance = counted
     try:
         records = list(loop.train(*parts, **options))

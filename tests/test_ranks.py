@@ -18,7 +18,7 @@ from alignbench.plugins import Registry
 from alignbench.ranks import Ranks
 from alignbench.run import execute
 from alignbench.spec import Budget, Training, check_ranks
-from alignbench.store import Store
+from alignbench.store import Store, milestone_file
 from alignbench.sweep import read, resolve
 
 CASES = ranked.CASES
@@ -43,8 +43,8 @@ def near(records, others):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
-def same_weights(folder, other, tolerance=1e-4):
-    ours, theirs = load_file(folder / FINAL), load_file(other / FINAL)
+def same_weights(folder, other, tolerance=1e-4, file=FINAL):
+    ours, theirs = load_file(folder / file), load_file(other / file)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=tolerance)
@@ -59,7 +59,8 @@ def test_two_ranks_are_one_process(both, tune, name, parallel):
     case = f"{tune}-{name}"
     for rank in noted:
         near(rank[f"{case}-{parallel}"]["records"], alone[case]["records"])
-    same_weights(folder / f"{case}-{parallel}", folder / case)
+    for file in (FINAL, milestone_file(1)):
+        same_weights(folder / f"{case}-{parallel}", folder / case, file=file)
 
 
 @pytest.mark.slow
@@ -109,7 +110,8 @@ def test_two_ranks_guide_as_one_process_does(tmp_path):
 def task(folder, parallel="ddp"):
     """The tiny sweep's run that trains, to be executed in ``folder``."""
     store = Store(folder / "store")
-    plan = resolve(read(sweep_file(folder), seeds="0"), Registry([PLUGIN]))
+    changes = {"base": {"training": {"milestones": [2]}}}
+    plan = resolve(read(sweep_file(folder, changes), seeds="0"), Registry([PLUGIN]))
     cell = next(cell for cell in plan.cells if cell.trains)
     scores = [score._asdict() for score in plan.scores]
     more = {"threads": 1, "progress": str(folder / "progress.json"), "plugins": [PLUGIN], "parallel": parallel}
@@ -124,21 +126,25 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     store, plain = task(tmp_path, "fsdp")
     first, second = ranked.together("execute", tmp_path)
     assert (first["state"], second["state"]) == ("done", "done")
-    assert first["made"] == ["run", "images", "scores", "scores"]
+    assert first["made"] == ["run", *["images"] * 2, *["scores"] * 4]
     assert json.loads((store.run(plain["run"], True).folder / "provenance.json").read_text())["processes"] == 2
     images = store.images(plain["images"])
+    milestone = store.images(plain["milestones"][0][1])
     pictures = {path.name: path.read_bytes() for path in images.folder.glob("*.png")}
+    earlier = {path.name: path.read_bytes() for path in milestone.folder.glob("*.png")}
     manifest = pd.read_parquet(images.product)
-    scores = {path.name: pd.read_parquet(path) for path in (store.root / "scores").rglob("*.parquet")}
+    scores = {path: pd.read_parquet(path) for path in (store.root / "scores").rglob("*.parquet")}
     assert len(pictures) == len(manifest) == 4
-    assert len(scores) == 2
+    assert len(earlier) == 4
+    shutil.rmtree(milestone.folder)
     shutil.rmtree(images.folder)
     shutil.rmtree(store.root / "scores")
-    assert execute(plain)["made"] == ["images", "scores", "scores"]
+    assert execute(plain)["made"] == [*["images"] * 2, *["scores"] * 4]
     assert {path.name: path.read_bytes() for path in images.folder.glob("*.png")} == pictures
+    assert {path.name: path.read_bytes() for path in milestone.folder.glob("*.png")} == earlier
     pd.testing.assert_frame_equal(pd.read_parquet(images.product), manifest)
-    for path in (store.root / "scores").rglob("*.parquet"):
-        pd.testing.assert_frame_equal(pd.read_parquet(path), scores[path.name])
+    for path, frame in scores.items():
+        pd.testing.assert_frame_equal(pd.read_parquet(path), frame)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from world import PLUGIN, alignbench
+from world import PLUGIN, alignbench, debug_sweep, sweep_file
 
 from alignbench import rerun, snapshot
 from alignbench.config import UserError
@@ -151,3 +151,15 @@ def test_a_run_that_cannot_be_made_again_is_refused_with_the_reason(copy, capsys
     shutil.rmtree(store / "sweeps")
     assert "no sweep of this store has it" in refused(name)
     assert not (store / "reruns").exists()
+
+
+def test_paired_scores_are_made_again(tmp_path, capsys):
+    """The base model's pictures are made in the new store, too, and what is compared with them is equal."""
+    paired = {"evaluation": {"evaluators": [{"name": "base_distance", "weights": "shapes"}]}}
+    path = sweep_file(tmp_path, {**paired, "grid": {"training.seed": [0]}})
+    assert debug_sweep(path, tmp_path / "store", "--only", "method=last") == 0
+    name = trained(tmp_path / "store")
+    assert alignbench("rerun", name, "--into", str(tmp_path / "again"), store=tmp_path / "store", plugin=False) == 0
+    said = verdicts(capsys.readouterr().out)
+    assert [line.split()[0].rstrip(":") for line in said] == ["weights", "records", "images", "images", "scores"]
+    assert all(": equal (" in line for line in said)

@@ -72,7 +72,7 @@ def same(left: Path, right: Path) -> None:
     import pandas as pd
     from safetensors.numpy import load_file
 
-    for path in sorted(left.glob("runs/*/weights.safetensors")):
+    for path in sorted(left.glob("runs/*/weights*.safetensors")):
         a, b = load_file(path), load_file(right / path.relative_to(left))
         assert a.keys() == b.keys()
         assert all((a[name] == b[name]).all() for name in a)

@@ -95,9 +95,14 @@ class PipelineBackend(Config):
 
     def check_size(self, size: int, where: str) -> None:
         """UserError unless ``size`` pixels are a whole number of tokens."""
-        pixels = 2 ** len(self.read("vae")["block_out_channels"])  # the autoencoder's factor times packing's 2
-        if size < pixels or size % pixels:
-            raise UserError(f"{where}: {size} pixels are not a multiple of {pixels}, the side of this model's tokens")
+        if size < self.patch or size % self.patch:
+            what = f"{size} pixels are not a multiple of {self.patch}, the side of this model's tokens"
+            raise UserError(f"{where}: {what}")
+
+    @property
+    def patch(self) -> int:
+        """Pixels along a token's side: the autoencoder's factor times packing's 2."""
+        return 2 ** len(self.read("vae")["block_out_channels"])
 
     def read(self, part: str, file: str = "config.json") -> dict[str, Any]:
         """The configuration of a part. UserError if it cannot be read."""

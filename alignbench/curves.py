@@ -1,0 +1,590 @@
+"""What happens over the course of training: scores against what they cost, and where reward and quality part.
+
+A course is one method's row of steps: the base model (update 0), every milestone, the end. All its numbers are paired
+as the report's are: same prompts, same noise, same training seeds. Between steps a score is interpolated linearly, and
+never beyond the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+from alignbench import stats, store
+from alignbench.analysis import ALPHA, UNTRAINED, Analysis, Measure, cubes
+from alignbench.stats import Array, Estimate
+from alignbench.table import DECIMALS, Cell, Column, Table, escape, interval, number
+
+AXES = {"update": "updates", "images": "images", "nfe": "NFE", "gpu_seconds": "GPU-seconds"}  # costs, and their names
+LEVEL = 0.95
+PROFILE = (0.0, 0.25, 0.5, 0.75, 1.0)  # thresholds of the printed performance profile
+RUNS = ["label", "method", "seed", "run"]
+SCORES = [*RUNS, "update", "evaluator", "metric", "prompt_id", "tag", "index", "score", "ok"]
+
+
+# -- frames -----------------------------------------------------------------------------------------------------------
+
+
+def training(results: store.Results) -> pd.DataFrame:
+    """Every update of every run, costs as totals so far.
+
+    ``update`` counts the updates done; ``nfe`` is the sum of both kinds; ``gpu_seconds`` is seconds x processes. What
+    else the records hold (``reward_mean``, ``drift``, ...) follows.
+    """
+    frames = [pd.DataFrame({name: [] for name in [*RUNS, *AXES]})]
+    for run in results.manifest["runs"]:
+        path = Path(results.store) / "runs" / run["id"] / "train.parquet"
+        if run["seed"] == UNTRAINED or not path.is_file():
+            continue
+        found = pd.read_parquet(path)
+        processes = (store.read_json(path.with_name("provenance.json")) or {}).get("processes", 1)
+        about = {name: run[name] for name in ("label", "method", "seed")} | {"run": run["id"]}
+        costs = {
+            "update": found["update"] + 1,
+            "images": found["images"],
+            "nfe": found["nfe_forward"] + found["nfe_grad"],
+            "gpu_seconds": found["seconds"] * processes,
+        }
+        rest = found.drop(columns=[name for name in costs if name in found])
+        frames.append(pd.DataFrame({**about, **costs}, index=found.index).join(rest))
+    return pd.concat(frames[1:] or frames, ignore_index=True)
+
+
+def milestones(results: store.Results, records: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The scores of every milestone, of every end and (update 0) of the untrained model: a row per image and metric."""
+    records = training(results) if records is None else records
+    ends: dict[Any, Any] = records.groupby("run")["update"].max().to_dict()
+    frames = []
+    for run in results.manifest["runs"]:
+        for part in store.milestones(run):
+            if part["update"] != ends.get(run["id"]):  # else the end has the same, of all prompts
+                frames += [
+                    rows.assign(update=part["update"])
+                    for score in part["scores"]
+                    for rows in store.score_rows(Path(results.store), run, score)
+                ]
+    untrained = {run["id"]: 0 for run in results.manifest["runs"] if run["seed"] in (None, UNTRAINED)}
+    last = results.scores.assign(update=results.scores["run"].map(ends | untrained))
+    return pd.concat([*frames, last.dropna(subset="update")], ignore_index=True)[SCORES]
+
+
+# -- courses ----------------------------------------------------------------------------------------------------------
+
+
+class Course(NamedTuple):
+    """One method's K steps: base model, milestones, end; with S training seeds, on the milestones' prompts."""
+
+    label: str
+    seeds: list[int]
+    updates: Array  # (K,) means over seeds
+    costs: dict[str, Array]  # axis -> (K, S); 0 at the base model, nan where a seed has no such step
+    values: dict[Measure, Array]  # (K, P, I, S)
+    tags: dict[Measure, Any]  # (P,)
+
+    def strata(self, measure: Measure) -> Any:
+        return self.tags[measure] if measure.by_task else None
+
+    def gains(self, measure: Measure) -> tuple[Array, Array]:
+        """Paired changes against the base model, better ones positive: (K,) and their joint resamples (draws, K)."""
+        sign = -1.0 if measure.higher_is_better is False else 1.0
+        values = self.values[measure]
+        return stats.curve_draws(sign * (values - values[:1]), self.strata(measure))
+
+    def cost(self, axis: str) -> Array:
+        """(K,) means over seeds."""
+        return _mean(self.costs[axis], 1)
+
+
+def courses(results: store.Results, analysis: Analysis, records: pd.DataFrame | None = None) -> list[Course]:
+    """Of every trained method with at least one milestone; none without a base model to start from."""
+    records = training(results) if records is None else records
+    frame = milestones(results, records)
+    ends = records.groupby(["label", "seed"])["update"].max()
+    on_the_way = frame[frame["update"].gt(0) & ~_is_end(frame, ends)]
+    if on_the_way.empty or analysis.base is None:
+        return []
+    shared = set(on_the_way["prompt_id"])
+    for _, part in on_the_way.groupby("run"):
+        shared &= set(part["prompt_id"])
+    frame = frame[frame["prompt_id"].isin(shared)]
+    steps = {
+        label: sorted(on_the_way.loc[on_the_way["label"] == label, "update"].unique()) for label in analysis.trained
+    }
+    step = np.where(_is_end(frame, ends), "end", frame["update"].astype(int).astype(str))
+    keyed = frame.assign(label=frame["label"].astype(str) + " @ " + step)
+    keys = {
+        label: [f"{label} @ {int(update)}" for update in steps[label]] + [f"{label} @ end"]
+        for label in analysis.trained
+    }
+    seeds = {key: analysis.seeds[label] for label in keys for key in keys[label]}
+    base = f"{analysis.base} @ 0"
+    data = cubes(keyed, analysis.measures, seeds | {base: [UNTRAINED]})
+    axis = sorted({seed for found in seeds.values() for seed in found})
+    found = []
+    for label in analysis.trained:
+        if not steps[label] or label not in set(records["label"]):
+            continue
+        values = {}
+        for measure, scores in data.items():
+            parts = [scores.values[base], *(scores.values[key] for key in keys[label])]
+            values[measure] = np.stack(np.broadcast_arrays(*parts))
+        costs = _costs(records[records["label"] == label], steps[label], axis)
+        updates = _mean(costs["update"], 1)
+        found.append(Course(label, axis, updates, costs, values, {m: scores.tags for m, scores in data.items()}))
+    return found
+
+
+def _is_end(frame: pd.DataFrame, ends: pd.Series) -> NDArray[np.bool_]:
+    last = pd.MultiIndex.from_frame(frame[["label", "seed"]]).map(ends.to_dict())
+    return np.asarray(frame["update"].to_numpy(float) == np.asarray(last, float))
+
+
+def _costs(records: pd.DataFrame, updates: Sequence[float], seeds: Sequence[int]) -> dict[str, Array]:
+    """axis -> (K, S): totals after each of ``updates``, and at the end."""
+    costs = {axis: np.full((len(updates) + 2, len(seeds)), np.nan) for axis in AXES}
+    for column, seed in enumerate(seeds):
+        mine = records[records["seed"] == seed].set_index("update", drop=False)
+        for axis in AXES if len(mine) else ():
+            found = mine[axis].reindex(np.asarray(updates)).to_numpy(float)
+            costs[axis][:, column] = [0.0, *found, float(mine[axis].iloc[-1])]
+    return costs
+
+
+def _mean(values: Array, axis: int) -> Array:
+    """Over what is there; nan where nothing is."""
+    count = (~np.isnan(values)).sum(axis)
+    return np.where(count > 0, np.nansum(values, axis) / np.maximum(count, 1), np.nan)
+
+
+# -- equal cost -------------------------------------------------------------------------------------------------------
+
+
+def common(found: Sequence[Course], axis: str) -> float:
+    """The largest cost that every training of every course reached."""
+    return min(float(np.nanmin(course.costs[axis][-1])) for course in found)
+
+
+def at(course: Course, measure: Measure, axis: str, cost: float) -> Array:
+    """(P, I, S) scores at a cost, each seed's between its own two steps beside it; nan beyond its last."""
+    values, costs = course.values[measure], course.costs[axis]
+    found = np.full(values.shape[1:], np.nan)
+    for seed in range(values.shape[-1]):
+        known = np.flatnonzero(~np.isnan(costs[:, seed]))
+        where = costs[known, seed]
+        if len(known) < 2 or not where[0] <= cost <= where[-1]:
+            continue
+        above = int(np.clip(np.searchsorted(where, cost), 1, len(known) - 1))
+        share = (cost - where[above - 1]) / (where[above] - where[above - 1])
+        low, high = (values[known[i], ..., seed] for i in (above - 1, above))
+        found[..., seed] = low if share == 0 else high if share == 1 else (1 - share) * low + share * high
+    return found
+
+
+def equal_cost(found: Sequence[Course], measure: Measure, axis: str) -> dict[str, Estimate]:
+    """label -> mean at ``common``, with its interval over prompts and seeds."""
+    cost = common(found, axis)
+    values = {course.label: at(course, measure, axis, cost) for course in found}
+    strata = found[0].strata(measure)
+    pooled = stats.pool_seeds(values.values(), strata)
+    return {label: stats.mean_interval(each, strata, pooled=pooled) for label, each in values.items()}
+
+
+class Reached(NamedTuple):
+    """A cost with its interval; inf: not reached."""
+
+    cost: float
+    lo: float
+    hi: float
+
+
+def target(found: Sequence[Course], measure: Measure) -> float | None:
+    """Half of the largest gain over the base model that a method ends with; None if no method gains.
+
+    Not what the weakest method ends with: that may be no better than the base model, which is there at no cost.
+    """
+    best = max((float(course.gains(measure)[0][-1]) for course in found), default=np.nan)
+    return best / 2 if best > 0 else None
+
+
+def time_to(course: Course, measure: Measure, axis: str, gain: float) -> Reached:
+    """The first cost at which the mean gain over the base model is ``gain``; percentiles of the resampled curves'.
+
+    The target itself is taken as given.
+    """
+    mean, draws = course.gains(measure)
+    costs = course.cost(axis)
+    lo, hi = _quantiles(crossing(draws, costs, gain))
+    return Reached(float(crossing(mean[None], costs, gain)[0]), lo, hi)
+
+
+def crossing(curves: Array, costs: Array, level: float) -> Array:
+    """(N,) first costs at which ``curves`` (N, K), linear between their points, reach ``level``; inf: never."""
+    found = np.where(curves[:, 0] >= level, costs[0], np.inf)
+    for k in range(1, len(costs)):
+        low, high = curves[:, k - 1], curves[:, k]
+        first = np.isinf(found) & (high >= level)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            between = costs[k - 1] + (level - low) / (high - low) * (costs[k] - costs[k - 1])
+        found = np.where(first, between, found)
+    return np.where(np.isnan(curves).any(1), np.nan, found)
+
+
+def _quantiles(values: Array) -> tuple[float, float]:
+    """The middle 95 %; of values that are there, so that inf stays inf and is never averaged."""
+    lo, hi = np.quantile(values, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], method="inverted_cdf")
+    return float(lo), float(hi)
+
+
+# -- performance profiles ---------------------------------------------------------------------------------------------
+
+
+def normalised(analysis: Analysis) -> dict[Measure, dict[str, Array]]:
+    """Scores at the end, one for each training seed, scaled by measure: the base model is 0, the best mean is 1.
+
+    Of the measures that were not trained on (of all, if there are no others), where some method is better than base.
+    """
+    directed = [measure for measure in analysis.measures if measure.higher_is_better is not None]
+    chosen = [measure for measure in directed if measure.role != "train"] or directed
+    found = {}
+    for measure in chosen if analysis.base is not None else ():
+        data, sign = analysis.scores[measure], 1.0 if measure.higher_is_better else -1.0
+        base = data.values[str(analysis.base)]
+        gains = {
+            label: sign * _seed_means(data.values[label] - base, data.tags, measure.by_task)
+            for label in analysis.trained
+        }
+        best = max((float(np.mean(each)) for each in gains.values() if len(each)), default=0.0)
+        if best > 0:
+            found[measure] = {label: each / best for label, each in gains.items()}
+    return found
+
+
+def _seed_means(values: Array, tags: Any, by_task: bool) -> Array:
+    """(S,) means over prompts, of the seeds that have any score; of task means where a measure is one."""
+    if not len(tags):
+        return np.array([])
+    prompts = _mean(values, 1)
+    groups = [tags == tag for tag in np.unique(tags)] if by_task else [np.full(len(tags), True)]
+    means = np.mean([_mean(prompts[group], 0) for group in groups], axis=0)
+    return means[~np.isnan(means)]
+
+
+def profile(scores: Sequence[Array], taus: Array, draws: int = 2000, seed: int = 0) -> tuple[Array, Array, Array]:
+    """Share of a method's (measure, seed) runs whose normalised score exceeds each of ``taus``, with 95 % bands.
+
+    Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", section 4.2; the pointwise bands are their
+    stratified bootstrap: seeds are drawn again within every measure. ``scores``: of each measure (S,). With a single
+    seed there is no band: nan.
+    """
+    share = np.mean(np.concatenate(scores)[:, None] > taus, axis=0)
+    if all(len(each) < 2 for each in scores):
+        return share, np.full(len(taus), np.nan), np.full(len(taus), np.nan)
+    rng = np.random.default_rng(seed)
+    again = np.concatenate([each[rng.integers(len(each), size=(draws, len(each)))] for each in scores], axis=1)
+    ordered = np.sort(again, axis=1)
+    shares = np.stack([1 - np.searchsorted(row, taus, side="right") / len(row) for row in ordered])
+    lo, hi = np.quantile(shares, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=0)
+    return share, lo, hi
+
+
+# -- where reward and quality part ------------------------------------------------------------------------------------
+
+
+def changes(found: Sequence[Course], measure: Measure) -> dict[str, list[Estimate]]:
+    """label -> paired change against the base model after each step but the first."""
+    result: dict[str, list[Estimate]] = {course.label: [] for course in found}
+    for k in range(1, max(len(course.updates) for course in found)):
+        chosen = {c.label: c.values[measure] for c in found if k < len(c.updates) - 1}
+        _add_changes(result, {label: v[k] - v[0] for label, v in chosen.items()}, found[0].strata(measure))
+    ends = {course.label: course.values[measure][-1] - course.values[measure][0] for course in found}
+    _add_changes(result, ends, found[0].strata(measure))
+    return result
+
+
+def _add_changes(result: dict[str, list[Estimate]], values: dict[str, Array], strata: Any) -> None:
+    pooled = stats.pool_seeds(values.values(), strata)
+    for label, each in values.items():
+        result[label].append(stats.mean_interval(each, strata, pooled=pooled))
+
+
+class Parting(NamedTuple):
+    """Of one measure. ``update``: None if it never parts; ``share``: of the resamples in which it does."""
+
+    update: float | None
+    share: float
+    lo: float  # of the update over resamples; inf: never
+    hi: float
+
+
+PARTING = """\
+A score that was not trained on parts from the reward at the first step (milestone or end) at which the training
+reward is above all earlier steps, the base model among them, while this score is significantly below its own earlier
+maximum: paired over prompts and seeds against the step of that maximum, p < 0.05 after Holm's correction over all
+such tests of the method. The earlier maximum is itself picked from noise; with a score that never moves, 2 of 100
+simulated trainings of three seeds were called parted, and with two seeds few real ones can be. In brackets: the
+middle 95 % of the update at which the same happens in resamples of prompts and seeds, where a score has to fall by as
+many standard errors as the weakest of the method's falls that Holm let pass, and the share of resamples in which it
+does."""
+
+
+def partings(found: Sequence[Course]) -> dict[str, dict[Measure, Parting]]:
+    """label -> measure -> where it parts from the training reward, by the rule of ``PARTING``.
+
+    Empty if no evaluator of the sweep was trained on. Where a method has fewer than three seeds, the spread between
+    trainings is that of all methods.
+    """
+    measures = [measure for measure in found[0].values if measure.higher_is_better is not None]
+    rewards = [measure for measure in measures if measure.role == "train"]
+    others = [measure for measure in measures if measure.role != "train"]
+    return {course.label: _partings(course, found, rewards, others) for course in found} if rewards and others else {}
+
+
+def _partings(
+    course: Course, found: Sequence[Course], rewards: Sequence[Measure], others: Sequence[Measure]
+) -> dict[Measure, Parting]:
+    curves = {measure: course.gains(measure) for measure in (*rewards, *others)}
+    steps = range(1, len(course.updates))
+    rose = {k: any(curves[m][0][k] > curves[m][0][:k].max() for m in rewards) for k in steps}
+    falls = {(k, m): _fall(course, found, m, k, int(curves[m][0][:k].argmax())) for k in steps for m in others}
+    tests = [(k, m) for k, m in falls if rose[k]]
+    p_holm = dict(zip(tests, stats.holm([falls[test].p for test in tests])))
+    again = {k: np.any([curves[m][1][:, k] > curves[m][1][:, :k].max(1) for m in rewards], axis=0) for k in steps}
+    cut = max([ALPHA / max(len(tests), 1), *(falls[test].p for test, p in p_holm.items() if p < ALPHA)])
+    result = {}
+    for m in others:
+        fell = [k for k in steps if rose[k] and p_holm[k, m] < ALPHA and falls[k, m].mean < 0]
+        draws, firsts = curves[m][1], np.full(len(curves[m][1]), np.inf)
+        for k in steps:
+            needed = falls[k, m].se * stdtrit(falls[k, m].df, 1 - cut / 2)
+            parts = again[k] & (draws[:, k] - draws[:, :k].max(1) < -needed) & np.isinf(firsts)
+            firsts = np.where(parts, course.updates[k], firsts)
+        update = float(course.updates[fell[0]]) if fell else None
+        result[m] = Parting(update, float(np.isfinite(firsts).mean()), *_quantiles(firsts))
+    return result
+
+
+def _fall(course: Course, found: Sequence[Course], measure: Measure, k: int, before: int) -> Estimate:
+    """Paired change from step ``before`` to step ``k``, a worse score negative."""
+    sign = -1.0 if measure.higher_is_better is False else 1.0
+    alike = [other.values[measure] for other in found if len(other.updates) == len(course.updates)]
+    strata = course.strata(measure)
+    pooled = stats.pool_seeds((values[k] - values[before] for values in alike), strata)
+    values = sign * course.values[measure]
+    return stats.paired_difference(values[k], values[before], strata, pooled=pooled)
+
+
+# -- sections of the report -------------------------------------------------------------------------------------------
+
+
+def sections(results: store.Results, analysis: Analysis) -> list[str]:
+    """Markdown for the report; empty if nothing was trained."""
+    records = training(results)
+    if records.empty:
+        return []
+    found = courses(results, analysis, records)
+    parts = ["## Over the course of training", *_reward_section(records, analysis)]
+    if not found:
+        lacking = "there is no untrained method to compare with" if analysis.base is None else "no milestone is there"
+        planned = any(store.milestones(run) for run in results.manifest["runs"])
+        why = f"Of the scores only the end is known: {lacking}."
+        parts.append(why if planned else "Without `training.milestones`, only the end of the scores is known.")
+    else:
+        parts += [
+            *_equal_cost_section(found, analysis),
+            *_target_section(found, analysis),
+            *_steps_section(found, analysis, records),
+            *_parting_section(found),
+        ]
+    return [*parts, *_profile_section(analysis), *_unreached(results)]
+
+
+def reward_at(records: pd.DataFrame, axis: str, cost: float) -> float:
+    """Mean training reward of one run around a cost: over the updates within a twentieth of it on either side."""
+    if "reward_mean" not in records:
+        return np.nan
+    near = records[axis].between(0.95 * cost, 1.05 * cost)
+    return float(records.loc[near, "reward_mean"].mean())
+
+
+def _reward_section(records: pd.DataFrame, analysis: Analysis) -> list[str]:
+    """The training reward at half of, and at, the largest cost that all runs reached."""
+    labels = [label for label in analysis.trained if label in set(records["label"])]
+    largest = {axis: float(records.groupby("run")[axis].max().min()) for axis in AXES}
+    points = [(axis, share * largest[axis]) for axis in AXES for share in (0.5, 1.0)]
+    columns = [Column("method")]
+    columns += [Column(f"{_short(cost)} {AXES[axis]}", decimals=4) for axis, cost in points]
+    rows = []
+    for label in labels:
+        runs = [run for _, run in records[records["label"] == label].groupby("seed")]
+        means = [np.array([reward_at(run, axis, cost) for run in runs]) for axis, cost in points]
+        rows.append([Cell(label), *(Cell(_known(float(_mean(each, 0)))) for each in means)])
+    note = """\
+Training reward at equal cost, on the pictures that each method made while it trained: at half of, and at, the largest
+cost that all trainings reached; means over seeds, and over the updates within 5 % of the cost."""
+    return ["### Training reward against cost", Table(columns, rows).markdown(), note]
+
+
+def _short(cost: float) -> str:
+    return number(cost, 0) if cost >= 10 else number(cost, 2)
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def directed(analysis: Analysis) -> list[Measure]:
+    return [measure for measure in analysis.measures if measure.higher_is_better is not None]
+
+
+def _column(measure: Measure) -> Column:
+    decimals = DECIMALS.get(measure.unit, 3)
+    return Column(measure.name, measure.unit, measure.higher_is_better, measure.role, decimals)
+
+
+def _equal_cost_section(found: Sequence[Course], analysis: Analysis) -> list[str]:
+    """One table for each cost that stops some method before its end."""
+    parts = []
+    for axis, name in AXES.items():
+        cost = common(found, axis)
+        beyond = [course.label for course in found if np.nanmax(course.costs[axis][-1]) > 1.01 * cost]
+        if not beyond:
+            continue
+        chosen = directed(analysis)
+        means = {measure: equal_cost(found, measure, axis) for measure in chosen}
+        rows = [
+            [Cell(course.label), *(_mean_cell(means[measure][course.label], measure) for measure in chosen)]
+            for course in found
+        ]
+        parts += [f"**At {_short(cost)} {name}, the most that every method reached:**"]
+        parts += [Table([Column("method"), *map(_column, chosen)], rows).markdown()]
+    if not parts:
+        return []
+    note = "Between milestones a score is interpolated linearly, prompt by prompt; nothing is extrapolated."
+    return ["### Scores at equal cost", *parts, note]
+
+
+def _mean_cell(found: Estimate, measure: Measure) -> Cell:
+    """A mean and its interval; a share's interval ends where shares end."""
+    low, high = (0.0, 1.0) if measure.unit == "fraction" else (-np.inf, np.inf)
+    return Cell(found.mean, max(found.lo, low), min(found.hi, high))
+
+
+def _target_section(found: Sequence[Course], analysis: Analysis) -> list[str]:
+    rows = []
+    for measure in directed(analysis):
+        gain = target(found, measure)
+        if gain is None:
+            rows.append(
+                [Cell(f"{measure.name} [{measure.role}]"), Cell("no method gains"), *[Cell()] * (len(AXES) + 1)]
+            )
+            continue
+        shown = number(gain, DECIMALS.get(measure.unit, 3) + 1, signed=True)
+        for course in found:
+            cells = [Cell(_reached(time_to(course, measure, axis, gain))) for axis in AXES]
+            rows.append([Cell(f"{measure.name} [{measure.role}]"), Cell(shown), Cell(course.label), *cells])
+    columns = [Column("measure"), Column("target gain"), Column("method"), *map(Column, AXES.values())]
+    note = """\
+The target is half of the largest gain over the base model that any method ends with. Costs are the first at which a
+method's mean gain is that large, linear between milestones, with 95 % of the resamples of prompts and seeds."""
+    return ["### Cost of half the best gain", Table(columns, rows).markdown(), note]
+
+
+def _reached(found: Reached) -> str:
+    """``240 [180, 300]``; ``240 [180, not reached]``."""
+    lo, hi = (_short(limit) if np.isfinite(limit) else "not reached" for limit in (found.lo, found.hi))
+    if not np.isfinite(found.cost):
+        return "not reached" if lo == "not reached" else f"not reached [from {lo}]"
+    return f"{_short(found.cost)} [{lo}, {hi}]"
+
+
+def _steps_section(found: Sequence[Course], analysis: Analysis, records: pd.DataFrame) -> list[str]:
+    """Every step of every method: changes against the base model, and the drift of its weights."""
+    columns = [Column("method"), Column("update", decimals=0)]
+    columns += [
+        Column(measure.name, measure.unit, measure.higher_is_better, measure.role) for measure in analysis.measures
+    ]
+    columns.append(Column("drift", decimals=4))
+    moved = {measure: changes(found, measure) for measure in analysis.measures}
+    rows = []
+    for course in found:
+        drift = drifts(course, records)
+        for k, update in enumerate(course.updates[1:]):
+            texts = [_change(moved[measure][course.label][k], measure) for measure in analysis.measures]
+            rows.append([Cell(course.label), Cell(float(update)), *map(Cell, texts), Cell(_known(float(drift[k + 1])))])
+    note = """\
+Paired changes against the base model, on the milestones' prompts, with 95 % intervals. *drift*: how far the network's
+output has moved from the base model's, |v - v_base|^2 / |v_base|^2, in training."""
+    return ["### Milestone by milestone", Table(columns, rows).markdown(), note]
+
+
+def _change(estimate: Estimate, measure: Measure) -> str:
+    return interval(*estimate[:3], DECIMALS.get(measure.unit, 3), signed=True)
+
+
+def drifts(course: Course, records: pd.DataFrame) -> Array:
+    """(K,) mean over seeds of the drift that training last saw at each step; 0 for the base model."""
+    found = np.full(course.costs["update"].shape, np.nan)
+    for column, updates in enumerate(course.costs["update"].T):
+        mine = records[(records["label"] == course.label) & (records["seed"] == course.seeds[column])]
+        if len(mine) and "drift" in mine:
+            drift = mine.set_index("update")["drift"].reindex(updates[1:])
+            found[:, column] = [0.0, *pd.to_numeric(drift).to_numpy(float)]
+    return _mean(found, 1)
+
+
+def _parting_section(found: Sequence[Course]) -> list[str]:
+    parted = partings(found)
+    if not parted:
+        return []
+    measures = list(next(iter(parted.values())))
+    columns = [Column("method"), *(Column(measure.name, role=measure.role) for measure in measures)]
+    rows = []
+    for label, mine in parted.items():
+        cells = [Cell(_parted(mine[measure]), bold=mine[measure].update is not None) for measure in measures]
+        rows.append([Cell(label), *cells])
+    return ["### Where reward and quality part", Table(columns, rows).markdown(), PARTING]
+
+
+def _parted(found: Parting) -> str:
+    """``update 50 [40, 60; 98 %]``; ``no [50, never; 12 %]``."""
+    lo, hi = ("never" if np.isinf(limit) else _short(limit) for limit in (found.lo, found.hi))
+    where = "no" if found.update is None else f"update {_short(found.update)}"
+    return f"{where} [{lo if lo == hi else f'{lo}, {hi}'}; {found.share:.0%}]"
+
+
+def _profile_section(analysis: Analysis) -> list[str]:
+    scores = normalised(analysis)
+    if not scores:
+        return []
+    columns = [Column("method"), *(Column(f"above {tau:g}", decimals=2) for tau in PROFILE)]
+    rows = []
+    for label in analysis.trained:
+        mine = [found[label] for found in scores.values() if len(found[label])]
+        if mine:
+            share, lo, hi = profile(mine, np.array(PROFILE))
+            bands = zip(*(map(_known, map(float, each)) for each in (share, lo, hi)))
+            rows.append([Cell(label), *(Cell(*band) for band in bands)])
+    note = f"""\
+Share of runs (measure x training seed) whose score at the end exceeds a threshold: 0 is the base model, 1 the best mean
+of that measure. Measures: {", ".join(escape(measure.name) for measure in scores)}. Pointwise 95 % bands: seeds drawn
+again within each measure (Agarwal et al. 2021)."""
+    return ["### Performance profile", Table(columns, rows).markdown(), note]
+
+
+def _unreached(results: store.Results) -> list[str]:
+    """Milestones that lie beyond a training's end."""
+    place, lines = store.Store(results.store), []
+    for run in results.manifest["runs"]:
+        beyond = [
+            part["update"] for part in store.milestones(run) if not store.reached(place, run["id"], part["update"])
+        ]
+        if beyond:
+            named = ", ".join(map(str, beyond))
+            lines.append(f"- {escape(run['label'])}, seed {run['seed']}: training ended before update {named}")
+    return ["Milestones that are not there:", "\n".join(lines)] if lines else []
