@@ -1,7 +1,38 @@
-"""The report of ``sweeps/shapes.yaml``: the quickstart's questions with more seeds."""
+"""The reports of the sweeps in the shapes world, by their name: does every method do there what it is meant to?"""
 
-from alignbench.reports.quickstart import INTRO, QUESTIONS
+QUICKSTART = """\
+All methods start from the same pretrained text-to-image model of coloured shapes, and train with the same reward on the
+same prompts and noise. They are judged on prompts that no part of this world has seen: by that reward, by a scorer that
+took no part in training, and by an exact checker that looks for what the prompt asks."""
 
-__all__ = ["INTRO", "QUESTIONS", "TITLE"]
+EVERY_METHOD = """\
+All methods start from the same pretrained text-to-image model of coloured shapes, and train with the same reward on the
+same prompts and noise, for 1,200 images. The question is not which one is best: settings were tuned for few of them,
+and on a model of 2 M parameters. It is whether each, as implemented, raises the reward that it is trained on, on
+prompts that no part of this world has seen (the interval of the paired change against Base excludes zero), and what
+else rises or falls with it."""
 
-TITLE = "Shapes: six ways to align one small flow model, the longer run"
+# (method, rivals): LeapAlign's claim is about methods that train only steps near the image.
+LATE_STEPS = (("LeapAlign", ("ReFL", "DRaFT-LV", "DRTune")),)
+
+SWEEPS = {
+    "quickstart": {
+        "title": "Quickstart: six ways to align one small flow model",
+        "intro": QUICKSTART,
+        "questions": LATE_STEPS,
+    },
+    "shapes": {
+        "title": "Shapes: six ways to align one small flow model, the longer run",
+        "intro": QUICKSTART,
+        "questions": LATE_STEPS,
+    },
+    "shapes_methods": {
+        "title": "Shapes: every method on one small flow model",
+        "intro": EVERY_METHOD,
+        "questions": (
+            ("LeapAlign", ("BPTT", "ReFL", "DRaFT-LV", "DRTune", "FlowBP-Sparse", "FlowBP-Bridge", "FlowBP-Lagrange")),
+            ("MixGRPO", ("DanceGRPO", "Flow-GRPO", "MixGRPO-Flash")),
+            ("VGG-Flow", ("VGG-Flow + value net", "Adjoint Matching", "ODE-AM")),
+        ),
+    },
+}

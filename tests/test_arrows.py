@@ -19,7 +19,7 @@ LAYERS = (
     {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards"},
     {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
     {"run", "jobs", "testing", "backends.flux", "rehearsal", "doctor"},
-    {"launch", "job", "authoring", "estimate"},
+    {"launch", "job", "authoring", "estimate", "capabilities"},
     {"rerun", "gc", "planning"},
     {"cli"},
 )
