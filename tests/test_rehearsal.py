@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from world import alignbench, sweep_file, tables
+from world import alignbench, packaged, sweep_file, tables
 
 from alignbench.config import UserError
 from alignbench.plugins import Registry
 from alignbench.rehearsal import rehearse
-from alignbench.sweep import draft, read, resolve, sweeps
+from alignbench.sweep import draft, read, resolve
 
-SWEEPS = sorted(sweeps())
+SWEEPS = packaged()
 
 
 @pytest.fixture(scope="session")
@@ -96,3 +96,19 @@ def test_a_rehearsal_from_nothing_to_its_report(tmp_path, capsys):
     assert "no number in it means anything" in page
     assert all("REHEARSAL" in file.name for file in [*out.iterdir(), *(store / "sweeps").iterdir()])
     assert len(list(out.iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_an_ablation_sweep_is_rehearsed_to_its_report(tmp_path, capsys):
+    """All rows of figure 4b: more leaps take more forwards with gradient, and the report asks the figure's question."""
+    store = tmp_path / "store"
+    assert alignbench("sweep", "fig4b", "--rehearse", "--launcher", "debug", store=store, plugin=False) == 0
+    costs = tables(store)[1].set_index("label")
+    per_image = costs["nfe_grad"] / costs["images"]
+    assert per_image[["LeapAlign, 1 leap", "LeapAlign", "LeapAlign, 3 leaps"]].tolist() == [1, 2, 3]
+    capsys.readouterr()
+    words = ("report", "fig4b", "--rehearse", "--out", str(tmp_path / "out"))
+    assert alignbench(*words, store=store, plugin=False) == 0
+    page = capsys.readouterr().out
+    assert "# REHEARSAL: LeapAlign's figure 4b" in page
+    assert "## Does LeapAlign beat LeapAlign, 1 leap and LeapAlign, 3 leaps?" in page

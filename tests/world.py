@@ -82,3 +82,14 @@ def same(left: Path, right: Path) -> None:
     for pattern in ("images/*/manifest.parquet", "scores/*/*.parquet"):
         for path in sorted(left.glob(pattern)):
             pd.testing.assert_frame_equal(pd.read_parquet(path), pd.read_parquet(right / path.relative_to(left)))
+
+
+def packaged() -> list[str]:
+    """The packaged sweeps whose backend and settings are there."""
+    from alignbench.plugins import Registry
+    from alignbench.spec import Training
+    from alignbench.sweep import read, sweeps
+
+    backends, known = Registry().names("backend"), set(Training.__struct_fields__)
+    bases = {name: read(name).data["base"] for name in sweeps()}
+    return [n for n, base in bases.items() if base["backend"]["name"] in backends and base["training"].keys() <= known]
