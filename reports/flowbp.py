@@ -1,21 +1,24 @@
 """The reports of FlowBP's tables (arXiv 2606.11075), by the name of their sweep. Its numbers lie in ``published/``."""
 
+INTRO = """\
+FlowBP's own protocol, which is not that of LeapAlign's table 2: 512 pixels, one picture per prompt, other settings of
+DRTune and DRaFT-LV, and batches that differ between rows where the overrides say so."""
+
 QUESTIONS = tuple(
     (f"FlowBP-{variant}", ("ReFL", "DRaFT-LV", "DRTune", "LeapAlign")) for variant in ("Sparse", "Bridge", "Lagrange")
 )
-INTRO = """\
-FlowBP's own protocol, which is not that of LeapAlign's table 2: 512 pixels, one picture per prompt, other settings of
-DRTune and DRaFT-LV, and batches of two sizes, as the overrides below say."""
-
-
-def words(model: str, table: str, intro: str = INTRO) -> dict:
-    return {"title": f"FlowBP on {model}", "intro": intro, "questions": QUESTIONS, "published": (table,)}
-
-
+MODELS = {
+    "flux1": "FLUX.1-dev",
+    "flux2": "FLUX.2-Klein-base 9B",
+    "sd35": "Stable Diffusion 3.5 Medium",
+    "geneval": "FLUX.1-dev: GenEval",
+}
 SWEEPS = {
-    "flowbp_flux1": words("FLUX.1-dev", "flowbp-flux1"),
-    "flowbp_flux2": words("FLUX.2-Klein-base 9B", "flowbp-flux2", INTRO.replace("batches of two sizes", "a batch of 32")
-                          .replace(", as the overrides below say", "")),
-    "flowbp_sd35": words("Stable Diffusion 3.5 Medium", "flowbp-sd35"),
-    "flowbp_geneval": words("FLUX.1-dev: GenEval", "flowbp-geneval"),
-}  # fmt: skip
+    f"flowbp_{name}": {
+        "title": f"FlowBP on {model}",
+        "intro": INTRO,
+        "questions": QUESTIONS,
+        "published": (f"flowbp-{name}",),
+    }
+    for name, model in MODELS.items()
+}
