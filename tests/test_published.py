@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import re
 from collections import Counter
 from contextlib import redirect_stdout
 from decimal import Decimal
@@ -259,6 +260,14 @@ def said(made: dict[str, Any], path: str) -> Any:
     """A setting as published; ``reward`` is the evaluator's name."""
     value = made["reward.names"][0] if path == "reward" else pick(made, path)
     return list(value) if isinstance(value, tuple) else value
+
+
+def test_every_sweep_stands_in_the_readme_and_on_the_page_of_reproduction():
+    """README's table names every sweep of a paper; docs/reproducing.md shows its command or names it."""
+    for page in ("README.md", "docs/reproducing.md"):
+        text = (ROOT.parent / page).read_text(encoding="utf-8")
+        missing = [name for name, words in WORDS.items() if words.published and not re.search(rf"\b{name}`", text)]
+        assert not missing, page
 
 
 def test_the_paper_sweeps_share_their_runs():
