@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from alignbench.flow import Cond
 
-DRAWS = 64  # batches, each with its own draw of the trained steps
+DRAWS = 24  # batches, each with its own draw of the trained steps
 
 
 class Seen(AffineFlow):

@@ -225,8 +225,9 @@ def test_table_2_without_any_file(nothing, tmp_path, capsys):
 @pytest.mark.parametrize("name", packaged())
 def test_every_packaged_sweep_has_a_plan(name, nothing):
     """Without any weights: finite figures for every run; the cost in the file's first lines is their sum."""
-    plan = draft(read(name), Registry())
-    found = [estimate(cell, plan.sweep.evaluation, Registry(), GPUS["h100"]) for cell in plan.cells]
+    registry = Registry()
+    plan = draft(read(name), registry)
+    found = [estimate(cell, plan.sweep.evaluation, registry, GPUS["h100"]) for cell in plan.cells]
     for cell, each in zip(plan.cells, found):
         assert not each.unknown
         figures = [each.train, each.generate, each.score, each.memory, each.weights, each.pictures]

@@ -25,6 +25,7 @@ SOURCES = load_yaml(ROOT / "published" / "sources.yaml")
 CURVES = {"leapalign-fig1a", "leapalign-fig5"}  # one value per update: plotted, not set beside a mean
 TASKS = {"Single Obj.": 320, "Two Obj.": 396, "Counting": 320, "Colors": 376, "Position": 400, "Attr. Binding": 400}
 FLOWBP_NAMES = {"Count": "Counting", "Color": "Colors"}
+REGISTRY = Registry()
 SWEEPS = packaged()
 WORDS = {name: report._words(name) for name in SWEEPS}
 
@@ -42,7 +43,7 @@ def table(stem: str) -> dict[tuple[str, str], str]:
 
 @functools.cache
 def drafted(name: str) -> Draft:
-    return draft(read(name), Registry())
+    return draft(read(name), REGISTRY)
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def test_table_1_is_what_the_gradients_do(monkeypatch):
 )
 def test_other_methods_ticks_follow_from_their_definitions(method, early, nested, leaps, several):
     """Back-propagation is nested and leaps over nothing; without alpha nothing is nested; rescaling is no leap."""
-    found = capabilities.ticks(Registry().make("method", method, "method"))
+    found = capabilities.ticks(REGISTRY.make("method", method, "method"))
     assert list(found.values()) == [early, nested, leaps, several]
 
 
@@ -198,7 +199,7 @@ def test_mapped_metrics_are_made_by_the_sweep(name, stem):
 
     Where another sweep's table is shown beside a sweep's own, some of its columns may have no evaluator here.
     """
-    evaluators = [Registry().make("evaluator", plain, "e") for plain in drafted(name).sweep.evaluation.evaluators]
+    evaluators = [REGISTRY.make("evaluator", plain, "e") for plain in drafted(name).sweep.evaluation.evaluators]
     made = {metric.name for evaluator in evaluators for metric in evaluator.metrics}
     mapped = {ours["metric"] for ours in SOURCES[stem].get("metrics", {}).values()}
     assert mapped <= made or (stem != WORDS[name].published[0] and mapped & made)
