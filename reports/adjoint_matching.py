@@ -7,9 +7,8 @@ SWEEPS = {
 **Another model**: the published numbers are of Stable Diffusion 1.5, which is no flow; these are of Stable Diffusion 3
 Medium. What may compare is how the scores move with lambda: ImageReward and HPSv2.1 up, diversity down.""",
         "questions": (
-            ("Adjoint Matching, lam=100.0",
-             ("Adjoint Matching, lam=1.0", "Adjoint Matching, lam=10.0", "Adjoint Matching, lam=31.6228")),
+            ("Adjoint Matching, lam=100.0", [f"Adjoint Matching, lam={lam}" for lam in (1.0, 10.0, 31.6228)]),
         ),
         "published": ("adjoint-matching-default", "adjoint-matching-finetuning"),
     }
-}  # fmt: skip
+}
