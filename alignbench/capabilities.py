@@ -81,6 +81,8 @@ def _gradient(method: AlignMethod, flow: Seen, step: int) -> Tensor:
 
 def main() -> None:
     """The trained direct-gradient rows of a sweep, as the published tables are written."""
+    if len(sys.argv) != 2:
+        sys.exit("python -m alignbench.capabilities SWEEP: name one sweep, as table2")
     write = csv.writer(sys.stdout, lineterminator="\n").writerow
     registry = Registry()
     write(["method", "metric", "value", "se"])
