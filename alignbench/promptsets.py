@@ -68,6 +68,19 @@ def mjhq_500(text: str) -> Rows:
         yield from ((prompt, category) for prompt in chosen)
 
 
+MJHQ_TRAIN = 25_000
+
+
+def mjhq_train(text: str) -> Rows:
+    """meta_data.json: 25,000 of the distinct readable prompts that ``mjhq_500`` leaves, drawn with seed 0. The
+    LeapAlign paper trains on all 29,500 that are left; how many of them are distinct is not stated."""
+    held_out = {" ".join(prompt.split()) for prompt, _ in mjhq_500(text)}
+    distinct = sorted({" ".join(item["prompt"].split()) for item in json.loads(text).values()})
+    left = [prompt for prompt in distinct if prompt and prompt not in held_out and not any(map(_unreadable, prompt))]
+    chosen = random.Random("mjhq train").sample(left, MJHQ_TRAIN)
+    return ((prompt, "") for prompt in chosen)
+
+
 def drawbench(text: str) -> Rows:
     """drawbench.json of the HPDv2 benchmark: a list of texts, without DrawBench's categories."""
     return ((prompt, "") for prompt in json.loads(text))
@@ -86,6 +99,10 @@ SETS = {
     ),
     "mjhq/500": PromptSet(
         "playgroundai/MJHQ-30K", "meta_data.json", 500, mjhq_500, "none stated", "50 prompts of each MJHQ-30K category"
+    ),
+    "mjhq/train": PromptSet(
+        *("playgroundai/MJHQ-30K", "meta_data.json", MJHQ_TRAIN, mjhq_train, "none stated"),
+        "25,000 prompts of MJHQ-30K that are not in mjhq/500",
     ),
     "drawbench": PromptSet(
         "zhwang/HPDv2", "benchmark/drawbench.json", 200, drawbench, "none stated", "DrawBench, as in HPDv2's benchmark"

@@ -1,13 +1,14 @@
 """The report of a sweep: one table, what it supports, what is missing, and how to make it again.
 
 A pure function of the store: no model is loaded, and the same scores give the same bytes. What is particular to a sweep
-(title, introduction, questions) is a module ``alignbench.reports.<sweep name>``; without one the report is generic.
+(title, introduction, questions, published tables) stands in ``SWEEPS`` of a module of ``alignbench.reports``, under the
+sweep's name; without it the report is generic.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import pkgutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from alignbench import curves, grid, stats, store
 from alignbench.analysis import UNTRAINED, Analysis, Measure, analyse, better, worse
 from alignbench.table import DECIMALS, Cell, Column, Table, escape, interval, number
 
+REPORTS = "alignbench.reports"
 MIB = 2**20
 DAGGER = "†"
 COSTS = (  # (column of the costs frame, title, unit, divisor, decimals)
@@ -46,6 +48,7 @@ class Words(NamedTuple):
     title: str
     intro: str = ""
     questions: Sequence[tuple[str, Sequence[str]]] = ()
+    published: Sequence[str] = ()  # stems of files below reports/published
 
 
 def build(results: store.Results, out: Path) -> list[Path]:
@@ -531,13 +534,12 @@ def _departures(manifest: dict[str, Any]) -> list[str]:
 
 
 def _words(name: str) -> Words:
-    """The report module of the sweep's name, if there is one; a subset or a rehearsal asks the same questions."""
+    """What the reports say of the sweep; a subset or a rehearsal asks the same questions."""
     name = name.removesuffix("-SUBSET").removesuffix("-REHEARSAL")
-    module = f"alignbench.reports.{name}"
-    if not name.isidentifier() or importlib.util.find_spec(module) is None:
-        return Words(f"Sweep {name}")
-    found = importlib.import_module(module)
-    return Words(found.TITLE, found.INTRO, found.QUESTIONS)
+    folder = importlib.import_module(REPORTS).__path__
+    modules = [importlib.import_module(f"{REPORTS}.{module.name}") for module in pkgutil.iter_modules(folder)]
+    found = {name: entry for module in modules for name, entry in module.SWEEPS.items()}
+    return Words(**found[name]) if name in found else Words(f"Sweep {name}")
 
 
 def _picture_grid(results: store.Results, analysis: Analysis) -> Any:

@@ -22,7 +22,7 @@ LAYERS = (
     {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers", "backends.pipeline"},
     {"run", "jobs", "testing", "backends.flux", "backends.sd3", "backends.flux2", "rehearsal", "doctor"},
     {"importers", "compare"},
-    {"launch", "job", "authoring", "estimate", "importing"},
+    {"launch", "job", "authoring", "estimate", "importing", "capabilities"},
     {"rerun", "gc", "planning"},
     {"cli"},
 )

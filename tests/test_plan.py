@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import struct
 from pathlib import Path
@@ -18,9 +19,10 @@ from world import PLUGIN, alignbench, debug_sweep, sweep_file, tables
 from alignbench.config import UserError
 from alignbench.cost import FLUX_1_DEV, GPUS, Decoder, FluxTransformer, Linear, Model, TextEncoder, Tokens
 from alignbench.estimate import Estimate, Probe, estimate, watch_once
+from alignbench.planning import about
 from alignbench.plugins import Registry
 from alignbench.spec import Budget, Training
-from alignbench.sweep import draft, read, resolve
+from alignbench.sweep import draft, read, resolve, sweeps
 from alignbench.testing import PROMPTS, AffineFlow, GaussianFlow, QuadraticReward
 from alignbench.train import train
 
@@ -219,6 +221,25 @@ def test_table_2_without_any_file(nothing, tmp_path, capsys):
     assert "gated: accept the FLUX.1 [dev]" in out
     assert out.count("hf download black-forest-labs") == 1
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("name", sorted(sweeps()))
+def test_every_packaged_sweep_has_a_plan(name, nothing):
+    """Without any weights: finite figures for every run; the cost in the file's first lines is their sum."""
+    registry = Registry()
+    plan = draft(read(name), registry)
+    found = [estimate(cell, plan.sweep.evaluation, registry, GPUS["h100"]) for cell in plan.cells]
+    for cell, each in zip(plan.cells, found):
+        assert not each.unknown
+        figures = [each.train, each.generate, each.score, each.memory, each.weights, each.pictures]
+        assert all(math.isfinite(figure) and figure >= 0 for figure in figures)
+        assert min(each.train, each.images, each.usage.grad if each.usage else 0) > 0 or not cell.trains
+    said = " ".join(re.findall(r"(?m)^# ?(.*)", sweeps()[name].read_text()))
+    sums = [sum(each.train for each in found), sum(each.generate + each.score for each in found)]
+    sums.append(sum(each.weights + each.pictures for each in found) / 1e9)
+    pattern = r"about: (\S+) H100-hours of training[^,]*, (\S+) of evaluation, (\S+) GB of disk"
+    assert re.findall(pattern, said) in ([], [tuple(map(about, sums))])
+    assert name in ("quickstart", "shapes", "shapes_curves", "shapes_methods") or re.search(pattern, said)
 
 
 def test_lora_fits_where_all_weights_do_not(nothing, tmp_path, capsys):

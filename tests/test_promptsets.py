@@ -52,6 +52,18 @@ def test_mjhq_is_fifty_of_each_category_whatever_the_files_order(hub, tmp_path):
     assert digest(load_prompts("mjhq/500")) == digest(first)
 
 
+def test_mjhq_train_holds_no_prompt_of_the_test(hub):
+    """25,000 distinct prompts, none of mjhq/500, though its text has other spaces; the same in another order."""
+    items = [(f"{i:05}", {"category": f"c{i % 10}", "prompt": f" prompt  {i % 26000}"}) for i in range(30000)]
+    hub("mjhq/train", json.dumps(dict(items)))
+    first = load_prompts("mjhq/train")
+    assert len({p.id for p in first}) == len(first) == 25_000
+    assert not {p.id for p in first} & {p.id for p in load_prompts("mjhq/500")}
+    (path,) = {promptsets.cached(SETS["mjhq/train"], "here")}
+    path.write_text(json.dumps(dict(items[::-1])))
+    assert digest(load_prompts("mjhq/train")) == digest(first)
+
+
 def test_drawbench_and_parti(hub):
     """A list of texts; a table with a category, whose texts may hold quotes, and a repeated line counts once."""
     hub("drawbench", json.dumps([f"text {i}" for i in range(200)]))

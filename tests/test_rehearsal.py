@@ -143,3 +143,19 @@ def test_another_family_from_nothing_to_its_scores(family, tmp_path):
     assert (row["nfe_forward"], row["nfe_grad"]) == (2 * row["images"], 4 * row["images"])
     seen = scores[scores["metric"] == "hpsv2.1"].pivot(index=["prompt_id", "index"], columns="label", values="score")
     assert ((seen["leapalign"] - seen["base"]).abs() > 1e-5).all()
+
+
+@pytest.mark.slow
+def test_an_ablation_sweep_is_rehearsed_to_its_report(tmp_path, capsys):
+    """All rows of figure 4b: more leaps take more forwards with gradient, and the report asks the figure's question."""
+    store = tmp_path / "store"
+    assert alignbench("sweep", "fig4b", "--rehearse", "--launcher", "debug", store=store, plugin=False) == 0
+    costs = tables(store)[1].set_index("label")
+    per_image = costs["nfe_grad"] / costs["images"]
+    assert per_image[["LeapAlign, 1 leap", "LeapAlign", "LeapAlign, 3 leaps"]].tolist() == [1, 2, 3]
+    capsys.readouterr()
+    words = ("report", "fig4b", "--rehearse", "--out", str(tmp_path / "out"))
+    assert alignbench(*words, store=store, plugin=False) == 0
+    page = capsys.readouterr().out
+    assert "# REHEARSAL: LeapAlign's figure 4b" in page
+    assert "## Does LeapAlign beat LeapAlign, 1 leap and LeapAlign, 3 leaps?" in page

@@ -1,0 +1,17 @@
+"""The reports of VGG-Flow's comparisons (arXiv 2512.05116), by the name of their sweep; numbers in ``published/``."""
+
+INTRO = """\
+The claim is about a trade: VGG-Flow gains less reward than ReFL and DRaFT, and keeps more of the base model's
+diversity. Diversity and the distance from the base model are of CLIP's features here, of DreamSim's and Inception's in
+the paper: compare the order of the rows, not the values. Prompts, and most settings of the baselines, are not the
+paper's."""
+
+SWEEPS = {
+    f"vggflow_{reward}": {
+        "title": f"VGG-Flow on Stable Diffusion 3 Medium: {name}",
+        "intro": INTRO,
+        "questions": (("VGG-Flow", ("ReFL", "DRaFT", "Adjoint Matching")),),
+        "published": (f"vggflow-{reward}",),
+    }
+    for reward, name in (("aesthetic", "Aesthetic Score"), ("hpsv2", "HPSv2.1"), ("pickscore", "PickScore"))
+}
