@@ -114,7 +114,7 @@ def draw_pictures(root, plan, prompts=60):
 
 
 def page(given):
-    return report.markdown(given.manifest, given.costs, analyse(given.manifest, given.scores))
+    return report.markdown(report.sections(given.manifest, given.costs, analyse(given.manifest, given.scores)))
 
 
 def section(text, heading):
