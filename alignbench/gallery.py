@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +34,11 @@ UNREADABLE = "the file cannot be read as a picture"
 
 
 class Place(NamedTuple):
-    """Where a picture stands: numbers into the gallery's methods, training seeds, image indices and prompts."""
+    """Where a picture stands: numbers into the gallery's methods, training seeds, images and prompts."""
 
     method: int
     seed: int
-    index: int
+    image: int
     prompt: int
 
 
@@ -50,21 +50,21 @@ class Gallery:
     seeds: list[list[int]]  # of each method
     prompts: list[str] = field(default_factory=list)  # ids
     about: dict[str, tuple[str, str]] = field(default_factory=dict)  # prompt id -> (text, task)
-    indices: list[int] = field(default_factory=list)  # image indices, sorted
+    images: list[int] = field(default_factory=list)  # image indices, sorted
     files: dict[Place, Path] = field(default_factory=dict)
     reasons: dict[tuple[int, int], str] = field(default_factory=dict)  # (method, seed) -> why it has no pictures
 
     def layers(self) -> list[tuple[int, int]]:
-        """(seed, index) of every layer that has a picture, the first first."""
-        return sorted({(place.seed, place.index) for place in self.files})
+        """(seed, image): the first, and every other one that has a picture."""
+        return sorted({(0, 0)} | {(place.seed, place.image) for place in self.files})
 
     def places(self, layer: tuple[int, int]) -> Iterator[Place]:
         """Every cell of a layer, prompt by prompt, a method's without that training seed left out."""
-        seed, index = layer
+        seed, image = layer
         for prompt in range(len(self.prompts)):
             for method, seeds in enumerate(self.seeds):
                 if seed < len(seeds):
-                    yield Place(method, seed, index, prompt)
+                    yield Place(method, seed, image, prompt)
 
     def why(self, place: Place) -> str:
         """Why there is no picture."""
@@ -80,54 +80,58 @@ def collect(results: Results, analysis: Analysis) -> Gallery:
     for method, label in enumerate(gallery.methods):
         for number, seed in enumerate(gallery.seeds[method]):
             run = runs[label, seed]
-            folder = Path(results.store or "") / "images" / str(run["images"])
+            folder = results.store / "images" / str(run["images"])
             if (folder / "manifest.parquet").is_file():
                 found = pd.read_parquet(folder / "manifest.parquet")
-                lists[method, number] = found.assign(file=[folder / file for file in found["file"]])
+                lists[method, number] = found.assign(path=[folder / file for file in found["file"]])
             else:
-                gallery.reasons[method, number] = _reason(states[run["id"]])
+                state = states[run["id"]]
+                gallery.reasons[method, number] = _reason(state["state"], state["reason"])
+    scored = results.scores[["prompt_id", "tag"]].drop_duplicates().sort_values("prompt_id").assign(text="")
     frames = [found[["prompt_id", "text", "tag"]] for found in lists.values()]
-    scored = [results.scores[["prompt_id", "tag"]].drop_duplicates().sort_values("prompt_id").assign(text="")]
-    known = pd.concat([*frames, *scored]).drop_duplicates("prompt_id").fillna("").astype(str)
+    known = pd.concat([*frames, scored]).drop_duplicates("prompt_id").fillna("").astype(str)
     gallery.prompts = known["prompt_id"].tolist()
-    gallery.about = {row.prompt_id: (row.text, row.tag) for row in known.itertuples()}
-    gallery.indices = sorted({int(i) for frame in [*lists.values(), results.scores] for i in frame["index"].unique()})
-    prompts, indices = (pd.Index(values) for values in (gallery.prompts, gallery.indices))
+    gallery.about = dict(zip(gallery.prompts, zip(known["text"].tolist(), known["tag"].tolist())))
+    gallery.images = sorted({int(i) for frame in [*lists.values(), results.scores] for i in frame["index"].unique()})
     for (method, number), found in lists.items():
-        rows, columns = prompts.get_indexer(found["prompt_id"].astype(str)), indices.get_indexer(found["index"])
-        for prompt, index, file in zip(rows.tolist(), columns.tolist(), found["file"]):
-            gallery.files[Place(method, number, index, prompt)] = file
+        rows, columns = _where(found["prompt_id"], gallery.prompts), _where(found["index"], gallery.images)
+        for prompt, image, file in zip(rows, columns, found["path"]):
+            gallery.files[Place(method, number, int(image), int(prompt))] = file
     return gallery
+
+
+def _where(found: pd.Series, known: Sequence[Any]) -> NDArray:
+    """(rows,): the place of each among ``known``, -1 for others."""
+    return pd.Index(known).get_indexer(pd.Index(found))
 
 
 def _seed(seed: int | None) -> int:
     return UNTRAINED if seed is None else int(seed)
 
 
-def _reason(state: dict[str, Any]) -> str:
-    if state["state"] == "done":
+def _reason(state: str, reason: Any) -> str:
+    if state == "done":
         return "the store no longer has these pictures"
-    return f"the run is {state['state']}" + (f": {state['reason']}" if state["reason"] else "")
+    return f"the run is {state}" + (f": {reason}" if isinstance(reason, str) and reason else "")
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
 def cube(gallery: Gallery, analysis: Analysis, scores: pd.DataFrame) -> NDArray:
-    """(measure, method, prompt, seed, index) -> score; nan where there is none, or it is not ok."""
+    """(measure, method, prompt, seed, image) -> score; nan where there is none, or it is not ok."""
     most = max(map(len, gallery.seeds), default=0)
-    shape = (len(analysis.measures), len(gallery.methods), len(gallery.prompts), most, len(gallery.indices))
+    shape = (len(analysis.measures), len(gallery.methods), len(gallery.prompts), most, len(gallery.images))
     values = np.full(shape, np.nan)
-    number = {(label, seed): i for label, seeds in analysis.seeds.items() for i, seed in enumerate(seeds)}
     found = scores[scores["ok"].eq(True).fillna(False).to_numpy(bool)]
-    keys = pd.MultiIndex.from_tuples([(m.evaluator, m.name) for m in analysis.measures], names=["evaluator", "metric"])
-    seeds = [number.get(pair, -1) for pair in zip(found["label"], found["seed"].astype(int))]
+    trainings = {(label, seed): i for label, seeds in analysis.seeds.items() for i, seed in enumerate(seeds)}
+    measures = {(measure.evaluator, measure.name): i for i, measure in enumerate(analysis.measures)}
     axes = [
-        keys.get_indexer(pd.MultiIndex.from_frame(found[["evaluator", "metric"]])) if len(found) else np.zeros(0, int),
-        pd.Index(gallery.methods).get_indexer(found["label"]),
-        pd.Index(gallery.prompts).get_indexer(found["prompt_id"].astype(str)),
-        np.asarray(seeds, int),
-        pd.Index(gallery.indices).get_indexer(found["index"]),
+        np.array([measures.get(pair, -1) for pair in zip(found["evaluator"], found["metric"])], int),
+        _where(found["label"], gallery.methods),
+        _where(found["prompt_id"], gallery.prompts),
+        np.array([trainings.get(pair, -1) for pair in zip(found["label"], found["seed"].astype(int))], int),
+        _where(found["index"], gallery.images),
     ]
     known = np.all([axis >= 0 for axis in axes], axis=0)
     values[tuple(axis[known] for axis in axes)] = found["score"].to_numpy(float, na_value=np.nan)[known]
@@ -179,26 +183,29 @@ def thumbnail(file: Path, side: int) -> bytes | str:
 def thumbnails(gallery: Gallery) -> tuple[dict[tuple[int, int], dict[Place, bytes | str]], int]:
     """Layer -> what stands in each of its cells, for the layers within the budget; and the thumbnails' side."""
     made: dict[tuple[int, int], dict[Place, bytes | str]] = {}
-    layers = gallery.layers()
-    if not layers:
-        return made, SIDES[0]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def encode(files: Iterable[Path], side: int) -> Iterator[bytes | str]:
-            return pool.map(lambda file: thumbnail(file, side), files)
+        def encode(files: Sequence[Path], side: int) -> list[bytes | str]:
+            return list(pool.map(thumbnail, files, itertools.repeat(side)))
 
         def weight(layer: tuple[int, int], side: int) -> float:
             files = [gallery.files[place] for place in gallery.places(layer) if place in gallery.files]
-            sizes = [len(found) for found in encode(files[:: -(-len(files) // SAMPLE)], side) if isinstance(found, bytes)]
-            return len(files) * float(np.mean(sizes or [0]))
+            return len(files) * _mean_size(encode(files[:: len(files) // SAMPLE + 1], side))
 
-        side = next((side for side in SIDES if weight(layers[0], side) <= BUDGET), SIDES[-1])
-        spent = 0
-        for layer in layers:
+        first, *others = gallery.layers()
+        side = next((side for side in SIDES if weight(first, side) <= BUDGET), SIDES[-1])
+        spent = 0.0
+        for layer in [first, *others]:
             if made and spent + weight(layer, side) > BUDGET:
                 break
             places = [place for place in gallery.places(layer) if place in gallery.files]
+            found = encode([gallery.files[place] for place in places], side)
             made[layer] = {place: gallery.why(place) for place in gallery.places(layer)}
-            made[layer] |= dict(zip(places, encode([gallery.files[place] for place in places], side)))
-            spent += sum(len(found) for found in made[layer].values() if isinstance(found, bytes))
+            made[layer].update(zip(places, found))
+            spent += len(found) * _mean_size(found)
     return made, side
+
+
+def _mean_size(encoded: Sequence[bytes | str]) -> float:
+    """Bytes of a cell; one without a picture has none."""
+    return sum(len(found) for found in encoded if isinstance(found, bytes)) / max(len(encoded), 1)

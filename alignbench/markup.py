@@ -18,7 +18,7 @@ _INLINE = re.compile(
     r"|\[(?P<words>(?:\\.|[^\]\\])+)\]\((?P<link>https?://[^\s)]+)\)",
     re.DOTALL,
 )
-_CONTROLS = {code: "\ufffd" for code in [*range(9), 11, 12, *range(14, 32), 127, *range(0xD800, 0xE000)]}
+_CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127, *range(0xD800, 0xE000)], "\ufffd")
 _PICTURE = re.compile(r"!\[(?P<words>[^\]]*)\]\((?P<file>[^)]+)\)")
 
 

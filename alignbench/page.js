@@ -108,7 +108,6 @@ function setUpGallery() {
     const box = el("input", { type: "checkbox", name: "shown", value: String(i), checked: "" });
     byId("shown").append(el("label", {}, box, el("bdi", {}, label)));
   }
-  if (matchMedia("(max-width: 40rem)").matches) byId("controls").open = false;
   form.addEventListener("input", () => changeGallery());
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", (event) => {
@@ -176,6 +175,7 @@ function changeGallery() {
 function remember(found) {
   const text = found.toString();
   history.replaceState(null, "", text ? `#pictures&${text}` : "#pictures");
+  document.querySelector("[data-view=pictures]").href = location.hash; // so that coming back finds it as it was
 }
 
 function chosen() {
@@ -526,7 +526,7 @@ function start() {
   byId("ballot").hidden = false;
   drawBallot();
   byId("ballot").focus({ preventScroll: true });
-  byId("ballot").scrollIntoView({ block: "nearest" });
+  byId("ballot").scrollIntoView();
 }
 
 function current() {
@@ -545,10 +545,20 @@ function drawBallot() {
   byId("progress").textContent = now
     ? `Pair ${count + 1} of ${ballots.length}`
     : ballots.length ? `All ${ballots.length} pairs are voted on. Show the result below.` : "No prompt has a picture of both methods.";
-  for (const side of ["left", "right"]) {
-    if (now) byId(side).src = picture(now[side], now.prompt, 0, 0).source;
-    else byId(side).removeAttribute("src");
-  }
+  if (now) showPair(now);
+}
+
+/** The thumbnails at once; both originals in their place, but never one alone, which would give it away. */
+function showPair(ballot) {
+  const images = [byId("left"), byId("right")];
+  const found = [ballot.left, ballot.right].map((method) => picture(method, ballot.prompt, 0, 0));
+  images.forEach((image, i) => (image.src = found[i].source));
+  if (!data.originals) return;
+  const originals = found.map(({ original }) => Object.assign(new Image(), { src: original }));
+  const replace = () => {
+    if (current()?.key === ballot.key) images.forEach((image, i) => (image.src = originals[i].src));
+  };
+  Promise.all(originals.map((image) => image.decode())).then(replace, () => {}); // without them the thumbnails stay
 }
 
 function cast(vote) {
@@ -684,12 +694,12 @@ function showResult() {
 /** The hash is "#report", "#pictures&task=...", "#blind", or the place of a chapter in the report. */
 function route() {
   const [name, ...rest] = location.hash.slice(1).split("&");
+  if (name === "main") return; // the link that skips the head
   const view = VIEWS.includes(name) ? name : "report";
-  const changed = document.body.dataset.view !== view;
-  document.body.dataset.view = view;
+  const changed = byId(view).hidden;
   for (const id of VIEWS) byId(id).hidden = id !== view;
-  for (const link of document.querySelectorAll(".bar nav a")) {
-    if (link.hash === `#${view}`) link.setAttribute("aria-current", "page");
+  for (const link of document.querySelectorAll(".bar [data-view]")) {
+    if (link.dataset.view === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   if (view === "pictures") openGallery(new URLSearchParams(rest.join("&")));
@@ -723,6 +733,9 @@ function setUpTheme() {
 }
 
 setUpTheme();
+if (matchMedia("(max-width: 40rem)").matches) {
+  for (const details of document.querySelectorAll("details[open]")) details.open = false;
+}
 setUpGallery();
 setUpZoom();
 setUpBlind();

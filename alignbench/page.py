@@ -210,7 +210,7 @@ def own_ids(svg: str, name: str) -> str:
 def _data(
     results: store.Results, analysis: Analysis, shown: Gallery, layers: Sequence[tuple[int, int]], out: Path
 ) -> dict[str, Any]:
-    """What the script reads. ``scores[measure][method]`` is flat: prompt, seed, index."""
+    """What the script reads. ``scores[measure][method]`` is flat: prompt, seed, image."""
     values = gallery.cube(shown, analysis, results.scores)
     signs = [{True: 1, False: -1, None: 0}[measure.higher_is_better] for measure in analysis.measures]
     apart = gallery.disagreement(_means(values), [measure.evaluator for measure in analysis.measures], signs)
@@ -227,7 +227,7 @@ def _data(
         "base": analysis.labels.index(analysis.base) if analysis.base is not None else None,
         "measures": measures,
         "prompts": [[prompt, *shown.about[prompt]] for prompt in shown.prompts],
-        "indices": shown.indices,
+        "indices": shown.images,
         "layers": layers,
         "scores": scores,
         "disagreement": _rounded(apart, 4),
@@ -249,19 +249,19 @@ def _rounded(values: NDArray, decimals: int) -> list[float | None]:
 
 def _originals(results: store.Results, out: Path) -> str | None:
     """The store's pictures as seen from the page, if near: a page that is sent away tells of no folder far from it."""
-    path = Path(os.path.relpath(Path(results.store or "") / "images", out)).as_posix()
+    path = Path(os.path.relpath(str(results.store / "images"), str(out))).as_posix()
     return None if path.startswith(("/", "../../../")) else quote(path)
 
 
 def _held(shown: Gallery, layers: Sequence[tuple[int, int]], side: int) -> str:
     """Which pictures the page holds, and which it does not."""
     total = shown.layers()
-    if not total:
+    if not shown.files:
         return "The store has no pictures yet."
     counted = f"{len(layers)} of {len(total)} sets of pictures (a training seed and an image index each)"
     which = "every picture" if len(layers) == len(total) else counted
     said = f"This page holds {which}, as thumbnails of at most {side} pixels."
-    left = [f"image {shown.indices[index]} of {_training(shown, seed)}" for seed, index in total[len(layers) :]]
+    left = [f"image {shown.images[index]} of {_training(shown, seed)}" for seed, index in total[len(layers) :]]
     return f"{said} Left out, for size: {'; '.join(left)}." if left else said
 
 

@@ -1,4 +1,4 @@
-"""A made-up store with pictures that look a little like photographs: for the page's tests, benchmark and screenshots."""
+"""A made-up store with pictures that look a little like photographs: for the page's tests and benchmark."""
 
 from __future__ import annotations
 
@@ -48,13 +48,15 @@ def scene(prompt: int, method: int, side: int) -> Image.Image:
 
 def prompt_text(prompt: int) -> str:
     what = f"A photograph of a {PLACES[prompt % 6]} {TIMES[prompt // 6 % 6]}"
-    return f"{what}, number {prompt}" + ", wide angle, very detailed, with a small wooden house on the left" * (prompt % 3 == 0)
+    return f"{what}, number {prompt}" + ", wide angle, very detailed, with a small wooden house on the left" * (
+        prompt % 3 == 0
+    )
 
 
 def make(
     root: Path, labels=LABELS, prompts=24, images=1, side=256, seeds=(0, 1), different=None, name="made_up"
 ) -> SimpleNamespace:
-    """The store's pictures in ``root``, and its results. ``different``: how many pictures differ, the rest are links."""
+    """The store's pictures in ``root``, and its results. ``different``: so many differ, the rest are links."""
     plan = manifest(seeds=seeds, labels=labels, name=name)
     plan["prompts"] = prompts
     plan["protocol"] |= {"images_per_prompt": images, "size": side}

@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
-    {"config", "stats", "grid", "hinge", "shapes.scene", "cost"},
+    {"config", "stats", "grid", "hinge", "shapes.scene", "cost", "markup"},
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
-    {"flow", "spec", "store", "shapes.checker", "clip", "small"},
-    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards"},
+    {"flow", "spec", "store", "shapes.checker", "clip", "small", "gallery"},
+    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards", "page"},
     {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers"},
     {"run", "jobs", "testing", "backends.flux", "rehearsal", "doctor"},
     {"launch", "job", "authoring", "estimate"},
@@ -44,6 +44,8 @@ TORCHLESS = {
     "prompts",
     "config",
     "report",
+    "page",
+    "gallery",
     "analysis",
     "snapshot",
     "provenance",
@@ -134,6 +136,7 @@ def test_the_command_line_is_light():
     heavy = {"torch", "transformers", "diffusers", "accelerate", "open_clip"}
     beside = {
         "table",
+        "markup",
         "stats",
         "grid",
         "weights",
