@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,14 @@ def browser() -> Iterator[Any]:
         opened = playwright.chromium.launch(executable_path=chromium(), args=[*ALONE])
         yield opened
         opened.close()
+
+
+def until(page: Any, expression: str, seconds: float = 20) -> None:
+    """Wait for it to hold. Playwright's own waiting evaluates text in the page, which the page's policy forbids."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"never: {expression}"
+        time.sleep(0.05)
 
 
 class Visit:
