@@ -112,7 +112,8 @@ def _seed(seed: int | None) -> int:
 def _reason(state: str, reason: Any) -> str:
     if state == "done":
         return "the store no longer has these pictures"
-    return f"the run is {state}" + (f": {reason}" if isinstance(reason, str) and reason else "")
+    said = {"failed": "the run failed", "running": "the run is being made"}.get(state, "the run is missing")
+    return f"{said}: {reason}" if isinstance(reason, str) and reason else said
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------

@@ -32,15 +32,22 @@ const slots = Math.max(1, ...data.seeds.map((seeds) => seeds.length));
 /** A method that trains nothing has one set of pictures, which stands beside every training seed of the others. */
 const slotOf = (method, slot) => (data.seeds[method].length === 1 && data.seeds[method][0] === null ? 0 : slot);
 
+let lastRow = { id: "", lines: [] }; // the row that was read last: it is asked for once for each method
+
+function lines(id) {
+  const element = byId(id);
+  if (element && lastRow.id !== id) lastRow = { id, lines: element.textContent.split("\n") };
+  return element && lastRow.lines;
+}
+
 /** {source, original} or {reason}. */
 function picture(method, prompt, slot, index) {
   const at = slotOf(method, slot);
   if (at >= data.seeds[method].length) return { reason: "this method has no such training" };
   const layer = data.layers.findIndex(([seed, image]) => seed === at && image === index);
   if (layer < 0) return { reason: "not in this page" };
-  const element = byId(`t${layer}-${prompt}`);
-  if (!element) return { reason: document.readyState === "loading" ? "still loading" : "not in this page" };
-  const line = element.textContent.split("\n")[method];
+  const line = lines(`t${layer}-${prompt}`)?.[method];
+  if (!line) return { reason: document.readyState === "loading" ? "still loading" : "not in this page" };
   if (line.startsWith("!")) return { reason: decodeURIComponent(line.slice(1)) };
   const [bytes, file] = line.split(" ");
   const kind = bytes.startsWith("iVBOR") ? "png" : "webp";
@@ -171,11 +178,17 @@ function changeGallery() {
   drawGallery();
 }
 
-/** Put the state into the address, so that what is seen can be linked. */
+let remembering = 0;
+
+/** Put the state into the address, so that what is seen can be linked; not with every key, which browsers refuse. */
 function remember(found) {
   const text = found.toString();
-  history.replaceState(null, "", text ? `#pictures&${text}` : "#pictures");
-  document.querySelector("[data-view=pictures]").href = location.hash; // so that coming back finds it as it was
+  const address = text ? `#pictures&${text}` : "#pictures";
+  document.querySelector("[data-view=pictures]").href = address; // so that coming back finds it as it was
+  clearTimeout(remembering);
+  remembering = setTimeout(() => {
+    if (!byId("pictures").hidden) history.replaceState(null, "", address);
+  }, 100);
 }
 
 function chosen() {
@@ -748,5 +761,6 @@ byId("pictures").addEventListener("keydown", (event) => {
 });
 route();
 document.addEventListener("DOMContentLoaded", () => {
-  if (document.body.dataset.view === "pictures") drawGallery(); // rows that came before their pictures had been read
+  if (!byId("pictures").hidden) drawGallery(); // rows that came before their pictures had been read
+  if (zoom.open) drawZoom();
 });

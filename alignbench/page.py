@@ -40,10 +40,14 @@ score fell. An empty circle is no evidence of either direction, and no proof tha
 class Figure(Protocol):
     """A plot. ``caption`` is its text for those who do not see it, too."""
 
-    name: str
-    title: str
-    caption: str
-    svg: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def caption(self) -> str: ...
+    @property
+    def svg(self) -> str: ...
 
 
 def build(

@@ -485,6 +485,7 @@ def test_a_view_can_be_linked(visit):
     web.check("[name=reverse]")
     web.uncheck("#shown >> text=DRaFT-LV")
     web.click(".row >> nth=1 >> .thumb >> nth=2")
+    until(web, "location.hash.includes('zoom=')")
     address, expected = web.evaluate("location.hash"), names(web)
     again = visit(address)
     assert names(again) == expected
@@ -492,7 +493,7 @@ def test_a_view_can_be_linked(visit):
     assert again.locator("#zoom-name").inner_text() == web.locator("#zoom-name").inner_text() == "DRTune"
     assert again.locator("#zoom-prompt").inner_text() == expected[1]
     web.keyboard.press("Escape")
-    assert "zoom" not in web.evaluate("location.hash")
+    until(web, "!location.hash.includes('zoom=')")
     assert visit("#pictures&task=%3Dnone&method=nobody&image=77&sort=up").locator("#rows h3").count() == 24
 
 
@@ -527,7 +528,7 @@ def test_a_picture_is_enlarged_and_walked_through_by_keys(visit):
         assert web.evaluate("document.activeElement === document.body || zoom.contains(document.activeElement)")
     web.keyboard.press("Escape")
     assert web.locator("#zoom").is_hidden()
-    assert web.evaluate("document.activeElement.dataset.method") == "4"
+    until(web, "document.activeElement.dataset.method === '4'")
     web.keyboard.press("j")
     assert web.evaluate("document.activeElement.dataset.prompt") == "3"
     web.keyboard.press("k")
@@ -723,10 +724,11 @@ def test_bad_input_in_the_browser(visit, tmp_path, what):
     assert count == {"nasty": 120, "empty": 0, "without base": 60}[what]
     if what == "nasty":
         web.wait_for_selector(".thumb.absent")
-        assert "No picture: the run is failed: </script>" in web.locator(".absent").first.inner_text()
+        assert "No picture: the run failed: </script>" in web.locator(".absent").first.inner_text()
         assert NASTY[1] in names(web)
         web.fill("[name=search]", "</script>")
         assert 0 < web.locator("#rows h3").count() < 120
+        until(web, "location.hash.includes('search=')")
         web.reload()
         assert web.input_value("[name=search]") == "</script>"
         web.click("#controls >> text=Reset")
