@@ -610,7 +610,7 @@ def test_a_phone(visit):
     web.tap("nav >> text=Report")
     assert web.evaluate(width) == 390
     web.tap("nav >> text=Blind A/B")
-    web.tap("text=Start")
+    web.tap("#setup button")
     assert web.evaluate(width) == 390
     assert web.evaluate(small, "#blind button, #blind .button") == []
 
@@ -634,7 +634,7 @@ def test_a_blind_comparison(visit, made, tmp_path):
     web = visit("#blind")
     web.select_option("#setup [name=first]", label="LeapAlign")
     web.select_option("#setup [name=second]", label="DRTune")
-    web.click("text=Start")
+    web.click("#setup button")
     data = data_of(made.read_text())
     prompts = {text: prompt for prompt, text, _ in data["prompts"]}
     cast = []
@@ -698,7 +698,7 @@ def test_sides_and_order_are_drawn_from_the_seed(visit):
     assert 10 < sum(ballot["left"] < ballot["right"] for ballot in drawn[0]) < 38
     web.select_option("#setup [name=first]", label="every pair of methods")
     web.select_option("#setup [name=task]", label="counting")
-    web.click("text=Start")
+    web.click("#setup button")
     assert web.locator("#progress").inner_text() == "Pair 1 of 40"
 
 
@@ -740,7 +740,7 @@ def test_bad_input_in_the_browser(visit, tmp_path, what):
         web.select_option("[name=sort]", sort)
     assert web.locator("option[value=gain]").count() == (what != "without base")
     web.click("nav >> text=Blind A/B")
-    web.click("text=Start")
+    web.click("#setup button")
     web.keyboard.press("ArrowLeft")
     web.click("#reveal")
     web.click("nav >> text=Report")
