@@ -56,8 +56,8 @@ def build(
     out: Path,
     *,
     sections: Sequence[str | Table],
+    hacked: Mapping[str, Sequence[Measure]],
     figures: Sequence[Figure] = (),
-    hacked: Mapping[str, Sequence[Measure]] | None = None,
 ) -> Path:
     """Write ``<name>.html`` into ``out``.
 
@@ -67,7 +67,7 @@ def build(
     manifest = results.manifest
     title, lead, chapters = _chapters(sections, out)
     after = next((i + 1 for i, (name, _) in enumerate(chapters) if name.startswith("Results")), len(chapters))
-    chapters[after:after] = _panel(analysis, hacked or {}) + _plots(figures)
+    chapters[after:after] = _panel(analysis, hacked) + _plots(figures)
     shown = gallery.collect(results, analysis)
     layers, side = gallery.thumbnails(shown)
     data = _data(results, analysis, shown, list(layers), out)

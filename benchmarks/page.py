@@ -73,13 +73,14 @@ def main() -> None:
         analysis = analyse(given.manifest, given.scores)
         said = report.sections(given.manifest, given.costs, analysis)
         start, cpu = time.monotonic(), time.process_time()
-        path = build(given, analysis, root / "outputs/made_up", sections=said)
+        path = build(given, analysis, root / "outputs/made_up", sections=said, hacked={})
         seconds, cpu = time.monotonic() - start, time.process_time() - cpu
         with browser() as chrome:
             times = [opening(chrome, path) for _ in range(OPENED)]
             version = chrome.version
         megabytes = path.stat().st_size / 1e6
-    facts: dict[str, Any] = {"date": str(date.today()), "machine": platform.machine(), "cores": os.cpu_count()}
+    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    facts: dict[str, Any] = {"date": str(date.today()), "cpu": cpus[0].partition(": ")[2], "cores": os.cpu_count()}
     facts |= {"load before": round(load, 1), "python": platform.python_version(), "chromium": version}
     facts |= {"methods": METHODS, **size}
     rows = {"build, s": seconds, "build, s of CPU": cpu, "file, MB": megabytes}
