@@ -276,7 +276,7 @@ def retry(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Print the table of a sweep from what the store has, and write it with a CSV and a picture grid."""
+    """Print the table of a sweep from what the store has, and write it with a CSV, a web page and a picture grid."""
     from alignbench.report import build
 
     store = _store(arguments)

@@ -19,7 +19,7 @@ from scipy.special import stdtrit
 from alignbench import stats, store
 from alignbench.analysis import ALPHA, UNTRAINED, Analysis, Measure, cubes
 from alignbench.stats import Array, Estimate
-from alignbench.table import DECIMALS, Cell, Column, Table, escape, interval, number
+from alignbench.table import DECIMALS, Cell, Column, Section, Table, escape, interval, number
 
 AXES = {"update": "updates", "images": "images", "nfe": "NFE", "gpu_seconds": "GPU-seconds"}  # costs, and their names
 LEVEL = 0.95
@@ -382,13 +382,13 @@ def _fall(course: Course, found: Sequence[Course], measure: Measure, k: int, bef
 # -- sections of the report -------------------------------------------------------------------------------------------
 
 
-def sections(results: store.Results, analysis: Analysis) -> list[str]:
+def sections(results: store.Results, analysis: Analysis) -> list[Section]:
     """Markdown for the report; empty if nothing was trained."""
     records = training(results)
     if records.empty:
         return []
     found = courses(results, analysis, records)
-    parts = ["## Over the course of training", *_reward_section(records, analysis)]
+    parts: list[Section] = ["## Over the course of training", *_reward_section(records, analysis)]
     if not found:
         lacking = "there is no untrained method to compare with" if analysis.base is None else "no milestone is there"
         planned = any(store.milestones(run) for run in results.manifest["runs"])
@@ -412,7 +412,7 @@ def reward_at(records: pd.DataFrame, axis: str, cost: float) -> float:
     return float(records.loc[near, "reward_mean"].mean())
 
 
-def _reward_section(records: pd.DataFrame, analysis: Analysis) -> list[str]:
+def _reward_section(records: pd.DataFrame, analysis: Analysis) -> list[Section]:
     """The training reward at half of, and at, the largest cost that all runs reached."""
     labels = [label for label in analysis.trained if label in set(records["label"])]
     largest = {axis: float(records.groupby("run")[axis].max().min()) for axis in AXES}
@@ -427,7 +427,7 @@ def _reward_section(records: pd.DataFrame, analysis: Analysis) -> list[str]:
     note = """\
 Training reward at equal cost, on the pictures that each method made while it trained: at half of, and at, the largest
 cost that all trainings reached; means over seeds, and over the updates within 5 % of the cost."""
-    return ["### Training reward against cost", Table(columns, rows).markdown(), note]
+    return ["### Training reward against cost", Table(columns, rows), note]
 
 
 def _short(cost: float) -> str:
@@ -447,9 +447,9 @@ def _column(measure: Measure) -> Column:
     return Column(measure.name, measure.unit, measure.higher_is_better, measure.role, decimals)
 
 
-def _equal_cost_section(found: Sequence[Course], analysis: Analysis) -> list[str]:
+def _equal_cost_section(found: Sequence[Course], analysis: Analysis) -> list[Section]:
     """One table for each cost that stops some method before its end."""
-    parts = []
+    parts: list[Section] = []
     for axis, name in AXES.items():
         cost = common(found, axis)
         beyond = [course.label for course in found if np.nanmax(course.costs[axis][-1]) > 1.01 * cost]
@@ -462,7 +462,7 @@ def _equal_cost_section(found: Sequence[Course], analysis: Analysis) -> list[str
             for course in found
         ]
         parts += [f"**At {_short(cost)} {name}, the most that every method reached:**"]
-        parts += [Table([Column("method"), *map(_column, chosen)], rows).markdown()]
+        parts += [Table([Column("method"), *map(_column, chosen)], rows)]
     if not parts:
         return []
     note = "Between milestones a score is interpolated linearly, prompt by prompt; nothing is extrapolated."
@@ -475,7 +475,7 @@ def _mean_cell(found: Estimate, measure: Measure) -> Cell:
     return Cell(found.mean, max(found.lo, low), min(found.hi, high))
 
 
-def _target_section(found: Sequence[Course], analysis: Analysis) -> list[str]:
+def _target_section(found: Sequence[Course], analysis: Analysis) -> list[Section]:
     rows = []
     for measure in directed(analysis):
         gain = target(found, measure)
@@ -492,7 +492,7 @@ def _target_section(found: Sequence[Course], analysis: Analysis) -> list[str]:
     note = """\
 The target is half of the largest gain over the base model that any method ends with. Costs are the first at which a
 method's mean gain is that large, linear between milestones, with 95 % of the resamples of prompts and seeds."""
-    return ["### Cost of half the best gain", Table(columns, rows).markdown(), note]
+    return ["### Cost of half the best gain", Table(columns, rows), note]
 
 
 def _reached(found: Reached) -> str:
@@ -503,7 +503,7 @@ def _reached(found: Reached) -> str:
     return f"{_short(found.cost)} [{lo}, {hi}]"
 
 
-def _steps_section(found: Sequence[Course], analysis: Analysis, records: pd.DataFrame) -> list[str]:
+def _steps_section(found: Sequence[Course], analysis: Analysis, records: pd.DataFrame) -> list[Section]:
     """Every step of every method: changes against the base model, and the drift of its weights."""
     columns = [Column("method"), Column("update", decimals=0)]
     columns += [
@@ -520,7 +520,7 @@ def _steps_section(found: Sequence[Course], analysis: Analysis, records: pd.Data
     note = """\
 Paired changes against the base model, on the milestones' prompts, with 95 % intervals. *drift*: how far the network's
 output has moved from the base model's, |v - v_base|^2 / |v_base|^2, in training."""
-    return ["### Milestone by milestone", Table(columns, rows).markdown(), note]
+    return ["### Milestone by milestone", Table(columns, rows), note]
 
 
 def _change(estimate: Estimate, measure: Measure) -> str:
@@ -538,7 +538,7 @@ def drifts(course: Course, records: pd.DataFrame) -> Array:
     return _mean(found, 1)
 
 
-def _parting_section(found: Sequence[Course]) -> list[str]:
+def _parting_section(found: Sequence[Course]) -> list[Section]:
     parted = partings(found)
     if not parted:
         return []
@@ -548,7 +548,7 @@ def _parting_section(found: Sequence[Course]) -> list[str]:
     for label, mine in parted.items():
         cells = [Cell(_parted(mine[measure]), bold=mine[measure].update is not None) for measure in measures]
         rows.append([Cell(label), *cells])
-    return ["### Where reward and quality part", Table(columns, rows).markdown(), PARTING]
+    return ["### Where reward and quality part", Table(columns, rows), PARTING]
 
 
 def _parted(found: Parting) -> str:
@@ -558,7 +558,7 @@ def _parted(found: Parting) -> str:
     return f"{where} [{lo if lo == hi else f'{lo}, {hi}'}; {found.share:.0%}]"
 
 
-def _profile_section(analysis: Analysis) -> list[str]:
+def _profile_section(analysis: Analysis) -> list[Section]:
     scores = normalised(analysis)
     if not scores:
         return []
@@ -574,10 +574,10 @@ def _profile_section(analysis: Analysis) -> list[str]:
 Share of runs (measure x training seed) whose score at the end exceeds a threshold: 0 is the base model, 1 the best mean
 of that measure. Measures: {", ".join(escape(measure.name) for measure in scores)}. Pointwise 95 % bands: seeds drawn
 again within each measure (Agarwal et al. 2021)."""
-    return ["### Performance profile", Table(columns, rows).markdown(), note]
+    return ["### Performance profile", Table(columns, rows), note]
 
 
-def _unreached(results: store.Results) -> list[str]:
+def _unreached(results: store.Results) -> list[Section]:
     """Milestones that lie beyond a training's end."""
     place, lines = store.Store(results.store), []
     for run in results.manifest["runs"]:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from alignbench import curves, grid, stats, store
+from alignbench import curves, grid, page, stats, store
 from alignbench.analysis import UNTRAINED, Analysis, Measure, analyse, better, worse
-from alignbench.table import DECIMALS, Cell, Column, Table, escape, interval, number
+from alignbench.table import DECIMALS, Cell, Column, Section, Table, escape, interval, number
 
 REPORTS = "alignbench.reports"
 MIB = 2**20
@@ -52,38 +52,45 @@ class Words(NamedTuple):
 
 
 def build(results: store.Results, out: Path) -> list[Path]:
-    """Write ``<name>.md``, ``<name>.csv`` and ``<name>-grid.png`` (if there is any picture) into ``out``; the paths."""
+    """Write ``<name>.md``, ``.csv``, ``-grid.png`` (if there is any picture) and ``.html`` into ``out``; the paths."""
     manifest = results.manifest
     name = manifest["name"]
     analysis = analyse(manifest, results.scores)
     picture = _picture_grid(results, analysis)
     paths = [out / f"{name}.md", out / f"{name}.csv"]
-    sheet = f"{name}-grid.png" if picture else None
+    shown = f"{name}-grid.png" if picture else None
     course = curves.sections(results, analysis)
-    text = markdown(manifest, results.costs, analysis, sheet, made_with(results), course)
-    store.write(paths[0], text)
+    said = sections(manifest, results.costs, analysis, shown, made_with(results), course)
+    store.write(paths[0], markdown(said))
     store.write(paths[1], tidy(analysis, results.costs).csv())
     if picture:
         paths.append(out / f"{name}-grid.png")
         store.write(paths[-1], lambda temporary: picture.save(temporary, "PNG"))
-    return paths
+    flagged = {label: hacked(analysis, label) for label in analysis.trained}
+    return [*paths, page.build(results, analysis, out, sections=said, hacked=flagged)]
 
 
-def markdown(
+def markdown(said: Sequence[Section]) -> str:
+    """The whole page as text."""
+    texts = [section.markdown() if isinstance(section, Table) else section for section in said]
+    return "\n\n".join(text.strip("\n") for text in texts) + "\n"
+
+
+def sections(
     manifest: dict[str, Any],
     costs: pd.DataFrame,
     analysis: Analysis,
     picture: str | None = None,
     origins: Sequence[str] = (),
-    course: Sequence[str] = (),
-) -> str:
-    """The whole page. The first line says how to make it again; ``origins``: what the runs were made with.
+    course: Sequence[Section] = (),
+) -> list[Section]:
+    """All that is said. The first line says how to make it again; ``origins``: what the runs were made with.
 
     ``course``: sections on what happened over the course of training.
     """
     words = _words(manifest["name"])
     alike = "same prompts" if manifest.get("imported") else "same prompts and noise"
-    sections = [
+    found: list[Section] = [
         f"Made by `{regenerate(manifest)}`",
         f"# {'REHEARSAL: ' * bool(manifest.get('rehearsal'))}{escape(words.title)}",
         REHEARSED if manifest.get("rehearsal") else "",
@@ -91,7 +98,7 @@ def markdown(
         words.intro.strip(),
         *_answers(words.questions, analysis),
         "## Results (REHEARSAL)" if manifest.get("rehearsal") else "## Results",
-        main_table(analysis, costs, hybrid(manifest)).markdown(),
+        main_table(analysis, costs, hybrid(manifest)),
         LEGEND.format(base=escape(analysis.base or "a base model (none in this sweep)"), count=len(analysis.compared)),
         NEUTRAL_NOTE if any(measure.higher_is_better is None for measure in analysis.measures) else "",
         _hybrid_note(manifest),
@@ -110,7 +117,7 @@ def markdown(
         *_coverage_section(manifest, analysis),
         *_protocol_section(manifest, analysis, origins),
     ]
-    return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
+    return [section for section in found if section]
 
 
 REHEARSED = """\
@@ -310,7 +317,7 @@ def _budgets(analysis: Analysis, costs: pd.DataFrame) -> str:
     return f"**The numbers of training images differ**: {listed}."
 
 
-def _changes_section(analysis: Analysis, imported: bool = False) -> list[str]:
+def _changes_section(analysis: Analysis, imported: bool = False) -> list[Section]:
     if analysis.base is None:
         return ["## Paired change", "The sweep has no untrained method to compare with."]
     columns = [Column("measure"), Column("method"), Column(f"change against {analysis.base}")]
@@ -331,7 +338,7 @@ Image by image: same prompt, {noise}. The p-value tests "no change" (t on the bo
 Satterthwaite's degrees of freedom) and is corrected for all methods of one measure; up and down: p < 0.05.
 *SE, prompts* takes these very trainings as given; *SE, prompts and seeds* is for trainings with any seed."""
     heading = f"## Paired change against {escape(analysis.base)}"
-    return [heading, Table(columns, rows).markdown(), note, _seeds_note(analysis)]
+    return [heading, Table(columns, rows), note, _seeds_note(analysis)]
 
 
 def _seeds_note(analysis: Analysis) -> str:
@@ -377,7 +384,7 @@ def hacked(analysis: Analysis, label: str) -> list[Measure]:
     return [m for m, change in changes.items() if rose and m.role != "train" and worse(change, m)]
 
 
-def _hacking_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:
+def _hacking_section(analysis: Analysis, costs: pd.DataFrame) -> list[Section]:
     if not analysis.trained:
         return []
     columns = [Column("method"), Column("reward, first 10 % of updates", decimals=4)]
@@ -389,7 +396,7 @@ def _hacking_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:
         rows.append([Cell(label), Cell(first), Cell(last), Cell(last - first)])
     lines = [_hacking_line(analysis, label) for label in analysis.trained if analysis.base is not None]
     note = "Means over finished seeds, of the reward on the pictures that the method itself made while it trained."
-    return ["## Training reward, and reward hacking", Table(columns, rows).markdown(), note, "\n".join(lines)]
+    return ["## Training reward, and reward hacking", Table(columns, rows), note, "\n".join(lines)]
 
 
 def _hacking_line(analysis: Analysis, label: str) -> str:
@@ -402,8 +409,8 @@ def _hacking_line(analysis: Analysis, label: str) -> str:
     return f"- {escape(label)}: no reward hacking shown ({told})."
 
 
-def _task_sections(analysis: Analysis) -> list[str]:
-    sections = []
+def _task_sections(analysis: Analysis) -> list[Section]:
+    sections: list[Section] = []
     for measure in analysis.measures:
         if not measure.by_task:
             continue
@@ -413,7 +420,7 @@ def _task_sections(analysis: Analysis) -> list[str]:
         for label in analysis.labels:
             found = [*(means[label] for means in tasks.values()), analysis.means[measure][label]]
             rows.append([Cell(label), *(_estimate_cell(each, measure) for each in found)])
-        sections += [f"## {escape(measure.name)} [{measure.role}], by task", Table(columns, rows).markdown()]
+        sections += [f"## {escape(measure.name)} [{measure.role}], by task", Table(columns, rows)]
     return sections
 
 

@@ -1,4 +1,4 @@
-"""A table of numbers with intervals, as markdown (rounded, escaped) and as CSV (in full precision)."""
+"""A table of numbers with intervals, as markdown and HTML (rounded, escaped) and as CSV (in full precision)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from alignbench import markup
 
 ABSENT = "—"
 DECIMALS = {"fraction": 3, "cosine": 3, "logit": 2}  # by unit of a metric; 3 for any other
@@ -59,6 +61,21 @@ class Table(NamedTuple):
         ]
         return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
 
+    def html(self, caption: str) -> str:
+        """A table that a screen reader can walk through; the first column has the rows' headings."""
+        texts = [list(map(_shown, row, self.columns)) for row in self.rows]
+        right = [all(_NUMERIC.fullmatch(text) for text in column) for column in zip(*texts)] or [False] * len(
+            self.columns
+        )
+        head = "".join(map(_html_header, self.columns, right))
+        lines = []
+        for row, shown in zip(self.rows, texts):
+            cells = [_html_cell(cell, text, r) for cell, text, r in zip(row[1:], shown[1:], right[1:])]
+            first = f'<th scope="row">{_html_content(row[0], shown[0], right[0])}</th>'
+            lines.append(f"<tr>{first}{''.join(cells)}</tr>\n")
+        body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>"
+        return f"<table>\n<caption>{markup.text(caption)}</caption>\n{body}\n</table>\n"
+
     def csv(self) -> str:
         """RFC 4180; an unmeasured cell is empty. A column with intervals fills three: title, title_lo, title_hi."""
         wide = [any(row[i].lo is not None for row in self.rows) for i in range(len(self.columns))]
@@ -69,6 +86,9 @@ class Table(NamedTuple):
         for row in self.rows:
             writer.writerow([_plain(value) for cell, suffixes in zip(row, ends) for value in cell[: len(suffixes)]])
         return text.getvalue()
+
+
+Section = str | Table  # what a report is made of: a piece of markdown, or a table
 
 
 def escape(text: str) -> str:
@@ -96,15 +116,50 @@ def interval(value: float | None, lo: float | None, hi: float | None, decimals: 
     return f"{mean} [unknown]" if ABSENT in limits else f"{mean} [{', '.join(limits)}]"
 
 
+def _shown(cell: Cell, column: Column) -> str:
+    """What stands in a cell, without bold and mark."""
+    if isinstance(cell.value, str):
+        return " ".join(cell.value.translate(_BIDI).split())
+    if cell.lo is not None:
+        return interval(cell.value, cell.lo, cell.hi, column.decimals, column.signed)
+    return number(cell.value, column.decimals, column.signed)
+
+
 def _markdown(cell: Cell, column: Column) -> str:
     if isinstance(cell.value, str):
         text = escape(cell.value)
         return (f"**{text}**" if cell.bold else text) + cell.mark
-    text = number(cell.value, column.decimals, column.signed)
-    if cell.lo is not None:
-        text = interval(cell.value, cell.lo, cell.hi, column.decimals, column.signed)
-    mean, _, limits = text.partition(" ")
+    mean, _, limits = _shown(cell, column).partition(" ")
     return " ".join(filter(None, [f"**{mean}**" if cell.bold else mean, limits, cell.mark]))
+
+
+_NUMERIC = re.compile(rf"{ABSENT}|[<+-]?\d[\d,.]*( \[.*\])?")
+
+
+def _html_header(column: Column, right: bool) -> str:
+    arrow = {True: ("↑", "higher is better"), False: ("↓", "lower is better"), None: ("", "")}[column.higher_is_better]
+    said = f' <span aria-hidden="true">{arrow[0]}</span><span class="sr">, {arrow[1]}</span>' if arrow[0] else ""
+    unit = f", {column.unit}" if column.unit else ""
+    role = f" <small>[{markup.text(column.role)}]</small>" if column.role else ""
+    return f'<th scope="col"{_class(right)}>{markup.text(column.title + unit)}{said}{role}</th>'
+
+
+def _html_cell(cell: Cell, shown: str, right: bool) -> str:
+    return f"<td{_class(right)}>{_html_content(cell, shown, right)}</td>"
+
+
+def _class(right: bool) -> str:
+    return ' class="number"' if right else ""
+
+
+def _html_content(cell: Cell, shown: str, right: bool) -> str:
+    if shown == ABSENT:
+        return f'<span aria-hidden="true">{ABSENT}</span><span class="sr">not measured</span>{markup.inline(cell.mark)}'
+    mean, _, limits = shown.partition(" ") if right else (shown, "", "")
+    text = markup.text(mean) if right else f"<bdi>{markup.text(mean)}</bdi>"
+    text = f"<strong>{text}</strong>" if cell.bold else text
+    mark = f" {markup.inline(cell.mark.strip())}" if cell.mark else ""
+    return text + (f" <small>{markup.text(limits)}</small>" if limits else "") + mark
 
 
 def _plain(value: float | str | None) -> str:

@@ -12,12 +12,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
-    {"config", "stats", "grid", "hinge", "shapes.scene", "cost"},
+    {"config", "stats", "grid", "hinge", "shapes.scene", "cost", "markup"},
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
-    {"flow", "spec", "store", "shapes.checker", "clip", "small"},
+    {"flow", "spec", "store", "shapes.checker", "clip", "small", "gallery"},
     {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards", "small_backends"},
-    {"curves"},
+    {"curves", "page"},
     {"plots"},
     {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers", "backends.pipeline"},
     {"run", "jobs", "testing", "backends.flux", "backends.sd3", "backends.flux2", "rehearsal", "doctor"},
@@ -47,6 +47,8 @@ TORCHLESS = {
     "prompts",
     "config",
     "report",
+    "page",
+    "gallery",
     "analysis",
     "curves",
     "plots",
@@ -144,6 +146,7 @@ def test_the_command_line_is_light():
     heavy = {"torch", "transformers", "diffusers", "accelerate", "open_clip"}
     beside = {
         "table",
+        "markup",
         "stats",
         "grid",
         "weights",

@@ -307,7 +307,7 @@ def test_the_report_tells_the_course_after_the_hacking_section(whole, tmp_path):
 
 def test_without_milestones_one_line_says_so(bare):
     """The training reward against cost is still shown."""
-    text = "\n\n".join(curves.sections(*bare))
+    text = report.markdown(curves.sections(*bare))
     assert "Without `training.milestones`, only the end of the scores is known." in text
     assert "### Training reward against cost" in text
     assert "### Milestone by milestone" not in text
@@ -325,7 +325,7 @@ def test_an_unreached_milestone_is_named(whole, tmp_path):
     manifest = {**results.manifest, "runs": [dict(run) for run in results.manifest["runs"]]}
     entry = {"update": 90, "images": "none", "scores": []}
     manifest["runs"][1]["milestones"] = [*manifest["runs"][1]["milestones"], entry]
-    text = "\n".join(curves.sections(store.Results(results.store, manifest), analysis))
+    text = report.markdown(curves.sections(store.Results(results.store, manifest), analysis))
     assert "- ReFL, seed 0: training ended before update 90" in text
 
 
@@ -341,7 +341,7 @@ def test_half_a_store_makes_sections(whole, tmp_path):
     for run in (run for (label, _), run in runs.items() if label == "DanceGRPO"):
         shutil.rmtree(tmp_path / "store" / "runs" / run["id"])
     half = store.Results(tmp_path / "store", results.manifest)
-    text = "\n".join(curves.sections(half, analyse(half.manifest, half.scores)))
+    text = report.markdown(curves.sections(half, analyse(half.manifest, half.scores)))
     assert "### Where reward and quality part" in text
     assert "nan" not in text
 

@@ -114,7 +114,7 @@ def draw_pictures(root, plan, prompts=60):
 
 
 def page(given):
-    return report.markdown(given.manifest, given.costs, analyse(given.manifest, given.scores))
+    return report.markdown(report.sections(given.manifest, given.costs, analyse(given.manifest, given.scores)))
 
 
 def section(text, heading):
@@ -391,8 +391,8 @@ def test_the_grid_has_a_row_per_method_and_a_column_per_prompt(tmp_path):
     given = results(tmp_path)
     draw_pictures(tmp_path, given.manifest)
     paths = report.build(given, tmp_path / "out")
-    assert [path.name for path in paths] == ["made_up.md", "made_up.csv", "made_up-grid.png"]
-    with Image.open(paths[-1]) as sheet:
+    assert [path.name for path in paths] == ["made_up.md", "made_up.csv", "made_up-grid.png", "made_up.html"]
+    with Image.open(paths[2]) as sheet:
         side, gap = 128, grid.GAP
         assert sheet.height == 2 * gap + grid.LINE * (1 + 3) + 6 * (side + gap)  # task, and three lines of prompt
         left = sheet.width - 10 * (side + gap)
@@ -408,7 +408,7 @@ def test_a_missing_picture_leaves_a_grey_tile(tmp_path):
     draw_pictures(tmp_path, given.manifest)
     for seed in (0, 1):
         (tmp_path / f"images/ReFL{seed}/manifest.parquet").unlink()
-    with Image.open(report.build(given, tmp_path / "out")[-1]) as sheet:
+    with Image.open(report.build(given, tmp_path / "out")[2]) as sheet:
         row = np.asarray(sheet)[-5 * 132 : -5 * 132 + 128, -132:-4]
     assert (row[:8] == 225).all()
 
@@ -433,7 +433,7 @@ def test_prompts_of_the_grid_are_chosen_by_rule():
 
 
 def test_a_report_is_made_twice_alike(tmp_path):
-    """The same store gives the same bytes: the page, the CSV and the pictures."""
+    """The same store gives the same bytes: the pages, the CSV and the pictures."""
     given = results(tmp_path)
     draw_pictures(tmp_path, given.manifest)
     first = [path.read_bytes() for path in report.build(given, tmp_path / "a")]

@@ -1,0 +1,98 @@
+"""The report's page of ten methods and 400 prompts: seconds to build, bytes, and how soon Chromium shows it.
+
+    python benchmarks/page.py [--prompts 400] [--side 1024] [--different 40]
+
+On a made-up store (tests/scenery.py) of pictures with the spectrum of photographs; ``--different`` of them differ, the
+others are links to these, which saves disk and time but no decoding. Chromium opens the file three times. Figures go to
+benchmarks/results/page.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+import scenery  # noqa: E402  # beside the tests, not in the package
+from browser import Visit, browser, until  # noqa: E402
+
+from alignbench import report  # noqa: E402
+from alignbench.analysis import analyse  # noqa: E402
+from alignbench.page import build  # noqa: E402
+from alignbench.store import write, write_json  # noqa: E402
+
+METHODS = 10
+OPENED = 3
+TIMES = """() => {
+  const [page] = performance.getEntriesByType("navigation");
+  const [paint] = performance.getEntriesByName("first-contentful-paint");
+  return {"first content": paint.startTime / 1000, "load event": page.loadEventEnd / 1000};
+}"""
+
+
+def opening(chrome: Any, path: Path) -> dict[str, float]:
+    """Seconds from the start of navigation; and from a click on "Pictures" until the first row has its pictures."""
+    visit = Visit(chrome, path)
+    until(visit.page, "performance.getEntriesByType('navigation')[0].loadEventEnd > 0")
+    found = visit.page.evaluate(TIMES)
+    start = time.monotonic()
+    visit.page.click("nav >> text=Pictures")
+    until(visit.page, "document.querySelector('.row img')?.complete")
+    found["first row of pictures, after a click"] = time.monotonic() - start
+    start = time.monotonic()
+    visit.page.evaluate("document.querySelector('.row:last-child').scrollIntoView()")
+    until(visit.page, "document.querySelector('.row:last-child img')?.complete")
+    found["last row, after a jump to the end"] = time.monotonic() - start
+    assert not visit.complaints, visit.complaints
+    visit.context.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--different", type=int, default=40)
+    arguments = parser.parse_args()
+    load = os.getloadavg()[0]
+    labels = ["base", *(f"method {i}" for i in range(1, METHODS))]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        size = {"prompts": arguments.prompts, "side": arguments.side, "different": arguments.different}
+        given = scenery.make(root / "store", labels=labels, seeds=(0,), **size)
+        analysis = analyse(given.manifest, given.scores)
+        said = report.sections(given.manifest, given.costs, analysis)
+        start, cpu = time.monotonic(), time.process_time()
+        path = build(given, analysis, root / "outputs/made_up", sections=said, hacked={})
+        seconds, cpu = time.monotonic() - start, time.process_time() - cpu
+        with browser() as chrome:
+            times = [opening(chrome, path) for _ in range(OPENED)]
+            version = chrome.version
+        megabytes = path.stat().st_size / 1e6
+    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    facts: dict[str, Any] = {"date": str(date.today()), "cpu": cpus[0].partition(": ")[2], "cores": os.cpu_count()}
+    facts |= {"load before": round(load, 1), "python": platform.python_version(), "chromium": version}
+    facts |= {"methods": METHODS, **size}
+    rows = {"build, s": seconds, "build, s of CPU": cpu, "file, MB": megabytes}
+    rows |= {f"{name}, s (median of {OPENED})": statistics.median(each[name] for each in times) for name in times[0]}
+    text = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    table = "\n".join(f"| {name} | {value:.2f} |" for name, value in rows.items())
+    head = f"# The report's page, {METHODS} methods x {arguments.prompts} prompts"
+    page = f"{head}\n\n{text}\n\n| what | measured |\n|---|---:|\n{table}\n"
+    write_json(HERE / "results" / "page.json", {**facts, **{name: round(value, 3) for name, value in rows.items()}})
+    write(HERE / "results" / "page.md", page)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
