@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from alignbench import grid, stats, store
-from alignbench.analysis import UNTRAINED, Analysis, Measure, analyse, better, worse
+from alignbench import effects, grid, references, stats, store
+from alignbench.analysis import UNTRAINED, Analysis, Comparison, Measure, analyse, better, worse
+from alignbench.config import UserError, did_you_mean
 from alignbench.table import DECIMALS, Cell, Column, Table, escape, interval, number
 
 MIB = 2**20
@@ -46,22 +47,44 @@ class Words(NamedTuple):
     title: str
     intro: str = ""
     questions: Sequence[tuple[str, Sequence[str]]] = ()
+    published: Sequence[str] = ()  # tables of reports/published
 
 
-def build(results: store.Results, out: Path) -> list[Path]:
-    """Write ``<name>.md``, ``<name>.csv`` and ``<name>-grid.png`` (if there is any picture) into ``out``; the paths."""
+FORMATS = ("md", "csv", "tex", "png")
+
+
+def build(results: store.Results, out: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Write what ``formats`` names into ``out``; the paths, the page first. UserError for a format there is not.
+
+    md: ``<name>.md``; csv: ``<name>.csv``, and ``<name>-published.csv`` if the sweep has published numbers beside its
+    own; tex: the tables, ``<name>.tex``; png: the picture grid, ``<name>-grid.png``, if there is any picture.
+    """
+    check_formats(formats)
     manifest = results.manifest
     name = manifest["name"]
     analysis = analyse(manifest, results.scores)
-    picture = _picture_grid(results, analysis)
-    paths = [out / f"{name}.md", out / f"{name}.csv"]
-    text = markdown(manifest, results.costs, analysis, f"{name}-grid.png" if picture else None, made_with(results))
-    store.write(paths[0], text)
-    store.write(paths[1], tidy(analysis, results.costs).csv())
+    published = [references.load(stem) for stem in _words(name).published]
+    picture = _picture_grid(results, analysis) if "png" in formats else None
+    contents: dict[str, Any] = {}
+    if "md" in formats:
+        link = f"{name}-grid.png" if picture else None
+        contents[f"{name}.md"] = markdown(manifest, results.costs, analysis, link, made_with(results), published)
+    if "csv" in formats:
+        contents[f"{name}.csv"] = tidy(analysis, results.costs).csv()
+        if published:
+            contents[f"{name}-published.csv"] = references.tidy(published, manifest, analysis).csv()
+    if "tex" in formats:
+        contents[f"{name}.tex"] = latex(manifest, results.costs, analysis, published)
     if picture:
-        paths.append(out / f"{name}-grid.png")
-        store.write(paths[-1], lambda temporary: picture.save(temporary, "PNG"))
-    return paths
+        contents[f"{name}-grid.png"] = lambda temporary: picture.save(temporary, "PNG")
+    for file, content in contents.items():
+        store.write(out / file, content)
+    return [out / file for file in contents]
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    for unknown in set(formats) - set(FORMATS):
+        raise UserError(f"--format: there is no format '{unknown}'{did_you_mean(unknown, FORMATS, 'formats')}")
 
 
 def markdown(
@@ -70,6 +93,7 @@ def markdown(
     analysis: Analysis,
     picture: str | None = None,
     origins: Sequence[str] = (),
+    published: Sequence[references.Reference] = (),
 ) -> str:
     """The whole page. The first line says how to make it again; ``origins``: what the runs were made with."""
     words = _words(manifest["name"])
@@ -87,7 +111,9 @@ def markdown(
         _hybrid_note(manifest),
         _budgets(analysis, costs),
         *([f"![same prompts and noise, one row per method]({picture})", GRID_NOTE] if picture else []),
+        *references.sections(manifest, analysis, published),
         *_changes_section(analysis),
+        *effects.sections(analysis),
         *_hacking_section(analysis, costs),
         *_task_sections(analysis),
         *_notes_section(manifest),
@@ -104,10 +130,10 @@ REHEARSED = """\
 **REHEARSAL: small random models stand in for the real ones, and almost nothing was trained. That everything ran is all
 that this page shows; no number in it means anything.**"""
 NEUTRAL_NOTE = "A column without an arrow: neither direction is better in itself, nothing in it is bold."
-TWO_SEEDS_NOTE = """\
-With fewer than three seeds of a method, the spread between trainings is the larger of its own and that of all methods
-together. The interval of a method whose trainings differ far more than the others' is then too short (85 % instead of
-95 %, simulated)."""
+POOLED_NOTE = """\
+Few seeds say little of how much trainings differ: the spread between them is the larger of a method's own and that of
+all methods together. The interval of a method whose trainings differ many times more than the others' is too short
+(simulated: 78 to 88 % instead of 95 % with two seeds, 85 to 89 % with three, 90 to 92 % with five)."""
 GRID_NOTE = """\
 Pictures of the lowest training seed that has any, first image of each prompt; the prompts were drawn by the hash of
 their id, tasks in turn."""
@@ -204,18 +230,36 @@ def _trainings(costs: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
 
 def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
     """One row per method and measure, and one per method and cost; differences are paired, against base."""
-    names = ["method", "metric", "role", "unit", "mean", "lo", "hi", "se", "se_prompts", "prompts", "seeds"]
+    names = [
+        "method",
+        "metric",
+        "role",
+        "unit",
+        "mean",
+        "lo",
+        "hi",
+        "se",
+        "se_prompts",
+        "prompts",
+        "seeds",
+        "between_trainings",
+    ]
     names += ["change", "change_lo", "change_hi", "change_se", "change_se_prompts", "p", "p_holm", "verdict"]
+    names += ["improved", "improved_lo", "improved_hi", "improved_p", "improved_p_holm", "improved_verdict"]
     rows: list[list[Cell]] = []
     for measure in analysis.measures:
-        data = analysis.scores[measure]
-        strata = data.tags if measure.by_task else None
         for label in analysis.labels:
-            mean, values = analysis.means[measure][label], data.values[label]
+            mean = analysis.means[measure][label]
             start: list[float | str | None] = [label, measure.name, measure.role, measure.unit, *mean[:4]]
-            start.append(stats.clustered_se(values, strata))
-            row = [*start, mean.prompts, mean.seeds, *_tidy_change(analysis, measure, label)]
+            start += [mean.se_prompts, mean.prompts, mean.seeds, _between_trainings(analysis, measure, label)]
+            row = [*start, *_tidy_change(analysis, measure, label)]
+            row += _tidy_improved(analysis, measure, label)
             rows.append(list(map(Cell, row)))
+    for label, gain in analysis.gains.items():
+        start = [label, effects.IQM, "summary", "SD of base", *[None] * 5, gain.estimate.prompts, gain.estimate.seeds]
+        start.append(_between_trainings(analysis, analysis.summed[0], label))
+        told = [*start, *_tidy_compared(gain), *[None] * 6]
+        rows.append(list(map(Cell, told)))
     for label in analysis.labels:
         for (column, _, unit, _, _), cell in zip(COSTS, _cost_cells(costs, label)):
             start = [label, column.removesuffix("_bytes"), "cost", unit, cell.value]
@@ -223,19 +267,51 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
     return Table([Column(name) for name in names], rows)
 
 
+def _between_trainings(analysis: Analysis, measure: Measure, label: str) -> str:
+    """Whether the errors of a row contain how much trainings differ: "none" where nothing was trained."""
+    if label not in analysis.trained:
+        return "none"
+    known = max(analysis.means[measure][each].seeds for each in analysis.trained) > 1
+    return "in se" if known else "unknown"
+
+
 def _tidy_change(analysis: Analysis, measure: Measure, label: str) -> list[float | str | None]:
     change = analysis.changes[measure].get(label)
-    if change is None:
-        return [None] * 8
-    errors = [change.estimate.se, _change_se(analysis, measure, label)]
-    return [*change.estimate[:3], *errors, change.estimate.p, change.p_holm, change.verdict]
+    return [None] * 8 if change is None else _tidy_compared(change)
 
 
-def _change_se(analysis: Analysis, measure: Measure, label: str) -> float:
-    """Standard error of the change against base, clustered by prompt, the trained seeds taken as given."""
-    data = analysis.scores[measure]
-    difference = data.values[label] - data.values[analysis.base or ""]
-    return stats.clustered_se(difference, data.tags if measure.by_task else None)
+def _tidy_compared(change: Comparison) -> list[float | str | None]:
+    found = change.estimate
+    return [*found[:3], found.se, found.se_prompts, found.p, change.p_holm, change.verdict]
+
+
+def _tidy_improved(analysis: Analysis, measure: Measure, label: str) -> list[float | str | None]:
+    share = analysis.improved.get(measure, {}).get(label)
+    return [None] * 6 if share is None else [*share.estimate[:3], share.estimate.p, share.p_holm, share.verdict]
+
+
+def latex(
+    manifest: dict[str, Any],
+    costs: pd.DataFrame,
+    analysis: Analysis,
+    published: Sequence[references.Reference] = (),
+) -> str:
+    """The page's tables, each by itself, to be taken into a paper."""
+    tables = {"Results": main_table(analysis, costs, hybrid(manifest))}
+    tables |= {f"Published numbers, {each.name}": references.beside(each, manifest, analysis) for each in published}
+    if analysis.base is not None:
+        tables |= {"Paired change": changes_table(analysis), **effects.tables(analysis)}
+    tables |= {
+        f"{measure.name}, by task": _task_table(analysis, measure) for measure in analysis.measures if measure.by_task
+    }
+    stamp = ["REHEARSAL: no number here means anything"] if manifest.get("rehearsal") else []
+    stamp += [f"SUBSET: the first {manifest['subset']} prompts"] if manifest.get("subset") else []
+    stamp += [note.strip("*")] if (note := _seeds_note(analysis)) else []
+    head = [f"Made by {regenerate(manifest)}", r"Needs \usepackage{booktabs}", *stamp]
+    comments = [f"% {' '.join(line.split())}" for line in head]
+    return "\n".join(
+        ["\n".join(comments), *(f"% {' '.join(name.split())}\n{table.latex()}" for name, table in tables.items())]
+    )
 
 
 def _answers(questions: Sequence[tuple[str, Sequence[str]]], analysis: Analysis) -> list[str]:
@@ -294,24 +370,29 @@ def _budgets(analysis: Analysis, costs: pd.DataFrame) -> str:
 def _changes_section(analysis: Analysis) -> list[str]:
     if analysis.base is None:
         return ["## Paired change", "The sweep has no untrained method to compare with."]
+    note = """\
+Image by image: same prompt, same noise. The p-value tests "no change" (t on the bootstrap's standard error,
+Satterthwaite's degrees of freedom) and is corrected for all methods of one measure; up and down: p < 0.05.
+*SE, prompts* takes these very trainings as given; *SE, prompts and seeds* is for trainings with any seed."""
+    heading = f"## Paired change against {escape(analysis.base)}"
+    return [heading, changes_table(analysis).markdown(), note, _seeds_note(analysis)]
+
+
+def changes_table(analysis: Analysis) -> Table:
+    """One row per measure and method: the paired change against base, its errors and its verdict."""
     columns = [Column("measure"), Column("method"), Column(f"change against {analysis.base}")]
     columns += [Column("SE, prompts"), Column("SE, prompts and seeds"), Column("p, Holm"), Column("verdict")]
     rows = []
     for measure in analysis.measures:
         more = DECIMALS.get(measure.unit, 3) + 1
         for label, change in analysis.changes[measure].items():
-            errors = [_change_se(analysis, measure, label), change.estimate.se]
-            p = "<0.001" if change.p_holm < 0.001 else number(change.p_holm)
+            errors = [change.estimate.se_prompts, change.estimate.se]
+            p = effects.p_text(change.p_holm)
             texts = [_change(change.estimate, measure), *(number(error, more) for error in errors), p, change.verdict]
             bold = change.verdict in ("up", "down")
             rows.append([Cell(f"{title(measure)} [{measure.role}]"), Cell(label), *map(Cell, texts[:-1])])
             rows[-1].append(Cell(texts[-1], bold=bold))
-    note = """\
-Image by image: same prompt, same noise. The p-value tests "no change" (t on the bootstrap's standard error,
-Satterthwaite's degrees of freedom) and is corrected for all methods of one measure; up and down: p < 0.05.
-*SE, prompts* takes these very trainings as given; *SE, prompts and seeds* is for trainings with any seed."""
-    heading = f"## Paired change against {escape(analysis.base)}"
-    return [heading, Table(columns, rows).markdown(), note, _seeds_note(analysis)]
+    return Table(columns, rows)
 
 
 def _seeds_note(analysis: Analysis) -> str:
@@ -319,7 +400,7 @@ def _seeds_note(analysis: Analysis) -> str:
     used = [change.estimate.seeds for label, change in changes if label in analysis.trained]
     if max(used, default=0) == 1:
         return "**One training seed: how much trainings differ is unknown, and no interval here contains it.**"
-    return TWO_SEEDS_NOTE if min((count for count in used if count), default=3) < 3 else ""
+    return POOLED_NOTE if max(used, default=0) > 1 else ""
 
 
 def hacked(analysis: Analysis, label: str) -> list[Measure]:
@@ -358,14 +439,19 @@ def _task_sections(analysis: Analysis) -> list[str]:
     for measure in analysis.measures:
         if not measure.by_task:
             continue
-        tasks = analysis.tasks(measure)
-        columns = [Column("method"), *(Column(task.replace("_", " ")) for task in tasks), Column("mean of tasks")]
-        rows = []
-        for label in analysis.labels:
-            found = [*(means[label] for means in tasks.values()), analysis.means[measure][label]]
-            rows.append([Cell(label), *(_estimate_cell(each, measure) for each in found)])
-        sections += [f"## {escape(measure.name)} [{measure.role}], by task", Table(columns, rows).markdown()]
+        heading = f"## {escape(measure.name)} [{measure.role}], by task"
+        sections += [heading, _task_table(analysis, measure).markdown()]
     return sections
+
+
+def _task_table(analysis: Analysis, measure: Measure) -> Table:
+    tasks = analysis.tasks(measure)
+    columns = [Column("method"), *(Column(task.replace("_", " ")) for task in tasks), Column("mean of tasks")]
+    rows = []
+    for label in analysis.labels:
+        found = [*(means[label] for means in tasks.values()), analysis.means[measure][label]]
+        rows.append([Cell(label), *(_estimate_cell(each, measure) for each in found)])
+    return Table(columns, rows)
 
 
 def _notes_section(manifest: dict[str, Any]) -> list[str]:
@@ -490,7 +576,7 @@ def _words(name: str) -> Words:
     if not name.isidentifier() or importlib.util.find_spec(module) is None:
         return Words(f"Sweep {name}")
     found = importlib.import_module(module)
-    return Words(found.TITLE, found.INTRO, found.QUESTIONS)
+    return Words(found.TITLE, found.INTRO, found.QUESTIONS, getattr(found, "PUBLISHED", ()))
 
 
 def _picture_grid(results: store.Results, analysis: Analysis) -> Any:
