@@ -72,11 +72,11 @@ class Analysis:
     gains: dict[str, Comparison] = field(default_factory=dict)
     summed: list[Measure] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def trained(self) -> list[str]:
         return [label for label in self.labels if self.seeds[label] != [UNTRAINED]]
 
-    @property
+    @functools.cached_property
     def compared(self) -> list[str]:
         """With base: all others, trained or not."""
         return [label for label in self.labels if self.base not in (None, label)]
@@ -248,25 +248,57 @@ def _scores(frame: pd.DataFrame, measures: Sequence[Measure], seeds: dict[str, l
     training_seeds = sorted({seed for found in seeds.values() for seed in found if seed != UNTRAINED})
     score = frame["score"].to_numpy(float, na_value=np.nan)
     valid = frame["ok"].eq(True).fillna(False).to_numpy(bool) & np.isfinite(score)
-    frame = frame.assign(score=np.where(valid, score, np.nan))
-    parts = dict(iter(frame.groupby(["evaluator", "metric"], sort=False, observed=True)))
-    empty = frame.iloc[:0]
-    return {m: _cube(parts.get((m.evaluator, m.name), empty), seeds, training_seeds) for m in measures}
+    score = np.where(valid, score, np.nan)
+    codes = {name: _codes(frame[name]) for name in ("evaluator", "metric", "label", "prompt_id", "tag")}
+    found = {}
+    for measure in measures:
+        rows = np.flatnonzero(_is(codes["evaluator"], measure.evaluator) & _is(codes["metric"], measure.name))
+        part = {name: (each[rows], known) for name, (each, known) in codes.items()}
+        index, seed = (frame[name].to_numpy()[rows] for name in ("index", "seed"))
+        found[measure] = _cube(part, index, seed, score[rows], seeds, training_seeds)
+    return found
 
 
-def _cube(part: pd.DataFrame, seeds: dict[str, list[int]], training_seeds: list[int]) -> Scores:
+Codes = tuple[NDArray, NDArray]  # of each row, and what the codes stand for; -1 for a missing value
+
+
+def _codes(column: pd.Series) -> Codes:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return column.cat.codes.to_numpy(), column.cat.categories.to_numpy(object)
+    codes, known = pd.factorize(column)
+    return codes, np.asarray(known, object)
+
+
+def _is(codes: Codes, value: str) -> NDArray:
+    """Which rows have this value."""
+    return codes[0] == next(iter(np.flatnonzero(codes[1] == value)), -2)
+
+
+def _cube(
+    part: dict[str, Codes],
+    index: NDArray,
+    seed: NDArray,
+    score: NDArray,
+    seeds: dict[str, list[int]],
+    training_seeds: list[int],
+) -> Scores:
     """One measure's rows as arrays on common axes, so that pairing is subtraction and nan takes a pair out."""
-    row, prompts = pd.factorize(part["prompt_id"], sort=True)
-    image, images = pd.factorize(part["index"], sort=True)
-    tags = np.full(len(prompts), "", object)
-    tags[row] = part["tag"].fillna("").to_numpy(object)
-    label = part["label"].to_numpy(object)
-    seed = part["seed"].to_numpy(int)
+    codes, known = part["prompt_id"]
+    used = np.unique(codes)  # of all prompts that any measure has
+    used = used[np.argsort(known[used])] if len(used) else used
+    place = np.zeros(len(known), int)
+    place[used] = np.arange(len(used))
+    row = place[codes] if len(used) else codes
+    image, images = pd.factorize(index, sort=True)
+    tags = np.full(len(used), "", object)
+    tag, names = part["tag"]
+    tags[row] = np.append(names, "")[tag]  # code -1: none
     values = {}
     for name, planned in seeds.items():
         axis = [UNTRAINED] if planned == [UNTRAINED] else training_seeds
-        cube = np.full((len(prompts), len(images), max(len(axis), 1)), np.nan)
-        mine = (label == name) & np.isin(seed, axis)
-        cube[row[mine], image[mine], np.searchsorted(axis, seed[mine])] = part["score"].to_numpy(float)[mine]
+        cube = np.full((len(used), len(images), max(len(axis), 1)), np.nan)
+        mine = np.flatnonzero(_is(part["label"], name))
+        mine = mine[np.isin(seed[mine], axis)]
+        cube[row[mine], image[mine], np.searchsorted(axis, seed[mine])] = score[mine]
         values[name] = cube
-    return Scores(np.asarray(prompts, object), tags.astype(str), values)
+    return Scores(known[used] if len(used) else np.array([], object), tags.astype(str), values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ COSTS = (  # (column of the costs frame, title, unit, divisor, decimals)
     ("seconds", "time", "s", 1, 0),
     ("peak_memory_bytes", "peak memory", "MiB", MIB, 0),
 )
+NO_COSTS = [Cell()] * len(COSTS)
 LEGEND = """\
 Every cell is a mean with its 95 % interval: a bootstrap over prompts (all images of a prompt together; for scores
 marked "by task" within each task) and training seeds. **Bold**: the best mean of a column, if its paired gain over
@@ -168,11 +170,11 @@ def main_table(analysis: Analysis, costs: pd.DataFrame, noted: Collection[str] =
     columns = [Column("method"), *map(_column, analysis.measures)]
     columns += [Column(name, unit, decimals=decimals) for _, name, unit, _, decimals in COSTS]
     best = {measure: analysis.best(measure) for measure in analysis.measures}
-    rows = []
+    rows, spent = [], _cost_cells(costs)
     for label in analysis.labels:
         cells = [_mean_cell(analysis, measure, label, *best[measure]) for measure in analysis.measures]
         flag = f" {DAGGER}" * (label in noted) + " **(reward hacking)**" * bool(hacked(analysis, label))
-        rows.append([Cell(label, mark=flag + _seeds_mark(analysis, label)), *cells, *_cost_cells(costs, label)])
+        rows.append([Cell(label, mark=flag + _seeds_mark(analysis, label)), *cells, *spent.get(label, NO_COSTS)])
     return Table(columns, rows)
 
 
@@ -216,11 +218,20 @@ def _estimate_cell(found: stats.Estimate, measure: Measure) -> Cell:
     return Cell(found.mean, lo, hi)
 
 
-def _cost_cells(costs: pd.DataFrame, label: str) -> list[Cell]:
-    done = _trainings(costs, [label])
-    if done.empty:
-        return [Cell(None)] * len(COSTS)
-    return [Cell(float(pd.to_numeric(done[column]).mean()) / divisor) for column, _, _, divisor, _ in COSTS]
+def _cost_cells(costs: pd.DataFrame) -> dict[str, list[Cell]]:
+    """label -> means over its trainings; a label without any is not there."""
+    means = _label_means(costs, [column for column, *_ in COSTS])
+    return {
+        label: [Cell(mean[column] / divisor) for column, _, _, divisor, _ in COSTS] for label, mean in means.items()
+    }
+
+
+def _label_means(costs: pd.DataFrame, columns: Sequence[str]) -> dict[str, dict[str, float]]:
+    """label -> column -> mean over the trainings that came to their end; nan where no training has a value."""
+    done = costs.loc[costs["images"].notna(), ["label", *columns]]
+    numbers = done.assign(**{column: pd.to_numeric(done[column]).astype(float) for column in columns})
+    means = numbers.groupby("label", sort=False)[list(columns)].mean()
+    return {str(label): dict(zip(columns, row)) for label, row in zip(means.index, means.to_numpy().tolist())}
 
 
 def _trainings(costs: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
@@ -260,8 +271,9 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
         start.append(_between_trainings(analysis, analysis.summed[0], label))
         told = [*start, *_tidy_compared(gain), *[None] * 6]
         rows.append(list(map(Cell, told)))
+    spent = _cost_cells(costs)
     for label in analysis.labels:
-        for (column, _, unit, _, _), cell in zip(COSTS, _cost_cells(costs, label)):
+        for (column, _, unit, _, _), cell in zip(COSTS, spent.get(label, NO_COSTS)):
             start = [label, column.removesuffix("_bytes"), "cost", unit, cell.value]
             rows.append([*map(Cell, start), *[Cell()] * (len(names) - len(start))])
     return Table([Column(name) for name in names], rows)
@@ -414,10 +426,9 @@ def hacked(analysis: Analysis, label: str) -> list[Measure]:
 def _hacking_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:
     columns = [Column("method"), Column("reward, first 10 % of updates", decimals=4)]
     columns += [Column("reward, last 10 %", decimals=4), Column("change", decimals=4, signed=True)]
-    rows = []
+    rows, means = [], _label_means(costs, ["reward_first", "reward_last"])
     for label in analysis.trained:
-        done = _trainings(costs, [label])
-        first, last = (float(pd.to_numeric(done[column]).mean()) for column in ("reward_first", "reward_last"))
+        first, last = means.get(label, {"first": math.nan, "last": math.nan}).values()
         rows.append([Cell(label), Cell(first), Cell(last), Cell(last - first)])
     lines = [_hacking_line(analysis, label) for label in analysis.trained if analysis.base is not None]
     note = "Means over finished seeds, of the reward on the pictures that the method itself made while it trained."

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,7 @@ from alignbench.config import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 BEAT = 15.0  # seconds between heartbeats of a lock
 STALE = 600.0  # seconds without a heartbeat after which its holder counts as gone
@@ -387,6 +388,8 @@ class Results:
 
     def state(self, run: dict[str, Any]) -> tuple[str, str]:
         """("done" | "failed" | "running" | "missing", reason) of one run of the manifest: all its stages together."""
+        if self._whole(run):
+            return "done", ""
         parts = artefacts(Store(self.store), run)
         open_parts = [part for part in parts if not part.done]
         if not open_parts:
@@ -398,23 +401,50 @@ class Results:
                 return "failed", reason
         return "missing", f"not made yet: {', '.join(dict.fromkeys(part.kind for part in open_parts))}"
 
+    def _whole(self, run: dict[str, Any]) -> bool:
+        """Is every artefact of this run done? The same question as below, for the many that are: with few objects."""
+        files = [f"images/{run['images']}/manifest.parquet", *(score["file"] for score in run["scores"])]
+        files += [f"images/{score['base']}/manifest.parquet" for score in run["scores"] if "base" in score]
+        files += [f"runs/{run['id']}/weights.safetensors"] if run["seed"] != -1 else []
+        if not all(os.path.exists(f"{self.store}/{file}") for file in files):
+            return False
+        return (read_json(self.store / "runs" / run["id"] / "status.json") or {}).get("state") == "done"
+
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """One row per image and metric."""
-        import pandas as pd
+        """One row per image and metric. Texts are categorical: there are a thousand times as many rows as names.
 
-        columns = ["label", "method", "seed", "run", "evaluator", "metric", "prompt_id", "tag", "index", "score", "ok"]
-        frames = [pd.DataFrame({name: [] for name in columns})]
+        By pyarrow alone: pandas takes four times as long for a small file, and there is one for each run and evaluator.
+        """
+        import numpy as np
+        import pandas as pd
+        import pyarrow as pa
+
+        keys, tables, facts = ["prompt_id", "tag", "index", "ok"], [], []
+        text = pa.dictionary(pa.int32(), pa.string())
+        wanted = pa.schema(list(zip([*keys, "score"], [text, text, pa.int64(), pa.bool_(), pa.float64()])))
         for run in self.manifest["runs"]:
             for score in run["scores"]:
-                if not (self.store / score["file"]).is_file():
+                names = [metric["name"] for metric in score["metrics"]]
+                found = _read_table(self.store / score["file"], [*keys, *names])
+                if found is None:
                     continue
-                found = pd.read_parquet(self.store / score["file"])
-                for metric in score["metrics"]:
-                    part = found[["prompt_id", "tag", "index", "ok"]].assign(score=found[metric["name"]].astype(float))
-                    facts = {"evaluator": score["evaluator"], "metric": metric["name"], "run": run["id"]}
-                    frames.append(part.assign(**{key: run[key] for key in ("label", "method", "seed")}, **facts))
-        return pd.concat(frames[1:] or frames, ignore_index=True)[columns]
+                for name in names:
+                    part = found.select([*keys, name]).rename_columns([*keys, "score"])
+                    tables.append(part if part.schema == wanted else part.cast(wanted))
+                    facts.append([run[key] for key in ("label", "method", "seed", "id")] + [score["evaluator"], name])
+        order = ["label", "method", "seed", "run", "evaluator", "metric", "prompt_id", "tag", "index", "score", "ok"]
+        if not tables:
+            return pd.DataFrame({name: [] for name in order})
+        frame = pa.concat_tables(tables).unify_dictionaries().combine_chunks().to_pandas()
+        counts = [table.num_rows for table in tables]
+        for name, values in zip(order, zip(*facts)):
+            codes, known = pd.factorize(np.array(values, object))
+            column = np.repeat(codes, counts)
+            frame[name] = (
+                known.astype(int)[column] if name == "seed" else pd.Categorical.from_codes(column, pd.Index(known))
+            )
+        return frame[order]
 
     @cached_property
     def costs(self) -> pd.DataFrame:
@@ -430,28 +460,44 @@ class Results:
 
     def _costs(self, run: dict[str, Any]) -> dict[str, Any]:
         """Totals of training; zeros for a run that trains nothing, empty for one that did not get there."""
-        import pandas as pd
+        import numpy as np
 
         names = ["updates", *COSTS]
-        path = self.store / "runs" / run["id"] / "train.parquet"
-        if not path.is_file():
+        table = _read_table(self.store / "runs" / run["id"] / "train.parquet")
+        if table is None:
             zero = run["seed"] == -1 and not run.get("published")  # of whose training nothing is known
             return dict.fromkeys(names, 0 if zero else None) | dict.fromkeys(("reward_first", "reward_last"))
-        records = pd.read_parquet(path)
-        tenth = max(1, len(records) // 10)
+        last = table.slice(table.num_rows - 1).to_pylist()[0]
+        tenth = max(1, table.num_rows // 10)
         rewards = run.get("settings", {}).get("reward", [])
         margins = {
             part["evaluator"]["name"]: part["margin"] for part in (rewards if isinstance(rewards, list) else [rewards])
         }
-        reward = records["reward_mean"] if "reward_mean" in records else pd.Series(dtype=float)
-        last = records.iloc[-1]
+        reward = table["reward_mean"].to_numpy() if "reward_mean" in table.column_names else np.full(1, np.nan)
+        hinged = any(name.startswith("hinge_closed") for name in table.column_names)
         return {
             "updates": int(last["update"]) + 1,
-            **{name: last[name].item() for name in COSTS},
-            "reward_first": reward.head(tenth).mean(),
-            "reward_last": reward.tail(tenth).mean(),
-            "warning": "; ".join(hinge.complaints(records.to_dict("records"), margins)),
+            **{name: last[name] for name in COSTS},
+            "reward_first": float(reward[:tenth].mean()),
+            "reward_last": float(reward[-tenth:].mean()),
+            "warning": "; ".join(hinge.complaints(table.to_pylist(), margins)) if hinged else "",
         }
+
+
+def _read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table | None:
+    """A small parquet file; None if there is none. UserError if it is not whole."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    texts = [name for name in columns or () if name in ("prompt_id", "tag")]
+    try:
+        with open(path, "rb") as file:  # whole, at once: mapping it into memory takes twice as long
+            source = parquet.ParquetFile(pa.BufferReader(file.read()), read_dictionary=texts)
+        return source.read(columns=list(columns) if columns else None, use_threads=False).replace_schema_metadata()
+    except FileNotFoundError:
+        return None
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it, and run the sweep again") from None
 
 
 def artefacts(store: Store, run: dict[str, Any]) -> list[Artefact]:

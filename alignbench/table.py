@@ -11,7 +11,10 @@ from typing import NamedTuple
 
 ABSENT = "—"
 DECIMALS = {"fraction": 3, "cosine": 3, "logit": 2}  # by unit of a metric; 3 for any other
-_BIDI = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F])  # could reorder a whole row
+_UNSEEN = dict.fromkeys(  # could reorder a whole row, or are no text at all
+    [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F]
+    + [code for code in (*range(0x20), 0x7F) if not chr(code).isspace()]
+)
 
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -113,7 +116,7 @@ class Table(NamedTuple):
 
 def escape(text: str) -> str:
     """``text`` so that markdown shows it as it is, on one line and inside a table cell."""
-    text = " ".join(str(text).translate(_BIDI).split()).replace("&", "&amp;").replace(">", "&gt;")
+    text = " ".join(str(text).translate(_UNSEEN).split()).replace("&", "&amp;").replace(">", "&gt;")
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # a tag; "< 0.001" is none
     # an underscore inside a word is no emphasis, a bracket without a target no link, a sign before a number no list
     return re.sub(r"([\\`*|~$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|\[(?=\^)|^#|^[-+](?=\s))", r"\\\1", text)
@@ -121,7 +124,7 @@ def escape(text: str) -> str:
 
 def tex(text: str) -> str:
     """``text`` so that pdfLaTeX shows it as it is; a letter that it has no glyph for as its code point, [U+05E9]."""
-    words = " ".join(str(text).translate(_BIDI).split())
+    words = " ".join(str(text).translate(_UNSEEN).split())
     shown = (TEX.get(c, c if c.isascii() or ord(c) in _LATIN else f"{{[}}U+{ord(c):04X}{{]}}") for c in words)
     return re.sub("-(?=-)", "-{}", "".join(shown))  # two hyphens are a dash
 
