@@ -421,8 +421,8 @@ class Results:
         import pyarrow as pa
 
         keys, tables, facts = ["prompt_id", "tag", "index", "ok"], [], []
-        text = pa.dictionary(pa.int32(), pa.string())
-        wanted = pa.schema(list(zip([*keys, "score"], [text, text, pa.int64(), pa.bool_(), pa.float64()])))
+        types = [pa.large_string(), pa.large_string(), pa.int64(), pa.bool_(), pa.float64()]  # as pandas writes them
+        wanted = pa.schema(list(zip([*keys, "score"], types)))
         for run in self.manifest["runs"]:
             for score in run["scores"]:
                 names = [metric["name"] for metric in score["metrics"]]
@@ -436,11 +436,14 @@ class Results:
         order = ["label", "method", "seed", "run", "evaluator", "metric", "prompt_id", "tag", "index", "score", "ok"]
         if not tables:
             return pd.DataFrame({name: [] for name in order})
-        frame = pa.concat_tables(tables).unify_dictionaries().combine_chunks().to_pandas()
+        together = pa.concat_tables(tables).combine_chunks()
+        for place, name in enumerate(keys[:2]):
+            together = together.set_column(place, name, together[name].dictionary_encode())
+        frame = together.to_pandas(ignore_metadata=True)
         counts = [table.num_rows for table in tables]
         for name, values in zip(order, zip(*facts)):
             codes, known = pd.factorize(np.array(values, object))
-            column = np.repeat(codes, counts)
+            column = np.repeat(codes.astype(np.int32), counts)
             frame[name] = (
                 known.astype(int)[column] if name == "seed" else pd.Categorical.from_codes(column, pd.Index(known))
             )
@@ -489,11 +492,10 @@ def _read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table | 
     import pyarrow as pa
     from pyarrow import parquet
 
-    texts = [name for name in columns or () if name in ("prompt_id", "tag")]
     try:
         with open(path, "rb") as file:  # whole, at once: mapping it into memory takes twice as long
-            source = parquet.ParquetFile(pa.BufferReader(file.read()), read_dictionary=texts)
-        return source.read(columns=list(columns) if columns else None, use_threads=False).replace_schema_metadata()
+            source = parquet.ParquetFile(pa.BufferReader(file.read()))
+        return source.read(columns=list(columns) if columns else None, use_threads=False)
     except FileNotFoundError:
         return None
     except pa.ArrowException as error:
