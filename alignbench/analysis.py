@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -44,19 +44,22 @@ class Comparison(NamedTuple):
 
     estimate: Estimate
     p_holm: float
+    equal: float = 0.0  # the mean that "no difference" has
 
     @property
     def verdict(self) -> str:
         if np.isnan(self.p_holm):
             return "not measured" if np.isnan(self.estimate.mean) else "spread unknown"
-        if self.p_holm >= ALPHA or self.estimate.mean == 0:
+        if self.p_holm >= ALPHA or self.estimate.mean == self.equal:
             return "cannot tell"
-        return "up" if self.estimate.mean > 0 else "down"
+        return "up" if self.estimate.mean > self.equal else "down"
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Numbers of one sweep: ``means[measure][label]``, and ``changes[measure][label]`` against ``base``, if any."""
+    """Numbers of one sweep: ``means[measure][label]``; against ``base``, if any, ``changes[measure][label]``,
+    ``improved[measure][label]`` (the probability of improvement) and ``gains[label]`` (over the measures ``summed``).
+    """
 
     labels: list[str]
     base: str | None  # the first method that trains nothing, and brings no weights of its own
@@ -65,12 +68,15 @@ class Analysis:
     scores: dict[Measure, Scores]
     means: dict[Measure, dict[str, Estimate]] = field(default_factory=dict)
     changes: dict[Measure, dict[str, Comparison]] = field(default_factory=dict)
+    improved: dict[Measure, dict[str, Comparison]] = field(default_factory=dict)
+    gains: dict[str, Comparison] = field(default_factory=dict)
+    summed: list[Measure] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def trained(self) -> list[str]:
         return [label for label in self.labels if self.seeds[label] != [UNTRAINED]]
 
-    @property
+    @functools.cached_property
     def compared(self) -> list[str]:
         """With base: all others, trained or not."""
         return [label for label in self.labels if self.base not in (None, label)]
@@ -80,12 +86,14 @@ class Analysis:
         data = self.scores[measure]
         strata = data.tags if measure.by_task else None
         trained = [len({a, b} & set(self.trained)) for a, b in pairs]  # of the two
-        pools = {count: self._pool(measure, strata, count) for count in set(trained)}
-        found = [
-            stats.paired_difference(data.values[a], data.values[b], strata, pooled=pools[count])
-            for (a, b), count in zip(pairs, trained)
-        ]
-        return [Comparison(*pair) for pair in zip(found, stats.holm([estimate.p for estimate in found]))]
+        found: dict[tuple[str, str], Estimate] = {}
+        for count in set(trained):
+            chosen = [pair for pair, each in zip(pairs, trained) if each == count]
+            differences = [data.values[a] - data.values[b] for a, b in chosen]
+            pooled = self._pool(measure, strata, count)
+            found |= zip(chosen, stats.mean_intervals(differences, strata, pooled=pooled))
+        estimates = [found[pair] for pair in pairs]
+        return [Comparison(*each) for each in zip(estimates, stats.holm([estimate.p for estimate in estimates]))]
 
     def _pool(self, measure: Measure, strata: NDArray | None, trained: int) -> stats.SeedSpread | None:
         """Spread between trainings of differences: of two trained methods, of one and an untrained one, of neither."""
@@ -93,11 +101,64 @@ class Analysis:
         if trained == 0:
             return None
         if trained == 2:
-            able = [label for label in self.trained if (~np.isnan(values[label])).any((0, 1)).sum() > 1]
-            spread = (values[a] - values[b] for a, b in itertools.combinations(able, 2))
-            return stats.pool_seeds(spread, strata, df_per_seed=len(able) - 1)
+            return stats.pool_pairs([values[label] for label in self.trained], strata)
         base = values[self.base] if self.base is not None else 0.0
         return stats.pool_seeds((values[label] - base for label in self.trained), strata)
+
+    def probabilities(self) -> dict[Measure, dict[str, Comparison]]:
+        """How probably a method's picture is better than base's, with Holm over all methods and measures together."""
+        found: dict[tuple[Measure, str], Estimate] = {}
+        directed = [measure for measure in self.measures if measure.higher_is_better is not None]
+        for measure in directed if self.base else []:
+            data = self.scores[measure]
+            sign = 1 if measure.higher_is_better else -1
+            for labels, pooled in self._kinds():
+                signed = [sign * data.values[label] for label in labels]
+                strata = data.tags if measure.by_task else None
+                shares = stats.improvements(signed, sign * data.values[self.base or ""], strata, pooled=pooled)
+                found |= zip([(measure, label) for label in labels], shares)
+        holm = dict(zip(found, stats.holm([share.p for share in found.values()])))
+        return {m: {k: Comparison(found[m, k], holm[m, k], 0.5) for k in self.compared} for m in directed if self.base}
+
+    def _kinds(self) -> list[tuple[list[str], bool]]:
+        """The compared methods: those trained here, whose spread between trainings is pooled, and the others."""
+        trained = [label for label in self.compared if label in self.trained]
+        return [(trained, True), ([label for label in self.compared if label not in trained], False)]
+
+    def summary(self) -> tuple[list[Measure], dict[str, Comparison]]:
+        """Interquartile means of the gains over base, and the measures they are over: those that nobody trained on.
+
+        A gain counts in the spread of base's scores over prompts: it depends on no other method of the table.
+        """
+        held_out = [m for m in self.measures if m.role != "train" and m.higher_is_better is not None]
+        scales = {measure: self._spread_of_base(measure) for measure in held_out if self.base}
+        chosen = [measure for measure, scale in scales.items() if scale > 0]
+        if not chosen:
+            return [], {}
+        prompts = functools.reduce(np.intersect1d, [self.scores[measure].prompts for measure in chosen])
+        rows = {m: np.searchsorted(self.scores[m].prompts, prompts) for m in chosen}
+        by_task = [measure.by_task for measure in chosen]
+        strata = self.scores[chosen[0]].tags[rows[chosen[0]]] if any(by_task) else None
+        found: dict[str, Estimate] = {}
+        for labels, pooled in self._kinds():
+            parts = []
+            for label in labels:
+                gains = [self._gain(m, label)[rows[m]] / scales[m] for m in chosen]
+                parts.append(stats.midmean(gains, by_task, strata))
+            spread = stats.pool_seeds(parts, strata) if pooled else None
+            found |= zip(labels, stats.mean_intervals(parts, strata, pooled=spread))
+        holm = stats.holm([found[label].p for label in self.compared])
+        return chosen, {label: Comparison(found[label], p) for label, p in zip(self.compared, holm)}
+
+    def _gain(self, measure: Measure, label: str) -> stats.Array:
+        values = self.scores[measure].values
+        return (1 if measure.higher_is_better else -1) * (values[label] - values[self.base or ""])
+
+    def _spread_of_base(self, measure: Measure) -> float:
+        """Standard deviation over prompts of base's prompt means; 0 where it has none."""
+        means = stats.prompt_means(self.scores[measure].values[self.base or ""])
+        known = means[~np.isnan(means)]
+        return float(known.std(ddof=1)) if len(known) > 1 else 0.0
 
     def averages(self, measure: Measure, task: str | None = None) -> dict[str, Estimate]:
         """label -> mean, over all prompts or over those of one task."""
@@ -106,10 +167,10 @@ class Analysis:
         strata = data.tags[chosen] if measure.by_task and task is None else None
         values = {label: data.values[label][chosen] for label in self.labels}
         pooled = stats.pool_seeds((values[label] for label in self.trained), strata)
-        return {
-            label: stats.mean_interval(values[label], strata, pooled=pooled if label in self.trained else None)
-            for label in self.labels
-        }
+        untrained = [label for label in self.labels if label not in self.trained]
+        found = dict(zip(self.trained, stats.mean_intervals([values[k] for k in self.trained], strata, pooled=pooled)))
+        found |= zip(untrained, stats.mean_intervals([values[label] for label in untrained], strata))
+        return {label: found[label] for label in self.labels}
 
     def tasks(self, measure: Measure) -> dict[str, dict[str, Estimate]]:
         """task -> label -> mean over the task's prompts."""
@@ -152,11 +213,19 @@ def analyse(manifest: dict[str, Any], scores: pd.DataFrame) -> Analysis:
     published = {run["label"] for run in manifest["runs"] if run.get("published")}
     base = next((label for label in labels if seeds[label] == [UNTRAINED] and label not in published), None)
     measures = _measures(manifest["runs"])
-    analysis = Analysis(labels, base, seeds, measures, cubes(scores, measures, seeds))
-    for measure in measures:
+    return completed(Analysis(labels, base, seeds, measures, cubes(scores, measures, seeds)))
+
+
+def completed(analysis: Analysis) -> Analysis:
+    """With everything that can be said of its scores."""
+    for measure in analysis.measures:
         analysis.means[measure] = analysis.averages(measure)
-        pairs = [(label, base) for label in analysis.compared if base is not None]
+        pairs = [(label, analysis.base) for label in analysis.compared if analysis.base is not None]
         analysis.changes[measure] = dict(zip([a for a, _ in pairs], analysis.compare(measure, pairs)))
+    analysis.improved.update(analysis.probabilities())
+    summed, gains = analysis.summary()
+    analysis.summed.extend(summed)
+    analysis.gains.update(gains)
     return analysis
 
 
@@ -180,25 +249,57 @@ def cubes(frame: pd.DataFrame, measures: Sequence[Measure], seeds: dict[str, lis
     training_seeds = sorted({seed for found in seeds.values() for seed in found if seed != UNTRAINED})
     score = frame["score"].to_numpy(float, na_value=np.nan)
     valid = frame["ok"].eq(True).fillna(False).to_numpy(bool) & np.isfinite(score)
-    frame = frame.assign(score=np.where(valid, score, np.nan))
-    parts = dict(iter(frame.groupby(["evaluator", "metric"], sort=False, observed=True)))
-    empty = frame.iloc[:0]
-    return {m: _cube(parts.get((m.evaluator, m.name), empty), seeds, training_seeds) for m in measures}
+    score = np.where(valid, score, np.nan)
+    codes = {name: _codes(frame[name]) for name in ("evaluator", "metric", "label", "prompt_id", "tag")}
+    found = {}
+    for measure in measures:
+        rows = np.flatnonzero(_is(codes["evaluator"], measure.evaluator) & _is(codes["metric"], measure.name))
+        part = {name: (each[rows], known) for name, (each, known) in codes.items()}
+        index, seed = (frame[name].to_numpy()[rows] for name in ("index", "seed"))
+        found[measure] = _cube(part, index, seed, score[rows], seeds, training_seeds)
+    return found
 
 
-def _cube(part: pd.DataFrame, seeds: dict[str, list[int]], training_seeds: list[int]) -> Scores:
+Codes = tuple[NDArray, NDArray]  # of each row, and what the codes stand for; -1 for a missing value
+
+
+def _codes(column: pd.Series) -> Codes:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return column.cat.codes.to_numpy(), column.cat.categories.to_numpy(object)
+    codes, known = pd.factorize(column)
+    return codes, np.asarray(known, object)
+
+
+def _is(codes: Codes, value: str) -> NDArray:
+    """Which rows have this value."""
+    return codes[0] == next(iter(np.flatnonzero(codes[1] == value)), -2)
+
+
+def _cube(
+    part: dict[str, Codes],
+    index: NDArray,
+    seed: NDArray,
+    score: NDArray,
+    seeds: dict[str, list[int]],
+    training_seeds: list[int],
+) -> Scores:
     """One measure's rows as arrays on common axes, so that pairing is subtraction and nan takes a pair out."""
-    row, prompts = pd.factorize(part["prompt_id"], sort=True)
-    image, images = pd.factorize(part["index"], sort=True)
-    tags = np.full(len(prompts), "", object)
-    tags[row] = part["tag"].fillna("").to_numpy(object)
-    label = part["label"].to_numpy(object)
-    seed = part["seed"].to_numpy(int)
+    codes, known = part["prompt_id"]
+    used = np.unique(codes)  # of all prompts that any measure has
+    used = used[np.argsort(known[used])] if len(used) else used
+    place = np.zeros(len(known), int)
+    place[used] = np.arange(len(used))
+    row = place[codes] if len(used) else codes
+    image, images = pd.factorize(index, sort=True)
+    tags = np.full(len(used), "", object)
+    tag, names = part["tag"]
+    tags[row] = np.append(names, "")[tag]  # code -1: none
     values = {}
     for name, planned in seeds.items():
         axis = [UNTRAINED] if planned == [UNTRAINED] else training_seeds
-        cube = np.full((len(prompts), len(images), max(len(axis), 1)), np.nan)
-        mine = (label == name) & np.isin(seed, axis)
-        cube[row[mine], image[mine], np.searchsorted(axis, seed[mine])] = part["score"].to_numpy(float)[mine]
+        cube = np.full((len(used), len(images), max(len(axis), 1)), np.nan)
+        mine = np.flatnonzero(_is(part["label"], name))
+        mine = mine[np.isin(seed[mine], axis)]
+        cube[row[mine], image[mine], np.searchsorted(axis, seed[mine])] = score[mine]
         values[name] = cube
-    return Scores(np.asarray(prompts, object), tags.astype(str), values)
+    return Scores(known[used] if len(used) else np.array([], object), tags.astype(str), values)

@@ -93,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     add["logs"].add_argument("-f", "--follow", action="store_true", help="go on as the run goes on")
     add["run"].add_argument("--method", required=True, help="of the sweep's cases, or any method with its defaults")
     add["report"].add_argument("--out", metavar="DIR", help="where to write the report (default: outputs/<sweep>)")
+    add["report"].add_argument("--format", metavar="A,B", help="only these: md, csv, tex, png (default: all)")
     add["new-method"].add_argument("name", metavar="NAME", help="as in a sweep's YAML, for instance my_method")
     add["check-method"].add_argument("file", metavar="FILE", help="a Python file with methods of your own")
     add["check-method"].add_argument("--settings", metavar="A=B", action="append", default=[], help=SETTINGS)
@@ -276,13 +277,16 @@ def retry(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Print the table of a sweep from what the store has, and write it with a CSV, a web page and a picture grid."""
-    from alignbench.report import build
+    """Print the table of a sweep from what the store has, and write it in every format: page, tables, picture grid."""
+    from alignbench.report import FORMATS, build, check_formats
 
+    formats = arguments.format.split(",") if arguments.format else FORMATS
+    check_formats(formats)
     store = _store(arguments)
     _, manifest = _named_manifest(arguments, store)
-    paths = build(_results(store, manifest), Path(arguments.out or f"outputs/{manifest['name']}"))
-    print(paths[0].read_text(encoding="utf-8"))
+    paths = build(_results(store, manifest), Path(arguments.out or f"outputs/{manifest['name']}"), formats)
+    if "md" in formats:
+        print(paths[0].read_text(encoding="utf-8"))
     print("\n".join(f"written: {path}" for path in paths))
     return DONE
 

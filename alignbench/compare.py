@@ -203,7 +203,9 @@ def _pairs(frame: pd.DataFrame, measure: Measure, labels: tuple[str, str]) -> pd
     the estimates, a prompt that lacks a pair of some seed is left out.
     """
     mine = frame[(frame["evaluator"] == measure.evaluator) & (frame["metric"] == measure.name)]
-    mine = mine[mine["ok"].eq(True) & np.isfinite(mine["score"].astype(float))]
+    mine = mine[mine["ok"].eq(True) & np.isfinite(mine["score"].astype(float))].astype(
+        {"prompt_id": object, "run": object}  # of a store they are categorical
+    )
     sides = [mine[mine["label"] == label][["prompt_id", "index", "seed", "run", "score"]] for label in labels]
     trained = all(not side["seed"].eq(UNTRAINED).any() for side in sides)
     place = ["prompt_id", "index", *(["seed"] if trained else [])]

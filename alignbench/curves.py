@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
@@ -25,6 +26,7 @@ AXES = {"update": "updates", "images": "images", "nfe": "NFE", "gpu_seconds": "G
 LEVEL = 0.95
 PROFILE = (0.0, 0.25, 0.5, 0.75, 1.0)  # thresholds of the printed performance profile
 RUNS = ["label", "method", "seed", "run"]
+TEXTS = dict.fromkeys(("label", "method", "run", "evaluator", "metric", "prompt_id", "tag"), object)
 SCORES = [*RUNS, "update", "evaluator", "metric", "prompt_id", "tag", "index", "score", "ok"]
 
 
@@ -37,23 +39,26 @@ def training(results: store.Results) -> pd.DataFrame:
     ``update`` counts the updates done; ``nfe`` is the sum of both kinds; ``gpu_seconds`` is seconds x processes. What
     else the records hold (``reward_mean``, ``drift``, ...) follows.
     """
-    frames = [pd.DataFrame({name: [] for name in [*RUNS, *AXES]})]
+    tables, facts = [], []
     for run in results.manifest["runs"]:
         path = Path(results.store) / "runs" / run["id"] / "train.parquet"
-        if run["seed"] == UNTRAINED or not path.is_file():
-            continue
-        found = pd.read_parquet(path)
-        processes = (store.read_json(path.with_name("provenance.json")) or {}).get("processes", 1)
-        about = {name: run[name] for name in ("label", "method", "seed")} | {"run": run["id"]}
-        costs = {
-            "update": found["update"] + 1,
-            "images": found["images"],
-            "nfe": found["nfe_forward"] + found["nfe_grad"],
-            "gpu_seconds": found["seconds"] * processes,
-        }
-        rest = found.drop(columns=[name for name in costs if name in found])
-        frames.append(pd.DataFrame({**about, **costs}, index=found.index).join(rest))
-    return pd.concat(frames[1:] or frames, ignore_index=True)
+        table = store.read_table(path) if run["seed"] != UNTRAINED and path.is_file() else None
+        if table is not None:
+            tables.append(table)
+            processes = (store.read_json(path.with_name("provenance.json")) or {}).get("processes", 1)
+            facts.append((run["label"], run["method"], run["seed"], run["id"], processes))
+    if not tables:
+        return pd.DataFrame({name: [] for name in [*RUNS, *AXES]})
+    found = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    *about, processes = (np.repeat(np.array(each, object), [len(t) for t in tables]) for each in zip(*facts))
+    costs = {
+        "update": found["update"] + 1,
+        "images": found["images"],
+        "nfe": found["nfe_forward"] + found["nfe_grad"],
+        "gpu_seconds": found["seconds"] * processes.astype(float),
+    }
+    rest = found.drop(columns=[name for name in costs if name in found])
+    return pd.DataFrame({**dict(zip(RUNS, about)), **costs}).join(rest).astype({"seed": int})
 
 
 def milestones(results: store.Results, records: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -64,14 +69,12 @@ def milestones(results: store.Results, records: pd.DataFrame | None = None) -> p
     for run in results.manifest["runs"]:
         for part in store.milestones(run):
             if part["update"] != ends.get(run["id"]):  # else the end has the same, of all prompts
-                frames += [
-                    rows.assign(update=part["update"])
-                    for score in part["scores"]
-                    for rows in store.score_rows(Path(results.store), run, score)
-                ]
+                files = [(run, score) for score in part["scores"]]
+                frames.append(store.read_scores(Path(results.store), files).assign(update=part["update"]))
     untrained = {run["id"]: 0 for run in results.manifest["runs"] if run["seed"] in (None, UNTRAINED)}
-    last = results.scores.assign(update=results.scores["run"].map(ends | untrained))
-    return pd.concat([*frames, last.dropna(subset="update")], ignore_index=True)[SCORES]
+    last = results.scores.assign(update=results.scores["run"].astype(object).map(ends | untrained))
+    parts = [part.astype(TEXTS) for part in (*frames, last.dropna(subset="update")) if len(part)]
+    return pd.concat(parts or [pd.DataFrame({name: [] for name in SCORES})], ignore_index=True)[SCORES]
 
 
 # -- courses ----------------------------------------------------------------------------------------------------------
@@ -104,6 +107,8 @@ class Course(NamedTuple):
 def courses(results: store.Results, analysis: Analysis, records: pd.DataFrame | None = None) -> list[Course]:
     """Of every trained method with at least one milestone; none without a base model to start from."""
     records = training(results) if records is None else records
+    if not any(store.milestones(run) for run in results.manifest["runs"]):
+        return []
     frame = milestones(results, records)
     ends = records.groupby(["label", "seed"])["update"].max()
     on_the_way = frame[frame["update"].gt(0) & ~_is_end(frame, ends)]

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,6 @@ import pandas as pd
 from alignbench import curves, store
 from alignbench.curves import AXES, Course, Parting
 from alignbench.stats import curve_draws
-from alignbench.store import write
 from alignbench.table import DECIMALS
 
 if TYPE_CHECKING:
@@ -111,16 +109,6 @@ def figures(results: store.Results, analysis: Analysis) -> list[Figure]:
         lambda: _profiles(analysis),
     ]
     return [figure for make in makers if (figure := make()) is not None]
-
-
-def save(figures: Sequence[Figure], out: Path, stem: str) -> list[Path]:
-    """``<stem>-<name>.svg`` and ``.png`` of each, in ``out``; their paths."""
-    paths = []
-    for figure in figures:
-        for suffix, content in ((".svg", figure.svg), (".png", figure.png)):
-            paths.append(out / f"{stem}-{figure.name}{suffix}")
-            write(paths[-1], content)
-    return paths
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ sweep's name; without it the report is generic.
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from alignbench import curves, grid, page, stats, store
-from alignbench.analysis import UNTRAINED, Analysis, Measure, analyse, better, worse
+from alignbench import curves, effects, grid, page, plots, references, stats, store
+from alignbench.analysis import UNTRAINED, Analysis, Comparison, Measure, analyse, better, worse
+from alignbench.config import UserError, did_you_mean
 from alignbench.table import DECIMALS, Cell, Column, Section, Table, escape, interval, number
 
 REPORTS = "alignbench.reports"
@@ -31,6 +33,7 @@ COSTS = (  # (column of the costs frame, title, unit, divisor, decimals)
     ("seconds", "time", "s", 1, 0),
     ("peak_memory_bytes", "peak memory", "MiB", MIB, 0),
 )
+NO_COSTS = [Cell()] * len(COSTS)
 LEGEND = """\
 Every cell is a mean with its 95 % interval: a bootstrap over prompts (all images of a prompt together; for scores
 marked "by task" within each task) and training seeds. **Bold**: the best mean of a column, if its paired gain over
@@ -51,23 +54,55 @@ class Words(NamedTuple):
     published: Sequence[str] = ()  # stems of files below reports/published
 
 
-def build(results: store.Results, out: Path) -> list[Path]:
-    """Write ``<name>.md``, ``.csv``, ``-grid.png`` (if there is any picture) and ``.html`` into ``out``; the paths."""
+FORMATS = ("md", "csv", "tex", "html", "svg", "png")
+
+
+def build(results: store.Results, out: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Write what ``formats`` names into ``out``; the paths, the page first. UserError for a format there is not.
+
+    md: ``<name>.md``; csv: ``<name>.csv``, and ``<name>-published.csv`` if the sweep has published numbers beside its
+    own; tex: the tables, ``<name>.tex``; html: all of it with the pictures, ``<name>.html``; png: the picture grid,
+    ``<name>-grid.png``, if there is any picture; png, svg: the figures, ``<name>-<figure>``.
+    """
+    check_formats(formats)
     manifest = results.manifest
     name = manifest["name"]
     analysis = analyse(manifest, results.scores)
-    picture = _picture_grid(results, analysis)
-    paths = [out / f"{name}.md", out / f"{name}.csv"]
-    shown = f"{name}-grid.png" if picture else None
-    course = curves.sections(results, analysis)
-    said = sections(manifest, results.costs, analysis, shown, made_with(results), course)
-    store.write(paths[0], markdown(said))
-    store.write(paths[1], tidy(analysis, results.costs).csv())
+    published = [references.load(stem) for stem in _words(name).published]
+    picture = _picture_grid(results, analysis) if "png" in formats else None
+    drawn = plots.figures(results, analysis) if {"html", "svg", "png"} & set(formats) else []
+    said: list[Section] = []
+    if {"md", "html"} & set(formats):
+        link = f"{name}-grid.png" if picture else None
+        course = curves.sections(results, analysis)
+        said = sections(manifest, results.costs, analysis, link, made_with(results), course, published)
+    contents: dict[str, Any] = {}
+    if "md" in formats:
+        contents[f"{name}.md"] = markdown(said)
+    if "csv" in formats:
+        contents[f"{name}.csv"] = tidy(analysis, results.costs).csv()
+        if published:
+            contents[f"{name}-published.csv"] = references.tidy(published, manifest, analysis).csv()
+    if "tex" in formats:
+        contents[f"{name}.tex"] = latex(manifest, results.costs, analysis, published)
     if picture:
-        paths.append(out / f"{name}-grid.png")
-        store.write(paths[-1], lambda temporary: picture.save(temporary, "PNG"))
-    flagged = {label: hacked(analysis, label) for label in analysis.trained}
-    return [*paths, page.build(results, analysis, out, sections=said, hacked=flagged)]
+        contents[f"{name}-grid.png"] = lambda temporary: picture.save(temporary, "PNG")
+    for figure in drawn:
+        contents |= {
+            f"{name}-{figure.name}.{kind}": getattr(figure, kind) for kind in ("svg", "png") if kind in formats
+        }
+    for file, content in contents.items():
+        store.write(out / file, content)
+    paths = [out / file for file in contents]
+    if "html" in formats:
+        flagged = {label: hacked(analysis, label) for label in analysis.trained}
+        paths.append(page.build(results, analysis, out, sections=said, hacked=flagged, figures=drawn))
+    return paths
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    for unknown in set(formats) - set(FORMATS):
+        raise UserError(f"--format: there is no format '{unknown}'{did_you_mean(unknown, FORMATS, 'formats')}")
 
 
 def markdown(said: Sequence[Section]) -> str:
@@ -83,6 +118,7 @@ def sections(
     picture: str | None = None,
     origins: Sequence[str] = (),
     course: Sequence[Section] = (),
+    published: Sequence[references.Reference] = (),
 ) -> list[Section]:
     """All that is said. The first line says how to make it again; ``origins``: what the runs were made with.
 
@@ -104,8 +140,10 @@ def sections(
         _hybrid_note(manifest),
         _budgets(analysis, costs),
         *([f"![{alike}, one row per method]({picture})", GRID_NOTE] if picture else []),
+        *references.sections(manifest, analysis, published),
         *_changes_section(analysis, bool(manifest.get("imported"))),
         _one_training_note(manifest),
+        *effects.sections(analysis),
         *_hacking_section(analysis, costs),
         *course,
         *_task_sections(analysis),
@@ -124,10 +162,10 @@ REHEARSED = """\
 **REHEARSAL: small random models stand in for the real ones, and almost nothing was trained. That everything ran is all
 that this page shows; no number in it means anything.**"""
 NEUTRAL_NOTE = "A column without an arrow: neither direction is better in itself, nothing in it is bold."
-TWO_SEEDS_NOTE = """\
-With fewer than three seeds of a method, the spread between trainings is the larger of its own and that of all methods
-together. The interval of a method whose trainings differ far more than the others' is then too short (85 % instead of
-95 %, simulated)."""
+POOLED_NOTE = """\
+Few seeds say little of how much trainings differ: the spread between them is the larger of a method's own and that of
+all methods together. The interval of a method whose trainings differ many times more than the others' is too short
+(simulated: 78 to 88 % instead of 95 % with two seeds, 85 to 89 % with three, 90 to 92 % with five)."""
 GRID_NOTE = """\
 Pictures of the lowest training seed that has any, first image of each prompt; the prompts were drawn by the hash of
 their id, tasks in turn."""
@@ -164,11 +202,11 @@ def main_table(analysis: Analysis, costs: pd.DataFrame, noted: Collection[str] =
     columns = [Column("method"), *map(_column, analysis.measures)]
     columns += [Column(name, unit, decimals=decimals) for _, name, unit, _, decimals in COSTS]
     best = {measure: analysis.best(measure) for measure in analysis.measures}
-    rows = []
+    rows, spent = [], _cost_cells(costs)
     for label in analysis.labels:
         cells = [_mean_cell(analysis, measure, label, *best[measure]) for measure in analysis.measures]
         flag = f" {DAGGER}" * (label in noted) + " **(reward hacking)**" * bool(hacked(analysis, label))
-        rows.append([Cell(label, mark=flag + _seeds_mark(analysis, label)), *cells, *_cost_cells(costs, label)])
+        rows.append([Cell(label, mark=flag + _seeds_mark(analysis, label)), *cells, *spent.get(label, NO_COSTS)])
     return Table(columns, rows)
 
 
@@ -213,11 +251,22 @@ def _estimate_cell(found: stats.Estimate, measure: Measure) -> Cell:
     return Cell(found.mean, lo, hi)
 
 
-def _cost_cells(costs: pd.DataFrame, label: str) -> list[Cell]:
-    done = _trainings(costs, [label])
-    if done.empty:  # weights that are somebody else's are done, and what they cost is not known
-        return [Cell("unknown" if (costs[costs["label"] == label]["state"] == "done").any() else None)] * len(COSTS)
-    return [Cell(float(pd.to_numeric(done[column]).mean()) / divisor) for column, _, _, divisor, _ in COSTS]
+def _cost_cells(costs: pd.DataFrame) -> dict[str, list[Cell]]:
+    """label -> means over its trainings; a label of which nothing is done is not there."""
+    means = _label_means(costs, [column for column, *_ in COSTS])
+    done = costs.loc[costs["state"] == "done", "label"].unique()
+    unknown = {str(label): [Cell("unknown")] * len(COSTS) for label in done}  # somebody else's weights, as far as seen
+    return unknown | {
+        label: [Cell(mean[column] / divisor) for column, _, _, divisor, _ in COSTS] for label, mean in means.items()
+    }
+
+
+def _label_means(costs: pd.DataFrame, columns: Sequence[str]) -> dict[str, dict[str, float]]:
+    """label -> column -> mean over the trainings that came to their end; nan where no training has a value."""
+    done = costs.loc[costs["images"].notna(), ["label", *columns]]
+    numbers = done.assign(**{column: pd.to_numeric(done[column]).astype(float) for column in columns})
+    means = numbers.groupby("label", sort=False)[list(columns)].mean()
+    return {str(label): dict(zip(columns, row)) for label, row in zip(means.index, means.to_numpy().tolist())}
 
 
 def _trainings(costs: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
@@ -227,39 +276,90 @@ def _trainings(costs: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
 
 def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
     """One row per method and measure, and one per method and cost; differences are paired, against base."""
-    names = ["method", "metric", "role", "unit", "mean", "lo", "hi", "se", "se_prompts", "prompts", "seeds"]
+    names = [
+        "method",
+        "metric",
+        "role",
+        "unit",
+        "mean",
+        "lo",
+        "hi",
+        "se",
+        "se_prompts",
+        "prompts",
+        "seeds",
+        "between_trainings",
+    ]
     names += ["change", "change_lo", "change_hi", "change_se", "change_se_prompts", "p", "p_holm", "verdict"]
+    names += ["improved", "improved_lo", "improved_hi", "improved_p", "improved_p_holm", "improved_verdict"]
     rows: list[list[Cell]] = []
     for measure in analysis.measures:
-        data = analysis.scores[measure]
-        strata = data.tags if measure.by_task else None
         for label in analysis.labels:
-            mean, values = analysis.means[measure][label], data.values[label]
+            mean = analysis.means[measure][label]
             start: list[float | str | None] = [label, measure.name, measure.role, measure.unit, *mean[:4]]
-            start.append(stats.clustered_se(values, strata))
-            row = [*start, mean.prompts, mean.seeds, *_tidy_change(analysis, measure, label)]
+            start += [mean.se_prompts, mean.prompts, mean.seeds, _between_trainings(analysis, measure, label)]
+            row = [*start, *_tidy_change(analysis, measure, label)]
+            row += _tidy_improved(analysis, measure, label)
             rows.append(list(map(Cell, row)))
+    for label, gain in analysis.gains.items():
+        start = [label, effects.IQM, "summary", "SD of base", *[None] * 5, gain.estimate.prompts, gain.estimate.seeds]
+        start.append(_between_trainings(analysis, analysis.summed[0], label))
+        told = [*start, *_tidy_compared(gain), *[None] * 6]
+        rows.append(list(map(Cell, told)))
+    spent = _cost_cells(costs)
     for label in analysis.labels:
-        for (column, _, unit, _, _), cell in zip(COSTS, _cost_cells(costs, label)):
+        for (column, _, unit, _, _), cell in zip(COSTS, spent.get(label, NO_COSTS)):
             value = None if isinstance(cell.value, str) else cell.value
             start = [label, column.removesuffix("_bytes"), "cost", unit, value]
             rows.append([*map(Cell, start), *[Cell()] * (len(names) - len(start))])
     return Table([Column(name) for name in names], rows)
 
 
+def _between_trainings(analysis: Analysis, measure: Measure, label: str) -> str:
+    """Whether the errors of a row contain how much trainings differ: "none" where nothing was trained."""
+    if label not in analysis.trained:
+        return "none"
+    known = max(analysis.means[measure][each].seeds for each in analysis.trained) > 1
+    return "in se" if known else "unknown"
+
+
 def _tidy_change(analysis: Analysis, measure: Measure, label: str) -> list[float | str | None]:
     change = analysis.changes[measure].get(label)
-    if change is None:
-        return [None] * 8
-    errors = [change.estimate.se, _change_se(analysis, measure, label)]
-    return [*change.estimate[:3], *errors, change.estimate.p, change.p_holm, change.verdict]
+    return [None] * 8 if change is None else _tidy_compared(change)
 
 
-def _change_se(analysis: Analysis, measure: Measure, label: str) -> float:
-    """Standard error of the change against base, clustered by prompt, the trained seeds taken as given."""
-    data = analysis.scores[measure]
-    difference = data.values[label] - data.values[analysis.base or ""]
-    return stats.clustered_se(difference, data.tags if measure.by_task else None)
+def _tidy_compared(change: Comparison) -> list[float | str | None]:
+    found = change.estimate
+    return [*found[:3], found.se, found.se_prompts, found.p, change.p_holm, change.verdict]
+
+
+def _tidy_improved(analysis: Analysis, measure: Measure, label: str) -> list[float | str | None]:
+    share = analysis.improved.get(measure, {}).get(label)
+    return [None] * 6 if share is None else [*share.estimate[:3], share.estimate.p, share.p_holm, share.verdict]
+
+
+def latex(
+    manifest: dict[str, Any],
+    costs: pd.DataFrame,
+    analysis: Analysis,
+    published: Sequence[references.Reference] = (),
+) -> str:
+    """The page's tables, each by itself, to be taken into a paper."""
+    tables = {"Results": main_table(analysis, costs, hybrid(manifest))}
+    tables |= {f"Published numbers, {each.name}": references.beside(each, manifest, analysis) for each in published}
+    if analysis.base is not None:
+        tables |= {"Paired change": changes_table(analysis), **effects.tables(analysis)}
+    tables |= {
+        f"{measure.name}, by task": _task_table(analysis, measure) for measure in analysis.measures if measure.by_task
+    }
+    stamp = ["REHEARSAL: no number here means anything"] if manifest.get("rehearsal") else []
+    stamp += [f"SUBSET: the first {manifest['subset']} prompts"] if manifest.get("subset") else []
+    stamp += [note.strip("*")] if (note := _seeds_note(analysis)) else []
+    head = [f"Made by {regenerate(manifest)}", r"Needs \usepackage{booktabs}", *stamp]
+    comments = [f"% {' '.join(line.split())}" for line in head]
+    return "\n".join(
+        ["\n".join(comments), *(f"% {' '.join(name.split())}\n{table.latex()}" for name, table in tables.items())]
+    )
 
 
 def _answers(questions: Sequence[tuple[str, Sequence[str]]], analysis: Analysis) -> list[str]:
@@ -320,25 +420,30 @@ def _budgets(analysis: Analysis, costs: pd.DataFrame) -> str:
 def _changes_section(analysis: Analysis, imported: bool = False) -> list[Section]:
     if analysis.base is None:
         return ["## Paired change", "The sweep has no untrained method to compare with."]
-    columns = [Column("measure"), Column("method"), Column(f"change against {analysis.base}")]
-    columns += [Column("SE, prompts"), Column("SE, prompts and seeds"), Column("p, Holm"), Column("verdict")]
-    rows = []
-    for measure in analysis.measures:
-        more = DECIMALS.get(measure.unit, 3) + 1
-        for label, change in analysis.changes[measure].items():
-            errors = [_change_se(analysis, measure, label), change.estimate.se]
-            p = "<0.001" if change.p_holm < 0.001 else number(change.p_holm)
-            texts = [_change(change.estimate, measure), *(number(error, more) for error in errors), p, change.verdict]
-            bold = change.verdict in ("up", "down")
-            rows.append([Cell(f"{title(measure)} [{measure.role}]"), Cell(label), *map(Cell, texts[:-1])])
-            rows[-1].append(Cell(texts[-1], bold=bold))
     noise = "noise unknown" if imported else "same noise"
     note = f"""\
 Image by image: same prompt, {noise}. The p-value tests "no change" (t on the bootstrap's standard error,
 Satterthwaite's degrees of freedom) and is corrected for all methods of one measure; up and down: p < 0.05.
 *SE, prompts* takes these very trainings as given; *SE, prompts and seeds* is for trainings with any seed."""
     heading = f"## Paired change against {escape(analysis.base)}"
-    return [heading, Table(columns, rows), note, _seeds_note(analysis)]
+    return [heading, changes_table(analysis), note, _seeds_note(analysis)]
+
+
+def changes_table(analysis: Analysis) -> Table:
+    """One row per measure and method: the paired change against base, its errors and its verdict."""
+    columns = [Column("measure"), Column("method"), Column(f"change against {analysis.base}")]
+    columns += [Column("SE, prompts"), Column("SE, prompts and seeds"), Column("p, Holm"), Column("verdict")]
+    rows = []
+    for measure in analysis.measures:
+        more = DECIMALS.get(measure.unit, 3) + 1
+        for label, change in analysis.changes[measure].items():
+            errors = [change.estimate.se_prompts, change.estimate.se]
+            p = effects.p_text(change.p_holm)
+            texts = [_change(change.estimate, measure), *(number(error, more) for error in errors), p, change.verdict]
+            bold = change.verdict in ("up", "down")
+            rows.append([Cell(f"{title(measure)} [{measure.role}]"), Cell(label), *map(Cell, texts[:-1])])
+            rows[-1].append(Cell(texts[-1], bold=bold))
+    return Table(columns, rows)
 
 
 def _seeds_note(analysis: Analysis) -> str:
@@ -346,7 +451,7 @@ def _seeds_note(analysis: Analysis) -> str:
     used = [change.estimate.seeds for label, change in changes if label in analysis.trained]
     if max(used, default=0) == 1:
         return "**One training seed: how much trainings differ is unknown, and no interval here contains it.**"
-    return TWO_SEEDS_NOTE if min((count for count in used if count), default=3) < 3 else ""
+    return POOLED_NOTE if max(used, default=0) > 1 else ""
 
 
 def _one_training_note(manifest: dict[str, Any]) -> str:
@@ -389,10 +494,9 @@ def _hacking_section(analysis: Analysis, costs: pd.DataFrame) -> list[Section]:
         return []
     columns = [Column("method"), Column("reward, first 10 % of updates", decimals=4)]
     columns += [Column("reward, last 10 %", decimals=4), Column("change", decimals=4, signed=True)]
-    rows = []
+    rows, means = [], _label_means(costs, ["reward_first", "reward_last"])
     for label in analysis.trained:
-        done = _trainings(costs, [label])
-        first, last = (float(pd.to_numeric(done[column]).mean()) for column in ("reward_first", "reward_last"))
+        first, last = means.get(label, {"first": math.nan, "last": math.nan}).values()
         rows.append([Cell(label), Cell(first), Cell(last), Cell(last - first)])
     lines = [_hacking_line(analysis, label) for label in analysis.trained if analysis.base is not None]
     note = "Means over finished seeds, of the reward on the pictures that the method itself made while it trained."
@@ -414,14 +518,19 @@ def _task_sections(analysis: Analysis) -> list[Section]:
     for measure in analysis.measures:
         if not measure.by_task:
             continue
-        tasks = analysis.tasks(measure)
-        columns = [Column("method"), *(Column(task.replace("_", " ")) for task in tasks), Column("mean of tasks")]
-        rows = []
-        for label in analysis.labels:
-            found = [*(means[label] for means in tasks.values()), analysis.means[measure][label]]
-            rows.append([Cell(label), *(_estimate_cell(each, measure) for each in found)])
-        sections += [f"## {escape(measure.name)} [{measure.role}], by task", Table(columns, rows)]
+        heading = f"## {escape(measure.name)} [{measure.role}], by task"
+        sections += [heading, _task_table(analysis, measure)]
     return sections
+
+
+def _task_table(analysis: Analysis, measure: Measure) -> Table:
+    tasks = analysis.tasks(measure)
+    columns = [Column("method"), *(Column(task.replace("_", " ")) for task in tasks), Column("mean of tasks")]
+    rows = []
+    for label in analysis.labels:
+        found = [*(means[label] for means in tasks.values()), analysis.means[measure][label]]
+        rows.append([Cell(label), *(_estimate_cell(each, measure) for each in found)])
+    return Table(columns, rows)
 
 
 def _notes_section(manifest: dict[str, Any]) -> list[str]:

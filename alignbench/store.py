@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,7 @@ from alignbench.config import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 BEAT = 15.0  # seconds between heartbeats of a lock
 STALE = 600.0  # seconds without a heartbeat after which its holder counts as gone
@@ -395,6 +396,8 @@ class Results:
 
     def state(self, run: dict[str, Any]) -> tuple[str, str]:
         """("done" | "failed" | "running" | "missing", reason) of one run of the manifest: all its stages together."""
+        if self._whole(run):
+            return "done", ""
         parts = artefacts(Store(self.store), run)
         open_parts = [part for part in parts if not part.done]
         if not open_parts:
@@ -406,17 +409,19 @@ class Results:
                 return "failed", reason
         return "missing", f"not made yet: {', '.join(dict.fromkeys(part.kind for part in open_parts))}"
 
+    def _whole(self, run: dict[str, Any]) -> bool:
+        """Is every artefact of this run done? The same question as below, for the many that are: with few objects."""
+        files = [f"images/{run['images']}/manifest.parquet", *(score["file"] for score in run["scores"])]
+        files += [f"images/{score['base']}/manifest.parquet" for score in run["scores"] if "base" in score]
+        files += [f"runs/{run['id']}/weights.safetensors"] if run["seed"] != -1 else []
+        if not all(os.path.exists(f"{self.store}/{file}") for file in files):
+            return False
+        return (read_json(self.store / "runs" / run["id"] / "status.json") or {}).get("state") == "done"
+
     @cached_property
     def scores(self) -> pd.DataFrame:
         """One row per image and metric."""
-        import pandas as pd
-
-        columns = ["label", "method", "seed", "run", "evaluator", "metric", "prompt_id", "tag", "index", "score", "ok"]
-        frames = [pd.DataFrame({name: [] for name in columns})]
-        for run in self.manifest["runs"]:
-            for score in run["scores"]:
-                frames += score_rows(self.store, run, score)
-        return pd.concat(frames[1:] or frames, ignore_index=True)[columns]
+        return read_scores(self.store, [(run, score) for run in self.manifest["runs"] for score in run["scores"]])
 
     @cached_property
     def costs(self) -> pd.DataFrame:
@@ -432,41 +437,82 @@ class Results:
 
     def _costs(self, run: dict[str, Any]) -> dict[str, Any]:
         """Totals of training; zeros for a run that trains nothing, empty for one that did not get there."""
-        import pandas as pd
+        import numpy as np
 
         names = ["updates", *COSTS]
-        path = self.store / "runs" / run["id"] / "train.parquet"
-        if not path.is_file():
+        table = read_table(self.store / "runs" / run["id"] / "train.parquet")
+        if table is None:
             zero = run["seed"] == -1 and not run.get("published")  # of whose training nothing is known
             return dict.fromkeys(names, 0 if zero else None) | dict.fromkeys(("reward_first", "reward_last"))
-        records = pd.read_parquet(path)
-        tenth = max(1, len(records) // 10)
+        last = table.slice(table.num_rows - 1).to_pylist()[0]
+        tenth = max(1, table.num_rows // 10)
         rewards = run.get("settings", {}).get("reward", [])
         margins = {
             part["evaluator"]["name"]: part["margin"] for part in (rewards if isinstance(rewards, list) else [rewards])
         }
-        reward = records["reward_mean"] if "reward_mean" in records else pd.Series(dtype=float)
-        last = records.iloc[-1]
+        reward = table["reward_mean"].to_numpy() if "reward_mean" in table.column_names else np.full(1, np.nan)
+        hinged = any(name.startswith("hinge_closed") for name in table.column_names)
         return {
             "updates": int(last["update"]) + 1,
-            **{name: last[name].item() for name in COSTS},
-            "reward_first": reward.head(tenth).mean(),
-            "reward_last": reward.tail(tenth).mean(),
-            "warning": "; ".join(hinge.complaints(records.to_dict("records"), margins)),
+            **{name: last[name] for name in COSTS},
+            "reward_first": float(reward[:tenth].mean()),
+            "reward_last": float(reward[-tenth:].mean()),
+            "warning": "; ".join(hinge.complaints(table.to_pylist(), margins)) if hinged else "",
         }
 
 
-def score_rows(store: Path, run: dict[str, Any], score: dict[str, Any]) -> Iterator[pd.DataFrame]:
-    """A frame for each metric of one score file of ``run``, one row per image; none if it is not there yet."""
-    import pandas as pd
+def read_scores(root: Path, files: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> pd.DataFrame:
+    """One row per image and metric of the score files that are there. ``files``: runs of a manifest, each with a score.
 
-    if not (store / score["file"]).is_file():
-        return
-    found = pd.read_parquet(store / score["file"])
-    for metric in score["metrics"]:
-        part = found[["prompt_id", "tag", "index", "ok"]].assign(score=found[metric["name"]].astype(float))
-        facts = {"evaluator": score["evaluator"], "metric": metric["name"], "run": run["id"]}
-        yield part.assign(**{key: run[key] for key in ("label", "method", "seed")}, **facts)
+    Texts are categorical: there are a thousand times as many rows as names. By pyarrow alone: pandas takes four times
+    as long for a small file, and there is one for each run and evaluator.
+    """
+    import numpy as np
+    import pandas as pd
+    import pyarrow as pa
+
+    keys, tables, facts = ["prompt_id", "tag", "index", "ok"], [], []
+    types = [pa.large_string(), pa.large_string(), pa.int64(), pa.bool_(), pa.float64()]  # as pandas writes them
+    wanted = pa.schema(list(zip([*keys, "score"], types)))
+    for run, score in files:
+        names = [metric["name"] for metric in score["metrics"]]
+        found = read_table(root / score["file"], [*keys, *names])
+        if found is None:
+            continue
+        for name in names:
+            part = found.select([*keys, name]).rename_columns([*keys, "score"])
+            tables.append(part if part.schema == wanted else part.cast(wanted))
+            facts.append([run[key] for key in ("label", "method", "seed", "id")] + [score["evaluator"], name])
+    order = ["label", "method", "seed", "run", "evaluator", "metric", "prompt_id", "tag", "index", "score", "ok"]
+    if not tables:
+        return pd.DataFrame({name: [] for name in order})
+    together = pa.concat_tables(tables).combine_chunks()
+    for place, name in enumerate(keys[:2]):
+        together = together.set_column(place, name, together[name].dictionary_encode())
+    frame = together.to_pandas(ignore_metadata=True)
+    counts = [table.num_rows for table in tables]
+    for name, values in zip(order, zip(*facts)):
+        codes, known = pd.factorize(np.array(values, object))
+        column = np.repeat(codes.astype(np.int32), counts)
+        frame[name] = (
+            known.astype(int)[column] if name == "seed" else pd.Categorical.from_codes(column, pd.Index(known))
+        )
+    return frame[order]
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table | None:
+    """A small parquet file; None if there is none. UserError if it is not whole."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with open(path, "rb") as file:  # whole, at once: mapping it into memory takes twice as long
+            source = parquet.ParquetFile(pa.BufferReader(file.read()))
+        return source.read(columns=list(columns) if columns else None, use_threads=False)
+    except FileNotFoundError:
+        return None
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it, and run the sweep again") from None
 
 
 def artefacts(store: Store, run: dict[str, Any]) -> list[Artefact]:

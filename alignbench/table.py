@@ -1,4 +1,4 @@
-"""A table of numbers with intervals, as markdown and HTML (rounded, escaped) and as CSV (in full precision)."""
+"""A table of numbers with intervals: as markdown, LaTeX and HTML (rounded, escaped), and as CSV (in full precision)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,34 @@ from alignbench import markup
 
 ABSENT = "—"
 DECIMALS = {"fraction": 3, "cosine": 3, "logit": 2}  # by unit of a metric; 3 for any other
-_BIDI = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F])  # could reorder a whole row
+_UNSEEN = dict.fromkeys(  # could reorder a whole row, or are no text at all
+    [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F]
+    + [code for code in (*range(0x20), 0x7F) if not chr(code).isspace()]
+)
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+TEX = {  # what pdfLaTeX in its default encoding would read as something else, or not at all
+    **{c: f"\\{c}" for c in "%_&#${}"},
+    **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "`": r"\textasciigrave{}"},
+    **{
+        "|": r"\textbar{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        '"': "''",
+    },
+    **{c: f"{{{c}}}" for c in "[]*"},  # after \\ a bracket and a star are its arguments
+    **{c: f"$\\{name}$" for c, name in zip("αβηλστ", ("alpha", "beta", "eta", "lambda", "sigma", "tau"))},
+    **{
+        "↑": r"$\uparrow$",
+        "↓": r"$\downarrow$",
+        "—": r"\textemdash{}",
+        "†": r"\dag{}",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+    },
+}
+_LATIN = {*range(0xC0, 0x100)} - {0xD0, 0xDE, 0xF0, 0xFE}  # letters that every pdfLaTeX has
 
 
 class Column(NamedTuple):
@@ -52,7 +79,7 @@ class Table(NamedTuple):
         lines = [[escape(column.header) for column in self.columns]]
         lines += [list(map(_markdown, row, self.columns)) for row in self.rows]
         widths = [max(map(len, entries)) for entries in zip(*lines)]
-        numeric = [any(isinstance(row[i].value, (int, float)) for row in self.rows) for i in range(len(self.columns))]
+        numeric = [self._numeric(i) for i in range(len(self.columns))]
         rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric)]
         lines.insert(1, rule)
         padded = [
@@ -76,13 +103,29 @@ class Table(NamedTuple):
         body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>"
         return f"<table>\n<caption>{markup.text(caption)}</caption>\n{body}\n</table>\n"
 
+    def latex(self) -> str:
+        r"""A booktabs ``tabular`` for pdfLaTeX, intervals small behind their mean; needs \usepackage{booktabs}."""
+        kinds = "".join("r" if self._numeric(i) else "l" for i in range(len(self.columns)))
+        head = [" & ".join(tex(column.header) for column in self.columns)]
+        body = [" & ".join(map(_latex, row, self.columns)) for row in self.rows]
+        lines = [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", *(rf"{line} \\" for line in head), r"\midrule"]
+        return "\n".join([*lines, *(rf"{line} \\" for line in body), r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+    def _numeric(self, column: int) -> bool:
+        return any(isinstance(row[column].value, (int, float)) for row in self.rows)
+
     def csv(self) -> str:
-        """RFC 4180; an unmeasured cell is empty. A column with intervals fills three: title, title_lo, title_hi."""
+        """RFC 4180; an unmeasured cell is empty. A column with intervals fills three: title, title_lo, title_hi.
+
+        A spreadsheet takes a text that begins with one of = + - @, or with a tab, for a formula: such a text, unless it
+        is a number, gets an apostrophe before it.
+        """
         wide = [any(row[i].lo is not None for row in self.rows) for i in range(len(self.columns))]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         ends = [("", "_lo", "_hi") if w else ("",) for w in wide]
-        writer.writerow([column.title + end for column, suffixes in zip(self.columns, ends) for end in suffixes])
+        titles = [_plain(column.title) for column in self.columns]
+        writer.writerow([title + end for title, suffixes in zip(titles, ends) for end in suffixes])
         for row in self.rows:
             writer.writerow([_plain(value) for cell, suffixes in zip(row, ends) for value in cell[: len(suffixes)]])
         return text.getvalue()
@@ -93,10 +136,17 @@ Section = str | Table  # what a report is made of: a piece of markdown, or a tab
 
 def escape(text: str) -> str:
     """``text`` so that markdown shows it as it is, on one line and inside a table cell."""
-    text = " ".join(str(text).translate(_BIDI).split()).replace("&", "&amp;").replace(">", "&gt;")
+    text = " ".join(str(text).translate(_UNSEEN).split()).replace("&", "&amp;").replace(">", "&gt;")
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # a tag; "< 0.001" is none
     # an underscore inside a word is no emphasis, a bracket without a target no link, a sign before a number no list
     return re.sub(r"([\\`*|~$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|\[(?=\^)|^#|^[-+](?=\s))", r"\\\1", text)
+
+
+def tex(text: str) -> str:
+    """``text`` so that pdfLaTeX shows it as it is; a letter that it has no glyph for as its code point, [U+05E9]."""
+    words = " ".join(str(text).translate(_UNSEEN).split())
+    shown = (TEX.get(c, c if c.isascii() or ord(c) in _LATIN else f"{{[}}U+{ord(c):04X}{{]}}") for c in words)
+    return re.sub("-(?=-)", "-{}", "".join(shown))  # two hyphens are a dash
 
 
 def number(value: float | None, decimals: int = 3, signed: bool = False) -> str:
@@ -119,7 +169,7 @@ def interval(value: float | None, lo: float | None, hi: float | None, decimals: 
 def _shown(cell: Cell, column: Column) -> str:
     """What stands in a cell, without bold and mark."""
     if isinstance(cell.value, str):
-        return " ".join(cell.value.translate(_BIDI).split())
+        return " ".join(cell.value.translate(_UNSEEN).split())
     if cell.lo is not None:
         return interval(cell.value, cell.lo, cell.hi, column.decimals, column.signed)
     return number(cell.value, column.decimals, column.signed)
@@ -162,7 +212,32 @@ def _html_content(cell: Cell, shown: str, right: bool) -> str:
     return text + (f" <small>{markup.text(limits)}</small>" if limits else "") + mark
 
 
+def _latex(cell: Cell, column: Column) -> str:
+    """As in markdown. A mark that is no text but markup (bold, an escape) loses it."""
+    if isinstance(cell.value, str):
+        mean, limits = tex(cell.value), ""
+    else:
+        text = number(cell.value, column.decimals, column.signed)
+        if cell.lo is not None:
+            text = interval(cell.value, cell.lo, cell.hi, column.decimals, column.signed)
+        mean, limits = (_signed(part) for part in (*text.split(" ", 1), "")[:2])
+    mark = tex(cell.mark.replace("**", ""))
+    small = rf"{{\scriptsize {limits}}}" if limits else ""
+    return " ".join(filter(None, [rf"\textbf{{{mean}}}" if cell.bold else mean, small, mark]))
+
+
+def _signed(numbers: str) -> str:
+    """Numbers with minus signs instead of hyphens."""
+    return numbers.replace("-", "$-$").replace(ABSENT, TEX[ABSENT])
+
+
 def _plain(value: float | str | None) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
-    return value if isinstance(value, str) else repr(value) if isinstance(value, int) else f"{float(value):.10g}"
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(FORMULA) and not _is_number(value) else value
+    return repr(value) if isinstance(value, int) else f"{float(value):.10g}"
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) is not None

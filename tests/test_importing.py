@@ -274,9 +274,10 @@ def test_our_own_pictures_come_back_with_our_own_scores(swept, tmp_path, capsys)
     folder, judges = store / "images" / run["images"], ["-e", "bright,geneval", "geneval.detector=shapes"]
     options = ["--prompts", "shapes/test", "--label", "Again", *judges]
     assert take(store, "images", folder, *options) == 0
-    theirs = scores(store).sort_values(["metric", "prompt_id", "index"])["score"].to_numpy()
-    mine = Results(store, manifest | {"runs": [run]}).scores.sort_values(["metric", "prompt_id", "index"])["score"]
-    assert np.array_equal(theirs, mine.to_numpy())
+    own = Results(store, manifest | {"runs": [run]}).scores
+    place = {"metric": str, "prompt_id": str, "index": int}
+    theirs, mine = (frame.astype(place).sort_values(list(place))["score"] for frame in (scores(store), own))
+    assert np.array_equal(theirs.to_numpy(), mine.to_numpy())
     capsys.readouterr()
     assert alignbench("compare", "imported:Again", run["id"], store=store, plugin=False) == 0
     text = capsys.readouterr().out

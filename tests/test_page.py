@@ -317,7 +317,7 @@ def test_no_text_becomes_markup(tmp_path):
     assert not [name for _, attributes in reader.elements for name in attributes if name.startswith("on")]
     assert "<img src=x" not in text
     assert "failed: </script><script>alert(1)</script>" in reader.text
-    assert f"{NASTY[0]}\ufffd\ufffd" in reader.text
+    assert NASTY[0] in reader.text
     assert len(data_of(text)["prompts"]) == 120  # the other method's prompts are rows of their own
 
 

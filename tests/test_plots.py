@@ -60,15 +60,15 @@ def test_the_same_numbers_are_the_same_bytes(drawn, tmp_path):
     (tmp_path / "matplotlibrc").write_text("lines.linewidth: 7\nfont.size: 30\n")
     code = f"""
 import json, pathlib
-from alignbench import plots, store
-from alignbench.analysis import analyse
+from alignbench import report, store
 results = store.Results({str(results.store)!r}, json.load(open("manifest.json")))
-plots.save(plots.figures(results, analyse(results.manifest, results.scores)), pathlib.Path("out"), "s")
+report.build(results, pathlib.Path("out"), ["svg", "png"])
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     for figure in figures:
-        assert (tmp_path / "out" / f"s-{figure.name}.svg").read_text() == figure.svg
-        assert (tmp_path / "out" / f"s-{figure.name}.png").read_bytes() == figure.png
+        path = tmp_path / "out" / f"{results.manifest['name']}-{figure.name}.svg"
+        assert path.read_text() == figure.svg
+        assert path.with_suffix(".png").read_bytes() == figure.png
         assert not re.search(r"\b20\d\d-\d\d-\d\d|Matplotlib v", figure.svg)
 
 

@@ -371,12 +371,17 @@ def test_csv_keeps_every_digit_and_every_name():
 
 
 def test_the_tidy_file_has_one_row_per_method_and_measure(tmp_path):
-    """pandas reads the CSV back: six methods by four measures and seven costs; base has no change; roles are named."""
+    """pandas reads the CSV back: six methods by four measures and seven costs, and five gains over measures; base has
+    no change; roles are named, and what is known of the spread between trainings."""
     report.build(results(tmp_path), tmp_path / "out")
-    frame = pd.read_csv(tmp_path / "out/made_up.csv")
-    assert len(frame) == 6 * (4 + 7)
+    frame = pd.read_csv(tmp_path / "out/made_up.csv", keep_default_na=False, na_values=[""])
+    assert len(frame) == 6 * (4 + 7) + 5
     assert not frame.duplicated(["method", "metric"]).any()
-    measured = frame[frame["role"] != "cost"]
+    measured = frame[~frame["role"].isin(["cost", "summary"])]
+    told = measured.groupby("method")["between_trainings"].unique().str.join("")
+    assert told.to_dict() == {label: "none" if label == "base" else "in se" for label in LABELS}
+    shares = measured[measured["method"] != "base"]
+    assert ((shares["improved"] > 0.5) == (shares["improved_verdict"] == "up")).mean() > 0.7
     assert measured[measured["method"] == "base"]["change"].isna().all()
     assert measured[measured["method"] != "base"]["p_holm"].notna().all()
     assert (measured["lo"] <= measured["mean"]).all()
@@ -391,8 +396,10 @@ def test_the_grid_has_a_row_per_method_and_a_column_per_prompt(tmp_path):
     given = results(tmp_path)
     draw_pictures(tmp_path, given.manifest)
     paths = report.build(given, tmp_path / "out")
-    assert [path.name for path in paths] == ["made_up.md", "made_up.csv", "made_up-grid.png", "made_up.html"]
-    with Image.open(paths[2]) as sheet:
+    names = [path.name for path in paths if "overview" not in path.name and "change" not in path.name]
+    assert names[:4] == ["made_up.md", "made_up.csv", "made_up.tex", "made_up-grid.png"]
+    assert names[-1] == "made_up.html"
+    with Image.open(paths[3]) as sheet:
         side, gap = 128, grid.GAP
         assert sheet.height == 2 * gap + grid.LINE * (1 + 3) + 6 * (side + gap)  # task, and three lines of prompt
         left = sheet.width - 10 * (side + gap)
@@ -408,7 +415,7 @@ def test_a_missing_picture_leaves_a_grey_tile(tmp_path):
     draw_pictures(tmp_path, given.manifest)
     for seed in (0, 1):
         (tmp_path / f"images/ReFL{seed}/manifest.parquet").unlink()
-    with Image.open(report.build(given, tmp_path / "out")[2]) as sheet:
+    with Image.open(report.build(given, tmp_path / "out", ["png"])[0]) as sheet:
         row = np.asarray(sheet)[-5 * 132 : -5 * 132 + 128, -132:-4]
     assert (row[:8] == 225).all()
 

@@ -1,7 +1,11 @@
 """Claims about means, intervals and corrections; simulations have seeds of their own and fixed tolerances."""
 
+import itertools
+
 import numpy as np
 import pytest
+from scipy.special import ndtr
+from scipy.stats import binomtest, trim_mean
 
 from alignbench import stats
 
@@ -98,74 +102,52 @@ def test_the_interval_covers():
     assert 0.92 <= coverage((1, 0.15, 1)) <= 0.98
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sd", "seeds", "lowest"),
-    [
-        ((1, 0, 0), 1, 0.93),
-        ((1, 0, 1), 2, 0.93),
-        ((1, 0.2, 1), 2, 0.92),
-        ((0.1, 0.5, 1), 2, 0.86),  # two seeds that differ more than the prompts do: the module says 90 %
-        ((1, 0.2, 1), 3, 0.93),
-        ((1, 0.2, 1), 5, 0.93),
-        ((0.1, 0.5, 1), 5, 0.93),
-    ],
-)
-def test_the_interval_covers_in_many_worlds(sd, seeds, lowest):
-    """From one seed to five, and whichever level varies most, coverage is where the module's first page puts it."""
-    strata = np.repeat(np.arange(6), 10)
-    for groups in (None, strata):
-        assert lowest <= coverage(sd, seeds=seeds, runs=2000, strata=groups) <= 0.985
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("spreads", "lowest"), [([0.0] * 5, 0.94), ([0.3] * 5, 0.93), ([0.3, *[0.1] * 4], 0.85)])
-def test_two_seeds_pooled_over_methods_cover(spreads, lowest):
-    """Two seeds of five methods with equal spread of their trainings cover; an outlier covers as the module says."""
-    rng = np.random.default_rng(12)
-    inside = []
-    for _ in range(2000):
-        methods = [crossed(rng, 60, 2, (0.7, spread, 1))[0] for spread in spreads]
-        found = stats.mean_interval(methods[0], pooled=stats.pool_seeds(methods), draws=1000)
-        inside.append(found.lo <= 0 <= found.hi)
-    assert lowest <= np.mean(inside) <= 0.985
-
-
 def test_the_pool_is_the_mean_variance_between_seeds():
     """Seeds that shift all scores by s, pooled over methods, have the mean of var(s) and the sum of the degrees of
-    freedom; all pairs of k methods have (k - 1) (S - 1) of them, and one seed alone has no spread."""
+    freedom; one seed alone has no spread."""
     shifts = np.random.default_rng(13).normal(size=(5, 4))
     methods = [np.broadcast_to(shift, (44, 2, 4)) for shift in shifts]
     pooled = stats.pool_seeds(methods, TASKS)
     assert pooled == pytest.approx((shifts.var(1, ddof=1).mean(),) * 2 + (15,))
-    assert stats.pool_seeds(methods, df_per_seed=4).df == 12
     assert stats.pool_seeds([values[:, :, :1] for values in methods]) is None
 
 
-def test_a_pool_widens_where_seeds_are_few():
-    """What other methods' trainings show widens the interval of one seed and of two, and leaves that of three alone."""
-    values = np.random.default_rng(14).normal(size=(44, 2, 3))
-    pooled = stats.SeedSpread(0.5, 0.5, 5)
-    for seeds in (1, 2):
-        own, wide = (stats.mean_interval(values[:, :, :seeds], pooled=each) for each in (None, pooled))
-        assert wide.se > 2 * own.se
-        assert wide.se == pytest.approx(np.sqrt(0.5 / seeds), rel=0.1)
-    assert stats.mean_interval(values, pooled=pooled) == stats.mean_interval(values)
+@pytest.mark.parametrize("gaps", [False, True])
+def test_the_pool_of_all_pairs_needs_no_pair(gaps):
+    """From the methods alone come the variances that all differences of two have; with gaps the pairs are made. The
+    degrees of freedom are (k - 1) (S - 1), and two methods with one seed have none."""
+    rng = np.random.default_rng(15)
+    methods = [crossed(rng, 44, 3, (1, 0.5, 1), images=2)[0] for _ in range(5)]
+    if gaps:
+        methods[1][3] = np.nan
+    pairs = stats.pool_seeds([a - b for a, b in itertools.combinations(methods, 2)], TASKS)
+    pooled = stats.pool_pairs(methods, TASKS)
+    assert pooled[:2] == pytest.approx(pairs[:2])
+    assert pooled.df == 8
+    assert stats.pool_pairs([values[:, :, :1] for values in methods]) is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [2, 3])
-def test_holm_keeps_the_family_wise_error(seeds):
-    """With five methods that change nothing, in at most 6 % of 1,000 sweeps is any change called real."""
-    rng = np.random.default_rng(6)
-    false = 0
-    for _ in range(1000):
-        base = rng.normal(size=(60, 2, 1))
-        methods = [base + crossed(rng, 60, seeds, (0.3, 0.1, 1), images=2)[0] for _ in range(5)]
-        pooled = stats.pool_seeds(values - base for values in methods)
-        p = [stats.paired_difference(values, base, pooled=pooled, draws=1000).p for values in methods]
-        false += (stats.holm(p) < 0.05).any()
-    assert false <= 60
+def test_many_at_once_are_each_alone():
+    """Arrays of different gaps and seeds, in one call, have the estimates that each has in a call of its own."""
+    rng = np.random.default_rng(16)
+    arrays = [crossed(rng, 44, seeds, (1, 0.5, 1), images=2)[0] for seeds in (3, 1, 3, 3)]
+    arrays[2][5], arrays[3][:] = np.nan, np.nan
+    together = np.array(stats.mean_intervals(arrays, TASKS))
+    assert together == pytest.approx(np.array([stats.mean_interval(each, TASKS) for each in arrays]), nan_ok=True)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_the_larger_spread_of_trainings_counts(seeds):
+    """A pool that is larger than what the own seeds show widens the interval, to its own size; a smaller one does not
+    narrow it."""
+    values = np.random.default_rng(14).normal(size=(44, 2, seeds))
+    own, wide, same = (
+        stats.mean_interval(values, pooled=each)
+        for each in (None, stats.SeedSpread(0.5, 0.5, 5), stats.SeedSpread(0, 0, 5))
+    )
+    assert wide.se > 2 * own.se
+    assert wide.se == pytest.approx(np.sqrt(0.5 / seeds), rel=0.1)
+    assert same.se == own.se
 
 
 def test_pairing_is_sharper_than_not_pairing():
@@ -240,3 +222,68 @@ def test_the_same_data_give_the_same_numbers():
     stats._prompt_weights.cache_clear()
     assert stats.mean_interval(values) == first
     assert stats.mean_interval(values, seed=1).lo != first.lo
+
+
+# ------------------------------------------------------------------------------------------- improvement, midmean
+
+
+def test_the_probability_of_improvement_is_that_of_normal_data():
+    """Paired differences N(d, s): the share of pictures that win tends to Phi(d / s), on each side of one half."""
+    rng = np.random.default_rng(17)
+    base = rng.normal(size=(20000, 1, 1)) * 10
+    for shift in (-1.0, 0.0, 0.5):
+        better = base + rng.normal(shift, 2, size=base.shape)
+        found = stats.improvements([better], base)[0]
+        assert found.mean == pytest.approx(ndtr(shift / 2), abs=0.01)
+        assert found.lo < ndtr(shift / 2) < found.hi
+
+
+def test_improvement_is_symmetric_and_ties_count_half():
+    """P(X > Y) + P(Y > X) = 1; a method has probability one half against itself, with p = 1."""
+    rng = np.random.default_rng(18)
+    a, b = np.round(rng.normal(size=(2, 44, 2, 3)))
+    ahead, behind = stats.improvements([a], b, TASKS)[0], stats.improvements([b], a, TASKS)[0]
+    assert ahead.mean + behind.mean == pytest.approx(1)
+    assert (ahead.p, ahead.se) == pytest.approx((behind.p, behind.se))
+    assert stats.improvements([a], a)[0][:4] == (0.5, 0.5, 0.5, 0)
+    assert stats.improvements([a], a)[0].p == 1
+
+
+@pytest.mark.parametrize("prompts", [1, 3, 20])
+def test_winning_every_prompt_is_no_certainty(prompts):
+    """P wins of P prompts: the interval is Clopper and Pearson's, and p is no less than a sign test's 2^(1 - P)."""
+    found = stats.improvements([np.ones((prompts, 2, 1))], np.zeros((prompts, 2, 1)))[0]
+    if prompts == 1:  # no spread is known of a single prompt
+        assert np.isnan([found.lo, found.p]).all()
+        return
+    exact = binomtest(prompts, prompts).proportion_ci(method="exact")
+    assert (found.mean, found.lo, found.hi) == pytest.approx((1, exact.low, exact.high))
+    assert found.p == pytest.approx(2.0 ** (1 - prompts))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 12])
+def test_the_midmean_cuts_a_quarter_from_either_end(n):
+    """Weights sum to one and are symmetric; for n = 4 k it is the mean trimmed by k at either end; equal values weigh
+    alike, and the result is continuous where two values pass each other."""
+    values = np.random.default_rng(n).normal(size=n)
+    weights = stats.midmean_weights(values)
+    assert weights.sum() == pytest.approx(1)
+    assert stats.midmean_weights(-values) == pytest.approx(weights)
+    if n % 4 == 0:
+        assert weights @ values == pytest.approx(trim_mean(values, 0.25))
+    assert np.ptp(stats.midmean_weights(np.ones(n))) == 0
+
+
+@pytest.mark.parametrize("by_task", [(False,) * 5, (True,) * 5, (False, True, True, False, True)])
+def test_the_parts_of_a_midmean_have_its_mean(by_task):
+    """The mean of what prompts and seeds add is the interquartile mean of the measures' own means, by task or not; a
+    prompt that one measure lacks is left out of all."""
+    rng = np.random.default_rng(19)
+    gains = [rng.normal(size=(44, 2, 3)) + 0.3 * i for i in range(5)]
+    gains[2][7], gains[3][9, 0] = np.nan, np.nan
+    strata = TASKS if any(by_task) else None
+    kept = np.delete(np.arange(44), 7)
+    means = [stats.mean_interval(gain[kept], TASKS[kept] if each else None).mean for gain, each in zip(gains, by_task)]
+    found = stats.mean_interval(stats.midmean(gains, by_task, strata), strata)
+    assert found.mean == pytest.approx(stats.midmean_weights(means) @ means)
+    assert (found.prompts, found.seeds, found.dropped) == (43, 3, 1)

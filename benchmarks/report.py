@@ -1,0 +1,241 @@
+"""How long a report takes: 1,000 runs and 1,000,000 scores, against pandas' own reading of the same numbers.
+
+    python benchmarks/report.py        makes the store below a temporary folder, measures, writes benchmarks/results
+
+One store of 111 methods with nine training seeds and a base, five evaluators and 200 prompts, and the same scores as
+CSV and as JSONL, a file each. Every measurement is a process of its own with one thread, and reads files that are in
+the page cache: `alignbench report --format md` (states, costs, provenance, intervals, corrections, every table), and
+what one would write by hand: read every file, concatenate, mean by method and metric. Seconds are of the CPU, which
+other work on the machine alters less than the clock; ratios are of one round; medians over rounds are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from alignbench import store
+from alignbench.analysis import UNTRAINED
+
+RESULTS = Path(__file__).parent / "results"
+METHODS, SEEDS, PROMPTS = 111, 9, 200
+EVALUATORS = (
+    ("hpsv2", "train"),
+    ("pickscore", "held-out"),
+    ("imagereward", "held-out"),
+    ("clipscore", "held-out"),
+    ("geneval", "check"),
+)
+BY_HAND = """\
+import glob, sys, pandas as pd
+read = {"csv": pd.read_csv, "jsonl": lambda path: pd.read_json(path, lines=True)}[sys.argv[2]]
+frames = [read(path).assign(run=path) for path in sorted(glob.glob(f"{sys.argv[1]}/*/*.{sys.argv[2]}"))]
+frame = pd.concat(frames)
+print(frame.groupby(["label", "metric"])["score"].mean().unstack())
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keep", metavar="DIR", help="make the store here, or use the one that is there")
+    arguments = parser.parse_args()
+    root = Path(arguments.keep or tempfile.mkdtemp())
+    try:
+        if not (root / "store").exists():
+            make(root)
+        show(measure(root, arguments.rounds))
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(root)
+
+
+def make(root: Path) -> None:
+    """The store, and the same scores in ``csv`` and ``jsonl``."""
+    rng = np.random.default_rng(0)
+    prompts = pd.DataFrame(
+        {
+            "prompt_id": [f"p{i:04d}" for i in range(PROMPTS)],
+            "tag": [f"task{i % 6}" for i in range(PROMPTS)],
+            "index": 0,
+        }
+    )
+    common = {name: rng.normal(size=PROMPTS) for name, _ in EVALUATORS}
+    runs = []
+    for label in ["base", *(f"method {i:03d}" for i in range(METHODS))]:
+        for seed in [UNTRAINED] if label == "base" else range(SEEDS):
+            run = planned(label, seed)
+            runs.append(run)
+            finish(root / "store", run)
+            for score in run["scores"]:
+                name = score["evaluator"]
+                frame = prompts.assign(**{name: common[name] + rng.normal(size=PROMPTS)}, ok=True, error="")
+                store.write_frame(root / "store" / score["file"], frame)
+                plain = frame.rename(columns={name: "score"}).assign(label=label, seed=seed, metric=name)
+                for kind in ("csv", "jsonl"):
+                    (root / kind / run["images"]).mkdir(parents=True, exist_ok=True)
+                plain.to_csv(root / "csv" / run["images"] / f"{name}.csv", index=False)
+                plain.to_json(root / "jsonl" / run["images"] / f"{name}.jsonl", orient="records", lines=True)
+    protocol = {
+        "prompts": "made up",
+        "images_per_prompt": 1,
+        "steps": 50,
+        "guidance": 3.5,
+        "weights": "ema",
+        "size": 720,
+    }
+    about = {"name": "bench", "sweep": "bench", "protocol": protocol, "training_evaluator": "hpsv2", "prompts": PROMPTS}
+    store.write_json(
+        root / "store/sweeps/bench.json",
+        {**about, "cases": list(dict.fromkeys(r["label"] for r in runs)), "runs": runs},
+    )
+
+
+def planned(label: str, seed: int) -> dict:
+    """One run of a manifest."""
+    id = f"{label.replace(' ', '-')}-{seed}"
+    settings = {
+        "backend": {"name": "flux", "model": "made up"},
+        "method": {"name": label},
+        "training": {"batch": 64, "seed": max(seed, 0)},
+    }
+    scores = [
+        {
+            "evaluator": name,
+            "version": "1",
+            "role": role,
+            "file": f"scores/{id}/{name}@1-00000000.parquet",
+            "metrics": [{"name": name, "unit": "", "higher_is_better": True, "by_task": name == "geneval"}],
+        }
+        for name, role in EVALUATORS
+    ]
+    return {
+        "id": id,
+        "label": label,
+        "method": label,
+        "seed": seed,
+        "settings": settings,
+        "notes": [],
+        "images": id,
+        "scores": scores,
+    }
+
+
+def finish(root: Path, run: dict) -> None:
+    """What a finished run leaves behind, apart from scores."""
+    folder = root / "runs" / run["id"]
+    store.write_json(folder / "status.json", {"state": "done"})
+    origin = {
+        "alignbench": "0.1.0",
+        "revision": None,
+        "python": "3.11",
+        "packages": {"torch": "2.11"},
+        "machine": "one",
+    }
+    store.write_json(folder / "provenance.json", {**origin, "devices": [], "processes": 1, "threads": 1})
+    store.write_frame(
+        root / "images" / run["images"] / "manifest.parquet",
+        pd.DataFrame({"prompt_id": ["p0000"], "index": [0], "file": ["0.png"], "tag": ["task0"], "text": [""]}),
+    )
+    if run["seed"] != UNTRAINED:
+        records = {name: np.arange(300.0) for name in store.COSTS} | {
+            "update": np.arange(300),
+            "reward_mean": np.linspace(0, 1, 300),
+        }
+        store.write_frame(folder / "train.parquet", pd.DataFrame(records))
+        store.write(folder / "weights.safetensors", b"")
+
+
+def measure(root: Path, rounds: int) -> dict:
+    """Medians of seconds, megabytes and ratios; every round runs all commands one after the other."""
+    bin = Path(sys.executable).parent
+    commands = {
+        "alignbench report": [
+            bin / "alignbench",
+            "report",
+            "bench",
+            "--store",
+            root / "store",
+            "--format",
+            "md",
+            "--out",
+            root / "out",
+        ],
+        "pandas, CSV": [sys.executable, "-c", BY_HAND, root / "csv", "csv"],
+        "pandas, JSONL": [sys.executable, "-c", BY_HAND, root / "jsonl", "jsonl"],
+        "alignbench --help": [bin / "alignbench", "--help"],
+    }
+    found: dict[str, list] = {name: [] for name in commands}
+    for i in range(rounds + 1):
+        for name, command in commands.items():
+            taken = run(list(map(str, command)))
+            if i:  # the first round fills the page cache
+                found[name].append(taken)
+    middle = {
+        name: {key: statistics.median(each[key] for each in taken) for key in ("seconds", "cpu", "mb")}
+        for name, taken in found.items()
+    }
+    for name in ("pandas, CSV", "pandas, JSONL"):
+        ratios = [theirs["cpu"] / ours["cpu"] for theirs, ours in zip(found[name], found["alignbench report"])]
+        middle[name]["times as long"] = statistics.median(ratios)
+    return {
+        "runs": METHODS * SEEDS + 1,
+        "scores": (METHODS * SEEDS + 1) * PROMPTS * len(EVALUATORS),
+        "rounds": rounds,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "measured": middle,
+    }
+
+
+WATCH = """\
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)"""
+
+
+def run(command: list[str]) -> dict[str, float]:
+    """Seconds by the clock and of CPU, and the peak of resident memory (MB), of one process and its start."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ARROW_IO_THREADS"), "1")
+    start = time.perf_counter()
+    watched = [sys.executable, "-c", WATCH, *command]
+    done = subprocess.run(watched, env=os.environ | threads, capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - start
+    cpu, mb = map(float, done.stdout.split())
+    return {"seconds": seconds, "cpu": cpu, "mb": mb}
+
+
+def show(found: dict) -> None:
+    """On the screen, and as benchmarks/results/report.json and .md."""
+    rows = []
+    for name, each in found["measured"].items():
+        ratio = f"{each['times as long']:.1f}" if "times as long" in each else ""
+        rows.append(f"| {name} | {each['cpu']:.2f} | {each['seconds']:.2f} | {each['mb']:.0f} | {ratio} |")
+    head = f"{found['runs']:,} runs, {found['scores']:,} scores; medians of {found['rounds']} rounds"
+    head += f"; {found['machine']}.\n"
+    lines = [
+        "# A report against pandas",
+        "",
+        head,
+        "| command | CPU, s | clock, s | peak memory, MB | CPU, times ours |",
+    ]
+    text = "\n".join([*lines, "| --- | --: | --: | --: | --: |", *rows]) + "\n"
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    store.write(RESULTS / "report.md", text)
+    store.write_json(RESULTS / "report.json", found)
+
+
+if __name__ == "__main__":
+    main()
