@@ -396,7 +396,7 @@ class Results:
 
     def state(self, run: dict[str, Any]) -> tuple[str, str]:
         """("done" | "failed" | "running" | "missing", reason) of one run of the manifest: all its stages together."""
-        if self._whole(run):
+        if not milestones(run) and self._whole(run):
             return "done", ""
         parts = artefacts(Store(self.store), run)
         open_parts = [part for part in parts if not part.done]

@@ -206,7 +206,7 @@ def run(*words, capsys):
 def test_score_writes_a_table_and_what_made_it(listed, capsys):
     """One row per picture and metric, settings and hashes beside it, exit code 2 if a picture could not be scored."""
     draw(listed / "pictures", [f"{i}.png" for i in range(3)])
-    words = [listed / "pictures", "--prompts", listed / "list.txt", "-e", "brightness"]
+    words = [listed / "pictures", "--prompts", listed / "list.txt", "-e", "bright"]
     code, shown = run(*words, "--out", listed / "out.csv", capsys=capsys)
     assert code == 0
     assert "brightness, fraction" in shown.out
