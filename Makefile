@@ -13,7 +13,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/alignbench report sweeps/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m "slow and not gpu and not slurm"
