@@ -664,7 +664,7 @@ def _listed(kind: str, registry: Registry) -> list[tuple[str, str]]:
 
     if kind == "prompts":
         shapes = [(f"shapes/{split}", str(SHAPES / f"{split}.jsonl")) for split in SPLITS]
-        made = [(name, "made on demand, as GenEval's authors made it") for name in GENERATED]
+        made = [(name, "made on demand") for name in GENERATED]
         return [*shapes, *made, *((name, f"{chosen.about} ({chosen.repository})") for name, chosen in SETS.items())]
     if kind == "sweeps":
         return [(name, str(path)) for name, path in sweeps().items()]

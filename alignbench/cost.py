@@ -101,6 +101,22 @@ FLUX_2_KLEIN_9B = _klein(
     8, 24, 32, {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 )  # with Qwen3-8B
 
+VAE_4: dict[str, Any] = {**VAE_16, "latent_channels": 4}  # sd-vae-ft-mse and -ema
+
+SIT_XL_2: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "_class_name": "SiTNetwork",
+        "depth": 28,
+        "width": 1152,
+        "heads": 16,
+        "side": 16,
+        "channels": 4,
+        "classes": 1000,
+        "learn_sigma": True,
+    },
+    "vae": VAE_4,
+}
+
 # -- transformers ------------------------------------------------------------------------------------------------------
 
 Rows = Literal["image", "text", "both", "sample"]
@@ -379,10 +395,57 @@ class Flux2Transformer(Transformer):
         return (self.double * 32.1 + self.single * 31.1) * tokens.both
 
 
+@dataclass(frozen=True)
+class SiTTransformer(Transformer):
+    """A SiTNetwork: one stream, of image tokens alone, and a label."""
+
+    classes: int
+    out: int  # channels of an output token
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> SiTTransformer:
+        """From a configuration as SIT_XL_2's."""
+        heads, token = config["heads"], 4 * config["channels"]
+        out = 2 * token if config["learn_sigma"] else token
+        return cls(0, config["depth"], heads, config["width"] // heads, token, 0, config["classes"], out)
+
+    @property
+    def norms(self) -> int:
+        return 0
+
+    @property
+    def parameters(self) -> int:
+        return super().parameters + (self.classes + 1) * self.width
+
+    def linears(self) -> list[Linear]:
+        d = self.width
+        found = [
+            Linear("x_embedder.proj", self.channels, d, "image"),  # a convolution whose patches do not overlap
+            Linear("t_embedder.mlp.0", TIME_CHANNELS, d, "sample"),
+            Linear("t_embedder.mlp.2", d, d, "sample"),
+            Linear("final_layer.adaLN_modulation.1", d, 2 * d, "sample"),
+            Linear("final_layer.linear", d, self.out, "image"),
+        ]
+        for i in range(self.single):
+            block = f"blocks.{i}"
+            found += [
+                Linear(f"{block}.adaLN_modulation.1", d, 6 * d, "sample"),
+                Linear(f"{block}.attn.qkv", d, 3 * d, "image"),
+                Linear(f"{block}.attn.proj", d, d, "image"),
+                Linear(f"{block}.mlp.fc1", d, 4 * d, "image"),
+                Linear(f"{block}.mlp.fc2", 4 * d, d, "image"),
+            ]
+        return found
+
+    def graph(self, tokens: Tokens) -> float:
+        return self.single * 24.1 * tokens.image
+
+
 TRANSFORMERS: dict[str, Callable[[Mapping[str, Any]], Transformer]] = {
     "FluxTransformer2DModel": FluxTransformer.read,
     "SD3Transformer2DModel": SD3Transformer.read,
     "Flux2Transformer2DModel": Flux2Transformer.read,
+    "SiTNetwork": SiTTransformer.read,
 }
 
 # -- autoencoders and text encoders ------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
 def guided(
     positive: Callable[[], Tensor],
     negative: Callable[[], Tensor],
-    guidance: float,
+    guidance: float | Tensor,
     gradient: Literal["full", "stop"] = "full",
 ) -> Tensor:
     """Classifier-free guidance, v_neg + guidance (v_pos - v_neg), of two evaluations of the network.

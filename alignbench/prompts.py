@@ -1,8 +1,8 @@
 """Prompts: where they come from, and what makes a list of them unusable.
 
-GenEval's lists are drawn when asked for (alignbench/geneval.py). Two file forms: ``.txt`` (a prompt per line) and
-``.jsonl`` (an object per line with "prompt", and "tag" for its task; the whole object is kept as metadata, as GenEval's
-lines are).
+GenEval's lists (alignbench/geneval.py) and that of ImageNet's classes are made when asked for. Two file forms:
+``.txt`` (a prompt per line) and ``.jsonl`` (an object per line with "prompt", and "tag" for its task; the whole object
+is kept as metadata, as GenEval's lines are).
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from alignbench.promptsets import SETS
 
 SHAPES = Path(__file__).parent / "shapes" / "assets" / "prompts"
 SPLITS = ("train", "val", "test")
-GENERATED = {"geneval/train": geneval.train, "geneval/test": geneval.test}
+CLASSES = 1000  # of ImageNet
+
+
+def classes() -> list[dict[str, Any]]:
+    """A prompt for every class of ImageNet: its index."""
+    return [{"prompt": str(index), "tag": ""} for index in range(CLASSES)]
+
+
+GENERATED = {"geneval/train": geneval.train, "geneval/test": geneval.test, "imagenet/classes": classes}
 
 
 class Prompt(NamedTuple):
@@ -41,12 +49,12 @@ def prompt_id(text: str) -> str:
 def locate(name: str, where: str) -> Path:
     """The file that ``name`` means: "shapes/train", "shapes/val", "shapes/test", a public set's, or a path.
 
-    GenEval's lists, "geneval/train" and "geneval/test", lie in no file: their name itself.
+    Those that are made on demand, "geneval/train", "geneval/test" and "imagenet/classes", lie in no file: their name.
     """
     if name in SETS and not Path(name).exists():
         return promptsets.cached(SETS[name], where)
     world, _, split = name.partition("/")
-    if world == "geneval" and not Path(name).exists():
+    if world in ("geneval", "imagenet") and not Path(name).exists():
         if name not in GENERATED:
             raise UserError(f"{where}: there are no prompts '{name}'{did_you_mean(name, GENERATED)}")
         return Path(name)
@@ -57,7 +65,7 @@ def locate(name: str, where: str) -> Path:
     if Path(name).suffix not in (".txt", ".jsonl"):
         raise UserError(
             f"{where}: '{name}' is no prompt file; give a .txt or .jsonl file, shapes/train, /val, /test, "
-            f"geneval/train, /test, or {', '.join(SETS)}"
+            f"{', '.join([*GENERATED, *SETS])}"
         )
     return Path(name)
 

@@ -44,7 +44,9 @@ class Smaller:
     def __init__(self, document: Document, folder: Path) -> None:
         self.document, self.folder = document, folder
         data = document.data
-        model = small_backends.backend(data["base"]["backend"]["name"], folder)
+        family = data["base"]["backend"]["name"]
+        model = small_backends.backend(family, folder)
+        self.prompts = [small_backends.PROMPTS.get(family, f"shapes/{split}") for split in ("train", "test")]
         self.backend = {**model, "size": SIZE, "dtype": "float32"}
         # in place of somebody's weights: the base model's
         self.published = {"weights": model["model"], "subfolder": "transformer", "kind": "transformer"}
@@ -119,7 +121,7 @@ class Smaller:
         return {
             **{f"backend.{key}": value for key, value in self.backend.items()},
             "backend.size": SIZE * (i + 1),
-            "prompts": "shapes/train",
+            "prompts": self.prompts[0],
             "training.batch": self.batch * (i + 1),
             "training.checkpoint_every": 1,
             "training.milestones": [1] if value else [],
@@ -127,7 +129,7 @@ class Smaller:
             "training.optimizer.lr": LR * (i + 1),
             "training.optimizer.ema": None if value is None else EMA / (i + 1),
             "method.weights": self.published["weights"],
-            "evaluation.protocol.prompts": "shapes/test",
+            "evaluation.protocol.prompts": self.prompts[1],
             "evaluation.protocol.size": SIZE,
         }.get(place, value)
 

@@ -23,6 +23,8 @@ def backend(name: str, folder: Path) -> dict[str, Any]:
     if not made.exists():
         with weights.quiet():
             small.make(MADE[name], made)
+    if name == "sit":
+        return {"model": str(made), "vae": str(made / "vae"), "heads": 2}
     return {"model": str(made), "max_sequence_length": LENGTHS[name]}
 
 
@@ -200,5 +202,21 @@ def flux2_folder(folder: Path, *, distilled: bool = False) -> Path:
     return folder
 
 
-MADE: dict[str, Callable[[Path], Any]] = {"sd3": sd3_folder, "flux2": flux2_folder}
+def sit_folder(folder: Path) -> Path:
+    """A SiT of two blocks for 32 px: the official checkpoint, the same as published weights, and an autoencoder."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from alignbench.backends.sit_network import SiTNetwork
+
+    network = SiTNetwork(depth=2, width=32, heads=2, side=8)
+    randomise(network)
+    network.save_pretrained(folder / "transformer")
+    torch.save(network.state_dict(), folder / "SiT-XL-2-256x256.pt")
+    autoencoder(AutoencoderKL, 4).save_pretrained(folder / "vae")
+    return folder
+
+
+MADE: dict[str, Callable[[Path], Any]] = {"sd3": sd3_folder, "flux2": flux2_folder, "sit": sit_folder}
+PROMPTS = {"sit": "imagenet/classes"}  # what a family's models can read where they cannot read shapes/train, /test
 LENGTHS = {"sd3": 16, "flux2": 128}  # tokens of a prompt; of Qwen3's bytes, its chat template alone has 60

@@ -556,7 +556,9 @@ def _micro_batches(training: Training) -> set[int]:
 
 
 def _check_prompts(name: str, prompts: list[Prompt], backend: Any) -> None:
-    """Every prompt can be spelt by the text encoders' own tokenizers (``tokenizer*/tokenizer.json`` of the model)."""
+    """The model can read every prompt: by its own rule, and its text encoders' tokenizers can spell it."""
+    if hasattr(backend, "check_prompts"):
+        backend.check_prompts(prompts, str(prompt_lists.locate(name, "prompts")))
     files = [path for path in backend.files() if path.name == "tokenizer.json"]
     prompt_lists.check_vocabulary(prompts, name, files)
 

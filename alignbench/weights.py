@@ -209,20 +209,22 @@ def _one_network(folder: Path, where: str) -> set[Path]:
     raise UserError(f"{where}: {folder} has no weights (*.safetensors); {known}")
 
 
-def load(path: Path, where: str) -> dict[str, Any]:
+def load(path: Path, where: str, device: str = "cpu") -> dict[str, Any]:
     """What a torch.save file holds: tensors and plain data. UserError if it holds objects, which could run code.
+
+    On the ``device`` "meta", tensors have shapes and no numbers, and are not read.
 
     The environment variable TRUST, set to the file's sha256, says that this very file may.
     """
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     if os.environ.get(TRUST) == digest:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        return torch.load(path, map_location=device, weights_only=False)
     what = f"holds more than tensors and plain data, and reading that runs its code; if you trust it: {TRUST}={digest}"
     raise UserError(f"{where}: {path} {what}")
 

@@ -156,7 +156,7 @@ class VGGFlow(Pathwise):
     def modules(self, flow: Flow) -> dict[str, nn.Module]:
         if self.value_net == "none":
             return {}
-        latent, cond = flow.noise(1, [torch.Generator()]), flow.encode(["a"])
+        latent, cond = flow.noise(1, [torch.Generator()]), flow.encode([""])
         text = sum(tensor.shape[-1] for tensor in cond.tensors.values())
         self.nets["value"] = LatentNet(latent.shape[-1], text, self.width).to(latent.dtype)
         return dict(self.nets)

@@ -16,7 +16,11 @@ import torch
 WORDS = 16
 PATIENCE = 900  # seconds, for a machine that is busy with something else
 CASES = [("full", "leapalign"), ("lora", "leapalign"), ("lora", "dancegrpo")]
-GUIDED = [("sd3", "stop"), ("flux2", "full")]  # other families, and the gradient of their second branch
+GUIDED = [
+    ("sd3", "stop"),
+    ("flux2", "full"),
+    ("sit", "full"),
+]  # other families, and the gradient of their second branch
 
 
 def together(what: str, folder: Path, *words: str, ranks: int = 2, expect: int = 0) -> list[Any]:
@@ -55,6 +59,9 @@ def flow(folder: Path, tune: str, accelerator=None, dtype: str = "float32", guid
     if guided:
         family, gradient = guided
         wanted = {"name": family, **backend(family, folder), "guidance": 3.0, "negative_gradient": gradient}
+        if family == "sit":  # whose prompts are classes
+            (folder / "classes.txt").write_text("\n".join(f"prompt number {i}" for i in range(1000)))
+            wanted["classes"] = str(folder / "classes.txt")
     made = Registry().make("backend", {**wanted, "size": 32, "dtype": dtype, "tune": tune, "lora_rank": 4}, "backend")
     loaded = made.load(accelerator)
     if tune == "lora":  # B is zero at first, and A then has no gradient

@@ -11,6 +11,7 @@ from test_plan import counted as flops
 
 from alignbench.backends.flux2 import Flux2
 from alignbench.backends.sd3 import SD3
+from alignbench.backends.sit import SiT
 from alignbench.config import UserError, settings
 from alignbench.cost import Tokens
 from alignbench.evaluator import Reward, Term
@@ -33,15 +34,20 @@ from alignbench.small_backends import backend
 from alignbench.spec import Budget, RunSpec, Training, run_id
 from alignbench.testing import MethodContract, Quadratic, gradients_of
 
-FAMILIES = {"sd3": SD3, "flux2": Flux2}
-PROMPTS = ["a photo of a red circle", "two blue square"]
+PIPELINES = {"sd3": SD3, "flux2": Flux2}  # of diffusers
+FAMILIES = PIPELINES | {"sit": SiT}
+PROMPTS = ["a photo of a red circle", "two blue square"]  # names of classes, too
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """{family: settings of its small model}, made once."""
     top = tmp_path_factory.mktemp("backends")
-    return {name: backend(name, top) | {"size": 32, "guidance": 4.0, "dtype": "float32"} for name in FAMILIES}
+    found = {name: backend(name, top) | {"size": 32, "guidance": 4.0, "dtype": "float32"} for name in FAMILIES}
+    names = [*PROMPTS, *(f"prompt number {i}" for i in range(998))]
+    (top / "classes.txt").write_text("\n".join(names))
+    found["sit"] |= {"classes": str(top / "classes.txt"), "guided_channels": 4}
+    return found
 
 
 @pytest.fixture(params=FAMILIES)
@@ -120,7 +126,7 @@ def test_the_meter_counts_every_evaluation(load, changes, spent):
     """
     flow, meter = load(**changes), Meter()
     rows = []
-    flow.transformer.register_forward_hook(lambda _, inputs, named, v: rows.append(len(v[0])), with_kwargs=True)
+    flow.transformer.register_forward_hook(lambda _, inputs, v: rows.append(len(v if torch.is_tensor(v) else v[0])))
     seen = metered(flow, meter)
     x, cond = some(flow)
     without, grad, again = spent
@@ -171,7 +177,7 @@ def test_fresh_lora_is_the_base(load):
     names = [name for name, _ in adapted.named_parameters()]
     assert all("lora" in name for name in names)
     blocks = {name.rpartition(".lora_")[0].partition(".")[0] for name in names}
-    assert blocks == {name for name, _ in flow.transformer.named_children() if name.endswith("_blocks")}
+    assert blocks == {name for name, _ in flow.transformer.named_children() if name.endswith("blocks")}
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
@@ -244,7 +250,7 @@ def test_text_is_encoded_once_and_alone(load):
     """A prompt's embedding depends on neither batch nor order."""
     flow = load()
     alone, together = load().encode(PROMPTS[1:]), flow.encode([*PROMPTS, PROMPTS[0]])
-    again = flow.at(size=64).encode(PROMPTS[::-1])
+    again = flow.at(guidance=2.0).encode(PROMPTS[::-1])
     for name, rows in together.tensors.items():
         assert torch.equal(rows[0], rows[2])
         assert torch.equal(rows[:2], again.tensors[name].flip(0))
@@ -279,8 +285,8 @@ def test_a_small_transformer_costs_what_torch_counts(load, family, small):
     encoders = [getattr(pipeline, part) for part in made.models if part.startswith("text_encoder")]
     assert [e.parameters for e in measures.encoders] == [sum(p.numel() for p in each.parameters()) for each in encoders]
     x, cond = some(flow)
-    tokens = measures.tokens(32, cond.tensors["text"].shape[1])
-    assert tokens == Tokens(64, cond.tensors["text"].shape[1])
+    tokens = measures.tokens(32, made.text_tokens)
+    assert tokens == Tokens(64, made.text_tokens)
     forward = measures.transformer.forward(tokens)
     with torch.no_grad():
         flow.velocity(x, 0.5, cond)  # the empty prompt is encoded now
@@ -293,6 +299,7 @@ def test_a_small_transformer_costs_what_torch_counts(load, family, small):
     assert seen == pytest.approx(2 * measures.transformer.backward(tokens, full=True), rel=0.05)  # none to the inputs
 
 
+@pytest.mark.parametrize("family", PIPELINES)
 def test_plans_know_the_length_of_the_text(load, family, small):
     """As many text tokens as a prompt has."""
     words = load().encode(PROMPTS).tensors["text"].shape[1]
@@ -306,6 +313,7 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+@pytest.mark.parametrize("family", PIPELINES)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -329,6 +337,7 @@ def test_a_broken_folder_is_one_clear_line(tmp_path, small, family, change, says
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("family", PIPELINES)
 def test_a_missing_shard_is_named(tmp_path, small, family):
     """Of an index that names two."""
     shutil.copytree(small[family]["model"], tmp_path / "copy")
@@ -339,6 +348,7 @@ def test_a_missing_shard_is_named(tmp_path, small, family):
         FAMILIES[family](model=str(tmp_path / "copy"), size=32).files()
 
 
+@pytest.mark.parametrize("family", PIPELINES)
 def test_weights_of_another_precision_are_not_the_models(tmp_path, small, family):
     """model.fp16.safetensors beside model.safetensors, as the hub's SD3 has it: whether it is there changes no id."""
     folder = shutil.copytree(small[family]["model"], tmp_path / "copy")
@@ -347,6 +357,7 @@ def test_weights_of_another_precision_are_not_the_models(tmp_path, small, family
     assert FAMILIES[family](model=str(folder), size=32).files() == before
 
 
+@pytest.mark.parametrize("family", PIPELINES)
 def test_wrong_settings_are_one_clear_line(load, family, small):
     """Another family's model, a size off the token grid, adapters that fit nothing: what, and what instead."""
     cls = FAMILIES[family]
@@ -362,6 +373,7 @@ def test_wrong_settings_are_one_clear_line(load, family, small):
         load(tune="lora", lora_targets=("attn.to_x",))
 
 
+@pytest.mark.parametrize("family", PIPELINES)
 def test_files_need_no_torch(small, family):
     """The check of every file imports neither torch nor diffusers; the registry knows the backend by its name."""
     code = f"""import sys; from alignbench.plugins import Registry
@@ -394,7 +406,7 @@ METHODS = [
 @pytest.mark.parametrize("family", FAMILIES, scope="class")
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name, scope="class")
 class TestMethods(MethodContract):
-    """Every method keeps the contract on both families, with guidance and LoRA."""
+    """Every method keeps the contract on each family, with guidance and LoRA."""
 
     lr = 1e-3
     updates = 20

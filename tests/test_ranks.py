@@ -95,7 +95,7 @@ def test_a_checkpoint_does_not_know_how_many_ranks_wrote_it(both, tune):
 
 @pytest.mark.slow
 def test_two_ranks_guide_as_one_process_does(tmp_path):
-    """SD3 and FLUX.2 in parts, where a velocity is two network calls, one of them with a gradient or both."""
+    """SD3, FLUX.2 and SiT in parts, where a velocity is two network calls, one of them with a gradient or both."""
     alone = {}
     for guided in ranked.GUIDED:
         kept = tmp_path / guided[0]

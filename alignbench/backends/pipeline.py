@@ -247,9 +247,14 @@ class PipelineFlow:
             return guided(
                 lambda: self._evaluate(network, x, time, cond).float(),
                 lambda: self._evaluate(network, x, time, empty).float(),
-                self.guidance,
+                self.scale,
                 "full" if reference else self._settings.negative_gradient,
             )
+
+    @property
+    def scale(self) -> float | Tensor:
+        """What guidance multiplies v_pos - v_neg with."""
+        return self.guidance
 
     def _evaluate(self, network: Network, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """One evaluation of ``network`` at the sigmas ``time`` (B,): the pipeline's own call."""
