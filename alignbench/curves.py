@@ -436,7 +436,7 @@ cost that all trainings reached; means over seeds, and over the updates within 5
 
 
 def _short(cost: float) -> str:
-    return number(cost, 0) if cost >= 10 else number(cost, 2)
+    return number(cost, 0) if cost >= 10 or cost == int(cost) else number(cost, 2)
 
 
 def _known(value: float) -> float | None:
