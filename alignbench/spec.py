@@ -59,6 +59,7 @@ class Training(Config):
     optimizer: Optimizer = Optimizer()
     batch: Count = 64  # images per batch over all ranks
     micro_batch: Count | None = None  # images per backward on one rank; None: batch / ranks at once
+    reward_slice: Count | None = None  # of these, decoded and rewarded at a time, with gradient; None: all at once
     seed: Annotated[int, Meta(ge=0)] = 0
     checkpoint_every: Count = 25  # batches; not part of the run's id
     keep: Count = 2  # checkpoints, so that one which a disk has damaged is not the only one; no part of the id
@@ -216,8 +217,9 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     training = settings(spec.training)
     for name in ("checkpoint_every", "keep", "drift_every"):  # what moves no weight
         del training[name]
-    if not spec.training.milestones:  # then the id is that of before there was such a setting
-        del training["milestones"]
+    for name in ("milestones", "reward_slice"):  # without them the id is that of before there were such settings
+        if not training[name]:
+            del training[name]
     content = {
         "backend": spec.backend,
         "backend files": fingerprint(backend.files()),

@@ -76,7 +76,8 @@ def train(
     run = Run(method, flow, training, accelerator, sharded, milestones)
     if checkpoints is not None:
         run.resume(checkpoints)
-    flow, reward = metered(flow, run.meter, run.watch), metered_reward(reward, run.meter, run.watch)
+    flow = metered(flow, run.meter, run.watch)
+    reward = metered_reward(reward, run.meter, run.watch, training.reward_slice)
     while not run.finished:
         records = list(run.advance(flow, reward, prompts))
         stopped = run.anywhere(stop) and not run.finished
