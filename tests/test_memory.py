@@ -8,12 +8,14 @@ import pytest
 import torch
 from test_train import LEAP, STEPS, run, settings
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from world import MEASURED, PLUGIN, sweep_file
 
 from alignbench import spec
 from alignbench.evaluator import Reward, Term
 from alignbench.evaluators.hpsv2 import HPSv2
 from alignbench.evaluators.pickscore import PickScore
+from alignbench.flow import seeded
 from alignbench.method import reward_gradient, reward_loss
 from alignbench.plugins import Registry
 from alignbench.sweep import read, resolve
@@ -171,3 +173,64 @@ def test_a_plan_counts_one_slice():
     usage = [watch(LEAP, settings(reward_slice=n), 1, range(1), None).mean for n in (None, 1, 2)]
     assert [u.decoded for u in usage] == [1, 1 / 8, 2 / 8]
     assert {u.decodes_grad for u in usage} == {1}
+
+
+# -- adapters in bfloat16 ----------------------------------------------------------------------------------------------
+
+
+class Casts(TorchDispatchMode):
+    """Counts copies of bfloat16 to float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default:
+            self.count += (args[0].dtype, made.dtype) == (torch.bfloat16, torch.float32)
+        return made
+
+
+def adapted(dtype):
+    """The shapes model with moved adapters."""
+    backend = {"name": "flux", "model": "shapes", "size": 32, "dtype": dtype, "tune": "lora", "lora_rank": 8}
+    flow = Registry().make("backend", backend, "backend").load()
+    with torch.no_grad():
+        for i, p in enumerate(flow.parameters()):
+            p += 0.02 * torch.randn(p.shape, generator=seeded("adapter", i))
+    return flow
+
+
+def through(flow, x=None, cast=False):
+    """A velocity, the gradient of its inner product with a fixed direction, and how often bfloat16 became float32."""
+    for layer in flow.transformer.modules():
+        if hasattr(layer, "cast_input_dtype_enabled"):
+            assert layer.cast_input_dtype_enabled is False or cast
+            layer.cast_input_dtype_enabled = cast
+    batch = make_batch(flow, range(2))
+    for p in flow.parameters():
+        p.grad = None
+    with Casts() as casts:
+        v = flow.velocity(batch.noise, 0.5, batch.cond)
+    (v * torch.randn(v.shape, generator=seeded("direction"))).sum().backward()
+    return v.detach(), gradients_of(flow), casts.count
+
+
+def test_adapters_need_no_copy_of_what_enters_them():
+    """Without peft's cast to float32: the same velocity and gradients, bit by bit, and a copy less for each adapter."""
+    flow = adapted("bfloat16")
+    v, gradients, copies = through(flow)
+    v_cast, gradients_cast, copies_cast = through(flow, cast=True)
+    assert torch.equal(v, v_cast)
+    assert all(map(torch.equal, gradients, gradients_cast))
+    adapters = sum("lora_A" in name for name, _ in flow.named_parameters())
+    assert adapters / 2 <= copies_cast - copies <= adapters  # what a norm gives is float32 already
+
+
+def test_gradients_of_adapters_in_bfloat16():
+    """They are float32, and near those of a network in float32: cosine above 0.999."""
+    gradients = [through(adapted(dtype))[1] for dtype in ("bfloat16", "float32")]
+    assert {g.dtype for g in gradients[0]} == {torch.float32}
+    half, full = (torch.cat([g.flatten() for g in each]).double() for each in gradients)
+    assert torch.nn.functional.cosine_similarity(half, full, dim=0) > 0.999

@@ -188,6 +188,7 @@ class PipelineBackend(Config):
             for parameter in transformer.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+        _leave_inputs(transformer)
 
 
 class GuidedBackend(PipelineBackend):
@@ -310,6 +311,7 @@ class PipelineFlow:
         for name, parameter in self.transformer.named_parameters():
             if ".published." in name:
                 parameter.data = parameter.data.float()
+        _leave_inputs(self.transformer)
 
     def _check_config(self, configs: Sequence[Path]) -> None:
         """UserError for a setting that differs from this model's: not all of them show in the weights' shapes."""
@@ -350,6 +352,13 @@ class PipelineFlow:
 
 def _blocks(transformer: Network) -> list[Network]:
     return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+
+
+def _leave_inputs(transformer: Network) -> None:
+    """peft would copy what enters an adapter to its weights' float32, for autocast to copy it back: the same bits."""
+    for layer in transformer.modules():
+        if hasattr(layer, "cast_input_dtype_enabled"):
+            layer.cast_input_dtype_enabled = False
 
 
 class Text:
