@@ -197,11 +197,12 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     """
     backend = registry.make("backend", spec.backend, "backend")
     method = registry.make("method", spec.method, "method")
+    described = {key: value for key, value in spec.backend.items() if key != "compile" or value}  # as before it was
     files = method.files()
     brought: dict[str, Any] = {"method files": fingerprint(files)} if files else {}
     if not method.trains:
         own = set(getattr(backend, "training_only", ()))
-        sampled = {key: value for key, value in spec.backend.items() if key not in own}
+        sampled = {key: value for key, value in described.items() if key not in own}
         if files:
             brought["method"] = {key: value for key, value in spec.method.items() if key != "steps"}  # of training
             brought["method source"] = registry.source("method", spec.method["name"])
@@ -221,7 +222,7 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
         if not training[name]:
             del training[name]
     content = {
-        "backend": spec.backend,
+        "backend": described,
         "backend files": fingerprint(backend.files()),
         "method": spec.method,
         "method source": registry.source("method", spec.method["name"]),
