@@ -178,7 +178,7 @@ class Pieces(NamedTuple):
         backend, training, model = self.backend, self.cell.spec.training, self.model
         tokens, item = model.tokens(backend.size, backend.text_tokens), self.itemsize
         network, trained = model.transformer.parameters, self.trained_parameters
-        total = self.frozen + 4 * trained * (4 if training.optimizer.ema is None else 5)
+        total = self.frozen + 4 * trained * (4 + (training.optimizer.ema is not None and not training.ema_on_host))
         if backend.tune == "lora":
             total += network * item
         else:

@@ -60,6 +60,7 @@ class Training(Config):
     batch: Count = 64  # images per batch over all ranks
     micro_batch: Count | None = None  # images per backward on one rank; None: batch / ranks at once
     reward_slice: Count | None = None  # of these, decoded and rewarded at a time, with gradient; None: all at once
+    ema_on_host: bool = False  # is the weights' average kept in the host's memory, or beside the weights?
     seed: Annotated[int, Meta(ge=0)] = 0
     checkpoint_every: Count = 25  # batches; not part of the run's id
     keep: Count = 2  # checkpoints, so that one which a disk has damaged is not the only one; no part of the id
@@ -218,7 +219,11 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     training = settings(spec.training)
     for name in ("checkpoint_every", "keep", "drift_every"):  # what moves no weight
         del training[name]
-    for name in ("milestones", "reward_slice"):  # without them the id is that of before there were such settings
+    for name in (
+        "milestones",
+        "reward_slice",
+        "ema_on_host",
+    ):  # without them the id is that of before they were there
         if not training[name]:
             del training[name]
     content = {

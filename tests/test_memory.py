@@ -1,24 +1,30 @@
 """What saves memory changes no gradient beyond rounding, and does save memory."""
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
+from msgspec import structs
+from safetensors.torch import load_file
 from test_train import LEAP, STEPS, run, settings
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from world import MEASURED, PLUGIN, sweep_file
 
 from alignbench import spec
+from alignbench.checkpoint import FINAL
+from alignbench.cost import GPUS
+from alignbench.estimate import estimate, watch
 from alignbench.evaluator import Reward, Term
 from alignbench.evaluators.hpsv2 import HPSv2
 from alignbench.evaluators.pickscore import PickScore
 from alignbench.flow import seeded
 from alignbench.method import reward_gradient, reward_loss
 from alignbench.plugins import Registry
-from alignbench.sweep import read, resolve
+from alignbench.sweep import draft, read, resolve
 from alignbench.testing import AffineFlow, Quadratic, gradients_of, make_batch
 
 PATHWISE = ("bptt", "draft_k", "draft_lv", "refl", "drtune", "leapalign", "flowbp_sparse", "flowbp_bridge",
@@ -163,13 +169,12 @@ def test_no_slices_leave_every_id_as_it_was(tmp_path, monkeypatch):
         resolve(read(sweep_file(tmp_path, {"base": {"training": training}})), Registry([PLUGIN]))
     found = [content["training"].get("reward_slice") for content in hashed if "training" in content]
     assert found == [None, None, 1, 1]
+    assert not any("ema_on_host" in content.get("training", ()) for content in hashed)
     assert sum("reward_slice" in content.get("training", ()) for content in hashed) == 2
 
 
 def test_a_plan_counts_one_slice():
     """Estimated memory: images decoded at once per image of the micro-batch."""
-    from alignbench.estimate import watch
-
     usage = [watch(LEAP, settings(reward_slice=n), 1, range(1), None).mean for n in (None, 1, 2)]
     assert [u.decoded for u in usage] == [1, 1 / 8, 2 / 8]
     assert {u.decodes_grad for u in usage} == {1}
@@ -234,3 +239,50 @@ def test_gradients_of_adapters_in_bfloat16():
     assert {g.dtype for g in gradients[0]} == {torch.float32}
     half, full = (torch.cat([g.flatten() for g in each]).double() for each in gradients)
     assert torch.nn.functional.cosine_similarity(half, full, dim=0) > 0.999
+
+
+# -- the average and the optimizer -------------------------------------------------------------------------------------
+
+
+def test_the_average_on_the_host_is_the_average(tmp_path):
+    """On a CPU, where both are computed alike: the same files, bit by bit, also of a run that was resumed half-way."""
+    for host in (False, True):
+        folder = tmp_path / str(host)
+        run(LEAP, settings(batches=2, ema_on_host=host), folder)
+        run(LEAP, settings(batches=4, ema_on_host=host), folder)
+    run(LEAP, settings(batches=4, ema_on_host=True), tmp_path / "whole")
+    ends = [(tmp_path / name / FINAL).read_bytes() for name in ("False", "True", "whole")]
+    assert ends[0] == ends[1] == ends[2]
+
+
+def test_the_average_on_the_host_is_no_part_of_the_plans_memory():
+    """Four bytes less for each trained weight."""
+    path = "table2_geneval"
+    plan = draft(read(path), Registry())
+    cell = next(cell for cell in plan.cells if cell.trains)
+    found = []
+    for host in (False, True):
+        training = structs.replace(cell.spec.training, ema_on_host=host)
+        changed = dataclasses.replace(cell, spec=structs.replace(cell.spec, training=training))
+        found.append(estimate(changed, plan.sweep.evaluation, Registry(), GPUS["h100"]).memory)
+    assert found[0] - found[1] == 4 * Registry().make("backend", cell.spec.backend, "b").measures.transformer.parameters
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """AdamW as on a GPU."""
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **named: adamw(groups, **named | {"fused": True}))
+
+
+def test_the_fused_optimizer_takes_the_same_steps(tmp_path, request):
+    """Ten updates: the same weights to 1e-9 in float64, and bit by bit whether or not it was resumed on the way."""
+    run(LEAP, settings(batches=10), tmp_path / "plain")
+    request.getfixturevalue("fused")
+    run(LEAP, settings(batches=10), tmp_path / "fused")
+    run(LEAP, settings(batches=4), tmp_path / "resumed")
+    run(LEAP, settings(batches=10), tmp_path / "resumed")
+    plain, other = (load_file(tmp_path / name / FINAL) for name in ("plain", "fused"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-9, atol=1e-9)
+    assert (tmp_path / "fused" / FINAL).read_bytes() == (tmp_path / "resumed" / FINAL).read_bytes()
