@@ -59,6 +59,7 @@ class Usage(NamedTuple):
     rewards: float  # images that all rewards together look at
     live: float  # evaluations whose graphs are kept at once, at most
     reference: float  # evaluations of the base model
+    decoded: float  # images decoded at once with gradient, at most
 
 
 def estimate(cell: Cell, evaluation: Evaluation, registry: Registry, gpu: GPU) -> Estimate:
@@ -177,7 +178,7 @@ class Pieces(NamedTuple):
         backend, training, model = self.backend, self.cell.spec.training, self.model
         tokens, item = model.tokens(backend.size, backend.text_tokens), self.itemsize
         network, trained = model.transformer.parameters, self.trained_parameters
-        total = self.frozen + 4 * trained * (4 if training.optimizer.ema is None else 5)
+        total = self.frozen + 4 * trained * (4 + (training.optimizer.ema is not None and not training.ema_on_host))
         if backend.tune == "lora":
             total += network * item
         else:
@@ -186,8 +187,7 @@ class Pieces(NamedTuple):
         size = min(training.micro_batch or training.batch, training.batch)
         kept = usage.live * model.transformer.kept(tokens, item, backend.gradient_checkpointing)
         kept += model.transformer.block(tokens, item)
-        if usage.decodes_grad:
-            kept += model.decoder.kept(backend.size, item, backend.gradient_checkpointing)
+        kept += usage.decoded * model.decoder.kept(backend.size, item, backend.gradient_checkpointing)
         return total + size * kept
 
 
@@ -225,7 +225,8 @@ class Watched(NamedTuple):
     def mean(self) -> Usage:
         columns = list(zip(*self.usage))
         means = Usage(*(sum(column) / len(column) for column in columns))
-        return means._replace(live=max(usage.live for usage in self.usage))
+        most = {name: max(getattr(usage, name) for usage in self.usage) for name in ("live", "decoded")}
+        return means._replace(**most)
 
     def batches(self, training: Training, per_image: float) -> int:
         """How many the budget lasts. ``per_image``: seconds."""
@@ -284,7 +285,8 @@ def watch(method: AlignMethod, training: Training, terms: int, steps: range, neg
     found = Watched([], [])
     for step in steps:
         flow, meter = Probe(GaussianFlow(), negative), Meter()
-        reward = metered_reward(Reward(*(Term(Quadratic()) for _ in range(terms))), meter)
+        toys = [Term(Quadratic()) for _ in range(terms)]
+        reward = metered_reward(Reward(*toys), meter, at_once=training.reward_slice)
         batch = draw_batch(flow, PROMPTS, training, step, range(size), torch.device("cpu"))
         updates = 0
         for losses in each_update(method, metered(flow, meter), reward, batch):
@@ -294,7 +296,7 @@ def watch(method: AlignMethod, training: Training, terms: int, steps: range, neg
                 del loss
         counts = (meter.nfe_forward, meter.nfe_grad, meter.nfe_recomputed, meter.decodes)
         live = max(0, flow.peak - meter.nfe_recomputed)  # of those that are made again, nothing is kept before
-        totals = (*counts, flow.decodes_grad, meter.reward_calls, live, flow.reference)
+        totals = (*counts, flow.decodes_grad, meter.reward_calls, live, flow.reference, flow.decoded)
         found.usage.append(Usage(*(n / size for n in totals)))
         found.updates.append(updates)
     return found
@@ -305,7 +307,7 @@ class Probe:
 
     def __init__(self, flow: Flow, negative: Negative) -> None:
         self._flow, self._negative = flow, negative
-        self.alive = self.peak = self.decodes_grad = self.reference = 0
+        self.alive = self.peak = self.decodes_grad = self.decoded = self.reference = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._flow, name)
@@ -325,7 +327,8 @@ class Probe:
     def decode(self, x0: Tensor) -> Tensor:
         import torch
 
-        self.decodes_grad += len(x0) * (x0.requires_grad and torch.is_grad_enabled())
+        rows = len(x0) * (x0.requires_grad and torch.is_grad_enabled())
+        self.decodes_grad, self.decoded = self.decodes_grad + rows, max(self.decoded, rows)
         return self._flow.decode(x0)
 
 

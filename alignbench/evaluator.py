@@ -89,6 +89,8 @@ class Term(NamedTuple):
 class Reward:
     """A training reward: one evaluator or several (M), each with its hinge and its weight. Weights sum to one."""
 
+    at_once: int | None = None  # images that are decoded and differentiated at a time; None: all that there are
+
     def __init__(self, *terms: Term) -> None:
         total = sum(term.weight for term in terms)
         self.terms = tuple(term._replace(weight=term.weight / total) for term in terms)

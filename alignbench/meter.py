@@ -133,8 +133,9 @@ class MeteredFlow:
 class MeteredReward(Reward):
     """A reward that counts, and stops the run at the first score that is not a number."""
 
-    def __init__(self, reward: Reward, meter: Meter, watch: Watch) -> None:
+    def __init__(self, reward: Reward, meter: Meter, watch: Watch, at_once: int | None) -> None:
         super().__init__(*reward.terms)
+        self.at_once = at_once
         self._reward, self._meter, self._watch = reward, meter, watch
 
     def __call__(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -163,6 +164,6 @@ def metered(flow: Flow, meter: Meter, watch: Watch | None = None) -> Flow:
     return MeteredFlow(flow, meter, watch or Watch())
 
 
-def metered_reward(reward: Reward, meter: Meter, watch: Watch | None = None) -> Reward:
-    """``reward``, counting into ``meter`` and refusing scores that are not finite."""
-    return MeteredReward(reward, meter, watch or Watch())
+def metered_reward(reward: Reward, meter: Meter, watch: Watch | None = None, at_once: int | None = None) -> Reward:
+    """``reward``, counting into ``meter`` and refusing scores that are not finite; ``at_once``: as in ``Reward``."""
+    return MeteredReward(reward, meter, watch or Watch(), at_once)

@@ -94,19 +94,33 @@ class Pathwise(AlignMethod):
 
 def reward_loss(flow: Flow, reward: Reward, batch: Batch, x_0: Tensor, weight: Tensor | float = 1.0) -> Loss:
     """Mean over samples of ``weight`` (B,) times the reward's loss at the image of the latents ``x_0``."""
-    scores = reward(flow.decode(x_0), batch.prompts)
-    each = weight * reward.loss(scores)
+    if reward.at_once is None or not x_0.requires_grad:
+        scores = reward(flow.decode(x_0), batch.prompts)
+        own = reward.loss(scores)
+    else:  # a sample's loss depends on its own latents alone: value and gradient there are all that a backward needs
+        scores, gradient = reward_gradient(flow, reward, batch, x_0)
+        own = reward.loss(scores) + ((x_0 - x_0.detach()) * gradient).flatten(1).sum(1)  # adds a zero, and its gradient
+    each = weight * own
     return Loss(each.mean(), {"reward": reward.value(scores).detach().mean()}, each.detach())
 
 
 def reward_gradient(flow: Flow, reward: Reward, batch: Batch, x_0: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, B) scores at the latents ``x_0``, and the gradient there of each sample's own loss, of ``x_0``'s shape."""
+    """(M, B) scores at the latents ``x_0``, and the gradient there of each sample's own loss, of ``x_0``'s shape.
+
+    ``reward.at_once`` samples at a time, so that decoder and reward keep no more than these for their backward.
+    """
     import torch
 
-    x_0 = x_0.detach().requires_grad_()
-    scores = reward(flow.decode(x_0), batch.prompts)
-    (gradient,) = torch.autograd.grad(reward.loss(scores).sum(), x_0)
-    return scores.detach(), gradient
+    scores: list[Tensor] = []
+    gradients: list[Tensor] = []
+    rows = reward.at_once or len(x_0)
+    for start in range(0, len(x_0), rows):
+        part = slice(start, start + rows)
+        x = x_0[part].detach().requires_grad_()
+        score = reward(flow.decode(x), batch.prompts[part])
+        gradients += torch.autograd.grad(reward.loss(score).sum(), x)
+        scores.append(score.detach())
+    return torch.cat(scores, 1), torch.cat(gradients)
 
 
 def require(holds: bool, where: str, what: str, instead: str) -> None:

@@ -121,6 +121,7 @@ class Smaller:
         return {
             **{f"backend.{key}": value for key, value in self.backend.items()},
             "backend.size": SIZE * (i + 1),
+            "backend.compile": False,
             "prompts": self.prompts[0],
             "training.batch": self.batch * (i + 1),
             "training.checkpoint_every": 1,

@@ -70,6 +70,16 @@ def as_kept(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def as_part(part: Tensor, like: Tensor) -> Tensor:
+    """``part`` of a tensor as ``local`` gives it, on any device, in its place among the ranks' again."""
+    if not isinstance(like, DTensor) or isinstance(part, DTensor):
+        return part
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(
+        part.to(like.device), mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
 def average(gradients: Iterable[Tensor], accelerator: Accelerator, largest: int = 2**25) -> None:
     """Replace each by its mean over ranks, in place; a collective takes many at a time, up to ``largest`` numbers."""
     bucket: list[Tensor] = []

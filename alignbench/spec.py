@@ -59,6 +59,8 @@ class Training(Config):
     optimizer: Optimizer = Optimizer()
     batch: Count = 64  # images per batch over all ranks
     micro_batch: Count | None = None  # images per backward on one rank; None: batch / ranks at once
+    reward_slice: Count | None = None  # of these, decoded and rewarded at a time, with gradient; None: all at once
+    ema_on_host: bool = False  # is the weights' average kept in the host's memory, or beside the weights?
     seed: Annotated[int, Meta(ge=0)] = 0
     checkpoint_every: Count = 25  # batches; not part of the run's id
     keep: Count = 2  # checkpoints, so that one which a disk has damaged is not the only one; no part of the id
@@ -196,11 +198,12 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     """
     backend = registry.make("backend", spec.backend, "backend")
     method = registry.make("method", spec.method, "method")
+    described = {key: value for key, value in spec.backend.items() if key != "compile" or value}  # as before it was
     files = method.files()
     brought: dict[str, Any] = {"method files": fingerprint(files)} if files else {}
     if not method.trains:
         own = set(getattr(backend, "training_only", ()))
-        sampled = {key: value for key, value in spec.backend.items() if key not in own}
+        sampled = {key: value for key, value in described.items() if key not in own}
         if files:
             brought["method"] = {key: value for key, value in spec.method.items() if key != "steps"}  # of training
             brought["method source"] = registry.source("method", spec.method["name"])
@@ -216,10 +219,15 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     training = settings(spec.training)
     for name in ("checkpoint_every", "keep", "drift_every"):  # what moves no weight
         del training[name]
-    if not spec.training.milestones:  # then the id is that of before there was such a setting
-        del training["milestones"]
+    for name in (
+        "milestones",
+        "reward_slice",
+        "ema_on_host",
+    ):  # without them the id is that of before they were there
+        if not training[name]:
+            del training[name]
     content = {
-        "backend": spec.backend,
+        "backend": described,
         "backend files": fingerprint(backend.files()),
         "method": spec.method,
         "method source": registry.source("method", spec.method["name"]),

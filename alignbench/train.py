@@ -31,7 +31,7 @@ from alignbench.flow import Batch, Flow, euler, seeded
 from alignbench.meter import GRAD_SHARES, Meter, Watch, metered, metered_reward
 from alignbench.method import AlignMethod, Loss, Pool, Updates
 from alignbench.prompts import Prompt
-from alignbench.shards import Shards, as_kept, average, local, whole
+from alignbench.shards import Shards, as_kept, as_part, average, local, whole
 from alignbench.spec import Budget, Training
 from alignbench.store import milestone_file
 
@@ -76,7 +76,8 @@ def train(
     run = Run(method, flow, training, accelerator, sharded, milestones)
     if checkpoints is not None:
         run.resume(checkpoints)
-    flow, reward = metered(flow, run.meter, run.watch), metered_reward(reward, run.meter, run.watch)
+    flow = metered(flow, run.meter, run.watch)
+    reward = metered_reward(reward, run.meter, run.watch, training.reward_slice)
     while not run.finished:
         records = list(run.advance(flow, reward, prompts))
         stopped = run.anywhere(stop) and not run.finished
@@ -170,8 +171,9 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             [{"params": group} for group in self.groups.values()],
             lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay,
+            fused=accelerator.device.type == "cuda" or None,  # others make temporary tensors as large as all weights
         )  # fmt: skip
-        self.ema = None if settings.ema is None else [p.detach().clone() for p in self.groups["flow"]]
+        self.ema = None if settings.ema is None else [self.averaged(p) for p in self.groups["flow"]]
         self.meter, self.watch = Meter(), Watch()
         self.step = self.update = 0  # batches and optimizer updates done
         self.drift: float | None = None  # from the base model, at the last look
@@ -310,8 +312,16 @@ class Run:
         if self.ema is not None:
             assert settings.ema is not None
             ema, now = ([local(t.detach()) for t in tensors] for tensors in (self.ema, self.groups["flow"]))
-            torch._foreach_lerp_(ema, now, 1 - settings.ema)
+            if self.training.ema_on_host:
+                for average_, p in zip(ema, now):  # one at a time: the host need not hold a second copy of all
+                    average_.lerp_(p.to("cpu"), 1 - settings.ema)
+            else:
+                torch._foreach_lerp_(ema, now, 1 - settings.ema)
         return lr
+
+    def averaged(self, p: Tensor) -> Tensor:
+        """A copy of ``p`` where the average is kept: beside the weights, or this rank's part in the host's memory."""
+        return local(p.detach()).to("cpu", copy=True) if self.training.ema_on_host else p.detach().clone()
 
     def costs(self) -> dict[str, int | float]:
         """Totals over ranks; seconds and memory: of the rank with most."""
@@ -370,7 +380,10 @@ class Run:
         return {name: whole(t.detach(), self.accelerator.is_main_process) for name, t in tensors.items()}
 
     def whole_ema(self) -> list[Any] | None:
-        return None if self.ema is None else list(self.whole(dict(zip(self.parameters, self.ema))).values())
+        if self.ema is None:
+            return None
+        kept = zip(self.ema, self.groups["flow"])
+        return [whole(as_part(t, p), self.accelerator.is_main_process) for t, p in kept]
 
     def resume(self, folder: Path) -> None:
         """Continue from the last checkpoint that is whole and fits; from the start if there is none.
@@ -402,8 +415,7 @@ class Run:
     def check_fit(self, state: Record, path: Path) -> None:
         """UserError or KeyError unless ``take_up`` can take the state: it must not stop half-way."""
         check_shapes(self.parameters, state["flow"], path)
-        ours, theirs = (dict(zip(self.parameters, ema or ())) for ema in (self.ema, state["ema"]))
-        check_shapes(ours, theirs, path)
+        check_shapes({} if self.ema is None else self.parameters, dict(zip(self.parameters, state["ema"] or ())), path)
         for name, module in self.modules.items():
             check_shapes(module.state_dict(), state["modules"][name], path)
         sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
@@ -416,9 +428,8 @@ class Run:
         flow = {name: as_kept(t, self.parameters[name]) for name, t in state["flow"].items()}
         copy_parameters(self.parameters, flow, path)
         if self.ema is not None:
-            self.ema = [
-                as_kept(t, p).to(p.device, p.dtype) for t, p in zip(state["ema"], self.groups["flow"], strict=True)
-            ]
+            ema = zip(state["ema"], self.groups["flow"], strict=True)
+            self.ema = [self.averaged(as_kept(t, p).to(p.device, p.dtype)) for t, p in ema]
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         everything = list(itertools.chain(*self.groups.values()))

@@ -457,7 +457,7 @@ def compiled(transformer: Any) -> Iterator[None]:
 
 
 def compiled_rollouts(it: World, sheet: Sheet) -> None:
-    """What torch.compile of the blocks would give without gradient: no setting of the backend has it yet."""
+    """What ``backend.compile`` gives without gradient."""
     plain = forward(it, sheet, ", with adapters, again", it.size)
     with compiled(it.flow.transformer):
         x, cond = inputs(it, it.size, 1)

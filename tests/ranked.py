@@ -90,9 +90,12 @@ def training(batches: int, **more):
 
 
 def trained(
-    folder: Path, ranks, parallel: str, tune: str, name: str, kept: Path, batches: int = 2, guided=None
+    folder: Path, ranks, parallel: str, tune: str, name: str, kept: Path, batches: int = 2, guided=None, **more
 ) -> dict:
-    """Records, and how often anything was gathered or scattered in each batch; checkpoints in ``kept``."""
+    """Records, and how often anything was gathered or scattered in each batch; checkpoints in ``kept``.
+
+    ``more``: settings of training.
+    """
     from torch.distributed.tensor.debug import CommDebugMode
 
     from alignbench import train as loop
@@ -109,7 +112,7 @@ def trained(
         return iter(records)
 
     model = flow(folder, tune, ranks.accelerator, guided=guided)
-    parts = method(name), model, QuadraticReward(0.5), PROMPTS, training(batches)
+    parts = method(name), model, QuadraticReward(0.5), PROMPTS, training(batches, **more)
     options = {"accelerator": ranks.accelerator, "checkpoints": kept, "milestones": kept, "sharded": parallel == "fsdp"}
     loop.Run.advance = counted
     try:
@@ -130,6 +133,9 @@ def train(folder: Path) -> None:
             said[kept.name] = trained(folder, ranks, parallel, tune, name, kept)
     for tune in ("full", "lora"):
         said[f"{tune}-resumed"] = trained(folder, ranks, "fsdp", tune, "leapalign", folder / f"{tune}-stopped")
+    for batches in (1, 2):  # the second goes on where the first ended
+        trained(folder, ranks, "fsdp", "full", "leapalign", folder / "full-host", batches, ema_on_host=True)
+    said["sliced"] = trained(folder, ranks, "fsdp", "lora", "leapalign", folder / "sliced", reward_slice=1)
     note("train", folder, said)
     ranks.close()
 

@@ -64,6 +64,23 @@ def test_two_ranks_are_one_process(both, tune, name, parallel):
 
 
 @pytest.mark.slow
+def test_an_average_in_parts_on_the_host(both):
+    """The same files as with the average beside the weights, bit by bit, also of a run that was resumed half-way."""
+    folder, *_ = both
+    for file in (FINAL, milestone_file(1)):
+        assert (folder / "full-host" / file).read_bytes() == (folder / "full-leapalign-fsdp" / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_rewards_in_slices_on_two_ranks(both):
+    """Records and weights of one process that takes a micro-batch at once, to rounding."""
+    folder, noted, alone = both
+    for rank in noted:
+        near(rank["sliced"]["records"], alone["lora-leapalign"]["records"])
+    same_weights(folder / "sliced", folder / "lora-leapalign")
+
+
+@pytest.mark.slow
 def test_weights_are_gathered_once_per_update(both):
     """Once for each of the five modules that are gathered at a time, however many network calls an update makes."""
     _, (first, second), _ = both

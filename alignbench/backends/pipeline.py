@@ -59,6 +59,7 @@ class PipelineBackend(Config):
     )
     clamp: Literal["hard", "straight_through"] = "hard"  # gradient of the final clamp to [0, 1]: zero outside, or one
     gradient_checkpointing: bool = False  # of the transformer's blocks and of the decoder
+    compile: bool = False  # the transformer's blocks by torch.compile: faster, and rounded otherwise
 
     @cached_property
     def folder(self) -> Path:
@@ -147,6 +148,8 @@ class PipelineBackend(Config):
         if self.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
             pipeline.vae.enable_gradient_checkpointing()
+        if self.compile:
+            _compile(pipeline.transformer)
 
     def _pipeline(self) -> Pipeline:
         import diffusers
@@ -188,6 +191,7 @@ class PipelineBackend(Config):
             for parameter in transformer.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+        _leave_inputs(transformer)
 
 
 class GuidedBackend(PipelineBackend):
@@ -282,6 +286,8 @@ class PipelineFlow:
 
     def shard(self, split: Split) -> None:
         """Several ranks keep a part of the transformer each, and so of the base's own copy if there is one."""
+        if self._settings.compile:
+            raise UserError("backend.compile: compiled blocks cannot be kept in parts (fsdp); choose ddp, or false")
         self._split = split
         split(self.transformer, _blocks(self.transformer), self._dtype, True)
 
@@ -315,6 +321,7 @@ class PipelineFlow:
         for name, parameter in self.transformer.named_parameters():
             if ".published." in name:
                 parameter.data = parameter.data.float()
+        _leave_inputs(self.transformer)
 
     def _check_config(self, configs: Sequence[Path]) -> None:
         """UserError for a setting that differs from this model's: not all of them show in the weights' shapes."""
@@ -339,6 +346,8 @@ class PipelineFlow:
         elif "base" in self._apart:
             if self._apart["base"] is None:
                 self._apart["base"] = self._settings.base(self.device)
+                if self._settings.compile:
+                    _compile(self._apart["base"])
                 if self._split is not None:
                     self._split(self._apart["base"], _blocks(self._apart["base"]), self._dtype, False)
             yield self._apart["base"]
@@ -355,6 +364,30 @@ class PipelineFlow:
 
 def _blocks(transformer: Network) -> list[Network]:
     return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+
+
+COMPILER = "inductor"
+VARIANTS = 64  # of a block: with and without gradient and adapters, of every batch and image size; torch's own: 8
+
+
+def _compile(transformer: Network) -> None:
+    """Each kind of block once, for the very shapes that come.
+
+    With adapters and without (the base model) are two of its variants, both kept: going from one to the other, as every
+    look at the drift does, compiles nothing again, and both are rounded alike.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    for block in _blocks(transformer):
+        block.compile(fullgraph=True, dynamic=False, backend=COMPILER)
+
+
+def _leave_inputs(transformer: Network) -> None:
+    """peft would copy what enters an adapter to its weights' float32, for autocast to copy it back: the same bits."""
+    for layer in transformer.modules():
+        if hasattr(layer, "cast_input_dtype_enabled"):
+            layer.cast_input_dtype_enabled = False
 
 
 class Text:

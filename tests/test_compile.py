@@ -1,0 +1,135 @@
+"""``backend.compile``: the same model, compiled once for every kind of call."""
+
+import pytest
+import torch
+from test_backends import PROMPTS
+from torch._dynamo.utils import counters
+from world import PLUGIN, sweep_file
+
+from alignbench import spec
+from alignbench.backends import pipeline
+from alignbench.config import UserError
+from alignbench.flow import seeded
+from alignbench.plugins import Registry
+from alignbench.small_backends import backend
+from alignbench.sweep import read, resolve
+from alignbench.testing import gradients_of
+
+
+@pytest.fixture(scope="module", params=["flux", "sd3", "flux2"])
+def load(request, tmp_path_factory):
+    """A function that loads a small model, with adapters that have moved."""
+    folder, family = tmp_path_factory.mktemp(request.param), request.param
+    wanted = {"model": "shapes", "max_sequence_length": 16} if family == "flux" else backend(family, folder)
+    wanted |= {"name": family, "size": 32, "dtype": "float32", "tune": "lora", "lora_rank": 4}
+
+    def load(**changes):
+        flow = Registry().make("backend", wanted | changes, "backend").load()
+        if flow._settings.tune == "lora":
+            with torch.no_grad():
+                for i, p in enumerate(flow.parameters()):
+                    p += 0.05 * torch.randn(p.shape, generator=seeded("adapter", i))
+        return flow
+
+    return load
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Graphs are made as ever, and run by torch's own kernels: seconds, where inductor's take minutes."""
+    monkeypatch.setattr(pipeline, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def calls(flow):
+    """All that training asks for: velocities without and with gradient, the base model's, that through its input."""
+    x, cond = flow.noise(2, [seeded("noise", i) for i in range(2)]), flow.encode(PROMPTS)
+    with torch.no_grad():
+        found = [flow.velocity(x, 0.5, cond), flow.velocity(x, 0.7, cond, reference=True)]
+    flow.transformer.zero_grad()
+    v = flow.velocity(flow.velocity(x, 0.5, cond), 0.3, cond)
+    v.square().sum().backward()
+    start = x.clone().requires_grad_()
+    base = flow.velocity(start, 0.5, cond, reference=True)
+    return [*found, v.detach(), *gradients_of(flow), *torch.autograd.grad(base.square().sum(), start)]
+
+
+def near(ours, theirs, tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"tune": "full"}], ids=["lora", "full"])
+def test_compiled_blocks_are_the_same_and_compiled_once(load, traced, changes):
+    """Velocities and gradients to 1e-5 in float32; after weights moved and adapters came and went, no graph more."""
+    flow = load(compile=True, **changes)
+    near(calls(flow), calls(load(**changes)), 1e-5)
+    made = counters["stats"]["unique_graphs"]
+    assert made > 0
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.mul_(1.01)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        again = calls(flow)
+        near(calls(flow), again, 0)
+    assert counters["stats"]["unique_graphs"] == made
+
+
+@pytest.mark.parametrize("load", ["flux2"], indirect=True)
+def test_a_rollout_and_the_base_model_are_compiled_once(load, traced):
+    """Velocities without gradient to 1e-5 in float32; the adapters' coming and going adds no graph."""
+
+    def rollout(flow):
+        x, cond = flow.noise(2, [seeded("noise", i) for i in range(2)]), flow.encode(PROMPTS)
+        with torch.no_grad():
+            return [flow.velocity(x, 0.5, cond, reference=base) for base in (False, True)]
+
+    flow = load(compile=True)
+    near(rollout(flow), rollout(load()), 1e-5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        near(rollout(flow), rollout(flow), 0)
+
+
+def test_nothing_is_compiled_unless_asked(load, traced):
+    """The default."""
+    before = counters["stats"]["unique_graphs"]
+    calls(load())
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_parts_of_compiled_blocks_are_refused(load, traced):
+    """FSDP2's hooks would be compiled with them: one line, before anything is split."""
+    with pytest.raises(UserError, match=r"^backend.compile: .*; choose ddp, or false$"):
+        load(compile=True).shard(lambda *_: pytest.fail("split"))
+
+
+def test_uncompiled_runs_keep_their_ids(tmp_path, monkeypatch):
+    """What is hashed has no such word unless blocks are compiled, which rounds otherwise; the base model's too."""
+    hashed = []
+    monkeypatch.setattr(spec, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
+    for changes in ({}, {"compile": True}):
+        resolve(read(sweep_file(tmp_path, {"base": {"backend": changes}})), Registry([PLUGIN]))
+    found = [content["backend"].get("compile") for content in hashed if "backend" in content]
+    assert found == [None] * (len(found) // 2) + [True] * (len(found) // 2)
+    assert len(found) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load", ["flux"], indirect=True)
+def test_inductor_rounds_no_worse_than_torch(load):
+    """Its own kernels, in bfloat16: as near to the float32 network as uncompiled ones, within half; gradients too."""
+
+    def trained(**changes):
+        flow = load(**changes)
+        v = flow.velocity(flow.noise(1, [seeded("noise")]), 0.5, flow.encode(PROMPTS[:1]))
+        v.square().sum().backward()
+        return v.detach(), torch.cat([g.flatten() for g in gradients_of(flow)])
+
+    torch._dynamo.reset()
+    exact, eager = trained(), trained(dtype="bfloat16")
+    for ours, plain, true in zip(trained(dtype="bfloat16", compile=True), eager, exact, strict=True):
+        assert 0 < (ours - true).norm() <= 1.5 * (plain - true).norm()
+        assert (plain - true).norm() < 0.05 * true.norm()
