@@ -162,8 +162,8 @@ class Pieces(NamedTuple):
     def trained(self, found: Estimate, method: AlignMethod) -> Estimate:
         """``found``, and training."""
         training, terms = self.cell.spec.training, len(self.cell.spec.rewards)
+        name = self.cell.spec.method["name"]
         try:
-            name = self.cell.spec.method["name"]
             watched = watch_once(method, training, terms, name, negative(self.backend))
         except Exception as error:
             return Estimate(unknown=_no_toy(error))

@@ -65,12 +65,13 @@ def check_room(spec: RunSpec, registry: Registry, ranks: int, free: int, total: 
     if memory.peak <= free:
         return ""
     smaller = [f"{text} saves {size(saved)}" for text, saved, _ in remedies(spec, memory, registry, ranks)]
-    needed = (
-        f"training needs about {size(memory.peak)} of GPU memory, and {{}}; {', '.join(smaller) or 'use a larger one'}"
+    needed, instead = (
+        f"training needs about {size(memory.peak)} of GPU memory",
+        ", ".join(smaller) or "use a larger one",
     )
     if memory.peak > total * (1 + MEMORY_ERROR):
-        raise UserError(needed.format(f"this GPU has {size(total)}"))
-    return needed.format(f"{size(free)} of this GPU's {size(total)} are free")
+        raise UserError(f"{needed}, and this GPU has {size(total)}; {instead}")
+    return f"{needed}, and {size(free)} of this GPU's {size(total)} are free; {instead}"
 
 
 def remedies(spec: RunSpec, memory: Memory, registry: Registry, ranks: int = 1) -> list[tuple[str, float, Change]]:

@@ -294,10 +294,9 @@ class Work:
         from alignbench.fitting import check_room
 
         free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # of this process' earlier runs
-        warning = check_room(self.spec, self.registry, self.accelerator.num_processes, free, total)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of this process' last run
+        with torch.random.fork_rng(devices=[]):  # the method is watched on a toy: training must not see that
+            warning = check_room(self.spec, self.registry, self.accelerator.num_processes, free + cached, total)
         if warning and self.ranks.first:
             self.warn(warning)
 
