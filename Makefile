@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 JOBS ?= 2
 
-.PHONY: quickstart test test-slow test-slurm test-gpu gpu-bench parity lint
+.PHONY: quickstart test test-slow test-slurm test-gpu bench gpu-bench parity lint
 
 quickstart: $(VENV)/.installed
 	$(BIN)/alignbench sweep sweeps/quickstart.yaml -j $(JOBS)
@@ -25,6 +25,12 @@ test-slurm: $(VENV)/.installed-dev
 # on one GPU
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/pytest -m gpu -rs tests/test_gpu.py
+
+# on a CPU, in minutes: figures in benchmarks/results
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/evaluators.py --size small
+	if [ -f benchmarks/report.py ]; then $(BIN)/python benchmarks/report.py; fi
 
 # the full-size FLUX.1-dev with random weights on one GPU: figures in benchmarks/results
 gpu-bench: $(VENV)/.installed-dev

@@ -68,20 +68,21 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(metavar="VERB", required=True, title="verbs", parser_class=Parser)
     add = {name: _verb(verbs, name, function) for name, function in VERBS.items()}
-    for name in ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry"):
-        _document(add[name], optional=name in ("run", "status"))
-    for name in ("run", "sweep", "ls", "validate", "plan", "score", "import", "cancel", "retry", "doctor"):
+    for name in ("run", "sweep", "status", "report", "validate", "plan", "fit", "cancel", "retry"):
+        _document(add[name], optional=name in ("run", "status", "fit"))
+    for name in ("run", "sweep", "ls", "validate", "plan", "fit", "score", "import", "cancel", "retry", "doctor"):
         add[name].add_argument("--plugin", metavar="FILE", action="append", default=[], help=PLUGIN)
-    stored = ("run", "sweep", "status", "report", "validate", "plan", "cancel", "retry", "logs", "rerun", "gc")
+    stored = ("run", "sweep", "status", "report", "validate", "plan", "fit", "cancel", "retry", "logs", "rerun", "gc")
     for name in (*stored, "import", "compare"):
         add[name].add_argument(
             "--store", metavar="DIR", default="store", help="where results are kept (default: store)"
         )
-    for name in ("sweep", "plan", "cancel", "retry"):
+    for name in ("sweep", "plan", "fit", "cancel", "retry"):
         add[name].add_argument("--only", metavar="KEY=VALUE", nargs="+", default=[], help=ONLY)
     for name in ("run", "sweep", "retry"):
         add[name].add_argument("--track", metavar="TRACKER", action="append", default=[], help=TRACK)
-    add["plan"].add_argument("--gpu", default="h100", help="whose speed and memory to assume: h100, h200 or a100")
+    for name in ("plan", "fit"):
+        add[name].add_argument("--gpu", default="h100", help="whose speed and memory to assume: h100, h200 or a100")
     add["sweep"].add_argument("--launcher", default="local", help=LAUNCHER)
     for name in ("sweep", "retry"):
         add[name].add_argument("--slurm", metavar="FILE", help="what jobs ask SLURM for (YAML; beats the sweep's own)")
@@ -91,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
         )
     add["logs"].add_argument("run", metavar="RUN", help="folder below the store's runs/, or how its name begins")
     add["logs"].add_argument("-f", "--follow", action="store_true", help="go on as the run goes on")
-    add["run"].add_argument("--method", required=True, help="of the sweep's cases, or any method with its defaults")
+    for name in ("run", "fit"):
+        add[name].add_argument("--method", required=name == "run", help=METHOD)
     add["report"].add_argument("--out", metavar="DIR", help="where to write the report (default: outputs/<sweep>)")
     add["report"].add_argument("--format", metavar="A,B", help="only these: md, csv, tex, png (default: all)")
     add["new-method"].add_argument("name", metavar="NAME", help="as in a sweep's YAML, for instance my_method")
@@ -125,6 +127,7 @@ TRACK = "show training in tensorboard, wandb or trackio, too; may be given sever
 REFERENCES = "pictures with published scores (default: ~/.cache/alignbench/references)"
 PLUGIN = "a Python file with methods or evaluators of your own; may be given several times"
 REHEARSE = "the whole sweep with small stand-ins for its models: to see that all of it works; stamped REHEARSAL"
+METHOD = "of the sweep's cases, or any method with its defaults"
 SETTINGS = "a setting of the methods, instead of its default, as in steps=5; may be given several times"
 ONLY = "run only these: method=refl, '!seed=2', or any setting's path; several values of one key are alternatives"
 
@@ -192,15 +195,10 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make one run in the foreground: the first of a sweep (default: quickstart) with --method."""
-    from alignbench.sweep import UNTRAINED, Document
+    from alignbench.sweep import UNTRAINED
 
     store = _store(arguments)
-    document = _read(arguments, default="quickstart")
-    cases = document.data.get("cases") or []
-    if not any((case.get("method") or {}).get("name") == arguments.method for case in cases):
-        cases = [*cases, {"label": arguments.method, "method": {"name": arguments.method}}]
-        document = Document(document.path, document.data | {"cases": cases}, document.run_sets, document.command)
-    plan = _resolve(document, _registry(arguments))
+    plan = _resolve(_with_method(arguments, "quickstart"), _registry(arguments))
     cell = next(cell for cell in plan.cells if cell.spec.method["name"] == arguments.method)
     code = _make(arguments, plan, [cell], store, "debug", None)
     results = _results(store, plan.manifest() | {"runs": [r for r in plan.manifest()["runs"] if r["id"] == cell.id]})
@@ -339,6 +337,26 @@ def plan(arguments: argparse.Namespace) -> int:
     if plan is not None:
         print(_summary(store, plan, cells))
     return USAGE if gaps else DONE
+
+
+def fit(arguments: argparse.Namespace) -> int:
+    """Does training fit a GPU: memory by part, the largest micro-batch, and what would make it fit. Makes nothing.
+
+    Of a sweep (default: table2), or of one method with its settings. Needs no weights. The exit code is 2 if a run does
+    not fit.
+    """
+    from alignbench.fitting import page
+    from alignbench.planning import gpu_named
+    from alignbench.sweep import draft
+
+    gpu, registry = gpu_named(arguments.gpu), _registry(arguments)
+    drafted = draft(_with_method(arguments, "table2"), registry)
+    cells = [cell for cell in _selected(drafted, arguments.only) if cell.trains]
+    if arguments.method:
+        cells = [cell for cell in cells if cell.spec.method["name"] == arguments.method]
+    text, fits = page(drafted.document.name, [cell.spec for cell in cells], registry, gpu)
+    print(text)
+    return DONE if fits else SOME_FAILED
 
 
 def new_method(arguments: argparse.Namespace) -> int:
@@ -501,6 +519,7 @@ VERBS = {
     "ls": ls,
     "validate": validate,
     "plan": plan,
+    "fit": fit,
     "score": score,
     "import": import_,
     "compare": compare,
@@ -543,6 +562,18 @@ def _read(arguments: argparse.Namespace, default: str | None = None) -> Document
     from alignbench.rehearsal import rehearse
 
     return rehearse(document, Path(arguments.store))
+
+
+def _with_method(arguments: argparse.Namespace, default: str) -> Document:
+    """The sweep, which has a case of ``--method`` if that is given: with its defaults, if it had none."""
+    from alignbench.sweep import Document
+
+    document, name = _read(arguments, default), arguments.method
+    cases = document.data.get("cases") or []
+    if not name or any((case.get("method") or {}).get("name") == name for case in cases):
+        return document
+    cases = [*cases, {"label": name, "method": {"name": name}}]
+    return Document(document.path, document.data | {"cases": cases}, document.run_sets, document.command)
 
 
 def _resolve(document: Document, registry: Registry) -> Plan:

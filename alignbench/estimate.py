@@ -10,6 +10,8 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from msgspec.structs import replace
+
 from alignbench.config import UserError, settings
 from alignbench.cost import GPU, Model
 from alignbench.prompts import load_prompts
@@ -23,13 +25,15 @@ if TYPE_CHECKING:
     from alignbench.flow import Cond, Flow
     from alignbench.method import AlignMethod
     from alignbench.plugins import Registry
-    from alignbench.spec import Evaluation, Training
+    from alignbench.spec import Evaluation, RunSpec, Training
     from alignbench.sweep import Cell
 
 RUNS = 24  # batches at most that a method is watched for: the mean of what is drawn per batch is then known to 3 %
 TOY = 100e6  # bytes: an evaluator of less is no published one, and takes no time worth a plan
 PNG = 2.0  # bytes per pixel of a photograph; drawings take less
 HOUR = 3600.0
+ITEM = {"bfloat16": 2, "float32": 4}  # bytes
+MEMORY_ERROR = 0.1  # of the peak of training: what was measured on one H200 is within 3 %, the rest was never measured
 Negative = Literal["full", "stop"] | None  # gradient of the second branch of classifier-free guidance; None: no branch
 
 
@@ -62,6 +66,41 @@ class Usage(NamedTuple):
     decoded: float  # images decoded at once with gradient, at most
 
 
+class Memory(NamedTuple):
+    """Of one GPU that trains, in bytes and by part. ``graphs``, ``work``: per image of the micro-batch of ``size``."""
+
+    frozen: float  # text encoders and autoencoder, and under LoRA the network
+    trained: float  # weights and gradients, float32
+    optimizer: float  # AdamW's moments
+    average: float
+    base: float  # the untrained model, where adapters cannot be switched off to get it
+    casts: float  # autocast's copies of trained weights
+    rewards: float  # their weights; what autograd keeps of them is less than the decoder's, and not counted
+    graphs: float  # of the evaluations that wait for a backward at once
+    work: float  # beside them: the block or the decoder that is at work
+    size: int
+
+    @property
+    def fixed(self) -> float:
+        """What does not grow with the micro-batch."""
+        return sum(self[:7])
+
+    @property
+    def image(self) -> float:
+        return self.graphs + self.work
+
+    @property
+    def peak(self) -> float:
+        """In a backward, or in AdamW's update, which has one more copy of the trained weights."""
+        return max(self.fixed + self.size * self.image, self.fixed - self.casts + self.trained / 2)
+
+    def largest(self, room: float) -> int:
+        """Images of the largest micro-batch whose peak is within ``room``; 0: none."""
+        if self._replace(size=0).peak > room:
+            return 0
+        return int((room - self.fixed) // self.image)
+
+
 def estimate(cell: Cell, evaluation: Evaluation, registry: Registry, gpu: GPU) -> Estimate:
     """What a run will cost on one ``gpu``. Needs no file; those of the model that are there are looked at."""
     backend = registry.make("backend", cell.spec.backend, "backend")
@@ -91,7 +130,7 @@ class Pieces(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        return 2 if self.backend.dtype == "bfloat16" else 4
+        return ITEM[self.backend.dtype]
 
     @property
     def frozen(self) -> float:
@@ -124,13 +163,15 @@ class Pieces(NamedTuple):
     def trained(self, found: Estimate, method: AlignMethod) -> Estimate:
         """``found``, and training."""
         training, terms = self.cell.spec.training, len(self.cell.spec.rewards)
+        name = self.cell.spec.method["name"]
         try:
-            watched = watch_once(method, training, terms, self.cell.spec.method["name"], self.negative)
-        except Exception as error:  # whatever a plug-in's code raises on a flow that is no pipeline's
-            return Estimate(unknown=f"its method does not run on the toy flow ({type(error).__name__}: {error})")
+            watched = watch_once(method, training, terms, name, negative(self.backend))
+        except Exception as error:
+            return Estimate(unknown=_no_toy(error))
         per_image = self.seconds_per_image(watched.mean)
         batches, usage = watched.batches(training, per_image), watched.mean
-        trained, memory = self.trained_parameters, self.memory(usage)
+        trained = trained_parameters(self.backend, self.model)
+        held_at_once = memory(self.cell.spec, self.backend, self.model, usage, self.registry)
         copies = 1 if training.optimizer.ema is None else 2
         reached = sum(update <= watched.made(batches) for update in training.milestones)
         sets = 1 + reached * self.share_at_milestones
@@ -141,21 +182,10 @@ class Pieces(NamedTuple):
             images=training.batch * batches,
             usage=usage,
             train=training.batch * batches * per_image / HOUR,
-            memory=max(found.memory, memory),
+            memory=max(found.memory, held_at_once.peak),
             weights=4 * trained * copies * (1 + reached),
             state=4 * trained * (copies + 2) * training.keep,
         )
-
-    @property
-    def negative(self) -> Negative:
-        """What becomes of the gradient of a second branch, if training has one."""
-        return self.backend.negative_gradient if self.backend.branches(self.backend.guidance) == 2 else None
-
-    @property
-    def trained_parameters(self) -> int:
-        backend, transformer = self.backend, self.model.transformer
-        full = backend.tune == "full"
-        return transformer.parameters if full else transformer.adapters(backend.lora_targets, backend.lora_rank)
 
     def seconds_per_image(self, usage: Usage) -> float:
         """Of training."""
@@ -173,22 +203,59 @@ class Pieces(NamedTuple):
         backward = 3 if usage.decodes_grad else 1
         return flops / self.rate + usage.rewards * backward * sum(map(seconds, rewards)) / len(rewards)
 
-    def memory(self, usage: Usage) -> float:
-        """Bytes at the peak of training: weights, gradients, AdamW, average, base model, and what autograd keeps."""
-        backend, training, model = self.backend, self.cell.spec.training, self.model
-        tokens, item = model.tokens(backend.size, backend.text_tokens), self.itemsize
-        network, trained = model.transformer.parameters, self.trained_parameters
-        total = self.frozen + 4 * trained * (4 + (training.optimizer.ema is not None and not training.ema_on_host))
-        if backend.tune == "lora":
-            total += network * item
-        else:
-            total += network * 2 * (item == 2)  # autocast's copies of the weights
-            total += network * item * (training.drift_every is not None or usage.reference > 0)  # the base model
-        size = min(training.micro_batch or training.batch, training.batch)
-        kept = usage.live * model.transformer.kept(tokens, item, backend.gradient_checkpointing)
-        kept += model.transformer.block(tokens, item)
-        kept += usage.decoded * model.decoder.kept(backend.size, item, backend.gradient_checkpointing)
-        return total + size * kept
+
+def training_memory(spec: RunSpec, registry: Registry, ranks: int = 1) -> Memory:
+    """Of each of ``ranks`` that train with DDP. UserError if it is not known, or nothing is trained."""
+    backend = registry.make("backend", spec.backend, "backend")
+    model: Model | None = getattr(backend, "measures", None)
+    method = registry.make("method", spec.method, "method")
+    if model is None or not method.trains:
+        why = "it trains nothing" if model else f"the measures of backend {spec.backend['name']} are not known"
+        raise UserError(f"{spec.label}: no estimate: {why}")
+    share = replace(spec.training, batch=max(1, spec.training.batch // ranks))
+    try:
+        usage = watch_once(method, share, len(spec.rewards), spec.method["name"], negative(backend)).mean
+    except Exception as error:
+        raise UserError(f"{spec.label}: no estimate: {_no_toy(error)}") from error
+    return memory(replace(spec, training=share), backend, model, usage, registry)
+
+
+def memory(spec: RunSpec, backend: Any, model: Model, usage: Usage, registry: Registry) -> Memory:
+    """What one GPU holds at the peak of training, from what the method keeps (``usage``)."""
+    training, tune_all, item = spec.training, backend.tune == "full", ITEM[backend.dtype]
+    tokens, checkpointing = model.tokens(backend.size, backend.text_tokens), backend.gradient_checkpointing
+    network, trained = model.transformer.parameters, trained_parameters(backend, model)
+    compared = training.drift_every is not None or usage.reference > 0
+    decoder = usage.decoded * model.decoder.kept(backend.size, item, checkpointing)
+    rewards = (registry.make("evaluator", part["evaluator"], "reward.evaluator") for part in spec.rewards)
+    return Memory(
+        frozen=(model.frozen + network * (not tune_all)) * item,
+        trained=8 * trained,
+        optimizer=8 * trained,
+        average=4 * trained * (training.optimizer.ema is not None and not training.ema_on_host),
+        base=network * item * (tune_all and compared),
+        casts=network * 2 * (tune_all and item == 2),
+        rewards=sum(map(held, rewards)),
+        graphs=usage.live * model.transformer.kept(tokens, item, checkpointing),
+        work=max(model.transformer.block(tokens, item), decoder),
+        size=min(training.micro_batch or training.batch, training.batch),
+    )
+
+
+def trained_parameters(backend: Any, model: Model) -> int:
+    transformer = model.transformer
+    full = backend.tune == "full"
+    return transformer.parameters if full else transformer.adapters(backend.lora_targets, backend.lora_rank)
+
+
+def negative(backend: Any) -> Negative:
+    """What becomes of the gradient of a second branch, if training has one."""
+    return backend.negative_gradient if backend.branches(backend.guidance) == 2 else None
+
+
+def _no_toy(error: Exception) -> str:
+    """Why a method is not estimated: whatever a plug-in's code raises on a flow that is no pipeline's."""
+    return f"its method does not run on the toy flow ({type(error).__name__}: {error})"
 
 
 def prompt_count(name: str, limit: int | None) -> int:
@@ -204,12 +271,22 @@ def prompt_count(name: str, limit: int | None) -> int:
 
 def seconds(evaluator: Evaluator) -> float:
     """Of one GPU for one picture: what the class says of the published weights, nothing for a toy's."""
+    return 0.0 if _weights(evaluator) is not None else evaluator.seconds_per_image or 0.0
+
+
+def held(evaluator: Evaluator) -> float:
+    """Bytes of its weights on a GPU: what the class says of the published ones, a toy's files."""
+    toy = _weights(evaluator)
+    return toy if toy is not None else 1e9 * (evaluator.gigabytes or 0.0)
+
+
+def _weights(evaluator: Evaluator) -> float | None:
+    """Bytes of a toy's files; None for published ones, there or not."""
     try:
-        files = evaluator.files()
-        small = sum(path.stat().st_size for path in files) < TOY
-    except (UserError, OSError):  # not there yet: the published ones
-        small = False
-    return 0.0 if small else evaluator.seconds_per_image or 0.0
+        found = sum(path.stat().st_size for path in evaluator.files())
+    except (UserError, OSError):
+        return None
+    return found if found < TOY else None
 
 
 # -- how often a method calls the network ------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class Evaluator(Config):
     metrics: ClassVar[tuple[Metric, ...]]
     differentiable: ClassVar[bool] = False
     seconds_per_image: ClassVar[float | None] = None  # on one GPU with the published weights, roughly: for plans alone
+    gigabytes: ClassVar[float | None] = None  # of the published weights there, for plans too
     reward_range: ClassVar[tuple[float, float] | None] = None  # that no ``reward`` leaves: margins are checked by it
     paired: ClassVar[bool] = False  # True: ``score(images, prompts, base)``, and a setting ``base: str | None = None``
 

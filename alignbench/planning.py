@@ -48,7 +48,7 @@ def page(
         "",
         _totals(found, open_hours),
         _assumptions(gpu, draft),
-        *_does_not_fit(cells, found, gpu),
+        *_does_not_fit(draft, cells, found, gpu),
         *_unequal(cells, found),
         *(f"{cell.title}: no estimate: {each.unknown}" for cell, each in zip(cells, found) if each.unknown),
         *([""] if gaps else []),
@@ -100,18 +100,18 @@ def _assumptions(gpu: GPU, draft: Draft) -> str:
     why = f" ({gpu.why})" if dtype == "bfloat16" else ""
     return (
         f"assumed, not measured: {getattr(gpu, dtype):g} TFLOP/s in {dtype}{why}; the evaluators' seconds per picture; "
-        "2 bytes per pixel of a picture. Not in it: loading, waiting, failures, and the reward model's memory. "
+        "2 bytes per pixel of a picture. Not in it: loading, waiting, failures. "
         "Be prepared for half as much again"
     )
 
 
-def _does_not_fit(cells: Sequence[Cell], found: Sequence[Estimate], gpu: GPU) -> list[str]:
+def _does_not_fit(draft: Draft, cells: Sequence[Cell], found: Sequence[Estimate], gpu: GPU) -> list[str]:
     large = [cell.spec.label for cell, each in zip(cells, found) if each.memory > gpu.memory * GB]
     if not large:
         return []
     names = ", ".join(dict.fromkeys(large))
     what = f"does not fit into one {gpu.name}'s {gpu.memory:g} GB: {names}"
-    return [f"{what}; smaller: backend.tune=lora, backend.gradient_checkpointing=true, training.micro_batch=1"]
+    return [f"{what}; what would: alignbench fit {draft.document.command} --gpu {gpu.name.lower()}"]
 
 
 def _unequal(cells: Sequence[Cell], found: Sequence[Estimate]) -> list[str]:

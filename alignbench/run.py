@@ -244,6 +244,7 @@ class Work:
         from alignbench.evaluator import Reward, Term
         from alignbench.train import spent, train
 
+        self.check_room()
         method = self.registry.make("method", self.spec.method, "method")
         reward = Reward(
             *(
@@ -279,6 +280,25 @@ class Work:
         for update in training.milestones[len(kept) :]:
             self.warn(f"the milestone of update {update} is not there: training ended after {updates} updates")
         return {"updates": updates}
+
+    def check_room(self) -> None:
+        """Before the model is loaded: UserError if training cannot fit into this GPU, a warning if it may not.
+
+        Not under FSDP, where it is not known what a rank holds.
+        """
+        import torch
+
+        device = self.accelerator.device
+        if device.type != "cuda" or self.task.parallel == "fsdp":
+            return
+        from alignbench.fitting import check_room
+
+        free, total = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of this process' last run
+        with torch.random.fork_rng(devices=[]):  # the method is watched on a toy: training must not see that
+            warning = check_room(self.spec, self.registry, self.accelerator.num_processes, free + cached, total)
+        if warning and self.ranks.first:
+            self.warn(warning)
 
     def tracked(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The same records, each shown to the trackers that were asked for."""

@@ -37,6 +37,7 @@ class Aesthetic(Evaluator):
 
     name: ClassVar[str] = "aesthetic"
     seconds_per_image: ClassVar[float | None] = 0.02
+    gigabytes: ClassVar[float | None] = 1.7
     version: ClassVar[str] = "2-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("aesthetic", "1-10"),)
     differentiable: ClassVar[bool] = True

@@ -31,6 +31,7 @@ class CLIPScore(Evaluator):
 
     name: ClassVar[str] = "clipscore"
     seconds_per_image: ClassVar[float | None] = 0.02
+    gigabytes: ClassVar[float | None] = 1.7
     version: ClassVar[str] = "1-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("clipscore", "cosine"),)
     reward_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)

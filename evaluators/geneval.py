@@ -66,6 +66,7 @@ class GenEval(Evaluator):
 
     name: ClassVar[str] = "geneval"
     seconds_per_image: ClassVar[float | None] = 0.2
+    gigabytes: ClassVar[float | None] = 2.0
     version: ClassVar[str] = "1"
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("geneval", "fraction", by_task=True),

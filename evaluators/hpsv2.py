@@ -49,6 +49,7 @@ class HPSv2(Evaluator):
 
     name: ClassVar[str] = "hpsv2"
     seconds_per_image: ClassVar[float | None] = 0.02
+    gigabytes: ClassVar[float | None] = 3.9
     version: ClassVar[str] = "2.1-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("hpsv2.1", "cosine"),)
     reward_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)

@@ -57,6 +57,7 @@ class HPSv3(Evaluator):
 
     name: ClassVar[str] = "hpsv3"
     seconds_per_image: ClassVar[float | None] = 0.15
+    gigabytes: ClassVar[float | None] = 15.5
     version: ClassVar[str] = "1.0-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("hpsv3", "mu"),)
 

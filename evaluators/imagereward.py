@@ -70,6 +70,7 @@ class ImageReward(Evaluator):
 
     name: ClassVar[str] = "imagereward"
     seconds_per_image: ClassVar[float | None] = 0.02
+    gigabytes: ClassVar[float | None] = 1.8
     version: ClassVar[str] = "1.0-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("imagereward", "standardised"),)
 

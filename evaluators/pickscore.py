@@ -36,6 +36,7 @@ class PickScore(Evaluator):
 
     name: ClassVar[str] = "pickscore"
     seconds_per_image: ClassVar[float | None] = 0.02
+    gigabytes: ClassVar[float | None] = 3.9
     version: ClassVar[str] = "1-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("pickscore", "logit"),)
     differentiable: ClassVar[bool] = True

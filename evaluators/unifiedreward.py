@@ -112,6 +112,7 @@ class UnifiedReward(Evaluator):
 
     name: ClassVar[str] = "unifiedreward"
     seconds_per_image: ClassVar[float | None] = 8.0  # some 300 words, one by one, of 7 B parameters
+    gigabytes: ClassVar[float | None] = 16.6
 
     template: Literal["acs", "acs_2", "final", "flowbp"] = "acs"
     weights: str = "CodeGoat24/UnifiedReward-qwen-7b"

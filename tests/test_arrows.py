@@ -32,7 +32,6 @@ LAYERS = (
     {"plots"},
     {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers", "backends.pipeline"},
     {
-        "run",
         "jobs",
         "testing",
         "backends.flux",
@@ -42,9 +41,12 @@ LAYERS = (
         "rehearsal",
         "doctor",
     },
-    {"importers", "compare"},
-    {"launch", "job", "authoring", "estimate", "importing", "capabilities"},
-    {"rerun", "gc", "planning"},
+    {"estimate"},
+    {"planning"},
+    {"fitting"},
+    {"run", "importers", "compare"},
+    {"launch", "job", "authoring", "importing", "capabilities"},
+    {"rerun", "gc"},
     {"cli"},
 )
 APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
@@ -58,6 +60,7 @@ TORCHLESS = {
     "cost",
     "estimate",
     "planning",
+    "fitting",
     "rehearsal",
     "launch",
     "run",
