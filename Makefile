@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/pytest -m "slow and not gpu and not slurm"
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "slow and not gpu and not slurm"
 
 # on a SLURM of its own (see tests/slurm/cluster.py): needs root on Debian, installs what is missing
 test-slurm: $(VENV)/.installed-dev
