@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from alignbench import stats, store
+from alignbench import references, stats, store
 from alignbench.analysis import ALPHA, UNTRAINED, Analysis, Measure, cubes
 from alignbench.stats import Array, Estimate
 from alignbench.table import DECIMALS, Cell, Column, Section, Table, escape, interval, number
@@ -387,8 +387,10 @@ def _fall(course: Course, found: Sequence[Course], measure: Measure, k: int, bef
 # -- sections of the report -------------------------------------------------------------------------------------------
 
 
-def sections(results: store.Results, analysis: Analysis) -> list[Section]:
-    """Markdown for the report; empty if nothing was trained."""
+def sections(
+    results: store.Results, analysis: Analysis, published: Sequence[references.Reference] = ()
+) -> list[Section]:
+    """Markdown for the report; empty if nothing was trained. ``published``: curves to set beside ours."""
     records = training(results)
     if records.empty:
         return []
@@ -406,7 +408,8 @@ def sections(results: store.Results, analysis: Analysis) -> list[Section]:
             *_steps_section(found, analysis, records),
             *_parting_section(found),
         ]
-    return [*parts, *_profile_section(analysis), *_unreached(results)]
+    beside = [part for curve in published for part in _published_section(curve, results.manifest, found, records)]
+    return [*parts, *beside, *_profile_section(analysis), *_unreached(results)]
 
 
 def reward_at(records: pd.DataFrame, axis: str, cost: float) -> float:
@@ -593,3 +596,45 @@ def _unreached(results: store.Results) -> list[Section]:
             named = ", ".join(map(str, beyond))
             lines.append(f"- {escape(run['label'])}, seed {run['seed']}: training ended before update {named}")
     return ["Milestones that are not there:", "\n".join(lines)] if lines else []
+
+
+# -- published curves -------------------------------------------------------------------------------------------------
+
+
+def _published_section(
+    curve: references.Reference, manifest: dict[str, Any], found: Sequence[Course], records: pd.DataFrame
+) -> list[Section]:
+    """Every point of a published curve with ours at the very same update."""
+    source, rows, reasons = curve.source, [], []
+    for method in dict.fromkeys(point.method for point in curve.points):
+        labels = [run["label"] for run in manifest["runs"] if run["label"] in curve.labels(method)]
+        for label in dict.fromkeys(labels) or [""]:
+            points = [point for point in curve.points if point.method == method]
+            rows += [_beside(point, source.metrics[point.metric], label, found, records) for point in points]
+            run = next((run for run in manifest["runs"] if run["label"] == label), None)
+            if run and (why := references.departures(curve.protocol(method), manifest, run)):
+                reasons.append(f"- {escape(label)}, protocol differs: {escape('; '.join(why))}")
+    columns = [Column("published row"), Column("our row"), Column("metric"), Column("update", decimals=0)]
+    columns += [Column("ours", decimals=4), Column("published", decimals=4)]
+    note = "The published values were read off a picture, and no verdict is drawn from them."
+    heading = f"### {escape(source.citation)}, {escape(source.place)}"
+    return [heading, escape(source.url), escape(source.note), Table(columns, rows), note, "\n".join(reasons)]
+
+
+def _beside(
+    point: references.Point, printed: references.Printed, label: str, found: Sequence[Course], records: pd.DataFrame
+) -> list[Cell]:
+    """``reward_mean`` is the training reward, within 5 % of the update; any other metric that of a milestone."""
+    ours = Cell("not run")
+    mine = records[records["label"] == label]
+    if printed.metric == "reward_mean" and mine["update"].max() >= point.update:
+        seeds = [reward_at(run, "update", point.update) for _, run in mine.groupby("seed")]
+        ours = Cell(_known(float(np.nanmean(seeds)) * printed.scale))
+    for course in found:
+        steps = np.flatnonzero(course.updates == point.update)
+        measure = next((measure for measure in course.values if measure.name == printed.metric), None)
+        if course.label == label and measure is not None and len(steps):
+            mean = stats.mean_interval(course.values[measure][steps[0]], course.strata(measure))
+            ours = Cell(mean.mean * printed.scale, mean.lo * printed.scale, mean.hi * printed.scale)
+    about = [point.method, label or "not run", point.metric, point.update]
+    return [*map(Cell, about), ours, Cell(point.value)]

@@ -35,6 +35,7 @@ from alignbench.stats import Estimate
 from alignbench.table import Cell, Column, Section, Table, escape, interval
 
 COLUMNS = ["method", "metric", "value", "se"]
+CURVE = ["method", "update", "metric", "value"]  # of a published curve, read off a picture: no verdict is drawn from it
 NOT_STATED = "not stated"
 AGREES, DIFFERS, PROTOCOL, UNKNOWN = "agrees", "differs", "protocol differs", "spread unknown"
 NO_REFERENCE, NOT_RUN = "no reference", "not run"
@@ -93,10 +94,22 @@ class Figure(NamedTuple):
         return 0.5 * 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
 
 
+class Point(NamedTuple):
+    """One point of a published curve, as read off its picture."""
+
+    method: str
+    update: int
+    metric: str
+    value: float
+
+
 class Reference(NamedTuple):
+    """A published table, or a published curve, which has points in place of figures."""
+
     name: str
     source: Source
-    figures: Sequence[Figure]
+    figures: Sequence[Figure] = ()
+    points: Sequence[Point] = ()
 
     def labels(self, method: str) -> list[str]:
         """Our rows of a published method."""
@@ -136,11 +149,26 @@ def published() -> Path:
 def load(name: str, folder: Path | None = None) -> Reference:
     """A published table by the stem of its file. UserError where file and entry are not what they should be."""
     folder = folder or published()
+    source = _source(name, folder)
+    return Reference(name, source, _figures(folder / f"{name}.csv"))
+
+
+def load_curve(name: str, folder: Path | None = None) -> Reference:
+    """A published curve by the stem of its file. UserError where file and entry are not what they should be."""
+    folder = folder or published()
+    path = folder / f"{name}.csv"
+    rows = list(filter(None, csv.reader(io.StringIO(read_text(path)))))
+    if rows[:1] != [CURVE]:
+        raise UserError(f"{path}:1: expected the columns {','.join(CURVE)}")
+    points = [Point(method, int(update), metric, float(value)) for method, update, metric, value in rows[1:]]
+    return Reference(name, _source(name, folder), points=points)
+
+
+def _source(name: str, folder: Path) -> Source:
     sources = parse_yaml(read_text(folder / "sources.yaml"), str(folder / "sources.yaml")) or {}
     if name not in sources:
         raise UserError(f"{folder / 'sources.yaml'}: there is no table '{name}'{did_you_mean(name, sources, 'tables')}")
-    source = decode(Source, sources[name], f"{folder / 'sources.yaml'}: {name}")
-    return Reference(name, source, _figures(folder / f"{name}.csv"))
+    return decode(Source, sources[name], f"{folder / 'sources.yaml'}: {name}")
 
 
 def _figures(path: Path) -> list[Figure]:

@@ -51,7 +51,8 @@ class Words(NamedTuple):
     title: str
     intro: str = ""
     questions: Sequence[tuple[str, Sequence[str]]] = ()
-    published: Sequence[str] = ()  # stems of files below reports/published
+    published: Sequence[str] = ()  # stems of files below reports/published: tables ...
+    curves: Sequence[str] = ()  # ... and curves
 
 
 FORMATS = ("md", "csv", "tex", "html", "svg", "png")
@@ -68,13 +69,14 @@ def build(results: store.Results, out: Path, formats: Sequence[str] = FORMATS) -
     manifest = results.manifest
     name = manifest["name"]
     analysis = analyse(manifest, results.scores)
-    published = [references.load(stem) for stem in _words(name).published]
+    words = _words(name)
+    published = [references.load(stem) for stem in words.published]
     picture = _picture_grid(results, analysis) if "png" in formats else None
     drawn = plots.figures(results, analysis) if {"html", "svg", "png"} & set(formats) else []
     said: list[Section] = []
     if {"md", "html"} & set(formats):
         link = f"{name}-grid.png" if picture else None
-        course = curves.sections(results, analysis)
+        course = curves.sections(results, analysis, [references.load_curve(stem) for stem in words.curves])
         said = sections(manifest, results.costs, analysis, link, made_with(results), course, published)
     contents: dict[str, Any] = {}
     if "md" in formats:

@@ -55,6 +55,7 @@ SWEEPS = {
         "DRTune in these runs, figure 1c the six tasks.",
         "questions": (("LeapAlign", ("ReFL", "DRaFT-LV", "DRTune", "DanceGRPO", "MixGRPO")),),
         "published": ("leapalign-table2-geneval",),
+        "curves": ("leapalign-fig1a",),
     },
     "table3_pickscore": {
         "title": "LeapAlign's table 3: trained on PickScore",
@@ -110,6 +111,7 @@ SWEEPS = {
         "intro": "The trainings of table2_geneval, looked at every 20 updates.",
         "questions": BEATS,
         "published": ("leapalign-table2-geneval",),
+        "curves": ("leapalign-fig5",),
     },
     "fig6": ablation(
         *("6", "what the nested gradient does where it alone reaches step k (`grad_norm` of the records is its norm)"),

@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from alignbench import curves, report, stats, store
+from alignbench import curves, references, report, stats, store
 from alignbench.analysis import Measure, analyse
+from alignbench.config import UserError
 from alignbench.curves import Course
+from alignbench.table import Table
 
 END = made_up.UPDATES[-1]
 LABELS = ("Base", "ReFL", "LeapAlign", "DanceGRPO")
@@ -350,3 +352,39 @@ def test_curves_need_no_torch_and_no_matplotlib():
     """Importing them, and making a report, loads neither."""
     code = "import sys, alignbench.report; sys.exit(bool({'torch', 'matplotlib'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- published curves --------------------------------------------------------------------------------------------------
+
+
+def test_a_published_curve_stands_beside_ours(whole):
+    """At the very updates: a milestone's mean with its interval in the printed unit, the reward; else "not run"."""
+    results, analysis, found = whole
+    metrics = {"P": {"metric": "pickscore", "scale": 2.0}, "R": {"metric": "reward_mean"}}
+    about = {"citation": "A", "url": "http://x", "place": "Figure 1", "protocol": {"training.batch": 3}}
+    source = references.decode(references.Source, {**about, "metrics": metrics, "methods": {"Leap": "LeapAlign"}}, "s")
+    step = made_up.UPDATES[1]
+    points = [("Leap", step, "P", 7.0), ("Leap", step, "R", 1.0), ("Leap", 10**6, "P", 8.0), ("Other", step, "P", 9.0)]
+    curve = references.Reference("c", source, points=[references.Point(*point) for point in points])
+    said = curves.sections(results, analysis, [curve])
+    heading = said.index("### A, Figure 1")
+    table = next(part for part in said[heading:] if isinstance(part, Table))
+    milestone, reward, beyond, other = table.rows
+    course = next(each for each in found if each.label == "LeapAlign")
+    measure = next(measure for measure in course.values if measure.name == "pickscore")
+    mean = stats.mean_interval(course.values[measure][list(course.updates).index(step)], course.strata(measure))
+    assert milestone[4][:3] == pytest.approx((2 * mean.mean, 2 * mean.lo, 2 * mean.hi))
+    records = curves.training(results)
+    near = records[(records["label"] == "LeapAlign") & records["update"].between(0.95 * step, 1.05 * step)]
+    assert reward[4].value == pytest.approx(near.groupby("seed")["reward_mean"].mean().mean())
+    assert [row[4].value for row in (beyond, other)] == ["not run", "not run"]
+    assert any("LeapAlign, protocol differs: training.batch: 3 there" in str(part) for part in said[heading:])
+
+
+@pytest.mark.parametrize("name", ["leapalign-fig1a", "leapalign-fig5"])
+def test_packaged_curves_can_be_read(name):
+    """Every point has a number and a metric that its entry maps; a table is no curve."""
+    curve = references.load_curve(name)
+    assert {point.metric for point in curve.points} == curve.source.metrics.keys()
+    with pytest.raises(UserError, match=r"expected the columns method,update"):
+        references.load_curve("leapalign-table2")
