@@ -636,5 +636,5 @@ def _beside(
         if course.label == label and measure is not None and len(steps):
             mean = stats.mean_interval(course.values[measure][steps[0]], course.strata(measure))
             ours = Cell(mean.mean * printed.scale, mean.lo * printed.scale, mean.hi * printed.scale)
-    about = [point.method, label or "not run", point.metric, point.update]
+    about: list[float | str | None] = [point.method, label or "not run", point.metric, point.update]
     return [*map(Cell, about), ours, Cell(point.value)]
