@@ -7,7 +7,7 @@ never beyond the last one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -292,8 +292,7 @@ def profile(scores: Sequence[Array], taus: Array, draws: int = 2000, seed: int =
         return share, np.full(len(taus), np.nan), np.full(len(taus), np.nan)
     rng = np.random.default_rng(seed)
     again = np.concatenate([each[rng.integers(len(each), size=(draws, len(each)))] for each in scores], axis=1)
-    ordered = np.sort(again, axis=1)
-    shares = np.stack([1 - np.searchsorted(row, taus, side="right") / len(row) for row in ordered])
+    shares = np.stack([(again > tau).mean(1) for tau in taus], axis=1)
     lo, hi = np.quantile(shares, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=0)
     return share, lo, hi
 
@@ -412,24 +411,28 @@ def sections(
     return [*parts, *beside, *_profile_section(analysis), *_unreached(results)]
 
 
-def reward_at(records: pd.DataFrame, axis: str, cost: float) -> float:
+def reward_at(records: Mapping[str, Any] | pd.DataFrame, axis: str, cost: float) -> float:
     """Mean training reward of one run around a cost: over the updates within a twentieth of it on either side."""
     if "reward_mean" not in records:
         return np.nan
-    near = records[axis].between(0.95 * cost, 1.05 * cost)
-    return float(records.loc[near, "reward_mean"].mean())
+    where = np.asarray(records[axis], float)
+    near = np.asarray(records["reward_mean"], float)[(where >= 0.95 * cost) & (where <= 1.05 * cost)]
+    known = near[~np.isnan(near)]
+    return float(known.mean()) if len(known) else np.nan
 
 
 def _reward_section(records: pd.DataFrame, analysis: Analysis) -> list[Section]:
     """The training reward at half of, and at, the largest cost that all runs reached."""
-    labels = [label for label in analysis.trained if label in set(records["label"])]
+    trained = dict(iter(records.groupby("label", sort=False)))
+    labels = [label for label in analysis.trained if label in trained]
     largest = {axis: float(records.groupby("run")[axis].max().min()) for axis in AXES}
     points = [(axis, share * largest[axis]) for axis in AXES for share in (0.5, 1.0)]
     columns = [Column("method")]
     columns += [Column(f"{_short(cost)} {AXES[axis]}", decimals=4) for axis, cost in points]
     rows = []
     for label in labels:
-        runs = [run for _, run in records[records["label"] == label].groupby("seed")]
+        kept = [name for name in (*AXES, "reward_mean") if name in records]
+        runs = [{name: run[name].to_numpy(float) for name in kept} for _, run in trained[label].groupby("seed")]
         means = [np.array([reward_at(run, axis, cost) for run in runs]) for axis, cost in points]
         rows.append([Cell(label), *(Cell(_known(float(_mean(each, 0)))) for each in means)])
     note = """\
