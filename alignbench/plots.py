@@ -94,19 +94,23 @@ def line(label: str, labels: Sequence[str]) -> Any:
     return LINES[labels.index(label) % len(LINES)]
 
 
+STAMPS = {"rehearsal": "REHEARSAL", "subset": "SUBSET"}  # what a manifest says that no figure may leave out
+
+
 def figures(results: store.Results, analysis: Analysis) -> list[Figure]:
     """All that the store has the numbers for, in the order in which they are worth looking at."""
     records = curves.training(results)
     found = curves.courses(results, analysis, records)
+    stamp = next((word for key, word in STAMPS.items() if results.manifest.get(key)), "")
     makers: list[Callable[[], Figure | None]] = [
-        lambda: _overview(analysis),
-        lambda: _forest(analysis),
-        lambda: _training(records, analysis),
-        *(partial(_costs, found, measure, analysis) for measure in curves.directed(analysis)),
-        lambda: _hacking(found, analysis),
-        lambda: _signs(found, analysis, records),
-        lambda: _scatter(found, analysis),
-        lambda: _profiles(analysis),
+        lambda: _overview(analysis, stamp),
+        lambda: _forest(analysis, stamp),
+        lambda: _training(records, analysis, stamp),
+        *(partial(_costs, found, measure, analysis, stamp) for measure in curves.directed(analysis)),
+        lambda: _hacking(found, analysis, stamp),
+        lambda: _signs(found, analysis, records, stamp),
+        lambda: _scatter(found, analysis, stamp),
+        lambda: _profiles(analysis, stamp),
     ]
     return [figure for make in makers if (figure := make()) is not None]
 
@@ -115,15 +119,17 @@ def figures(results: store.Results, analysis: Analysis) -> list[Figure]:
 
 
 @contextmanager
-def _canvas(height: float) -> Iterator[Canvas]:
-    """A figure of column width, ``height`` inches."""
+def _canvas(height: float, stamp: str) -> Iterator[Canvas]:
+    """A figure of column width, ``height`` inches. ``stamp``: a word across it."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's own settings would change the bytes
         matplotlib.rcParams.update(STYLE)
-        yield Canvas(figsize=(WIDTH, height), layout="constrained")
+        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+        canvas.text(0.5, 0.5, stamp, size=26, rotation=25, alpha=0.25, ha="center", va="center", zorder=10)
+        yield canvas
 
 
 def _finished(canvas: Canvas, name: str, title: str, caption: str) -> Figure:
@@ -194,7 +200,7 @@ def _and(names: Sequence[str]) -> str:
 # -- at the end -------------------------------------------------------------------------------------------------------
 
 
-def _overview(analysis: Analysis) -> Figure | None:
+def _overview(analysis: Analysis, stamp: str) -> Figure | None:
     """In place of the papers' radar charts (LeapAlign's figure 1b), whose areas depend on the order of their axes."""
     rows = []
     for measure in curves.directed(analysis):
@@ -208,7 +214,7 @@ def _overview(analysis: Analysis) -> Figure | None:
         return None
     labels = [label for label in analysis.compared if any(np.isfinite(scaled[label][0]) for _, scaled in rows)]
     height = 0.5 + len(rows) * (0.12 + 0.075 * len(labels)) + _legend_height(labels)
-    with _canvas(height) as canvas:
+    with _canvas(height, stamp) as canvas:
         axes = canvas.subplots()
         for row, (_, scaled) in enumerate(rows):
             for i, label in enumerate(labels):
@@ -247,14 +253,14 @@ def _whisker(axes: Axes, mean: float, lo: float, hi: float, y: float, shade: str
         axes.plot([lo, hi], [y, y], color=shade, linewidth=0.9, solid_capstyle="butt", zorder=1.5)
 
 
-def _forest(analysis: Analysis) -> Figure | None:
+def _forest(analysis: Analysis, stamp: str) -> Figure | None:
     """Paired changes against base, a panel per measure."""
     measures = [m for m in analysis.measures if any(np.isfinite(c.estimate.mean) for c in analysis.changes[m].values())]
     if not measures or analysis.base is None:
         return None
     labels = analysis.compared
     rows = -(-len(measures) // 2)
-    with _canvas(rows * (0.38 + 0.125 * len(labels)) + 0.1) as canvas:
+    with _canvas(rows * (0.38 + 0.125 * len(labels)) + 0.1, stamp) as canvas:
         for axes, measure in zip(_panels(canvas, len(measures), sharey=True), measures):
             for y, label in enumerate(labels):
                 change = analysis.changes[measure][label]
@@ -290,14 +296,14 @@ def _forest(analysis: Analysis) -> Figure | None:
         return _finished(canvas, "forest", f"Paired change against {analysis.base}", caption)
 
 
-def _profiles(analysis: Analysis) -> Figure | None:
+def _profiles(analysis: Analysis, stamp: str) -> Figure | None:
     scores = curves.normalised(analysis)
     if not scores:
         return None
     every = np.concatenate([each for found in scores.values() for each in found.values()])
     taus = np.linspace(min(0.0, float(every.min())) - 0.05, max(1.0, float(every.max())) + 0.05, 241)
     labels = [label for label in analysis.trained if any(len(found[label]) for found in scores.values())]
-    with _canvas(1.75 + _legend_height(labels)) as canvas:
+    with _canvas(1.75 + _legend_height(labels), stamp) as canvas:
         axes = canvas.subplots()
         halves = []
         for label in labels:
@@ -323,12 +329,13 @@ def _profiles(analysis: Analysis) -> Figure | None:
 # -- over training ----------------------------------------------------------------------------------------------------
 
 
-def _training(records: pd.DataFrame, analysis: Analysis) -> Figure | None:
+def _training(records: pd.DataFrame, analysis: Analysis, stamp: str) -> Figure | None:
     """The training reward of every method against four costs: means over seeds, smoothed over a tenth of training."""
-    labels = [label for label in analysis.trained if label in set(records["label"])]
+    known = set(records["label"].unique())
+    labels = [label for label in analysis.trained if label in known]
     if not labels or "reward_mean" not in records:
         return None
-    with _canvas(2.75 + _legend_height(labels)) as canvas:
+    with _canvas(2.75 + _legend_height(labels), stamp) as canvas:
         for axes, (axis, name) in zip(_panels(canvas, len(AXES), sharey=True), AXES.items()):
             for label in labels:
                 costs, rewards = _smoothed(records[records["label"] == label], axis)
@@ -359,13 +366,13 @@ def _last(mine: pd.DataFrame) -> float:
     return float(mine.loc[mine["update"] > 0.9 * mine["update"].max(), "reward_mean"].mean())
 
 
-def _costs(found: Sequence[Course], measure: Measure, analysis: Analysis) -> Figure | None:
+def _costs(found: Sequence[Course], measure: Measure, analysis: Analysis, stamp: str) -> Figure | None:
     """One score against four costs, from the base model on."""
     if not found:
         return None
     labels = [course.label for course in found]
     means = {course.label: _interval(course, measure) for course in found}
-    with _canvas(2.75 + _legend_height(labels)) as canvas:
+    with _canvas(2.75 + _legend_height(labels), stamp) as canvas:
         for axes, (axis, name) in zip(_panels(canvas, len(AXES), sharey=True), AXES.items()):
             for course in found:
                 mean, lo, hi = means[course.label]
@@ -403,7 +410,7 @@ def _base(course: Course, measure: Measure) -> float:
     return float(curve_draws(course.values[measure], course.strata(measure), draws=2)[0][0])
 
 
-def _hacking(found: Sequence[Course], analysis: Analysis) -> Figure | None:
+def _hacking(found: Sequence[Course], analysis: Analysis, stamp: str) -> Figure | None:
     """A panel per method: every score's gain, scaled by the best of any method, and where it parts from the reward."""
     parted = curves.partings(found) if found else {}
     if not parted:
@@ -413,7 +420,7 @@ def _hacking(found: Sequence[Course], analysis: Analysis) -> Figure | None:
     styles = dict(zip([m for m in measures if m.role != "train"], cycle(zip(LINES[1:], MARKERS))))
     from matplotlib.lines import Line2D
 
-    with _canvas(-(-len(found) // 2) * 1.15 + 0.25 + 0.12 * -(-(len(measures) + 1) // 2)) as canvas:
+    with _canvas(-(-len(found) // 2) * 1.15 + 0.25 + 0.12 * -(-(len(measures) + 1) // 2), stamp) as canvas:
         for axes, course in zip(_panels(canvas, len(found), "updates", sharex=True, sharey=True), found):
             shade = colour(course.label, analysis.labels)
             for measure in measures:
@@ -459,7 +466,7 @@ def _mark_parting(axes: Axes, course: Course, parted: Parting | None, gains: Any
         axes.plot([parted.update], [gains[k]], **RING)
 
 
-def _signs(found: Sequence[Course], analysis: Analysis, records: pd.DataFrame) -> Figure | None:
+def _signs(found: Sequence[Course], analysis: Analysis, records: pd.DataFrame, stamp: str) -> Figure | None:
     """What is neither good nor bad in itself, over updates: distance from the base model, picture statistics, drift."""
     neutral = [measure for measure in analysis.measures if measure.higher_is_better is None]
     if not found:
@@ -469,7 +476,7 @@ def _signs(found: Sequence[Course], analysis: Analysis, records: pd.DataFrame) -
         (measure.name, partial(_interval, measure=measure)) for measure in neutral
     ]
     panels.append(("drift of the network", lambda course: (curves.drifts(course, records),) * 3))
-    with _canvas(-(-len(panels) // 2) * 1.2 + 0.2 + _legend_height(labels)) as canvas:
+    with _canvas(-(-len(panels) // 2) * 1.2 + 0.2 + _legend_height(labels), stamp) as canvas:
         for axes, (title, values) in zip(_panels(canvas, len(panels), "updates"), panels):
             for course in found:
                 mean, lo, hi = values(course)
@@ -489,14 +496,14 @@ def _signs(found: Sequence[Course], analysis: Analysis, records: pd.DataFrame) -
         return _finished(canvas, "signs", "Signs of change", caption)
 
 
-def _scatter(found: Sequence[Course], analysis: Analysis) -> Figure | None:
+def _scatter(found: Sequence[Course], analysis: Analysis, stamp: str) -> Figure | None:
     """Other scores against the training reward: a method's path from the base model to its end."""
     rewards = [measure for measure in curves.directed(analysis) if measure.role == "train"]
     others = [measure for measure in curves.directed(analysis) if measure.role != "train"]
     if not found or not rewards or not others:
         return None
     reward, labels = rewards[0], [course.label for course in found]
-    with _canvas(-(-len(others) // 2) * 1.3 + 0.2 + _legend_height(labels)) as canvas:
+    with _canvas(-(-len(others) // 2) * 1.3 + 0.2 + _legend_height(labels), stamp) as canvas:
         for axes, measure in zip(_panels(canvas, len(others), _titled(reward), sharex=True), others):
             for course in found:
                 across, up = (_interval(course, each)[0] for each in (reward, measure))

@@ -110,3 +110,12 @@ def test_importing_plots_imports_no_matplotlib():
     """A report as markdown asks for colours at most."""
     code = "import sys, alignbench.plots; sys.exit(bool({'torch', 'matplotlib'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_rehearsal_is_stamped_on_every_figure(drawn):
+    """Each is drawn otherwise than without the word, and so is a subset's, with another one."""
+    results, analysis, figures = drawn
+    stamped = [
+        plots.figures(store.Results(results.store, {**results.manifest, key: 1}), analysis) for key in plots.STAMPS
+    ]
+    assert all(len({each.svg for each in same}) == 3 for same in zip(figures, *stamped, strict=True))
