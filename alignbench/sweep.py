@@ -150,7 +150,7 @@ def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, l
 
 def _find(path: str) -> Path:
     packaged = sweeps().get(path)
-    return packaged if packaged and not Path(path).exists() else Path(path)
+    return packaged if packaged and not Path(path).is_file() else Path(path)
 
 
 def sweeps() -> dict[str, Path]:
