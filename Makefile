@@ -30,7 +30,7 @@ test-gpu: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/evaluators.py --size small
-	if [ -f benchmarks/report.py ]; then $(BIN)/python benchmarks/report.py; fi
+	$(BIN)/python benchmarks/report.py
 
 # the full-size FLUX.1-dev with random weights on one GPU: figures in benchmarks/results
 gpu-bench: $(VENV)/.installed-dev
