@@ -76,7 +76,7 @@ def build(
         "policy": _policy(script),
         "title": title,
         "plain_title": markup.text(_plain(title)),
-        "stamps": _stamps(manifest),
+        "stamps": "".join(f'<p class="stamp">{markup.text(text)}</p>' for text in stamps(manifest)),
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
         "lead": lead,
         "contents": "".join(f'<li><a href="#s{i}">{name}</a></li>' for i, (name, _) in enumerate(chapters)),
@@ -155,10 +155,10 @@ def _chapter(number: int, name: str, body: str) -> str:
     return f'<section aria-labelledby="s{number}">\n<h2 id="s{number}" tabindex="-1">{name}</h2>\n{body}</section>\n'
 
 
-def _stamps(manifest: dict[str, Any]) -> str:
+def stamps(manifest: dict[str, Any]) -> list[str]:
+    """What no reader of a number may miss."""
     said = ["REHEARSAL: no number here means anything"] if manifest.get("rehearsal") else []
-    said += [f"SUBSET: the first {manifest['subset']} prompts"] if manifest.get("subset") else []
-    return "".join(f'<p class="stamp">{markup.text(text)}</p>' for text in said)
+    return said + ([f"SUBSET: the first {manifest['subset']} prompts"] if manifest.get("subset") else [])
 
 
 def _panel(analysis: Analysis, hacked: Mapping[str, Sequence[Measure]]) -> list[tuple[str, str]]:

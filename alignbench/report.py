@@ -354,8 +354,7 @@ def latex(
     tables |= {
         f"{measure.name}, by task": _task_table(analysis, measure) for measure in analysis.measures if measure.by_task
     }
-    stamp = ["REHEARSAL: no number here means anything"] if manifest.get("rehearsal") else []
-    stamp += [f"SUBSET: the first {manifest['subset']} prompts"] if manifest.get("subset") else []
+    stamp = page.stamps(manifest)
     stamp += [note.strip("*")] if (note := _seeds_note(analysis)) else []
     head = [f"Made by {regenerate(manifest)}", r"Needs \usepackage{booktabs}", *stamp]
     comments = [f"% {' '.join(line.split())}" for line in head]

@@ -162,8 +162,7 @@ def paired_difference(
     """``mean_interval`` of values - baseline, image by image: same prompt, same noise, same training seed.
 
     A baseline that was not trained has one seed, (P, I, 1), and meets every seed. Where either side is nan, the pair is
-    left out. Seeds pair by number: trainings with one seed
-    saw the same batches, and what these have in common cancels.
+    left out. Seeds pair by number: trainings with one seed saw the same batches, and what these have in common cancels.
     """
     difference = np.asarray(values, float) - np.asarray(baseline, float)
     return mean_interval(difference, strata, pooled=pooled, level=level, draws=draws, seed=seed)
@@ -212,8 +211,8 @@ def improvements(
 
     The same intervals as for means, within [0, 1]. If all prompts agree, the spread among them says nothing: then the
     far end of the interval is the exact one of P successes in P trials (Clopper and Pearson 1934). ``p`` tests 1 / 2;
-    it is at least 2^(1 - P), the least that any test of P signs can give. ``pooled``: fewer than three seeds use the
-    spread between trainings that all arrays show.
+    it is at least 2^(1 - P), the least that any test of P signs can give. ``pooled``: the spread
+    between trainings that all arrays show together counts where it is larger than an array's own.
     """
     base = np.asarray(baseline, float)
     signs = [np.sign(np.asarray(values, float) - base) / 2 for values in arrays]

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from alignbench.backends.pipeline import (
+    TWO_STREAMS,
     Network,
     Pipeline,
     PipelineBackend,
@@ -49,11 +50,7 @@ class Flux(PipelineBackend):
     size: int = 720  # pixels, square, during training (LeapAlign section 6.1)
     guidance: float = 3.5  # ignored by models without a guidance embedding (schnell)
     max_sequence_length: int = 512  # T5 tokens; never more than the tokenizer's own model_max_length
-    lora_targets: tuple[str, ...] = (  # the attention of both streams, and their feed-forward layers
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-    )
+    lora_targets: tuple[str, ...] = TWO_STREAMS
 
     @property
     def text_tokens(self) -> int:

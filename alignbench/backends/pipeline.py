@@ -34,6 +34,12 @@ TRAINING_ONLY = (  # settings that do not change the untrained model's images
     *("size", "guidance", "lora_rank", "lora_alpha", "lora_targets", "clamp", "gradient_checkpointing"),
 )
 
+TWO_STREAMS = (  # adapters on the attention of both streams, and on their feed-forward layers
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+)
+
 
 class PipelineBackend(Config):
     """A pipeline's folder or hub id, and how it is trained. ``size``, ``guidance``: of training, not evaluation."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from alignbench.backends.pipeline import (
+    TWO_STREAMS,
     GuidedBackend,
     Network,
     Pipeline,
@@ -59,11 +60,7 @@ class SD3(GuidedBackend):
     guidance: float = 4.5  # classifier-free, where above 1; SD3.5-medium's model card
     max_sequence_length: int = 256  # T5 tokens
     spacing: Literal["pipeline", "linear"] = "pipeline"  # before the shift, to 1 / 1000; or to 1 / steps, as FlowBP's
-    lora_targets: tuple[str, ...] = (  # the attention of both streams, and their feed-forward layers
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-    )
+    lora_targets: tuple[str, ...] = TWO_STREAMS
 
     def check_size(self, size: int, where: str) -> None:
         """UserError unless ``size`` pixels are a whole number of tokens, and the model knows as many positions."""
