@@ -376,7 +376,8 @@ def visit(chrome, made):
 
 
 def names(web) -> list[str]:
-    return web.locator("#rows h3").all_text_contents()  # all_inner_texts: rows far from the window have none
+    """The rows' prompts. As text_content, here and below: a row that is not yet drawn has no inner_text."""
+    return web.locator("#rows h3").all_text_contents()
 
 
 def go(web, view: str) -> None:
@@ -388,7 +389,7 @@ def go(web, view: str) -> None:
 def shown_methods(web) -> list[str]:
     """Of the first row, as soon as it is filled."""
     until(web, "document.querySelector('.row figure') !== null")
-    return web.locator(".row").first.locator("figcaption > b").all_inner_texts()
+    return web.locator(".row").first.locator("figcaption > b").all_text_contents()
 
 
 @pytest.mark.slow
@@ -416,7 +417,7 @@ def test_filters(visit):
     assert web.locator("#count").inner_text() == "24 of 24 prompts, 5 of 5 methods."
     web.select_option("[name=task]", label="counting")
     assert len(names(web)) == 4
-    assert set(web.locator(".meta > span:first-child").all_inner_texts()) == {"counting"}
+    assert set(web.locator(".meta > span:first-child").all_text_contents()) == {"counting"}
     web.fill("[name=search]", "DESERT green")
     assert web.locator("#count").inner_text().startswith("No prompt matches.")
     web.fill("[name=search]", "pine  fog")
@@ -437,19 +438,19 @@ def test_an_evaluator_shows_its_scores_alone(visit, made):
     web.select_option("[name=evaluator]", label="pickscore [held-out]")
     shown_methods(web)
     row = web.locator(".row").first
-    assert set(row.locator("dt").all_inner_texts()) == {"pickscore"}
+    assert set(row.locator("dt").all_text_contents()) == {"pickscore"}
     data = data_of(made.read_text())
     measure = [m["name"] for m in data["measures"]].index("pickscore")
     expected = [data["scores"][measure][method][0] for method in range(5)]
-    found = [float(text.split("\n")[0].split(",")[0]) for text in row.locator("dd").all_inner_texts()]
+    found = [float(text.split("\n")[0].split(",")[0]) for text in row.locator("dd").all_text_contents()]
     np.testing.assert_allclose(found, expected, atol=0.006)
     assert row.locator("dd.best").count() == 1
     web.select_option("[name=image]", label="1")
-    assert float(row.locator("dd").first.inner_text().split(",")[0]) == pytest.approx(
+    assert float(row.locator("dd").first.text_content().split(",")[0]) == pytest.approx(
         data["scores"][measure][0][1], abs=0.006
     )
     web.select_option("[name=seed]", label="seed 1")
-    assert float(row.locator("dd").nth(1).inner_text().split(",")[0]) == pytest.approx(
+    assert float(row.locator("dd").nth(1).text_content().split(",")[0]) == pytest.approx(
         data["scores"][measure][1][3], abs=0.006
     )
 
@@ -474,7 +475,7 @@ def test_sorting(visit, made):
     flat = np.array(data["scores"][[m["name"] for m in data["measures"]].index("pickscore")], float).reshape(5, 24, -1)
     gains = np.nanmean(flat[4], 1) - np.nanmean(flat[0], 1)
     assert names(web) == [texts[prompt] for prompt in np.argsort(-gains, kind="stable")]
-    assert f"gain of LeapAlign +{gains.max():.2f}" in web.locator(".meta").first.inner_text()
+    assert f"gain of LeapAlign +{gains.max():.2f}" in web.locator(".meta").first.text_content()
     web.select_option("[name=sort]", "random")
     first = names(web)
     web.fill("[name=random]", "2")
@@ -733,7 +734,7 @@ def test_bad_input_in_the_browser(visit, tmp_path, what):
     assert count == {"nasty": 120, "empty": 0, "without base": 60}[what]
     if what == "nasty":
         web.wait_for_selector(".thumb.absent")
-        assert "No picture: the run failed: </script>" in web.locator(".absent").first.inner_text()
+        assert "No picture: the run failed: </script>" in web.locator(".absent").first.text_content()
         assert NASTY[1] in names(web)
         web.fill("[name=search]", "</script>")
         assert 0 < web.locator("#rows h3").count() < 120
