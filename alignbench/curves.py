@@ -39,26 +39,35 @@ def training(results: store.Results) -> pd.DataFrame:
     ``update`` counts the updates done; ``nfe`` is the sum of both kinds; ``gpu_seconds`` is seconds x processes. What
     else the records hold (``reward_mean``, ``drift``, ...) follows.
     """
-    tables, facts = [], []
-    for run in results.manifest["runs"]:
-        path = Path(results.store) / "runs" / run["id"] / "train.parquet"
-        table = store.read_table(path) if run["seed"] != UNTRAINED and path.is_file() else None
-        if table is not None:
-            tables.append(table)
-            processes = (store.read_json(path.with_name("provenance.json")) or {}).get("processes", 1)
-            facts.append((run["label"], run["method"], run["seed"], run["id"], processes))
-    if not tables:
+    runs = _trained(results)
+    if not runs:
         return pd.DataFrame({name: [] for name in [*RUNS, *AXES]})
+    tables = [results.trainings[run["id"]] for run in runs]
     found = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    facts = [(run["label"], run["method"], run["seed"], run["id"], _processes(results, run)) for run in runs]
     *about, processes = (np.repeat(np.array(each, object), [len(t) for t in tables]) for each in zip(*facts))
-    costs = {
-        "update": found["update"] + 1,
-        "images": found["images"],
-        "nfe": found["nfe_forward"] + found["nfe_grad"],
-        "gpu_seconds": found["seconds"] * processes.astype(float),
-    }
+    costs = _totals(found, processes.astype(float))
     rest = found.drop(columns=[name for name in costs if name in found])
     return pd.DataFrame({**dict(zip(RUNS, about)), **costs}).join(rest).astype({"seed": int})
+
+
+def _trained(results: store.Results) -> list[dict[str, Any]]:
+    """The runs of the manifest that have records of training."""
+    return [run for run in results.manifest["runs"] if run["seed"] != UNTRAINED and run["id"] in results.trainings]
+
+
+def _processes(results: store.Results, run: dict[str, Any]) -> int:
+    return results.origins.get(run["id"], {}).get("processes", 1)
+
+
+def _totals(records: Mapping[str, Any] | pd.DataFrame, processes: Any) -> dict[str, Any]:
+    """Axis -> totals so far, of columns of records."""
+    return {
+        "update": records["update"] + 1,
+        "images": records["images"],
+        "nfe": records["nfe_forward"] + records["nfe_grad"],
+        "gpu_seconds": records["seconds"] * processes,
+    }
 
 
 def milestones(results: store.Results, records: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -106,9 +115,9 @@ class Course(NamedTuple):
 
 def courses(results: store.Results, analysis: Analysis, records: pd.DataFrame | None = None) -> list[Course]:
     """Of every trained method with at least one milestone; none without a base model to start from."""
-    records = training(results) if records is None else records
     if not any(store.milestones(run) for run in results.manifest["runs"]):
         return []
+    records = training(results) if records is None else records
     frame = milestones(results, records)
     ends = records.groupby(["label", "seed"])["update"].max()
     on_the_way = frame[frame["update"].gt(0) & ~_is_end(frame, ends)]
@@ -390,11 +399,11 @@ def sections(
     results: store.Results, analysis: Analysis, published: Sequence[references.Reference] = ()
 ) -> list[Section]:
     """Markdown for the report; empty if nothing was trained. ``published``: curves to set beside ours."""
-    records = training(results)
-    if records.empty:
+    if not _trained(results):
         return []
-    found = courses(results, analysis, records)
-    parts: list[Section] = ["## Over the course of training", *_reward_section(records, analysis)]
+    found = courses(results, analysis)
+    records = training(results) if found or published else pd.DataFrame()
+    parts: list[Section] = ["## Over the course of training", *_reward_section(results, analysis)]
     if not found:
         lacking = "there is no untrained method to compare with" if analysis.base is None else "no milestone is there"
         planned = any(store.milestones(run) for run in results.manifest["runs"])
@@ -415,25 +424,28 @@ def reward_at(records: Mapping[str, Any] | pd.DataFrame, axis: str, cost: float)
     """Mean training reward of one run around a cost: over the updates within a twentieth of it on either side."""
     if "reward_mean" not in records:
         return np.nan
-    where = np.asarray(records[axis], float)
-    near = np.asarray(records["reward_mean"], float)[(where >= 0.95 * cost) & (where <= 1.05 * cost)]
+    where = np.asarray(records[axis], float)  # a total: it never falls
+    first, end = where.searchsorted(0.95 * cost), where.searchsorted(1.05 * cost, "right")
+    near = np.asarray(records["reward_mean"], float)[first:end]
     known = near[~np.isnan(near)]
     return float(known.mean()) if len(known) else np.nan
 
 
-def _reward_section(records: pd.DataFrame, analysis: Analysis) -> list[Section]:
+def _reward_section(results: store.Results, analysis: Analysis) -> list[Section]:
     """The training reward at half of, and at, the largest cost that all runs reached."""
-    trained = dict(iter(records.groupby("label", sort=False)))
-    labels = [label for label in analysis.trained if label in trained]
-    largest = {axis: float(records.groupby("run")[axis].max().min()) for axis in AXES}
+    trained: dict[str, list[dict[str, Array]]] = {}
+    for run in sorted(_trained(results), key=lambda run: run["seed"]):
+        table = results.trainings[run["id"]]
+        kept = [name for name in (*store.COSTS, "update", "reward_mean") if name in table.column_names]
+        records = {name: table[name].to_numpy() for name in kept}
+        trained.setdefault(run["label"], []).append(records | _totals(records, _processes(results, run)))
+    largest = {axis: min(float(run[axis].max()) for runs in trained.values() for run in runs) for axis in AXES}
     points = [(axis, share * largest[axis]) for axis in AXES for share in (0.5, 1.0)]
     columns = [Column("method")]
     columns += [Column(f"{_short(cost)} {AXES[axis]}", decimals=4) for axis, cost in points]
     rows = []
-    for label in labels:
-        kept = [name for name in (*AXES, "reward_mean") if name in records]
-        runs = [{name: run[name].to_numpy(float) for name in kept} for _, run in trained[label].groupby("seed")]
-        means = [np.array([reward_at(run, axis, cost) for run in runs]) for axis, cost in points]
+    for label in filter(trained.__contains__, analysis.trained):
+        means = [np.array([reward_at(run, axis, cost) for run in trained[label]]) for axis, cost in points]
         rows.append([Cell(label), *(Cell(_known(float(_mean(each, 0)))) for each in means)])
     note = """\
 Training reward at equal cost, on the pictures that each method made while it trained: at half of, and at, the largest

@@ -184,14 +184,12 @@ def regenerate(manifest: dict[str, Any]) -> str:
 def made_with(results: store.Results) -> list[str]:
     """Software and hardware of the finished runs: one text for each that differs from the others."""
     found = dict[str, None]()
-    for run in results.manifest["runs"]:
-        origin = store.read_json(results.store / "runs" / run["id"] / "provenance.json")
-        if origin is not None:
-            changed = f"with changes (code {origin['code']})" if origin.get("dirty") else ""
-            code = " ".join(filter(None, ["alignbench", origin["alignbench"], origin["revision"], changed]))
-            packages = [f"{name} {version}" for name, version in origin["packages"].items()]
-            machine = [origin["machine"], *origin["devices"], f"{origin['processes']} x {origin['threads']} threads"]
-            found[", ".join([code, f"Python {origin['python']}", *packages, *machine])] = None
+    for origin in results.origins.values():
+        changed = f"with changes (code {origin['code']})" if origin.get("dirty") else ""
+        code = " ".join(filter(None, ["alignbench", origin["alignbench"], origin["revision"], changed]))
+        packages = [f"{name} {version}" for name, version in origin["packages"].items()]
+        machine = [origin["machine"], *origin["devices"], f"{origin['processes']} x {origin['threads']} threads"]
+        found[", ".join([code, f"Python {origin['python']}", *packages, *machine])] = None
     return list(found)
 
 

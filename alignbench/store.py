@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,10 +82,11 @@ def write_json(path: Path, data: Any) -> None:
     write(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path | str) -> dict[str, Any] | None:
     """None where there is no such file, or no whole one (a disk that lost power)."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            return json.loads(file.read())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
@@ -416,12 +417,24 @@ class Results:
         files += [f"runs/{run['id']}/weights.safetensors"] if run["seed"] != -1 else []
         if not all(os.path.exists(f"{self.store}/{file}") for file in files):
             return False
-        return (read_json(self.store / "runs" / run["id"] / "status.json") or {}).get("state") == "done"
+        return (read_json(f"{self.store}/runs/{run['id']}/status.json") or {}).get("state") == "done"
 
     @cached_property
     def scores(self) -> pd.DataFrame:
         """One row per image and metric."""
         return read_scores(self.store, [(run, score) for run in self.manifest["runs"] for score in run["scores"]])
+
+    @cached_property
+    def trainings(self) -> dict[str, pa.Table]:
+        """Run id -> its records, one per update, of every run that has any."""
+        files = {run["id"]: f"{self.store}/runs/{run['id']}/train.parquet" for run in self.manifest["runs"]}
+        return {id: table for id, file in files.items() if (table := read_table(file)) is not None}
+
+    @cached_property
+    def origins(self) -> dict[str, dict[str, Any]]:
+        """Run id -> what made it, of every run that says so."""
+        files = {run["id"]: f"{self.store}/runs/{run['id']}/provenance.json" for run in self.manifest["runs"]}
+        return {id: origin for id, file in files.items() if (origin := read_json(file)) is not None}
 
     @cached_property
     def costs(self) -> pd.DataFrame:
@@ -440,11 +453,11 @@ class Results:
         import numpy as np
 
         names = ["updates", *COSTS]
-        table = read_table(self.store / "runs" / run["id"] / "train.parquet")
+        table = self.trainings.get(run["id"])
         if table is None:
             zero = run["seed"] == -1 and not run.get("published")  # of whose training nothing is known
             return dict.fromkeys(names, 0 if zero else None) | dict.fromkeys(("reward_first", "reward_last"))
-        last = table.slice(table.num_rows - 1).to_pylist()[0]
+        last = {name: table[name][-1].as_py() for name in ("update", *COSTS)}
         tenth = max(1, table.num_rows // 10)
         rewards = run.get("settings", {}).get("reward", [])
         margins = {
@@ -461,58 +474,102 @@ class Results:
         }
 
 
+PLACE = {"prompt_id": "large_string", "tag": "large_string", "index": "int64"}  # which picture a row is of, as arrow
+
+
 def read_scores(root: Path, files: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> pd.DataFrame:
     """One row per image and metric of the score files that are there. ``files``: runs of a manifest, each with a score.
 
     Texts are categorical: there are a thousand times as many rows as names. By pyarrow alone: pandas takes four times
-    as long for a small file, and there is one for each run and evaluator.
+    as long for a small file, and there is one for each run and evaluator. Most of them name the same pictures, byte by
+    byte: these columns are decoded once.
     """
     import numpy as np
     import pandas as pd
     import pyarrow as pa
 
-    keys, tables, facts = ["prompt_id", "tag", "index", "ok"], [], []
-    types = [pa.large_string(), pa.large_string(), pa.int64(), pa.bool_(), pa.float64()]  # as pandas writes them
-    wanted = pa.schema(list(zip([*keys, "score"], types)))
+    known: dict[bytes, int] = {}  # first columns of a file, as they lie in it -> which of ``places``
+    places: list[pa.Table] = []
+    used, tables, facts = [], [], []
     for run, score in files:
-        names = [metric["name"] for metric in score["metrics"]]
-        found = read_table(root / score["file"], [*keys, *names])
+        found = _open(f"{root}/{score['file']}")
         if found is None:
             continue
+        head = _head(*found)
+        place = known.get(head, len(places))
+        if place == len(places):
+            places.append(_columns(*found, PLACE))
+            known |= {head: place} if head else {}
+        names = [metric["name"] for metric in score["metrics"]]
+        values = _columns(*found, dict.fromkeys(names, "double") | {"ok": "bool"})
         for name in names:
-            part = found.select([*keys, name]).rename_columns([*keys, "score"])
-            tables.append(part if part.schema == wanted else part.cast(wanted))
+            used.append(place)
+            tables.append(values.select([name, "ok"]).rename_columns(["score", "ok"]))
             facts.append([run[key] for key in ("label", "method", "seed", "id")] + [score["evaluator"], name])
-    order = ["label", "method", "seed", "run", "evaluator", "metric", "prompt_id", "tag", "index", "score", "ok"]
+    order = ["label", "method", "seed", "run", "evaluator", "metric", *PLACE, "score", "ok"]
     if not tables:
         return pd.DataFrame({name: [] for name in order})
-    together = pa.concat_tables(tables).combine_chunks()
-    for place, name in enumerate(keys[:2]):
-        together = together.set_column(place, name, together[name].dictionary_encode())
-    frame = together.to_pandas(ignore_metadata=True)
+    frame = pa.concat_tables(tables).to_pandas(ignore_metadata=True)
+    starts = np.cumsum([0, *(table.num_rows for table in places)])
+    rows = np.concatenate([np.arange(starts[place], starts[place + 1]) for place in used])
+    for name, column in zip(PLACE, pa.concat_tables(places).combine_chunks().columns):
+        if name != "index":
+            column = column.dictionary_encode()
+        frame[name] = column.to_pandas().take(rows).array
     counts = [table.num_rows for table in tables]
-    for name, values in zip(order, zip(*facts)):
-        codes, known = pd.factorize(np.array(values, object))
+    for name, each in zip(order, zip(*facts)):
+        codes, texts = pd.factorize(np.array(each, object))
         column = np.repeat(codes.astype(np.int32), counts)
         frame[name] = (
-            known.astype(int)[column] if name == "seed" else pd.Categorical.from_codes(column, pd.Index(known))
+            texts.astype(int)[column] if name == "seed" else pd.Categorical.from_codes(column, pd.Index(texts))
         )
     return frame[order]
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table | None:
+def read_table(path: Path | str) -> pa.Table | None:
     """A small parquet file; None if there is none. UserError if it is not whole."""
+    found = _open(path)
+    return None if found is None else _columns(*found)
+
+
+def _open(path: Path | str) -> tuple[str, bytes, Any] | None:
+    """Path, content and ``ParquetFile``."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with open(path, "rb") as file:  # whole, at once: mapping it into memory takes twice as long
-            source = parquet.ParquetFile(pa.BufferReader(file.read()))
-        return source.read(columns=list(columns) if columns else None, use_threads=False)
+            content = file.read()
+        return str(path), content, parquet.ParquetFile(pa.BufferReader(content))
     except FileNotFoundError:
         return None
     except pa.ArrowException as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it, and run the sweep again") from None
+        raise _damaged(path, error) from None
+
+
+def _columns(path: str, content: bytes, source: Any, types: dict[str, str] | None = None) -> pa.Table:
+    """All columns of an opened file, or those that ``types`` names, of these types."""
+    import pyarrow as pa
+
+    try:
+        table = source.read(columns=list(types) if types else None, use_threads=False)
+        wanted = pa.schema(types.items()) if types else table.schema
+        return table if table.schema == wanted else table.select(wanted.names).cast(wanted)
+    except (pa.ArrowException, KeyError) as error:
+        raise _damaged(path, error) from None
+
+
+def _head(path: str, content: bytes, source: Any) -> bytes:
+    """The bytes of the columns in ``PLACE``, if a file begins with them; else none."""
+    about = source.metadata
+    if about.num_row_groups != 1 or about.schema.names[: len(PLACE)] != list(PLACE):
+        return b""
+    after = about.row_group(0).column(len(PLACE))
+    return content[: after.dictionary_page_offset or after.data_page_offset]
+
+
+def _damaged(path: Path | str, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot be read ({error}); delete it, and run the sweep again")
 
 
 def artefacts(store: Store, run: dict[str, Any]) -> list[Artefact]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import colorsys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
-from test_report import TASKS, costs, manifest, scores
+from test_report import TASKS, costs, manifest, scores, stored
+
+from alignbench.store import Results
 
 PLACES = ("mountain lake", "desert canyon", "pine forest in fog", "green valley", "rocky coast", "snowy ridge")
 TIMES = ("at dawn", "at noon", "in the evening", "under a red sky", "after rain", "in winter light")
@@ -55,7 +56,7 @@ def prompt_text(prompt: int) -> str:
 
 def make(
     root: Path, labels=LABELS, prompts=24, images=1, side=256, seeds=(0, 1), different=None, name="made_up"
-) -> SimpleNamespace:
+) -> Results:
     """The store's pictures in ``root``, and its results. ``different``: so many differ, the rest are links."""
     plan = manifest(seeds=seeds, labels=labels, name=name)
     plan["prompts"] = prompts
@@ -76,4 +77,4 @@ def make(
                 row = {"prompt_id": f"p{prompt:04d}", "index": index, "tag": TASKS[prompt % 6], "file": file.name}
                 rows.append(row | {"text": prompt_text(prompt)})
         pd.DataFrame(rows).to_parquet(folder / "manifest.parquet")
-    return SimpleNamespace(store=root, manifest=plan, scores=scores(plan, prompts, images), costs=costs(plan))
+    return stored(root, plan, scores(plan, prompts, images), costs(plan))

@@ -3,12 +3,11 @@
 import csv
 import io
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import costs, manifest, page, results, scores, section
+from test_report import costs, manifest, page, results, scores, section, stored
 
 from alignbench import report, store
 from alignbench.analysis import analyse
@@ -35,8 +34,8 @@ def test_no_name_is_markup_in_any_format(tmp_path, name):
     plan = manifest(seeds=(0, 1), labels=("base", "ReFL", name))
     frame = scores(plan)
     frame["tag"] = frame["tag"].replace("counting", name)
-    given = SimpleNamespace(store=tmp_path, manifest=plan, scores=frame, costs=costs(plan))
-    text, table, latex = (path.read_text() for path in report.build(given, tmp_path / "out", ("md", "csv", "tex")))
+    found = stored(tmp_path, plan, frame, costs(plan))
+    text, table, latex = (path.read_text() for path in report.build(found, tmp_path / "out", ("md", "csv", "tex")))
     for heading in ("Results", "Paired change", "Probability of improvement", "geneval [check], by task"):
         lines = [line for line in section(text, heading).splitlines() if line.startswith("|")]
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1  # as many cells in each row

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import ndtr
-from test_report import costs, manifest, scores
+from test_report import costs, manifest, scores, stored
 
 from alignbench import references, report
 from alignbench.analysis import analyse
@@ -184,7 +184,7 @@ def test_the_page_has_the_published_numbers(tmp_path, monkeypatch):
     """A sweep whose module names a table has it on its page, in its LaTeX and as a CSV; reasons stand below by number;
     one without has none of it."""
     plan = manifest(name="table2", seeds=(0,))
-    made = SimpleNamespace(store=tmp_path, manifest=plan, scores=scores(plan), costs=costs(plan))
+    made = stored(tmp_path, plan, scores(plan), costs(plan))
     paths = report.build(made, tmp_path / "out", ["md", "csv", "tex"])
     assert [path.name for path in paths] == ["table2.md", "table2.csv", "table2-published.csv", "table2.tex"]
     text = paths[0].read_text()

@@ -5,7 +5,6 @@ import io
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -37,7 +36,7 @@ def manifest(seeds=(0, 1), labels=LABELS, name="made_up"):
     for label in labels:
         for seed in [UNTRAINED] if label == "base" else seeds:
             notes = [{"set": {"training.batch": 16}, "reason": "four groups of four"}] if label == "DanceGRPO" else []
-            run = {"id": f"{label}-{seed}", "label": label, "method": label.lower(), "seed": seed}
+            run = {"id": f"{label}-{seed}".replace("\0", ""), "label": label, "method": label.lower(), "seed": seed}
             shared = {"backend": {"name": "flux", "model": "shapes", "revision": None}}
             training = {"batch": 16, "budget": {"images": 480, "nfe": None}, "seed": max(seed, 0)}
             run["settings"] = {**shared, "method": {"name": label.lower(), "steps": 8}, "training": training}
@@ -85,7 +84,14 @@ def costs(plan):
 
 def results(folder=None, **options):
     plan = manifest(**options)
-    return SimpleNamespace(store=folder, manifest=plan, scores=scores(plan), costs=costs(plan))
+    return stored(folder, plan, scores(plan), costs(plan))
+
+
+def stored(folder, plan, scores, costs):
+    """The results of a store that has these scores and costs, whatever lies in ``folder``."""
+    found = store.Results(folder or "absent", plan)
+    found.scores, found.costs = scores, costs
+    return found
 
 
 def draw_pictures(root, plan, prompts=60):
@@ -488,9 +494,9 @@ def test_reports_need_no_torch():
 def test_a_large_sweep_is_quick():
     """30 runs of 300 prompts x 4 images and four measures (144,000 scores) are a page within five seconds."""
     plan = manifest(seeds=range(6))
-    given = SimpleNamespace(manifest=plan, scores=scores(plan, 300, 4), costs=costs(plan))
+    large = stored(None, plan, scores(plan, 300, 4), costs(plan))
     start = time.process_time()
-    page(given)
+    page(large)
     assert time.process_time() - start < 5
 
 

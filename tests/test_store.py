@@ -167,6 +167,46 @@ def test_results_follow_the_files(store):
     assert costs.loc["base-0", ["updates", "nfe_grad"]].tolist() == [0, 0]
 
 
+def test_scores_are_those_that_pandas_reads(store):
+    """Files that name the same pictures, the same in another order, fewer, none, or in other columns first: row for row
+    what pandas reads of each."""
+    pictures = pd.DataFrame({"prompt_id": ["a", "b", "c"], "tag": ["x", None, "x"], "index": [0, 1, 0]})
+    orders = {
+        "same": pictures,
+        "again": pictures,
+        "other": pictures.iloc[::-1],
+        "fewer": pictures.iloc[:2],
+        "none": pictures.iloc[:0].astype({"prompt_id": "str", "tag": "str"}),
+        "task": pictures.assign(tag="y"),
+    }
+    files = []
+    for n, (name, frame) in enumerate(orders.items()):
+        for kind in ("keys first", "keys last"):
+            scored = frame.assign(aesthetic=frame["index"] + n, ok=True, error="", clip=0.5 * n)
+            scored = scored if kind == "keys first" else scored[list(reversed(scored.columns))]
+            file = f"scores/{name} {kind}.parquet"
+            write_frame(store.root / file, scored)
+            metrics = [{"name": "aesthetic"}, {"name": "clip"}]
+            run = {"label": name, "method": "m", "seed": n, "id": f"{name}-{kind}"}
+            files.append((run, {"evaluator": "e", "file": file, "metrics": metrics}))
+    found = stores.read_scores(store.root, files).astype({"prompt_id": object, "tag": object})
+    rows = []
+    for run, score in files:
+        plain = pd.read_parquet(store.root / score["file"])
+        for metric in ("aesthetic", "clip"):
+            rows += [
+                (run["id"], metric, *key, value, ok)
+                for *key, value, ok in plain[["prompt_id", "tag", "index", metric, "ok"]].itertuples(index=False)
+            ]
+    columns = ["run", "metric", "prompt_id", "tag", "index", "score", "ok"]
+    expected = pd.DataFrame(rows, columns=columns)
+    pd.testing.assert_frame_equal(
+        found[columns].astype({"run": object, "metric": object}).fillna(""),
+        expected.astype(dict.fromkeys(columns[:4], object)).fillna(""),
+        check_dtype=False,
+    )
+
+
 def test_a_run_in_the_making_is_running(store):
     """A live lock on any missing part shows."""
     results, run = Results(store.root, manifest()), manifest()["runs"][0]
