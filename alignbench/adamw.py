@@ -1,4 +1,4 @@
-"""torch's AdamW, one tensor at a time in float32: for bfloat16 weights that are rounded stochastically."""
+"""torch's AdamW, one tensor at a time in float32: for weights in bfloat16 alone, and for moments in 8 bits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from alignbench.blockwise import SMALL, quantised, restored
 from alignbench.flow import seeded
 from alignbench.halves import rounded, wide
+
+SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the moments, by torch's names
 
 
 class AdamW(torch.optim.Optimizer):
@@ -19,14 +22,16 @@ class AdamW(torch.optim.Optimizer):
 
     Update u of weight tensor i is rounded by a generator on its device, from (``seed``, u, i): two runs on the same
     kind of device are bitwise equal, and a resumed one needs no generator's state.
+
+    ``eight``: between updates the moments of tensors of 4,096 numbers and more are kept in 8 bits (``blockwise``).
     """
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float,
-        weight_decay: float, seed: int,
+        weight_decay: float, seed: int, eight: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.seed = seed
+        self.seed, self.eight = seed, eight
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure
@@ -39,18 +44,30 @@ class AdamW(torch.optim.Optimizer):
         assert p.grad is not None
         weight, gradient = wide(p), wide(p.grad)
         state = self.state[p]
-        if not state:
-            state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight)}
-            state["exp_avg_sq"] = torch.zeros_like(weight)
+        step = state.setdefault("step", torch.tensor(0.0))
+        moments = {name: self._moment(state, name, weight) for name in SIGNED}
         beta1, beta2 = group["betas"]
         adamw(
-            [weight], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+            [weight], [gradient], [moments["exp_avg"]], [moments["exp_avg_sq"]], [], [step],
             foreach=False, fused=False, amsgrad=False, maximize=False,
             beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
+        for name, moment in moments.items():
+            if self.eight and p.numel() >= SMALL:
+                state[name], state[f"{name}_scale"] = quantised(moment, SIGNED[name])
+            else:
+                state[name] = moment
         if p.dtype == torch.bfloat16:
-            seed = seeded("rounding", self.seed, int(state["step"]), index).initial_seed()
+            seed = seeded("rounding", self.seed, int(step), index).initial_seed()
             p.copy_(rounded(weight, torch.Generator(p.device).manual_seed(seed)))
+
+    @staticmethod
+    def _moment(state: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:
+        """In the type of ``weight``; zero at first."""
+        if name not in state:
+            return torch.zeros_like(weight)
+        scale = state.get(f"{name}_scale")
+        return state[name] if scale is None else restored(state[name], scale, SIGNED[name], weight)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer``'s, which would also cast the moments to the type of the weights."""

@@ -38,6 +38,7 @@ class Optimizer(Config):
     # What the optimizer updates. master, stochastic: the network has its weights in bfloat16, with or without masters
     # in float32 beside it; needs a backend of that dtype.
     weights: Literal["float32", "master", "stochastic"] = "float32"
+    moments: Literal["float32", "8bit"] = "float32"  # AdamW's; 8bit is another optimizer, and reports say so
 
 
 class Budget(Config):
@@ -197,7 +198,14 @@ def check_weights(optimizer: Optimizer, backend: dict[str, Any], where: str) -> 
 
 def check_parts(training: Training, parallel: str, where: str = "training") -> None:
     """UserError for an optimizer that several ranks cannot run with a part of every weight each."""
-    if parallel == "fsdp" and training.optimizer.weights != "float32":
+    if parallel != "fsdp":
+        return
+    if training.optimizer.moments != "float32":
+        raise UserError(
+            f"{where}: optimizer.moments: '8bit' has blocks of whole tensors, and fsdp divides these among ranks; "
+            "choose 'float32', or parallel: ddp"
+        )
+    if training.optimizer.weights != "float32":
         raise UserError(
             f"{where}: optimizer.weights: {training.optimizer.weights!r} is not for fsdp, whose parts are float32 "
             "masters already, gathered in the backend's type; choose 'float32', or parallel: ddp"
@@ -248,8 +256,9 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     ):  # without them the id is that of before they were there
         if not training[name]:
             del training[name]
-    if spec.training.optimizer.weights == "float32":
-        del training["optimizer"]["weights"]
+    for name in ("weights", "moments"):
+        if training["optimizer"][name] == "float32":
+            del training["optimizer"][name]
     content = {
         "backend": described,
         "backend files": fingerprint(backend.files()),

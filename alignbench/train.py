@@ -186,8 +186,9 @@ class Run:
     def made_optimizer(self) -> torch.optim.Optimizer:
         settings, groups = self.training.optimizer, [{"params": group} for group in self.groups.values()]
         lr, betas, eps, decay = settings.lr, settings.betas, settings.eps, settings.weight_decay
-        if settings.weights == "stochastic":
-            return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, seed=self.training.seed)
+        eight = settings.moments == "8bit"
+        if eight or settings.weights == "stochastic":
+            return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, seed=self.training.seed, eight=eight)
         fused = self.accelerator.device.type == "cuda" or None  # others make temporary tensors as large as all weights
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=fused)
 

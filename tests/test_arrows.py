@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
-    {"config", "stats", "grid", "hinge", "shapes.scene", "cost", "markup"},
+    {"config", "stats", "grid", "hinge", "shapes.scene", "cost", "markup", "blockwise"},
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {
