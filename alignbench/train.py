@@ -95,6 +95,8 @@ def train(
         yield from records
         if stopped:
             raise Interrupted(f"training: stopped after {run.step} batches")
+    if run.ema is not None:
+        run.ema.wait()
     if checkpoints is not None:
         run.save_weights(checkpoints / FINAL)
 
@@ -324,6 +326,8 @@ class Run:
         lr = settings.lr * min(1.0, (self.update + 1) / max(1, settings.warmup))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.ema is not None:
+            self.ema.wait()  # for what it still reads
         self.optimizer.step()
         self.weights.follow()
         self.update += 1
@@ -440,7 +444,7 @@ class Run:
         self.weights.follow()
         if self.ema is not None:
             ema = zip(state["ema"], self.groups["flow"], strict=True)
-            self.ema.tensors = [self.ema.kept(as_kept(t, p).to(p.device)) for t, p in ema]
+            self.ema.restart([as_kept(t, p).to(p.device) for t, p in ema])
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         everything = list(itertools.chain(*self.groups.values()))
