@@ -83,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
         add[name].add_argument("--track", metavar="TRACKER", action="append", default=[], help=TRACK)
     for name in ("plan", "fit"):
         add[name].add_argument("--gpu", default="h100", help="whose speed and memory to assume: h100, h200 or a100")
+    add["fit"].add_argument("--ranks", type=_count, default=1, metavar="N", help="GPUs that share a run (default: 1)")
+    add["fit"].add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="how they share the model")
     add["sweep"].add_argument("--launcher", default="local", help=LAUNCHER)
     for name in ("sweep", "retry"):
         add[name].add_argument("--slurm", metavar="FILE", help="what jobs ask SLURM for (YAML; beats the sweep's own)")
@@ -345,7 +347,7 @@ def fit(arguments: argparse.Namespace) -> int:
     Of a sweep (default: table2), or of one method with its settings. Needs no weights. The exit code is 2 if a run does
     not fit.
     """
-    from alignbench.fitting import page
+    from alignbench.fitting import Group, page
     from alignbench.planning import gpu_named
     from alignbench.sweep import draft
 
@@ -354,7 +356,8 @@ def fit(arguments: argparse.Namespace) -> int:
     cells = [cell for cell in _selected(drafted, arguments.only) if cell.trains]
     if arguments.method:
         cells = [cell for cell in cells if cell.spec.method["name"] == arguments.method]
-    text, fits = page(drafted.document.name, [cell.spec for cell in cells], registry, gpu)
+    ranks = Group(arguments.ranks, arguments.parallel)
+    text, fits = page(drafted.document.name, [cell.spec for cell in cells], registry, gpu, ranks)
     print(text)
     return DONE if fits else SOME_FAILED
 

@@ -33,6 +33,8 @@ TOY = 100e6  # bytes: an evaluator of less is no published one, and takes no tim
 PNG = 2.0  # bytes per pixel of a photograph; drawings take less
 HOUR = 3600.0
 ITEM = {"bfloat16": 2, "float32": 4}  # bytes
+WEIGHTS = {"float32": (4, 0), "master": (2, 4), "stochastic": (2, 0)}  # bytes: the network's, and its master
+MOMENTS = {"float32": 8.0, "8bit": 2 + 8 / 256}  # bytes of both, of a weight; in 8 bits with a scale per block
 MEMORY_ERROR = 0.1  # of the peak of training: what was measured on one H200 is within 3 %, the rest was never measured
 Negative = Literal["full", "stop"] | None  # gradient of the second branch of classifier-free guidance; None: no branch
 
@@ -64,20 +66,25 @@ class Usage(NamedTuple):
     live: float  # evaluations whose graphs are kept at once, at most
     reference: float  # evaluations of the base model
     decoded: float  # images decoded at once with gradient, at most
+    backwards: float  # backward passes of one update, at most
 
 
 class Memory(NamedTuple):
-    """Of one GPU that trains, in bytes and by part. ``graphs``, ``work``: per image of the micro-batch of ``size``."""
+    """Of one GPU that trains, in bytes and by part. ``graphs``, ``work``: per image of the micro-batch of ``size``.
+
+    With FSDP, of what is kept in parts the GPU's own.
+    """
 
     frozen: float  # text encoders and autoencoder, and under LoRA the network
-    trained: float  # weights and gradients, float32
+    trained: float  # weights, of the network and the optimizer, and gradients
     optimizer: float  # AdamW's moments
     average: float
     base: float  # the untrained model, where adapters cannot be switched off to get it
-    casts: float  # autocast's copies of trained weights
+    casts: float  # autocast's copies of trained weights; with FSDP the whole network, gathered
     rewards: float  # their weights; what autograd keeps of them is less than the decoder's, and not counted
     graphs: float  # of the evaluations that wait for a backward at once
     work: float  # beside them: the block or the decoder that is at work
+    update: float  # what AdamW takes beside what is fixed, less what is free while it works
     size: int
 
     @property
@@ -91,8 +98,8 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> float:
-        """In a backward, or in AdamW's update, which has one more copy of the trained weights."""
-        return max(self.fixed + self.size * self.image, self.fixed - self.casts + self.trained / 2)
+        """In a backward, or in AdamW's update."""
+        return self.fixed + max(self.size * self.image, self.update)
 
     def largest(self, room: float) -> int:
         """Images of the largest micro-batch whose peak is within ``room``; 0: none."""
@@ -172,7 +179,8 @@ class Pieces(NamedTuple):
         batches, usage = watched.batches(training, per_image), watched.mean
         trained = trained_parameters(self.backend, self.model)
         held_at_once = memory(self.cell.spec, self.backend, self.model, usage, self.registry)
-        copies = 1 if training.optimizer.ema is None else 2
+        network, held = WEIGHTS[training.optimizer.weights]
+        last, average = held or network, 4 * (training.optimizer.ema is not None)
         reached = sum(update <= watched.made(batches) for update in training.milestones)
         sets = 1 + reached * self.share_at_milestones
         return found._replace(
@@ -183,8 +191,8 @@ class Pieces(NamedTuple):
             usage=usage,
             train=training.batch * batches * per_image / HOUR,
             memory=max(found.memory, held_at_once.peak),
-            weights=4 * trained * copies * (1 + reached),
-            state=4 * trained * (copies + 2) * training.keep,
+            weights=trained * (last + average) * (1 + reached),
+            state=int(trained * (last + average + MOMENTS[training.optimizer.moments])) * training.keep,
         )
 
     def seconds_per_image(self, usage: Usage) -> float:
@@ -204,8 +212,8 @@ class Pieces(NamedTuple):
         return flops / self.rate + usage.rewards * backward * sum(map(seconds, rewards)) / len(rewards)
 
 
-def training_memory(spec: RunSpec, registry: Registry, ranks: int = 1) -> Memory:
-    """Of each of ``ranks`` that train with DDP. UserError if it is not known, or nothing is trained."""
+def training_memory(spec: RunSpec, registry: Registry, ranks: int = 1, parallel: str = "ddp") -> Memory:
+    """Of each of ``ranks`` that train with DDP or FSDP. UserError if it is not known, or nothing is trained."""
     backend = registry.make("backend", spec.backend, "backend")
     model: Model | None = getattr(backend, "measures", None)
     method = registry.make("method", spec.method, "method")
@@ -217,28 +225,52 @@ def training_memory(spec: RunSpec, registry: Registry, ranks: int = 1) -> Memory
         usage = watch_once(method, share, len(spec.rewards), spec.method["name"], negative(backend)).mean
     except Exception as error:
         raise UserError(f"{spec.label}: no estimate: {_no_toy(error)}") from error
-    return memory(replace(spec, training=share), backend, model, usage, registry)
+    found = memory(replace(spec, training=share), backend, model, usage, registry)
+    return in_parts(found, backend, model, ranks) if parallel == "fsdp" and ranks > 1 else found
 
 
 def memory(spec: RunSpec, backend: Any, model: Model, usage: Usage, registry: Registry) -> Memory:
     """What one GPU holds at the peak of training, from what the method keeps (``usage``)."""
     training, tune_all, item = spec.training, backend.tune == "full", ITEM[backend.dtype]
+    optimizer, size = training.optimizer, min(training.micro_batch or training.batch, training.batch)
     tokens, checkpointing = model.tokens(backend.size, backend.text_tokens), backend.gradient_checkpointing
     network, trained = model.transformer.parameters, trained_parameters(backend, model)
     compared = training.drift_every is not None or usage.reference > 0
     decoder = usage.decoded * model.decoder.kept(backend.size, item, checkpointing)
     rewards = (registry.make("evaluator", part["evaluator"], "reward.evaluator") for part in spec.rewards)
+    alone = optimizer.weights == "stochastic"
+    once = size == training.batch and round(usage.backwards * size) <= 1
+    casts = network * 2 * (tune_all and item == 2 and optimizer.weights == "float32")
+    whole_at_once = not alone and optimizer.moments == "float32"  # else one tensor at a time
     return Memory(
         frozen=(model.frozen + network * (not tune_all)) * item,
-        trained=8 * trained,
-        optimizer=8 * trained,
-        average=4 * trained * (training.optimizer.ema is not None and not training.ema_on_host),
+        trained=trained * (sum(WEIGHTS[optimizer.weights]) + (2 if alone and once else 4)),
+        optimizer=trained * MOMENTS[optimizer.moments],
+        average=4 * trained * (optimizer.ema is not None and not training.ema_on_host),
         base=network * item * (tune_all and compared),
-        casts=network * 2 * (tune_all and item == 2),
+        casts=casts,
         rewards=sum(map(held, rewards)),
         graphs=usage.live * model.transformer.kept(tokens, item, checkpointing),
         work=max(model.transformer.block(tokens, item), decoder),
-        size=min(training.micro_batch or training.batch, training.batch),
+        update=4 * trained * whole_at_once - casts,
+        size=size,
+    )
+
+
+def in_parts(whole: Memory, backend: Any, model: Model, ranks: int) -> Memory:
+    """Of each of ``ranks`` that share by FSDP what one GPU would have whole: weights gathered in the type of the
+    computation until the update (``shards``), everything else of the networks, with gradients and moments, in parts.
+    """
+    network = model.transformer.parameters * ITEM[backend.dtype]
+    kept = 0.0 if backend.tune == "full" else network
+    return whole._replace(
+        frozen=whole.frozen - kept + kept / ranks,
+        trained=whole.trained / ranks,
+        optimizer=whole.optimizer / ranks,
+        average=whole.average / ranks,
+        base=whole.base / ranks,
+        casts=network,
+        update=(whole.update + whole.casts) / ranks,
     )
 
 
@@ -302,7 +334,7 @@ class Watched(NamedTuple):
     def mean(self) -> Usage:
         columns = list(zip(*self.usage))
         means = Usage(*(sum(column) / len(column) for column in columns))
-        most = {name: max(getattr(usage, name) for usage in self.usage) for name in ("live", "decoded")}
+        most = {name: max(getattr(usage, name) for usage in self.usage) for name in ("live", "decoded", "backwards")}
         return means._replace(**most)
 
     def batches(self, training: Training, per_image: float) -> int:
@@ -365,15 +397,17 @@ def watch(method: AlignMethod, training: Training, terms: int, steps: range, neg
         toys = [Term(Quadratic()) for _ in range(terms)]
         reward = metered_reward(Reward(*toys), meter, at_once=training.reward_slice)
         batch = draw_batch(flow, PROMPTS, training, step, range(size), torch.device("cpu"))
-        updates = 0
+        updates = backwards = 0
         for losses in each_update(method, metered(flow, meter), reward, batch):
-            updates += 1
+            updates, passes = updates + 1, 0
             for loss in losses:
                 loss.value.backward()
+                passes += 1
                 del loss
+            backwards = max(backwards, passes)
         counts = (meter.nfe_forward, meter.nfe_grad, meter.nfe_recomputed, meter.decodes)
         live = max(0, flow.peak - meter.nfe_recomputed)  # of those that are made again, nothing is kept before
-        totals = (*counts, flow.decodes_grad, meter.reward_calls, live, flow.reference, flow.decoded)
+        totals = (*counts, flow.decodes_grad, meter.reward_calls, live, flow.reference, flow.decoded, backwards)
         found.usage.append(Usage(*(n / size for n in totals)))
         found.updates.append(updates)
     return found

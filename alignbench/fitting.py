@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
@@ -14,36 +14,54 @@ from alignbench.cost import GPU
 from alignbench.estimate import MEMORY_ERROR, Memory, training_memory
 from alignbench.planning import GB, about, columns, size
 from alignbench.plugins import Registry
-from alignbench.spec import RunSpec
+from alignbench.spec import RunSpec, check_parts, check_ranks
 
 HEAD = (
     *("run", "fits", "frozen", "weights", "AdamW", "average", "base", "casts", "reward", "graphs", "work", "peak"),
     *("not checkpointed", "micro-batch", "largest"),
 )
 LEGEND = (
-    "frozen: text encoders, autoencoder, and under LoRA the network; weights: those trained, with gradients, float32;",
-    "base: a copy of the untrained model; casts: of trained weights, by autocast; graphs: what autograd keeps of the",
-    "evaluations that one micro-batch differentiates; work: beside them, the decoder's backward or one block's;",
-    "not checkpointed: the peak without gradient checkpointing; largest: micro-batch of this run that fits",
+    "frozen: text encoders, autoencoder, and under LoRA the network; weights: those trained, with gradients;",
+    "base: a copy of the untrained model; casts: of trained weights, by autocast, or gathered by FSDP; graphs: what",
+    "autograd keeps of the evaluations that one micro-batch differentiates; work: beside them, the decoder's backward",
+    "or one block's; not checkpointed: the peak without gradient checkpointing; largest: micro-batch of this run that",
+    "fits",
 )
 Change = Callable[[RunSpec], RunSpec]
 
 
-def page(name: str, specs: Sequence[RunSpec], registry: Registry, gpu: GPU) -> tuple[str, bool]:
+class Group(NamedTuple):
+    """How many GPUs train a run, and how they share the model."""
+
+    size: int = 1
+    parallel: str = "ddp"
+
+    def memory(self, spec: RunSpec, registry: Registry) -> Memory:
+        """Of each of them."""
+        return training_memory(spec, registry, *self)
+
+
+ALONE = Group()
+
+
+def page(name: str, specs: Sequence[RunSpec], registry: Registry, gpu: GPU, ranks: Group = ALONE) -> tuple[str, bool]:
     """The text, and whether every one of ``specs`` fits. Those that differ in their seed alone are told once."""
     room, rows, below, fits = gpu.memory * GB, [], [], True
+    for spec in specs:
+        check_ranks(spec.training, ranks.size, spec.label)
+        check_parts(spec.training, ranks.parallel, f"{spec.label}: training")
     for spec in {spec.label + repr(replace(spec.training, seed=0)): spec for spec in specs}.values():
         try:
-            memory = training_memory(spec, registry)
+            memory = ranks.memory(spec, registry)
         except UserError as error:
             below.append(str(error))
             continue
-        rows.append(_row(spec, memory, registry, room))
+        rows.append(_row(spec, memory, registry, room, ranks))
         if memory.peak > room:
             fits = False
-            below += _told(spec, memory, registry, room)
+            below += _told(spec, memory, registry, room, ranks)
     text = [
-        f"{name}, training on one {gpu.name} of {gpu.memory:g} GB; in GB:",
+        f"{name}, training on {_counted(ranks)} {gpu.name} of {gpu.memory:g} GB; in GB{_each(ranks)}:",
         *columns([HEAD, *rows]),
         *LEGEND,
         f"Within 3 % of what was measured on one H200 with LoRA and checkpointing; be prepared for {MEMORY_ERROR:.0%}",
@@ -64,7 +82,7 @@ def check_room(spec: RunSpec, registry: Registry, ranks: int, free: int, total: 
         return ""
     if memory.peak <= free:
         return ""
-    smaller = [f"{text} saves {size(saved)}" for text, saved, _ in remedies(spec, memory, registry, ranks)]
+    smaller = [f"{text} saves {size(saved)}" for text, saved, _ in remedies(spec, memory, registry, Group(ranks))]
     needed, instead = (
         f"training needs about {size(memory.peak)} of GPU memory",
         ", ".join(smaller) or "use a larger one",
@@ -74,52 +92,94 @@ def check_room(spec: RunSpec, registry: Registry, ranks: int, free: int, total: 
     return f"{needed}, and {size(free)} of this GPU's {size(total)} are free; {instead}"
 
 
-def remedies(spec: RunSpec, memory: Memory, registry: Registry, ranks: int = 1) -> list[tuple[str, float, Change]]:
+def remedies(
+    spec: RunSpec, memory: Memory, registry: Registry, ranks: Group = ALONE
+) -> list[tuple[str, float, Change]]:
     """Each setting that alone saves some of ``memory``, as it is typed, with the bytes; images stay as large."""
     found = []
-    for text, change in _smaller(spec, registry):
-        saved = memory.peak - training_memory(change(spec), registry, ranks).peak
+    for text, change in _smaller(spec, registry, ranks):
+        saved = memory.peak - ranks.memory(change(spec), registry).peak
         if saved >= GB / 10:
             found.append((text, saved, change))
     return found
 
 
-def _told(spec: RunSpec, memory: Memory, registry: Registry, room: float) -> list[str]:
-    """What would make it fit."""
-    found, every = remedies(spec, memory, registry), spec
-    for *_, change in found:
-        every = change(every)
-    left = training_memory(every, registry).peak
+def _told(spec: RunSpec, memory: Memory, registry: Registry, room: float, ranks: Group) -> list[str]:
+    """What would make it fit; for all weights also what would without adapters."""
+    found = remedies(spec, memory, registry, ranks)
+    if not found:
+        return [f"{spec.label} needs {size(memory.peak)}, {size(memory.peak - room)} too much; no setting saves any"]
     lines = [f"{spec.label} needs {size(memory.peak)}, {size(memory.peak - room)} too much"]
     lines += [f"  {text} saves {size(saved)}" for text, saved, _ in found]
-    lines.append(f"  with all of these {size(left)}: {'fits' if left <= room else 'still too much'}")
-    return lines if found else [f"{lines[0]}; no setting saves any"]
+    ways = {"with all of these": found, f"with all but {LORA}": [each for each in found if each[0] != LORA]}
+    for words, changes in ways.items():
+        if changes and (changes is found or len(changes) < len(found)):
+            left = ranks.memory(_changed(spec, changes), registry).peak
+            lines.append(f"  {words} {size(left)}: {'fits' if left <= room else 'still too much'}")
+    return lines
 
 
-def _smaller(spec: RunSpec, registry: Registry) -> Iterator[tuple[str, Change]]:
+def _changed(spec: RunSpec, changes: Sequence[tuple[str, float, Change]]) -> RunSpec:
+    for *_, change in changes:
+        spec = change(spec)
+    return spec
+
+
+LORA = "backend.tune=lora"
+
+
+def _smaller(spec: RunSpec, registry: Registry, ranks: Group) -> Iterator[tuple[str, Change]]:
     if spec.backend["tune"] != "lora":
-        yield "backend.tune=lora", functools.partial(_with, tune="lora")
+        yield LORA, functools.partial(_with, tune="lora")
+        yield from _of_all_weights(spec, ranks)
     if not spec.backend["gradient_checkpointing"]:
         yield "backend.gradient_checkpointing=true", functools.partial(_with, gradient_checkpointing=True)
     method = registry.make("method", spec.method, "method")
-    for count in range(1, spec.training.micro_batch or spec.training.batch):
+    for count in range(1, spec.training.micro_batch or spec.training.batch // ranks.size):
         with suppress(UserError):
             method.check(count, True)  # GRPO's smallest is a group
-            yield f"training.micro_batch={count}", functools.partial(_in_parts, count=count)
+            yield f"training.micro_batch={count}", functools.partial(_trained, micro_batch=count)
             return
+
+
+def _of_all_weights(spec: RunSpec, ranks: Group) -> Iterator[tuple[str, Change]]:
+    """Settings of training that matter where all weights are trained; adapters have a hundredth of them."""
+    training = spec.training
+    if training.optimizer.ema is not None and not training.ema_on_host:
+        yield "training.ema_on_host=true", functools.partial(_trained, ema_on_host=True)
+    if training.drift_every is not None:
+        yield "training.drift_every=null", functools.partial(_trained, drift_every=None)
+    if ranks.parallel == "fsdp" and ranks.size > 1:
+        return
+    if spec.backend["dtype"] == "bfloat16" and training.optimizer.weights != "stochastic":
+        yield "training.optimizer.weights=stochastic", functools.partial(_optimized, weights="stochastic")
+    if training.optimizer.moments != "8bit":
+        yield "training.optimizer.moments=8bit", functools.partial(_optimized, moments="8bit")
 
 
 def _with(spec: RunSpec, **settings: Any) -> RunSpec:
     return replace(spec, backend=spec.backend | settings)
 
 
-def _in_parts(spec: RunSpec, count: int) -> RunSpec:
-    return replace(spec, training=replace(spec.training, micro_batch=count))
+def _trained(spec: RunSpec, **settings: Any) -> RunSpec:
+    return replace(spec, training=replace(spec.training, **settings))
 
 
-def _row(spec: RunSpec, memory: Memory, registry: Registry, room: float) -> list[str]:
+def _optimized(spec: RunSpec, **settings: Any) -> RunSpec:
+    return _trained(spec, optimizer=replace(spec.training.optimizer, **settings))
+
+
+def _row(spec: RunSpec, memory: Memory, registry: Registry, room: float, ranks: Group) -> list[str]:
     parts = (*memory[:7], memory.graphs * memory.size, memory.work * memory.size, memory.peak)
-    figures = [*parts, training_memory(_with(spec, gradient_checkpointing=False), registry).peak]
-    largest = min(memory.largest(room), spec.training.batch)
+    figures = [*parts, ranks.memory(_with(spec, gradient_checkpointing=False), registry).peak]
+    largest = min(memory.largest(room), spec.training.batch // ranks.size)
     shown = [about(part / GB) if part else "-" for part in figures]
     return [spec.label, "yes" if memory.peak <= room else "NO", *shown, str(memory.size), str(largest)]
+
+
+def _counted(ranks: Group) -> str:
+    return "one" if ranks.size == 1 else f"{ranks.size} x"
+
+
+def _each(ranks: Group) -> str:
+    return "" if ranks.size == 1 else f" of each, {ranks.parallel}"

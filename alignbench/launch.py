@@ -24,7 +24,7 @@ from alignbench.config import UserError, did_you_mean, settings
 from alignbench.jobs import Ticket
 from alignbench.run import Task, execute
 from alignbench.snapshot import Snapshot, take
-from alignbench.spec import check_ranks
+from alignbench.spec import check_parts, check_ranks
 from alignbench.store import Artefact, Store, artefacts, write_json
 from alignbench.sweep import Cell, Plan
 
@@ -143,7 +143,9 @@ def submit(
     for array in arrays:
         if array.stage == "run":
             for cell in array.cells:
-                check_ranks(cell.spec.training, array.resources.ranks, f"{plan.document.path}: {cell.title}")
+                where, ranks = f"{plan.document.path}: {cell.title}", array.resources.ranks
+                check_ranks(cell.spec.training, ranks, where)
+                check_parts(cell.spec.training, array.resources.parallel if ranks > 1 else "ddp", f"{where}: training")
     if not arrays:
         return 0
     code = take(store.root, plugins)

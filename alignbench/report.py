@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from alignbench.table import DECIMALS, Cell, Column, Section, Table, escape, int
 
 REPORTS = "alignbench.reports"
 MIB = 2**20
-DAGGER = "†"
+DAGGER, DOUBLE_DAGGER = "†", "‡"
 COSTS = (  # (column of the costs frame, title, unit, divisor, decimals)
     ("nfe_forward", "NFE without gradient", "", 1, 0),
     ("nfe_grad", "NFE with gradient", "", 1, 0),
@@ -136,10 +136,11 @@ def sections(
         words.intro.strip(),
         *_answers(words.questions, analysis),
         "## Results (REHEARSAL)" if manifest.get("rehearsal") else "## Results",
-        main_table(analysis, costs, hybrid(manifest)),
+        main_table(analysis, costs, marks(manifest)),
         LEGEND.format(base=escape(analysis.base or "a base model (none in this sweep)"), count=len(analysis.compared)),
         NEUTRAL_NOTE if any(measure.higher_is_better is None for measure in analysis.measures) else "",
         _hybrid_note(manifest),
+        _moments_note(manifest),
         _budgets(analysis, costs),
         *([f"![{alike}, one row per method]({picture})", GRID_NOTE] if picture else []),
         *references.sections(manifest, analysis, published),
@@ -197,17 +198,40 @@ def title(measure: Measure) -> str:
     return measure.name + (", by task" if measure.by_task else "")
 
 
-def main_table(analysis: Analysis, costs: pd.DataFrame, noted: Collection[str] = ()) -> Table:
-    """One row per method: training reward, held-out scores, checks, costs. ``noted``: rows with a footnote."""
+def main_table(analysis: Analysis, costs: pd.DataFrame, marked: Mapping[str, str] | None = None) -> Table:
+    """One row per method: training reward, held-out scores, checks, costs. ``marked``: label -> marks of footnotes."""
     columns = [Column("method"), *map(_column, analysis.measures)]
     columns += [Column(name, unit, decimals=decimals) for _, name, unit, _, decimals in COSTS]
     best = {measure: analysis.best(measure) for measure in analysis.measures}
     rows, spent = [], _cost_cells(costs)
     for label in analysis.labels:
         cells = [_mean_cell(analysis, measure, label, *best[measure]) for measure in analysis.measures]
-        flag = f" {DAGGER}" * (label in noted) + " **(reward hacking)**" * bool(hacked(analysis, label))
+        flag = (marked or {}).get(label, "") + " **(reward hacking)**" * bool(hacked(analysis, label))
         rows.append([Cell(label, mark=flag + _seeds_mark(analysis, label)), *cells, *spent.get(label, NO_COSTS)])
     return Table(columns, rows)
+
+
+def marks(manifest: dict[str, Any]) -> dict[str, str]:
+    """label -> the marks of its footnotes, for rows that have any."""
+    found = dict.fromkeys(hybrid(manifest), f" {DAGGER}")
+    return found | {label: found.get(label, "") + f" {DOUBLE_DAGGER}" for label in eight_bit(manifest)}
+
+
+def eight_bit(manifest: dict[str, Any]) -> list[str]:
+    """The rows that were trained with AdamW's moments in 8 bits."""
+    found = dict[str, None]()
+    for run in manifest["runs"]:
+        optimizer = run.get("settings", {}).get("training", {}).get("optimizer", {})
+        if run["seed"] != UNTRAINED and optimizer.get("moments") == "8bit":
+            found[run["label"]] = None
+    return [*found]
+
+
+def _moments_note(manifest: dict[str, Any]) -> str:
+    if not (labels := eight_bit(manifest)):
+        return ""
+    rows = escape(_and(labels))
+    return f"{DOUBLE_DAGGER} AdamW with moments in 8 bits, which is not the optimizer of the papers: {rows}."
 
 
 def hybrid(manifest: dict[str, Any]) -> dict[str, str]:
@@ -345,7 +369,7 @@ def latex(
     published: Sequence[references.Reference] = (),
 ) -> str:
     """The page's tables, each by itself, to be taken into a paper."""
-    tables = {"Results": main_table(analysis, costs, hybrid(manifest))}
+    tables = {"Results": main_table(analysis, costs, marks(manifest))}
     tables |= {f"Published numbers, {each.name}": references.beside(each, manifest, analysis) for each in published}
     if analysis.base is not None:
         tables |= {"Paired change": changes_table(analysis), **effects.tables(analysis)}

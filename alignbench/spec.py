@@ -35,6 +35,10 @@ class Optimizer(Config):
     warmup: Annotated[int, Meta(ge=0)] = 0  # updates of linear warm-up
     clip: Positive | None = 1.0  # gradient norm, per parameter group
     ema: Share | None = 0.995
+    # What the optimizer updates. master, stochastic: the network has its weights in bfloat16, with or without masters
+    # in float32 beside it; needs a backend of that dtype.
+    weights: Literal["float32", "master", "stochastic"] = "float32"
+    moments: Literal["float32", "8bit"] = "float32"  # AdamW's; 8bit is another optimizer, and reports say so
 
 
 class Budget(Config):
@@ -182,6 +186,32 @@ def check_ranks(training: Training, ranks: int, where: str) -> None:
         )
 
 
+def check_weights(optimizer: Optimizer, backend: dict[str, Any], where: str) -> None:
+    """UserError for weights in bfloat16 with a backend that computes in another type."""
+    if optimizer.weights != "float32" and backend.get("dtype") != "bfloat16":
+        raise UserError(
+            f"{where}: training.optimizer.weights: {optimizer.weights!r} keeps them in bfloat16, and backend "
+            f"{backend['name']} computes in {backend.get('dtype', 'a type of its own')}; choose 'float32', or "
+            "backend.dtype: bfloat16"
+        )
+
+
+def check_parts(training: Training, parallel: str, where: str = "training") -> None:
+    """UserError for an optimizer that several ranks cannot run with a part of every weight each."""
+    if parallel != "fsdp":
+        return
+    if training.optimizer.moments != "float32":
+        raise UserError(
+            f"{where}: optimizer.moments: '8bit' has blocks of whole tensors, and fsdp divides these among ranks; "
+            "choose 'float32', or parallel: ddp"
+        )
+    if training.optimizer.weights != "float32":
+        raise UserError(
+            f"{where}: optimizer.weights: {training.optimizer.weights!r} is not for fsdp, whose parts are float32 "
+            "masters already, gathered in the backend's type; choose 'float32', or parallel: ddp"
+        )
+
+
 # -- ids: content in, ten hex digits out ------------------------------------------------------------------------------
 
 
@@ -226,6 +256,9 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     ):  # without them the id is that of before they were there
         if not training[name]:
             del training[name]
+    for name in ("weights", "moments"):
+        if training["optimizer"][name] == "float32":
+            del training["optimizer"][name]
     content = {
         "backend": described,
         "backend files": fingerprint(backend.files()),

@@ -43,6 +43,7 @@ from alignbench.spec import (
     Sweep,
     Training,
     base_of,
+    check_weights,
     content_id,
     evaluator_content,
     image_set_id,
@@ -484,6 +485,8 @@ def check_settings(spec: RunSpec, registry: Registry, where: str) -> None:
     evaluators = [registry.make("evaluator", part["evaluator"], "reward.evaluator") for part in spec.rewards]
     for size in _micro_batches(spec.training) if method.trains else ():
         _prefixed(where, method.check, size, all(evaluator.differentiable for evaluator in evaluators))
+    if method.trains:
+        check_weights(spec.training.optimizer, spec.backend, where)
 
 
 def check_run(spec: RunSpec, registry: Registry, where: str) -> None:

@@ -36,6 +36,7 @@ TEX = {  # what pdfLaTeX in its default encoding would read as something else, o
         "↓": r"$\downarrow$",
         "—": r"\textemdash{}",
         "†": r"\dag{}",
+        "‡": r"\ddag{}",
         "±": r"$\pm$",
         "×": r"$\times$",
     },

@@ -24,15 +24,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from alignbench import hinge
+from alignbench.adamw import AdamW
+from alignbench.average import Average
 from alignbench.checkpoint import FINAL, check_shapes, copy_parameters, read_state, save_state, save_weights, states
 from alignbench.config import Interrupted, UserError
 from alignbench.evaluator import Reward
 from alignbench.flow import Batch, Flow, euler, seeded
+from alignbench.halves import Weights, total_norm
 from alignbench.meter import GRAD_SHARES, Meter, Watch, metered, metered_reward
 from alignbench.method import AlignMethod, Loss, Pool, Updates
 from alignbench.prompts import Prompt
-from alignbench.shards import Shards, as_kept, as_part, average, local, whole
-from alignbench.spec import Budget, Training
+from alignbench.shards import Shards, as_kept, as_part, average, whole
+from alignbench.spec import Budget, Training, check_parts
 from alignbench.store import milestone_file
 
 T = TypeVar("T")
@@ -72,6 +75,8 @@ def train(
     if not method.trains:
         return
     check(method, reward, training, accelerator)
+    if sharded and accelerator.num_processes > 1:
+        check_parts(training, "fsdp")
     method.prepare(flow)  # before the average starts from the weights, and before a resume replaces them
     run = Run(method, flow, training, accelerator, sharded, milestones)
     if checkpoints is not None:
@@ -90,6 +95,8 @@ def train(
         yield from records
         if stopped:
             raise Interrupted(f"training: stopped after {run.step} batches")
+    if run.ema is not None:
+        run.ema.wait()
     if checkpoints is not None:
         run.save_weights(checkpoints / FINAL)
 
@@ -161,23 +168,31 @@ class Run:
         self.method, self.training, self.accelerator = method, training, accelerator
         self.flow, self.milestones = flow, milestones
         self.shards = Shards(flow, accelerator) if sharded and accelerator.num_processes > 1 else None
-        self.parameters = dict(flow.named_parameters())
+        self.weights = Weights(flow, training.optimizer.weights)
+        self.parameters = self.weights.held
         with torch.random.fork_rng(devices=[]):  # modules draw their first weights from torch's global generator
             torch.manual_seed(seeded("modules", training.seed).initial_seed())
             self.modules = {name: module.to(accelerator.device) for name, module in method.modules(flow).items()}
         self.groups = {"flow": list(self.parameters.values())}
         self.groups |= {name: list(module.parameters()) for name, module in self.modules.items()}
         settings = training.optimizer
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group} for group in self.groups.values()],
-            lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay,
-            fused=accelerator.device.type == "cuda" or None,  # others make temporary tensors as large as all weights
-        )  # fmt: skip
-        self.ema = None if settings.ema is None else [self.averaged(p) for p in self.groups["flow"]]
+        self.optimizer = self.made_optimizer()
+        self.ema = None
+        if settings.ema is not None:
+            self.ema = Average(self.groups["flow"], settings.ema, training.ema_on_host)
         self.meter, self.watch = Meter(), Watch()
         self.step = self.update = 0  # batches and optimizer updates done
         self.drift: float | None = None  # from the base model, at the last look
         self.records: list[Record] = []
+
+    def made_optimizer(self) -> torch.optim.Optimizer:
+        settings, groups = self.training.optimizer, [{"params": group} for group in self.groups.values()]
+        lr, betas, eps, decay = settings.lr, settings.betas, settings.eps, settings.weight_decay
+        eight = settings.moments == "8bit"
+        if eight or settings.weights == "stochastic":
+            return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, seed=self.training.seed, eight=eight)
+        fused = self.accelerator.device.type == "cuda" or None  # others make temporary tensors as large as all weights
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=fused)
 
     @property
     def finished(self) -> bool:
@@ -198,6 +213,7 @@ class Run:
         self.watch.scores.clear()
         while (losses := self.next_update(updates)) is not None:
             self.optimizer.zero_grad()
+            self.weights.begin()
             sums = self.together(functools.partial(self.backward, losses, batches, reward))
             metrics, norms = self.average(sums), self.synchronise()
             self.require_finite(norms)
@@ -254,11 +270,14 @@ class Run:
 
     def backward(self, losses: Sequence[Iterable[Loss]], batches: Sequence[Batch], reward: Reward) -> dict[str, float]:
         """Gradients of one update, summed over micro-batches; their losses and metrics, weighted by samples."""
-        total, mean = 0.0, defaultdict[str, Mean](Mean)
+        total, mean, first = 0.0, defaultdict[str, Mean](Mean), True
         for inner, batch in zip(losses, batches):
             weight = len(batch) / sum(map(len, batches))
             for loss in inner:
                 require_finite_loss(loss, batch)
+                if not first:
+                    self.weights.widen()
+                first = False
                 self.watch.backward = True
                 self.accelerator.backward(loss.value * weight)
                 self.watch.backward = False
@@ -278,15 +297,17 @@ class Run:
     def synchronise(self) -> dict[str, float]:
         """Average gradients over ranks, clip each group by its own norm; the norms before clipping."""
         norms = {}
+        self.weights.hand_over()
         for name, group in self.groups.items():
             for p in group:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # so that all ranks reduce the same list
+                if p.grad is None:  # so that all ranks reduce the same list
+                    p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
             gradients = [p.grad for p in group if p.grad is not None]
             if self.accelerator.num_processes > 1 and not (
                 name == "flow" and self.shards
             ):  # FSDP2 has averaged its own
                 average(gradients, self.accelerator)
-            norm = nn.utils.get_total_norm(gradients)
+            norm = total_norm(gradients)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if self.training.optimizer.clip is not None:
                 nn.utils.clip_grads_with_norm_(group, self.training.optimizer.clip, norm)
@@ -305,23 +326,16 @@ class Run:
         lr = settings.lr * min(1.0, (self.update + 1) / max(1, settings.warmup))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.ema is not None:
+            self.ema.wait()  # for what it still reads
         self.optimizer.step()
+        self.weights.follow()
         self.update += 1
         if self.shards is not None:
             self.shards.give_up()
         if self.ema is not None:
-            assert settings.ema is not None
-            ema, now = ([local(t.detach()) for t in tensors] for tensors in (self.ema, self.groups["flow"]))
-            if self.training.ema_on_host:
-                for average_, p in zip(ema, now):  # one at a time: the host need not hold a second copy of all
-                    average_.lerp_(p.to("cpu"), 1 - settings.ema)
-            else:
-                torch._foreach_lerp_(ema, now, 1 - settings.ema)
+            self.ema.follow()
         return lr
-
-    def averaged(self, p: Tensor) -> Tensor:
-        """A copy of ``p`` where the average is kept: beside the weights, or this rank's part in the host's memory."""
-        return local(p.detach()).to("cpu", copy=True) if self.training.ema_on_host else p.detach().clone()
 
     def costs(self) -> dict[str, int | float]:
         """Totals over ranks; seconds and memory: of the rank with most."""
@@ -382,7 +396,7 @@ class Run:
     def whole_ema(self) -> list[Any] | None:
         if self.ema is None:
             return None
-        kept = zip(self.ema, self.groups["flow"])
+        kept = zip(self.ema.tensors, self.groups["flow"])
         return [whole(as_part(t, p), self.accelerator.is_main_process) for t, p in kept]
 
     def resume(self, folder: Path) -> None:
@@ -427,9 +441,10 @@ class Run:
     def take_up(self, state: Record, path: Path) -> None:
         flow = {name: as_kept(t, self.parameters[name]) for name, t in state["flow"].items()}
         copy_parameters(self.parameters, flow, path)
+        self.weights.follow()
         if self.ema is not None:
             ema = zip(state["ema"], self.groups["flow"], strict=True)
-            self.ema = [self.averaged(as_kept(t, p).to(p.device, p.dtype)) for t, p in ema]
+            self.ema.restart([as_kept(t, p).to(p.device) for t, p in ema])
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         everything = list(itertools.chain(*self.groups.values()))

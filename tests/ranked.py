@@ -16,6 +16,7 @@ import torch
 WORDS = 16
 PATIENCE = 900  # seconds, for a machine that is busy with something else
 CASES = [("full", "leapalign"), ("lora", "leapalign"), ("lora", "dancegrpo")]
+HALVES = ("master", "stochastic")
 GUIDED = [
     ("sd3", "stop"),
     ("flux2", "full"),
@@ -83,15 +84,16 @@ def method(name: str):
 def training(batches: int, **more):
     from alignbench.spec import Budget, Optimizer, Training
 
-    optimizer = Optimizer(lr=1e-3, clip=0.5, ema=0.9)
+    optimizer = Optimizer(lr=1e-3, clip=0.5, ema=0.9, **more.pop("optimizer", {}))
     given = {"batch": 4, "micro_batch": 2, "drift_every": 1, "checkpoint_every": 1, "optimizer": optimizer}
     given |= {"milestones": (1,)}
     return Training(budget=Budget(images=4 * batches), **given | more)
 
 
 def trained(
-    folder: Path, ranks, parallel: str, tune: str, name: str, kept: Path, batches: int = 2, guided=None, **more
-) -> dict:
+    folder: Path, ranks, parallel: str, tune: str, name: str, kept: Path, batches: int = 2, guided=None,
+    dtype: str = "float32", **more,
+) -> dict:  # fmt: skip
     """Records, and how often anything was gathered or scattered in each batch; checkpoints in ``kept``.
 
     ``more``: settings of training.
@@ -111,7 +113,7 @@ def trained(
         collectives.append({str(op).rpartition(".")[2]: n for op, n in counts.items()})
         return iter(records)
 
-    model = flow(folder, tune, ranks.accelerator, guided=guided)
+    model = flow(folder, tune, ranks.accelerator, dtype, guided)
     parts = method(name), model, QuadraticReward(0.5), PROMPTS, training(batches, **more)
     options = {"accelerator": ranks.accelerator, "checkpoints": kept, "milestones": kept, "sharded": parallel == "fsdp"}
     loop.Run.advance = counted
@@ -120,6 +122,12 @@ def trained(
     finally:
         loop.Run.advance = advance
     return {"records": unclocked(records), "collectives": collectives}
+
+
+def halved(folder: Path, ranks, kind: str, kept: Path) -> list[dict]:
+    """Records of two batches with weights in bfloat16."""
+    options = {"dtype": "bfloat16", "optimizer": {"weights": kind}}
+    return trained(folder, ranks, "ddp", "full", "leapalign", kept, **options)["records"]
 
 
 def train(folder: Path) -> None:
@@ -135,6 +143,8 @@ def train(folder: Path) -> None:
         said[f"{tune}-resumed"] = trained(folder, ranks, "fsdp", tune, "leapalign", folder / f"{tune}-stopped")
     for batches in (1, 2):  # the second goes on where the first ended
         trained(folder, ranks, "fsdp", "full", "leapalign", folder / "full-host", batches, ema_on_host=True)
+    for kind in HALVES:
+        said[kind] = halved(folder, ranks, kind, folder / f"{kind}-two")
     said["sliced"] = trained(folder, ranks, "fsdp", "lora", "leapalign", folder / "sliced", reward_slice=1)
     note("train", folder, said)
     ranks.close()

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
-    {"config", "stats", "grid", "hinge", "shapes.scene", "cost", "markup"},
+    {"config", "stats", "grid", "hinge", "shapes.scene", "cost", "markup", "blockwise"},
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {
@@ -27,7 +27,21 @@ LAYERS = (
         "effects",
         "backends.sit_network",
     },
-    {"checkpoint", "meter", "adapters", "policy", "nets", "snapshot", "slurm", "ranks", "shards", "small_backends"},
+    {"halves"},
+    {
+        "checkpoint",
+        "meter",
+        "adapters",
+        "policy",
+        "nets",
+        "snapshot",
+        "slurm",
+        "ranks",
+        "shards",
+        "small_backends",
+        "adamw",
+    },
+    {"average"},
     {"curves", "page"},
     {"plots"},
     {"train", "generate", "sweep", "report", "scoring", "provenance", "trackers", "backends.pipeline"},

@@ -11,21 +11,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from world import PLUGIN, alignbench, sweep_file
 
 from alignbench.config import UserError, settings
 from alignbench.cost import FLUX_1_DEV, GPUS, Model
 from alignbench.estimate import Memory, training_memory
-from alignbench.fitting import check_room, page, remedies
+from alignbench.fitting import Group, check_room, page, remedies
+from alignbench.methods.leapalign import LeapAlign
 from alignbench.plugins import Registry
 from alignbench.run import Task, Work
-from alignbench.spec import Budget, RunSpec, Training
+from alignbench.spec import Budget, Optimizer, RunSpec, Training
 from alignbench.store import Lock
 from alignbench.sweep import read, resolve
+from alignbench.testing import PROMPTS, QuadraticReward
+from alignbench.train import Run
 
 RESULTS = json.loads((Path(__file__).parent.parent / "benchmarks/results/gpu-h200.json").read_text())
 PEAKS = {row["what"]: row["peak_GB"] for row in RESULTS["rows"] if "peak_GB" in row}
 BATCHES = {2: 40.0, 4: 51.2, 8: 73.6}  # LeapAlign at 720 px, printed while these results were made
+PARAMETERS = Model.read(FLUX_1_DEV).transformer.parameters
 TEXT = 2 * sum(encoder.parameters for encoder in Model.read(FLUX_1_DEV).encoders)  # bytes; the benchmark has none
 CARD = 150.8e9  # bytes of its memory
 LEAPALIGN = {"name": "leapalign", "steps": 25}
@@ -48,7 +53,12 @@ def nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-def spec(method=LEAPALIGN, batch: int = 1, micro_batch: int | None = None, **backend) -> RunSpec:
+def spec(
+    method=LEAPALIGN, batch: int = 1, micro_batch: int | None = None, training: dict | None = None, **backend
+) -> RunSpec:
+    """``training``: of it and its optimizer's settings, those that are not the default."""
+    own = dict(training or {})
+    optimizer = Optimizer(**{name: own.pop(name) for name in ("weights", "moments", "ema") if name in own})
     registry = Registry()
     made = registry.make("method", method, "method")
     return RunSpec(
@@ -57,12 +67,19 @@ def spec(method=LEAPALIGN, batch: int = 1, micro_batch: int | None = None, **bac
         method={"name": method["name"]} | settings(made),
         reward={"evaluator": {"name": "hpsv2"}, "margin": None, "weight": 1.0},
         prompts="shapes/train",
-        training=Training(budget=Budget(updates=3), batch=batch, micro_batch=micro_batch, drift_every=None),
+        training=Training(
+            budget=Budget(updates=3), batch=batch, micro_batch=micro_batch, drift_every=None, optimizer=optimizer, **own
+        ),
     )
 
 
-def memory(*arguments, ranks: int = 1, **backend) -> Memory:
-    return training_memory(spec(*arguments, **backend), Registry(), ranks)
+def memory(*arguments, ranks: int = 1, parallel: str = "ddp", **settings) -> Memory:
+    return training_memory(spec(*arguments, **settings), Registry(), ranks, parallel)
+
+
+def states(found: Memory) -> float:
+    """Bytes for each trained weight of FLUX.1-dev."""
+    return (found.trained + found.optimizer + found.average) / PARAMETERS
 
 
 @pytest.mark.parametrize(("method", "size", "batch", "peak"), MEASURED)
@@ -87,6 +104,86 @@ def test_full_training_is_more_than_one_gpu_has():
     assert found.largest(141e9) == 0
 
 
+LEAST = {"weights": "stochastic", "moments": "8bit", "ema_on_host": True}
+
+
+def test_all_weights_fit_one_card():
+    """bfloat16 weights and gradients, moments in 8 bits, the average on the host: 6.03 bytes a weight, 71.4 GB within
+    1 %, nothing cast; a card of 141 GB has room for an image beside text encoders and reward.
+    """
+    found = memory(tune="full", training=LEAST)
+    assert states(found) == 6 + 8 / 256
+    assert found.trained + found.optimizer == pytest.approx(71.4e9, rel=0.01)
+    assert found.casts == found.average == 0
+    assert found.fixed == found.trained + found.optimizer + found.frozen + found.rewards
+    assert found.peak < 0.8 * 141e9
+    assert memory(tune="full", training=LEAST | {"ema_on_host": False}).average == 4 * PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({}, 8 + 8 + 4),
+        ({"moments": "8bit", "ema": None}, 8 + 2 + 8 / 256),
+        ({"weights": "master", "ema_on_host": True}, 2 + 4 + 4 + 8),
+        ({"weights": "stochastic"}, 2 + 2 + 8 + 4),
+    ],
+)
+def test_bytes_of_a_weight(training, expected):
+    """Weights, masters, gradients, moments, average; autocast copies no weight that is in bfloat16 already."""
+    found = memory(tune="full", training=training)
+    assert states(found) == expected
+    assert found.casts == (0 if "weights" in training else 2 * PARAMETERS)
+
+
+def test_gradients_of_several_backwards_are_float32():
+    """Two bytes a weight more: with micro-batches, and where a method makes several backwards for an update."""
+    once = states(memory(LEAPALIGN, 2, tune="full", training=LEAST))
+    assert states(memory(LEAPALIGN, 2, 1, tune="full", training=LEAST)) == once + 2
+    assert states(memory(MIXGRPO, 4, tune="full", training=LEAST)) == once + 2
+    assert states(memory(LEAPALIGN, 16, 2, tune="full", training=LEAST, ranks=8)) == once
+
+
+@pytest.mark.parametrize(("kind", "moments"), [("float32", "float32"), ("master", "float32"), ("stochastic", "8bit")])
+def test_a_run_holds_what_is_computed(kind, moments):
+    """The bytes of the shapes model's weights, gradients, moments and average, counted after an update: to 5 %, which
+    its vectors and its small tensors make.
+    """
+    flow = Registry().make("backend", {"name": "flux", "model": "shapes", "size": 32}, "backend").load()
+    optimizer = Optimizer(weights=kind, moments=moments)
+    training = Training(budget=Budget(updates=1), batch=1, drift_every=None, optimizer=optimizer)
+    run = Run(LeapAlign(steps=3), flow, training, Accelerator(cpu=True))
+    list(run.advance(flow, QuadraticReward(0.5), PROMPTS))
+    held = {id(p): p for p in (*flow.parameters(), *run.parameters.values())}.values()
+    tensors = [*held, *(p.grad for p in held if p.grad is not None), *run.ema.tensors]
+    tensors += [t for state in run.optimizer.state.values() for name, t in state.items() if name != "step"]
+    found = sum(t.nbytes for t in tensors) / sum(p.numel() for p in flow.parameters())
+    assert found == pytest.approx(states(memory(tune="full", training={"weights": kind, "moments": moments})), rel=0.05)
+
+
+@pytest.mark.parametrize(("ranks", "gigabytes"), [(8, 29.8), (16, 14.9)])
+def test_fsdp_divides_what_is_trained(ranks, gigabytes):
+    """20 bytes a weight over the ranks, and 23.8 GB of weights gathered in bfloat16; text encoders on each; 16 ranks of
+    80 GB have room for four images each.
+    """
+    alone, found = (memory(LEAPALIGN, 4 * n, tune="full", ranks=n, parallel="fsdp") for n in (1, ranks))
+    assert (found.trained + found.optimizer + found.average) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    assert found.casts / 1e9 == pytest.approx(23.8, rel=0.01)
+    assert (found.frozen, found.graphs, found.size) == (alone.frozen, alone.graphs, 4)
+    assert found.peak < 80e9 or ranks == 8
+    adapters = memory(LEAPALIGN, 4 * ranks, ranks=ranks, parallel="fsdp")
+    assert adapters.frozen == pytest.approx(found.frozen + 2 * PARAMETERS / ranks)
+
+
+def test_what_fsdp_cannot_have_is_not_offered():
+    """Neither bfloat16 weights nor 8 bits; and a page that asks for them is refused with one line."""
+    asked, ranks = spec(LEAPALIGN, 64, tune="full"), Group(8, "fsdp")
+    texts = [text for text, *_ in remedies(asked, ranks.memory(asked, Registry()), Registry(), ranks)]
+    assert texts == ["backend.tune=lora", "training.ema_on_host=true", "training.micro_batch=1"]
+    with pytest.raises(UserError, match=r"^leapalign: training: optimizer.moments: '8bit' .* parallel: ddp$"):
+        page("x", [spec(LEAPALIGN, 64, tune="full", training=LEAST)], Registry(), GPUS["h100"], ranks)
+
+
 def test_ranks_share_a_batch():
     """Eight ranks with DDP: one of a batch of 16 holds what a batch of 2 takes."""
     assert memory(LEAPALIGN, 16, ranks=8) == memory(LEAPALIGN, 2)
@@ -99,7 +196,10 @@ def test_each_remedy_saves_what_is_said():
     now = training_memory(asked, registry)
     found = remedies(asked, now, registry)
     texts = [text for text, *_ in found]
-    assert texts == ["backend.tune=lora", "backend.gradient_checkpointing=true", "training.micro_batch=1"]
+    assert texts == [
+        "backend.tune=lora", "training.ema_on_host=true", "training.optimizer.weights=stochastic",
+        "training.optimizer.moments=8bit", "backend.gradient_checkpointing=true", "training.micro_batch=1",
+    ]  # fmt: skip
     for _, saved, change in found:
         changed = change(asked)
         assert now.peak - training_memory(changed, registry).peak == saved > 0
@@ -119,11 +219,15 @@ def test_the_page_says_what_would_fit(capsys):
     assert alignbench("fit", "--gpu", "h200", plugin=False) == 2
     out = capsys.readouterr().out
     assert re.search(r"LeapAlign +NO ", out)
-    assert re.search(r"LeapAlign needs 320 GB, 180 GB too much\n  backend.tune=lora saves 260 GB\n.*fits", out)
+    told = out[out.index("LeapAlign needs 320 GB, 180 GB too much\n  backend.tune=lora saves 260 GB\n") :]
+    assert re.search(r"\n  with all of these 61 GB: fits\n  with all but backend.tune=lora 130 GB: fits(\n|$)", told)
     assert alignbench("fit", "--method", "leapalign", "backend.tune=lora", plugin=False) == 0
     out = capsys.readouterr().out
     assert re.search(r"LeapAlign +yes .* 4 +7\n", out)
     assert "ReFL" not in out
+    sixteen = ("--gpu", "h100", "--ranks", "16", "--parallel", "fsdp")
+    assert alignbench("fit", "--method", "leapalign", *sixteen, plugin=False) == 0
+    assert "training on 16 x H100 of 80 GB; in GB of each, fsdp:" in capsys.readouterr().out
 
 
 def test_a_method_that_no_sweep_has_is_added(capsys):

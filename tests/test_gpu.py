@@ -15,10 +15,12 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from alignbench import small
+from alignbench.average import Average
 from alignbench.backends.flux import Flux
-from alignbench.checkpoint import load_records
+from alignbench.checkpoint import FINAL, load_records
 from alignbench.evaluator import Reward, Term
 from alignbench.evaluators.hpsv2 import HPSv2
 from alignbench.flow import seeded
@@ -205,6 +207,68 @@ def test_a_resumed_training_is_the_undisturbed_one(folder, tmp_path, settings):
     _, resumed = trained(load(model, **settings), method, 4, tmp_path)
     assert unclocked(load_records(tmp_path)) == records
     assert all(torch.equal(a, b) for a, b in zip(weights, resumed, strict=True))
+
+
+HALVES = [("master", "float32"), ("stochastic", "float32"), ("stochastic", "8bit"), ("float32", "8bit")]
+
+
+def halved(folder, kind, moments, batches, host=False, store=None):
+    """Records, and the final weights' file if there is a store, of a bfloat16 Flux."""
+    optimizer = Optimizer(lr=1e-3, ema=0.9, weights=kind, moments=moments)
+    plain = {"batch": 4, "micro_batch": 2, "checkpoint_every": 1, "drift_every": None, "ema_on_host": host}
+    training = Training(budget=Budget(images=4 * batches), optimizer=optimizer, **plain)
+    parts = LeapAlign(steps=4), load(folder, size=32), judge(), PROMPTS, training
+    records = list(train(*parts, accelerator=accelerator(), checkpoints=store))
+    return unclocked(records), None if store is None else load_file(store / FINAL)
+
+
+@pytest.mark.parametrize(("kind", "moments"), HALVES)
+@pytest.mark.usefixtures("deterministic")
+def test_weights_in_bfloat16_and_moments_in_8_bits_resume_bitwise(folder, tmp_path, kind, moments):
+    """Twice the same; stopped after two of four batches the same; and so with the average following on the host, but
+    for the last place of the average, which a GPU may round otherwise.
+    """
+    records, weights = halved(folder, kind, moments, 4, store=tmp_path / "whole")
+    assert halved(folder, kind, moments, 4)[0] == records
+    halved(folder, kind, moments, 2, store=tmp_path / "resumed")
+    _, resumed = halved(folder, kind, moments, 4, store=tmp_path / "resumed")
+    assert unclocked(load_records(tmp_path / "resumed")) == records
+    again, host = halved(folder, kind, moments, 4, host=True, store=tmp_path / "host")
+    assert again == records
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, resumed[name])
+        if name.startswith("last."):
+            assert torch.equal(tensor, host[name])
+        torch.testing.assert_close(tensor, host[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_masters_are_float32_under_autocast(folder, tmp_path):
+    """Every record and every weight, bit by bit."""
+    ends = [halved(folder, kind, "float32", 3, store=tmp_path / kind) for kind in ("float32", "master")]
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(tensor, ends[1][1][name]) for name, tensor in ends[0][1].items())
+
+
+def test_the_average_follows_on_a_stream_of_its_own():
+    """Bit by bit the average of weights that are copied and averaged at once, however long the GPU is busy before: it
+    reads them as the updates before it left them.
+    """
+    rng = torch.Generator("cuda").manual_seed(0)
+    weights = [torch.randn(shape, device="cuda", generator=rng) for shape in ((2048, 2048), (7,), (3, 5))]
+    weights.append(weights[0].bfloat16())
+    busy, average = torch.randn(4096, 4096, device="cuda"), Average(weights, 0.9, on_host=True)
+    expected = [w.float().cpu() for w in weights]
+    for _ in range(3):
+        average.wait()
+        for _ in range(20):
+            busy = (busy @ busy).clamp(-1, 1)
+        for w in weights:
+            w.mul_(0.5).add_(1)
+        average.follow()
+        for mean, w in zip(expected, weights):
+            mean.lerp_(w.float().cpu(), 1 - 0.9)
+    assert all(torch.equal(a, b) for a, b in zip(average.tensors, expected, strict=True))
 
 
 # ---- scores

@@ -206,6 +206,20 @@ def test_hybrid_inference_is_marked():
     assert "†" not in page(results())
 
 
+def test_moments_in_8_bits_are_marked():
+    """A row that was trained with them has a double dagger and a footnote, beside any other; the base has none."""
+    given = results()
+    for run in given.manifest["runs"]:
+        own = "8bit" if run["label"] in ("base", "DRTune") else "float32"
+        run["settings"]["training"]["optimizer"] = {"moments": own}
+        run["protocol"] = given.manifest["protocol"] | ({"tuned_steps": 5} if run["label"] == "DRTune" else {})
+    text = page(given)
+    assert [label for label in LABELS if "‡" in row_of(section(text, "Results"), label)] == ["DRTune"]
+    assert "| DRTune † ‡" in text
+    assert "‡ AdamW with moments in 8 bits, which is not the optimizer of the papers: DRTune." in text
+    assert "‡" not in page(results())
+
+
 def test_a_reward_that_rises_while_the_rest_falls_is_flagged():
     """A method whose training reward rose while held-out scores fell is named as hacking, in its row too."""
     text = page(results())

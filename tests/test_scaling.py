@@ -7,6 +7,7 @@ from math import ceil
 from pathlib import Path
 
 import pytest
+from world import alignbench
 
 from alignbench.backends.flux import Flux
 from alignbench.cost import FLUX_1_DEV, Model
@@ -65,6 +66,20 @@ def test_a_thousand_trainings():
             row = next(line for line in PAGE.splitlines() if line.startswith(f"| {name} |"))
             said = row.strip("|").split("|")[1 + column].strip().replace(",", "").removesuffix(" TB")
             assert float(said) == pytest.approx(value, rel=0.03), name
+
+
+def test_all_weights_on_one_card(capsys):
+    """The page's command says that LeapAlign fits, and needs the gigabytes that the page names; so of 16 GPUs."""
+
+    def row(*words: str) -> list[str]:
+        assert alignbench("fit", *words, "--method", "leapalign", plugin=False) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("LeapAlign")).split()
+
+    shown = next(line for line in PAGE.splitlines() if line.startswith("    alignbench fit table2"))
+    *_, peak, _, micro, _ = row(*shown.split()[2:])
+    assert f"({peak} GB at micro-batch {micro}, computed)" in PAGE
+    *_, peak, _, _, _ = row("--gpu", "h100", "--ranks", "16", "--parallel", "fsdp")
+    assert f"says {peak} GB each" in PAGE
 
 
 def test_what_goes_in():

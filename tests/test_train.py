@@ -180,7 +180,7 @@ def test_average_follows_every_update(method, tmp_path):
     for w in weights:
         expected = 0.9 * expected + 0.1 * w
     assert len(weights) == (6 if method is GRPO else 3)
-    torch.testing.assert_close(run_.ema[0], expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(run_.ema.tensors[0], expected, rtol=1e-13, atol=1e-13)
 
 
 def test_groups_are_clipped_by_themselves():
@@ -200,7 +200,7 @@ def test_groups_are_clipped_by_themselves():
         norms = run_.synchronise()
         assert norms == pytest.approx({"grad_norm": 50.0, "grad_norm_value": 0.5})
         assert (flow.bias.grad.norm().item(), net.weight.grad.norm().item()) == pytest.approx(expected, rel=1e-6)
-        assert len(run_.ema) == 1  # the flow's alone
+        assert len(run_.ema.tensors) == 1  # the flow's alone
 
 
 def test_records_have_one_shape():

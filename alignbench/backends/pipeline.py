@@ -295,10 +295,11 @@ class PipelineFlow:
         if self._settings.compile:
             raise UserError("backend.compile: compiled blocks cannot be kept in parts (fsdp); choose ddp, or false")
         self._split = split
-        split(self.transformer, _blocks(self.transformer), self._dtype, True)
+        split(self.transformer, _blocks(self.transformer), self.dtype, True)
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
+        """Of the network's computation; what enters and leaves it is float32."""
         import torch
 
         return getattr(torch, self._settings.dtype)
@@ -355,7 +356,7 @@ class PipelineFlow:
                 if self._settings.compile:
                     _compile(self._apart["base"])
                 if self._split is not None:
-                    self._split(self._apart["base"], _blocks(self._apart["base"]), self._dtype, False)
+                    self._split(self._apart["base"], _blocks(self._apart["base"]), self.dtype, False)
             yield self._apart["base"]
         else:
             checkpointing = self.transformer.gradient_checkpointing
