@@ -21,7 +21,8 @@ HEAD = (
     *("not checkpointed", "micro-batch", "largest"),
 )
 LEGEND = (
-    "frozen: text encoders, autoencoder, and under LoRA the network; weights: those trained, with gradients, float32;",
+    "frozen: text encoders (unless embeddings are stored), autoencoder, and under LoRA the network;",
+    "weights: those trained, with gradients, float32;",
     "base: a copy of the untrained model; casts: of trained weights, by autocast; graphs: what autograd keeps of the",
     "evaluations that one micro-batch differentiates; work: beside them, the decoder's backward or one block's;",
     "not checkpointed: the peak without gradient checkpointing; largest: micro-batch of this run that fits",
@@ -101,6 +102,8 @@ def _smaller(spec: RunSpec, registry: Registry) -> Iterator[tuple[str, Change]]:
         yield "backend.tune=lora", functools.partial(_with, tune="lora")
     if not spec.backend["gradient_checkpointing"]:
         yield "backend.gradient_checkpointing=true", functools.partial(_with, gradient_checkpointing=True)
+    if spec.backend.get("embeddings") == "computed":
+        yield "backend.embeddings=stored", functools.partial(_with, embeddings="stored")
     method = registry.make("method", spec.method, "method")
     for count in range(1, spec.training.micro_batch or spec.training.batch):
         with suppress(UserError):

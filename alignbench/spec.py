@@ -198,7 +198,9 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     """
     backend = registry.make("backend", spec.backend, "backend")
     method = registry.make("method", spec.method, "method")
-    described = {key: value for key, value in spec.backend.items() if key != "compile" or value}  # as before it was
+    described = {key: value for key, value in spec.backend.items() if key != "embeddings"}  # which move no bit
+    if not described.get("compile"):  # as before it was
+        described.pop("compile", None)
     files = method.files()
     brought: dict[str, Any] = {"method files": fingerprint(files)} if files else {}
     if not method.trains:

@@ -40,6 +40,7 @@ LAYERS = (
         "backends.sit",
         "rehearsal",
         "doctor",
+        "embeddings",
     },
     {"estimate"},
     {"planning"},

@@ -51,6 +51,7 @@ class PipelineBackend(Config):
     optional: ClassVar[tuple[str, ...]] = ()  # what of these a model_index.json may have as null
     published: ClassVar[Mapping[str, Mapping[str, Any]]]  # hub id -> its parts' configurations, for plans
     training_only: ClassVar[tuple[str, ...]] = TRAINING_ONLY
+    text_version: ClassVar[str] = "1"  # another one whenever the same files give a prompt another embedding
 
     model: str  # or a folder
     size: int  # pixels, square, during training
@@ -66,6 +67,9 @@ class PipelineBackend(Config):
     clamp: Literal["hard", "straight_through"] = "hard"  # gradient of the final clamp to [0, 1]: zero outside, or one
     gradient_checkpointing: bool = False  # of the transformer's blocks and of the decoder
     compile: bool = False  # the transformer's blocks by torch.compile: faster, and rounded otherwise
+    # Of prompts: computed as they are needed, or all of them before the model is loaded and kept in the store, so that
+    # no text encoder takes memory beside the transformer. The same bits; no part of the run's id.
+    embeddings: Literal["computed", "stored"] = "computed"
 
     @cached_property
     def folder(self) -> Path:
@@ -83,7 +87,18 @@ class PipelineBackend(Config):
         self.check_size(self.size, "backend.size")
         found = [path, *weights.check([self.folder / "scheduler" / "scheduler_config.json"], "backend.model")]
         for part in self.present(self.models):
-            found += weights.model_files(self.folder / part, "backend.model")
+            if part not in self.encoders:
+                found += weights.model_files(self.folder / part, "backend.model")
+        return found + self.text_files()
+
+    @property
+    def encoders(self) -> list[str]:
+        """The parts that read prompts."""
+        return [part for part in self.present(self.models) if part.startswith("text_encoder")]
+
+    def text_files(self) -> list[Path]:
+        """Every file that determines a prompt's embedding. UserError for the first bad one."""
+        found = [path for part in self.encoders for path in weights.model_files(self.folder / part, "backend.model")]
         for part in self.present(self.tokenizers):
             kept = [path for path in (self.folder / part).glob("*") if path.is_file()]
             if not kept:
@@ -119,24 +134,32 @@ class PipelineBackend(Config):
 
     @property
     def measures(self) -> Model | None:
-        """For plans: by its configuration, or by the published one where that is not there. None: not known."""
+        """For plans: by its configuration, or by the published one where that is not there. None: not known.
+
+        Without text encoders where these are not loaded beside the rest.
+        """
         try:
-            return Model.read({part: self.read(part) for part in self.present(self.models)})
+            found = Model.read({part: self.read(part) for part in self.present(self.models)})
         except Missing:
-            known = self.published.get(self.model)
-            return None if known is None else Model.read(known)
+            if (known := self.published.get(self.model)) is None:
+                return None
+            found = Model.read(known)
+        return found._replace(encoders=()) if self.embeddings == "stored" else found
 
     def branches(self, guidance: float) -> int:
         """Evaluations of the network for one velocity: two with classifier-free guidance."""
         return 1
 
-    def ready(self, accelerator: Accelerator | None) -> tuple[Pipeline, torch.device]:
-        """The pipeline on ``accelerator``'s device (the CPU without one), with the parameters that are trained."""
+    def ready(self, accelerator: Accelerator | None, text: Text | None = None) -> tuple[Pipeline, torch.device]:
+        """The pipeline on ``accelerator``'s device (the CPU without one), with the parameters that are trained.
+
+        ``text``: what encodes prompts in place of the pipeline's text encoders, which are not loaded then.
+        """
         import torch
 
         self.files()
         device = torch.device("cpu") if accelerator is None else accelerator.device
-        pipeline = self._pipeline().to(device)
+        pipeline = self._pipeline(() if text is None else (*self.encoders, *self.tokenizers)).to(device)
         self.open(pipeline)
         return pipeline, device
 
@@ -145,8 +168,7 @@ class PipelineBackend(Config):
         import torch
 
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward reads what is not its own (torch 2.11, H200)
-        for part in self.present(self.models):
-            getattr(pipeline, part).requires_grad_(False).eval()
+        _freeze(pipeline, self.present(self.models))
         if self.tune == "lora":
             self._add_lora(pipeline.transformer)
         else:
@@ -157,18 +179,31 @@ class PipelineBackend(Config):
         if self.compile:
             _compile(pipeline.transformer)
 
-    def _pipeline(self) -> Pipeline:
+    def text_alone(self, device: torch.device) -> Text:
+        """What encodes prompts, with nothing of the pipeline but its text encoders."""
+        self.files()
+        pipeline = self._pipeline(("transformer", "vae")).to(device)
+        _freeze(pipeline, self.encoders)
+        return self.text(pipeline, device)
+
+    def text(self, pipeline: Pipeline, device: torch.device) -> Text:
+        """What encodes prompts with a loaded pipeline's text encoders."""
+        raise NotImplementedError
+
+    def _pipeline(self, without: Sequence[str] = ()) -> Pipeline:
+        """``without``: parts that are not loaded."""
         import diffusers
         import torch
 
         frozen = getattr(torch, self.dtype)
         trained = torch.float32 if self.tune == "full" else frozen
+        absent = set(self.optional) - set(self.present(self.optional))
         with weights.quiet():
             return getattr(diffusers, self.pipeline).from_pretrained(
                 self.folder,
                 dtype={"transformer": trained, "default": frozen},
                 local_files_only=True,
-                **dict.fromkeys(set(self.optional) - set(self.present(self.optional))),  # None, or diffusers asks
+                **dict.fromkeys([*without, *absent]),  # None, or diffusers asks for them
             )
 
     def base(self, device: torch.device) -> Network:
@@ -368,6 +403,12 @@ class PipelineFlow:
                 self.transformer.gradient_checkpointing = checkpointing
 
 
+def _freeze(pipeline: Pipeline, parts: Sequence[str]) -> None:
+    for part in parts:
+        if (module := getattr(pipeline, part)) is not None:
+            module.requires_grad_(False).eval()
+
+
 def _blocks(transformer: Network) -> list[Network]:
     return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
 
@@ -404,7 +445,7 @@ class Text:
 
     def __init__(self, device: torch.device, kept: int = 4096) -> None:
         self.device = device
-        self._encode = lru_cache(kept)(self._encode_one)
+        self._encode = lru_cache(kept)(self.encode_one)
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
         import torch
@@ -414,7 +455,7 @@ class Text:
         rows = [self._encode(prompt) for prompt in prompts]
         return Cond({name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]})
 
-    def _encode_one(self, prompt: str) -> dict[str, Tensor]:
+    def encode_one(self, prompt: str) -> dict[str, Tensor]:
         """Conditioning of one prompt, on the CPU, without the sample dimension."""
         raise NotImplementedError
 
