@@ -199,8 +199,9 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     backend = registry.make("backend", spec.backend, "backend")
     method = registry.make("method", spec.method, "method")
     described = {key: value for key, value in spec.backend.items() if key != "embeddings"}  # which move no bit
-    if not described.get("compile"):  # as before it was
-        described.pop("compile", None)
+    for name, usual in (("compile", False), ("attention", "native")):  # with these the id is that of before they were
+        if described.get(name) == usual:
+            del described[name]
     files = method.files()
     brought: dict[str, Any] = {"method files": fingerprint(files)} if files else {}
     if not method.trains:

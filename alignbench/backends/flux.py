@@ -44,6 +44,7 @@ class Flux(PipelineBackend):
     network: ClassVar[str] = "FluxTransformer2DModel"
     models: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    dispatches: ClassVar[bool] = True
     published: ClassVar = {HUB: FLUX_1_DEV}
 
     model: str = HUB  # or a folder, or "shapes"

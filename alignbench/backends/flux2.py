@@ -38,6 +38,7 @@ class Flux2(GuidedBackend):
     network: ClassVar[str] = "Flux2Transformer2DModel"
     models: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder")
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    dispatches: ClassVar[bool] = True
     published: ClassVar = PUBLISHED | DISTILLED
 
     model: str = f"{HUB}-base-9B"  # or a folder

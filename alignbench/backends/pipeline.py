@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from alignbench import weights
-from alignbench.config import Config, Missing, UserError
+from alignbench.config import Config, Missing, UserError, did_you_mean
 from alignbench.cost import Model
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class PipelineBackend(Config):
     optional: ClassVar[tuple[str, ...]] = ()  # what of these a model_index.json may have as null
     published: ClassVar[Mapping[str, Mapping[str, Any]]]  # hub id -> its parts' configurations, for plans
     training_only: ClassVar[tuple[str, ...]] = TRAINING_ONLY
+    dispatches: ClassVar[bool] = False  # does the network let diffusers choose its attention's kernel?
     text_version: ClassVar[str] = "1"  # another one whenever the same files give a prompt another embedding
 
     model: str  # or a folder
@@ -67,6 +68,7 @@ class PipelineBackend(Config):
     clamp: Literal["hard", "straight_through"] = "hard"  # gradient of the final clamp to [0, 1]: zero outside, or one
     gradient_checkpointing: bool = False  # of the transformer's blocks and of the decoder
     compile: bool = False  # the transformer's blocks by torch.compile: faster, and rounded otherwise
+    attention: str = "native"  # the transformer's kernel, by diffusers' name; native: the one that torch picks
     # Of prompts: computed as they are needed, or all of them before the model is loaded and kept in the store, so that
     # no text encoder takes memory beside the transformer. The same bits; no part of the run's id.
     embeddings: Literal["computed", "stored"] = "computed"
@@ -85,6 +87,7 @@ class PipelineBackend(Config):
         if (kind := self.index.get("_class_name")) != self.pipeline:
             raise UserError(f"backend.model: {self.folder} holds a {kind}; {needs}")
         self.check_size(self.size, "backend.size")
+        check_attention(self.attention, self.name, self.dispatches)  # type: ignore[attr-defined]
         found = [path, *weights.check([self.folder / "scheduler" / "scheduler_config.json"], "backend.model")]
         for part in self.present(self.models):
             if part not in self.encoders:
@@ -146,6 +149,12 @@ class PipelineBackend(Config):
             found = Model.read(known)
         return found._replace(encoders=()) if self.embeddings == "stored" else found
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.dtype)
+
     def branches(self, guidance: float) -> int:
         """Evaluations of the network for one velocity: two with classifier-free guidance."""
         return 1
@@ -159,6 +168,7 @@ class PipelineBackend(Config):
 
         self.files()
         device = torch.device("cpu") if accelerator is None else accelerator.device
+        try_attention(self.attention, self._dtype, self.read("transformer").get("attention_head_dim", 64), device)
         pipeline = self._pipeline(() if text is None else (*self.encoders, *self.tokenizers)).to(device)
         self.open(pipeline)
         return pipeline, device
@@ -176,6 +186,8 @@ class PipelineBackend(Config):
         if self.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
             pipeline.vae.enable_gradient_checkpointing()
+        if self.dispatches:
+            _attend(pipeline.transformer, self.attention)
         if self.compile:
             _compile(pipeline.transformer)
 
@@ -195,7 +207,7 @@ class PipelineBackend(Config):
         import diffusers
         import torch
 
-        frozen = getattr(torch, self.dtype)
+        frozen = self._dtype
         trained = torch.float32 if self.tune == "full" else frozen
         absent = set(self.optional) - set(self.present(self.optional))
         with weights.quiet():
@@ -209,12 +221,13 @@ class PipelineBackend(Config):
     def base(self, device: torch.device) -> Network:
         """The untouched transformer, read again from disk: training has already moved the one in memory."""
         import diffusers
-        import torch
 
         with weights.quiet():
             base = getattr(diffusers, self.network).from_pretrained(
-                self.folder, subfolder="transformer", dtype=getattr(torch, self.dtype), local_files_only=True
+                self.folder, subfolder="transformer", dtype=self._dtype, local_files_only=True
             )
+        if self.dispatches:
+            _attend(base, self.attention)
         return base.to(device).requires_grad_(False).eval()
 
     def _add_lora(self, transformer: Network) -> None:
@@ -428,6 +441,65 @@ def _compile(transformer: Network) -> None:
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for block in _blocks(transformer):
         block.compile(fullgraph=True, dynamic=False, backend=COMPILER)
+
+
+def check_attention(name: str, backend: str, dispatches: bool) -> None:
+    """UserError for a kernel that diffusers does not know, whose package is missing, or that cannot be chosen."""
+    if name == "native":
+        return
+    if not dispatches:
+        raise UserError(f"backend.attention: the attention of {backend} is always torch's; choose native")
+    from diffusers.models import attention_dispatch
+
+    known = [kernel.value for kernel in attention_dispatch.AttentionBackendName]
+    if name not in known:
+        raise UserError(f"backend.attention: there is no kernel '{name}'{did_you_mean(name, known, 'kernels')}")
+    try:
+        attention_dispatch._check_attention_backend_requirements(attention_dispatch.AttentionBackendName(name))
+    except RuntimeError as error:
+        raise UserError(f"backend.attention: {_line(error)} Or choose native") from None
+
+
+def try_attention(name: str, dtype: torch.dtype, head: int, device: torch.device) -> None:
+    """UserError unless the kernel gives values and gradients on ``device``, for heads of ``head`` channels.
+
+    On a GPU torch's own choice must be a fused kernel: the plain one keeps every score, with FLUX.1-dev 84 GB for one
+    image of 720 px.
+    """
+    import torch
+    from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    native = name == "native"
+    if native and device.type != "cuda":
+        return
+    fused = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]) if native else nullcontext()
+    x = torch.ones(1, 16, 1, head, dtype=dtype, device=device, requires_grad=True)
+    try:
+        with fused, attention_backend(name):
+            dispatch_attention_fn(x, x, x).sum().backward()
+    except Exception as error:  # every package refuses in its own way
+        where = f"{device.type}, for {str(dtype).removeprefix('torch.')} and heads of {head} channels"
+        instead = "choose backend.dtype: float32" if native else "choose native"
+        raise UserError(f"backend.attention: {name} does not work on {where} ({_line(error)}); {instead}") from error
+
+
+def _attend(transformer: Network, name: str) -> None:
+    """By one kernel from now on, and no other model by it: diffusers would make it everybody's."""
+    from diffusers.models.attention_dispatch import attention_backend
+    from diffusers.utils import logging
+
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # that it is an experimental feature
+    try:
+        with attention_backend("native"):
+            transformer.set_attention_backend(name)
+    finally:
+        logging.set_verbosity(said)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _leave_inputs(transformer: Network) -> None:
