@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache
@@ -30,6 +33,7 @@ Network = Any  # its transformer
 Split = Callable[[Network, Sequence[Network], Any, bool], None]  # network, blocks, computing type, is it trained?
 
 INDEX = "model_index.json"
+READERS = {"FluxPipeline": "flux", "StableDiffusion3Pipeline": "sd3", "Flux2KleinPipeline": "flux2"}  # backends
 TRAINING_ONLY = (  # settings that do not change the untrained model's images
     *("size", "guidance", "lora_rank", "lora_alpha", "lora_targets", "clamp", "gradient_checkpointing"),
 )
@@ -51,6 +55,9 @@ class PipelineBackend(Config):
     optional: ClassVar[tuple[str, ...]] = ()  # what of these a model_index.json may have as null
     published: ClassVar[Mapping[str, Mapping[str, Any]]]  # hub id -> its parts' configurations, for plans
     training_only: ClassVar[tuple[str, ...]] = TRAINING_ONLY
+    refused: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "dtype": {"float16": "float16 ends at 65,504, which activations exceed, and its gradients vanish unscaled"}
+    }
     dispatches: ClassVar[bool] = False  # does the network let diffusers choose its attention's kernel?
     text_version: ClassVar[str] = "1"  # another one whenever the same files give a prompt another embedding
 
@@ -85,7 +92,8 @@ class PipelineBackend(Config):
         if not path.is_file():
             raise UserError(f"backend.model: {self.folder} has no {INDEX}; {needs} folder")
         if (kind := self.index.get("_class_name")) != self.pipeline:
-            raise UserError(f"backend.model: {self.folder} holds a {kind}; {needs}")
+            instead = f"choose backend.name: {READERS[kind]}" if kind in READERS else f"no backend reads a {kind}"
+            raise UserError(f"backend.model: {self.folder} holds a {kind}; {needs}; {instead}")
         self.check_size(self.size, "backend.size")
         check_attention(self.attention, self.name, self.dispatches)  # type: ignore[attr-defined]
         found = [path, *weights.check([self.folder / "scheduler" / "scheduler_config.json"], "backend.model")]
@@ -169,6 +177,8 @@ class PipelineBackend(Config):
         self.files()
         device = torch.device("cpu") if accelerator is None else accelerator.device
         try_attention(self.attention, self._dtype, self.read("transformer").get("attention_head_dim", 64), device)
+        if self.compile:
+            check_compiler(device)
         pipeline = self._pipeline(() if text is None else (*self.encoders, *self.tokenizers)).to(device)
         self.open(pipeline)
         return pipeline, device
@@ -428,6 +438,15 @@ def _blocks(transformer: Network) -> list[Network]:
 
 COMPILER = "inductor"
 VARIANTS = 64  # of a block: with and without gradient and adapters, of every batch and image size; torch's own: 8
+
+
+def check_compiler(device: torch.device) -> None:
+    """UserError if what torch.compile runs is not here: it says so itself, but once the model is loaded."""
+    kind, variable, names = ("C", "CC", "gcc clang") if device.type == "cuda" else ("C++", "CXX", "g++ clang++")
+    wanted = shlex.split(os.environ.get(variable, ""))[:1] or names.split()
+    if COMPILER == "inductor" and not any(map(shutil.which, wanted)):
+        what = f"there is no {kind} compiler ({' or '.join(wanted)}), which torch.compile needs"
+        raise UserError(f"backend.compile: {what}; install one, or choose false")
 
 
 def _compile(transformer: Network) -> None:
