@@ -127,7 +127,8 @@ def _explain(cls: type[Config], data: Any, where: str, message: str) -> str:
     if missing := _MISSING.match(text):
         return f"{join(where, path)}: '{missing['field']}' is missing; {title} cannot do without it"
     text = re.sub(r"`([^`]*)`", lambda m: " or ".join(_WORDS.get(w, w) for w in m[1].split(" | ")), text)
-    return f"{join(where, path)}: {text[0].lower()}{text[1:]}{_shown(data, path)}{_choices(cls, path)}"
+    instead = _choices(cls, path) + _refused(cls, data, path)
+    return f"{join(where, path)}: {text[0].lower()}{text[1:]}{_shown(data, path)}{instead}"
 
 
 def _parts(path: str) -> list[str | int]:
@@ -169,6 +170,12 @@ def _class_at(cls: type[Config], path: str) -> type[Config]:
 def _choices(cls: type[Config], path: str) -> str:
     values = [v for t in _types_at(cls, path) if typing.get_origin(t) is typing.Literal for v in typing.get_args(t)]
     return f"; choose one of {', '.join(map(str, values))}" if values else ""
+
+
+def _refused(cls: type[Config], data: Any, path: str) -> str:
+    """Why a value that people try is none of them, if the class says so: ``refused``, {setting: {value: why}}."""
+    reasons = getattr(cls, "refused", {}).get(path, {})
+    return f" ({reasons[data[path]]})" if reasons and data[path] in reasons else ""
 
 
 def _check_finite(data: Any, where: str) -> None:

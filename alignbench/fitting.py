@@ -21,11 +21,11 @@ HEAD = (
     *("not checkpointed", "micro-batch", "largest"),
 )
 LEGEND = (
-    "frozen: text encoders, autoencoder, and under LoRA the network; weights: those trained, with gradients;",
-    "base: a copy of the untrained model; casts: of trained weights, by autocast, or gathered by FSDP; graphs: what",
-    "autograd keeps of the evaluations that one micro-batch differentiates; work: beside them, the decoder's backward",
-    "or one block's; not checkpointed: the peak without gradient checkpointing; largest: micro-batch of this run that",
-    "fits",
+    "frozen: text encoders (unless embeddings are stored), autoencoder, and under LoRA the network; weights: those",
+    "trained, with gradients; base: a copy of the untrained model; casts: of trained weights, by autocast, or gathered",
+    "by FSDP; graphs: what autograd keeps of the evaluations that one micro-batch differentiates; work: beside them,",
+    "the decoder's backward or one block's; not checkpointed: the peak without gradient checkpointing; largest:",
+    "micro-batch of this run that fits",
 )
 Change = Callable[[RunSpec], RunSpec]
 
@@ -134,6 +134,8 @@ def _smaller(spec: RunSpec, registry: Registry, ranks: Group) -> Iterator[tuple[
         yield from _of_all_weights(spec, ranks)
     if not spec.backend["gradient_checkpointing"]:
         yield "backend.gradient_checkpointing=true", functools.partial(_with, gradient_checkpointing=True)
+    if spec.backend.get("embeddings") == "computed":
+        yield "backend.embeddings=stored", functools.partial(_with, embeddings="stored")
     method = registry.make("method", spec.method, "method")
     for count in range(1, spec.training.micro_batch or spec.training.batch // ranks.size):
         with suppress(UserError):

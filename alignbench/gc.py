@@ -46,6 +46,7 @@ def unused(store: Store) -> list[Item]:
     gone = [path for item in found for path in item.paths]
     if not live and not locks_held(store.root):  # else a worker may just be starting from one
         found += _snapshots(store, gone)
+        found += _embeddings(store, gone)
     found += _launches(store, {path.stem for path in store.manifests()}, live)
     found += _reruns(store)
     found += _halves(store, [*gone, *(path for item in found for path in item.paths)])
@@ -122,6 +123,15 @@ def _snapshots(store: Store, gone: list[Path]) -> Iterator[Item]:
     for folder in _folders(store.root / snapshot.CODE):
         if not any(folder.name.encode() in text for text in texts):
             yield Item(f"code {folder.name}", [folder], "nothing that is here was made with it")
+
+
+def _embeddings(store: Store, gone: list[Path]) -> Iterator[Item]:
+    """Prompts' embeddings that no run which stays was made with: they can be computed again."""
+    records = [path for path in (store.root / "runs").glob(f"*/{provenance.FILE}") if path.parent not in gone]
+    texts = [path.read_bytes() for path in records]
+    for folder in _folders(store.embeddings):
+        if not any(folder.name.encode() in text for text in texts):
+            yield Item(f"embeddings {folder.name}", [folder], "no run that is here was made with them")
 
 
 def _live(record: jobs.Record) -> bool:

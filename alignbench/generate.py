@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from alignbench.config import UserError
 from alignbench.evaluator import to_pil
 from alignbench.flow import integrate, seeded
 
@@ -59,6 +60,29 @@ def _pixels(flow: Any, items: Sequence[tuple[Prompt, int]], protocol: Protocol, 
     noise = flow.noise(len(items), [seeded(protocol.seed, prompt.id, index) for prompt, index in items])
     tuned = protocol.steps if protocol.tuned_steps is None else protocol.tuned_steps
     cond = flow.encode([prompt.text for prompt, _ in items])
+    x, finite = noise, []
     with torch.no_grad():
-        x = integrate(flow, noise, sigmas[: tuned + 1], cond)
-        return flow.decode(integrate(flow, x, sigmas[tuned:], cond, reference=True))
+        for i in range(protocol.steps):
+            x = integrate(flow, x, sigmas[i : i + 2], cond, reference=i >= tuned)
+            finite.append(x.isfinite().flatten(1).all(1))
+        pixels = flow.decode(x)
+    finite.append(pixels.isfinite().flatten(1).all(1))
+    _require_finite(torch.stack(finite).cpu(), items)
+    return pixels
+
+
+def _require_finite(finite: Tensor, items: Sequence[tuple[Prompt, int]]) -> None:
+    """UserError for the first image that is not, which would be written as a black one.
+
+    ``finite`` (N + 1, B): after each step, and once decoded.
+    """
+    if finite.all():
+        return
+    row = int(finite.all(0).logical_not().int().argmax())
+    step, steps = int(finite[:, row].logical_not().int().argmax()), len(finite) - 1
+    (prompt, index) = items[row]
+    place = (
+        f"latents are not finite after step {step + 1} of {steps}" if step < steps else "decoded pixels are not finite"
+    )
+    instead = "choose backend.dtype: float32 if bfloat16 overflows, or look at the weights, whose training may diverge"
+    raise UserError(f"picture {index} of the prompt {prompt.text!r}: its {place}; {instead}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from alignbench.config import Missing, UserError, did_you_mean
 from alignbench.cost import GPU, GPUS
-from alignbench.estimate import Estimate, estimate
+from alignbench.estimate import ITEM, Estimate, estimate, prompt_count
 from alignbench.plugins import Registry
 from alignbench.store import Results, Store, artefacts, milestones
 from alignbench.sweep import Cell, Draft, Plan
@@ -46,7 +46,7 @@ def page(
         f"{draft.document.name}, on one {gpu.name} per run; hours are GPU-hours, and every figure is about:",
         *columns([HEAD, *rows]),
         "",
-        _totals(found, open_hours),
+        _totals(found, open_hours, _embeddings(draft, cells, found, registry)),
         _assumptions(gpu, draft),
         *_does_not_fit(draft, cells, found, gpu),
         *_unequal(cells, found),
@@ -83,11 +83,28 @@ def _row(cell: Cell, state: str, each: Estimate) -> list[str]:
     ]
 
 
-def _totals(found: Sequence[Estimate], open_hours: float) -> str:
+def _embeddings(draft: Draft, cells: Sequence[Cell], found: Sequence[Estimate], registry: Registry) -> float:
+    """Bytes of the prompts' embeddings that are kept, at most: of all seeds together, no prompt is drawn twice."""
+    size: dict[str, float] = {}  # of one, by what it is computed with
+    counts: dict[tuple[str, str], int] = {}  # of prompts, by that and by their list
+    for cell, each in zip(cells, found):
+        backend = registry.make("backend", cell.spec.backend, "backend")
+        if getattr(backend, "embeddings", None) != "stored" or each.unknown:
+            continue
+        by = f"{backend.name} {backend.model} {backend.revision} {backend.dtype} {backend.text_tokens}"
+        size[by] = backend.text_tokens * backend.measures.transformer.text * ITEM[backend.dtype]
+        counts[by, "evaluation"] = prompt_count(cell.protocol.prompts, draft.sweep.evaluation.limit)
+        if each.images:
+            counts[by, cell.spec.prompts] = counts.get((by, cell.spec.prompts), 0) + each.images
+    return sum(size[by] * (n if of == "evaluation" else prompt_count(of, n)) for (by, of), n in counts.items())
+
+
+def _totals(found: Sequence[Estimate], open_hours: float, embeddings: float) -> str:
     hours = sum(each.train + each.generate + each.score for each in found)
     disk = sum(each.weights + each.pictures for each in found)
     state = max((each.state for each in found), default=0)
     kept = f"; {size(state)} more for every run that is being trained" if state else ""
+    kept += f"; {size(embeddings)} of prompts' embeddings" if embeddings else ""
     return (
         f"all {len(found)} runs: {about(hours)} GPU-hours, {about(open_hours)} of them still to be spent; "
         f"{size(disk)} on disk{kept}"

@@ -28,6 +28,7 @@ FILE, PATCH = "provenance.json", "dirty.patch"  # in a run's folder
 TRACKED = ("alignbench", "methods", "evaluators", "reports", "sweeps", "pyproject.toml")  # of a checkout: the code
 PACKAGES = (
     *("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch"),
+    *("flash_attn", "kernels", "sageattention", "xformers"),
     *("safetensors", "tokenizers", "numpy", "scipy", "pandas", "pyarrow", "pillow", "msgspec", "submitit"),
 )
 SLURM = {

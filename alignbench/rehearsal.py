@@ -122,6 +122,7 @@ class Smaller:
             **{f"backend.{key}": value for key, value in self.backend.items()},
             "backend.size": SIZE * (i + 1),
             "backend.compile": False,
+            "backend.attention": "native",
             "prompts": self.prompts[0],
             "training.batch": self.batch * (i + 1),
             "training.checkpoint_every": 1,

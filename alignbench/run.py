@@ -133,8 +133,25 @@ class Work:
 
     @cached_property
     def flow(self) -> Any:
+        backend = self.registry.make("backend", self.spec.backend, "backend")
+        given = {"text": self.stored_text(backend)} if _stored(backend) else {}
         self.progress("loading the model")
-        return self.registry.make("backend", self.spec.backend, "backend").load(self.accelerator)
+        return backend.load(self.accelerator, **given)
+
+    def stored_text(self, backend: Any) -> Any:
+        """Encodes prompts by the store's embeddings. Those that this task can ask for are made first, by one rank."""
+        from alignbench import embeddings
+        from alignbench.train import drawn
+
+        def prepare() -> str:
+            prompts = [*self.prompts]
+            if self.task.trains and not self.run.done:
+                prompts += drawn(load_prompts(self.spec.prompts), self.spec.training)
+            texts = ["", *(prompt.text for prompt in prompts)]  # the empty one: of guidance in two branches
+            source, device = self.registry.source("backend", backend.name), self.accelerator.device
+            return embeddings.prepare(self.store, backend, source, device, texts, self.progress, self.may_stop)
+
+        return embeddings.Stored(self.store.embeddings / self.ranks.tell(prepare), self.accelerator.device)
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -327,7 +344,15 @@ class Work:
             "parallel": self.task.parallel,
             "weights": {part.name: provenance.weights(files) for part in made if (files := part.files())},
             "prompts": digest(load_prompts(self.spec.prompts)) if self.task.trains else None,
+            "embeddings": self._embeddings(made[0]),
         }
+
+    def _embeddings(self, backend: Any) -> str | None:
+        """The name of the folder that they are in; None if they are computed."""
+        from alignbench import embeddings
+
+        source, device = self.registry.source("backend", backend.name), self.accelerator.device
+        return embeddings.name(backend, source, device) if _stored(backend) else None
 
     # -- generate -----------------------------------------------------------------------------------------------------
 
@@ -539,6 +564,10 @@ class Work:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise UserError(f"{path}: not the picture that was made; delete {self.images.folder} to make them again")
         return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _stored(backend: Any) -> bool:
+    return getattr(backend, "embeddings", None) == "stored"
 
 
 def _parts(artefact: Artefact) -> Path:

@@ -228,7 +228,10 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
     """
     backend = registry.make("backend", spec.backend, "backend")
     method = registry.make("method", spec.method, "method")
-    described = {key: value for key, value in spec.backend.items() if key != "compile" or value}  # as before it was
+    described = {key: value for key, value in spec.backend.items() if key != "embeddings"}  # which move no bit
+    for name, usual in (("compile", False), ("attention", "native")):  # with these the id is that of before they were
+        if described.get(name) == usual:
+            del described[name]
     files = method.files()
     brought: dict[str, Any] = {"method files": fingerprint(files)} if files else {}
     if not method.trains:

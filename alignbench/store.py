@@ -171,6 +171,11 @@ class Store:
             self._lock(f"scores-{images}-{stem}"),
         )
 
+    @property
+    def embeddings(self) -> Path:
+        """Where prompts' embeddings are, in a folder for each way to compute them."""
+        return self.root / "embeddings"
+
     def _lock(self, name: str) -> Path:
         return self.root / "locks" / f"{name}.lock"
 
@@ -366,14 +371,19 @@ def alive(pid: int) -> bool:
 @contextmanager
 def locked(artefact: Artefact, waiting: Callable[[str], Any] = lambda holder: None) -> Iterator[Lock | None]:
     """Hold the artefact's lock; None if it was done meanwhile. ``waiting`` is told who holds it, every second."""
-    lock = Lock(artefact.lock)
-    while not artefact.done and not lock.try_acquire():
-        waiting(_holder(artefact.lock) or "another process")
+    with held(artefact.lock, waiting, lambda: artefact.done) as lock:
+        yield None if artefact.done else lock
+
+
+@contextmanager
+def held(
+    path: Path, waiting: Callable[[str], Any] = lambda holder: None, done: Callable[[], bool] = lambda: False
+) -> Iterator[Lock]:
+    """Hold the lock ``path``, or stop waiting for it once ``done``. ``waiting``: as for ``locked``."""
+    lock = Lock(path)
+    while not done() and not lock.try_acquire():
+        waiting(_holder(path) or "another process")
         time.sleep(1.0)
-    if artefact.done:
-        lock.release()
-        yield None
-        return
     try:
         yield lock
     finally:

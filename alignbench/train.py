@@ -139,6 +139,14 @@ def draw_batch(
     return Batch(chosen, cond, noise, rngs, seeded("step", seed, step), step)
 
 
+def drawn(prompts: Sequence[Prompt], training: Training) -> list[Prompt]:
+    """Those of ``prompts`` that batches can draw before the budget is spent; all, where it counts something else."""
+    budget, batch = training.budget, training.batch
+    batches = budget.updates or -(-(budget.images or 0) // batch)  # each makes at least one update
+    samples = min(batches * batch or len(prompts), len(prompts))
+    return [prompts[i] for i in sorted(prompt_index(training.seed, n, len(prompts)) for n in range(samples))]
+
+
 def prompt_index(seed: int, n: int, count: int) -> int:
     """Which of ``count`` prompts the run's n-th sample gets: every epoch a new permutation, nothing to remember."""
     epoch, place = divmod(n, count)

@@ -164,14 +164,18 @@ def model_files(folder: Path, where: str) -> list[Path]:
         return []
     weights = {path for path in folder.glob("*.safetensors") if ".fp16" not in path.name} or set(folder.glob("*.bin"))
     for index in check(folder.glob("*.index.json"), where):
-        weights |= _shards(index)
+        weights |= _shards(index, where)
     if not weights:
         raise UserError(f"{where}: {folder} has no weights (*.safetensors)")
     return check({folder / "config.json"} | set(folder.glob("*.json")) | weights, where)
 
 
-def _shards(index: Path) -> set[Path]:
-    return {index.parent / shard for shard in json.loads(index.read_text())["weight_map"].values()}
+def _shards(index: Path, where: str) -> set[Path]:
+    """The files that an index names. UserError if it is none."""
+    try:
+        return {index.parent / shard for shard in json.loads(index.read_text())["weight_map"].values()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{where}: {index} names no files of weights (weight_map); fetch it again") from None
 
 
 CONFIGS = ("config.json", "adapter_config.json")  # of a transformer, of peft's adapters
@@ -197,7 +201,7 @@ def published(name: str, where: str, *, revision: str | None = None, subfolder: 
 def _one_network(folder: Path, where: str) -> set[Path]:
     """The weights of a folder that holds those of one network."""
     indices = check(folder.glob("*.safetensors.index.json"), where)
-    shards = set[Path]().union(*map(_shards, indices))
+    shards = set[Path]().union(*(_shards(index, where) for index in indices))
     alone = set(folder.glob("*.safetensors")) - shards
     if len(indices) + len(alone) == 1:
         return shards | alone

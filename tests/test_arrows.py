@@ -54,6 +54,7 @@ LAYERS = (
         "backends.sit",
         "rehearsal",
         "doctor",
+        "embeddings",
     },
     {"estimate"},
     {"planning"},

@@ -133,6 +133,31 @@ def gradient(flow, method, batch) -> torch.Tensor:
     return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in flow.parameters()])
 
 
+@pytest.mark.parametrize("kernel", ["native", "_native_flash", "_native_efficient", "_native_cudnn"])
+def test_every_kernel_of_torchs_is_as_near_to_the_plain_one(folder, kernel):
+    """``backend.attention``: velocities in bfloat16 within 2 % of the plain kernel's, gradients' cosine at least 0.999.
+
+    None of them is the plain one in disguise.
+    """
+    found = []
+    for name in ("_native_math", kernel):
+        flow = load(folder, tune="lora", lora_rank=4, attention=name)
+        with torch.no_grad():
+            for i, p in enumerate(flow.parameters()):
+                p += 0.02 * torch.randn(p.shape, generator=seeded("adapter", i)).to(p)
+        batch = batch_of(flow)
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            v = flow.velocity(batch.noise, 0.5, batch.cond)
+        plain = any("attention_math" in event.key for event in profile.key_averages())
+        assert plain == (name == "_native_math")
+        found.append((v, gradient(flow, LeapAlign(steps=4), batch).double()))
+    (v, g), (v_kernel, g_kernel) = found
+    cosine = torch.nn.functional.cosine_similarity(g, g_kernel, dim=0).item()
+    print(f"{kernel}: velocities {relative(v_kernel, v):.1e} apart, cosine of gradients {cosine:.6f}")
+    assert relative(v_kernel, v) < 0.02
+    assert cosine >= 0.999
+
+
 def test_leapaligns_gradient_in_bfloat16_points_where_float32s_does(folder):
     """The cosine of the two gradients, over all parameters, is at least 0.999."""
     found = []

@@ -44,6 +44,7 @@ class Flux(PipelineBackend):
     network: ClassVar[str] = "FluxTransformer2DModel"
     models: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    dispatches: ClassVar[bool] = True
     published: ClassVar = {HUB: FLUX_1_DEV}
 
     model: str = HUB  # or a folder, or "shapes"
@@ -69,16 +70,19 @@ class Flux(PipelineBackend):
             return None
         return f"{self.model} is distilled to few steps, as FLUX.1-schnell is: its velocity gives no score"
 
-    def load(self, accelerator: Accelerator | None = None) -> FluxFlow:
-        """The model on ``accelerator``'s device (the CPU without one), ready to train."""
-        pipeline, device = self.ready(accelerator)
-        return FluxFlow(pipeline, self, FluxText(pipeline, self.max_sequence_length, device), device)
+    def load(self, accelerator: Accelerator | None = None, text: Text | None = None) -> FluxFlow:
+        """The model on ``accelerator``'s device (the CPU without one), ready to train. ``text``: as for ``ready``."""
+        pipeline, device = self.ready(accelerator, text)
+        return FluxFlow(pipeline, self, text or self.text(pipeline, device), device)
+
+    def text(self, pipeline: Pipeline, device: torch.device) -> FluxText:
+        return FluxText(pipeline, self.max_sequence_length, device)
 
 
 class FluxFlow(PipelineFlow):
     """A loaded FluxPipeline as a ``Flow``. Its guidance is an input of the network."""
 
-    def __init__(self, pipeline: Pipeline, settings: Flux, text: FluxText, device: torch.device) -> None:
+    def __init__(self, pipeline: Pipeline, settings: Flux, text: Text, device: torch.device) -> None:
         super().__init__(pipeline, settings, text, device)
         self._ids = lru_cache(self._make_ids)
 
@@ -142,7 +146,7 @@ class FluxText(Text):
         self.t5, self.t5_tokenizer = pipeline.text_encoder_2, pipeline.tokenizer_2
         self.length = min(length, self.t5_tokenizer.model_max_length)
 
-    def _encode_one(self, prompt: str) -> dict[str, Tensor]:
+    def encode_one(self, prompt: str) -> dict[str, Tensor]:
         import torch
 
         with torch.no_grad():

@@ -38,6 +38,7 @@ class Flux2(GuidedBackend):
     network: ClassVar[str] = "Flux2Transformer2DModel"
     models: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder")
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    dispatches: ClassVar[bool] = True
     published: ClassVar = PUBLISHED | DISTILLED
 
     model: str = f"{HUB}-base-9B"  # or a folder
@@ -73,16 +74,19 @@ class Flux2(GuidedBackend):
         """Why this model gives no score, hence no SDE; None where it does. Read from its configuration alone."""
         return f"{self.model} is distilled to few steps: its velocity gives no score" if self.distilled else None
 
-    def load(self, accelerator: Accelerator | None = None) -> Flux2Flow:
-        """The model on ``accelerator``'s device (the CPU without one), ready to train."""
-        pipeline, device = self.ready(accelerator)
-        return Flux2Flow(pipeline, self, Flux2Text(pipeline, self.max_sequence_length, device), device)
+    def load(self, accelerator: Accelerator | None = None, text: Text | None = None) -> Flux2Flow:
+        """The model on ``accelerator``'s device (the CPU without one), ready to train. ``text``: as for ``ready``."""
+        pipeline, device = self.ready(accelerator, text)
+        return Flux2Flow(pipeline, self, text or self.text(pipeline, device), device)
+
+    def text(self, pipeline: Pipeline, device: torch.device) -> Flux2Text:
+        return Flux2Text(pipeline, self.max_sequence_length, device)
 
 
 class Flux2Flow(PipelineFlow):
     """A loaded Flux2KleinPipeline as a ``Flow``."""
 
-    def __init__(self, pipeline: Pipeline, settings: Flux2, text: Flux2Text, device: torch.device) -> None:
+    def __init__(self, pipeline: Pipeline, settings: Flux2, text: Text, device: torch.device) -> None:
         super().__init__(pipeline, settings, text, device)
         self._ids = lru_cache(self._make_ids)
 
@@ -138,7 +142,7 @@ class Flux2Text(Text):
         super().__init__(device, kept=1024)
         self.qwen, self.tokenizer, self.length = pipeline.text_encoder, pipeline.tokenizer, length
 
-    def _encode_one(self, prompt: str) -> dict[str, Tensor]:
+    def encode_one(self, prompt: str) -> dict[str, Tensor]:
         import torch
 
         turn = [{"role": "user", "content": prompt}]

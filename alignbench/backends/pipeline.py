@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from alignbench import weights
-from alignbench.config import Config, Missing, UserError
+from alignbench.config import Config, Missing, UserError, did_you_mean
 from alignbench.cost import Model
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ Network = Any  # its transformer
 Split = Callable[[Network, Sequence[Network], Any, bool], None]  # network, blocks, computing type, is it trained?
 
 INDEX = "model_index.json"
+READERS = {"FluxPipeline": "flux", "StableDiffusion3Pipeline": "sd3", "Flux2KleinPipeline": "flux2"}  # backends
 TRAINING_ONLY = (  # settings that do not change the untrained model's images
     *("size", "guidance", "lora_rank", "lora_alpha", "lora_targets", "clamp", "gradient_checkpointing"),
 )
@@ -51,6 +55,11 @@ class PipelineBackend(Config):
     optional: ClassVar[tuple[str, ...]] = ()  # what of these a model_index.json may have as null
     published: ClassVar[Mapping[str, Mapping[str, Any]]]  # hub id -> its parts' configurations, for plans
     training_only: ClassVar[tuple[str, ...]] = TRAINING_ONLY
+    refused: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "dtype": {"float16": "float16 ends at 65,504, which activations exceed, and its gradients vanish unscaled"}
+    }
+    dispatches: ClassVar[bool] = False  # does the network let diffusers choose its attention's kernel?
+    text_version: ClassVar[str] = "1"  # another one whenever the same files give a prompt another embedding
 
     model: str  # or a folder
     size: int  # pixels, square, during training
@@ -66,6 +75,10 @@ class PipelineBackend(Config):
     clamp: Literal["hard", "straight_through"] = "hard"  # gradient of the final clamp to [0, 1]: zero outside, or one
     gradient_checkpointing: bool = False  # of the transformer's blocks and of the decoder
     compile: bool = False  # the transformer's blocks by torch.compile: faster, and rounded otherwise
+    attention: str = "native"  # the transformer's kernel, by diffusers' name; native: the one that torch picks
+    # Of prompts: computed as they are needed, or all of them before the model is loaded and kept in the store, so that
+    # no text encoder takes memory beside the transformer. The same bits; no part of the run's id.
+    embeddings: Literal["computed", "stored"] = "computed"
 
     @cached_property
     def folder(self) -> Path:
@@ -79,11 +92,24 @@ class PipelineBackend(Config):
         if not path.is_file():
             raise UserError(f"backend.model: {self.folder} has no {INDEX}; {needs} folder")
         if (kind := self.index.get("_class_name")) != self.pipeline:
-            raise UserError(f"backend.model: {self.folder} holds a {kind}; {needs}")
+            instead = f"choose backend.name: {READERS[kind]}" if kind in READERS else f"no backend reads a {kind}"
+            raise UserError(f"backend.model: {self.folder} holds a {kind}; {needs}; {instead}")
         self.check_size(self.size, "backend.size")
+        check_attention(self.attention, self.name, self.dispatches)  # type: ignore[attr-defined]
         found = [path, *weights.check([self.folder / "scheduler" / "scheduler_config.json"], "backend.model")]
         for part in self.present(self.models):
-            found += weights.model_files(self.folder / part, "backend.model")
+            if part not in self.encoders:
+                found += weights.model_files(self.folder / part, "backend.model")
+        return found + self.text_files()
+
+    @property
+    def encoders(self) -> list[str]:
+        """The parts that read prompts."""
+        return [part for part in self.present(self.models) if part.startswith("text_encoder")]
+
+    def text_files(self) -> list[Path]:
+        """Every file that determines a prompt's embedding. UserError for the first bad one."""
+        found = [path for part in self.encoders for path in weights.model_files(self.folder / part, "backend.model")]
         for part in self.present(self.tokenizers):
             kept = [path for path in (self.folder / part).glob("*") if path.is_file()]
             if not kept:
@@ -119,24 +145,41 @@ class PipelineBackend(Config):
 
     @property
     def measures(self) -> Model | None:
-        """For plans: by its configuration, or by the published one where that is not there. None: not known."""
+        """For plans: by its configuration, or by the published one where that is not there. None: not known.
+
+        Without text encoders where these are not loaded beside the rest.
+        """
         try:
-            return Model.read({part: self.read(part) for part in self.present(self.models)})
+            found = Model.read({part: self.read(part) for part in self.present(self.models)})
         except Missing:
-            known = self.published.get(self.model)
-            return None if known is None else Model.read(known)
+            if (known := self.published.get(self.model)) is None:
+                return None
+            found = Model.read(known)
+        return found._replace(encoders=()) if self.embeddings == "stored" else found
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.dtype)
 
     def branches(self, guidance: float) -> int:
         """Evaluations of the network for one velocity: two with classifier-free guidance."""
         return 1
 
-    def ready(self, accelerator: Accelerator | None) -> tuple[Pipeline, torch.device]:
-        """The pipeline on ``accelerator``'s device (the CPU without one), with the parameters that are trained."""
+    def ready(self, accelerator: Accelerator | None, text: Text | None = None) -> tuple[Pipeline, torch.device]:
+        """The pipeline on ``accelerator``'s device (the CPU without one), with the parameters that are trained.
+
+        ``text``: what encodes prompts in place of the pipeline's text encoders, which are not loaded then.
+        """
         import torch
 
         self.files()
         device = torch.device("cpu") if accelerator is None else accelerator.device
-        pipeline = self._pipeline().to(device)
+        try_attention(self.attention, self._dtype, self.read("transformer").get("attention_head_dim", 64), device)
+        if self.compile:
+            check_compiler(device)
+        pipeline = self._pipeline(() if text is None else (*self.encoders, *self.tokenizers)).to(device)
         self.open(pipeline)
         return pipeline, device
 
@@ -145,8 +188,7 @@ class PipelineBackend(Config):
         import torch
 
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward reads what is not its own (torch 2.11, H200)
-        for part in self.present(self.models):
-            getattr(pipeline, part).requires_grad_(False).eval()
+        _freeze(pipeline, self.present(self.models))
         if self.tune == "lora":
             self._add_lora(pipeline.transformer)
         else:
@@ -154,32 +196,48 @@ class PipelineBackend(Config):
         if self.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
             pipeline.vae.enable_gradient_checkpointing()
+        if self.dispatches:
+            _attend(pipeline.transformer, self.attention)
         if self.compile:
             _compile(pipeline.transformer)
 
-    def _pipeline(self) -> Pipeline:
+    def text_alone(self, device: torch.device) -> Text:
+        """What encodes prompts, with nothing of the pipeline but its text encoders."""
+        self.files()
+        pipeline = self._pipeline(("transformer", "vae")).to(device)
+        _freeze(pipeline, self.encoders)
+        return self.text(pipeline, device)
+
+    def text(self, pipeline: Pipeline, device: torch.device) -> Text:
+        """What encodes prompts with a loaded pipeline's text encoders."""
+        raise NotImplementedError
+
+    def _pipeline(self, without: Sequence[str] = ()) -> Pipeline:
+        """``without``: parts that are not loaded."""
         import diffusers
         import torch
 
-        frozen = getattr(torch, self.dtype)
+        frozen = self._dtype
         trained = torch.float32 if self.tune == "full" else frozen
+        absent = set(self.optional) - set(self.present(self.optional))
         with weights.quiet():
             return getattr(diffusers, self.pipeline).from_pretrained(
                 self.folder,
                 dtype={"transformer": trained, "default": frozen},
                 local_files_only=True,
-                **dict.fromkeys(set(self.optional) - set(self.present(self.optional))),  # None, or diffusers asks
+                **dict.fromkeys([*without, *absent]),  # None, or diffusers asks for them
             )
 
     def base(self, device: torch.device) -> Network:
         """The untouched transformer, read again from disk: training has already moved the one in memory."""
         import diffusers
-        import torch
 
         with weights.quiet():
             base = getattr(diffusers, self.network).from_pretrained(
-                self.folder, subfolder="transformer", dtype=getattr(torch, self.dtype), local_files_only=True
+                self.folder, subfolder="transformer", dtype=self._dtype, local_files_only=True
             )
+        if self.dispatches:
+            _attend(base, self.attention)
         return base.to(device).requires_grad_(False).eval()
 
     def _add_lora(self, transformer: Network) -> None:
@@ -369,12 +427,27 @@ class PipelineFlow:
                 self.transformer.gradient_checkpointing = checkpointing
 
 
+def _freeze(pipeline: Pipeline, parts: Sequence[str]) -> None:
+    for part in parts:
+        if (module := getattr(pipeline, part)) is not None:
+            module.requires_grad_(False).eval()
+
+
 def _blocks(transformer: Network) -> list[Network]:
     return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
 
 
 COMPILER = "inductor"
 VARIANTS = 64  # of a block: with and without gradient and adapters, of every batch and image size; torch's own: 8
+
+
+def check_compiler(device: torch.device) -> None:
+    """UserError if what torch.compile runs is not here: it says so itself, but once the model is loaded."""
+    kind, variable, names = ("C", "CC", "gcc clang") if device.type == "cuda" else ("C++", "CXX", "g++ clang++")
+    wanted = shlex.split(os.environ.get(variable, ""))[:1] or names.split()
+    if COMPILER == "inductor" and not any(map(shutil.which, wanted)):
+        what = f"there is no {kind} compiler ({' or '.join(wanted)}), which torch.compile needs"
+        raise UserError(f"backend.compile: {what}; install one, or choose false")
 
 
 def _compile(transformer: Network) -> None:
@@ -388,6 +461,65 @@ def _compile(transformer: Network) -> None:
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for block in _blocks(transformer):
         block.compile(fullgraph=True, dynamic=False, backend=COMPILER)
+
+
+def check_attention(name: str, backend: str, dispatches: bool) -> None:
+    """UserError for a kernel that diffusers does not know, whose package is missing, or that cannot be chosen."""
+    if name == "native":
+        return
+    if not dispatches:
+        raise UserError(f"backend.attention: the attention of {backend} is always torch's; choose native")
+    from diffusers.models import attention_dispatch
+
+    known = [kernel.value for kernel in attention_dispatch.AttentionBackendName]
+    if name not in known:
+        raise UserError(f"backend.attention: there is no kernel '{name}'{did_you_mean(name, known, 'kernels')}")
+    try:
+        attention_dispatch._check_attention_backend_requirements(attention_dispatch.AttentionBackendName(name))
+    except RuntimeError as error:
+        raise UserError(f"backend.attention: {_line(error)} Or choose native") from None
+
+
+def try_attention(name: str, dtype: torch.dtype, head: int, device: torch.device) -> None:
+    """UserError unless the kernel gives values and gradients on ``device``, for heads of ``head`` channels.
+
+    On a GPU torch's own choice must be a fused kernel: the plain one keeps every score, with FLUX.1-dev 84 GB for one
+    image of 720 px.
+    """
+    import torch
+    from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    native = name == "native"
+    if native and device.type != "cuda":
+        return
+    fused = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]) if native else nullcontext()
+    x = torch.ones(1, 16, 1, head, dtype=dtype, device=device, requires_grad=True)
+    try:
+        with fused, attention_backend(name):
+            dispatch_attention_fn(x, x, x).sum().backward()
+    except Exception as error:  # every package refuses in its own way
+        where = f"{device.type}, for {str(dtype).removeprefix('torch.')} and heads of {head} channels"
+        instead = "choose backend.dtype: float32" if native else "choose native"
+        raise UserError(f"backend.attention: {name} does not work on {where} ({_line(error)}); {instead}") from error
+
+
+def _attend(transformer: Network, name: str) -> None:
+    """By one kernel from now on, and no other model by it: diffusers would make it everybody's."""
+    from diffusers.models.attention_dispatch import attention_backend
+    from diffusers.utils import logging
+
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # that it is an experimental feature
+    try:
+        with attention_backend("native"):
+            transformer.set_attention_backend(name)
+    finally:
+        logging.set_verbosity(said)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _leave_inputs(transformer: Network) -> None:
@@ -405,7 +537,7 @@ class Text:
 
     def __init__(self, device: torch.device, kept: int = 4096) -> None:
         self.device = device
-        self._encode = lru_cache(kept)(self._encode_one)
+        self._encode = lru_cache(kept)(self.encode_one)
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
         import torch
@@ -415,7 +547,7 @@ class Text:
         rows = [self._encode(prompt) for prompt in prompts]
         return Cond({name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]})
 
-    def _encode_one(self, prompt: str) -> dict[str, Tensor]:
+    def encode_one(self, prompt: str) -> dict[str, Tensor]:
         """Conditioning of one prompt, on the CPU, without the sample dimension."""
         raise NotImplementedError
 

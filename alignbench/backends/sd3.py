@@ -82,16 +82,19 @@ class SD3(GuidedBackend):
             return None
         return f"{self.model} is distilled to few steps, as SD3.5-large-turbo is: its velocity gives no score"
 
-    def load(self, accelerator: Accelerator | None = None) -> SD3Flow:
-        """The model on ``accelerator``'s device (the CPU without one), ready to train."""
-        pipeline, device = self.ready(accelerator)
-        return SD3Flow(pipeline, self, SD3Text(pipeline, self.max_sequence_length, device), device)
+    def load(self, accelerator: Accelerator | None = None, text: Text | None = None) -> SD3Flow:
+        """The model on ``accelerator``'s device (the CPU without one), ready to train. ``text``: as for ``ready``."""
+        pipeline, device = self.ready(accelerator, text)
+        return SD3Flow(pipeline, self, text or self.text(pipeline, device), device)
+
+    def text(self, pipeline: Pipeline, device: torch.device) -> SD3Text:
+        return SD3Text(pipeline, self.max_sequence_length, self.read("transformer")["joint_attention_dim"], device)
 
 
 class SD3Flow(PipelineFlow):
     """A loaded StableDiffusion3Pipeline as a ``Flow``."""
 
-    def __init__(self, pipeline: Pipeline, settings: SD3, text: SD3Text, device: torch.device) -> None:
+    def __init__(self, pipeline: Pipeline, settings: SD3, text: Text, device: torch.device) -> None:
         super().__init__(pipeline, settings, text, device)
         self._spacing = settings.spacing
 
@@ -144,13 +147,13 @@ class SD3Flow(PipelineFlow):
 class SD3Text(Text):
     """The states of both CLIPs side by side, then T5's, "text" (L, D); both CLIPs' projections "pooled" (P)."""
 
-    def __init__(self, pipeline: Pipeline, length: int, device: torch.device) -> None:
+    def __init__(self, pipeline: Pipeline, length: int, width: int, device: torch.device) -> None:
         super().__init__(device)
         self.clips = (pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)
-        self.t5_tokenizer, self.t5, self.length = pipeline.tokenizer_3, pipeline.text_encoder_3, length
-        self.width = pipeline.transformer.config.joint_attention_dim
+        self.t5_tokenizer, self.t5 = pipeline.tokenizer_3, pipeline.text_encoder_3
+        self.length, self.width = length, width
 
-    def _encode_one(self, prompt: str) -> dict[str, Tensor]:
+    def encode_one(self, prompt: str) -> dict[str, Tensor]:
         import torch
         from torch.nn.functional import pad
 

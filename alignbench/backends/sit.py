@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from alignbench import weights
-from alignbench.backends.pipeline import GuidedBackend, Network, Pipeline, PipelineFlow, Text, pack, unpack
+from alignbench.backends.pipeline import (
+    GuidedBackend,
+    Network,
+    Pipeline,
+    PipelineFlow,
+    Text,
+    check_attention,
+    pack,
+    unpack,
+)
 from alignbench.config import Missing, UserError, read_text
 from alignbench.cost import SIT_XL_2, Model, SiTTransformer
 from alignbench.prompts import Prompt
@@ -80,6 +89,9 @@ class SiT(GuidedBackend):
 
         Unlike those of pipelines, this needs torch: nothing else reads the checkpoint's list of tensors.
         """
+        check_attention(self.attention, self.name, self.dispatches)
+        if self.embeddings == "stored":
+            raise UserError("backend.embeddings: sit has no text encoder that could be left out; choose computed")
         checkpoint, vae = self.checkpoint, self.vae_folder  # first: both may be missing
         found = weights.check([checkpoint], "backend.model") + weights.model_files(vae, "backend.vae")
         config = self.read("transformer")
@@ -207,7 +219,7 @@ class SiT(GuidedBackend):
         pipeline, device = self.ready(accelerator)
         return SiTFlow(pipeline, self, SiTText(self, device), device)
 
-    def _pipeline(self) -> Pipeline:
+    def _pipeline(self, without: Sequence[str] = ()) -> Pipeline:
         import torch
         from diffusers import AutoencoderKL
 
@@ -270,7 +282,7 @@ class SiTText(Text):
         super().__init__(device)
         self.settings = settings
 
-    def _encode_one(self, prompt: str) -> dict[str, Tensor]:
+    def encode_one(self, prompt: str) -> dict[str, Tensor]:
         import torch
 
         count = self.settings.read("transformer")["classes"] + 1
