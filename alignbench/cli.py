@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import gc as collector
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -276,6 +278,23 @@ def retry(arguments: argparse.Namespace) -> int:
     return _hand_out(arguments, plan, cells, store, options)
 
 
+def uncollected(verb: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """``verb`` without Python's search for cycles among a million objects that are all kept: a tenth of its time."""
+
+    @functools.wraps(verb)
+    def run(arguments: argparse.Namespace) -> int:
+        before = collector.isenabled()
+        collector.disable()
+        try:
+            return verb(arguments)
+        finally:
+            if before:
+                collector.enable()
+
+    return run
+
+
+@uncollected
 def report(arguments: argparse.Namespace) -> int:
     """Print the table of a sweep from what the store has, and write it in every format: page, tables, picture grid."""
     from alignbench.report import FORMATS, build, check_formats
