@@ -195,7 +195,7 @@ class RandomText(Text):
         super().__init__(device)
         self.sizes = {"text": (words, shape["joint_attention_dim"]), "pooled": (shape["pooled_projection_dim"],)}
 
-    def _encode_one(self, prompt: str) -> dict[str, torch.Tensor]:
+    def encode_one(self, prompt: str) -> dict[str, torch.Tensor]:
         rng = seeded("text", prompt)
         return {name: torch.randn(size, generator=rng).bfloat16() for name, size in self.sizes.items()}
 

@@ -145,7 +145,7 @@ def test_the_meter_counts_every_evaluation(load, changes, spent):
 def test_the_empty_prompt_is_encoded_once(load):
     """However often it guides, and in every view."""
     flow, calls = load(), []
-    encode = flow._text._encode_one
+    encode = flow._text.encode_one
     flow._text._encode = lambda prompt: calls.append(prompt) or encode(prompt)
     x, cond = some(flow)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from alignbench import small
+from alignbench import embeddings, small
 from alignbench.average import Average
 from alignbench.backends.flux import Flux
 from alignbench.checkpoint import FINAL, load_records
@@ -30,6 +30,7 @@ from alignbench.methods.leapalign import LeapAlign
 from alignbench.plugins import Registry
 from alignbench.prompts import load_prompts
 from alignbench.spec import Budget, Optimizer, Training
+from alignbench.store import Store
 from alignbench.testing import picture, unclocked
 from alignbench.train import draw_batch, train
 
@@ -194,6 +195,19 @@ def test_checkpointing_saves_memory_and_keeps_the_gradient(folder, tune):
     print(f"peaks {peaks[0] / 2**20:.0f} and {peaks[1] / 2**20:.0f} MiB, gradients {apart:.1e} apart")
     assert peaks[1] < 0.8 * peaks[0]
     assert apart < 0.01
+
+
+def test_stored_embeddings_are_computed_ones_and_leave_no_encoder_behind(folder, tmp_path):
+    """``backend.embeddings: stored``: the same bits, and afterwards as much of the GPU is free as before."""
+    made = Flux(model=str(folder), size=SIZE, max_sequence_length=WORDS)
+    device, texts = accelerator().device, ["", *(prompt.text for prompt in PROMPTS[:5])]
+    before = torch.cuda.memory_allocated()
+    name = embeddings.prepare(Store(tmp_path), made, None, device, texts, lambda *_: None, lambda: None)
+    assert torch.cuda.memory_allocated() == before
+    flow = load(folder)
+    ours = embeddings.Stored(tmp_path / "embeddings" / name, flow.device)(texts).tensors
+    theirs = flow.encode(texts).tensors
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 # ---- training

@@ -185,9 +185,6 @@ class PipelineBackend(Config):
 
     def open(self, pipeline: Pipeline) -> None:
         """Make the transformer ready to train, and freeze everything else."""
-        import torch
-
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward reads what is not its own (torch 2.11, H200)
         _freeze(pipeline, self.present(self.models))
         if self.tune == "lora":
             self._add_lora(pipeline.transformer)
@@ -428,6 +425,10 @@ class PipelineFlow:
 
 
 def _freeze(pipeline: Pipeline, parts: Sequence[str]) -> None:
+    """No gradients, and no attention of cuDNN's: so text encoders compute the same bits, whatever is beside them."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward reads what is not its own (torch 2.11, H200)
     for part in parts:
         if (module := getattr(pipeline, part)) is not None:
             module.requires_grad_(False).eval()
