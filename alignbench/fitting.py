@@ -24,8 +24,7 @@ LEGEND = (
     "frozen: text encoders, autoencoder, and under LoRA the network; weights: those trained, with gradients;",
     "base: a copy of the untrained model; casts: of trained weights, by autocast, or gathered by FSDP; graphs: what",
     "autograd keeps of the evaluations that one micro-batch differentiates; work: beside them, the decoder's backward",
-    "or one block's; not checkpointed: the peak without gradient checkpointing; largest: micro-batch of this run that",
-    "fits",
+    "or one block's; not checkpointed: the peak without gradient checkpointing; largest: micro-batch that fits",
 )
 Change = Callable[[RunSpec], RunSpec]
 
