@@ -25,7 +25,7 @@ LEGEND = (
     "trained, with gradients; base: a copy of the untrained model; casts: of trained weights, by autocast, or gathered",
     "by FSDP; graphs: what autograd keeps of the evaluations that one micro-batch differentiates; work: beside them,",
     "the decoder's backward or one block's; not checkpointed: the peak without gradient checkpointing; largest:",
-    "micro-batch of this run that fits",
+    "micro-batch that fits",
 )
 Change = Callable[[RunSpec], RunSpec]
 
