@@ -71,23 +71,24 @@ def page(name: str, specs: Sequence[RunSpec], registry: Registry, gpu: GPU, rank
     return "\n".join(text), fits
 
 
-def check_room(spec: RunSpec, registry: Registry, ranks: int, free: int, total: int) -> str:
+def check_room(spec: RunSpec, registry: Registry, ranks: Group, free: int, total: int) -> str:
     """What a run is to be warned of before its model is loaded; "" if nothing. Bytes of the GPU that it is on.
 
-    UserError if training is too large for the whole GPU, by more than the estimate may be wrong.
+    UserError if training is too large for the whole GPU, by more than the estimate may be wrong; with FSDP, whose
+    estimate was never held against a measurement, that is a warning too.
     """
     try:
-        memory = training_memory(spec, registry, ranks)
+        memory = ranks.memory(spec, registry)
     except UserError:  # nothing is known
         return ""
     if memory.peak <= free:
         return ""
-    smaller = [f"{text} saves {size(saved)}" for text, saved, _ in remedies(spec, memory, registry, Group(ranks))]
+    smaller = [f"{text} saves {size(saved)}" for text, saved, _ in remedies(spec, memory, registry, ranks)]
     needed, instead = (
         f"training needs about {size(memory.peak)} of GPU memory",
         ", ".join(smaller) or "use a larger one",
     )
-    if memory.peak > total * (1 + MEMORY_ERROR):
+    if memory.peak > total * (1 + MEMORY_ERROR) and ranks.parallel != "fsdp":
         raise UserError(f"{needed}, and this GPU has {size(total)}; {instead}")
     return f"{needed}, and {size(free)} of this GPU's {size(total)} are free; {instead}"
 

@@ -299,21 +299,19 @@ class Work:
         return {"updates": updates}
 
     def check_room(self) -> None:
-        """Before the model is loaded: UserError if training cannot fit into this GPU, a warning if it may not.
-
-        Not under FSDP, where it is not known what a rank holds.
-        """
+        """Before the model is loaded: UserError if training cannot fit into this GPU, a warning if it may not."""
         import torch
 
         device = self.accelerator.device
-        if device.type != "cuda" or self.task.parallel == "fsdp":
+        if device.type != "cuda":
             return
-        from alignbench.fitting import check_room
+        from alignbench.fitting import Group, check_room
 
         free, total = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of this process' last run
         with torch.random.fork_rng(devices=[]):  # the method is watched on a toy: training must not see that
-            warning = check_room(self.spec, self.registry, self.accelerator.num_processes, free + cached, total)
+            ranks = Group(self.accelerator.num_processes, self.task.parallel)
+            warning = check_room(self.spec, self.registry, ranks, free + cached, total)
         if warning and self.ranks.first:
             self.warn(warning)
 

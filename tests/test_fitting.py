@@ -17,7 +17,7 @@ from world import PLUGIN, alignbench, sweep_file
 from alignbench.config import UserError, settings
 from alignbench.cost import FLUX_1_DEV, GPUS, Model
 from alignbench.estimate import Memory, training_memory
-from alignbench.fitting import Group, check_room, page, remedies
+from alignbench.fitting import ALONE, Group, check_room, page, remedies
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.plugins import Registry
 from alignbench.run import Task, Work
@@ -250,18 +250,24 @@ def test_a_method_that_no_sweep_has_is_added(capsys):
 
 
 def test_only_what_surely_does_not_fit_is_refused():
-    """Free memory is enough: nothing. Not enough, but the card may be: a warning. By more than the error: UserError."""
+    """Free memory is enough: nothing. Not enough, but the card may be: a warning. By more than the error: UserError,
+    but with FSDP, which was never measured, a warning.
+    """
     asked, registry = spec(LEAPALIGN, 16), Registry()
     peak = int(training_memory(asked, registry).peak)
-    assert check_room(asked, registry, 1, peak + 1, peak + 1) == ""
-    assert "training.micro_batch=1 saves 83 GB" in check_room(asked, registry, 1, peak // 2, peak)
-    assert "are free" in check_room(asked, registry, 1, int(0.92 * peak), int(0.92 * peak))
+    assert check_room(asked, registry, ALONE, peak + 1, peak + 1) == ""
+    assert "training.micro_batch=1 saves 83 GB" in check_room(asked, registry, ALONE, peak // 2, peak)
+    assert "are free" in check_room(asked, registry, ALONE, int(0.92 * peak), int(0.92 * peak))
     with pytest.raises(UserError, match=r"needs about 130 GB .* has 80 GB; .*, training.micro_batch=1 saves 83 GB"):
-        check_room(asked, registry, 1, 80 * 10**9, 80 * 10**9)
+        check_room(asked, registry, ALONE, 80 * 10**9, 80 * 10**9)
+    asked = spec(LEAPALIGN, 16, tune="full")
+    told = check_room(asked, registry, Group(2, "fsdp"), 80 * 10**9, 80 * 10**9)
+    assert told.startswith("training needs about")
+    assert "are free" in told
 
 
 def test_a_run_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
-    """On a CUDA device with a few kilobytes of memory, with the figures; not on a CPU, nor under FSDP."""
+    """On a CUDA device with a few kilobytes of memory, with the figures; not on a CPU."""
     plan = resolve(read(sweep_file(tmp_path)), Registry([PLUGIN]))
     cell = next(cell for cell in plan.cells if cell.trains)
     task = Task(
@@ -269,14 +275,13 @@ def test_a_run_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
         [], [PLUGIN], 1, str(tmp_path / "progress"), [],
     )  # fmt: skip
 
-    def work(device: str, parallel: str = "ddp") -> Work:
-        made = Work(task._replace(parallel=parallel), lambda: False)
+    def work(device: str) -> Work:
+        made = Work(task, lambda: False)
         made.ranks = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device(device), num_processes=1))
         return made
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     work("cpu").check_room()
-    work("cuda", "fsdp").check_room()
     refused = work("cuda")
     with pytest.raises(UserError, match=r"training needs about .* of GPU memory, and this GPU has"):
         refused._train(Lock(tmp_path / "lock"))
