@@ -368,8 +368,9 @@ def _kept() -> dict[str, Watched]:
 
 
 def watch_once(method: AlignMethod, training: Training, terms: int, name: str, negative: Negative = None) -> Watched:
-    """As ``watch``, for as many batches as the budget can last; remembered for runs that differ in their seed alone."""
-    key = content_id([name, settings(method), settings(training) | {"seed": 0}, terms, negative])
+    """As ``watch``, for as many batches as the budget can last; remembered for runs that differ in nothing it sees."""
+    parts = {key: getattr(training, key) for key in ("budget", "batch", "micro_batch", "reward_slice")}
+    key = content_id([name, settings(method), parts, terms, negative])
     if key not in _kept():
         first = watch(method, training, terms, range(1), negative)
         count = first.batches(training, 1.0) if not training.budget.gpu_seconds else RUNS
