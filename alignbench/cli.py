@@ -279,7 +279,7 @@ def retry(arguments: argparse.Namespace) -> int:
 
 
 def uncollected(verb: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """``verb`` without Python's search for cycles among a million objects that are all kept: a twentieth of its time."""
+    """``verb`` without Python's search for cycles among a million objects, all of them kept: 5 % of its time."""
 
     @functools.wraps(verb)
     def run(arguments: argparse.Namespace) -> int:

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from msgspec import structs
 
 from alignbench.backends.flux import Flux, FluxFlow
 from alignbench.backends.pipeline import Text
@@ -47,7 +48,7 @@ from alignbench.methods.leapalign import LeapAlign
 from alignbench.methods.mixgrpo import MixGRPO
 from alignbench.methods.refl import ReFL
 from alignbench.prompts import Prompt
-from alignbench.spec import Budget, Protocol, Training
+from alignbench.spec import Budget, Optimizer, Protocol, Training
 from alignbench.train import train
 
 HERE = Path(__file__).resolve().parent
@@ -343,19 +344,20 @@ class Step(NamedTuple):
     hardware: float  # and those with checkpointing's repetitions
 
 
-def step(it: World, method: Any, size: int, n: int = 1, updates: int = 3) -> Step:
+def step(it: World, method: Any, size: int, n: int = 1, updates: int = 3, **more: Any) -> Step:
     """``updates`` updates of ``train`` with batches of n; the first one, which warms up, is not counted if there are
-    more.
+    more. ``more``: settings of training.
     """
     cleared(it.device)
     reward = Reward(Term(it.judge, margin=None))
-    training = Training(budget=Budget(updates=updates), batch=n, micro_batch=n, drift_every=None)
+    training = Training(budget=Budget(updates=updates), batch=n, micro_batch=n, drift_every=None, **more)
     accelerator = Accelerator(cpu=it.device.type == "cpu")
     records = list(train(method, it.flow.at(size=size), reward, PROMPTS, training, accelerator=accelerator))
     first = records[0] if len(records) > 1 else dict.fromkeys(records[0], 0)
     spent = {k: records[-1][k] - first[k] for k in ("seconds", "nfe_forward", "nfe_grad", "decodes", "images")}
     tokens = it.model.tokens(size, it.words)
-    f, b = it.model.transformer.forward(tokens), it.model.transformer.backward(tokens, full=False)
+    full = it.flow._settings.tune == "full"
+    f, b = it.model.transformer.forward(tokens), it.model.transformer.backward(tokens, full)
     decode = it.model.decoder.forward(size) * spent["decodes"]
     pathwise = 0 if method.stochastic else 1  # is the decoder differentiated?
     model = spent["nfe_forward"] * f + spent["nfe_grad"] * (f + b) + decode * (1 + pathwise)
@@ -479,6 +481,31 @@ def compiled_training(it: World, sheet: Sheet) -> None:
         sheet.add("compiling, training: three updates with it", sheet.seconds - began, "s")
 
 
+def masters(it: World, sheet: Sheet) -> None:
+    """Adapters in bfloat16, with float32 masters in the optimizer: the same bits without the casts. They stay so."""
+    found = step(it, LeapAlign(steps=it.steps), it.size, optimizer=Optimizer(weights="master"))
+    training_row(it, sheet, f"LeapAlign, {it.size} px, batch 1, adapters in bfloat16", found, it.size)
+    forward(it, sheet, ", with adapters in bfloat16", it.size)
+
+
+def all_weights(it: World, sheet: Sheet) -> None:
+    """A full fine-tune on one card: bfloat16 weights rounded stochastically, 8-bit moments, the average on the host.
+
+    The adapters are gone afterwards, and the network has moved.
+    """
+    transformer = it.flow.transformer
+    transformer.delete_adapters("default")
+    for parameter in transformer.parameters():
+        parameter.requires_grad_(True)
+        if parameter.ndim < 2:  # as the backend loads it; matrices would become bfloat16 again
+            parameter.data = parameter.data.float()
+    settings = structs.replace(it.settings, tune="full")
+    it = it._replace(flow=FluxFlow(it.pipeline, settings, it.flow._text, it.device))
+    optimizer = Optimizer(weights="stochastic", moments="8bit")
+    found = step(it, LeapAlign(steps=it.steps), it.size, optimizer=optimizer, ema_on_host=True)
+    training_row(it, sheet, f"LeapAlign, {it.size} px, batch 1, all weights", found, it.size)
+
+
 def kernels(it: World, sheet: Sheet) -> None:
     """Where a forward and a step spend their time: the longest kernels, in gpu-<card>-kernels.txt."""
     from torch.profiler import ProfilerActivity, profile
@@ -502,7 +529,7 @@ def kernels(it: World, sheet: Sheet) -> None:
 
 @contextlib.contextmanager
 def told(sheet: Sheet, what: str) -> Iterator[None]:
-    """A failure becomes a row, and the rest goes on: the machine is lent for minutes."""
+    """A failure becomes a row, and the rest goes on: minutes on a GPU are dear."""
     try:
         yield
     except Exception as error:  # whatever a kernel or a compiler raises
@@ -518,7 +545,7 @@ BARE = (Phase(ceilings, 0.3), Phase(forwards, 0.4), Phase(attention, 0.2))
 ADAPTED = (
     *(Phase(adapted, 0.1), Phase(leapalign, 0.5), Phase(kernels, 0.3), Phase(evaluation, 0.4)),
     *(Phase(compiled_rollouts, 1.0), Phase(methods, 1.2), Phase(other_sizes, 0.8), Phase(largest_batch, 1.0)),
-    *(Phase(compiled_training, 1.5), Phase(policy_gradient, 0.5)),
+    *(Phase(compiled_training, 1.5), Phase(policy_gradient, 0.5), Phase(masters, 0.5), Phase(all_weights, 1.5)),
 )
 
 

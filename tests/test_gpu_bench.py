@@ -71,6 +71,24 @@ def test_a_training_sample_costs_its_forwards_and_backwards(gpu, world):
     assert all(not torch.equal(p, q) for p, q in zip(trained.flow.parameters(), before))
 
 
+def test_all_weights_are_trained_once_the_adapters_are_gone(gpu, tmp_path, sheet):
+    """After LeapAlign with adapters in bfloat16: every parameter of the model's own moves, and a backward through the
+    weights counts; adapters are bfloat16 beside masters, all of the model's matrices afterwards too.
+    """
+    it = gpu.with_adapters(gpu.world(True, CPU, tmp_path / "model"))
+    gpu.masters(it, sheet)
+    assert {p.dtype for p in it.flow.parameters()} == {torch.bfloat16}
+    own = {name: p for name, p in it.flow.transformer.named_parameters() if ".lora_" not in name}
+    before = {name: p.detach().clone() for name, p in own.items()}
+    gpu.all_weights(it, sheet)
+    assert not [name for name, _ in it.flow.transformer.named_parameters() if ".lora_" in name]
+    moved = [name for name, p in own.items() if not torch.equal(p.float(), before[name].float())]
+    assert set(own) - set(moved) <= {name for name in own if own[name].ndim < 2}
+    assert {p.dtype for p in own.values() if p.ndim > 1} == {torch.bfloat16}
+    adapters, _, everything = sheet.rows
+    assert everything["mfu"] * everything["value"] > adapters["mfu"] * adapters["value"]
+
+
 def test_a_phase_fails_or_is_skipped_alone(gpu, world, sheet, tmp_path):
     """One that raises and one that would take too long are rows; what comes after them is measured, and kept."""
 
