@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignbench import hinge
 from alignbench.config import UserError
@@ -502,16 +502,16 @@ def read_scores(root: Path, files: Iterable[tuple[dict[str, Any], dict[str, Any]
     places: list[pa.Table] = []
     used, tables, facts = [], [], []
     for run, score in files:
-        found = _open(f"{root}/{score['file']}")
+        found = Parquet.open(f"{root}/{score['file']}")
         if found is None:
             continue
-        head = _head(*found)
+        head = found.head
         place = known.get(head, len(places))
         if place == len(places):
-            places.append(_columns(*found, PLACE))
+            places.append(found.columns(PLACE))
             known |= {head: place} if head else {}
         names = [metric["name"] for metric in score["metrics"]]
-        values = _columns(*found, dict.fromkeys(names, "double") | {"ok": "bool"})
+        values = found.columns(dict.fromkeys(names, "double") | {"ok": "bool"})
         for name in names:
             used.append(place)
             tables.append(values.select([name, "ok"]).rename_columns(["score", "ok"]))
@@ -538,44 +538,51 @@ def read_scores(root: Path, files: Iterable[tuple[dict[str, Any], dict[str, Any]
 
 def read_table(path: Path | str) -> pa.Table | None:
     """A small parquet file; None if there is none. UserError if it is not whole."""
-    found = _open(path)
-    return None if found is None else _columns(*found)
+    found = Parquet.open(path)
+    return None if found is None else found.columns()
 
 
-def _open(path: Path | str) -> tuple[str, bytes, Any] | None:
-    """Path, content and ``ParquetFile``."""
-    import pyarrow as pa
-    from pyarrow import parquet
+class Parquet(NamedTuple):
+    """A small file, read whole at once: mapping it into memory takes twice as long."""
 
-    try:
-        with open(path, "rb") as file:  # whole, at once: mapping it into memory takes twice as long
-            content = file.read()
-        return str(path), content, parquet.ParquetFile(pa.BufferReader(content))
-    except FileNotFoundError:
-        return None
-    except pa.ArrowException as error:
-        raise _damaged(path, error) from None
+    path: Path | str
+    content: bytes
+    source: Any  # pyarrow's ParquetFile
 
+    @classmethod
+    def open(cls, path: Path | str) -> Parquet | None:
+        """None if there is none. UserError if it is not whole."""
+        import pyarrow as pa
+        from pyarrow import parquet
 
-def _columns(path: str, content: bytes, source: Any, types: dict[str, str] | None = None) -> pa.Table:
-    """All columns of an opened file, or those that ``types`` names, of these types."""
-    import pyarrow as pa
+        try:
+            with open(path, "rb") as file:
+                content = file.read()
+            return cls(path, content, parquet.ParquetFile(pa.BufferReader(content)))
+        except FileNotFoundError:
+            return None
+        except pa.ArrowException as error:
+            raise _damaged(path, error) from None
 
-    try:
-        table = source.read(columns=list(types) if types else None, use_threads=False)
-        wanted = pa.schema(types.items()) if types else table.schema
-        return table if table.schema == wanted else table.select(wanted.names).cast(wanted)
-    except (pa.ArrowException, KeyError) as error:
-        raise _damaged(path, error) from None
+    def columns(self, types: dict[str, str] | None = None) -> pa.Table:
+        """All columns, or those that ``types`` names, of these types."""
+        import pyarrow as pa
 
+        try:
+            table = self.source.read(columns=list(types) if types else None, use_threads=False)
+            wanted = pa.schema(types.items()) if types else table.schema
+            return table if table.schema == wanted else table.select(wanted.names).cast(wanted)
+        except (pa.ArrowException, KeyError) as error:
+            raise _damaged(self.path, error) from None
 
-def _head(path: str, content: bytes, source: Any) -> bytes:
-    """The bytes of the columns in ``PLACE``, if a file begins with them; else none."""
-    about = source.metadata
-    if about.num_row_groups != 1 or about.schema.names[: len(PLACE)] != list(PLACE):
-        return b""
-    after = about.row_group(0).column(len(PLACE))
-    return content[: after.dictionary_page_offset or after.data_page_offset]
+    @property
+    def head(self) -> bytes:
+        """The bytes of the columns in ``PLACE``, if the file begins with them; else none."""
+        about = self.source.metadata
+        if about.num_row_groups != 1 or about.schema.names[: len(PLACE)] != list(PLACE):
+            return b""
+        after = about.row_group(0).column(len(PLACE))
+        return self.content[: after.dictionary_page_offset or after.data_page_offset]
 
 
 def _damaged(path: Path | str, error: Exception) -> UserError:
