@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from test_halves import HalfFlow
-from test_train import GRPO, LEAP, STEPS, run, settings
+from test_train import GRPO, LEAP, STEPS, CtrlC, run, settings
 
 from alignbench.average import Average
 from alignbench.checkpoint import FINAL
@@ -81,18 +81,10 @@ def test_what_goes_wrong_in_the_thread_ends_the_run(folder, tmp_path, monkeypatc
 @pytest.mark.usefixtures("late")
 def test_a_run_that_is_interrupted_does_not_wait(tmp_path):
     """Ctrl-C while the average follows: the run ends, and the next goes on bitwise from its last checkpoint."""
-
-    class Interrupted(AffineFlow):
-        left = 30
-
-        def velocity(self, *arguments, **named):
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-            return super().velocity(*arguments, **named)
-
+    flow = CtrlC(STEPS)
+    flow.left = 30
     with pytest.raises(KeyboardInterrupt):
-        run(LEAP, settings(ema_on_host=True), tmp_path / "resumed", flow=Interrupted(STEPS))
+        run(LEAP, settings(ema_on_host=True), tmp_path / "resumed", flow=flow)
     run(LEAP, settings(ema_on_host=True), tmp_path / "resumed")
     run(LEAP, settings(), tmp_path / "whole")
     assert (tmp_path / "resumed" / FINAL).read_bytes() == (tmp_path / "whole" / FINAL).read_bytes()

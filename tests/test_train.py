@@ -544,6 +544,18 @@ def same_run(folder, flow, undisturbed, records):
     assert (folder / "resumed" / FINAL).read_bytes() == (folder / "whole" / FINAL).read_bytes()
 
 
+class CtrlC(AffineFlow):
+    """Ctrl-C in the network call after which none are ``left``."""
+
+    left = 0
+
+    def velocity(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return super().velocity(*args, **kwargs)
+
+
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("method", [LEAP, GRPO, DRaFTLV(steps=STEPS)], ids=lambda m: m.name)
 def test_stopped_anywhere_and_resumed(method, every, tmp_path):
@@ -551,17 +563,8 @@ def test_stopped_anywhere_and_resumed(method, every, tmp_path):
     training, chance = settings(batches=8, checkpoint_every=every), random.Random(every)
     _, undisturbed = run(method, training, tmp_path / "whole")
 
-    class Interrupted(AffineFlow):
-        left = 0
-
-        def velocity(self, *args, **kwargs):
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-            return super().velocity(*args, **kwargs)
-
     for _ in range(3):
-        flow = Interrupted(STEPS)
+        flow = CtrlC(STEPS)
         flow.left = chance.randint(2, 20)
         with pytest.raises(KeyboardInterrupt):
             run(method, training, tmp_path / "resumed", flow)
