@@ -294,11 +294,15 @@ def _cube(
     tags = np.full(len(used), "", object)
     tag, names = part["tag"]
     tags[row] = np.append(names, "")[tag]  # code -1: none
+    label, labels = part["label"]
+    order = np.argsort(label, kind="stable")
+    ends = np.searchsorted(label[order], np.arange(len(labels) + 1))
+    rows = dict(zip(labels, np.split(order, ends)[1:]))  # before the first: those of code -1, none
     values = {}
     for name, planned in seeds.items():
         axis = [UNTRAINED] if planned == [UNTRAINED] else training_seeds
         cube = np.full((len(used), len(images), max(len(axis), 1)), np.nan)
-        mine = np.flatnonzero(_is(part["label"], name))
+        mine = rows.get(name, order[:0])
         mine = mine[np.isin(seed[mine], axis)]
         cube[row[mine], image[mine], np.searchsorted(axis, seed[mine])] = score[mine]
         values[name] = cube

@@ -301,8 +301,8 @@ def profile(scores: Sequence[Array], taus: Array, draws: int = 2000, seed: int =
         return share, np.full(len(taus), np.nan), np.full(len(taus), np.nan)
     rng = np.random.default_rng(seed)
     again = np.concatenate([each[rng.integers(len(each), size=(draws, len(each)))] for each in scores], axis=1)
-    shares = np.stack([(again > tau).mean(1) for tau in taus], axis=1)
-    lo, hi = np.quantile(shares, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=0)
+    shares = np.stack([(again > tau).mean(1) for tau in taus])
+    lo, hi = np.quantile(shares, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=1)
     return share, lo, hi
 
 
@@ -436,8 +436,8 @@ def _reward_section(results: store.Results, analysis: Analysis) -> list[Section]
     trained: dict[str, list[dict[str, Array]]] = {}
     for run in sorted(_trained(results), key=lambda run: run["seed"]):
         table = results.trainings[run["id"]]
-        kept = [name for name in (*store.COSTS, "update", "reward_mean") if name in table.column_names]
-        records = {name: table[name].to_numpy() for name in kept}
+        read = ("update", "images", "nfe_forward", "nfe_grad", "seconds", "reward_mean")
+        records = {name: table[name].to_numpy() for name in read if name in table.column_names}
         trained.setdefault(run["label"], []).append(records | _totals(records, _processes(results, run)))
     largest = {axis: min(float(run[axis].max()) for runs in trained.values() for run in runs) for axis in AXES}
     points = [(axis, share * largest[axis]) for axis in AXES for share in (0.5, 1.0)]

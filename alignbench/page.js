@@ -186,8 +186,9 @@ function remember(found) {
   const address = text ? `#pictures&${text}` : "#pictures";
   document.querySelector("[data-view=pictures]").href = address; // so that coming back finds it as it was
   clearTimeout(remembering);
+  const before = location.hash;
   remembering = setTimeout(() => {
-    if (!byId("pictures").hidden) history.replaceState(null, "", address);
+    if (location.hash === before) history.replaceState(null, "", address); // else a link was followed in between
   }, 100);
 }
 

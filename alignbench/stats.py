@@ -326,6 +326,8 @@ def holm(p_values: ArrayLike) -> Array:
 
 def prompt_means(values: Array) -> Array:
     """(P, I, S) -> (P, S): means of the valid images; nan where there is none."""
+    if values.shape[1] == 1:
+        return values[:, 0]
     valid = ~np.isnan(values)
     count = valid.sum(1)
     return np.where(count > 0, np.where(valid, values, 0.0).sum(1) / np.maximum(count, 1), np.nan)

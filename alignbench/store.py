@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from alignbench import hinge
 from alignbench.config import UserError
@@ -30,6 +30,7 @@ from alignbench.config import UserError
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
+    from numpy.typing import NDArray
 
 BEAT = 15.0  # seconds between heartbeats of a lock
 STALE = 600.0  # seconds without a heartbeat after which its holder counts as gone
@@ -92,7 +93,10 @@ def read_json(path: Path | str) -> dict[str, Any] | None:
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    write(path, lambda temporary: frame.to_parquet(temporary, index=False))
+    """As parquet. Numbers as they are in memory, for ``Reader``; texts once each, compressed."""
+    texts = [name for name, dtype in frame.dtypes.items() if dtype.kind not in "biuf"]
+    how: dict[str, Any] = {"use_dictionary": texts, "compression": dict.fromkeys(texts, "snappy")}
+    write(path, lambda temporary: frame.to_parquet(temporary, index=False, write_statistics=False, **how))
 
 
 # -- artefacts --------------------------------------------------------------------------------------------------------
@@ -438,7 +442,7 @@ class Results:
     def trainings(self) -> dict[str, pa.Table]:
         """Run id -> its records, one per update, of every run that has any."""
         files = {run["id"]: f"{self.store}/runs/{run['id']}/train.parquet" for run in self.manifest["runs"]}
-        return {id: table for id, file in files.items() if (table := read_table(file)) is not None}
+        return read_tables(files)
 
     @cached_property
     def origins(self) -> dict[str, dict[str, Any]]:
@@ -490,103 +494,129 @@ PLACE = {"prompt_id": "large_string", "tag": "large_string", "index": "int64"}  
 def read_scores(root: Path, files: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> pd.DataFrame:
     """One row per image and metric of the score files that are there. ``files``: runs of a manifest, each with a score.
 
-    Texts are categorical: there are a thousand times as many rows as names. By pyarrow alone: pandas takes four times
-    as long for a small file, and there is one for each run and evaluator. Most of them name the same pictures, byte by
-    byte: these columns are decoded once.
+    Texts are categorical: there are a thousand times as many rows as names, and one file for each run and evaluator.
     """
     import numpy as np
     import pandas as pd
     import pyarrow as pa
 
-    known: dict[bytes, int] = {}  # first columns of a file, as they lie in it -> which of ``places``
-    places: list[pa.Table] = []
-    used, tables, facts = [], [], []
+    readers: dict[tuple[str, ...], Reader] = {}
+    places: dict[Layout, int] = {}
+    used, values, facts = [], [], []
     for run, score in files:
-        found = Parquet.open(f"{root}/{score['file']}")
+        names = tuple(metric["name"] for metric in score["metrics"])
+        if names not in readers:
+            readers[names] = Reader(names, PLACE | dict.fromkeys(names, "double") | {"ok": "bool"})
+        found = readers[names].read(f"{root}/{score['file']}")
         if found is None:
             continue
-        head = found.head
-        place = known.get(head, len(places))
-        if place == len(places):
-            places.append(found.columns(PLACE))
-            known |= {head: place} if head else {}
-        names = [metric["name"] for metric in score["metrics"]]
-        values = found.columns(dict.fromkeys(names, "double") | {"ok": "bool"})
+        layout, numbers = found
+        place = places.setdefault(layout, len(places))
         for name in names:
             used.append(place)
-            tables.append(values.select([name, "ok"]).rename_columns(["score", "ok"]))
+            values.append(numbers[name] if name in numbers else layout.table[name].to_numpy())
             facts.append([run[key] for key in ("label", "method", "seed", "id")] + [score["evaluator"], name])
     order = ["label", "method", "seed", "run", "evaluator", "metric", *PLACE, "score", "ok"]
-    if not tables:
+    if not values:
         return pd.DataFrame({name: [] for name in order})
-    frame = pa.concat_tables(tables).to_pandas(ignore_metadata=True)
-    starts = np.cumsum([0, *(table.num_rows for table in places)])
-    rows = np.concatenate([np.arange(starts[place], starts[place + 1]) for place in used])
-    for name, column in zip(PLACE, pa.concat_tables(places).combine_chunks().columns):
-        if name != "index":
-            column = column.dictionary_encode()
-        frame[name] = column.to_pandas().take(rows).array
-    counts = [table.num_rows for table in tables]
+    columns: dict[str, Any] = {"score": np.concatenate(values)}
+    counts = [len(each) for each in values]
     for name, each in zip(order, zip(*facts)):
         codes, texts = pd.factorize(np.array(each, object))
         column = np.repeat(codes.astype(np.int32), counts)
-        frame[name] = (
-            texts.astype(int)[column] if name == "seed" else pd.Categorical.from_codes(column, pd.Index(texts))
-        )
-    return frame[order]
+        whole = name == "seed"
+        columns[name] = texts.astype(int)[column] if whole else pd.Categorical.from_codes(column, pd.Index(texts))
+    starts = np.cumsum([0, *(layout.table.num_rows for layout in places)])
+    rows = np.concatenate([np.arange(starts[place], starts[place + 1]) for place in used])
+    shared = pa.concat_tables([layout.table.select([*PLACE, "ok"]) for layout in places]).combine_chunks()
+    for name, each in zip(shared.column_names, shared.columns):
+        each = each.dictionary_encode() if name in ("prompt_id", "tag") else each
+        columns[name] = each.to_pandas().take(rows).array
+    return pd.DataFrame(columns, columns=order)
 
 
-def read_table(path: Path | str) -> pa.Table | None:
-    """A small parquet file; None if there is none. UserError if it is not whole."""
-    found = Parquet.open(path)
-    return None if found is None else found.columns()
+def read_tables(files: dict[str, str]) -> dict[str, pa.Table]:
+    """Those of the parquet files that are there, by the names that they are given here."""
+    import pyarrow as pa
+
+    reader, tables = Reader(), {}
+    for key, path in files.items():
+        if (found := reader.read(path)) is not None:
+            table, numbers = found[0].table, found[1]
+            columns = [numbers.get(name, column) for name, column in zip(table.column_names, table.columns)]
+            tables[key] = pa.table(columns, schema=table.schema)
+    return tables
 
 
-class Parquet(NamedTuple):
-    """A small file, read whole at once: mapping it into memory takes twice as long."""
+class Reader:
+    """Reads small parquet files, most of which differ from the one before in nothing but numbers.
 
-    path: Path | str
-    content: bytes
-    source: Any  # pyarrow's ParquetFile
+    Only the others are decoded: ``write_frame`` puts numbers into a file as they are in memory, so they are found where
+    those of the file before were, if every other byte is the same. ``numbers``: which columns may differ, by default
+    all. ``types``: which columns are there, as which type of arrow's, by default all, each as it is.
+    """
 
-    @classmethod
-    def open(cls, path: Path | str) -> Parquet | None:
-        """None if there is none. UserError if it is not whole."""
+    def __init__(self, numbers: Iterable[str] | None = None, types: dict[str, str] | None = None) -> None:
+        self.numbers, self.types = numbers, types
+        self.layout: Layout | None = None
+
+    def read(self, path: str) -> tuple[Layout, dict[str, NDArray[Any]]] | None:
+        """A file that lies like this one, and the numbers that are this one's own; None if there is no such file.
+
+        UserError if it is not whole.
+        """
+        import pyarrow as pa
+
+        try:
+            with open(path, "rb", buffering=0) as file:
+                content = file.read()
+            if self.layout is None or not self.layout.fits(content):
+                self.layout = Layout(content, self.numbers, self.types)
+        except FileNotFoundError:
+            return None
+        except (pa.ArrowException, KeyError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); delete it, and run the sweep again") from None
+        return self.layout, self.layout.read(content)
+
+
+class Layout:
+    """A parquet file as its bytes lie: which are the numbers of a column, and what all others say."""
+
+    def __init__(self, content: bytes, numbers: Iterable[str] | None, types: dict[str, str] | None) -> None:
         import pyarrow as pa
         from pyarrow import parquet
 
-        try:
-            with open(path, "rb") as file:
-                content = file.read()
-            return cls(path, content, parquet.ParquetFile(pa.BufferReader(content)))
-        except FileNotFoundError:
-            return None
-        except pa.ArrowException as error:
-            raise _damaged(path, error) from None
+        source = parquet.ParquetFile(pa.BufferReader(content))
+        table = source.read(columns=list(types) if types else None, use_threads=False)
+        wanted = pa.schema(types.items()) if types else table.schema
+        self.table = table if table.schema == wanted else table.select(wanted.names).cast(wanted)
+        self.length = len(content)
+        self.numbers: dict[str, tuple[slice, Any]] = {}  # name -> where, and numpy's type
+        for name, end in _plain(source.metadata):
+            if name in (self.table.column_names if numbers is None else numbers):
+                values = self.table[name].to_numpy()
+                here = slice(end - values.nbytes, end)
+                if values.dtype.kind in "if" and content[here] == values.tobytes():
+                    self.numbers[name] = here, values.dtype
+        ends = [0, *(end for here, _ in self.numbers.values() for end in (here.start, here.stop)), len(content)]
+        self.rest = [(here, content[here]) for here in map(slice, ends[::2], ends[1::2])]
 
-    def columns(self, types: dict[str, str] | None = None) -> pa.Table:
-        """All columns, or those that ``types`` names, of these types."""
-        import pyarrow as pa
+    def fits(self, content: bytes) -> bool:
+        """Is all but the numbers the same?"""
+        return len(content) == self.length and all(content[here] == same for here, same in self.rest)
 
-        try:
-            table = self.source.read(columns=list(types) if types else None, use_threads=False)
-            wanted = pa.schema(types.items()) if types else table.schema
-            return table if table.schema == wanted else table.select(wanted.names).cast(wanted)
-        except (pa.ArrowException, KeyError) as error:
-            raise _damaged(self.path, error) from None
+    def read(self, content: bytes) -> dict[str, NDArray[Any]]:
+        import numpy as np
 
-    @property
-    def head(self) -> bytes:
-        """The bytes of the columns in ``PLACE``, if the file begins with them; else none."""
-        about = self.source.metadata
-        if about.num_row_groups != 1 or about.schema.names[: len(PLACE)] != list(PLACE):
-            return b""
-        after = about.row_group(0).column(len(PLACE))
-        return self.content[: after.dictionary_page_offset or after.data_page_offset]
+        return {name: np.frombuffer(content[here], dtype) for name, (here, dtype) in self.numbers.items()}
 
 
-def _damaged(path: Path | str, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot be read ({error}); delete it, and run the sweep again")
+def _plain(about: Any) -> Iterator[tuple[str, int]]:
+    """The columns of a parquet file that are there in one piece and as they are, and where they end."""
+    for chunk in map(about.row_group(0).column, range(about.num_columns)) if about.num_row_groups == 1 else ():
+        encoded = chunk.has_dictionary_page or not {"PLAIN", "RLE"}.issuperset(chunk.encodings)
+        if chunk.compression == "UNCOMPRESSED" and not encoded:
+            yield chunk.path_in_schema, chunk.data_page_offset + chunk.total_compressed_size
 
 
 def artefacts(store: Store, run: dict[str, Any]) -> list[Artefact]:

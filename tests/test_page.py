@@ -508,6 +508,24 @@ def test_a_view_can_be_linked(visit):
 
 
 @pytest.mark.slow
+def test_a_link_followed_at_once_after_a_choice_is_followed(visit):
+    """The address takes up a choice a moment later, and not where a link to another view came in between."""
+    web = visit("#pictures")
+    web.evaluate("""() => {
+      const timer = setTimeout, late = [];
+      window.setTimeout = (call) => late.push(call);
+      form.elements.sort.value = "gain";
+      form.elements.sort.dispatchEvent(new Event("change", { bubbles: true }));
+      document.querySelector(".bar [data-view=blind]").click();
+      late.forEach((call) => call());
+      window.setTimeout = timer;
+      if (!late.length) throw new Error("nothing was to be remembered");
+    }""")
+    until(web, "!byId('blind').hidden")
+    assert web.evaluate("location.hash") == "#blind"
+
+
+@pytest.mark.slow
 def test_a_picture_is_enlarged_and_walked_through_by_keys(visit):
     """Enter enlarges; arrows walk through methods and prompts and round; F flickers; Escape returns the focus."""
     web = visit("#pictures")

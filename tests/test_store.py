@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -205,6 +206,45 @@ def test_scores_are_those_that_pandas_reads(store):
         expected.astype(dict.fromkeys(columns[:4], object)).fillna(""),
         check_dtype=False,
     )
+
+
+def test_numbers_are_taken_from_where_they_lie(store):
+    """Tables that differ in nothing but numbers are read by the layout of the first; all others, and those of another
+    writer, by one of their own. Either way they are what was written."""
+    first = pd.DataFrame({"id": ["a", "b", "b"], "n": [1, 2, 3], "hps.v2": [0.5, -0.0, np.inf], "ok": True})
+    first["half"] = first["hps.v2"].astype("float32")
+    frames = {
+        "first": first,
+        "alike": first.assign(**{"n": [7, 2, -1], "hps.v2": [np.pi, 1e-300, 3.0], "half": np.float32([1, 2, 3])}),
+        "again": first,
+        "text": first.assign(id=["a", "b", "a"]),
+        "flag": first.assign(ok=[True, False, True]),
+        "nan": first.assign(**{"hps.v2": [np.nan, 0.0, 1.0]}),
+        "other nan": first.assign(**{"hps.v2": [0.0, np.nan, 1.0]}),
+        "type": first.assign(n=[0.5, 1.5, 2.5]),
+        "shorter": first.iloc[:2],
+        "empty": first.iloc[:0],
+        "one": first.iloc[:1],
+    }
+    for name, frame in frames.items():
+        write_frame(store.root / f"{name}.parquet", frame)
+    first.to_parquet(store.root / "snappy.parquet", index=False)
+    first.to_parquet(store.root / "groups.parquet", index=False, row_group_size=2)
+    frames |= {"snappy": first, "groups": first}
+    files = {name: str(store.root / f"{name}.parquet") for name in frames}
+    for name, table in stores.read_tables({"first again": files["first"], **files, "none": "none.parquet"}).items():
+        frame = frames[name.removesuffix(" again")]
+        pd.testing.assert_frame_equal(table.to_pandas(), frame, check_exact=True)
+        pd.testing.assert_frame_equal(pd.read_parquet(files.get(name, files["first"])), frame, check_exact=True)
+
+    def layouts(*names: str) -> int:
+        reader = stores.Reader()
+        return len({reader.read(files[name])[0] for name in names})
+
+    assert layouts("first", "alike", "again") == 1
+    assert layouts("first", "text", "flag", "nan", "other nan", "type", "shorter", "empty", "one", "snappy") == 10
+    assert set(stores.Layout(Path(files["first"]).read_bytes(), None, None).numbers) == {"n", "hps.v2", "half"}
+    assert stores.Layout(Path(files["snappy"]).read_bytes(), None, None).numbers == {}
 
 
 def test_a_run_in_the_making_is_running(store):
