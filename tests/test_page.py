@@ -515,7 +515,7 @@ def test_a_link_followed_at_once_after_a_choice_is_followed(visit):
       const timer = setTimeout, late = [];
       window.setTimeout = (call) => late.push(call);
       form.elements.sort.value = "gain";
-      form.elements.sort.dispatchEvent(new Event("change", { bubbles: true }));
+      form.elements.sort.dispatchEvent(new Event("input", { bubbles: true }));
       document.querySelector(".bar [data-view=blind]").click();
       late.forEach((call) => call());
       window.setTimeout = timer;
