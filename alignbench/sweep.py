@@ -441,7 +441,8 @@ def select(cells: Iterable[Cell], patterns: Sequence[str]) -> list[Cell]:
     ]
     if not found:
         labels = ", ".join(dict.fromkeys(cell.spec.label for cell in cells))
-        raise UserError(f"--only {' '.join(patterns)}: matches no run (rows: {labels})")
+        hint = "; settings to change go before --only" if len(patterns) > 1 else ""
+        raise UserError(f"--only {' '.join(patterns)}: matches no run (rows: {labels}){hint}")
     return found
 
 

@@ -33,7 +33,7 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-def until(page: Any, expression: str, seconds: float = 20) -> None:
+def until(page: Any, expression: str, seconds: float = 60) -> None:
     """Wait for it to hold. Playwright's own waiting evaluates text in the page, which the page's policy forbids."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression):
