@@ -593,11 +593,15 @@ class Layout:
         self.length = len(content)
         self.numbers: dict[str, tuple[slice, Any]] = {}  # name -> where, and numpy's type
         for name, end in _plain(source.metadata):
-            if name in (self.table.column_names if numbers is None else numbers):
-                values = self.table[name].to_numpy()
-                here = slice(end - values.nbytes, end)
-                if values.dtype.kind in "if" and content[here] == values.tobytes():
-                    self.numbers[name] = here, values.dtype
+            if name not in (table.column_names if numbers is None else numbers):
+                continue
+            column = table[name]
+            if column.null_count or column.type != self.table[name].type:
+                continue  # the bytes are fewer, or mean something else
+            values = column.to_numpy()
+            here = slice(end - values.nbytes, end)
+            if values.dtype.kind in "if" and content[here] == values.tobytes():
+                self.numbers[name] = here, values.dtype
         ends = [0, *(end for here, _ in self.numbers.values() for end in (here.start, here.stop)), len(content)]
         self.rest = [(here, content[here]) for here in map(slice, ends[::2], ends[1::2])]
 
@@ -613,7 +617,9 @@ class Layout:
 
 def _plain(about: Any) -> Iterator[tuple[str, int]]:
     """The columns of a parquet file that are there in one piece and as they are, and where they end."""
-    for chunk in map(about.row_group(0).column, range(about.num_columns)) if about.num_row_groups == 1 else ():
+    if about.num_row_groups != 1:
+        return
+    for chunk in map(about.row_group(0).column, range(about.num_columns)):
         encoded = chunk.has_dictionary_page or not {"PLAIN", "RLE"}.issuperset(chunk.encodings)
         if chunk.compression == "UNCOMPRESSED" and not encoded:
             yield chunk.path_in_schema, chunk.data_page_offset + chunk.total_compressed_size

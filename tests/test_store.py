@@ -247,6 +247,18 @@ def test_numbers_are_taken_from_where_they_lie(store):
     assert stores.Layout(Path(files["snappy"]).read_bytes(), None, None).numbers == {}
 
 
+def test_zeros_that_are_whole_numbers_do_not_make_others_fractions(store):
+    """Zero has the same bits in both; the layout of a file of zeros does not read the ones of the next as 5e-324."""
+    files = []
+    for value in (0, 1):
+        file = f"scores/{value}.parquet"
+        frame = pd.DataFrame({"prompt_id": ["a", "b"], "tag": "", "index": 0, "m": value, "ok": True})
+        write_frame(store.root / file, frame)
+        run = {"label": "l", "method": "m", "seed": value, "id": str(value)}
+        files.append((run, {"evaluator": "e", "file": file, "metrics": [{"name": "m"}]}))
+    assert stores.read_scores(store.root, files)["score"].tolist() == [0, 0, 1, 1]
+
+
 def test_a_run_in_the_making_is_running(store):
     """A live lock on any missing part shows."""
     results, run = Results(store.root, manifest()), manifest()["runs"][0]
