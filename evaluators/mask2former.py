@@ -61,7 +61,7 @@ class Mask2Former:
         import torch
 
         pixels, inside = prepare(image)
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=()):  # transformers 5.17 draws, and uses nothing of it
             answer = self.model(pixel_values=pixels.to(self.model.device))
             logits = answer.class_queries_logits[0], answer.masks_queries_logits[0]
             found = read(*logits, padded=tuple(pixels.shape[-2:]), inside=inside, size=image.shape[:2])

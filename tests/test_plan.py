@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny import flux_parts
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from world import PLUGIN, alignbench, debug_sweep, sweep_file, tables
 
 from alignbench.config import UserError
@@ -71,8 +71,16 @@ def parts():
     return flux_parts()
 
 
+CPU_ATTENTION = {  # as torch counts every other kernel; 2.11 leaves these out
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
+}
+
+
 def counted(work) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         work()
     return counter.get_total_flops()
 
