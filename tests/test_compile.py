@@ -78,6 +78,7 @@ def test_compiled_blocks_are_the_same_and_compiled_once(load, traced, changes):
     assert counters["stats"]["unique_graphs"] == made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", ["flux2"], indirect=True)
 def test_a_rollout_and_the_base_model_are_compiled_once(load, traced):
     """Velocities without gradient to 1e-5 in float32; the adapters' coming and going adds no graph."""

@@ -287,6 +287,7 @@ def test_noise_rarely_parts():
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_report_tells_the_course_after_the_hacking_section(whole, tmp_path):
     """All parts are there, in their place, twice alike."""
     results, _, _ = whole

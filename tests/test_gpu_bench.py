@@ -71,6 +71,7 @@ def test_a_training_sample_costs_its_forwards_and_backwards(gpu, world):
     assert all(not torch.equal(p, q) for p, q in zip(trained.flow.parameters(), before))
 
 
+@pytest.mark.slow
 def test_all_weights_are_trained_once_the_adapters_are_gone(gpu, tmp_path, sheet):
     """After LeapAlign with adapters in bfloat16: every parameter of the model's own moves, and a backward through the
     weights counts; adapters are bfloat16 beside masters, all of the model's matrices afterwards too.

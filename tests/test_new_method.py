@@ -86,6 +86,7 @@ def test_what_is_written_passes_ruff(folder, capsys, name):
         assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_what_is_written_keeps_every_promise(folder, capsys):
     """Its own test passes under pytest, ``check-method`` says ok once per promise, and a sweep can name it."""
     assert call("new-method", "my_method") == 0

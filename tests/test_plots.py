@@ -53,6 +53,7 @@ def test_pictures_are_a_column_wide_on_a_light_ground(drawn):
         assert "font-family" not in figure.svg
 
 
+@pytest.mark.slow
 def test_the_same_numbers_are_the_same_bytes(drawn, tmp_path):
     """Also in a process of its own, and where a user's matplotlibrc says otherwise; no date, no program's version."""
     results, _, figures = drawn
@@ -112,6 +113,7 @@ def test_importing_plots_imports_no_matplotlib():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_rehearsal_is_stamped_on_every_figure(drawn):
     """Each is drawn otherwise than without the word, and so is a subset's, with another one."""
     results, analysis, figures = drawn

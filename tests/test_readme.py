@@ -40,6 +40,7 @@ def test_the_method_is_as_short_as_promised(example):
     assert sum(bool(line.strip()) for line in lines) <= 20
 
 
+@pytest.mark.slow
 def test_the_method_of_the_readme_passes_the_contract(example):
     """The README's method and test file, copied into an empty folder, pass with pytest alone."""
     done = run(example, "pytest", "-q", "-p", "no:cacheprovider", "test_my_method.py")

@@ -227,6 +227,7 @@ def test_the_same_data_give_the_same_numbers():
 # ------------------------------------------------------------------------------------------- improvement, midmean
 
 
+@pytest.mark.slow
 def test_the_probability_of_improvement_is_that_of_normal_data():
     """Paired differences N(d, s): the share of pictures that win tends to Phi(d / s), on each side of one half."""
     rng = np.random.default_rng(17)

@@ -320,6 +320,7 @@ SAYS = {
 }
 
 
+@pytest.mark.slow
 def test_every_mishap_marks_its_own_row(server, monkeypatch):
     """Fifteen ways to fail, each between two good rows: those have the scores they have alone, in their places."""
     texts = [text for mishap in SAYS for text in (f"good {mishap}", mishap)]
