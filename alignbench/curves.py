@@ -8,12 +8,12 @@ never beyond the last one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
@@ -42,8 +42,8 @@ def training(results: store.Results) -> pd.DataFrame:
     runs = _trained(results)
     if not runs:
         return pd.DataFrame({name: [] for name in [*RUNS, *AXES]})
-    tables = [results.trainings[run["id"]] for run in runs]
-    found = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    tables = [pd.DataFrame(results.trainings[run["id"]]) for run in runs]
+    found = pd.concat(tables, ignore_index=True)
     facts = [(run["label"], run["method"], run["seed"], run["id"], _processes(results, run)) for run in runs]
     *about, processes = (np.repeat(np.array(each, object), [len(t) for t in tables]) for each in zip(*facts))
     costs = _totals(found, processes.astype(float))
@@ -299,11 +299,18 @@ def profile(scores: Sequence[Array], taus: Array, draws: int = 2000, seed: int =
     share = np.mean(np.concatenate(scores)[:, None] > taus, axis=0)
     if all(len(each) < 2 for each in scores):
         return share, np.full(len(taus), np.nan), np.full(len(taus), np.nan)
-    rng = np.random.default_rng(seed)
-    again = np.concatenate([each[rng.integers(len(each), size=(draws, len(each)))] for each in scores], axis=1)
+    chosen = _resamples(tuple(map(len, scores)), draws, seed)
+    again = np.concatenate([each[rows] for each, rows in zip(scores, chosen)], axis=1)
     shares = np.stack([(again > tau).mean(1) for tau in taus])
     lo, hi = np.quantile(shares, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=1)
     return share, lo, hi
+
+
+@lru_cache(maxsize=8)
+def _resamples(sizes: tuple[int, ...], draws: int, seed: int) -> list[NDArray[np.int64]]:
+    """(draws, n) indices for each of ``sizes``: the same for all methods."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(n, size=(draws, n)) for n in sizes]
 
 
 # -- where reward and quality part ------------------------------------------------------------------------------------
@@ -435,9 +442,7 @@ def _reward_section(results: store.Results, analysis: Analysis) -> list[Section]
     """The training reward at half of, and at, the largest cost that all runs reached."""
     trained: dict[str, list[dict[str, Array]]] = {}
     for run in sorted(_trained(results), key=lambda run: run["seed"]):
-        table = results.trainings[run["id"]]
-        read = ("update", "images", "nfe_forward", "nfe_grad", "seconds", "reward_mean")
-        records = {name: table[name].to_numpy() for name in read if name in table.column_names}
+        records = results.trainings[run["id"]]
         trained.setdefault(run["label"], []).append(records | _totals(records, _processes(results, run)))
     largest = {axis: min(float(run[axis].max()) for runs in trained.values() for run in runs) for axis in AXES}
     points = [(axis, share * largest[axis]) for axis in AXES for share in (0.5, 1.0)]

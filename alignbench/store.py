@@ -29,8 +29,9 @@ from alignbench.config import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
-    import pyarrow as pa
     from numpy.typing import NDArray
+
+    Columns = dict[str, NDArray[Any]]
 
 BEAT = 15.0  # seconds between heartbeats of a lock
 STALE = 600.0  # seconds without a heartbeat after which its holder counts as gone
@@ -439,10 +440,10 @@ class Results:
         return read_scores(self.store, [(run, score) for run in self.manifest["runs"] for score in run["scores"]])
 
     @cached_property
-    def trainings(self) -> dict[str, pa.Table]:
-        """Run id -> its records, one per update, of every run that has any."""
+    def trainings(self) -> dict[str, Columns]:
+        """Run id -> its records, an entry per update, of every run that has any."""
         files = {run["id"]: f"{self.store}/runs/{run['id']}/train.parquet" for run in self.manifest["runs"]}
-        return read_tables(files)
+        return read_columns(files)
 
     @cached_property
     def origins(self) -> dict[str, dict[str, Any]]:
@@ -467,24 +468,24 @@ class Results:
         import numpy as np
 
         names = ["updates", *COSTS]
-        table = self.trainings.get(run["id"])
-        if table is None:
+        records = self.trainings.get(run["id"])
+        if records is None:
             zero = run["seed"] == -1 and not run.get("published")  # of whose training nothing is known
             return dict.fromkeys(names, 0 if zero else None) | dict.fromkeys(("reward_first", "reward_last"))
-        last = {name: table[name][-1].as_py() for name in ("update", *COSTS)}
-        tenth = max(1, table.num_rows // 10)
+        tenth = max(1, len(records["update"]) // 10)
         rewards = run.get("settings", {}).get("reward", [])
         margins = {
             part["evaluator"]["name"]: part["margin"] for part in (rewards if isinstance(rewards, list) else [rewards])
         }
-        reward = table["reward_mean"].to_numpy() if "reward_mean" in table.column_names else np.full(1, np.nan)
-        hinged = any(name.startswith("hinge_closed") for name in table.column_names)
+        reward = records.get("reward_mean", np.full(1, np.nan))
+        hinged = any(name.startswith("hinge_closed") for name in records)
+        rows = [dict(zip(records, row)) for row in zip(*(each.tolist() for each in records.values()))] if hinged else []
         return {
-            "updates": int(last["update"]) + 1,
-            **{name: last[name] for name in COSTS},
+            "updates": int(records["update"][-1]) + 1,
+            **{name: records[name][-1].item() for name in COSTS},
             "reward_first": float(reward[:tenth].mean()),
             "reward_last": float(reward[-tenth:].mean()),
-            "warning": "; ".join(hinge.complaints(table.to_pylist(), margins)) if hinged else "",
+            "warning": "; ".join(hinge.complaints(rows, margins)),
         }
 
 
@@ -514,7 +515,7 @@ def read_scores(root: Path, files: Iterable[tuple[dict[str, Any], dict[str, Any]
         place = places.setdefault(layout, len(places))
         for name in names:
             used.append(place)
-            values.append(numbers[name] if name in numbers else layout.table[name].to_numpy())
+            values.append(numbers[name] if name in numbers else layout.columns[name])
             facts.append([run[key] for key in ("label", "method", "seed", "id")] + [score["evaluator"], name])
     order = ["label", "method", "seed", "run", "evaluator", "metric", *PLACE, "score", "ok"]
     if not values:
@@ -535,17 +536,14 @@ def read_scores(root: Path, files: Iterable[tuple[dict[str, Any], dict[str, Any]
     return pd.DataFrame(columns, columns=order)
 
 
-def read_tables(files: dict[str, str]) -> dict[str, pa.Table]:
-    """Those of the parquet files that are there, by the names that they are given here."""
-    import pyarrow as pa
-
-    reader, tables = Reader(), {}
+def read_columns(files: dict[str, str]) -> dict[str, Columns]:
+    """Those of the parquet files that are there, by the names that they are given here. Numbers that lack are nan."""
+    reader, found = Reader(), {}
     for key, path in files.items():
-        if (found := reader.read(path)) is not None:
-            table, numbers = found[0].table, found[1]
-            columns = [numbers.get(name, column) for name, column in zip(table.column_names, table.columns)]
-            tables[key] = pa.table(columns, schema=table.schema)
-    return tables
+        if (read := reader.read(path)) is not None:
+            layout, numbers = read
+            found[key] = layout.columns | numbers
+    return found
 
 
 class Reader:
@@ -560,7 +558,7 @@ class Reader:
         self.numbers, self.types = numbers, types
         self.layout: Layout | None = None
 
-    def read(self, path: str) -> tuple[Layout, dict[str, NDArray[Any]]] | None:
+    def read(self, path: str) -> tuple[Layout, Columns] | None:
         """A file that lies like this one, and the numbers that are this one's own; None if there is no such file.
 
         UserError if it is not whole.
@@ -609,7 +607,13 @@ class Layout:
         """Is all but the numbers the same?"""
         return len(content) == self.length and all(content[here] == same for here, same in self.rest)
 
-    def read(self, content: bytes) -> dict[str, NDArray[Any]]:
+    @cached_property
+    def columns(self) -> Columns:
+        """Of the file that it was made from, all."""
+        return {name: column.to_numpy() for name, column in zip(self.table.column_names, self.table.columns)}
+
+    def read(self, content: bytes) -> Columns:
+        """The numbers of a file that fits."""
         import numpy as np
 
         return {name: np.frombuffer(content[here], dtype) for name, (here, dtype) in self.numbers.items()}
