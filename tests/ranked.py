@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 WORDS = 16
 PATIENCE = 900  # seconds, for a machine that is busy with something else
@@ -46,6 +48,21 @@ def together(what: str, folder: Path, *words: str, ranks: int = 2, expect: int =
     assert all((code == 0) is (expect == 0) for code in codes), "\n".join(logs)
     notes = [folder / f"{what}{rank}.json" for rank in range(ranks)]
     return [json.loads(path.read_text()) if path.exists() else None for path in notes]
+
+
+class Sent(TorchDispatchMode):
+    """Counts what goes from rank to rank, by the operation's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # first what it does with its parts
+        if op.namespace == "c10d":
+            self.counts[op.overloadpacket.__name__] += 1
+        return op(*args, **(kwargs or {}))
 
 
 def note(what: str, folder: Path, said: Any) -> None:
@@ -98,8 +115,6 @@ def trained(
 
     ``more``: settings of training.
     """
-    from torch.distributed.tensor.debug import CommDebugMode
-
     from alignbench import train as loop
     from alignbench.testing import PROMPTS, QuadraticReward, unclocked
 
@@ -107,10 +122,9 @@ def trained(
     advance = loop.Run.advance
 
     def counted(self, *args):
-        with CommDebugMode() if ranks.size > 1 and tune == "lora" else nullcontext() as mode:  # it is slow
+        with Sent() as sent:
             records = list(advance(self, *args))
-        counts = mode.get_comm_counts() if mode else {}
-        collectives.append({str(op).rpartition(".")[2]: n for op, n in counts.items()})
+        collectives.append(sent.counts)
         return iter(records)
 
     model = flow(folder, tune, ranks.accelerator, dtype, guided)
