@@ -19,6 +19,8 @@ from alignbench.rehearsal import rehearse
 from alignbench.small_backends import backend
 from alignbench.sweep import read, resolve
 
+pytestmark = pytest.mark.slow  # every kernel on a whole model
+
 KERNELS = ("_native_flash", "_native_math")  # that a CPU has
 
 
@@ -92,7 +94,6 @@ def test_the_environments_choice_is_not_ours(load, monkeypatch):
     assert operators.flash
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("load", ["flux"], indirect=True)
 def test_compiled_blocks_have_it_too(load, traced):  # noqa: F811 - the fixture
     """Together with ``compile``: 1e-5 in float32."""

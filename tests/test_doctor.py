@@ -190,6 +190,7 @@ def test_what_is_wrong_is_exit_code_2(capsys, tmp_path, monkeypatch):
     assert rows["pandas"][0] == "ok"
 
 
+@pytest.mark.slow
 def test_published_scores_are_compared_when_pictures_and_weights_are_there(capsys, tmp_path, monkeypatch):
     """With them they agree or are wrong; without, what is missing is named. Another picture is not scored."""
     made = doctor.small.checkpoint("imagereward", tmp_path)

@@ -25,6 +25,8 @@ from alignbench.store import Store, read_json
 from alignbench.sweep import read, resolve
 from alignbench.train import drawn, prompt_index
 
+pytestmark = pytest.mark.slow  # whole models, several times
+
 CPU = torch.device("cpu")
 TEXTS = ["", *PROMPTS, "a", "a photo of a blue square above a green circle"]
 STORED = {"base": {"backend": {"embeddings": "stored"}}}
@@ -168,7 +170,6 @@ def test_the_plan_counts_them(tmp_path, capsys):
     assert "embeddings" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_two_ranks_share_what_one_encodes(stored, tmp_path):
     """Two processes make one run: the first encodes, the second reads that; pictures of one process's weights are its.
 
@@ -283,7 +284,6 @@ def process(store: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", script, str(store), *words], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow
 def test_killed_while_writing_and_gone_on_with(tmp_path):
     """kill -9 leaves whole files and a half one that nobody reads; the next attempt adds what is missing."""
     first = process(tmp_path, "hang")
@@ -301,7 +301,6 @@ def test_killed_while_writing_and_gone_on_with(tmp_path):
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.slow
 def test_two_processes_at_once_encode_each_prompt_once(tmp_path):
     """Both come to an end, and no prompt stands in two files."""
     both = [process(tmp_path), process(tmp_path)]

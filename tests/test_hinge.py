@@ -134,6 +134,7 @@ def test_a_method_that_uses_no_hinge_is_not_warned_of_it():
     assert watch.reward_means(reward)["hinge_closed"] == 1
 
 
+@pytest.mark.slow
 def test_log_terminal_and_report_say_it(tmp_path, capsys):
     """A real run whose margin lies below every score: one line each, with the run's name."""
     changes = {"base": {"reward": {"margin": -0.5}}, "cases": [{"label": "Last", "method": {"name": "last"}}]}

@@ -18,6 +18,8 @@ from alignbench.evaluators.hpsv3 import HPSv3
 from alignbench.prompts import Prompt
 from alignbench.testing import EvaluatorContract, picture
 
+pytestmark = pytest.mark.slow  # one multimodal language model, many times
+
 SIZES = [(512, 512), (364, 531), (301, 224), (60, 400), (17, 23)]  # (height, width)
 TEXTS = ["a red circle", "{braces} & \\n café 🎨", "", "x " * 200, "a red circle"]
 PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(TEXTS)]

@@ -262,6 +262,7 @@ def test_pictures_that_moved_are_found(tmp_path):
 # ---- pictures, and our own scores of them
 
 
+@pytest.mark.slow
 def test_our_own_pictures_come_back_with_our_own_scores(swept, tmp_path, capsys):
     """Pictures of a sweep, imported and scored by the same evaluators, have bitwise the sweep's scores.
 

@@ -136,6 +136,7 @@ def train_slowly(folder: Path, records) -> None:
         records.send(record)
 
 
+@pytest.mark.slow
 def test_milestones_outlive_kill_9(tmp_path):
     """A process killed at a random moment, resumed: the same milestone files, bitwise, and no half-written ones."""
     given = training(25, milestones=tuple(range(1, 25)))
@@ -276,30 +277,32 @@ def test_milestones_ride_along_on_slurm(tmp_path):
     assert (array.stage, array.evaluator) == ("scores", plan.scores[-1].name)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert debug_sweep(sweep_file(folder, MILESTONES), folder / "store", "--seeds", "0") == 0
+    return folder / "store"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["training", "images", "scoring"])
-def test_a_sweep_with_milestones_goes_on_after_kill_9(tmp_path, stage):
+def test_a_sweep_with_milestones_goes_on_after_kill_9(undisturbed, tmp_path, stage):
     """Killed at a milestone's weights, pictures or scores: the same command ends with an undisturbed store."""
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    for folder in ("whole", "killed"):
-        sweep_file(tmp_path / folder, MILESTONES)
-    assert start(tmp_path / "whole").wait(PATIENCE) == 0
-    folder = tmp_path / "killed"
-    process = start(folder)
-    until(folder, "sweeps/*.json", process)
-    first = trained(folder)["milestones"][0]["images"]
-    run, _ = trainer(folder)
+    sweep_file(tmp_path, MILESTONES)
+    process = start(tmp_path)
+    until(tmp_path, "sweeps/*.json", process)
+    first = trained(tmp_path)["milestones"][0]["images"]
+    run, _ = trainer(tmp_path)
     wait = {
         "training": f"runs/{run}/weights-000001.safetensors",
         "images": f"images/{first}/*.png",
         "scoring": f"scores/{first}/*",
     }
-    pid = json.loads(until(folder, f"locks/{run}.lock", process).read_text())["pid"]
-    until(folder, wait[stage], process)
+    pid = json.loads(until(tmp_path, f"locks/{run}.lock", process).read_text())["pid"]
+    until(tmp_path, wait[stage], process)
     os.kill(pid, signal.SIGKILL)
     assert process.wait(PATIENCE) == 2
-    assert start(folder).wait(PATIENCE) == 0
-    assert tables(folder / "store")[1]["state"].tolist() == ["done", "done"]
-    same(folder / "store", tmp_path / "whole" / "store")
-    same(tmp_path / "whole" / "store", folder / "store")
+    assert start(tmp_path).wait(PATIENCE) == 0
+    assert tables(tmp_path / "store")[1]["state"].tolist() == ["done", "done"]
+    same(tmp_path / "store", undisturbed)
+    same(undisturbed, tmp_path / "store")

@@ -231,6 +231,7 @@ def test_table_2_without_any_file(nothing, tmp_path, capsys):
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(sweeps()))
 def test_every_packaged_sweep_has_a_plan(name, nothing):
     """Without any weights: finite figures for every run; the cost in the file's first lines is their sum."""

@@ -91,6 +91,7 @@ def test_another_file_is_refused(text, hub):
         load_prompts("hpdv2/test")
 
 
+@pytest.mark.slow
 def test_hpdv2_train_is_fifty_thousand_readable_prompts(hub):
     """Distinct, the same for the comparisons in another order, none in Chinese or with a control character."""
     texts = [f"prompt  {i}" for i in range(50_400)]

@@ -459,6 +459,7 @@ def test_prompts_of_the_grid_are_chosen_by_rule():
     assert grid.choose(["a"], [""]) == ["a"]
 
 
+@pytest.mark.slow
 def test_a_report_is_made_twice_alike(tmp_path):
     """The same store gives the same bytes: the pages, the CSV and the pictures."""
     given = results(tmp_path)

@@ -153,6 +153,7 @@ def test_a_run_that_cannot_be_made_again_is_refused_with_the_reason(copy, capsys
     assert not (store / "reruns").exists()
 
 
+@pytest.mark.slow
 def test_paired_scores_are_made_again(tmp_path, capsys):
     """The base model's pictures are made in the new store, too, and what is compared with them is equal."""
     paired = {"evaluation": {"evaluators": [{"name": "base_distance", "weights": "shapes"}]}}

@@ -194,6 +194,7 @@ def asking(stub, **settings):
     return UnifiedReward(**{"server": stub.url, "revision": "0123abcd", "timeout": 20.0, **settings})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["acs", "acs_2", "final", "flowbp"])
 class TestUnifiedReward(EvaluatorContract):
     @pytest.fixture(autouse=True)
