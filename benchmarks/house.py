@@ -321,7 +321,6 @@ def timed(root: Path, rounds: int = 15) -> dict[str, Any]:
     return {
         "--help, CPU of a bare Python's start": round(statistics.median(ratios), 2),
         "report on 1,000 runs, CPU s": round(found["cpu"], 2),
-        "report on 1,000 runs, clock s": round(found["seconds"], 2),
         "report on 1,000 runs, peak MB": round(found["mb"]),
     }
 
