@@ -9,15 +9,17 @@ from collections.abc import Sequence
 import click
 from click.exceptions import Exit, NoSuchCommand
 
-from alignbench.cli import checks, reports, sweeps
+from alignbench.cli.checks import check_method, doctor, fit, ls, new_method, plan, validate
 from alignbench.cli.common import DONE, EPILOG, EXIT_CODES, INTERRUPTED, USAGE, Choice, write_paragraphs
+from alignbench.cli.reports import compare, import_, report, score
+from alignbench.cli.sweeps import cancel, gc, logs, rerun, retry, run, status, sweep
 
 GROUPS: dict[str, tuple[click.Command, ...]] = {
-    "Start here": (sweeps.sweep, sweeps.status, reports.report, checks.plan, checks.ls),
-    "Run": (sweeps.run, sweeps.logs, sweeps.cancel, sweeps.retry, sweeps.rerun, sweeps.gc),
-    "Inspect": (checks.validate, checks.fit, reports.compare, checks.doctor),
-    "Share": (reports.score, reports.import_),
-    "Extend": (checks.new_method, checks.check_method),
+    "Start here": (sweep, status, report, plan, ls),
+    "Run": (run, logs, cancel, retry, rerun, gc),
+    "Inspect": (validate, fit, compare, doctor),
+    "Share": (score, import_),
+    "Extend": (new_method, check_method),
 }
 COMPLETE = "_ALIGNBENCH_COMPLETE"  # the variable by which a shell asks for completions
 RC_LINES = {  # shell -> (its file, the line to put there)
@@ -117,13 +119,15 @@ def _refuse(text: str) -> int:
 
 def _in_one_line(error: click.UsageError) -> str:
     """Return where, what, and what instead."""
-    if isinstance(error, click.NoSuchOption | NoSuchCommand):
-        option = isinstance(error, click.NoSuchOption)
-        name = error.option_name if isinstance(error, click.NoSuchOption) else error.command_name
-        near = f"; did you mean '{error.possibilities[0]}'?" if error.possibilities else ""
-        return f"there is no {'option' if option else 'verb'} '{name}'{near}"
+    if isinstance(error, click.NoSuchOption):
+        return f"there is no option '{error.option_name}'{_nearest(error.possibilities)}"
+    if isinstance(error, NoSuchCommand):
+        return f"there is no verb '{error.command_name}'{_nearest(error.possibilities)}"
     if not isinstance(error, click.BadParameter) or error.param is None or error.ctx is None:
-        return error.format_message().rstrip(".")
-    options = isinstance(error.param, click.Option)
-    where = "/".join(error.param.opts) if options else error.param.make_metavar(error.ctx)
+        return error.format_message().rstrip(".").replace("Got unexpected", "unexpected")
+    where = "/".join(error.param.opts) if isinstance(error.param, click.Option) else error.param.make_metavar(error.ctx)
     return f"{where}: {'is missing' if isinstance(error, click.MissingParameter) else error.message.rstrip('.')}"
+
+
+def _nearest(names: Sequence[str] | None) -> str:
+    return f"; did you mean '{names[0]}'?" if names else ""
