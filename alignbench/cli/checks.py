@@ -135,9 +135,7 @@ def fit(request: Request, method: str | None, only: Sequence[str], gpu: str, ran
 @click.option("-e", "--evaluators", metavar="A,B", help="Only these evaluators or metrics.")
 @click.option("--install", metavar="NAME", help="Make an official package's environment, as named in the table.")
 @click.option(
-    "--references",
-    metavar="DIR",
-    help="Images with published scores (default: ~/.cache/alignbench/references).",
+    "--references", metavar="DIR", help="Images with published scores (default: ~/.cache/alignbench/references)."
 )
 @PLUGIN
 def doctor(

@@ -143,10 +143,7 @@ ONLY = click.option(
     help="Select runs: method=refl, '!seed=2', or any setting's path; several values of one key are alternatives.",
 )
 TRACK = click.option(
-    "--track",
-    metavar="TRACKER",
-    multiple=True,
-    help="Also show training in tensorboard, wandb or trackio; repeatable.",
+    "--track", metavar="TRACKER", multiple=True, help="Also show training in tensorboard, wandb or trackio; repeatable."
 )
 GPU = click.option(
     "--gpu", metavar="GPU", default="h100", help="GPU whose speed and memory to assume: h100 (default), h200 or a100."

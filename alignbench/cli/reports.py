@@ -143,10 +143,7 @@ def score(
 @click.option("--base", is_flag=True, help="The model before any training, with which the others are compared.")
 @click.option("--trained-on", metavar="A,B", help="Rewards of its training, for instance hpsv2.1 (default: unknown).")
 @click.option(
-    "--protocol",
-    metavar="A=B,...",
-    default="",
-    help="How the images were made: steps, guidance, size, weights, seed.",
+    "--protocol", metavar="A=B,...", default="", help="How the images were made: steps, guidance, size, weights, seed."
 )
 @click.option("--replace", is_flag=True, help="Replace the row of the same label and seed.")
 @PLUGIN
