@@ -45,6 +45,8 @@ class AlignMethod(Config):
     """An alignment method: its fields are its hyperparameters. Define ``loss``, or ``updates`` for several losses."""
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""  # full name ...
+    paper: ClassVar[str] = ""  # ... and where it was published, for `alignbench ls methods`
     trains: ClassVar[bool] = True
     stochastic: ClassVar[bool] = False  # needs the score, that is a velocity that no distillation has bent
     steps: int = 25  # sampler steps of the training rollout

@@ -58,14 +58,15 @@ def build(
     sections: Sequence[str | Table],
     hacked: Mapping[str, Sequence[Measure]],
     figures: Sequence[Figure] = (),
+    images: Mapping[str, Image.Image] | None = None,
 ) -> Path:
     """Write ``<name>.html`` into ``out``.
 
-    ``sections``: what the report says, in markdown and tables; pictures in it lie in ``out``. ``hacked``: method -> the
-    measures that fell while its training reward rose.
+    ``sections``: what the report says, in markdown and tables, with ``images`` by the names of their files. ``hacked``:
+    method -> the measures that fell while its training reward rose.
     """
     manifest = results.manifest
-    title, lead, chapters = _chapters(sections, out)
+    title, lead, chapters = _chapters(sections, images or {})
     after = next((i + 1 for i, (name, _) in enumerate(chapters) if name.startswith("Results")), len(chapters))
     chapters[after:after] = _panel(analysis, hacked) + _plots(figures)
     shown = gallery.collect(results, analysis)
@@ -103,7 +104,9 @@ def _policy(script: str) -> str:
 # -- what the report says ---------------------------------------------------------------------------------------------
 
 
-def _chapters(sections: Sequence[str | Table], out: Path) -> tuple[str, str, list[tuple[str, str]]]:
+def _chapters(
+    sections: Sequence[str | Table], images: Mapping[str, Image.Image]
+) -> tuple[str, str, list[tuple[str, str]]]:
     """(title, what stands before the first heading, [(heading, the rest of its chapter)]), all HTML."""
     title, lead = "", ""
     found: list[tuple[str, str]] = []
@@ -112,7 +115,7 @@ def _chapters(sections: Sequence[str | Table], out: Path) -> tuple[str, str, lis
             name = found[-1][0] if found else title
             body = _scrolling(section.html(_plain(name)), _plain(name))
         else:
-            body = markup.blocks(section, lambda words, file: _picture(words, out / file))
+            body = markup.blocks(section, lambda words, file: _picture(words, images[file]))
         for element in re.split(r"(?=<h2>)", body):
             heading = re.match(r"<h([12])>(.*?)</h\1>\n?", element, re.DOTALL)
             rest = element[heading.end() :] if heading else element
@@ -137,10 +140,9 @@ def _scrolling(table: str, name: str) -> str:
     return f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {markup.text(name)}">\n{table}</div>'
 
 
-def _picture(words: str, file: Path) -> str:
-    """A picture of the report as WebP within the page."""
-    with Image.open(file) as opened:
-        picture = opened.convert("RGB")
+def _picture(words: str, original: Image.Image) -> str:
+    """Return an image of the report as WebP within the page."""
+    picture = original.convert("RGB")
     picture.thumbnail((WEBP_SIDE, WEBP_SIDE))
     encoded = io.BytesIO()
     picture.save(encoded, "WEBP", quality=85)

@@ -50,6 +50,14 @@ class Entry(NamedTuple):
     path: Path
     module: str  # to import; a plug-in file's is made up from its content
     plugin: bool  # not shipped with alignbench: its source is part of what a run's id hashes
+    title: str = ""  # full name of a method ...
+    paper: str = ""  # ... and where it was published
+
+    @property
+    def about(self) -> str:
+        """``LeapAlign (arXiv 2604.15311): first line of the docstring``, or what there is of it."""
+        head = f"{self.title or self.cls} ({self.paper})" if self.paper else self.title
+        return ": ".join(filter(None, [head, self.doc]))
 
 
 class Registry:
@@ -144,17 +152,18 @@ def _scan(path: Path, module: str, plugin: bool, kinds: dict[str, Kind], plain: 
         if kind is None:
             continue
         local[node.name] = kinds[node.name] = kind
-        if (name := _literal_name(node)) is not None:
+        if (name := _literal(node, "name")) is not None:
             doc = (ast.get_docstring(node) or "").partition("\n")[0]
-            yield Entry(kind, name, node.name, doc, path, module, plugin)
+            title, paper = (_literal(node, field) or "" for field in ("title", "paper"))
+            yield Entry(kind, name, node.name, doc, path, module, plugin, title, paper)
 
 
-def _literal_name(node: ast.ClassDef) -> str | None:
-    """The value of ``name = "..."`` or ``name: ClassVar[str] = "..."`` in a class body."""
+def _literal(node: ast.ClassDef, field: str) -> str | None:
+    """Return the text of ``field = "..."`` or ``field: ClassVar[str] = "..."`` in a class body."""
     for statement in node.body:
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
         value = getattr(statement, "value", None)
-        if any(isinstance(t, ast.Name) and t.id == "name" for t in targets) and isinstance(value, ast.Constant):
+        if any(isinstance(t, ast.Name) and t.id == field for t in targets) and isinstance(value, ast.Constant):
             return value.value if isinstance(value.value, str) else None
     return None
 

@@ -62,8 +62,9 @@ def build(results: store.Results, out: Path, formats: Sequence[str] = FORMATS) -
     """Write what ``formats`` names into ``out``; the paths, the page first. UserError for a format there is not.
 
     md: ``<name>.md``; csv: ``<name>.csv``, and ``<name>-published.csv`` if the sweep has published numbers beside its
-    own; tex: the tables, ``<name>.tex``; html: all of it with the pictures, ``<name>.html``; png: the picture grid,
-    ``<name>-grid.png``, if there is any picture; png, svg: the figures, ``<name>-<figure>``.
+    own; tex: the tables, ``<name>.tex``; html: all of it with the pictures, ``<name>.html``, which needs none of the
+    other files; png: the picture grid, ``<name>-grid.png``, if there is any picture; png, svg: the figures,
+    ``<name>-<figure>``.
     """
     check_formats(formats)
     manifest = results.manifest
@@ -71,24 +72,27 @@ def build(results: store.Results, out: Path, formats: Sequence[str] = FORMATS) -
     analysis = analyse(manifest, results.scores)
     words = _words(name)
     published = [references.load(stem) for stem in words.published]
-    picture = _picture_grid(results, analysis) if "png" in formats else None
+    picture = _picture_grid(results, analysis) if {"html", "png"} & set(formats) else None
+    link = f"{name}-grid.png"
     drawn = plots.figures(results, analysis) if {"html", "svg", "png"} & set(formats) else []
     said: list[Section] = []
     if {"md", "html"} & set(formats):
-        link = f"{name}-grid.png" if picture else None
         course = curves.sections(results, analysis, [references.load_curve(stem) for stem in words.curves])
-        said = sections(manifest, results.costs, analysis, link, made_with(results), course, published)
+        said = sections(
+            manifest, results.costs, analysis, link if picture else None, made_with(results), course, published
+        )
     contents: dict[str, Any] = {}
     if "md" in formats:
-        contents[f"{name}.md"] = markdown(said)
+        shown = said if "png" in formats else [part for part in said if not _shows(part, link)]
+        contents[f"{name}.md"] = markdown(shown)
     if "csv" in formats:
         contents[f"{name}.csv"] = tidy(analysis, results.costs).csv()
         if published:
             contents[f"{name}-published.csv"] = references.tidy(published, manifest, analysis).csv()
     if "tex" in formats:
         contents[f"{name}.tex"] = latex(manifest, results.costs, analysis, published)
-    if picture:
-        contents[f"{name}-grid.png"] = lambda temporary: picture.save(temporary, "PNG")
+    if picture and "png" in formats:
+        contents[link] = lambda temporary: picture.save(temporary, "PNG")
     for figure in drawn:
         contents |= {
             f"{name}-{figure.name}.{kind}": getattr(figure, kind) for kind in ("svg", "png") if kind in formats
@@ -98,13 +102,19 @@ def build(results: store.Results, out: Path, formats: Sequence[str] = FORMATS) -
     paths = [out / file for file in contents]
     if "html" in formats:
         flagged = {label: hacked(analysis, label) for label in analysis.trained}
-        paths.append(page.build(results, analysis, out, sections=said, hacked=flagged, figures=drawn))
+        images = {link: picture} if picture else {}
+        paths.append(page.build(results, analysis, out, sections=said, hacked=flagged, figures=drawn, images=images))
     return paths
 
 
 def check_formats(formats: Sequence[str]) -> None:
     for unknown in set(formats) - set(FORMATS):
         raise UserError(f"--format: there is no format '{unknown}'{did_you_mean(unknown, FORMATS, 'formats')}")
+
+
+def _shows(part: Section, file: str) -> bool:
+    """Return whether a section shows the image of that file."""
+    return isinstance(part, str) and f"]({file})" in part
 
 
 def markdown(said: Sequence[Section]) -> str:
@@ -142,7 +152,7 @@ def sections(
         _hybrid_note(manifest),
         _moments_note(manifest),
         _budgets(analysis, costs),
-        *([f"![{alike}, one row per method]({picture})", GRID_NOTE] if picture else []),
+        f"![{alike}, one row per method]({picture})\n\n{GRID_NOTE}" if picture else "",
         *references.sections(manifest, analysis, published),
         *_changes_section(analysis, bool(manifest.get("imported"))),
         _one_training_note(manifest),

@@ -29,6 +29,8 @@ class AdjointMatching(Pathwise):
     """Sampled memorylessly, the optimum is the base model's distribution times exp(lam R)."""
 
     name: ClassVar[str] = "adjoint_matching"
+    title: ClassVar[str] = "Adjoint Matching"
+    paper: ClassVar[str] = "arXiv 2409.08861"
     stochastic: ClassVar[bool] = True
     steps: int = 40
     lam: float = 1000.0  # the reward's multiplier; the paper: 1000, 2500, 12500

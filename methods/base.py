@@ -11,4 +11,5 @@ class Base(AlignMethod):
     """The model as it came."""
 
     name: ClassVar[str] = "base"
+    title: ClassVar[str] = "Base model"
     trains: ClassVar[bool] = False

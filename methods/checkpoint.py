@@ -22,6 +22,7 @@ class Checkpoint(AlignMethod):
     """A published transformer, or published LoRA adapters, in place of training."""
 
     name: ClassVar[str] = "checkpoint"
+    title: ClassVar[str] = "Published weights"
     trains: ClassVar[bool] = False
     weights: str  # type: ignore[misc]  # a hub id, a folder or a .safetensors file; keyword-only, as all settings are
     revision: str | None = None  # of the hub id

@@ -27,6 +27,8 @@ class DanceGRPO(GroupRelative):
     """Every move is noisy, and a part of them, drawn for each sample by itself, is trained."""
 
     name: ClassVar[str] = "dancegrpo"
+    title: ClassVar[str] = "DanceGRPO"
+    paper: ClassVar[str] = "arXiv 2505.07818"
     steps: int = 16
     updates_per_rollout: int = 3  # released: 12 images, a step every 4
     timestep_fraction: float = 0.6  # of the moves, drawn per sample

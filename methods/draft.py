@@ -22,6 +22,8 @@ class DRaFTK(Pathwise):
     """Exact back-propagation through the last k steps; k = steps is all of it."""
 
     name: ClassVar[str] = "draft_k"
+    title: ClassVar[str] = "DRaFT-K"
+    paper: ClassVar[str] = "Clark et al. 2024, arXiv 2309.17400"
     k: int = 1
 
     def check(self, batch: int, differentiable: bool) -> None:
@@ -41,6 +43,7 @@ class BPTT(Pathwise):
     """Back-propagation through the whole sampler, the reference: one step at a time in memory, the rest made again."""
 
     name: ClassVar[str] = "bptt"
+    title: ClassVar[str] = "Back-propagation through time"
 
     def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:
         x_0 = integrate(flow, batch.noise, flow.sigmas(self.steps), batch.cond, grad=True)
@@ -51,6 +54,8 @@ class DRaFTLV(Pathwise):
     """DRaFT-1, and n re-noised copies of its image sent through the last step once more: lower variance."""
 
     name: ClassVar[str] = "draft_lv"
+    title: ClassVar[str] = "DRaFT-LV"
+    paper: ClassVar[str] = "Clark et al. 2024, arXiv 2309.17400"
     n: int = 2  # re-noised copies
     lv_reduction: Literal["sum", "mean"] = "sum"  # over the image and its copies; the paper adds the gradients
 

@@ -23,6 +23,8 @@ class DRTune(Pathwise):
     """The network's input is always detached: gradients are sums of single steps, with no Jacobian of the network."""
 
     name: ClassVar[str] = "drtune"
+    title: ClassVar[str] = "DRTune"
+    paper: ClassVar[str] = "Wu et al. 2024, arXiv 2405.00760"
     k: int = 2  # equally spaced trained steps
     m: int = 11  # the sampler stops at one of the last m steps, and predicts the image from there
     draw_in_prefix: bool = False  # True: the k steps are drawn among the executed ones, as FlowBP does

@@ -76,6 +76,8 @@ class FlowBPSparse(FlowBP):
     """k steps, each by itself: no gradient flows from one into another."""
 
     name: ClassVar[str] = "flowbp_sparse"  # SD3.5-M: k 4, late_bias 1, rescale 0.5; Klein: 4, 2, 0
+    title: ClassVar[str] = "FlowBP-Sparse"
+    paper: ClassVar[str] = "arXiv 2606.11075"
 
     def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:
         active = self.chosen(self.window, self.k, self.window.start + 1, batch.step_rng)
@@ -86,6 +88,8 @@ class FlowBPBridge(FlowBP):
     """Steps before and after a random step j, and through j's input a share of the nested gradient between them."""
 
     name: ClassVar[str] = "flowbp_bridge"  # SD3.5-M: alpha 0.5, late_bias 4, rescale 0; Klein: 1, k 3, 4, 0.5
+    title: ClassVar[str] = "FlowBP-Bridge"
+    paper: ClassVar[str] = "arXiv 2606.11075"
     k: int = 5
     alpha: float = 0.1  # share of the nested gradient that is kept
 

@@ -28,6 +28,8 @@ class FlowBPLagrange(Pathwise):
     """noise -> x_k -leap-> x_j -leap-> x_0: each leap a quadrature over ``order`` of the sampler's own velocities."""
 
     name: ClassVar[str] = "flowbp_lagrange"
+    title: ClassVar[str] = "FlowBP-Lagrange"
+    paper: ClassVar[str] = "arXiv 2606.11075"
     alpha: float = 0.1  # share of the nested gradient that is kept
     tau: float = 0.2  # smallest distance in the weight; Klein: 0.1
     order: int = 3  # velocities of a leap: exact for polynomials in sigma of one degree less

@@ -28,6 +28,8 @@ class FlowGRPO(GroupRelative):
     """Few, noisy steps; advantages in units of the whole batch; held near the base model by a KL term."""
 
     name: ClassVar[str] = "flowgrpo"
+    title: ClassVar[str] = "Flow-GRPO"
+    paper: ClassVar[str] = "arXiv 2505.05470"
     steps: int = 10
     group: int = 24
     same_noise: bool = False

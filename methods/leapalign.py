@@ -30,6 +30,8 @@ class LeapAlign(Pathwise):
     """noise -> x_k -leap-> x_j -leap-> x_0, pinned to the sampler's own latents."""
 
     name: ClassVar[str] = "leapalign"
+    title: ClassVar[str] = "LeapAlign"
+    paper: ClassVar[str] = "arXiv 2604.15311, CVPR 2026"
     alpha: float = 0.3  # share of the nested gradient that is kept (eq. 9; figure 4a)
     tau: float = 0.1  # smallest distance in the weight (eq. 12)
     leaps: Literal[1, 2, 3] = 2  # figure 4b

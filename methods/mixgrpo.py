@@ -35,6 +35,8 @@ class MixGRPO(GroupRelative):
     """An SDE on the moves l, ..., l + window - 1, which are trained; the ODE before and after."""
 
     name: ClassVar[str] = "mixgrpo"
+    title: ClassVar[str] = "MixGRPO"
+    paper: ClassVar[str] = "arXiv 2507.21802"
     sde: Literal["dance", "flow"] = "flow"
     eta: float = 0.7
     updates_per_rollout: int = 4

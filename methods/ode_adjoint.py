@@ -50,6 +50,8 @@ class ODEAdjointMatching(Pathwise):
     """At the base model its gradient is that of back-propagation through the last k steps, for any quadratic phi."""
 
     name: ClassVar[str] = "ode_adjoint_matching"
+    title: ClassVar[str] = "Deterministic adjoint matching"
+    paper: ClassVar[str] = "after arXiv 2605.06583"
     k: int = 3  # the last steps, through which the adjoint is carried
     beta: float = 1.0  # price of departing from the base model, in the reward's unit per squared latent
     adjoint: Literal["lean", "policy"] = "lean"  # through the base model's velocity, or the gradient of cost-to-go

@@ -23,6 +23,8 @@ class ReFL(Pathwise):
     """One velocity with gradient, at a random late step; the sampler never runs beyond it."""
 
     name: ClassVar[str] = "refl"
+    title: ClassVar[str] = "ReFL"
+    paper: ClassVar[str] = "Xu et al. 2023, arXiv 2304.05977"
     last_n: int = 11  # the step is drawn from the last this many
 
     def check(self, batch: int, differentiable: bool) -> None:

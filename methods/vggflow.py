@@ -47,6 +47,8 @@ class VGGFlow(Pathwise):
     """One regression per trained step; the reward's gradient reaches the model as a number, not through a graph."""
 
     name: ClassVar[str] = "vggflow"
+    title: ClassVar[str] = "VGG-Flow"
+    paper: ClassVar[str] = "arXiv 2512.05116, NeurIPS 2025"
     steps: int = 20
     reward_scale: float = 1e4  # Rs: how far the reward may pull; its meaning depends on the reward's unit
     eta_schedule: Literal["linear", "quadratic", "constant"] = (

@@ -62,7 +62,10 @@ LAYERS = (
     {"run", "importers", "compare"},
     {"launch", "job", "authoring", "importing", "capabilities"},
     {"rerun", "gc"},
-    {"cli"},
+    {"cli.common"},
+    {"cli.checks", "cli.reports", "cli.sweeps"},
+    {"cli.main"},
+    {"cli", "cli.__main__"},
 )
 APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
 METHODS = {"flow", "method", "policy", "nets", "config", "weights"}  # torch, and nothing else of ours
@@ -71,6 +74,11 @@ REPORTS = {"store", "table", "stats", "config", "reports"}
 TORCHLESS = {
     "ranks",
     "cli",
+    "cli.main",
+    "cli.common",
+    "cli.checks",
+    "cli.reports",
+    "cli.sweeps",
     "authoring",
     "cost",
     "estimate",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from world import PLUGIN, SWEEP, alignbench, sweep_file
 
-from alignbench import cli
+from alignbench.cli import main
+from alignbench.cli.main import GROUPS, cli
+from alignbench.plugins import Registry
 from alignbench.prompts import load_prompts
 
 EMPTY_LINE = "a photo of a circle\n\na photo of a square\n"
@@ -171,10 +176,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def refused(capsys, store: Path, *words: str, plugin: bool = True) -> str:
     """The one line with which a command ends, after it wrote nothing."""
-    try:
-        code = alignbench(*words, store=store, plugin=plugin)
-    except SystemExit as end:  # argparse's own way
-        code = int(end.code or 0)
+    code = alignbench(*words, store=store, plugin=plugin)
     said = capsys.readouterr()
     assert code == 1
     assert said.out == ""
@@ -210,7 +212,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(what, folder, capsys):
         (["--limit", "0"], "'0' is not a whole number of 1 or more"),
         (["-j", "two"], "'two' is not a whole number"),
         (["--seeds", "a"], "grid: training.seed: expected a whole number, got text"),
-        (["--sotre", "x"], "unknown: --sotre"),
+        (
+            ["--sotre", "x"],
+            r"there is no option '--sotre'; did you mean '--store'\? \(see `alignbench sweep --help`\)$",
+        ),
+        (["--store", "--limit", "2"], "--store: its value DIR is missing"),
+        (["-j"], "-j: its value N is missing"),
+        (["--limit=2=3"], "--limit: '2=3' is not a whole number"),
         (["--plugin", "none.py"], "none.py: cannot be read: No such file"),
         (["--plugin", "fine.txt"], "fine.txt:1: not Python"),
     ],
@@ -287,14 +295,27 @@ def test_ls_shows_what_can_be_named(capsys):
     for word in ("leapalign", "dancegrpo", "geneval", "flux", "shapes/test", "quickstart", "bright", "The mean of all"):
         assert word in out
     assert alignbench("ls", "methods") == 0
-    assert "flux" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "flux" not in out
+    assert re.search(r"(?m)^  leapalign +LeapAlign \(arXiv 2604.15311, CVPR 2026\): noise -> x_k", out)
+
+
+def test_every_built_in_method_has_its_full_name_and_its_paper():
+    """The class says both; a paper is one that the head of the method's file names."""
+    entries = [entry for entry in Registry().entries.values() if entry.kind == "method"]
+    assert len(entries) == 17
+    for entry in entries:
+        assert entry.title
+        assert entry.title in entry.about
+        head = (ast.get_docstring(ast.parse(entry.path.read_text())) or "").partition("epartures")[0]
+        assert all(paper in head for paper in re.findall(r"arXiv \S+\b", entry.paper))
+    assert {entry.name for entry in entries if not entry.paper} == {"base", "bptt", "checkpoint"}
 
 
 def test_the_light_verbs_import_no_torch(tmp_path):
     """help, ls and status run without torch, transformers or diffusers; report: see test_report.py."""
     code = (
-        "import sys; from alignbench.cli import main\n"
-        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "import sys; from alignbench.cli import main; main(['--help'])\n"
         f"main(['ls', '--plugin', {PLUGIN!r}]); main(['status', '--store', {str(tmp_path)!r}])\n"
         f"main(['report', 'quickstart', '--store', {str(tmp_path)!r}])\n"
         "heavy = {'torch', 'transformers', 'diffusers', 'accelerate', 'open_clip'} & sys.modules.keys()\n"
@@ -302,7 +323,7 @@ def test_the_light_verbs_import_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "usage: alignbench" in done.stdout
+    assert "Usage: alignbench" in done.stdout
 
 
 def test_help_comes_at_once():
@@ -313,13 +334,113 @@ def test_help_comes_at_once():
     assert min(float(out.splitlines()[-1]) for out in runs) < 0.3
 
 
-def test_every_verb_has_help(capsys):
-    """`alignbench VERB --help` exits with 0 and a line on what it does."""
-    for verb, function in cli.VERBS.items():
-        with pytest.raises(SystemExit) as end:
-            cli.main([verb, "--help"])
-        assert end.value.code == 0
-        assert (function.__doc__ or "").split()[0] in capsys.readouterr().out
+@pytest.mark.parametrize("verb", cli.commands)
+def test_every_verb_has_help(verb, capsys):
+    """`alignbench VERB --help` exits with 0, says what the verb does, and names every option and positional."""
+    assert main([verb, "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert (cli.commands[verb].help or "").split()[0] in said
+    for option in cli.commands[verb].params:
+        for name in option.opts if isinstance(option, click.Option) else [option.make_metavar(click.Context(cli))]:
+            assert name in said
+
+
+def test_every_verb_stands_in_one_group(capsys):
+    """The groups of `alignbench --help` list every verb exactly once, each on a line with its text."""
+    grouped = [verb.name or "" for verbs in GROUPS.values() for verb in verbs]
+    assert sorted(grouped) == sorted(cli.commands)
+    assert len(set(grouped)) == len(grouped) == 19
+    assert grouped[:5] == ["sweep", "status", "report", "plan", "ls"]
+    assert main(["--help"]) == 0
+    assert re.findall(r"(?m)^  ([a-z][\w-]+)  +\w", capsys.readouterr().out) == grouped
+
+
+def test_the_version_is_told(capsys):
+    """`alignbench --version` prints the installed version."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"alignbench {version('alignbench')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["swep", "x"], r"there is no verb 'swep'; did you mean 'sweep'\? \(see `alignbench --help`\)"),
+        (["xyz"], r"there is no verb 'xyz' \(see `alignbench --help`\)"),
+        ([], r"name a verb, for instance sweep \(see `alignbench --help`\)"),
+        (["--completion", "bsh"], "--completion: there is no 'bsh'; did you mean 'bash'"),
+        (["sweep"], r"SWEEP \[a.b=c\]...: is missing \(see `alignbench sweep --help`\)"),
+        (["run"], "--method: is missing"),
+        (["score", "x"], "-e/--evaluators: is missing"),
+        (["fit", "--parallel", "dp"], "--parallel: there is no 'dp'; did you mean 'ddp'"),
+        (
+            ["ls", "method"],
+            r"KIND\]: there is no 'method'; did you mean 'methods'\? \(choose from: methods, evaluators",
+        ),
+        (["compare", "a", "b", "c"], "unexpected extra argument"),
+        (["status", "--plugin", "x"], "there is no option '--plugin'"),
+    ],
+)
+def test_a_mistake_in_the_words_is_one_line(words, line, capsys):
+    """Unknown and missing verbs, positionals and options: exit code 1 and one line, with the nearest name."""
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(rf"alignbench: .*{line}.*\n", said.err)
+
+
+def test_options_and_settings_mix_in_any_order(folder, capsys):
+    """Settings stand before, between and after options; --only takes every word up to the next option, once or more."""
+    sweep_file(folder)
+    lines = []
+    for words in (
+        ["tiny.yaml", "training.batch=1", "--only", "method=last", "seed=0", "--limit=2", "--gpu", "h200"],
+        ["--gpu=h200", "training.batch=1", "--limit", "2", "tiny.yaml", "--only", "method=last", "--only=seed=0"],
+    ):
+        assert alignbench("plan", *words, store=folder / "store") == 0
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[1]
+    assert "1 runs: 1 to train, 1 image sets to make, 2 scores to compute" in lines[0]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_is_printed(shell, capsys):
+    """`alignbench --completion SHELL` prints the script, and the line that keeps it."""
+    assert main(["--completion", shell]) == 0
+    said = capsys.readouterr().out
+    assert "_ALIGNBENCH_COMPLETE" in said
+    assert f"alignbench --completion {shell}" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["sw"], ["sweep"]),
+        (["report", "quick"], ["quickstart"]),
+        (["run", "--method", "leap"], ["leapalign"]),
+        (["sweep", "quickstart", "--launcher", "s"], ["slurm"]),
+        (["plan", "--rehe"], ["--rehearse"]),
+        (["logs", "1"], ["1a2b"]),
+        (["ls", "m"], ["methods"]),
+    ],
+)
+def test_bash_completes(words, expected, tmp_path, capsys):
+    """In bash itself, Tab after `alignbench sw` gives sweep; sweeps, methods, runs and options are completed too."""
+    (tmp_path / "store/runs/1a2b").mkdir(parents=True)
+    assert main(["--completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    (tmp_path / "alignbench").write_text(f'#!/bin/sh\nexec {sys.executable} -m alignbench.cli "$@"\n')
+    (tmp_path / "alignbench").chmod(0o755)
+    ask = f"COMP_WORDS=(alignbench {' '.join(words)}); COMP_CWORD={len(words)}; _alignbench_completion ./alignbench"
+    show = "printf '%s\\n' \"${COMPREPLY[@]}\""
+    done = subprocess.run(["bash", "-c", f"{script}\n{ask}\n{show}"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (expected, "")
+
+
+def test_a_reader_that_stops_early_is_no_failure():
+    """`alignbench ls | head -1`: exit code 0, and nothing on stderr."""
+    ls = f"set -o pipefail; {sys.executable} -m alignbench.cli ls | head -1"
+    done = subprocess.run(["bash", "-c", ls], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "methods:\n", "")
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------

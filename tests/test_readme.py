@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alignbench.cli import parser
+from alignbench.cli.main import cli
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -63,7 +63,7 @@ def test_the_method_of_the_readme_gets_a_row(example):
 
 def test_every_command_of_the_readme_exists():
     """Each ``alignbench VERB`` that the README and the docs show is a verb of the command line."""
-    verbs = set(parser()._subparsers._group_actions[0].choices)
+    verbs = set(cli.commands)
     docs = [README, *(README.parent / "docs").glob("*.md")]
     code = re.compile(r"```\n(.*?)```|`([^`\n]+)`", re.DOTALL)  # blocks without a language, and inline
     said = "\n".join("\n".join(pair) for path in docs for pair in code.findall(path.read_text(encoding="utf-8")))

@@ -429,6 +429,20 @@ def test_the_grid_has_a_row_per_method_and_a_column_per_prompt(tmp_path):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+def test_a_page_alone_is_the_page_of_the_whole_report(tmp_path):
+    """``--format html`` gives the bytes that all formats give, grid included, and no other file; markdown without png
+    names no file that is not there."""
+    given = results(tmp_path)
+    draw_pictures(tmp_path, given.manifest)
+    whole = report.build(given, tmp_path / "out")[-1].read_bytes()
+    alone = report.build(given, tmp_path / "alone", ["html"])
+    assert list((tmp_path / "alone").iterdir()) == alone
+    assert b'<img class="grid"' in whole
+    assert alone[0].read_bytes() == whole
+    text, _ = report.build(given, tmp_path / "both", ["md", "html"])
+    assert "grid" not in text.read_text()
+
+
 def test_a_missing_picture_leaves_a_grey_tile(tmp_path):
     """A method without pictures keeps its row in the grid."""
     given = results(tmp_path)

@@ -96,7 +96,7 @@ def test_code_that_changed_is_told_and_the_copy_of_the_old_used(copy, capfd):
     name = trained(store.root)
     old = copy / "old"
     shutil.copytree(snapshot.take(copy, [PLUGIN]).path, old / "0")
-    cli = old / "0" / "alignbench" / "cli.py"
+    cli = old / "0" / "alignbench" / "cli" / "common.py"
     cli.chmod(0o644)
     cli.write_text(cli.read_text() + "\n# as it was\n")
     files = snapshot.read(old / "0")

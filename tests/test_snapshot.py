@@ -22,7 +22,7 @@ FACTS = """
 import json, alignbench, alignbench.methods, alignbench.run, alignbench.provenance
 from alignbench import official, prompts, sweep, weights
 from alignbench.plugins import Registry
-from alignbench.cli import EPILOG
+from alignbench.cli.common import EPILOG
 print(json.dumps({
     "home": alignbench.__file__, "entries": [str(entry.path) for entry in Registry().entries.values()],
     "sweeps": [str(path) for path in sweep.sweeps().values()], "environments": list(official.environments()),
@@ -92,8 +92,8 @@ def test_what_is_edited_later_changes_no_snapshot(tmp_path):
 
     before = take()
     assert take() == before
-    cli = checkout / "alignbench" / "cli.py"
-    cli.write_text(cli.read_text().replace('EPILOG = """', 'EPILOG = """edited '))
+    common = checkout / "alignbench" / "cli" / "common.py"
+    common.write_text(common.read_text().replace('EPILOG = """', 'EPILOG = """edited '))
     after = take()
     assert after.path != before.path
     assert not facts(before, tmp_path)["epilog"].startswith("edited")

@@ -1,0 +1,318 @@
+"""What the verbs share: exit codes, options, help, completion, and the sweep that a command line names."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from alignbench.plugins import Registry
+    from alignbench.store import Results, Store
+    from alignbench.sweep import Cell, Document, Draft, Plan
+
+DONE, USAGE, SOME_FAILED, SOME_PENDING, INTERRUPTED = 0, 1, 2, 3, 130
+EPILOG = """\
+SWEEP is a YAML file or the name of a packaged sweep (see `alignbench ls sweeps`). Command-line settings override the
+file: training.batch=8 (every run), evaluation.protocol.steps=10, grid.training.seed=[0,1], seed=3.
+"""
+EXIT_CODES = """\
+Exit codes. 0: everything is done. 1: the request is wrong, nothing was run. 2: some runs failed (check-method: some
+promises; doctor: some checks; fit: a run does not fit; rerun: something differs). 3: some runs are still pending.
+130: interrupted.
+"""
+
+
+class Verb(click.Command):
+    """A verb of the command line: its words and options may stand in any order."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if ctx.resilient_parsing else list(self._spelt_out(ctx, args)))
+
+    def _spelt_out(self, ctx: click.Context, args: Sequence[str]) -> Iterator[str]:
+        """Yield ``args`` with one value per option: ``--only a b`` as ``--only a --only b``, ``-e=a`` as ``-e a``.
+
+        Raise UsageError for an option without its value, which click would take from the option that follows.
+        """
+        valued = (option for option in self.params if isinstance(option, click.Option) and not option.is_flag)
+        known = {name: option for option in valued for name in option.opts}
+        rest = list(args)
+        while rest and rest[0] != "--":
+            word = rest.pop(0)
+            name, equals, value = word.partition("=")
+            if name not in known:
+                yield word
+                continue
+            values = [value] if equals else []
+            while rest and not equals and not _is_option(rest[0]) and (not values or isinstance(known[name], Several)):
+                values.append(rest.pop(0))
+            if not values:
+                raise click.UsageError(f"{name}: its value {known[name].make_metavar(ctx)} is missing", ctx)
+            for value in values:
+                yield from (name, value)
+        yield from rest
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        takes_sweep = any(option.name == "rehearse" for option in self.params)
+        write_paragraphs(formatter, *([EPILOG] if takes_sweep else []), EXIT_CODES)
+
+
+class Several(click.Option):
+    """An option that takes all words up to the next option."""
+
+
+class Choice(click.Choice[str]):
+    """A choice among names; an unknown one is answered with the nearest."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        from alignbench.config import did_you_mean
+
+        return f"there is no '{value}'{did_you_mean(str(value), self.choices, 'choose from')}"
+
+
+class Count(click.ParamType):
+    """A whole number of 1 or more."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if not str(value).isdigit() or int(value) < 1:
+            self.fail(f"'{value}' is not a whole number of 1 or more", param, ctx)
+        return int(value)
+
+
+def _is_option(word: str) -> bool:
+    return re.match(r"-[^\d.]", word) is not None
+
+
+def write_paragraphs(formatter: click.HelpFormatter, *texts: str) -> None:
+    """Write each text as a paragraph of its own, wrapped."""
+    for text in texts:
+        formatter.write_paragraph()
+        formatter.write_text(" ".join(text.split()))
+
+
+# -- completion -------------------------------------------------------------------------------------------------------
+
+
+def complete_sweeps(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return packaged sweeps and sweeps of the store; where none begins so, let the shell complete file names."""
+    from click.shell_completion import CompletionItem
+
+    from alignbench.sweep import sweeps
+
+    stored = (path.stem for path in Path(ctx.params.get("store") or "store").glob("sweeps/*.json"))
+    names = sorted(name for name in {*sweeps(), *stored} if name.startswith(incomplete))
+    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+
+
+def complete_methods(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """Return the methods' names, those of plug-ins included."""
+    from alignbench.plugins import Registry
+
+    names = Registry(ctx.params.get("plugin") or ()).names("method")
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_runs(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """Return the ids of the store's runs."""
+    return sorted(path.name for path in Path(ctx.params.get("store") or "store").glob(f"runs/{incomplete}*"))
+
+
+# -- shared options ---------------------------------------------------------------------------------------------------
+
+STORE = click.option(
+    "--store", metavar="DIR", default="store", type=str, help="Folder that keeps the results (default: store)."
+)
+PLUGIN = click.option(
+    "--plugin", metavar="FILE", multiple=True, help="Python file with methods or evaluators of your own; repeatable."
+)
+ONLY = click.option(
+    "--only",
+    cls=Several,
+    metavar="KEY=VALUE...",
+    multiple=True,
+    help="Select runs: method=refl, '!seed=2', or any setting's path; several values of one key are alternatives.",
+)
+TRACK = click.option(
+    "--track", metavar="TRACKER", multiple=True, help="Also show training in tensorboard, wandb or trackio; repeatable."
+)
+GPU = click.option(
+    "--gpu", metavar="GPU", default="h100", help="GPU whose speed and memory to assume: h100 (default), h200 or a100."
+)
+RUN = click.argument("run", metavar="RUN", shell_complete=complete_runs)
+
+
+def slurm_options(verb: Callable[..., int]) -> Callable[..., int]:
+    """Add ``--slurm``, ``--wait`` and ``-j``."""
+    options = (
+        click.option("--slurm", metavar="FILE", help="YAML with SLURM resources; overrides the sweep's own."),
+        click.option("--wait", is_flag=True, help="Stay until all SLURM jobs have ended."),
+        click.option(
+            "-j", "--jobs", type=Count(), metavar="N", help="Local workers at a time (default: GPUs or cores)."
+        ),
+    )
+    return functools.reduce(lambda function, option: option(function), reversed(options), verb)
+
+
+def settings_words(verb: Callable[..., int]) -> Callable[..., int]:
+    """Add evaluators' settings as free words."""
+    return click.argument("words", nargs=-1, metavar="[EVALUATOR.SETTING=VALUE]...")(verb)
+
+
+def sweep_options(optional: bool = False, plugins: bool = True) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Add the sweep, its settings and its store; the verb gets them as one ``Request``."""
+    metavar = "[SWEEP] [a.b=c]..." if optional else "SWEEP [a.b=c]..."
+    options = (
+        click.argument("words", nargs=-1, required=not optional, metavar=metavar, shell_complete=complete_sweeps),
+        click.option("--seeds", metavar="0,1,...", help="Training seeds; overrides the file's."),
+        click.option("--limit", type=Count(), metavar="N", help="Only the first N evaluation prompts; stamped SUBSET."),
+        click.option(
+            "--rehearse",
+            is_flag=True,
+            help="Rehearse the whole sweep with small stand-ins for its models; stamped REHEARSAL.",
+        ),
+        *([PLUGIN] if plugins else []),
+        STORE,
+    )
+
+    def decorate(verb: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(verb)
+        def run(
+            words: Sequence[str],
+            seeds: str | None,
+            limit: int | None,
+            rehearse: bool,
+            store: str,
+            plugin: Sequence[str] = (),
+            **own: Any,
+        ) -> int:
+            return verb(Request(list(words), seeds, limit, rehearse, store, list(plugin)), **own)
+
+        return functools.reduce(lambda function, option: option(function), reversed(options), run)
+
+    return decorate
+
+
+# -- the sweep --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sweep as the command line names it. ``words``: the sweep and its settings; ``folder``: the store's."""
+
+    words: list[str]
+    seeds: str | None
+    limit: int | None
+    rehearse: bool
+    folder: str
+    plugins: list[str]
+
+    def store(self) -> Store:
+        return usable_store(self.folder)
+
+    def registry(self) -> Registry:
+        return registry(self.plugins)
+
+    def document(self, default: str | None = None) -> Document:
+        """Read the sweep, or ``default`` if none is named. UserError if several are."""
+        from alignbench.config import UserError
+        from alignbench.sweep import read
+
+        files = [word for word in self.words if "=" not in word]
+        if len(files) > 1 or not (files or default):
+            raise UserError(f"command line: name one sweep, got {', '.join(files) or 'none'}")
+        assignments = [word for word in self.words if "=" in word]
+        document = read(files[0] if files else str(default), assignments, self.seeds, self.limit)
+        if not self.rehearse:
+            return document
+        from alignbench.rehearsal import rehearse
+
+        return rehearse(document, Path(self.folder))
+
+    def with_method(self, name: str | None, default: str) -> Document:
+        """Read the sweep, and add a case of the method ``name`` with its defaults if the sweep has none."""
+        from alignbench.sweep import Document
+
+        document = self.document(default)
+        cases = document.data.get("cases") or []
+        if not name or any((case.get("method") or {}).get("name") == name for case in cases):
+            return document
+        cases = [*cases, {"label": name, "method": {"name": name}}]
+        return Document(document.path, document.data | {"cases": cases}, document.run_sets, document.command)
+
+    def plan(self) -> Plan:
+        return resolve(self.document(), self.registry())
+
+    def manifest(self, store: Store) -> tuple[str, dict[str, Any]]:
+        """Return name and manifest of a sweep that was run, named by its file and settings or as in `status`."""
+        from alignbench.config import UserError
+        from alignbench.store import read_json
+
+        named = store.root / "sweeps" / f"{self.words[0]}.json"
+        path = named if named.is_file() else store.root / "sweeps" / self.document().manifest
+        found = read_json(path)
+        if found is None:
+            known = ", ".join(path.stem for path in store.manifests())
+            raise UserError(
+                f"{' '.join(self.words)}: was not run in {store.root} as it stands; "
+                f"run `alignbench sweep` with the same words (in the store: {known or 'nothing'})"
+            )
+        return path.stem, found
+
+
+def usable_store(folder: str) -> Store:
+    """Return the store, proven usable; nothing is written to it."""
+    from alignbench.store import Store
+
+    store = Store(folder)
+    store.check_writable()
+    return store
+
+
+def registry(plugins: Sequence[str]) -> Registry:
+    from alignbench.plugins import Registry
+
+    return Registry(plugins)
+
+
+def results(store: Store, manifest: dict[str, Any]) -> Results:
+    from alignbench.store import Results
+
+    return Results(store.root, manifest)
+
+
+def resolve(document: Document, registry: Registry) -> Plan:
+    """Resolve a sweep, and print its warnings."""
+    from alignbench.sweep import resolve, warnings_of
+
+    plan = resolve(document, registry)
+    for line in warnings_of(plan, registry):
+        print(f"alignbench: {line}", file=sys.stderr)
+    return plan
+
+
+def selected(plan: Plan | Draft, only: Sequence[str]) -> list[Cell]:
+    from alignbench.sweep import select
+
+    return select(plan.cells, only)
+
+
+def summary(store: Store, plan: Plan, cells: Sequence[Cell]) -> str:
+    """Return ``6 runs: 0 to train, 0 image sets to make, 0 scores to compute``."""
+    from alignbench.launch import missing
+
+    runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
+    parts = {part.lock: part for cell in cells for part in missing(store, runs[cell.spec.label, cell.seed])}
+    trained = {cell.id for cell in cells if cell.trains}
+    train = sum(part.kind == "run" and part.id in trained for part in parts.values())
+    images, scores = (sum(part.kind == kind for part in parts.values()) for kind in ("images", "scores"))
+    return f"{len(cells)} runs: {train} to train, {images} image sets to make, {scores} scores to compute"

@@ -1,0 +1,303 @@
+"""Verbs that make the runs of a sweep, watch them, and clean up."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from alignbench.cli.common import (
+    DONE,
+    ONLY,
+    RUN,
+    SOME_FAILED,
+    STORE,
+    TRACK,
+    Request,
+    Verb,
+    complete_methods,
+    resolve,
+    results,
+    selected,
+    slurm_options,
+    summary,
+    sweep_options,
+    usable_store,
+)
+
+if TYPE_CHECKING:
+    from alignbench.store import Store
+    from alignbench.sweep import Cell, Plan
+
+
+@click.command("sweep", cls=Verb, short_help="Make what is missing of a sweep: train, generate, score.")
+@ONLY
+@click.option(
+    "--launcher",
+    metavar="LAUNCHER",
+    default="local",
+    shell_complete=lambda _, __, word: [name for name in ("local", "debug", "slurm") if name.startswith(word)],
+    help="local (default): worker processes; debug: in this process; slurm: submit to a cluster and exit.",
+)
+@slurm_options
+@TRACK
+@sweep_options()
+def sweep(
+    request: Request,
+    only: Sequence[str],
+    launcher: str,
+    slurm: str | None,
+    wait: bool,
+    jobs: int | None,
+    track: Sequence[str],
+) -> int:
+    """Make everything that the store does not have yet of a sweep: train, generate, score."""
+    from alignbench.launch import check_launcher
+
+    check_launcher(launcher)
+    store = request.store()
+    plan = request.plan()
+    cells = selected(plan, only)
+    if launcher == "slurm":
+        return _submit(request, plan, cells, store, _resources(request, plan, slurm), track, wait)
+    code = _make(request, plan, cells, store, launcher, jobs, track)
+    print(f"the table: alignbench report {plan.document.command}", file=sys.stderr)
+    return code
+
+
+@click.command("run", cls=Verb, short_help="Make one run in the foreground.")
+@click.option(
+    "--method",
+    metavar="METHOD",
+    required=True,
+    shell_complete=complete_methods,
+    help="A method of the sweep, or any other with its defaults.",
+)
+@TRACK
+@sweep_options(optional=True)
+def run(request: Request, method: str, track: Sequence[str]) -> int:
+    """Make one run in the foreground: the first of a sweep (default: quickstart) with --method."""
+    from alignbench.sweep import UNTRAINED
+
+    store = request.store()
+    plan = resolve(request.with_method(method, "quickstart"), request.registry())
+    cell = next(cell for cell in plan.cells if cell.spec.method["name"] == method)
+    code = _make(request, plan, [cell], store, "debug", None, track)
+    manifest = plan.manifest()
+    found = results(store, manifest | {"runs": [run for run in manifest["runs"] if run["id"] == cell.id]})
+    for metric, mean in found.scores.groupby("metric", sort=False)["score"].mean().items():
+        print(f"{metric}: {mean:.4f}")
+    print(f"{store.root / 'runs' / cell.id}" + ("" if cell.seed == UNTRAINED else f" (seed {cell.seed})"))
+    return code
+
+
+@click.command("status", cls=Verb, short_help="Show what is planned, running, done, or failed and why.")
+@sweep_options(optional=True, plugins=False)
+def status(request: Request) -> int:
+    """Show the state of every sweep in the store, or of each run of one sweep, with its jobs on the cluster."""
+    from alignbench import jobs
+    from alignbench.store import read_json
+
+    store = request.store()
+    if request.words:
+        name, manifest = request.manifest(store)
+        rows = jobs.rows(store, manifest, jobs.records(store, name))
+        print(jobs.table(rows))
+        return jobs.exit_code(rows)
+    for path in store.manifests():
+        manifest = read_json(path) or {"runs": []}
+        rows = jobs.rows(store, manifest, jobs.records(store, path.stem))
+        print(f"{path.stem}: {jobs.summary(rows)}  (alignbench report {manifest.get('sweep', path.stem)})")
+    if not store.manifests():
+        print(f"no sweep was run in {store.root} yet; try: alignbench sweep quickstart")
+    return DONE
+
+
+@click.command("logs", cls=Verb, short_help="Print a run's log.")
+@RUN
+@click.option("-f", "--follow", is_flag=True, help="Follow the log as it grows, until the run has ended.")
+@STORE
+def logs(run: str, follow: bool, store: str) -> int:
+    """Print what a run's jobs have written. RUN is a folder below the store's runs/, or how its name begins."""
+    from alignbench import jobs
+
+    for text in jobs.log(usable_store(store), run, follow):
+        print(text, end="", flush=True)
+    return DONE
+
+
+@click.command("cancel", cls=Verb, short_help="Cancel a sweep's jobs on the cluster.")
+@ONLY
+@sweep_options()
+def cancel(request: Request, only: Sequence[str]) -> int:
+    """Cancel a sweep's jobs on the cluster. What they have made stays, and `alignbench retry` resumes from there."""
+    from alignbench import jobs, slurm
+
+    store = request.store()
+    name, _ = request.manifest(store)
+    coming = jobs.under_way(jobs.records(store, name))
+    chosen = {cell.id for cell in selected(request.plan(), only)} if only else None
+    ended = sorted({ticket.job for ticket, _ in coming.values() if chosen is None or ticket.run in chosen})
+    slurm.cancel(ended)
+    print(f"{len(ended)} jobs cancelled" if ended else "no job of this sweep is queued or running on a cluster")
+    return DONE
+
+
+@click.command("retry", cls=Verb, short_help="Retry the runs that failed or were lost.")
+@ONLY
+@slurm_options
+@TRACK
+@sweep_options()
+def retry(
+    request: Request, only: Sequence[str], slurm: str | None, wait: bool, jobs: int | None, track: Sequence[str]
+) -> int:
+    """Retry the runs that failed or were lost, with the launcher that was used before."""
+    from alignbench import jobs as handed_out
+    from alignbench.launch import check_launcher
+
+    store = request.store()
+    name, manifest = request.manifest(store)
+    records = handed_out.records(store, name)
+    latest = next((record for record in records if record.launcher == "slurm"), None)
+    plan = request.plan()
+    again = {row.id for row in handed_out.rows(store, manifest, records) if row.state in ("failed", "stale")}
+    cells = [cell for cell in selected(plan, only) if cell.id in again]
+    if not cells:
+        print("nothing has failed or was lost", file=sys.stderr)
+        return handed_out.exit_code(handed_out.rows(store, manifest, records))
+    if latest is None:
+        return _make(request, plan, cells, store, "local", jobs, track)
+    check_launcher("slurm")
+    options = _resources(request, plan, slurm) if slurm else latest.options
+    return _submit(request, plan, cells, store, options, track, wait)
+
+
+@click.command("rerun", cls=Verb, short_help="Repeat a finished run from its records and compare bit by bit.")
+@RUN
+@click.option("--into", metavar="DIR", help="A new store for the repeated run (default: STORE/reruns/RUN-1, -2, ...).")
+@STORE
+def rerun(run: str, into: str | None, store: str) -> int:
+    """Repeat a finished run from its own records, and say of every part whether it is the same, bit by bit.
+
+    RUN is a folder below the store's runs/, or how its name begins. Uses the code that made the run if the store has a
+    copy.
+    """
+    from alignbench import rerun
+    from alignbench.store import Store
+
+    place = Store(store)
+    remark, copy = rerun.elsewhere(place, run)
+    if remark:
+        print(remark, flush=True)
+    if copy:
+        return rerun.again_with(copy, ["rerun", run, "--store", store, *(["--into", into] if into else [])])
+    code = DONE
+    for said in rerun.rerun(place, run, Path(into) if into else None):
+        print(said, flush=True)
+        code = SOME_FAILED if isinstance(said, rerun.Verdict) and said.differs else code
+    return code
+
+
+@click.command("gc", cls=Verb, short_help="Delete what no sweep of the store needs any more.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
+@STORE
+def gc(yes: bool, store: str) -> int:
+    """List what no sweep of the store refers to, with sizes, and delete it once you agree."""
+    from alignbench import gc
+    from alignbench.store import Store
+
+    place = Store(store)
+    items = gc.unused(place)
+    for item in items:
+        print(f"{gc.shown(item.size):>9}  {item.what}: {item.why}")
+    if not items:
+        print(f"{place.root}: there is nothing to delete")
+        return DONE
+    what = f"{len(items)} items, {gc.shown(sum(item.size for item in items))}"
+    if not yes and not sys.stdin.isatty():
+        print(f"{what}; nothing was deleted: say --yes, or answer on a terminal")
+        return DONE
+    if not yes and input(f"{what}: delete them? [y/N] ").strip().lower() not in ("y", "yes"):
+        print("nothing was deleted")
+        return DONE
+    gone = list(gc.delete(place, items))
+    print(f"deleted: {len(gone)} of {what}")
+    return DONE
+
+
+# -- their parts ------------------------------------------------------------------------------------------------------
+
+
+def _record(request: Request, plan: Plan, cells: Sequence[Cell], store: Store, track: Sequence[str]) -> dict[str, Any]:
+    """Write the manifest, print what is to be made, and return the manifest."""
+    from alignbench import trackers
+    from alignbench.store import write_json
+
+    trackers.check(track)
+    store.open()
+    manifest = plan.manifest() | {"plugins": request.plugins}  # as typed, for the line that says how to regenerate
+    write_json(store.root / "sweeps" / plan.document.manifest, manifest)
+    print(summary(store, plan, cells), file=sys.stderr)
+    return manifest
+
+
+def _make(
+    request: Request,
+    plan: Plan,
+    cells: Sequence[Cell],
+    store: Store,
+    launcher: str,
+    jobs: int | None,
+    track: Sequence[str],
+) -> int:
+    """Make what is missing on this machine, and name what failed."""
+    from alignbench.launch import launch
+
+    _record(request, plan, cells, store, track)
+    outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=request.plugins, track=track)
+    failed = [outcome for outcome in outcomes if outcome.state != "done"]
+    for outcome in failed:
+        log = store.root / "runs" / outcome.cell.id / "log.txt"
+        print(f"alignbench: {outcome.cell.title} failed: {outcome.reason} (log: {log})", file=sys.stderr)
+    if failed:
+        print(
+            f"alignbench: {len(failed)} of {len(outcomes)} runs failed; they are tried again next time", file=sys.stderr
+        )
+    return SOME_FAILED if failed else DONE
+
+
+def _resources(request: Request, plan: Plan, file: str | None) -> dict[str, Any]:
+    from alignbench import slurm
+
+    return slurm.read(plan.document.data.get("slurm", {}), file, request.registry())
+
+
+def _submit(
+    request: Request,
+    plan: Plan,
+    cells: Sequence[Cell],
+    store: Store,
+    options: dict[str, Any],
+    track: Sequence[str],
+    wait: bool,
+) -> int:
+    """Submit what is missing to SLURM and exit; with ``wait``, stay until it is made."""
+    from alignbench import jobs
+    from alignbench.launch import submit
+
+    manifest = _record(request, plan, cells, store, track)
+    count = submit(plan, cells, store, options, request.plugins, track)
+    print(f"{count} jobs submitted; alignbench status {plan.document.command}", file=sys.stderr)
+    chosen = {(cell.spec.label, cell.seed) for cell in cells}
+    shown = manifest | {"runs": [run for run in manifest["runs"] if (run["label"], run["seed"]) in chosen]}
+    name = Path(plan.document.manifest).stem
+    if wait:
+        jobs.follow(store, shown, name)
+    rows = jobs.rows(store, shown, jobs.records(store, name))
+    for row in rows:
+        if row.state in ("failed", "stale"):
+            print(f"alignbench: {row.title} {row.state}: {row.reason}", file=sys.stderr)
+    return jobs.exit_code(rows)
