@@ -334,15 +334,16 @@ def ls(arguments: argparse.Namespace) -> int:
 def validate(arguments: argparse.Namespace) -> int:
     """Check a sweep file with its plug-ins, weights, prompts and store. Makes nothing."""
     from alignbench.planning import shopping
-    from alignbench.sweep import draft, missing
+    from alignbench.sweep import completed, draft, missing
 
     _store(arguments)
     document, registry = _read(arguments), _registry(arguments)
-    gaps = missing(draft(document, registry), registry)
+    drafted = draft(document, registry)
+    gaps = missing(drafted)
     if len(gaps) > 1:  # one is told with its place, as for every other mistake
         print("\n".join(shopping(gaps)), file=sys.stderr)
         return USAGE
-    plan = _resolve(document, registry)
+    plan = _warned(completed(drafted))
     evaluators = ", ".join(score.name for score in plan.scores)
     print(f"{plan.document.path}: fine; {len(plan.cells)} runs, {len(plan.prompts)} prompts, scored by {evaluators}")
     return DONE
@@ -354,15 +355,15 @@ def plan(arguments: argparse.Namespace) -> int:
     The exit code is 1 as long as something is missing.
     """
     from alignbench.planning import gpu_named, page
-    from alignbench.sweep import draft, missing
+    from alignbench.sweep import completed, draft, missing
 
     gpu = gpu_named(arguments.gpu)
     store, registry, document = _store(arguments), _registry(arguments), _read(arguments)
     drafted = draft(document, registry)
-    gaps = missing(drafted, registry)
-    plan = None if gaps else _resolve(document, registry)
+    gaps = missing(drafted)
+    plan = None if gaps else _warned(completed(drafted))
     cells = _selected(plan or drafted, arguments.only)
-    print(page(drafted, plan, cells, store, registry, gpu, gaps))
+    print(page(drafted, plan, cells, store, gpu, gaps))
     if plan is not None:
         print(_summary(store, plan, cells))
     return USAGE if gaps else DONE
@@ -607,10 +608,15 @@ def _with_method(arguments: argparse.Namespace, default: str) -> Document:
 
 
 def _resolve(document: Document, registry: Registry) -> Plan:
-    from alignbench.sweep import resolve, warnings_of
+    from alignbench.sweep import resolve
 
-    plan = resolve(document, registry)
-    for line in warnings_of(plan, registry):
+    return _warned(resolve(document, registry))
+
+
+def _warned(plan: Plan) -> Plan:
+    from alignbench.sweep import warnings_of
+
+    for line in warnings_of(plan):
         print(f"alignbench: {line}", file=sys.stderr)
     return plan
 

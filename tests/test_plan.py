@@ -144,7 +144,7 @@ def test_predicted_evaluations_are_the_metered_ones(name):
     method = Registry().make("method", {"name": name}, "method")
     group = getattr(method, "group", 1)
     training = Training(budget=Budget(images=3 * 2 * group), batch=2 * group, micro_batch=group, drift_every=None)
-    usage = watch_once(method, training, 1, name)
+    usage = watch_once(method, training, 1)
     records = list(
         train(method, AffineFlow(method.steps), QuadraticReward(), PROMPTS, training, accelerator=Accelerator(cpu=True))
     )
@@ -164,7 +164,7 @@ def test_predicted_evaluations_are_the_metered_ones(name):
 def test_graphs_alive_at_once(name, live):
     """A graph that a backward went through, or that is made again, takes no memory beside the next."""
     method = Registry().make("method", {"name": name}, "method")
-    assert watch_once(method, Training(budget=Budget(updates=2), batch=2), 1, name).mean.live == live
+    assert watch_once(method, Training(budget=Budget(updates=2), batch=2), 1).mean.live == live
 
 
 @pytest.mark.parametrize(("budget", "batches"), [({"updates": 7}, 3), ({"nfe": 1201}, 5), ({"images": 25}, 3)])
@@ -172,7 +172,7 @@ def test_budgets_last_as_long_as_training_makes_them(budget, batches):
     """Three updates and 12 x 25 evaluations a batch: the one in which the budget ends is made to its end."""
     method = Registry().make("method", {"name": "dancegrpo"}, "method")
     training = Training(budget=Budget(**budget), batch=12, drift_every=None)
-    assert watch_once(method, training, 1, "dancegrpo").batches(training, 1.0) == batches
+    assert watch_once(method, training, 1).batches(training, 1.0) == batches
 
 
 def test_a_plan_agrees_with_the_run(tmp_path):
@@ -180,7 +180,7 @@ def test_a_plan_agrees_with_the_run(tmp_path):
     path = sweep_file(tmp_path)
     plan = resolve(read(path), Registry([PLUGIN]))
     cell = next(cell for cell in plan.cells if cell.seed == 0)
-    found = estimate(cell, plan.evaluation, Registry([PLUGIN]), GPUS["h100"])
+    found = estimate(cell, plan.evaluation, plan.evaluators, GPUS["h100"])
     assert debug_sweep(path, tmp_path / "store", "--only", "seed=0") == 0
     costs = tables(tmp_path / "store")[1]
     row = costs[costs["run"] == cell.id].iloc[0]
@@ -237,7 +237,7 @@ def test_every_packaged_sweep_has_a_plan(name, nothing):
     """Without any weights: finite figures for every run; the cost in the file's first lines is their sum."""
     registry = Registry()
     plan = draft(read(name), registry)
-    found = [estimate(cell, plan.sweep.evaluation, registry, GPUS["h100"]) for cell in plan.cells]
+    found = [estimate(cell, plan.sweep.evaluation, plan.evaluators, GPUS["h100"]) for cell in plan.cells]
     for cell, each in zip(plan.cells, found):
         assert not each.unknown
         figures = [each.train, each.generate, each.score, each.memory, each.weights, each.pictures]
@@ -380,7 +380,7 @@ def test_a_constant_branch_costs_no_backward():
         Registry().make("method", {"name": "leapalign"}, "method"),
         Training(budget=Budget(updates=1), batch=2),
     )
-    plain, full, stop = (watch_once(method, training, 1, "leapalign", each).mean for each in (None, "full", "stop"))
+    plain, full, stop = (watch_once(method, training, 1, each).mean for each in (None, "full", "stop"))
     assert (plain.forward, plain.grad, plain.live) == (23, 2, 2)
     assert (full.forward, full.grad, full.live) == (46, 4, 4)
     assert (stop.forward, stop.grad, stop.live) == (48, 2, 2)
@@ -394,6 +394,6 @@ def test_a_plan_of_guided_training_agrees_with_the_meter():
         flow = Probe(GaussianFlow(), negative)
         reward = QuadraticReward()
         record = list(train(method, flow, reward, PROMPTS, training, accelerator=Accelerator(cpu=True)))[-1]
-        usage = watch_once(method, training, 1, name, negative).mean
+        usage = watch_once(method, training, 1, negative).mean
         predicted = [round(4 * each) for each in usage[:3]]
         assert predicted == [record[column] for column in ("nfe_forward", "nfe_grad", "nfe_recomputed")]

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from world import PLUGIN, SWEEP, sweep_file
 
-from alignbench import plugins, spec
+from alignbench import digests, plugins
 from alignbench.config import UserError, decode, settings
+from alignbench.digests import content_id, fingerprint
 from alignbench.plugins import Registry
-from alignbench.spec import Budget, Training, content_id, fingerprint
+from alignbench.spec import Budget, Training
 from alignbench.sweep import Plan, read, resolve, select, sweeps
 
 LAST = {"label": "Last", "method": {"name": "last"}}
@@ -256,8 +257,8 @@ def test_prompts_count_by_content(tmp_path):
 
 def test_large_files_are_sampled(tmp_path, monkeypatch):
     """Over the limit, size, head, middle and tail are hashed: a change there is seen, and the whole is not read."""
-    monkeypatch.setattr(spec, "WHOLE", 1000)
-    monkeypatch.setattr(spec, "SAMPLE", 100)
+    monkeypatch.setattr(digests, "WHOLE", 1000)
+    monkeypatch.setattr(digests, "SAMPLE", 100)
     path, found = tmp_path / "weights", []
     for place in (None, 0, 2000, 3999, 1000):
         data = bytearray(4000)
