@@ -16,8 +16,10 @@ from tiny import flux_parts
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from world import PLUGIN, alignbench, debug_sweep, sweep_file, tables
 
-from alignbench.config import UserError
+from alignbench import weights
+from alignbench.config import Missing, UserError
 from alignbench.cost import FLUX_1_DEV, GPUS, Decoder, FluxTransformer, Linear, Model, TextEncoder, Tokens
+from alignbench.doctor import DEFAULTS
 from alignbench.estimate import Estimate, Probe, estimate, watch_once
 from alignbench.planning import about
 from alignbench.plugins import Registry
@@ -288,6 +290,59 @@ def test_validate_lists_everything_that_is_missing(nothing, tmp_path, capsys):
     """Not the first thing alone, so that one evening's downloads are enough."""
     assert alignbench("validate", "table2", store=tmp_path / "store", plugin=False) == 1
     assert "missing, 13 in all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "name"), [entry for entry in Registry().entries if entry[0] != "method"])
+def test_what_is_required_is_what_is_looked_for(kind, name, nothing, tmp_path, monkeypatch):
+    """With nothing on the machine, a built-in part raises for the first of its requirements, all of them absent; one
+    without requirements has its files. Each names the command that the error names."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    part = Registry().make(kind, {"name": name, **DEFAULTS.get(name, {})}, name)
+    absent = weights.absent(part)
+    assert absent == part.requirements()
+    assert all(need.command in need.text for need in absent)
+    if not absent:
+        part.files()
+        return
+    with pytest.raises(Missing) as error:
+        part.files()
+    assert error.value.requirement in absent
+    assert str(error.value) == error.value.requirement.text
+
+
+def test_a_plugin_that_lists_no_requirements_is_looked_at_all_the_same(nothing, tmp_path, capsys):
+    """Its files() raises, and the command is on the list beside those of others."""
+    plugin = tmp_path / "distant.py"
+    plugin.write_text(DISTANT)
+    path = sweep_file(tmp_path, {"cases": [{"label": "Distant", "method": {"name": "distant"}}]})
+    words = ("plan", path, "backend.model=some/model", "--plugin", str(plugin))
+    assert alignbench(*words, store=tmp_path / "store") == 1
+    out = capsys.readouterr().out
+    assert "missing, 2 in all" in out
+    assert "  hf download some/model\n  hf download some/body data.pt\n" in out
+
+
+DISTANT = """
+from alignbench import weights
+from alignbench.method import AlignMethod
+
+class Distant(AlignMethod):
+    name = "distant"
+
+    def files(self):
+        return weights.check([weights.locate("some/body", "method", files=["data.pt"]) / "data.pt"], "method")
+
+    def loss(self, flow, reward, batch):
+        raise NotImplementedError
+"""
+
+
+def test_a_plan_leaves_no_trace_in_a_method():
+    """It watches a copy: cells share their method, and one that trains networks of its own remembers the toy's."""
+    plan = draft(read("vggflow_hpsv2"), Registry())
+    cell = next(cell for cell in plan.cells if cell.spec.method["name"] == "vggflow")
+    assert not estimate(cell, plan.sweep.evaluation, plan.evaluators, GPUS["h100"]).unknown
+    assert vars(cell.method) == {}
 
 
 def test_wrong_settings_are_told_before_missing_files(nothing, tmp_path, capsys):
