@@ -378,15 +378,15 @@ def check_settings(cell: Cell, where: str) -> None:
         return
     differentiable = all(term.evaluator.differentiable for term in cell.rewards)
     for size in _micro_batches(training):
-        _prefixed(where, method.check, size, differentiable)
+        prefixed(where, method.check, size, differentiable)
     check_weights(training.optimizer, cell.spec.backend, where)
 
 
 def check_run(cell: Cell, where: str) -> None:
     """Raise UserError for what fails before a model is loaded: weights, prompts, a model that has no score."""
     backend, method = cell.parts[:2]
-    _prefixed(where, backend.files)
-    _prefixed(where, method.files)
+    prefixed(where, backend.files)
+    prefixed(where, method.files)
     if not method.trains:
         return
     if method.stochastic and (why := getattr(backend, "deterministic", None)):
@@ -397,8 +397,8 @@ def check_run(cell: Cell, where: str) -> None:
     prompts = load(cell.spec.prompts, f"{where}: prompts")
     _check_prompts(cell.spec.prompts, prompts, backend)
     for evaluator, margin, _ in cell.rewards:
-        _prefixed(where, evaluator.files)
-        _prefixed(where, evaluator.check, prompts)
+        prefixed(where, evaluator.files)
+        prefixed(where, evaluator.check, prompts)
         if why := hinge.impossible(margin, evaluator.reward_range):
             raise UserError(f"{where}: reward.margin: {evaluator.name}: {why}")
 
@@ -425,7 +425,8 @@ def check_evaluation(cell: Cell, evaluation: Evaluation, where: str) -> None:
     _check_prompts(protocol.prompts, prompts[: evaluation.limit], cell.backend)
 
 
-def _prefixed(where: str, check: Any, *arguments: Any) -> None:
+def prefixed(where: str, check: Callable[..., Any], *arguments: Any) -> None:
+    """Run ``check``; put ``where`` before what its UserError says."""
     try:
         check(*arguments)
     except UserError as error:
@@ -671,8 +672,8 @@ def _scores(draft: Draft, prompts: Sequence[Prompt]) -> list[Score]:
         evaluator = _fitted(built, draft.cells)
         if evaluator.paired and evaluator.base is not None:
             raise UserError(f"{place}.base: a sweep makes the base model's pictures itself; leave it out")
-        _prefixed(place, evaluator.files)
-        _prefixed(place, evaluator.check, prompts)
+        prefixed(place, evaluator.files)
+        prefixed(place, evaluator.check, prompts)
         content = evaluator_content(evaluator, registry)
         if not NAME.fullmatch(evaluator.version):
             raise UserError(f"{place}: {evaluator.name}'s version {evaluator.version!r} becomes a part of file names")
