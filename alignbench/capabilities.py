@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import torch
+from msgspec.structs import replace
 
 from alignbench.method import AlignMethod, Pathwise
 from alignbench.plugins import Registry
@@ -84,12 +85,10 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("python -m alignbench.capabilities SWEEP: name one sweep, as table2")
     write = csv.writer(sys.stdout, lineterminator="\n").writerow
-    registry = Registry()
     write(["method", "metric", "value", "se"])
-    for cell in draft(read(sys.argv[1]), registry).cells:
-        method = registry.make("method", cell.spec.method, "method")
-        if isinstance(method, Pathwise):
-            for name, is_so in ticks(method).items():
+    for cell in draft(read(sys.argv[1]), Registry()).cells:
+        if isinstance(cell.method, Pathwise):
+            for name, is_so in ticks(replace(cell.method)).items():
                 write([cell.spec.label, name, "yes" if is_so else "no", ""])
 
 

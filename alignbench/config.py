@@ -20,16 +20,29 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text is one clear line: where, what, what instead."""
 
 
-class NotFetched(UserError):
-    """What is missing was never put on this machine."""
+class Requirement(typing.NamedTuple):
+    """Files that have to be on this machine, and the command that fetches them."""
+
+    what: str  # a repository, a file
+    text: str = ""  # what an error says if they are absent
+    command: str = ""
+    note: str = ""  # what to accept or to know before
+    found: Path | None = None  # where they lie; None: they are absent
+
+    @property
+    def path(self) -> Path:
+        """Return where they lie. Raise Missing if they are absent."""
+        if self.found is None:
+            raise Missing(self.text, self)
+        return self.found
 
 
-class Missing(NotFetched):
-    """The same, where one ``command`` gets ``what`` is missing; ``note``: what to accept or to know before."""
+class Missing(UserError):
+    """A file that was never put on this machine. ``requirement``: what a command fetches; None if no command does."""
 
-    def __init__(self, text: str, what: str, command: str, note: str = "") -> None:
+    def __init__(self, text: str, requirement: Requirement | None = None) -> None:
         super().__init__(text)
-        self.what, self.command, self.note = what, command, note
+        self.requirement = requirement
 
 
 class Interrupted(Exception):
@@ -54,6 +67,10 @@ class Config(msgspec.Struct, metaclass=_KeywordOnly, frozen=True, forbid_unknown
 
     ``dict=True`` lets subclasses keep a loaded model in a ``functools.cached_property``; only the fields are settings.
     """
+
+    def requirements(self) -> list[Requirement]:
+        """Return what has to be fetched once, there or absent. Raise UserError for a name that leads nowhere."""
+        return []
 
 
 C = TypeVar("C", bound=Config)

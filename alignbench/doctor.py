@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from alignbench import official, small, weights
-from alignbench.config import Missing, NotFetched, UserError, cache
+from alignbench.config import Missing, UserError, cache
 from alignbench.evaluator import Evaluator, exact
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt
@@ -113,14 +113,14 @@ def _weights(registry: Registry, name: str, settings: dict[str, Any]) -> Iterato
 
 def _files(part: str, make: Any) -> Line:
     """Where its files are and their hash; or what is missing, with the command that fetches it."""
-    from alignbench.spec import fingerprint
+    from alignbench.digests import fingerprint
 
     try:
         files = make().files()
         folders = sorted({str(path.parent) for path in files})
         return Line(part, FINE, f"{fingerprint(files)[:12]} in {', '.join(folders)}" if files else "needs none")
-    except NotFetched as error:
-        note = f" ({error.note})" if isinstance(error, Missing) and error.note else ""
+    except Missing as error:
+        note = f" ({error.requirement.note})" if error.requirement and error.requirement.note else ""
         return Line(part, NOTE, f"{error}{note}")
     except UserError as error:
         return Line(part, WRONG, str(error))
@@ -289,7 +289,7 @@ def _published(registry: Registry, anchor: Anchor, settings: dict[str, Any], ref
             return Line(part, WRONG, f"{file} is another picture: its sha256 does not begin with {anchor.sha256}")
     try:
         found = _scores(_original(registry, anchor, settings), files, anchor.prompt)
-    except NotFetched as error:
+    except Missing as error:
         return Line(part, NOTE, f"not compared: {error}")
     except UserError as error:
         return Line(part, WRONG, str(error))
@@ -306,7 +306,7 @@ def _original(registry: Registry, anchor: Anchor, settings: dict[str, Any]) -> A
     folder = weights.locate(evaluator.weights, anchor.evaluator, shapes=anchor.evaluator, files=[anchor.checkpoint])
     checkpoint = (folder if folder.is_dir() else folder.parent) / anchor.checkpoint
     if not checkpoint.is_file():
-        raise NotFetched(f"{checkpoint} is missing; `hf download {evaluator.weights} {anchor.checkpoint}`")
+        raise Missing(f"{checkpoint} is missing; `hf download {evaluator.weights} {anchor.checkpoint}`")
     return msgspec.structs.replace(evaluator, weights=str(checkpoint))
 
 

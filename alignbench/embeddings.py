@@ -26,7 +26,7 @@ from safetensors.torch import save
 
 from alignbench.backends.pipeline import Text
 from alignbench.config import UserError
-from alignbench.spec import content_id, fingerprint
+from alignbench.digests import content_id, fingerprint
 from alignbench.store import Store, held, write, write_json
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from msgspec.structs import replace
 
 from alignbench.config import UserError, settings
 from alignbench.cost import GPU, Model
+from alignbench.digests import content_id
 from alignbench.prompts import load_prompts
 from alignbench.promptsets import SETS
-from alignbench.spec import content_id
+from alignbench.spec import build
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from alignbench.flow import Cond, Flow
     from alignbench.method import AlignMethod
     from alignbench.plugins import Registry
-    from alignbench.spec import Evaluation, RunSpec, Training
+    from alignbench.spec import Evaluation, Parts, RunSpec, Training
     from alignbench.sweep import Cell
 
 RUNS = 24  # batches at most that a method is watched for: the mean of what is drawn per batch is then known to 3 %
@@ -108,16 +109,17 @@ class Memory(NamedTuple):
         return int((room - self.fixed) // self.image)
 
 
-def estimate(cell: Cell, evaluation: Evaluation, registry: Registry, gpu: GPU) -> Estimate:
-    """What a run will cost on one ``gpu``. Needs no file; those of the model that are there are looked at."""
-    backend = registry.make("backend", cell.spec.backend, "backend")
-    model: Model | None = getattr(backend, "measures", None)
+def estimate(cell: Cell, evaluation: Evaluation, evaluators: Sequence[Evaluator], gpu: GPU) -> Estimate:
+    """What a run will cost on one ``gpu``. Needs no file; those of the model that are there are looked at.
+
+    ``evaluators``: those of the evaluation, built.
+    """
+    model: Model | None = getattr(cell.backend, "measures", None)
     if model is None:
         return Estimate(unknown=f"the measures of backend {cell.spec.backend['name']} are not known")
-    method = registry.make("method", cell.spec.method, "method")
-    plan = Pieces(cell, evaluation, backend, model, gpu, registry)
+    plan = Pieces(cell, evaluation, evaluators, model, gpu)
     found = plan.sampled()
-    return plan.trained(found, method) if method.trains else found
+    return plan.trained(found) if cell.method.trains else found
 
 
 class Pieces(NamedTuple):
@@ -125,10 +127,13 @@ class Pieces(NamedTuple):
 
     cell: Cell
     evaluation: Evaluation
-    backend: Any
+    evaluators: Sequence[Evaluator]
     model: Model
     gpu: GPU
-    registry: Registry
+
+    @property
+    def backend(self) -> Any:
+        return self.cell.backend
 
     @property
     def rate(self) -> float:
@@ -152,11 +157,10 @@ class Pieces(NamedTuple):
         steps = protocol.steps * self.backend.branches(protocol.guidance)
         flops = steps * model.transformer.forward(tokens) + model.decoder.forward(protocol.size)
         flops += model.encode(tokens.text) / protocol.images_per_prompt
-        judges = [self.registry.make("evaluator", plain, "evaluator") for plain in self.evaluation.evaluators]
         memory = self.frozen + model.transformer.parameters * self.itemsize
         return Estimate(
             generate=images * flops / self.rate / HOUR,
-            score=images * sum(map(seconds, judges)) / HOUR,
+            score=images * sum(map(seconds, self.evaluators)) / HOUR,
             memory=memory + model.transformer.block(tokens, self.itemsize),
             pictures=images * protocol.size**2 * PNG,
         )
@@ -167,18 +171,17 @@ class Pieces(NamedTuple):
         name, fewer = self.cell.protocol.prompts, self.evaluation.at_milestones
         return prompt_count(name, fewer.limit) / prompt_count(name, self.evaluation.limit)
 
-    def trained(self, found: Estimate, method: AlignMethod) -> Estimate:
+    def trained(self, found: Estimate) -> Estimate:
         """``found``, and training."""
-        training, terms = self.cell.spec.training, len(self.cell.spec.rewards)
-        name = self.cell.spec.method["name"]
+        training, rewards = self.cell.spec.training, self.cell.rewards
         try:
-            watched = watch_once(method, training, terms, name, negative(self.backend))
+            watched = watch_once(self.cell.method, training, len(rewards), negative(self.backend))
         except Exception as error:
             return Estimate(unknown=_no_toy(error))
         per_image = self.seconds_per_image(watched.mean)
         batches, usage = watched.batches(training, per_image), watched.mean
         trained = trained_parameters(self.backend, self.model)
-        held_at_once = memory(self.cell.spec, self.backend, self.model, usage, self.registry)
+        held_at_once = memory(training, self.cell.parts, self.model, usage)
         network, held = WEIGHTS[training.optimizer.weights]
         last, average = held or network, 4 * (training.optimizer.ema is not None)
         reached = sum(update <= watched.made(batches) for update in training.milestones)
@@ -205,39 +208,37 @@ class Pieces(NamedTuple):
         flops = (usage.forward + usage.recomputed) * forward + usage.grad * with_gradient
         flops += (usage.decodes + (1 + again) * usage.decodes_grad) * model.decoder.forward(backend.size)
         flops += model.encode(tokens.text)
-        rewards = [
-            self.registry.make("evaluator", part["evaluator"], "reward.evaluator") for part in self.cell.spec.rewards
-        ]
+        rewards = [seconds(term.evaluator) for term in self.cell.rewards]
         backward = 3 if usage.decodes_grad else 1
-        return flops / self.rate + usage.rewards * backward * sum(map(seconds, rewards)) / len(rewards)
+        return flops / self.rate + usage.rewards * backward * sum(rewards) / len(rewards)
 
 
 def training_memory(spec: RunSpec, registry: Registry, ranks: int = 1, parallel: str = "ddp") -> Memory:
     """Of each of ``ranks`` that train with DDP or FSDP. UserError if it is not known, or nothing is trained."""
-    backend = registry.make("backend", spec.backend, "backend")
+    parts = build(spec, registry)
+    backend, method = parts.backend, parts.method
     model: Model | None = getattr(backend, "measures", None)
-    method = registry.make("method", spec.method, "method")
     if model is None or not method.trains:
         why = "it trains nothing" if model else f"the measures of backend {spec.backend['name']} are not known"
         raise UserError(f"{spec.label}: no estimate: {why}")
     share = replace(spec.training, batch=max(1, spec.training.batch // ranks))
     try:
-        usage = watch_once(method, share, len(spec.rewards), spec.method["name"], negative(backend)).mean
+        usage = watch_once(method, share, len(parts.rewards), negative(backend)).mean
     except Exception as error:
         raise UserError(f"{spec.label}: no estimate: {_no_toy(error)}") from error
-    found = memory(replace(spec, training=share), backend, model, usage, registry)
+    found = memory(share, parts, model, usage)
     return in_parts(found, backend, model, ranks) if parallel == "fsdp" and ranks > 1 else found
 
 
-def memory(spec: RunSpec, backend: Any, model: Model, usage: Usage, registry: Registry) -> Memory:
+def memory(training: Training, parts: Parts, model: Model, usage: Usage) -> Memory:
     """What one GPU holds at the peak of training, from what the method keeps (``usage``)."""
-    training, tune_all, item = spec.training, backend.tune == "full", ITEM[backend.dtype]
+    backend = parts.backend
+    tune_all, item = backend.tune == "full", ITEM[backend.dtype]
     optimizer, size = training.optimizer, min(training.micro_batch or training.batch, training.batch)
     tokens, checkpointing = model.tokens(backend.size, backend.text_tokens), backend.gradient_checkpointing
     network, trained = model.transformer.parameters, trained_parameters(backend, model)
     compared = training.drift_every is not None or usage.reference > 0
     decoder = usage.decoded * model.decoder.kept(backend.size, item, checkpointing)
-    rewards = (registry.make("evaluator", part["evaluator"], "reward.evaluator") for part in spec.rewards)
     alone = optimizer.weights == "stochastic"
     once = size == training.batch and round(usage.backwards * size) <= 1
     casts = network * 2 * (tune_all and item == 2 and optimizer.weights == "float32")
@@ -249,7 +250,7 @@ def memory(spec: RunSpec, backend: Any, model: Model, usage: Usage, registry: Re
         average=4 * trained * (optimizer.ema is not None and not training.ema_on_host),
         base=network * item * (tune_all and compared),
         casts=casts,
-        rewards=sum(map(held, rewards)),
+        rewards=sum(held(term.evaluator) for term in parts.rewards),
         graphs=usage.live * model.transformer.kept(tokens, item, checkpointing),
         work=max(model.transformer.block(tokens, item), decoder),
         update=4 * trained * whole_at_once - casts,
@@ -367,11 +368,12 @@ def _kept() -> dict[str, Watched]:
     return {}
 
 
-def watch_once(method: AlignMethod, training: Training, terms: int, name: str, negative: Negative = None) -> Watched:
+def watch_once(method: AlignMethod, training: Training, terms: int, negative: Negative = None) -> Watched:
     """As ``watch``, for as many batches as the budget can last; remembered for runs that differ in nothing it sees."""
     parts = {key: getattr(training, key) for key in ("budget", "batch", "micro_batch", "reward_slice")}
-    key = content_id([name, settings(method), parts, terms, negative])
+    key = content_id([settings(method), parts, terms, negative])
     if key not in _kept():
+        method = replace(method)  # which may remember what it sees
         first = watch(method, training, terms, range(1), negative)
         count = first.batches(training, 1.0) if not training.budget.gpu_seconds else RUNS
         rest = watch(method, training, terms, range(1, min(RUNS, count)), negative)

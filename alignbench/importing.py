@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignbench import scoring
 from alignbench.config import UserError, decode, parse_yaml, settings
+from alignbench.digests import content_id
 from alignbench.importers import UNKNOWN, Row, Source, read
 from alignbench.plugins import Registry
-from alignbench.spec import Protocol, content_id, evaluator_content
+from alignbench.spec import Protocol, evaluator_content
 from alignbench.store import Lock, Store, locked, read_json, write, write_frame, write_json
 from alignbench.sweep import UNTRAINED, sweeps
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from alignbench.config import Missing, UserError, did_you_mean
+from alignbench.config import Requirement, UserError, did_you_mean
 from alignbench.cost import GPU, GPUS
 from alignbench.estimate import ITEM, Estimate, estimate, prompt_count
-from alignbench.plugins import Registry
 from alignbench.store import Results, Store, artefacts, milestones
 from alignbench.sweep import Cell, Draft, Plan
 
@@ -29,12 +28,11 @@ def page(
     plan: Plan | None,
     cells: Sequence[Cell],
     store: Store,
-    registry: Registry,
     gpu: GPU,
-    gaps: list[Missing],
+    gaps: list[Requirement],
 ) -> str:
     """``plan``: None as long as there are ``gaps``; then nothing is known of what the store has."""
-    found = [estimate(cell, draft.sweep.evaluation, registry, gpu) for cell in cells]
+    found = [estimate(cell, draft.sweep.evaluation, draft.evaluators, gpu) for cell in cells]
     runs = {} if plan is None else {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
     states, open_hours = [], 0.0
     for cell, each in zip(cells, found):
@@ -46,7 +44,7 @@ def page(
         f"{draft.document.name}, on one {gpu.name} per run; hours are GPU-hours, and every figure is about:",
         *columns([HEAD, *rows]),
         "",
-        _totals(found, open_hours, _embeddings(draft, cells, found, registry)),
+        _totals(found, open_hours, _embeddings(draft, cells, found)),
         _assumptions(gpu, draft),
         *_does_not_fit(draft, cells, found, gpu),
         *_unequal(cells, found),
@@ -83,12 +81,12 @@ def _row(cell: Cell, state: str, each: Estimate) -> list[str]:
     ]
 
 
-def _embeddings(draft: Draft, cells: Sequence[Cell], found: Sequence[Estimate], registry: Registry) -> float:
+def _embeddings(draft: Draft, cells: Sequence[Cell], found: Sequence[Estimate]) -> float:
     """Bytes of the prompts' embeddings that are kept, at most: of all seeds together, no prompt is drawn twice."""
     size: dict[str, float] = {}  # of one, by what it is computed with
     counts: dict[tuple[str, str], int] = {}  # of prompts, by that and by their list
     for cell, each in zip(cells, found):
-        backend = registry.make("backend", cell.spec.backend, "backend")
+        backend = cell.backend
         if getattr(backend, "embeddings", None) != "stored" or each.unknown:
             continue
         by = f"{backend.name} {backend.model} {backend.revision} {backend.dtype} {backend.text_tokens}"
@@ -153,7 +151,7 @@ def _touches(settings: dict[str, Any]) -> bool:
     return any(key == "training" or key.startswith(("training.batch", "training.budget")) for key in settings)
 
 
-def shopping(gaps: Sequence[Missing]) -> list[str]:
+def shopping(gaps: Sequence[Requirement]) -> list[str]:
     """What is missing, and the command for each."""
     if not gaps:
         return []

@@ -18,7 +18,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from alignbench.config import Config, UserError, class_name, decode, did_you_mean, read_text
+from alignbench.config import Config, UserError, class_name, decode, did_you_mean, read_text, settings
 
 Kind = Literal["method", "evaluator", "backend"]
 GROUP = "alignbench.plugins"  # entry points of installed packages: each names a module
@@ -105,17 +105,36 @@ class Registry:
             raise UserError(f"{entry.path}: {entry.cls} is not a class of settings with name = '{name}'")
         return cls
 
-    def make(self, kind: Kind, settings: Any, where: str) -> Any:
+    def make(self, kind: Kind, plain: Any, where: str) -> Any:
         """``{name: ..., field: ...}`` as an instance, strictly."""
-        if not isinstance(settings, dict) or "name" not in settings:
+        if not isinstance(plain, dict) or "name" not in plain:
             raise UserError(f"{where}: expected settings with a 'name'{did_you_mean('', self.names(kind), f'{kind}s')}")
-        cls = self.get(kind, settings["name"], f"{where}.name")
-        return decode(cls, {key: value for key, value in settings.items() if key != "name"}, where)
+        cls = self.get(kind, plain["name"], f"{where}.name")
+        return decode(cls, {key: value for key, value in plain.items() if key != "name"}, where)
 
     def source(self, kind: Kind, name: str) -> str | None:
         """sha256 of the file that defines a plug-in's class; None for built-ins, whose revision is recorded instead."""
         entry = self.entries[kind, name]
         return digest(entry.path) if entry.plugin else None
+
+
+class Builder:
+    """A maker of methods, backends and evaluators that builds equal settings once: who asks again shares the object.
+
+    What is shared is for questions. A method may remember what it saw, so that one that runs is a copy, or a new one.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self._built: dict[str, Any] = {}
+
+    def make(self, kind: Kind, plain: Any, where: str) -> Any:
+        """Return what ``Registry.make`` would build."""
+        key = f"{kind} {plain!r}"
+        if key not in self._built:
+            made = self.registry.make(kind, plain, where)
+            self._built[key] = self._built.setdefault(f"{kind} {settings(made)!r}", made)
+        return self._built[key]
 
 
 def digest(path: Path) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from alignbench.config import Missing, UserError, read_text
+from alignbench.config import Requirement, UserError, read_text
 
 Rows = Iterable[tuple[str, str]]  # text, tag
 
@@ -137,10 +137,11 @@ def cached(chosen: PromptSet, where: str) -> Path:
     """The file in the hub's cache. Nothing is downloaded unasked."""
     from huggingface_hub import hf_hub_download
 
+    what, licence = f"{chosen.file} of {chosen.repository}", f"licence: {chosen.licence}"
+    command = f"hf download --repo-type dataset {chosen.repository} {chosen.file}"
+    text = f"{where}: {what} is not in the hub cache; fetch it once with `{command}` ({licence})"
     try:
-        return Path(hf_hub_download(chosen.repository, chosen.file, repo_type="dataset", local_files_only=True))
+        found = Path(hf_hub_download(chosen.repository, chosen.file, repo_type="dataset", local_files_only=True))
     except (OSError, ValueError):  # LocalEntryNotFoundError is both
-        command = f"hf download --repo-type dataset {chosen.repository} {chosen.file}"
-        text = f"{where}: {chosen.file} of {chosen.repository} is not in the hub cache; fetch it once with "
-        what, licence = f"{chosen.file} of {chosen.repository}", f"licence: {chosen.licence}"
-        raise Missing(f"{text}`{command}` ({licence})", what, command, licence) from None
+        found = None
+    return Requirement(what, text, command, licence, found).path

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from alignbench import snapshot
+from alignbench.digests import WHOLE, file_digest, fingerprint
 from alignbench.plugins import Registry, digest
-from alignbench.spec import WHOLE, file_digest, fingerprint
 from alignbench.store import read_json, write, write_json
 
 FILE, PATCH = "provenance.json", "dirty.patch"  # in a run's folder

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from alignbench import provenance, snapshot
 from alignbench.config import UserError, decode
 from alignbench.launch import Job, missing, settle, show
+from alignbench.plugins import Registry
 from alignbench.run import Task, execute
-from alignbench.spec import Protocol, RunSpec
+from alignbench.spec import Protocol, RunSpec, build
 from alignbench.store import Artefact, Store, artefacts, milestones, read_json
 from alignbench.sweep import UNTRAINED, Cell
 
@@ -151,8 +152,10 @@ def _next(folder: Path, id: str) -> Path:
 def _make(store: Store, fresh: Store, run: dict[str, Any], origin: Mapping[str, Any]) -> str:
     """Train, generate and score. Why not, if something failed; else ""."""
     protocol, evaluators = run["protocol"], [score["settings"] for score in run["scores"]]
-    cell = Cell(decode(RunSpec, run["settings"], "spec"), run["seed"], decode(Protocol, protocol, "protocol"))
     folder = store.root / "runs" / run["id"]
+    plugins = [str((folder / row["copy"]).resolve()) for row in origin["plugins"] if not row["installed"]]
+    spec = decode(RunSpec, run["settings"], "spec")
+    cell = Cell(spec, run["seed"], decode(Protocol, protocol, "protocol"), build(spec, Registry(plugins)))
     job = Job(cell, missing(fresh, run), fresh.root / "jobs" / "rerun.json")
     task = Task(
         store=str(fresh.root.resolve()),
@@ -168,7 +171,7 @@ def _make(store: Store, fresh: Store, run: dict[str, Any], origin: Mapping[str, 
             "milestone_prompts": run["milestone_prompts"],
         },
         scores=[_score(score) for score in run["scores"]],
-        plugins=[str((folder / row["copy"]).resolve()) for row in origin["plugins"] if not row["installed"]],
+        plugins=plugins,
         threads=origin["threads"],
         progress=str(job.progress.resolve()),
         command=sys.argv,

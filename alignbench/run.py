@@ -30,7 +30,7 @@ from alignbench.config import Interrupted, UserError, decode, settings
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt, digest, load_prompts
 from alignbench.ranks import STOPPED, OtherFailed, Ranks
-from alignbench.spec import BASE, Evaluation, RunSpec, base_of, evaluator_content, image_set_id, run_id
+from alignbench.spec import BASE, Evaluation, RunSpec, base_of, build, evaluator_content, image_set_id, run_id
 from alignbench.store import (
     Artefact,
     Lock,
@@ -208,7 +208,8 @@ class Work:
     def check_unchanged(self) -> None:
         """UserError if a file that the ids were made from has changed since."""
         training = load_prompts(self.spec.prompts) if self.task.trains else []
-        run = f"{self.spec.method['name']}-{run_id(self.spec, self.registry, training)}"
+        parts = build(self.spec, self.registry)
+        run = f"{self.spec.method['name']}-{run_id(self.spec, parts, self.registry, training)}"
         images = image_set_id(run, self.task.trains, self.evaluation.protocol, self.prompts, self.task.update)
         if (run, images) != (self.task.run, self.task.images):
             raise UserError("weights, prompts or a plug-in changed since the sweep was started; start it again")
@@ -258,17 +259,12 @@ class Work:
         import pandas as pd
 
         from alignbench import checkpoint
-        from alignbench.evaluator import Reward, Term
+        from alignbench.evaluator import Reward
         from alignbench.train import spent, train
 
         self.check_room()
-        method = self.registry.make("method", self.spec.method, "method")
-        reward = Reward(
-            *(
-                Term(self.registry.make("evaluator", part["evaluator"], "reward"), part["margin"], part["weight"])
-                for part in self.spec.rewards
-            )
-        )
+        _, method, rewards = build(self.spec, self.registry)
+        reward = Reward(*rewards)
         prompts, training = load_prompts(self.spec.prompts), self.spec.training
         checkpoints = self.run.folder / "checkpoints"
         flow = self.flow
@@ -331,10 +327,8 @@ class Work:
 
     def provenance(self) -> dict[str, Any]:
         """What is recorded and not hashed: with what command, code, files and machine the weights are made."""
-        made = [self.registry.make("backend", self.spec.backend, "backend")]
-        made.append(self.registry.make("method", self.spec.method, "method"))
-        for part in self.spec.rewards if self.task.trains else []:
-            made.append(self.registry.make("evaluator", part["evaluator"], "reward"))
+        backend, method, rewards = build(self.spec, self.registry)
+        made: list[Any] = [backend, method, *(term.evaluator for term in rewards if self.task.trains)]
         return {
             "command": self.task.command,
             **provenance.made_by(self.code),
@@ -342,7 +336,7 @@ class Work:
             "parallel": self.task.parallel,
             "weights": {part.name: provenance.weights(files) for part in made if (files := part.files())},
             "prompts": digest(load_prompts(self.spec.prompts)) if self.task.trains else None,
-            "embeddings": self._embeddings(made[0]),
+            "embeddings": self._embeddings(backend),
         }
 
     def _embeddings(self, backend: Any) -> str | None:
@@ -414,10 +408,11 @@ class Work:
         images = next((score["base"] for score in self.task.scores if score.get("base")), None)
         if images is None:
             return None
-        spec, protocol = base_of(self.spec, self.evaluation.protocol, self.registry)
+        parts = build(self.spec, self.registry)
+        spec, parts, protocol = base_of(self.spec, parts, self.evaluation.protocol, self.registry)
         evaluation = settings(self.evaluation) | {"protocol": settings(protocol)}
         task = self.task._replace(
-            run=f"{BASE}-{run_id(spec, self.registry, [])}", images=images, trains=False, scores=[]
+            run=f"{BASE}-{run_id(spec, parts, self.registry, [])}", images=images, trains=False, scores=[]
         )
         work = Work(task._replace(spec=settings(spec), evaluation=evaluation), self.stop)
         work.ranks = self.ranks  # of which the first alone is left

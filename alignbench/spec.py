@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import itertools
-import json
-import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, structs
 
 from alignbench.config import Config, UserError, settings
-from alignbench.plugins import Registry
+from alignbench.digests import content_id, fingerprint
+from alignbench.evaluator import Evaluator, Term
+from alignbench.method import AlignMethod
+from alignbench.plugins import Builder, Registry
 from alignbench.prompts import Prompt
 from alignbench.prompts import digest as prompts_digest
 
@@ -120,6 +118,24 @@ class RunSpec(Config):
         return self.reward if isinstance(self.reward, list) else [self.reward]
 
 
+class Parts(NamedTuple):
+    """What a run is made with, built from its settings."""
+
+    backend: Any
+    method: AlignMethod
+    rewards: tuple[Term, ...]
+
+
+def build(spec: RunSpec, registry: Registry | Builder) -> Parts:
+    """Build the backend, the method and the rewards of a run."""
+    rewards = (
+        Term(registry.make("evaluator", part["evaluator"], "reward.evaluator"), part["margin"], part["weight"])
+        for part in spec.rewards
+    )
+    backend = registry.make("backend", spec.backend, "backend")
+    return Parts(backend, registry.make("method", spec.method, "method"), tuple(rewards))
+
+
 class Base(Config):
     """What all runs of a sweep share, before ``grid`` and ``overrides``."""
 
@@ -215,19 +231,12 @@ def check_parts(training: Training, parallel: str, where: str = "training") -> N
 # -- ids: content in, ten hex digits out ------------------------------------------------------------------------------
 
 
-def content_id(content: Any) -> str:
-    """Ten hex digits of the canonical JSON of plain data: a million ids before a clash becomes likely."""
-    plain = json.dumps(msgspec.to_builtins(content), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(plain.encode()).hexdigest()[:10]
-
-
-def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
-    """Of everything that determines the weights; the label is not part of it. ``prompts``: those of ``spec.prompts``.
+def run_id(spec: RunSpec, parts: Parts, registry: Registry, prompts: Sequence[Prompt]) -> str:
+    """Hash everything that determines the weights, hence not the label. ``prompts``: those of ``spec.prompts``.
 
     All methods that train nothing and bring no files share one id per backend: their weights are the same.
     """
-    backend = registry.make("backend", spec.backend, "backend")
-    method = registry.make("method", spec.method, "method")
+    backend, method = parts.backend, parts.method
     described = {key: value for key, value in spec.backend.items() if key != "embeddings"}  # which move no bit
     for name, usual in (("compile", False), ("attention", "native")):  # with these the id is that of before they were
         if described.get(name) == usual:
@@ -243,11 +252,11 @@ def run_id(spec: RunSpec, registry: Registry, prompts: Sequence[Prompt]) -> str:
         return content_id({"backend": sampled, "backend files": fingerprint(backend.files()), **brought})
     rewards = [
         {
-            "reward": evaluator_content(registry.make("evaluator", part["evaluator"], "reward.evaluator"), registry),
-            "margin": part["margin"],
-            "weight": part["weight"] if len(spec.rewards) > 1 else 1.0,
+            "reward": evaluator_content(term.evaluator, registry),
+            "margin": term.margin,
+            "weight": term.weight if len(parts.rewards) > 1 else 1.0,
         }
-        for part in spec.rewards
+        for term in parts.rewards
     ]
     training = settings(spec.training)
     for name in ("checkpoint_every", "keep", "drift_every"):  # what moves no weight
@@ -295,13 +304,16 @@ def image_set_id(
 BASE = "base"  # the method that trains nothing
 
 
-def base_of(spec: RunSpec, protocol: Protocol, registry: Registry) -> tuple[RunSpec, Protocol]:
-    """The untrained model's run, and the protocol of its pictures: what the pictures of ``spec`` are paired with."""
-    method = settings(registry.make("method", {"name": BASE}, "method"))
-    return structs.replace(spec, label=BASE, method=method), structs.replace(protocol, tuned_steps=None)
+def base_of(
+    spec: RunSpec, parts: Parts, protocol: Protocol, registry: Registry | Builder
+) -> tuple[RunSpec, Parts, Protocol]:
+    """Return the untrained model's run and the protocol of its images, with which those of ``spec`` are paired."""
+    method = registry.make("method", {"name": BASE}, "method")
+    base = structs.replace(spec, label=BASE, method=settings(method))
+    return base, parts._replace(method=method), structs.replace(protocol, tuned_steps=None)
 
 
-def evaluator_content(evaluator: Any, registry: Registry) -> dict[str, Any]:
+def evaluator_content(evaluator: Evaluator, registry: Registry) -> dict[str, Any]:
     """Everything that determines the scores of given images."""
     return {
         "settings": settings(evaluator),
@@ -309,37 +321,3 @@ def evaluator_content(evaluator: Any, registry: Registry) -> dict[str, Any]:
         "files": fingerprint(evaluator.files()),
         "source": registry.source("evaluator", evaluator.name),
     }
-
-
-WHOLE = 256 * 2**20  # bytes: larger files are sampled
-SAMPLE = 16 * 2**20
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """One digest of content and of names below the files' common folder. UserError if one cannot be read."""
-    files = list(files)
-    top = os.path.commonpath([path.parent for path in files]) if files else ""
-    named = sorted((os.path.relpath(path, top), file_digest(path)) for path in files)
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256; of a large file as ``_content_digest`` says. UserError if it cannot be read."""
-    try:
-        stat = path.stat()
-        return _content_digest(str(path), stat.st_size, stat.st_mtime_ns)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-@functools.cache
-def _content_digest(path: str, size: int, mtime: int) -> str:
-    """sha256 of the content; of a file over 256 MB: of its size, head, middle and tail."""
-    with open(path, "rb") as file:
-        if size <= WHOLE:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        found = hashlib.sha256(str(size).encode())
-        for start in (0, (size - SAMPLE) // 2, size - SAMPLE):
-            file.seek(start)
-            found.update(file.read(SAMPLE))
-        return found.hexdigest()

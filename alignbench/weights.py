@@ -12,11 +12,10 @@ import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from alignbench.config import Missing, NotFetched, UserError
+from alignbench.config import Config, Missing, Requirement, UserError
 
 TRUST = "ALIGNBENCH_TRUST"  # environment variable: the sha256 of a file whose pickled code may run
 SHAPES = Path(__file__).parent / "shapes" / "assets"
@@ -40,74 +39,59 @@ GATED = {  # repositories that ask for consent on their page before anything can
 BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6, and OpenMMLab's files do
 
 
-_collected: ContextVar[list[Missing] | None] = ContextVar("_collected", default=None)
-
-
-class Absent(type(Path())):  # type: ignore[misc]  # the class that Path is on this machine
-    """The place of something that is not there, while missing things are collected: what is below it is not checked."""
-
-
-@contextmanager
-def collecting() -> Iterator[list[Missing]]:
-    """Within it what is missing is not raised one by one: it is added to the list, and checks go on without it."""
-    found: list[Missing] = []
-    token = _collected.set(found)
-    try:
-        yield found
-    finally:
-        _collected.reset(token)
-
-
-def absent(error: Missing) -> Path:
-    """Raise ``error``; or, while collecting, note it, and give the place where the thing would be."""
-    found = _collected.get()
-    if found is None:
-        raise error
-    found.append(error)
-    return Absent(error.what)
+def absent(config: Config) -> list[Requirement]:
+    """Return what ``config`` requires and this machine does not have."""
+    return [each for each in config.requirements() if each.found is None]
 
 
 def locate(
     name: str, where: str, *, shapes: str | None = None, revision: str | None = None, files: Sequence[str] = ()
 ) -> Path:
-    """The folder or file that ``name`` means: the alias "shapes" (its folder ``shapes``), a path, or a hub id.
+    """Return the folder or file that ``name`` means, as for ``requirement``. Raise UserError if it is not there."""
+    return requirement(name, where, shapes=shapes, revision=revision, files=files).path
+
+
+def requirement(
+    name: str, where: str, *, shapes: str | None = None, revision: str | None = None, files: Sequence[str] = ()
+) -> Requirement:
+    """Look for what ``name`` means: the alias "shapes" (its folder ``shapes``), a path, or a hub id.
 
     A hub id must already be in the hub's cache: nothing downloads gigabytes unasked. ``files``: what of it is read,
-    where the repository holds much else. UserError otherwise.
+    where the repository holds much else. UserError for a name that is none of these.
     """
     path = SHAPES / shapes if name == "shapes" and shapes else Path(name).expanduser()
     if path.exists():
-        return path
+        return Requirement(name, found=path)
     if name == "shapes" and shapes:
         raise UserError(
             f"{where}: the packaged file {path} is missing; make it with `python -m alignbench.shapes.build`"
         )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         choices = "a path, a hub id, or 'shapes'" if shapes else "a path or a hub id"
-        raise NotFetched(f"{where}: there is no file or folder '{name}'; give {choices}")
-    return _cached(name, where, revision, files)
+        raise Missing(f"{where}: there is no file or folder '{name}'; give {choices}")
+    command = " ".join(["hf download", name, *files, *(["--revision", revision] if revision else [])])
+    text = f"{where}: '{name}' is neither a path nor in the hub cache; fetch it once with `{command}`, or give a folder"
+    return Requirement(name, text, command, GATED.get(name, ""), _cached(name, revision))
 
 
-def _cached(repository: str, where: str, revision: str | None, files: Sequence[str]) -> Path:
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """Return the repository's folder in the hub's cache; None if it is not there."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except (OSError, ValueError):  # LocalEntryNotFoundError is both, HFValidationError a ValueError
-        command = " ".join(["hf download", repository, *files, *(["--revision", revision] if revision else [])])
-        text = f"{where}: '{repository}' is neither a path nor in the hub cache; fetch it once with `{command}`"
-        error = Missing(f"{text}, or give a folder", repository, command, GATED.get(repository, ""))
-    return absent(error)
+        return None
 
 
 def check(files: Iterable[Path], where: str) -> list[Path]:
     """``files``, sorted, each proven readable as what its suffix says. UserError for the first that is not."""
-    found = sorted(path for path in files if not isinstance(path, Absent))
+    found = sorted(files)
     for path in found:
         try:
             _CHECKS.get(path.suffix, _readable)(path)
         except FileNotFoundError:
-            raise NotFetched(f"{where}: {path} is missing") from None
+            raise Missing(f"{where}: {path} is missing") from None
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{where}: {path} cannot be read: {reason}") from None
@@ -160,8 +144,6 @@ _CHECKS = {".json": _json, ".safetensors": _safetensors, ".pt": _torch_zip, ".pt
 
 def model_files(folder: Path, where: str) -> list[Path]:
     """Configuration and weights of one transformers or diffusers folder, every shard that an index names included."""
-    if isinstance(folder, Absent):
-        return []
     weights = {path for path in folder.glob("*.safetensors") if ".fp16" not in path.name} or set(folder.glob("*.bin"))
     for index in check(folder.glob("*.index.json"), where):
         weights |= _shards(index, where)
@@ -187,8 +169,6 @@ def published(name: str, where: str, *, revision: str | None = None, subfolder: 
     ``name``: as for ``locate``. UserError for none, for several, and for what cannot be read.
     """
     place = locate(name, where, shapes="model", revision=revision)
-    if isinstance(place, Absent):
-        return []
     if subfolder is not None:
         place /= subfolder
     folder = place.parent if place.is_file() else place

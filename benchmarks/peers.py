@@ -46,12 +46,13 @@ from torch import Tensor, nn
 
 from alignbench.backends.flux import Flux
 from alignbench.backends.pipeline import unpack
+from alignbench.digests import fingerprint
 from alignbench.evaluator import Evaluator, Metric, Reward, Term
 from alignbench.flow import seeded
 from alignbench.meter import metered, metered_reward
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt, load_prompts
-from alignbench.spec import Budget, Optimizer, Training, fingerprint
+from alignbench.spec import Budget, Optimizer, Training
 from alignbench.train import Run, draw_batch
 
 HERE = Path(__file__).resolve().parent

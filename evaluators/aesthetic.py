@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from alignbench import clip, weights
 from alignbench.clip import Clip, linear_head
-from alignbench.config import Missing, UserError
+from alignbench.config import Requirement, UserError
 from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches
 
 if TYPE_CHECKING:
@@ -46,21 +46,24 @@ class Aesthetic(Evaluator):
     clip: str = "openai/clip-vit-large-patch14"
     clip_revision: str | None = None
 
+    def requirements(self) -> list[Requirement]:
+        path, files = Path(self.weights).expanduser(), ["config.json", "model.safetensors", *clip.HUB_FILES]
+        fetch = f"curl --create-dirs -Lo {path} {SOURCE}"
+        text = f"aesthetic.weights: there is no file {path}; fetch it once with `{fetch}`"
+        return [
+            Requirement(path.name, text, fetch, found=path if path.is_file() else None),
+            weights.requirement(self.clip, "aesthetic.clip", revision=self.clip_revision, files=files),
+        ]
+
     @cached_property
     def head(self) -> Path:
         """The head's file. UserError if there is none."""
-        path = Path(self.weights).expanduser()
-        if not path.is_file():
-            fetch = f"curl --create-dirs -Lo {path} {SOURCE}"
-            text = f"aesthetic.weights: there is no file {path}; fetch it once with `{fetch}`"
-            return weights.absent(Missing(text, path.name, fetch))
-        return path
+        return self.requirements()[0].path
 
     @cached_property
     def folder(self) -> Path:
         """Where the CLIPModel lies. UserError if nowhere."""
-        files = ["config.json", "model.safetensors", *clip.HUB_FILES]
-        return weights.locate(self.clip, "aesthetic.clip", revision=self.clip_revision, files=files)
+        return self.requirements()[1].path
 
     def files(self) -> list[Path]:
         found = weights.check([self.head], "aesthetic.weights")

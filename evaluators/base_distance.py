@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from alignbench import clip, weights
 from alignbench.clip import Clip
+from alignbench.config import Requirement
 from alignbench.evaluator import Evaluator, Metric
 
 if TYPE_CHECKING:
@@ -44,12 +45,14 @@ class BaseDistance(Evaluator):
     revision: str | None = None
     base: str | None = None
 
+    def requirements(self) -> list[Requirement]:
+        files, where = ["config.json", "model.safetensors", *clip.HUB_FILES], "base_distance.weights"
+        return [weights.requirement(self.weights, where, shapes="pickscore", revision=self.revision, files=files)]
+
     @cached_property
     def folder(self) -> Path:
         """Where the CLIPModel lies. UserError if nowhere."""
-        files = ["config.json", "model.safetensors", *clip.HUB_FILES]
-        where = "base_distance.weights"
-        return weights.locate(self.weights, where, shapes="pickscore", revision=self.revision, files=files)
+        return self.requirements()[0].path
 
     def files(self) -> list[Path]:
         found = weights.model_files(self.folder, "base_distance.weights")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from alignbench import clip, weights
 from alignbench.clip import Clip
+from alignbench.config import Requirement
 from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches, warn_of_cut
 
 if TYPE_CHECKING:
@@ -40,11 +41,14 @@ class CLIPScore(Evaluator):
     weights: str = "openai/clip-vit-large-patch14"
     revision: str | None = None
 
+    def requirements(self) -> list[Requirement]:
+        files = ["config.json", "model.safetensors", *clip.HUB_FILES]
+        return [weights.requirement(self.weights, "clipscore.weights", revision=self.revision, files=files)]
+
     @cached_property
     def folder(self) -> Path:
         """Where the CLIPModel lies. UserError if nowhere."""
-        files = ["config.json", "model.safetensors", *clip.HUB_FILES]
-        return weights.locate(self.weights, "clipscore.weights", revision=self.revision, files=files)
+        return self.requirements()[0].path
 
     def files(self) -> list[Path]:
         found = weights.model_files(self.folder, "clipscore.weights")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from alignbench import clip, weights
 from alignbench.clip import Clip
+from alignbench.config import Requirement
 from alignbench.evaluator import Evaluator, Metric
 
 if TYPE_CHECKING:
@@ -38,12 +39,14 @@ class Diversity(Evaluator):
     revision: str | None = None
     form: Literal["pairs", "dreamsim"] = "pairs"  # dreamsim: half of it
 
+    def requirements(self) -> list[Requirement]:
+        files, where = ["config.json", "model.safetensors", *clip.HUB_FILES], "diversity.weights"
+        return [weights.requirement(self.weights, where, shapes="pickscore", revision=self.revision, files=files)]
+
     @cached_property
     def folder(self) -> Path:
         """Where the CLIPModel lies. UserError if nowhere."""
-        files = ["config.json", "model.safetensors", *clip.HUB_FILES]
-        where = "diversity.weights"
-        return weights.locate(self.weights, where, shapes="pickscore", revision=self.revision, files=files)
+        return self.requirements()[0].path
 
     def files(self) -> list[Path]:
         found = weights.model_files(self.folder, "diversity.weights")

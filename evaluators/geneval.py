@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from alignbench import weights
 from alignbench.clip import HUB_FILES, Clip, processor_files
-from alignbench.config import Missing, UserError
+from alignbench.config import Missing, Requirement, UserError
 from alignbench.evaluator import Evaluator, Metric, device, to_pil, to_tensor
 from alignbench.evaluators.mask2former import Mask2Former
 from alignbench.geneval import COLORS
@@ -78,16 +78,26 @@ class GenEval(Evaluator):
     clip: str = "openai/clip-vit-large-patch14"  # names colours for Mask2Former; a hub id or a folder
     clip_revision: str | None = None
 
+    def requirements(self) -> list[Requirement]:
+        if self.detector == "shapes":
+            return []
+        files = ["config.json", "model.safetensors", *HUB_FILES]
+        clip = weights.requirement(self.clip, "geneval.clip", revision=self.clip_revision, files=files)
+        return [self._detector, clip]
+
+    @property
+    def _detector(self) -> Requirement:
+        """Mask2Former's weight file, or the folder that has it."""
+        try:
+            return weights.requirement(self.detector, "geneval.detector", revision=self.revision)
+        except Missing as error:  # neither a path nor a hub id
+            text = f"{error}, or 'shapes'; GenEval's own file: `curl -LO {URL}`"
+            return Requirement(Path(URL).name, text, f"curl -LO {URL}")
+
     @cached_property
     def checkpoint(self) -> Path:
         """Mask2Former's weight file. UserError if there is none."""
-        try:
-            path = weights.locate(self.detector, "geneval.detector", revision=self.revision)
-        except Missing:
-            raise
-        except UserError as error:
-            text = f"{error}, or 'shapes'; GenEval's own file: `curl -LO {URL}`"
-            return weights.absent(Missing(text, Path(URL).name, f"curl -LO {URL}"))
+        path = self._detector.path
         found = sorted(path.glob("*.pth")) if path.is_dir() else [path]
         if len(found) != 1:
             raise UserError(
@@ -98,8 +108,7 @@ class GenEval(Evaluator):
     @cached_property
     def clip_folder(self) -> Path:
         """Where the CLIPModel lies. UserError if nowhere."""
-        files = ["config.json", "model.safetensors", *HUB_FILES]
-        return weights.locate(self.clip, "geneval.clip", revision=self.clip_revision, files=files)
+        return self.requirements()[1].path
 
     def files(self) -> list[Path]:
         if self.detector == "shapes":

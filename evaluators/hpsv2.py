@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from alignbench import official, weights
-from alignbench.config import UserError
+from alignbench.config import Requirement, UserError
 from alignbench.evaluator import (
     Evaluator,
     Metric,
@@ -62,10 +62,14 @@ class HPSv2(Evaluator):
     def differentiable(self) -> bool:  # type: ignore[override]  # the class's answer depends on a setting here
         return self.engine == "alignbench"
 
+    def requirements(self) -> list[Requirement]:
+        files, where = [CHECKPOINT], "hpsv2.weights"
+        return [weights.requirement(self.weights, where, shapes="hpsv2", revision=self.revision, files=files)]
+
     @cached_property
     def checkpoint(self) -> Path:
         """The weight file. UserError if there is none, or none that can be told to be HPSv2.1's."""
-        path = weights.locate(self.weights, "hpsv2.weights", shapes="hpsv2", revision=self.revision, files=[CHECKPOINT])
+        path = self.requirements()[0].path
         if not path.is_dir():
             return path
         if (path / CHECKPOINT).exists():

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from alignbench import official, weights
-from alignbench.config import UserError
+from alignbench.config import Requirement, UserError
 from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches, to_tensor
 
 if TYPE_CHECKING:
@@ -72,17 +72,23 @@ class HPSv3(Evaluator):
     def differentiable(self) -> bool:  # type: ignore[override]  # the class's answer depends on a setting here
         return self.engine == "alignbench"
 
+    def requirements(self) -> list[Requirement]:
+        files = [*BASE_FILES, *OFFICIAL_FILES] if self.engine == "official" else BASE_FILES
+        return [
+            weights.requirement(self.base, "hpsv3.base", revision=self.base_revision, files=files),
+            weights.requirement(self.weights, "hpsv3.weights", revision=self.revision, files=[CHECKPOINT]),
+        ]
+
     @cached_property
     def checkpoint(self) -> Path:
         """The weight file. UserError if there is none."""
-        path = weights.locate(self.weights, "hpsv3.weights", revision=self.revision, files=[CHECKPOINT])
+        path = self.requirements()[1].path
         return path / CHECKPOINT if path.is_dir() else path
 
     @cached_property
     def base_folder(self) -> Path:
         """Where Qwen2-VL's configuration and tokenizer lie. UserError if nowhere."""
-        files = [*BASE_FILES, *OFFICIAL_FILES] if self.engine == "official" else BASE_FILES
-        return weights.locate(self.base, "hpsv3.base", revision=self.base_revision, files=files)
+        return self.requirements()[0].path
 
     def files(self) -> list[Path]:
         base = weights.check([self.base_folder / name for name in BASE_FILES], "hpsv3.base")

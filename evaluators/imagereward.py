@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from alignbench import official, weights
 from alignbench.clip import linear_head
-from alignbench.config import UserError
+from alignbench.config import Requirement, UserError
 from alignbench.evaluator import (
     Evaluator,
     Metric,
@@ -83,16 +83,22 @@ class ImageReward(Evaluator):
     def differentiable(self) -> bool:  # type: ignore[override]  # the class's answer depends on a setting here
         return self.engine == "alignbench"
 
+    def requirements(self) -> list[Requirement]:
+        files = [CHECKPOINT, CONFIG]
+        return [
+            weights.requirement(self.weights, "imagereward.weights", revision=self.revision, files=files),
+            weights.requirement(self.tokenizer, "imagereward.tokenizer", files=TOKENIZER_FILES),
+        ]
+
     @cached_property
     def folder(self) -> Path:
         """Where weights and configuration lie. UserError if nowhere."""
-        files = [CHECKPOINT, CONFIG]
-        return weights.locate(self.weights, "imagereward.weights", revision=self.revision, files=files)
+        return self.requirements()[0].path
 
     @cached_property
     def tokenizer_folder(self) -> Path:
         """Where the vocabulary lies. UserError if nowhere."""
-        return weights.locate(self.tokenizer, "imagereward.tokenizer", files=TOKENIZER_FILES)
+        return self.requirements()[1].path
 
     def files(self) -> list[Path]:
         found = weights.check([self.folder / CHECKPOINT, self.folder / CONFIG], "imagereward.weights")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from alignbench import clip, weights
 from alignbench.clip import Clip
+from alignbench.config import Requirement
 from alignbench.evaluator import Evaluator, Metric, check_range, device, in_batches, warn_of_cut
 
 if TYPE_CHECKING:
@@ -50,19 +51,22 @@ class PickScore(Evaluator):
     def reward_range(self) -> tuple[float, float]:  # type: ignore[override]  # depends on a setting here
         return (-1.0, 1.0) if self.reward_unit == "cosine" else (-100.0, 100.0)  # CLIP caps its scale at 100
 
+    def requirements(self) -> list[Requirement]:
+        model = weights.requirement(self.weights, "pickscore.weights", shapes="pickscore", revision=self.revision)
+        if self.processor is None and model.found and any((model.found / n).exists() for n in clip.PROCESSOR_FILES):
+            return [model]
+        name, where = self.processor or PROCESSOR, "pickscore.processor"
+        return [model, weights.requirement(name, where, shapes="pickscore", files=clip.HUB_FILES)]
+
     @cached_property
     def folder(self) -> Path:
         """Where the CLIPModel lies. UserError if nowhere."""
-        return weights.locate(self.weights, "pickscore.weights", shapes="pickscore", revision=self.revision)
+        return self.requirements()[0].path
 
     @cached_property
     def processor_folder(self) -> Path:
         """Where image preprocessing and tokenizer lie. UserError if nowhere."""
-        if self.processor is None and any((self.folder / name).exists() for name in clip.PROCESSOR_FILES):
-            return self.folder
-        return weights.locate(
-            self.processor or PROCESSOR, "pickscore.processor", shapes="pickscore", files=clip.HUB_FILES
-        )
+        return self.requirements()[-1].path
 
     def files(self) -> list[Path]:
         found = weights.model_files(self.folder, "pickscore.weights")

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from alignbench import weights
-from alignbench.config import UserError
+from alignbench.config import Requirement, UserError
 from alignbench.evaluator import Evaluator, Metric, check_range, device, to_pil
 
 if TYPE_CHECKING:
@@ -152,10 +152,17 @@ class UnifiedReward(Evaluator):
     def _template(self) -> Template:
         return TEMPLATES[self.template]
 
+    def requirements(self) -> list[Requirement]:
+        return [] if self.server else [self._checkpoint]
+
+    @property
+    def _checkpoint(self) -> Requirement:
+        return weights.requirement(self.weights, "unifiedreward.weights", revision=self.revision)
+
     @cached_property
     def folder(self) -> Path:
         """Where the checkpoint lies. UserError if nowhere."""
-        return weights.locate(self.weights, "unifiedreward.weights", revision=self.revision)
+        return self._checkpoint.path
 
     def files(self) -> list[Path]:
         """The checkpoint's; with a server, whose weights ``weights`` and ``revision`` name, the questions alone."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from alignbench.config import Requirement
 from alignbench.method import AlignMethod, require
-from alignbench.weights import published
+from alignbench.weights import published, requirement
 
 if TYPE_CHECKING:
     from alignbench.flow import Flow
@@ -28,6 +29,9 @@ class Checkpoint(AlignMethod):
     revision: str | None = None  # of the hub id
     kind: Literal["transformer", "lora"] = "transformer"
     subfolder: str | None = None  # of the hub id or the folder
+
+    def requirements(self) -> list[Requirement]:
+        return [requirement(self.weights, "method.weights", shapes="model", revision=self.revision)]
 
     def files(self) -> list[Path]:
         return published(self.weights, "method.weights", revision=self.revision, subfolder=self.subfolder)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
     {"config", "stats", "grid", "hinge", "shapes.scene", "cost", "markup", "blockwise"},
-    {"promptsets", "geneval"},
+    {"digests", "promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {
         "flow",
@@ -194,6 +194,7 @@ def test_the_command_line_is_light():
     """What help, lists, status and report are made of imports no torch at its top, nor what does."""
     heavy = {"torch", "transformers", "diffusers", "accelerate", "open_clip"}
     beside = {
+        "digests",
         "table",
         "markup",
         "stats",

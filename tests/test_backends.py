@@ -31,7 +31,7 @@ from alignbench.methods.refl import ReFL
 from alignbench.methods.vggflow import VGGFlow
 from alignbench.plugins import Registry
 from alignbench.small_backends import backend
-from alignbench.spec import Budget, RunSpec, Training, run_id
+from alignbench.spec import Budget, RunSpec, Training, build, run_id
 from alignbench.testing import MethodContract, Quadratic, gradients_of
 
 PIPELINES = {"sd3": SD3, "flux2": Flux2}  # of diffusers
@@ -439,7 +439,7 @@ def test_what_is_of_training_alone_changes_no_base_model(family, small):
             training = Training(budget=Budget(images=2), batch=2)
             parts = {"backend": plain, "method": chosen, "reward": [reward], "training": training}
             spec = RunSpec(label="any", prompts="shapes/train", **parts)
-            ids.add((method, run_id(spec, registry, [])))
+            ids.add((method, run_id(spec, build(spec, registry), registry, [])))
     assert sorted(method for method, _ in ids) == ["base", *["leapalign"] * 3]
 
 

@@ -69,7 +69,7 @@ def test_a_hinge_that_cannot_open_is_refused(tmp_path):
     ):
         resolve(read(sweep_file(tmp_path, reward_of(-1.0))), Registry([PLUGIN]))
     plan = resolve(read(sweep_file(tmp_path, reward_of(0.55))), Registry([PLUGIN]))
-    assert warnings_of(plan, Registry([PLUGIN])) == []
+    assert warnings_of(plan) == []
 
 
 def test_a_hinge_that_cannot_close_is_told_once(tmp_path, capsys):

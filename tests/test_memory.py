@@ -264,7 +264,7 @@ def test_the_average_on_the_host_is_no_part_of_the_plans_memory():
     for host in (False, True):
         training = structs.replace(cell.spec.training, ema_on_host=host)
         changed = dataclasses.replace(cell, spec=structs.replace(cell.spec, training=training))
-        found.append(estimate(changed, plan.sweep.evaluation, Registry(), GPUS["h100"]).memory)
+        found.append(estimate(changed, plan.sweep.evaluation, plan.evaluators, GPUS["h100"]).memory)
     assert found[0] - found[1] == 4 * Registry().make("backend", cell.spec.backend, "b").measures.transformer.parameters
 
 

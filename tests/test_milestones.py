@@ -246,7 +246,7 @@ def test_a_plan_counts_milestones(tmp_path):
         changes = {"base": {"training": {"milestones": milestones}}, "evaluation": {"milestone_prompts": 2}}
         plan = resolve(read(sweep_file(tmp_path, changes)), Registry([PLUGIN]))
         cell = next(cell for cell in plan.cells if cell.trains)
-        found.append(estimate(cell, plan.evaluation, Registry([PLUGIN]), GPUS["h100"]))
+        found.append(estimate(cell, plan.evaluation, plan.evaluators, GPUS["h100"]))
     without, with_ = found
     assert (with_.pictures, with_.weights) == (2 * without.pictures, 3 * without.weights)
     assert with_.generate == pytest.approx(2 * without.generate)

@@ -16,8 +16,10 @@ from tiny import flux_parts
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from world import PLUGIN, alignbench, debug_sweep, sweep_file, tables
 
-from alignbench.config import UserError
+from alignbench import weights
+from alignbench.config import Missing, UserError
 from alignbench.cost import FLUX_1_DEV, GPUS, Decoder, FluxTransformer, Linear, Model, TextEncoder, Tokens
+from alignbench.doctor import DEFAULTS
 from alignbench.estimate import Estimate, Probe, estimate, watch_once
 from alignbench.planning import about
 from alignbench.plugins import Registry
@@ -144,7 +146,7 @@ def test_predicted_evaluations_are_the_metered_ones(name):
     method = Registry().make("method", {"name": name}, "method")
     group = getattr(method, "group", 1)
     training = Training(budget=Budget(images=3 * 2 * group), batch=2 * group, micro_batch=group, drift_every=None)
-    usage = watch_once(method, training, 1, name)
+    usage = watch_once(method, training, 1)
     records = list(
         train(method, AffineFlow(method.steps), QuadraticReward(), PROMPTS, training, accelerator=Accelerator(cpu=True))
     )
@@ -164,7 +166,7 @@ def test_predicted_evaluations_are_the_metered_ones(name):
 def test_graphs_alive_at_once(name, live):
     """A graph that a backward went through, or that is made again, takes no memory beside the next."""
     method = Registry().make("method", {"name": name}, "method")
-    assert watch_once(method, Training(budget=Budget(updates=2), batch=2), 1, name).mean.live == live
+    assert watch_once(method, Training(budget=Budget(updates=2), batch=2), 1).mean.live == live
 
 
 @pytest.mark.parametrize(("budget", "batches"), [({"updates": 7}, 3), ({"nfe": 1201}, 5), ({"images": 25}, 3)])
@@ -172,7 +174,7 @@ def test_budgets_last_as_long_as_training_makes_them(budget, batches):
     """Three updates and 12 x 25 evaluations a batch: the one in which the budget ends is made to its end."""
     method = Registry().make("method", {"name": "dancegrpo"}, "method")
     training = Training(budget=Budget(**budget), batch=12, drift_every=None)
-    assert watch_once(method, training, 1, "dancegrpo").batches(training, 1.0) == batches
+    assert watch_once(method, training, 1).batches(training, 1.0) == batches
 
 
 def test_a_plan_agrees_with_the_run(tmp_path):
@@ -180,7 +182,7 @@ def test_a_plan_agrees_with_the_run(tmp_path):
     path = sweep_file(tmp_path)
     plan = resolve(read(path), Registry([PLUGIN]))
     cell = next(cell for cell in plan.cells if cell.seed == 0)
-    found = estimate(cell, plan.evaluation, Registry([PLUGIN]), GPUS["h100"])
+    found = estimate(cell, plan.evaluation, plan.evaluators, GPUS["h100"])
     assert debug_sweep(path, tmp_path / "store", "--only", "seed=0") == 0
     costs = tables(tmp_path / "store")[1]
     row = costs[costs["run"] == cell.id].iloc[0]
@@ -237,7 +239,7 @@ def test_every_packaged_sweep_has_a_plan(name, nothing):
     """Without any weights: finite figures for every run; the cost in the file's first lines is their sum."""
     registry = Registry()
     plan = draft(read(name), registry)
-    found = [estimate(cell, plan.sweep.evaluation, registry, GPUS["h100"]) for cell in plan.cells]
+    found = [estimate(cell, plan.sweep.evaluation, plan.evaluators, GPUS["h100"]) for cell in plan.cells]
     for cell, each in zip(plan.cells, found):
         assert not each.unknown
         figures = [each.train, each.generate, each.score, each.memory, each.weights, each.pictures]
@@ -288,6 +290,59 @@ def test_validate_lists_everything_that_is_missing(nothing, tmp_path, capsys):
     """Not the first thing alone, so that one evening's downloads are enough."""
     assert alignbench("validate", "table2", store=tmp_path / "store", plugin=False) == 1
     assert "missing, 13 in all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "name"), [entry for entry in Registry().entries if entry[0] != "method"])
+def test_what_is_required_is_what_is_looked_for(kind, name, nothing, tmp_path, monkeypatch):
+    """With nothing on the machine, a built-in part raises for the first of its requirements, all of them absent; one
+    without requirements has its files. Each names the command that the error names."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    part = Registry().make(kind, {"name": name, **DEFAULTS.get(name, {})}, name)
+    absent = weights.absent(part)
+    assert absent == part.requirements()
+    assert all(need.command in need.text for need in absent)
+    if not absent:
+        part.files()
+        return
+    with pytest.raises(Missing) as error:
+        part.files()
+    assert error.value.requirement in absent
+    assert str(error.value) == error.value.requirement.text
+
+
+def test_a_plugin_that_lists_no_requirements_is_looked_at_all_the_same(nothing, tmp_path, capsys):
+    """Its files() raises, and the command is on the list beside those of others."""
+    plugin = tmp_path / "distant.py"
+    plugin.write_text(DISTANT)
+    path = sweep_file(tmp_path, {"cases": [{"label": "Distant", "method": {"name": "distant"}}]})
+    words = ("plan", path, "backend.model=some/model", "--plugin", str(plugin))
+    assert alignbench(*words, store=tmp_path / "store") == 1
+    out = capsys.readouterr().out
+    assert "missing, 2 in all" in out
+    assert "  hf download some/model\n  hf download some/body data.pt\n" in out
+
+
+DISTANT = """
+from alignbench import weights
+from alignbench.method import AlignMethod
+
+class Distant(AlignMethod):
+    name = "distant"
+
+    def files(self):
+        return weights.check([weights.locate("some/body", "method", files=["data.pt"]) / "data.pt"], "method")
+
+    def loss(self, flow, reward, batch):
+        raise NotImplementedError
+"""
+
+
+def test_a_plan_leaves_no_trace_in_a_method():
+    """It watches a copy: cells share their method, and one that trains networks of its own remembers the toy's."""
+    plan = draft(read("vggflow_hpsv2"), Registry())
+    cell = next(cell for cell in plan.cells if cell.spec.method["name"] == "vggflow")
+    assert not estimate(cell, plan.sweep.evaluation, plan.evaluators, GPUS["h100"]).unknown
+    assert vars(cell.method) == {}
 
 
 def test_wrong_settings_are_told_before_missing_files(nothing, tmp_path, capsys):
@@ -380,7 +435,7 @@ def test_a_constant_branch_costs_no_backward():
         Registry().make("method", {"name": "leapalign"}, "method"),
         Training(budget=Budget(updates=1), batch=2),
     )
-    plain, full, stop = (watch_once(method, training, 1, "leapalign", each).mean for each in (None, "full", "stop"))
+    plain, full, stop = (watch_once(method, training, 1, each).mean for each in (None, "full", "stop"))
     assert (plain.forward, plain.grad, plain.live) == (23, 2, 2)
     assert (full.forward, full.grad, full.live) == (46, 4, 4)
     assert (stop.forward, stop.grad, stop.live) == (48, 2, 2)
@@ -394,6 +449,6 @@ def test_a_plan_of_guided_training_agrees_with_the_meter():
         flow = Probe(GaussianFlow(), negative)
         reward = QuadraticReward()
         record = list(train(method, flow, reward, PROMPTS, training, accelerator=Accelerator(cpu=True)))[-1]
-        usage = watch_once(method, training, 1, name, negative).mean
+        usage = watch_once(method, training, 1, negative).mean
         predicted = [round(4 * each) for each in usage[:3]]
         assert predicted == [record[column] for column in ("nfe_forward", "nfe_grad", "nfe_recomputed")]

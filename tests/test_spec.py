@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from world import PLUGIN, SWEEP, sweep_file
 
-from alignbench import plugins, spec
+from alignbench import digests, plugins
 from alignbench.config import UserError, decode, settings
+from alignbench.digests import content_id, fingerprint
 from alignbench.plugins import Registry
-from alignbench.spec import Budget, Training, content_id, fingerprint
-from alignbench.sweep import Plan, read, resolve, select, sweeps
+from alignbench.spec import Budget, Training, run_id
+from alignbench.sweep import Plan, completed, draft, missing, read, resolve, select, sweeps
 
 LAST = {"label": "Last", "method": {"name": "last"}}
 
@@ -164,7 +165,114 @@ def test_an_installed_package_can_bring_methods(monkeypatch):
     assert found.source("method", "refl") is None
 
 
+# -- each part is built once ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(sweeps()))
+def test_a_sweep_builds_each_part_once_or_twice(name, monkeypatch):
+    """At most as it is written, and as it is completed: twice as many builds as there are distinct parts, however many
+    cases, seeds, checks and ids there are."""
+    built, make = [], Registry.make
+    monkeypatch.setattr(Registry, "make", lambda self, *given: built.append(given) or make(self, *given))
+    drafted = draft(read(name), registry(PLUGIN))
+    if name in RESOLVED:
+        completed(drafted)
+    missing(drafted)
+    parts = [part for cell in drafted.cells for part in (cell.backend, cell.method)]
+    parts += [term.evaluator for cell in drafted.cells for term in cell.rewards] + drafted.evaluators
+    assert len(built) <= 2 * len({content_id(settings(part)) for part in parts})
+
+
+def test_equal_settings_are_one_object(tmp_path):
+    """Cells share what they do not differ in, and have their own of what they do."""
+    changes = {"grid": {"training.seed": [0, 1], "method.steps": [2, 3]}}
+    _, *trained = plan(tmp_path, changes=changes).cells
+    assert len({id(cell.backend) for cell in trained}) == len({id(cell.rewards[0].evaluator) for cell in trained}) == 1
+    assert len({id(cell.method) for cell in trained}) == 2
+    assert all(settings(cell.method) == cell.spec.method for cell in trained)
+
+
+def test_what_is_wrong_is_told_at_its_place(tmp_path):
+    """Grid, override, command line and case each name themselves, though a part that was built is not built again."""
+    wrong = {
+        "grid: method.stepz": {"grid": {"training.seed": [0], "method.stepz": [2, 3]}},
+        "overrides[1].set: method.stepz": {
+            "overrides": [
+                {"match": {}, "set": {"method.steps": 3}, "reason": "fine"},
+                {"match": {"method": "last"}, "set": {"method.steps": 2, "method.stepz": 3}, "reason": "not"},
+            ]
+        },
+        "cases[1].method.stepz": {"cases": [SWEEP["cases"][0], {"label": "L", "method": {"name": "last", "stepz": 1}}]},
+        "evaluation.evaluators[1].powr": {
+            "evaluation": {"evaluators": [{"name": "bright"}, {"name": "bright", "powr": 2}]}
+        },
+    }
+    for place, changes in wrong.items():
+        with pytest.raises(UserError) as error:
+            plan(tmp_path, changes=changes)
+        assert f"tiny.yaml: {place}: " in str(error.value)
+    with pytest.raises(UserError, match=r"^command line: training.batch: expected a whole number"):
+        plan(tmp_path, "training.batch=many")
+
+
 # -- ids --------------------------------------------------------------------------------------------------------------
+
+
+RESOLVED = ("quickstart", "shapes", "shapes_curves", "shapes_methods")  # with what is packaged
+BEFORE = {  # digests of settings and ids as revision acc4a42 resolved them, cell by cell
+    "adjoint_matching_lambda": "8fc42c71f7",
+    "fig4a": "f863b78204",
+    "fig4b": "23c953e08b",
+    "fig4c": "95d0bdd717",
+    "fig4d": "5e4ceb2cb5",
+    "fig4e": "a875fa220d",
+    "fig4f": "5172fe1340",
+    "fig5": "4e4c5bcb70",
+    "fig6": "8f2c1ded67",
+    "flowbp_flux1": "88b1dc1cc8",
+    "flowbp_flux2": "ebafeb3101",
+    "flowbp_geneval": "92d7fe74eb",
+    "flowbp_sd35": "19e9897725",
+    "quickstart": "c73011cd9b",
+    "shapes": "5b8d513244",
+    "shapes_curves": "c995a0ec5f",
+    "shapes_methods": "275e455857",
+    "table2": "bbb98f75b3",
+    "table2_geneval": "d3ef14e958",
+    "table3_hpsv3": "dd54c72ff8",
+    "table3_pickscore": "90f3566265",
+    "table4": "50c506b751",
+    "table5": "4f50c2844c",
+    "vggflow_aesthetic": "0210923035",
+    "vggflow_hpsv2": "5f0a1d678d",
+    "vggflow_pickscore": "98f2126fba",
+}
+
+
+@pytest.mark.parametrize("name", sorted(sweeps()))
+def test_every_id_is_what_it_was(name, monkeypatch):
+    """Settings, seeds and ids of every packaged sweep; where weights are absent, of runs as if no part had files."""
+    found = registry(PLUGIN)
+    ids = None
+    if name in RESOLVED:
+        resolved = resolve(read(name), found)
+        cells = [[cell.id, cell.images, cell.base, cell.milestones, cell.published] for cell in resolved.cells]
+        ids = [cells, scores(resolved)]
+    cells = draft(read(name), found).cells
+    for cell in cells:
+        for part in (cell.backend, cell.method, *(term.evaluator for term in cell.rewards)):
+            monkeypatch.setattr(type(part), "files", lambda self: [])
+    rows = [
+        [
+            settings(cell.spec),
+            cell.seed,
+            settings(cell.protocol),
+            [note["set"] for note in cell.notes],
+            run_id(cell.spec, cell.parts, found, []),
+        ]
+        for cell in cells
+    ]
+    assert content_id([rows, ids]) == BEFORE[name]
 
 
 def test_ids_do_not_depend_on_names_and_order(tmp_path, tiny):
@@ -256,8 +364,8 @@ def test_prompts_count_by_content(tmp_path):
 
 def test_large_files_are_sampled(tmp_path, monkeypatch):
     """Over the limit, size, head, middle and tail are hashed: a change there is seen, and the whole is not read."""
-    monkeypatch.setattr(spec, "WHOLE", 1000)
-    monkeypatch.setattr(spec, "SAMPLE", 100)
+    monkeypatch.setattr(digests, "WHOLE", 1000)
+    monkeypatch.setattr(digests, "SAMPLE", 100)
     path, found = tmp_path / "weights", []
     for place in (None, 0, 2000, 3999, 1000):
         data = bytearray(4000)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
+from alignbench import weights
 from alignbench.backends.pipeline import (
     TWO_STREAMS,
     Network,
@@ -23,7 +25,6 @@ from alignbench.backends.pipeline import (
     token_ids,
     unpack,
 )
-from alignbench.config import Missing
 from alignbench.cost import FLUX_1_DEV
 
 if TYPE_CHECKING:
@@ -56,10 +57,10 @@ class Flux(PipelineBackend):
     @property
     def text_tokens(self) -> int:
         """T5 tokens of a prompt."""
-        try:
-            config = json.loads((self.folder / "tokenizer_2" / "tokenizer_config.json").read_text())
-        except (Missing, OSError):
-            config = {}
+        config = {}
+        if not weights.absent(self):
+            with suppress(OSError):  # the tokenizer's own default
+                config = json.loads((self.folder / "tokenizer_2" / "tokenizer_config.json").read_text())
         return min(self.max_sequence_length, config.get("model_max_length", self.max_sequence_length))
 
     @property

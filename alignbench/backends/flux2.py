@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
+from alignbench import weights
 from alignbench.backends.pipeline import GuidedBackend, Network, Pipeline, PipelineFlow, Text
-from alignbench.config import Missing
 from alignbench.cost import FLUX_2_KLEIN_4B, FLUX_2_KLEIN_9B
 
 if TYPE_CHECKING:
@@ -61,10 +61,7 @@ class Flux2(GuidedBackend):
     @property
     def distilled(self) -> bool:
         """To few steps. As ``model_index.json`` says; of a published model that is not there, its name."""
-        try:
-            return bool(self.index.get("is_distilled"))
-        except Missing:
-            return self.model in DISTILLED
+        return self.model in DISTILLED if weights.absent(self) else bool(self.index.get("is_distilled"))
 
     def branches(self, guidance: float) -> int:
         return 1 if self.distilled else super().branches(guidance)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from alignbench import weights
-from alignbench.config import Config, Missing, UserError, did_you_mean
+from alignbench.config import Config, Requirement, UserError, did_you_mean
 from alignbench.cost import Model
 
 if TYPE_CHECKING:
@@ -80,10 +80,13 @@ class PipelineBackend(Config):
     # no text encoder takes memory beside the transformer. The same bits; no part of the run's id.
     embeddings: Literal["computed", "stored"] = "computed"
 
+    def requirements(self) -> list[Requirement]:
+        return [weights.requirement(self.model, "backend.model", shapes="model", revision=self.revision)]
+
     @cached_property
     def folder(self) -> Path:
         """Where the pipeline lies. UserError if nowhere."""
-        return weights.locate(self.model, "backend.model", shapes="model", revision=self.revision)
+        return self.requirements()[0].path
 
     def files(self) -> list[Path]:
         """Every file that determines the model, checked without loading it. UserError for the first bad one."""
@@ -149,12 +152,13 @@ class PipelineBackend(Config):
 
         Without text encoders where these are not loaded beside the rest.
         """
-        try:
-            found = Model.read({part: self.read(part) for part in self.present(self.models)})
-        except Missing:
-            if (known := self.published.get(self.model)) is None:
-                return None
-            found = Model.read(known)
+        if weights.absent(self):
+            configs = self.published.get(self.model)
+        else:
+            configs = {part: self.read(part) for part in self.present(self.models)}
+        if configs is None:
+            return None
+        found = Model.read(configs)
         return found._replace(encoders=()) if self.embeddings == "stored" else found
 
     @property

@@ -32,7 +32,7 @@ from alignbench.backends.pipeline import (
     pack,
     unpack,
 )
-from alignbench.config import Missing, UserError, read_text
+from alignbench.config import Requirement, UserError, read_text
 from alignbench.cost import SIT_XL_2, Model, SiTTransformer
 from alignbench.prompts import Prompt
 
@@ -70,19 +70,27 @@ class SiT(GuidedBackend):
     guided_channels: Literal[3, 4] = 3  # of a latent's 4; 3: the official default, kept to repeat its numbers
     lora_targets: tuple[str, ...] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
+    def requirements(self) -> list[Requirement]:
+        return [self._checkpoint, weights.requirement(self.vae, "backend.vae", files=VAE_FILES)]
+
+    @property
+    def _checkpoint(self) -> Requirement:
+        """The file or its folder, with the official command that fetches it."""
+        if Path(self.model).name == CHECKPOINT and not Path(self.model).expanduser().exists():
+            text = f"backend.model: there is no file '{self.model}'; fetch it once with `{FETCH}`"
+            note = "it is then in SiT/pretrained_models; set backend.model to its path"
+            return Requirement(CHECKPOINT, text, FETCH, note)
+        return weights.requirement(self.model, "backend.model", revision=self.revision)
+
     @cached_property
     def checkpoint(self) -> Path:
         """The file. UserError, with the official command that fetches it, if there is none."""
-        if Path(self.model).name == CHECKPOINT and not Path(self.model).expanduser().exists():
-            text = f"backend.model: there is no file '{self.model}'; fetch it once with `{FETCH}`"
-            what = "it is then in SiT/pretrained_models; set backend.model to its path"
-            return weights.absent(Missing(text, CHECKPOINT, FETCH, what))
-        place = weights.locate(self.model, "backend.model", revision=self.revision)
+        place = self._checkpoint.path
         return place / CHECKPOINT if place.is_dir() else place
 
     @cached_property
     def vae_folder(self) -> Path:
-        return weights.locate(self.vae, "backend.vae", files=VAE_FILES)
+        return self.requirements()[1].path
 
     def files(self) -> list[Path]:
         """Every file that determines the model, its tensors' names and shapes checked. UserError for the first bad one.
@@ -92,12 +100,11 @@ class SiT(GuidedBackend):
         check_attention(self.attention, self.name, self.dispatches)
         if self.embeddings == "stored":
             raise UserError("backend.embeddings: sit has no text encoder that could be left out; choose computed")
-        checkpoint, vae = self.checkpoint, self.vae_folder  # first: both may be missing
-        found = weights.check([checkpoint], "backend.model") + weights.model_files(vae, "backend.vae")
+        found = weights.check([self.checkpoint], "backend.model") + weights.model_files(self.vae_folder, "backend.vae")
         config = self.read("transformer")
         self._refuse_shapes(expected(config))
         if (channels := self.read("vae").get("latent_channels")) != config["channels"]:
-            what = f"{vae} has latents of {channels} channels, and the checkpoint {config['channels']}"
+            what = f"{self.vae_folder} has latents of {channels} channels, and the checkpoint {config['channels']}"
             raise UserError(f"backend.vae: {what}; choose stabilityai/sd-vae-ft-mse or -ema")
         self.check_size(self.size, "backend.size")
         return [*found, Path(self.classes).expanduser()] if self.classes and self.names else found
@@ -141,7 +148,7 @@ class SiT(GuidedBackend):
     @cached_property
     def shapes(self) -> Shapes:
         path = self.checkpoint
-        if isinstance(path, weights.Absent) or not path.is_file():
+        if not path.is_file():
             raise UserError(f"backend.model: {path} is missing; {self._needs}")
         if path.name.startswith("DiT"):  # the same names and shapes
             raise UserError(f"backend.model: {path}: a DiT predicts noise; {self._needs}")

@@ -22,11 +22,11 @@ from alignbench.cli.common import (
     Verb,
     complete_methods,
     registry,
-    resolve,
     selected,
     settings_words,
     summary,
     sweep_options,
+    warned,
 )
 
 if TYPE_CHECKING:
@@ -59,15 +59,15 @@ def ls(kind: str | None, plugin: Sequence[str]) -> int:
 def validate(request: Request) -> int:
     """Check a sweep file with its plug-ins, weights, prompts and store. Makes nothing."""
     from alignbench.planning import shopping
-    from alignbench.sweep import draft, missing
+    from alignbench.sweep import completed, draft, missing
 
     request.store()
-    document, known = request.document(), request.registry()
-    gaps = missing(draft(document, known), known)
+    drafted = draft(request.document(), request.registry())
+    gaps = missing(drafted)
     if len(gaps) > 1:  # one is told with its place, as for every other mistake
         print("\n".join(shopping(gaps)), file=sys.stderr)
         return USAGE
-    plan = resolve(document, known)
+    plan = warned(completed(drafted))
     evaluators = ", ".join(score.name for score in plan.scores)
     print(f"{plan.document.path}: fine; {len(plan.cells)} runs, {len(plan.prompts)} prompts, scored by {evaluators}")
     return DONE
@@ -83,15 +83,14 @@ def plan(request: Request, only: Sequence[str], gpu: str) -> int:
     The exit code is 1 as long as something is missing.
     """
     from alignbench.planning import gpu_named, page
-    from alignbench.sweep import draft, missing
+    from alignbench.sweep import completed, draft, missing
 
-    assumed = gpu_named(gpu)
-    store, known, document = request.store(), request.registry(), request.document()
-    drafted = draft(document, known)
-    gaps = missing(drafted, known)
-    plan = None if gaps else resolve(document, known)
+    assumed, store = gpu_named(gpu), request.store()
+    drafted = draft(request.document(), request.registry())
+    gaps = missing(drafted)
+    plan = None if gaps else warned(completed(drafted))
     cells = selected(plan or drafted, only)
-    print(page(drafted, plan, cells, store, known, assumed, gaps))
+    print(page(drafted, plan, cells, store, assumed, gaps))
     if plan is not None:
         print(summary(store, plan, cells))
     return USAGE if gaps else DONE

@@ -292,10 +292,16 @@ def results(store: Store, manifest: dict[str, Any]) -> Results:
 
 def resolve(document: Document, registry: Registry) -> Plan:
     """Resolve a sweep, and print its warnings."""
-    from alignbench.sweep import resolve, warnings_of
+    from alignbench.sweep import resolve
 
-    plan = resolve(document, registry)
-    for line in warnings_of(plan, registry):
+    return warned(resolve(document, registry))
+
+
+def warned(plan: Plan) -> Plan:
+    """Print the warnings of a plan, and return it."""
+    from alignbench.sweep import warnings_of
+
+    for line in warnings_of(plan):
         print(f"alignbench: {line}", file=sys.stderr)
     return plan
 
