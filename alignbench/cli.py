@@ -629,8 +629,8 @@ def _make(
     arguments: argparse.Namespace, plan: Plan, cells: Sequence[Cell], store: Store, launcher: str, jobs: int | None
 ) -> int:
     """Record the manifest, make what is missing, name what failed."""
-    from alignbench import trackers
     from alignbench.launch import launch
+    from alignbench.run import trackers
     from alignbench.store import write_json
 
     trackers.check(arguments.track)
@@ -660,8 +660,9 @@ def _hand_out(
     arguments: argparse.Namespace, plan: Plan, cells: Sequence[Cell], store: Store, options: dict[str, Any]
 ) -> int:
     """Submit what is missing to SLURM and end; with --wait, stay until it is made."""
-    from alignbench import jobs, trackers
+    from alignbench import jobs
     from alignbench.launch import submit
+    from alignbench.run import trackers
     from alignbench.store import write_json
 
     trackers.check(arguments.track)
@@ -686,12 +687,13 @@ def _hand_out(
 def _summary(store: Store, plan: Plan, cells: Sequence[Cell]) -> str:
     """``6 runs: 0 to train, 0 image sets to make, 0 scores to compute``."""
     from alignbench.launch import missing
+    from alignbench.stages import Stage
 
     runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
     parts = {part.lock: part for cell in cells for part in missing(store, runs[cell.spec.label, cell.seed])}
     trained = {cell.id for cell in cells if cell.trains}
-    train = sum(part.kind == "run" and part.id in trained for part in parts.values())
-    images, scores = (sum(part.kind == kind for part in parts.values()) for kind in ("images", "scores"))
+    train = sum(part.stage is Stage.TRAIN and part.id in trained for part in parts.values())
+    images, scores = (sum(part.stage is it for part in parts.values()) for it in (Stage.GENERATE, Stage.SCORE))
     return f"{len(cells)} runs: {train} to train, {images} image sets to make, {scores} scores to compute"
 
 
