@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignbench import jobs, provenance, slurm, snapshot, trackers
+from alignbench import jobs, slurm
 from alignbench.config import UserError
+from alignbench.run import code_snapshot, provenance, trackers
+from alignbench.stages import Stage
 from alignbench.store import Lock, Store, alive, artefacts, locks_held, read_json
 
 SETTLED = 3600.0  # seconds after which a half-written file's writer is gone
@@ -41,7 +43,7 @@ def unused(store: Store) -> list[Item]:
     found += [
         Item(f"checkpoints of {part.id}", [part.folder / "checkpoints"], "the run is finished", part.lock)
         for part in {part.lock: part for part in parts}.values()
-        if part.kind == "run" and part.done and (part.folder / "checkpoints").is_dir()
+        if part.stage is Stage.TRAIN and part.done and (part.folder / "checkpoints").is_dir()
     ]
     gone = [path for item in found for path in item.paths]
     if not live and not locks_held(store.root):  # else a worker may just be starting from one
@@ -120,7 +122,7 @@ def _snapshots(store: Store, gone: list[Path]) -> Iterator[Item]:
     kept = [path for path in records if not any(path == other or path.is_relative_to(other) for other in gone)]
     kept += (path for path in (store.root / "jobs").rglob("*") if path.is_file())
     texts = [path.read_bytes() for path in kept]
-    for folder in _folders(store.root / snapshot.CODE):
+    for folder in _folders(store.root / code_snapshot.CODE):
         if not any(folder.name.encode() in text for text in texts):
             yield Item(f"code {folder.name}", [folder], "nothing that is here was made with it")
 

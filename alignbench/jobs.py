@@ -128,7 +128,7 @@ def _row(
     busy = [part for part in todo if part.busy]
     if busy:
         maker = latest.get(busy[0].id)
-        return row("running", progress(maker) if maker else slurm.STAGES[busy[0].kind])
+        return row("running", progress(maker) if maker else busy[0].stage.verb)
     failed = next((part.failure for part in todo if part.failure is not None and part.id not in coming), None)
     if failed is not None:
         return row("failed", reason=failed)
@@ -140,7 +140,7 @@ def _row(
         how = slurm.ended(lost[0].job)
         why = f"job {lost[0].job} has ended{f' ({how})' if how else ''} without having made it"
         return row("stale", lost[0].stage, "", lost[0].job, f"{why}; alignbench retry makes it")
-    return row("planned", ", ".join(dict.fromkeys(slurm.STAGES[part.kind] for part in todo)))
+    return row("planned", ", ".join(dict.fromkeys(part.stage.verb for part in todo)))
 
 
 def progress(ticket: Ticket) -> str:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench import jobs as records
-from alignbench import provenance, slurm
+from alignbench import slurm
 from alignbench.config import UserError, did_you_mean, settings
 from alignbench.jobs import Ticket
-from alignbench.run import Task, execute
-from alignbench.snapshot import Snapshot, take
+from alignbench.run import Task, execute, provenance
+from alignbench.run.code_snapshot import Snapshot, take
 from alignbench.spec import check_parts, check_ranks
+from alignbench.stages import Stage
 from alignbench.store import Artefact, Store, artefacts, write_json
 from alignbench.sweep import Cell, Plan
 
@@ -32,7 +34,7 @@ LAUNCHERS = ("local", "debug", "slurm")
 FOREVER = 60 * 24 * 365  # minutes; submitit's own default would end a job after five
 POLL = 0.2  # seconds
 PLAIN_EVERY = 15.0  # seconds between lines where the output is no terminal
-STAGES = {"run": 0.7, "images": 0.2, "scores": 0.1}  # rough shares of a run's time, for the time left
+SHARES = {Stage.TRAIN: 0.7, Stage.GENERATE: 0.2, Stage.SCORE: 0.1}  # rough shares of a run's time, for the time left
 
 
 class Outcome(NamedTuple):
@@ -59,7 +61,8 @@ class Job:
 
     def share(self) -> float:
         """Of all of this job's stages, 0 to 1."""
-        weights = {part.id: STAGES[part.kind] / sum(p.kind == part.kind for p in self.todo) for part in self.todo}
+        counts = Counter(part.stage for part in self.todo)
+        weights = {part.id: SHARES[part.stage] / counts[part.stage] for part in self.todo}
         done = sum(weights[part.id] for part in self.todo if part.done)
         current = next((weights[part.id] for part in self.todo if not part.done), 0.0)
         return min(1.0, (done + current * (self.read()["share"] or 0.0)) / sum(weights.values()))
@@ -141,7 +144,7 @@ def submit(
     works = [work for work in unfinished(plan, cells, store) if any(part.id not in coming for part in work.todo)]
     arrays = slurm.arrays(options, works, plan.scored)
     for array in arrays:
-        if array.stage == "run":
+        if array.stage is Stage.TRAIN:
             for cell in array.cells:
                 where, ranks = f"{plan.document.path}: {cell.title}", array.resources.ranks
                 check_ranks(cell.spec.training, ranks, where)
@@ -175,7 +178,7 @@ def _write_tasks(
         task(
             plan, store, cell, code,
             scores=[score._asdict() for score in plan.scored(cell) if score.file in array.files],
-            stages=array.stages(cell),
+            stages=[stage.kind for stage in array.stages(cell)],
             threads=array.resources.cpus_per_task or 1,
             parallel=array.resources.parallel,
             track=list(track),
@@ -188,11 +191,11 @@ def _write_tasks(
 
 
 def _tickets(store: Store, array: slurm.Array, folder: Path) -> list[Ticket]:
-    def makes(cell: Cell, stage: str) -> list[Artefact]:
-        if stage == "run":
+    def makes(cell: Cell, stage: Stage) -> list[Artefact]:
+        if stage is Stage.TRAIN:
             return [store.run(cell.id, cell.trains)]
         sets = [cell.images, *(images for _, images in cell.milestones)]
-        if stage == "images":
+        if stage is Stage.GENERATE:
             return [store.images(images) for images in sets]
         return [store.scores(images, array.files[array.cells.index(cell)]) for images in sets]
 

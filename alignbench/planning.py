@@ -8,12 +8,12 @@ from typing import Any
 from alignbench.config import Requirement, UserError, did_you_mean
 from alignbench.cost import GPU, GPUS
 from alignbench.estimate import ITEM, Estimate, estimate, prompt_count
+from alignbench.stages import Stage
 from alignbench.store import Results, Store, artefacts, milestones
 from alignbench.sweep import Cell, Draft, Plan
 
 GB = 1e9
 HEAD = ("run", "state", "images", "NFE/image", "train", "evaluate", "memory", "disk")
-STAGE = {"run": "train", "images": "generate", "scores": "score"}  # artefact -> the hours of an Estimate
 
 
 def gpu_named(name: str) -> GPU:
@@ -59,9 +59,10 @@ def _state(store: Store, plan: Plan | None, run: dict[str, Any] | None, each: Es
     """Of a run, and the hours that are still to be spent on it."""
     if plan is None or run is None:
         return "not ready", each.train + each.generate + each.score
-    todo = [part.kind for part in artefacts(store, run) if not part.done]
-    parts = {"run": 1, "images": 1 + len(milestones(run)), "scores": len(run["scores"]) * (1 + len(milestones(run)))}
-    hours = sum(getattr(each, STAGE[kind]) / parts[kind] for kind in todo)
+    todo = [part.stage for part in artefacts(store, run) if not part.done]
+    sets = 1 + len(milestones(run))
+    parts = {Stage.TRAIN: 1, Stage.GENERATE: sets, Stage.SCORE: len(run["scores"]) * sets}
+    hours = sum(getattr(each, stage.verb) / parts[stage] for stage in todo)
     return Results(store.root, plan.manifest()).state(run)[0], hours
 
 

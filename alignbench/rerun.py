@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from alignbench import provenance, snapshot
 from alignbench.config import UserError, decode
 from alignbench.launch import Job, missing, settle, show
 from alignbench.plugins import Registry
-from alignbench.run import Task, execute
+from alignbench.run import Task, code_snapshot, execute, provenance
 from alignbench.spec import Protocol, RunSpec, build
+from alignbench.stages import Stage
 from alignbench.store import Artefact, Store, artefacts, milestones, read_json
 from alignbench.sweep import UNTRAINED, Cell
 
@@ -76,13 +76,13 @@ def recorded(store: Store, id: str) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def copy_of(store: Store, digest: str) -> snapshot.Snapshot | None:
+def copy_of(store: Store, digest: str) -> code_snapshot.Snapshot | None:
     """The copy of the code with that digest in the store, if there is one."""
-    for folder in sorted((store.root / snapshot.CODE).glob("[0-9a-f]*")):
-        files = snapshot.read(folder)
-        own = {name: content for name, content in files.items() if not name.startswith(snapshot.PLUGINS + "/")}
-        if snapshot.digest(own) == digest:
-            return snapshot.Snapshot(folder.resolve(), [], [])
+    for folder in sorted((store.root / code_snapshot.CODE).glob("[0-9a-f]*")):
+        files = code_snapshot.read(folder)
+        own = {name: content for name, content in files.items() if not name.startswith(code_snapshot.PLUGINS + "/")}
+        if code_snapshot.digest(own) == digest:
+            return code_snapshot.Snapshot(folder.resolve(), [], [])
     return None
 
 
@@ -121,12 +121,12 @@ def rerun(store: Store, name: str, into: Path | None) -> Iterator[Verdict | str]
         yield from compare(store, fresh, run, first=run is runs[0])
 
 
-def elsewhere(store: Store, name: str) -> tuple[str, snapshot.Snapshot | None]:
+def elsewhere(store: Store, name: str) -> tuple[str, code_snapshot.Snapshot | None]:
     """A remark on the code that made a run, "" if it is the running one; and the copy of it to use, if there is one."""
     id = find(store, name)
     recorded(store, id)
     made = (read_json(store.root / "runs" / id / provenance.FILE) or {})["code"]
-    mine = snapshot.digest(snapshot.package())
+    mine = code_snapshot.digest(code_snapshot.package())
     if made == mine:
         return "", None
     copy = copy_of(store, made)
@@ -134,7 +134,7 @@ def elsewhere(store: Store, name: str) -> tuple[str, snapshot.Snapshot | None]:
     return f"code: was {made}, is {mine}; {using}", copy
 
 
-def again_with(copy: snapshot.Snapshot, words: list[str]) -> int:
+def again_with(copy: code_snapshot.Snapshot, words: list[str]) -> int:
     """The same command line by the code of a copy; its exit code."""
     sys.stdout.flush()
     command = [sys.executable, "-P", "-m", "alignbench.cli", *words]
@@ -199,15 +199,15 @@ def compare(store: Store, fresh: Store, run: dict[str, Any], first: bool = True)
     """A verdict on every part that the store has. ``first``: of the run's image sets; weights are compared once."""
     import pandas as pd
 
-    again = {(part.kind, part.id): part for part in artefacts(fresh, run)}
+    again = {(part.stage, part.id): part for part in artefacts(fresh, run)}
     for old in artefacts(store, run):
-        new: Artefact | None = again.get((old.kind, old.id))
-        if not old.done or (old.kind == "run" and (run["seed"] == UNTRAINED or not first)):
+        new: Artefact | None = again.get((old.stage, old.id))
+        if not old.done or (old.stage is Stage.TRAIN and (run["seed"] == UNTRAINED or not first)):
             continue
-        part = {"run": "weights", "images": f"images {old.id}", "scores": f"scores {old.id}"}[old.kind]
+        part = "weights" if old.stage is Stage.TRAIN else f"{old.stage.kind} {old.id}"
         if new is None or not new.done:
             yield Verdict(part, "", "they were not made")
-        elif old.kind == "run":
+        elif old.stage is Stage.TRAIN:
             yield _weights(old.product, new.product)
             for update in (part["update"] for part in milestones(run)):
                 paths = [place.milestone(old.id, update) for place in (store, fresh)]
@@ -216,7 +216,7 @@ def compare(store: Store, fresh: Store, run: dict[str, Any], first: bool = True)
                     yield verdict._replace(part=f"weights after {update} updates")
             frames = (pd.read_parquet(it.folder / "train.parquet").drop(columns=MEASURED) for it in (old, new))
             yield _frames("records", *frames)
-        elif old.kind == "images":
+        elif old.stage is Stage.GENERATE:
             yield _images(part, old.folder, new.folder)
         else:
             yield _frames(part, pd.read_parquet(old.product), pd.read_parquet(new.product))

@@ -1,7 +1,7 @@
 """A sweep as SLURM job arrays: one per stage and resource shape, each task waiting for its own predecessor alone.
 
-submitit writes the batch files and submits them. Their command is ``python -m alignbench.job``, which reads its task
-from JSON: a store is shared, and a pickle in it would be code that anybody with write access can put there.
+submitit writes the batch files and submits them. Their command is ``python -m alignbench.run.slurm_job``, which reads
+its task from JSON: a store is shared, and a pickle in it would be code that anybody with write access can put there.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from msgspec import Meta, field
 from alignbench.config import Config, UserError, decode, join, load_yaml, merge
 from alignbench.plugins import Registry
 from alignbench.spec import Count
+from alignbench.stages import Stage, Verb
 from alignbench.store import Artefact
 
 if TYPE_CHECKING:
     from alignbench.sweep import Cell, Score
 
-STAGES = {"run": "train", "images": "generate", "scores": "score"}  # kinds of artefacts, and what making them is called
 LARGEST = 1000  # tasks of an array; SLURM's default MaxArraySize is 1001
 Time = Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=r"^(\d+-)?\d{1,2}(:\d\d){1,2}$")]
 
@@ -93,7 +93,7 @@ class Resources(Config):
 class Slurm(Resources):
     """The same for all jobs, and what some of them want instead: by stage, backend, method (training), evaluator."""
 
-    stages: dict[Literal["train", "generate", "score"], dict[str, Any]] = field(default_factory=dict)
+    stages: dict[Verb, dict[str, Any]] = field(default_factory=dict)
     backends: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluators: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -121,13 +121,13 @@ def read(sweep: dict[str, Any], file: str | None, registry: Registry) -> dict[st
     return merge(sweep, cluster)
 
 
-def resources(slurm: dict[str, Any], stage: str, cell: Cell, evaluator: str = "") -> Resources:
+def resources(slurm: dict[str, Any], stage: Stage, cell: Cell, evaluator: str = "") -> Resources:
     """Of one job: what all get, then what its stage, its backend, and its method or evaluator want instead."""
     own: dict[str, Any] = {key: value for key, value in slurm.items() if key not in SECTIONS}
-    wishes = [("stages", STAGES[stage])]
-    if stage != "scores":
+    wishes = [("stages", str(stage.verb))]
+    if stage is not Stage.SCORE:
         wishes.append(("backends", cell.spec.backend["name"]))
-    if stage == "run":
+    if stage is Stage.TRAIN:
         wishes.append(("methods", cell.spec.method["name"]))
     if evaluator:
         wishes.append(("evaluators", evaluator))
@@ -135,7 +135,7 @@ def resources(slurm: dict[str, Any], stage: str, cell: Cell, evaluator: str = ""
         own = merge(own, slurm.get(section, {}).get(name) or {})
     found = decode(Resources, own, "slurm")
     if found.seconds <= found.signal:
-        what = f"{STAGES[stage]}: {found.time} is no longer than the {found.signal} s before its end in which it saves"
+        what = f"{stage.verb}: {found.time} is no longer than the {found.signal} s before its end in which it saves"
         raise UserError(f"slurm.time: {what}; raise time, or lower signal")
     return found
 
@@ -154,7 +154,7 @@ class Work(NamedTuple):
 class Array:
     """Jobs of one stage. Task i works on ``cells[i]``, once task i of ``after`` has succeeded."""
 
-    stage: str  # a key of STAGES
+    stage: Stage
     cells: list[Cell]
     resources: Resources
     after: Array | None = None
@@ -165,11 +165,12 @@ class Array:
 
     @property
     def title(self) -> str:
-        return f"{STAGES[self.stage]} {self.evaluator}".strip()
+        return f"{self.stage.verb} {self.evaluator}".strip()
 
-    def stages(self, cell: Cell) -> list[str]:
-        """What the job of ``cell`` does."""
-        return ["run", "images"] if self.stage == "images" and not cell.trains else [self.stage]
+    def stages(self, cell: Cell) -> list[Stage]:
+        """Return what the job of ``cell`` does."""
+        untrained = self.stage is Stage.GENERATE and not cell.trains
+        return [Stage.TRAIN, Stage.GENERATE] if untrained else [self.stage]
 
 
 @dataclass
@@ -202,11 +203,11 @@ def _chains(slurm: dict[str, Any], works: Iterable[Work]) -> list[_Chain]:
         if (work.cell.id, work.cell.images) in seen:
             continue
         seen.add((work.cell.id, work.cell.images))
-        kinds = {part.kind for part in work.todo}
-        if not work.cell.trains and "run" in kinds:
-            kinds = kinds - {"run"} | {"images"}  # no training: the job that makes the images puts it on record
+        stages = {part.stage for part in work.todo}
+        if not work.cell.trains and Stage.TRAIN in stages:  # the job that makes the images puts it on record
+            stages = stages - {Stage.TRAIN} | {Stage.GENERATE}
         train, generate = (
-            resources(slurm, stage, work.cell) if stage in kinds else None for stage in ("run", "images")
+            resources(slurm, stage, work.cell) if stage in stages else None for stage in (Stage.TRAIN, Stage.GENERATE)
         )
         chain = next((c for c in chains if (c.train, c.generate) == (train, generate)), None)
         if chain is None:
@@ -220,15 +221,15 @@ def _arrays_of(
 ) -> Iterator[Array]:
     cells = [work.cell for work in works]
     last = None
-    for stage, wanted in (("run", chain.train), ("images", chain.generate)):
+    for stage, wanted in ((Stage.TRAIN, chain.train), (Stage.GENERATE, chain.generate)):
         if wanted is not None:
             yield (last := Array(stage, cells, wanted, last))
     for column in zip(*(scored(cell) for cell in cells)):
         pairs = [(work.cell, score) for work, score in zip(works, column) if _lacks(work, score)]
         if pairs:  # all of them wherever images are missing: then tasks of both arrays correspond
             (first, score), files = pairs[0], [score.file for _, score in pairs]
-            asked = resources(slurm, "scores", first, score.name)
-            yield Array("scores", [cell for cell, _ in pairs], asked, last, score.name, files)
+            asked = resources(slurm, Stage.SCORE, first, score.name)
+            yield Array(Stage.SCORE, [cell for cell, _ in pairs], asked, last, score.name, files)
 
 
 def _lacks(work: Work, score: Score) -> bool:
@@ -271,7 +272,7 @@ def submit(array: Array, folder: Path, name: str, environment: dict[str, str]) -
     executor.parameters["map_count"] = len(array.cells)
     # until Python listens to it, the signal of the time limit would end the task
     words = ["bash", "-c", 'trap "" USR2; exec "$@"', "job"]
-    words += [sys.executable, "-P", "-u", "-m", "alignbench.job", str(folder / f"{array.number}.json")]
+    words += [sys.executable, "-P", "-u", "-m", "alignbench.run.slurm_job", str(folder / f"{array.number}.json")]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, and raises it
             array.job = executor._submit_command(shlex.join(words)).job_id

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignbench import hinge
 from alignbench.config import UserError
+from alignbench.stages import Stage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,7 +108,7 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 class Artefact:
     """A run, an image set or a score file. ``product``: the file whose presence makes it done."""
 
-    kind: str  # "run", "images" or "scores"
+    stage: Stage  # that makes it
     id: str
     folder: Path
     product: Path
@@ -116,7 +117,7 @@ class Artefact:
 
     @property
     def done(self) -> bool:
-        return self.product.exists() and (self.kind != "run" or self.state == "done")
+        return self.product.exists() and (self.stage is not Stage.TRAIN or self.state == "done")
 
     @property
     def state(self) -> str | None:
@@ -151,7 +152,8 @@ class Store:
         """``trains``: a run that trained has weights; one that trains nothing is its status alone."""
         folder = self.root / "runs" / id
         status = folder / "status.json"
-        return Artefact("run", id, folder, folder / "weights.safetensors" if trains else status, status, self._lock(id))
+        product = folder / "weights.safetensors" if trains else status
+        return Artefact(Stage.TRAIN, id, folder, product, status, self._lock(id))
 
     def milestone(self, run: str, update: int) -> Path:
         """The weights that a run had after ``update`` updates, in the same form as those of its end."""
@@ -160,7 +162,7 @@ class Store:
     def images(self, id: str) -> Artefact:
         folder = self.root / "images" / id
         return Artefact(
-            "images", id, folder, folder / "manifest.parquet", folder / "status.json", self._lock(f"images-{id}")
+            Stage.GENERATE, id, folder, folder / "manifest.parquet", folder / "status.json", self._lock(f"images-{id}")
         )
 
     def scores(self, images: str, file: str) -> Artefact:
@@ -168,7 +170,7 @@ class Store:
         folder = self.root / "scores" / images
         stem = file.removesuffix(".parquet")
         return Artefact(
-            "scores",
+            Stage.SCORE,
             f"{images}/{stem}",
             folder,
             folder / file,
@@ -423,7 +425,7 @@ class Results:
         for part in open_parts:
             if (reason := part.failure) is not None:
                 return "failed", reason
-        return "missing", f"not made yet: {', '.join(dict.fromkeys(part.kind for part in open_parts))}"
+        return "missing", f"not made yet: {', '.join(dict.fromkeys(part.stage.kind for part in open_parts))}"
 
     def _whole(self, run: dict[str, Any]) -> bool:
         """Is every artefact of this run done? The same question as below, for the many that are: with few objects."""

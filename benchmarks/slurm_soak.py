@@ -3,8 +3,8 @@
     python benchmarks/slurm_soak.py [--runs 500]
 
 On a SLURM that it starts itself (root on Debian, see tests/slurm/cluster.py). A run's job is the real one, ``srun
-python -m alignbench.job`` on a copy of the code, with a task that has no stages: it reads its task and ends, without
-importing torch. Every job must have ended well, once. Figures go to benchmarks/results/slurm-soak.json and .md.
+python -m alignbench.run.slurm_job`` on a copy of the code, with a task that has no stages: it reads its task and ends,
+without importing torch. Every job must have ended well, once. Figures go to benchmarks/results/slurm-soak.json and .md.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ sys.path.insert(0, str(HERE.parent / "tests" / "slurm"))
 from cluster import CPUS, NODES, Cluster, running  # noqa: E402  # beside the tests, not in the package
 
 from alignbench import slurm  # noqa: E402
-from alignbench.snapshot import take  # noqa: E402
+from alignbench.run.code_snapshot import take  # noqa: E402
+from alignbench.stages import Stage  # noqa: E402
 from alignbench.store import write_json  # noqa: E402
 
 
 def ours(folder: Path, runs: int) -> str:
     """Submit them as the launcher does; the array's id."""
-    array = slurm.Array("run", [None] * runs, slurm.Resources())  # type: ignore[list-item]  # no cell is looked at
+    array = slurm.Array(Stage.TRAIN, [None] * runs, slurm.Resources())  # type: ignore[list-item]  # no cell is looked at
     code = take(folder)
     jobs = folder / "jobs" / "soak"
     write_json(jobs / "0.json", {"tasks": [{"stages": []}] * runs})

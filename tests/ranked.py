@@ -146,9 +146,9 @@ def halved(folder: Path, ranks, kind: str, kept: Path) -> list[dict]:
 
 def train(folder: Path) -> None:
     """Every method, both ways to train it and both ways to share it; and one process's checkpoint, resumed."""
-    from alignbench.ranks import Ranks
+    from alignbench.run.process_group import ProcessGroup
 
-    ranks, said = Ranks(), {}
+    ranks, said = ProcessGroup(), {}
     for tune, name in CASES:
         for parallel in ("ddp", "fsdp"):
             kept = folder / f"{tune}-{name}-{parallel}"
@@ -166,9 +166,9 @@ def train(folder: Path) -> None:
 
 def guide(folder: Path) -> None:
     """The other families, all weights trained in parts, with guidance."""
-    from alignbench.ranks import Ranks
+    from alignbench.run.process_group import ProcessGroup
 
-    ranks, said = Ranks(), {}
+    ranks, said = ProcessGroup(), {}
     for guided in GUIDED:
         kept = folder / f"{guided[0]}-fsdp"
         said[guided[0]] = trained(folder, ranks, "fsdp", "full", "leapalign", kept, guided=guided)["records"]
@@ -178,9 +178,10 @@ def guide(folder: Path) -> None:
 
 def execute(folder: Path, fails: str = "") -> None:
     """The task in task.json. On the rank ``fails`` the second update falls over, where no other rank expects it."""
-    from alignbench import ranks, run, train
+    from alignbench import run, train
+    from alignbench.run import process_group
 
-    ranks.GRACE = 5.0
+    process_group.GRACE = 5.0
     if fails and fails == os.environ["RANK"]:
         descend = train.Run.descend
 

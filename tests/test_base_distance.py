@@ -171,11 +171,22 @@ def test_base_pictures_that_fail_are_the_reason(tmp_path, capsys):
     blocked.parent.mkdir(parents=True)
     blocked.write_text("a file where a folder should be")
     assert debug_sweep(path, tmp_path / "store") == 2
-    assert "the base model's pictures are missing" in capsys.readouterr().err
+    assert "the base model's images are missing" in capsys.readouterr().err
     assert set(tables(tmp_path / "store")[0]["metric"]) == {"brightness"}
     blocked.unlink()
     assert debug_sweep(path, tmp_path / "store") == 0
     assert set(tables(tmp_path / "store")[0]["metric"]) == {"brightness", "base_distance"}
+
+
+def test_the_base_model_has_no_milestones(tmp_path):
+    """Its images are made for the end alone: a milestone that training did not reach leaves no trace."""
+    changes = {"cases": [LAST], "grid": {"training.seed": [0]}, "evaluation": DISTANCES}
+    path = sweep_file(tmp_path, changes | {"base": {"training": {"milestones": [1, 9]}}})
+    assert debug_sweep(path, tmp_path / "store") == 0
+    (run,) = (read_json(Store(tmp_path / "store").manifests()[0]) or {})["runs"]
+    made = {run["images"], run["milestones"][0]["images"], run["scores"][0]["base"]}
+    assert image_sets(tmp_path).keys() == made
+    assert [path.name for path in (tmp_path / "store" / "runs").iterdir()] == [run["id"]]
 
 
 def test_a_sweep_takes_no_folder(tmp_path):

@@ -20,7 +20,8 @@ from alignbench.estimate import Memory, training_memory
 from alignbench.fitting import ALONE, Group, check_room, page, remedies
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.plugins import Registry
-from alignbench.run import Task, Work
+from alignbench.run import Task, train_stage
+from alignbench.run.session import RunSession
 from alignbench.spec import Budget, Optimizer, RunSpec, Training
 from alignbench.store import Lock
 from alignbench.sweep import read, resolve
@@ -275,14 +276,14 @@ def test_a_run_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
         [], [PLUGIN], 1, str(tmp_path / "progress"), [],
     )  # fmt: skip
 
-    def work(device: str) -> Work:
-        made = Work(task, lambda: False)
-        made.ranks = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device(device), num_processes=1))
+    def session(device: str) -> RunSession:
+        made = RunSession(task, lambda: False)
+        made.group = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device(device), num_processes=1))
         return made
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
-    work("cpu").check_room()
-    refused = work("cuda")
+    train_stage.check_room(session("cpu"))
+    refused = session("cuda")
     with pytest.raises(UserError, match=r"training needs about .* of GPU memory, and this GPU has"):
-        refused._train(Lock(tmp_path / "lock"))
-    assert "flow" not in vars(refused)
+        train_stage.make_weights(refused, Lock(tmp_path / "lock"))
+    assert refused._flow is None

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from world import PLUGIN, alignbench
 
-from alignbench import gc, jobs, snapshot
+from alignbench import gc, jobs
 from alignbench.config import UserError
+from alignbench.run import code_snapshot
 from alignbench.store import Lock, Store, read_json, write_json
 
 
@@ -38,7 +39,7 @@ def littered(store: Path) -> list[str]:
     (images / "old@1-0.parquet").write_bytes(b"x")
     run = min(path.parent for path in store.glob("runs/*/weights.safetensors"))
     (run / "checkpoints").mkdir()
-    code = snapshot.take(store, [PLUGIN]).path.name
+    code = code_snapshot.take(store, [PLUGIN]).path.name
     (store / "jobs" / "tiny-1").mkdir(parents=True)
     (store / "reruns" / "last-1").mkdir(parents=True)
     old(store / "images" / images.name / ".x.png.1-ab.tmp")
@@ -129,8 +130,8 @@ def test_what_is_being_made_is_left_alone(copy):
 def test_code_with_which_something_was_made_stays(copy):
     """As long as a run, an image set, a score or a job names it; without plug-ins its name is the code's own digest."""
     store = copy / "store"
-    snapshot.take(store)
-    code = snapshot.take(store, [PLUGIN]).path.name
+    code_snapshot.take(store)
+    code = code_snapshot.take(store, [PLUGIN]).path.name
     assert names(store) == [f"code {code}"]
     path = next(store.glob("scores/*/*.json"))
     found = read_json(path) or {}

@@ -25,6 +25,7 @@ from alignbench.cost import GPUS
 from alignbench.estimate import estimate
 from alignbench.plugins import Registry
 from alignbench.spec import Budget, Protocol, Training
+from alignbench.stages import Stage
 from alignbench.sweep import read, resolve
 
 MILESTONES = {"base": {"training": {"milestones": [1, 3]}}}
@@ -185,7 +186,7 @@ def test_a_milestone_beyond_the_end_is_said_and_not_missing(swept, capsys):
     """The run is done; its log, and what `status` counts, say that training ended before."""
     run, root = trained(swept), store.Store(swept / "store")
     parts = store.artefacts(root, run)
-    assert [part.kind for part in parts] == ["run"] + ["images"] * 3 + ["scores"] * 6
+    assert [part.stage.kind for part in parts] == ["run"] + ["images"] * 3 + ["scores"] * 6
     assert all(part.done for part in parts)
     assert (
         "update 9 is not there: training ended after 4 updates"
@@ -274,7 +275,7 @@ def test_milestones_ride_along_on_slurm(tmp_path):
     lacking = store.artefacts(place, run)[-1]
     assert lacking.id == f"{cell.milestones[-1][1]}/{plan.scores[-1].file.removesuffix('.parquet')}"
     (array,) = slurm.arrays({}, [slurm.Work(cell, [lacking])], plan.scored)
-    assert (array.stage, array.evaluator) == ("scores", plan.scores[-1].name)
+    assert (array.stage, array.evaluator) == (Stage.SCORE, plan.scores[-1].name)
 
 
 @pytest.fixture(scope="module")

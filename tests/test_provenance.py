@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from world import PLUGIN
 
-from alignbench import provenance, snapshot
 from alignbench.plugins import Registry
+from alignbench.run import code_snapshot, provenance
 from alignbench.spec import evaluator_content
 from alignbench.weights import SHAPES
 
@@ -31,7 +31,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "first")
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "alignbench" / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "alignbench" / "run" / "provenance.py"))
     return tmp_path
 
 
@@ -60,9 +60,9 @@ def test_a_changed_checkout_is_its_revision_and_the_difference(checkout):
 def test_without_a_checkout_git_says_nothing_and_the_digest_stands(tmp_path, monkeypatch):
     """An installed package, or a machine without git: None is not "clean"."""
     before = provenance.code()["digest"]
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "alignbench" / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "alignbench" / "run" / "provenance.py"))
     found = provenance.code()
-    assert found["digest"] == before == snapshot.digest(snapshot.package())
+    assert found["digest"] == before == code_snapshot.digest(code_snapshot.package())
     assert found["revision"] is found["diff"] is found["untracked"] is provenance.dirty(found) is None
     provenance._code.cache_clear()
     (tmp_path / ".git").mkdir()  # git refuses this one
@@ -73,7 +73,7 @@ def test_a_run_names_code_packages_machine_and_files(swept):
     """provenance.json of a trained run: everything that a reader needs to make it again, weight files by hash."""
     (folder,) = (path.parent for path in (swept / "store").glob("runs/last-*/weights.safetensors") if seed(path) == 0)
     found = json.loads((folder / "provenance.json").read_text())
-    assert found["code"] == snapshot.digest(snapshot.package())
+    assert found["code"] == code_snapshot.digest(code_snapshot.package())
     assert {"command", "host", "user", "os", "python", "devices", "driver", "cuda", "threads", "processes"} <= set(
         found
     )
@@ -101,7 +101,7 @@ def test_a_run_keeps_its_plug_ins(swept):
 
 def test_images_and_scores_name_their_makers(swept):
     """Beside every image set and score file: code, packages, host; of a score also the evaluator and its files."""
-    digest = snapshot.digest(snapshot.package())
+    digest = code_snapshot.digest(code_snapshot.package())
     for path in (swept / "store").glob("images/*/protocol.json"):
         (maker,) = json.loads(path.read_text())["made_by"]
         assert maker["code"] == digest

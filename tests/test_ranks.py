@@ -15,8 +15,8 @@ from alignbench import launch
 from alignbench.checkpoint import FINAL, read_state, states
 from alignbench.config import UserError
 from alignbench.plugins import Registry
-from alignbench.ranks import Ranks
 from alignbench.run import execute
+from alignbench.run.process_group import ProcessGroup
 from alignbench.spec import Budget, Training, check_ranks
 from alignbench.store import Store, milestone_file
 from alignbench.sweep import read, resolve
@@ -29,7 +29,7 @@ def both(tmp_path_factory):
     """(folder, what two processes noted, what one did): two batches of each case, and runs resumed by the other."""
     folder = tmp_path_factory.mktemp("ranks")
     tiny.flux_folder(folder / "flux", scale=2.0)
-    one = Ranks()
+    one = ProcessGroup()
     alone = {f"{t}-{m}": ranked.trained(folder, one, "ddp", t, m, folder / f"{t}-{m}") for t, m in CASES}
     for tune in ("full", "lora"):  # what one process leaves after a batch, for two to go on with
         ranked.trained(folder, one, "ddp", tune, "leapalign", folder / f"{tune}-stopped", batches=1)
@@ -121,7 +121,7 @@ def test_a_checkpoint_does_not_know_how_many_ranks_wrote_it(both, tune):
     states(kept)[0].unlink()
     (kept / FINAL).unlink()
     assert read_state(states(kept)[0])["step"] == 1
-    near(ranked.trained(folder, Ranks(), "ddp", tune, "leapalign", kept)["records"], alone[case]["records"][1:])
+    near(ranked.trained(folder, ProcessGroup(), "ddp", tune, "leapalign", kept)["records"], alone[case]["records"][1:])
     same_weights(kept, folder / case)
 
 
@@ -131,7 +131,9 @@ def test_two_ranks_guide_as_one_process_does(tmp_path):
     alone = {}
     for guided in ranked.GUIDED:
         kept = tmp_path / guided[0]
-        alone[guided[0]] = ranked.trained(tmp_path, Ranks(), "ddp", "full", "leapalign", kept, guided=guided)["records"]
+        alone[guided[0]] = ranked.trained(tmp_path, ProcessGroup(), "ddp", "full", "leapalign", kept, guided=guided)[
+            "records"
+        ]
     for rank in ranked.together("guide", tmp_path):
         for family, records in alone.items():
             near(rank[family], records)
@@ -194,12 +196,12 @@ def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path, fails):
 def test_one_process_starts_nothing(monkeypatch):
     """Alone, nobody is told anything, nobody is waited for, and there is no process group."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    ranks = Ranks()
-    assert ranks.tell(lambda: {"a": 1}) == {"a": 1}
-    ranks.meet()
-    ranks.check()
-    assert ranks.fail("why") == "why"
-    ranks.close()
+    group = ProcessGroup()
+    assert group.broadcast(lambda: {"a": 1}) == {"a": 1}
+    group.barrier()
+    group.check()
+    assert group.abort("why") == "why"
+    group.close()
     assert not torch.distributed.is_initialized()
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from world import PLUGIN, alignbench, debug_sweep, sweep_file
 
-from alignbench import rerun, snapshot
+from alignbench import rerun
 from alignbench.config import UserError
+from alignbench.run import code_snapshot
 from alignbench.store import Store, read_json, write_frame, write_json
 
 
@@ -95,20 +96,20 @@ def test_code_that_changed_is_told_and_the_copy_of_the_old_used(copy, capfd):
     store = Store(copy / "store")
     name = trained(store.root)
     old = copy / "old"
-    shutil.copytree(snapshot.take(copy, [PLUGIN]).path, old / "0")
+    shutil.copytree(code_snapshot.take(copy, [PLUGIN]).path, old / "0")
     cli = old / "0" / "alignbench" / "cli" / "common.py"
     cli.chmod(0o644)
     cli.write_text(cli.read_text() + "\n# as it was\n")
-    files = snapshot.read(old / "0")
-    kept = store.root / "code" / snapshot.digest(files)
+    files = code_snapshot.read(old / "0")
+    kept = store.root / "code" / code_snapshot.digest(files)
     kept.parent.mkdir()
     (old / "0").rename(kept)
-    digest = snapshot.digest({name: data for name, data in files.items() if not name.startswith("plugins/")})
+    digest = code_snapshot.digest({name: data for name, data in files.items() if not name.startswith("plugins/")})
     provenance = store.root / "runs" / name / "provenance.json"
     write_json(provenance, (read_json(provenance) or {}) | {"code": digest})
     assert alignbench("rerun", name, "--into", str(copy / "again"), store=store.root, plugin=False) == 0
     said = capfd.readouterr().out
-    assert f"code: was {digest}, is {snapshot.digest(snapshot.package())}; using the copy {kept}" in said
+    assert f"code: was {digest}, is {code_snapshot.digest(code_snapshot.package())}; using the copy {kept}" in said
     assert len(verdicts(said)) == 5
     made = json.loads((copy / "again" / "runs" / name / "provenance.json").read_text())
     assert (made["code"], made["snapshot"]) == (digest, kept.name)

@@ -16,6 +16,7 @@ from alignbench.config import UserError
 from alignbench.launch import unfinished
 from alignbench.plugins import Registry
 from alignbench.slurm import Resources, arrays
+from alignbench.stages import Stage
 from alignbench.store import Store, write, write_json
 from alignbench.sweep import Plan, read, resolve
 
@@ -100,7 +101,7 @@ def test_methods_with_other_resources_are_arrays_of_their_own(tmp_path):
     """A run's images still wait for that run."""
     cases = [{"label": name, "method": {"name": name}} for name in ("last", "stopped")]
     settings = {"methods": {"stopped": {"mem": "1G"}}}
-    found = [array for array in ask(tmp_path, settings, cases=cases) if array.stage != "scores"]
+    found = [array for array in ask(tmp_path, settings, cases=cases) if array.stage is not Stage.SCORE]
     assert [(a.title, a.cells[0].spec.label) for a in found] == [
         ("train", "last"), ("generate", "last"), ("train", "stopped"), ("generate", "stopped"),
     ]  # fmt: skip
@@ -276,6 +277,7 @@ def test_a_job_without_stages_ends_at_once(tmp_path):
     """What overhead is measured with: no torch is imported."""
     file = tmp_path / "0.json"
     file.write_text(json.dumps({"tasks": [{"stages": []}]}))
-    script = f"import sys; from alignbench.job import main; sys.exit(main({str(file)!r}) or 'torch' in sys.modules)"
+    script = "import sys; from alignbench.run.slurm_job import main; "
+    script += f"sys.exit(main({str(file)!r}) or 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], env={"SLURM_ARRAY_TASK_ID": "0"}, check=False)
     assert done.returncode == 0

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from world import PLUGIN
 
-from alignbench import snapshot
 from alignbench.config import UserError
 from alignbench.plugins import Registry, digest
+from alignbench.run import code_snapshot
 
 ROOT = Path(__file__).parent.parent
 FACTS = """
-import json, alignbench, alignbench.methods, alignbench.run, alignbench.provenance
+import json, alignbench, alignbench.methods, alignbench.run.provenance
 from alignbench import official, prompts, sweep, weights
 from alignbench.plugins import Registry
 from alignbench.cli.common import EPILOG
@@ -27,12 +27,12 @@ print(json.dumps({
     "home": alignbench.__file__, "entries": [str(entry.path) for entry in Registry().entries.values()],
     "sweeps": [str(path) for path in sweep.sweeps().values()], "environments": list(official.environments()),
     "prompts": len(prompts.load_prompts("shapes/test")), "model": str(weights.locate("shapes", "", shapes="model")),
-    "epilog": EPILOG, "version": alignbench.provenance.installed("alignbench"),
+    "epilog": EPILOG, "version": alignbench.run.provenance.installed("alignbench"),
 }))
 """
 
 
-def facts(taken: snapshot.Snapshot, folder: Path) -> dict:
+def facts(taken: code_snapshot.Snapshot, folder: Path) -> dict:
     """What a new interpreter in ``folder`` says of the code that it runs."""
     done = subprocess.run(
         [sys.executable, "-c", FACTS],
@@ -48,7 +48,7 @@ def facts(taken: snapshot.Snapshot, folder: Path) -> dict:
 
 @pytest.fixture
 def taken(tmp_path):
-    return snapshot.take(tmp_path / "store", [PLUGIN])
+    return code_snapshot.take(tmp_path / "store", [PLUGIN])
 
 
 def test_a_snapshot_holds_every_file_and_nothing_else(taken):
@@ -77,18 +77,17 @@ def test_a_new_interpreter_runs_the_snapshot_and_finds_its_data_there(taken, tmp
 def test_what_is_edited_later_changes_no_snapshot(tmp_path):
     """A checkout from which a snapshot was taken is edited: the snapshot's interpreter does what it did before."""
     checkout = tmp_path / "checkout"
-    for part in ("", *snapshot.PARTS[1:]):
+    for part in ("", *code_snapshot.PARTS[1:]):
         shutil.copytree(ROOT / (part or "alignbench"), checkout / "alignbench" / part, dirs_exist_ok=True)
-    script = (
-        f"from alignbench import snapshot; print(snapshot.take(__import__('pathlib').Path({str(tmp_path)!r})).path)"
-    )
+    script = "from pathlib import Path; from alignbench.run.code_snapshot import take; "
+    script += f"print(take(Path({str(tmp_path)!r})).path)"
     environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1"}
     ask = [sys.executable, "-c", script]
 
-    def take() -> snapshot.Snapshot:
+    def take() -> code_snapshot.Snapshot:
         made = subprocess.run(ask, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert made.returncode == 0, made.stderr
-        return snapshot.Snapshot(Path(made.stdout.strip()), [], [])
+        return code_snapshot.Snapshot(Path(made.stdout.strip()), [], [])
 
     before = take()
     assert take() == before
@@ -135,7 +134,7 @@ def test_plug_ins_of_one_name_do_not_replace_each_other(tmp_path):
     for i, path in enumerate(paths):
         path.parent.mkdir()
         path.write_text(f"# {i}\n")
-    copies = snapshot.take(tmp_path / "store", [str(path) for path in paths]).plugins
+    copies = code_snapshot.take(tmp_path / "store", [str(path) for path in paths]).plugins
     assert [Path(copy).read_text() for copy in copies] == ["# 0\n", "# 1\n"]
 
 
@@ -143,18 +142,18 @@ def test_the_name_is_the_content(tmp_path, taken):
     """The same code is copied once; another plug-in, or another byte in one, makes another snapshot."""
     store = tmp_path / "store"
     born = taken.path.stat().st_ctime_ns
-    assert snapshot.take(store, [PLUGIN]) == taken
+    assert code_snapshot.take(store, [PLUGIN]) == taken
     assert taken.path.stat().st_ctime_ns == born
-    assert snapshot.take(store).path != taken.path
+    assert code_snapshot.take(store).path != taken.path
     other = tmp_path / "bright.py"
     other.write_bytes(Path(PLUGIN).read_bytes() + b"\n")
-    assert snapshot.take(store, [str(other)]).path not in (taken.path, snapshot.take(store).path)
+    assert code_snapshot.take(store, [str(other)]).path not in (taken.path, code_snapshot.take(store).path)
 
 
 def test_sweeps_that_start_at_once_share_one_snapshot(tmp_path):
     """Four at a time: all get the same whole folder, and nothing half-made is left."""
-    found: list[snapshot.Snapshot] = []
-    threads = [threading.Thread(target=lambda: found.append(snapshot.take(tmp_path, [PLUGIN]))) for _ in range(4)]
+    found: list[code_snapshot.Snapshot] = []
+    threads = [threading.Thread(target=lambda: found.append(code_snapshot.take(tmp_path, [PLUGIN]))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -169,7 +168,7 @@ def test_a_snapshot_that_was_changed_is_refused(taken, tmp_path):
     path.chmod(0o644)
     path.write_text("# something else\n")
     with pytest.raises(UserError, match="not the code that was copied there"):
-        snapshot.take(tmp_path / "store", [PLUGIN])
+        code_snapshot.take(tmp_path / "store", [PLUGIN])
 
 
 def test_a_full_or_forbidden_disk_leaves_nothing_half_made(tmp_path, monkeypatch):
@@ -181,6 +180,6 @@ def test_a_full_or_forbidden_disk_leaves_nothing_half_made(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(UserError, match="no space left"):
-            snapshot.take(tmp_path)
+            code_snapshot.take(tmp_path)
     assert list((tmp_path / "code").iterdir()) == []
-    assert snapshot.take(tmp_path).path.is_dir()
+    assert code_snapshot.take(tmp_path).path.is_dir()

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from world import alignbench, debug_sweep, sweep_file
 
-from alignbench import trackers
 from alignbench.config import UserError
-from alignbench.trackers import Trackers, flat
+from alignbench.run import trackers
+from alignbench.run.trackers import Trackers, flat
 
 CONFIG = {"method": {"name": "last", "steps": 2}, "training": {"betas": [0.9, 0.99], "clip": None}}
 

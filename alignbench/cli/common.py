@@ -315,10 +315,11 @@ def selected(plan: Plan | Draft, only: Sequence[str]) -> list[Cell]:
 def summary(store: Store, plan: Plan, cells: Sequence[Cell]) -> str:
     """Return ``6 runs: 0 to train, 0 image sets to make, 0 scores to compute``."""
     from alignbench.launch import missing
+    from alignbench.stages import Stage
 
     runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
     parts = {part.lock: part for cell in cells for part in missing(store, runs[cell.spec.label, cell.seed])}
     trained = {cell.id for cell in cells if cell.trains}
-    train = sum(part.kind == "run" and part.id in trained for part in parts.values())
-    images, scores = (sum(part.kind == kind for part in parts.values()) for kind in ("images", "scores"))
+    train = sum(part.stage is Stage.TRAIN and part.id in trained for part in parts.values())
+    images, scores = (sum(part.stage is it for part in parts.values()) for it in (Stage.GENERATE, Stage.SCORE))
     return f"{len(cells)} runs: {train} to train, {images} image sets to make, {scores} scores to compute"

@@ -233,7 +233,7 @@ def gc(yes: bool, store: str) -> int:
 
 def _record(request: Request, plan: Plan, cells: Sequence[Cell], store: Store, track: Sequence[str]) -> dict[str, Any]:
     """Write the manifest, print what is to be made, and return the manifest."""
-    from alignbench import trackers
+    from alignbench.run import trackers
     from alignbench.store import write_json
 
     trackers.check(track)

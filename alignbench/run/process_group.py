@@ -1,6 +1,6 @@
-"""The processes that make one run together: who they are, what the first tells the others, and how all of them end.
+"""The processes that make one run together: how they exchange plain data, wait for one another, and all end.
 
-accelerate starts the process group from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Words between
+accelerate starts the process group from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Messages between
 stages go through that group's key-value store, not through collectives: they wait as long as it takes, and a rank that
 failed in the middle of a collective can still say why.
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PATIENCE = timedelta(minutes=30)  # for one collective: ranks wait while the first writes a large checkpoint
+PATIENCE = timedelta(minutes=30)  # for one collective: ranks wait while rank 0 writes a large checkpoint
 GRACE = 20.0  # seconds for a rank to notice by itself that another one has failed
 POLL = 0.1
 FAILURE, STOPPED = "failure", "asked to stop"
@@ -29,14 +29,14 @@ class OtherFailed(Exception):
     """Another rank failed. Its text is that rank's reason."""
 
 
-class Ranks:
-    """This process among ``size``. Of one alone nothing is started, and nothing waits."""
+class ProcessGroup:
+    """This process and the others of its run, ``size`` in all. A process alone starts nothing and never waits."""
 
     def __init__(self) -> None:
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.first = self.rank == 0
-        self.stuck: Callable[[str], Any] = lambda reason: None  # called before this process gives up on a collective
-        self._words = 0
+        self.is_main = self.rank == 0
+        self.on_deadlock: Callable[[str], Any] = lambda reason: None  # called before this process gives up a collective
+        self._messages = 0
         self._ended = threading.Event()
 
     @cached_property
@@ -49,7 +49,7 @@ class Ranks:
 
     @cached_property
     def _store(self) -> Any:
-        """What all ranks read and write. Made with the process group; a thread begins to listen for failures."""
+        """The key-value store of all ranks, made with the process group; a thread begins to listen for failures."""
         from torch.distributed import PrefixStore
         from torch.distributed.distributed_c10d import _get_default_store
 
@@ -58,38 +58,38 @@ class Ranks:
         threading.Thread(target=self._listen, args=(store,), daemon=True).start()
         return store
 
-    def tell(self, say: Callable[[], Any]) -> Any:
-        """What ``say`` gives on the first rank (plain data), on all of them. OtherFailed if that fails."""
+    def broadcast(self, make: Callable[[], Any]) -> Any:
+        """Return on every rank what ``make`` returns on rank 0 (plain data). OtherFailed if rank 0 fails."""
         if self.size == 1:
-            return say()
-        self._words += 1
-        key = f"word {self._words}"
-        if self.first:
-            value = say()
+            return make()
+        self._messages += 1
+        key = f"message {self._messages}"
+        if self.is_main:
+            value = make()
             self._store.set(key, json.dumps(value))
             return value
         return json.loads(self._await(key))
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all ranks are here. OtherFailed if one of them failed instead."""
         if self.size > 1:
-            self._words += 1
-            self._store.set(f"word {self._words}, {self.rank}", "here")
+            self._messages += 1
+            self._store.set(f"message {self._messages}, {self.rank}", "here")
             for rank in range(self.size):
-                self._await(f"word {self._words}, {rank}")
+                self._await(f"message {self._messages}, {rank}")
 
-    def fail(self, reason: str) -> str:
-        """Tell the others why this rank fails; the reason of the first that did."""
+    def abort(self, reason: str) -> str:
+        """Tell the others why this rank fails. Returns the reason of the rank that failed first."""
         self._ended.set()
         if self.size == 1:
             return reason
         try:
             return self._store.compare_set(FAILURE, "", reason).decode()
-        except RuntimeError:  # the first rank keeps the store, and is gone
+        except RuntimeError:  # rank 0 keeps the store, and is gone
             return reason
 
     def check(self) -> None:
-        """OtherFailed if another rank failed."""
+        """Raise OtherFailed if another rank failed."""
         if self.size > 1 and self._store.check([FAILURE]):
             raise OtherFailed(self._store.get(FAILURE).decode())
 
@@ -101,7 +101,7 @@ class Ranks:
         if "_store" in self.__dict__ and not self._ended.is_set():
             import torch
 
-            self.meet()
+            self.barrier()
             self._ended.set()
             torch.distributed.destroy_process_group()
         self.size = 1
@@ -118,7 +118,7 @@ class Ranks:
             try:
                 reason = store.get(FAILURE).decode() if store.check([FAILURE]) else None
             except RuntimeError:
-                reason = "the first rank has ended"
+                reason = "rank 0 has ended"
             if reason is not None and not self._ended.wait(GRACE):
-                self.stuck(reason)
+                self.on_deadlock(reason)
                 os._exit(1)

@@ -1,4 +1,4 @@
-"""What a SLURM job runs: ``python -m alignbench.job TASKS.json``, task SLURM_ARRAY_TASK_ID of that file.
+"""What a SLURM job runs: ``python -m alignbench.run.slurm_job TASKS.json``, task SLURM_ARRAY_TASK_ID of that file.
 
 Before its time limit (SIGUSR2) a job saves what it has and asks to be queued again; when it is to end (SIGTERM, as of
 scancel) it saves what it has. Exit code: 0 done, 1 failed (SLURM then starts nothing that depends on it), 143 ended.

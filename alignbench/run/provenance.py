@@ -19,9 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from alignbench import snapshot
 from alignbench.digests import WHOLE, file_digest, fingerprint
 from alignbench.plugins import Registry, digest
+from alignbench.run import code_snapshot
 from alignbench.store import read_json, write, write_json
 
 FILE, PATCH = "provenance.json", "dirty.patch"  # in a run's folder
@@ -50,13 +50,13 @@ def code(plugins: Sequence[str] = ()) -> dict[str, Any]:
     where it says nothing. ``plugins``: {sha256: path as it was given}.
     """
     given = {digest(Path(path)): str(Path(path).resolve()) for path in plugins}
-    return _code(Path(__file__).parents[1]) | {"plugins": given}
+    return _code(Path(__file__).parents[2]) | {"plugins": given}
 
 
 @functools.cache
 def _code(root: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"digest": snapshot.digest(snapshot.package()), "snapshot": snapshot.running()}
-    found |= {"revision": None, "diff": None, "untracked": None}
+    found: dict[str, Any] = {"digest": code_snapshot.digest(code_snapshot.package())}
+    found |= {"snapshot": code_snapshot.running(), "revision": None, "diff": None, "untracked": None}
     if (root / ".git").exists():
         with suppress(OSError, subprocess.CalledProcessError):  # no git, or not this user's checkout
             found["revision"] = _git(root, "rev-parse", "HEAD").strip()
@@ -97,7 +97,7 @@ def made_by(code: Mapping[str, Any]) -> dict[str, Any]:
         "revision": code["revision"],
         "dirty": dirty(code),
         "code": code["digest"],
-        "snapshot": snapshot.running() or code["snapshot"],
+        "snapshot": code_snapshot.running() or code["snapshot"],
         "python": platform.python_version(),
         "packages": {name: installed(name) for name in PACKAGES},
         "devices": devices(),
@@ -194,7 +194,7 @@ def _copy_plugins(folder: Path, code: Mapping[str, Any], registry: Registry) -> 
     """Every plug-in as it was read, below ``plugins/``. ``installed``: of a package, not a file that was named."""
     paths = list(dict.fromkeys(entry.path for entry in registry.entries.values() if entry.plugin))
     rows = []
-    for path, name in zip(paths, snapshot.plugin_names([str(path) for path in paths])):
+    for path, name in zip(paths, code_snapshot.plugin_names([str(path) for path in paths])):
         write(folder / name, path.read_bytes())
         sha256 = digest(path)
         given = code["plugins"].get(sha256, str(path))

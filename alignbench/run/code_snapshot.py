@@ -59,7 +59,7 @@ def check(folder: Path) -> None:
 
 def running() -> str | None:
     """The name of the snapshot that this process runs from; None for a checkout or an installed package."""
-    home = Path(__file__).parents[1]
+    home = Path(__file__).parents[2]
     return home.name if home.parent.name == CODE and re.fullmatch("[0-9a-f]{16}", home.name) else None
 
 

@@ -1,0 +1,121 @@
+"""A run's third stage: every evaluator's scores of stored images, each set of them whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignbench.config import UserError
+from alignbench.run import provenance
+from alignbench.run.session import RunSession
+from alignbench.run.task import Failed, Target
+from alignbench.spec import evaluator_content
+from alignbench.store import Artefact, write_frame, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL.Image import Image
+
+
+def score(session: RunSession, targets: Sequence[Target]) -> None:
+    """Score every target with every evaluator of the task. One that fails does not stop the others."""
+    for entry in session.task.scores:
+        judge = _Judge(session, entry)  # goes with its turn: two evaluators' models are never held at once
+        for target in targets:
+            try:
+                judge.score(target)
+            except Failed as failure:
+                session.failures.append(str(failure))
+
+
+class _Judge:
+    """One evaluator of a task, with its model once it is loaded."""
+
+    def __init__(self, session: RunSession, entry: dict[str, Any]) -> None:
+        self.session, self.entry = session, entry
+        self.base = session.base if entry.get("base") else None
+        self._evaluator: Any = None
+
+    def score(self, target: Target) -> None:
+        """Make the target's score file, unless it is there."""
+        artefact = self.session.store.scores(target.id, self.entry["file"])
+        with self.session.making(artefact, target.run) as lock:
+            if lock is None:
+                return
+            frame = self._scored(target, artefact)
+            lock.check()
+            write_json(artefact.product.with_suffix(".json"), self._made_by())
+            write_frame(artefact.product, frame)
+            artefact.status.unlink(missing_ok=True)
+            shutil.rmtree(_parts(artefact), ignore_errors=True)
+
+    def _make(self) -> Any:
+        return self.session.registry.make("evaluator", self.entry["settings"], "evaluator")
+
+    def _made_by(self) -> dict[str, Any]:
+        """Return who scores, with which weights and which code."""
+        evaluator = self._make()
+        content = evaluator_content(evaluator, self.session.registry) | {"name": evaluator.name}
+        files = provenance.weights(evaluator.files())
+        return {"evaluator": content, "weights": files, "made_by": provenance.made_by(self.session.code)}
+
+    def _scored(self, target: Target, artefact: Artefact) -> pd.DataFrame:
+        """Return a row per image, in the order of the manifest; computed in parts, of which those on disk are read."""
+        import pandas as pd
+
+        from alignbench.scoring import passes
+
+        if self._evaluator is None:
+            self._evaluator = self._make()
+        self._check_base()
+        images = pd.read_parquet(self.session.images(target).product)
+        frames = []
+        for here in passes(list(images["prompt_id"])):  # one file each: what a killed run has scored is not lost
+            part = _parts(artefact) / f"{here.start}.parquet"
+            if not part.exists():
+                write_frame(part, self._score_rows(target, images.iloc[here]))
+                self.session.may_stop()
+            frames.append(pd.read_parquet(part))
+            self.session.progress(f"scoring, {self.entry['name']}", here.stop / len(images))
+        return pd.concat(frames, ignore_index=True)
+
+    def _check_base(self) -> None:
+        if self.base is not None and not (images := self.session.images(self.base)).done:
+            raise UserError(f"the base model's images are missing: {images.failure or 'not made yet'}")
+
+    def _score_rows(self, target: Target, rows: pd.DataFrame) -> pd.DataFrame:
+        from alignbench.scoring import score_rows
+
+        prompts = {prompt.id: prompt for prompt in target.prompts}
+        sides = [_images(self.session.images(side), rows) for side in (target, self.base) if side is not None]
+        found = score_rows(self._evaluator, sides[0], [prompts[id] for id in rows["prompt_id"]], *sides[1:])
+        return rows[["prompt_id", "tag", "index"]].reset_index(drop=True).join(found)
+
+
+def _parts(artefact: Artefact) -> Path:
+    return artefact.product.with_suffix(".parts")
+
+
+def _images(images: Artefact, rows: pd.DataFrame) -> list[Image]:
+    """Return an image set's images of the prompts and indices of ``rows``, in their order."""
+    import pandas as pd
+
+    from alignbench.scoring import in_threads
+
+    place = ["prompt_id", "index"]
+    mine = rows[place].merge(pd.read_parquet(images.product), on=place, how="left", validate="1:1")
+    return list(in_threads(lambda file, sha256: _image(images.folder, file, sha256), mine["file"], mine["sha256"]))
+
+
+def _image(folder: Path, file: str, sha256: str) -> Image:
+    """Read an image. UserError unless it is still the one that was made."""
+    from PIL import Image
+
+    data = (folder / file).read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{folder / file}: not the image that was made; delete {folder} to make its images again")
+    return Image.open(io.BytesIO(data)).convert("RGB")

@@ -1,0 +1,219 @@
+"""What the stages of one task share: store, registry, processes, log, progress, and the model, loaded on first use."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
+
+from alignbench.config import Interrupted, UserError, decode
+from alignbench.plugins import Registry
+from alignbench.prompts import load_prompts
+from alignbench.run import provenance
+from alignbench.run.process_group import STOPPED, OtherFailed, ProcessGroup
+from alignbench.run.task import Failed, Progress, Target, Task
+from alignbench.spec import BASE, Evaluation, Parts, RunSpec, base_of, build, image_set_id, run_id
+from alignbench.stages import Stage
+from alignbench.store import Artefact, Lock, LockLost, Store, cannot_write, locked, reached
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MEGABYTE = 2**20
+
+
+class RunSession:
+    """One task in this process. ``stop`` is asked wherever ending loses nothing."""
+
+    def __init__(self, task: Task, stop: Callable[[], bool]) -> None:
+        self.task = task
+        self.stop = stop
+        self.store = Store(task.store)
+        self.registry = Registry(task.plugins)
+        self.code = task.code or provenance.code(task.plugins)
+        self.spec = decode(RunSpec, task.spec, "spec")
+        evaluation = decode(Evaluation, task.evaluation, "evaluation")
+        self.end = Target(task.images, task.run, self.spec, task.trains, task.update, evaluation)
+        self.run = self.store.run(task.run, task.trains)
+        self.group = ProcessGroup()
+        self.progress = Progress(Path(task.progress) if self.group.is_main else None)
+        self.failures: list[str] = []
+        self.made: list[str] = []  # kinds of the artefacts that were not there before
+        self._flow: Any = None
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.group.accelerator
+
+    # -- image sets ---------------------------------------------------------------------------------------------------
+
+    def milestones(self) -> list[Target]:
+        """Return the image sets of the milestones that training came to; the same ones on all ranks."""
+
+        def found() -> list[int]:
+            return [update for update, _ in self.task.milestones if reached(self.store, self.task.run, update)]
+
+        updates, evaluation = self.group.broadcast(found), self.end.evaluation.at_milestones
+        return [
+            Target(images, self.task.run, self.spec, self.task.trains, update, evaluation)
+            for update, images in self.task.milestones
+            if update in updates
+        ]
+
+    @cached_property
+    def base(self) -> Target | None:
+        """The untrained model's images of the same prompts and noise; None if no evaluator compares with them."""
+        images = next((score["base"] for score in self.task.scores if score.get("base")), None)
+        if images is None:
+            return None
+        spec, parts, protocol = base_of(self.spec, self.parts(self.spec), self.end.protocol, self.registry)
+        evaluation = structs.replace(self.end.evaluation, protocol=protocol)
+        return Target(images, f"{BASE}-{run_id(spec, parts, self.registry, [])}", spec, False, None, evaluation)
+
+    def images(self, target: Target) -> Artefact:
+        return self.store.images(target.id)
+
+    def check_unchanged(self, target: Target) -> None:
+        """Raise UserError if a file that the target's ids were made from has changed since."""
+        training = load_prompts(target.spec.prompts) if target.trained else []
+        run = f"{target.spec.method['name']}-{run_id(target.spec, self.parts(target.spec), self.registry, training)}"
+        images = image_set_id(run, target.trained, target.protocol, target.prompts, target.update)
+        if (run, images) != (target.run, target.id):
+            raise UserError("weights, prompts or a plug-in changed since the sweep was started; start it again")
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    @property
+    def flow(self) -> Any:
+        """The model, loaded on first use; whoever needs other weights in it puts them there."""
+        if self._flow is None:
+            backend = self.backend()
+            given = {"text": self._stored_text(backend)} if stores_embeddings(backend) else {}
+            self.progress("loading the model")
+            self._flow = backend.load(self.accelerator, **given)
+        return self._flow
+
+    def unload(self) -> None:
+        """Forget the model, so that another one has room."""
+        self._flow = None
+
+    def backend(self) -> Any:
+        return self.parts(self.spec).backend
+
+    def parts(self, spec: RunSpec) -> Parts:
+        """Return the backend, method and rewards of ``spec``, built anew: a method may keep what it learns."""
+        return build(spec, self.registry)
+
+    def _stored_text(self, backend: Any) -> Any:
+        """Return what encodes prompts by the store's embeddings. One rank makes those that this task may ask for."""
+        from alignbench import embeddings
+        from alignbench.train import drawn
+
+        def prepare() -> str:
+            prompts = [*self.end.prompts]
+            if self.task.trains and not self.run.done:
+                prompts += drawn(load_prompts(self.spec.prompts), self.spec.training)
+            texts = ["", *(prompt.text for prompt in prompts)]  # the empty one: of guidance in two branches
+            source, device = self.registry.source("backend", backend.name), self.accelerator.device
+            return embeddings.prepare(self.store, backend, source, device, texts, self.progress, self.may_stop)
+
+        return embeddings.Stored(self.store.embeddings / self.group.broadcast(prepare), self.accelerator.device)
+
+    # -- making an artefact -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def making(self, artefact: Artefact, run: str) -> Iterator[Lock | None]:
+        """Hold the artefact's lock; None if it is there. Raises Failed once a failure is on record, in the log of
+        ``run`` too.
+
+        Of several ranks the first holds the lock and keeps the record; a failure of one is a failure of all.
+        """
+        try:
+            with self._held(artefact, run) as lock:
+                yield lock
+                self.group.barrier()
+                if lock:
+                    self.made.append(artefact.stage.kind)
+        except Interrupted:  # not a failure, and nothing to put on record: the next attempt resumes
+            self.group.abort(STOPPED)
+            raise
+        except Exception as error:
+            if isinstance(error, OtherFailed) and str(error) == STOPPED:
+                raise Interrupted from error
+            mine = _reason(artefact.stage, error, self.store.root)
+            reason = self.group.abort(str(error) if isinstance(error, OtherFailed) else mine)
+            self.note(traceback.format_exc(), run)
+            if not isinstance(error, LockLost):  # else the record is that of the process that took over
+                self._record(artefact, reason, run)
+            raise Failed(reason) from error
+
+    @contextmanager
+    def _held(self, artefact: Artefact, run: str) -> Iterator[Lock | None]:
+        """The lock, held by the first rank for all; None if the artefact is there."""
+        if not self.group.is_main:
+            yield Lock(artefact.lock) if self.group.broadcast(lambda: None) else None
+            return
+        with locked(artefact, lambda holder: self.progress(f"waiting for {holder}")) as lock:
+
+            def give_up(reason: str) -> None:
+                if reason != STOPPED:
+                    self._record(artefact, reason, run)
+                if lock:
+                    lock.release()
+
+            self.group.on_deadlock = give_up
+            self.group.broadcast(lambda: lock is not None)
+            yield lock
+
+    def _record(self, artefact: Artefact, reason: str, run: str) -> None:
+        if self.group.is_main:
+            with suppress(UserError):  # on a full disk not even this can be written
+                artefact.fail(reason, str(self.log(run)))
+
+    def may_stop(self) -> None:
+        """Called after each piece of work that is saved: a job that is queued again and again always gets on."""
+        if self.stop():
+            raise Interrupted
+        self.group.check()
+
+    # -- the log ------------------------------------------------------------------------------------------------------
+
+    def log(self, run: str) -> Path:
+        return self.store.run(run, True).folder / "log.txt"
+
+    def note(self, text: str, run: str | None = None) -> None:
+        """Write a line to the log of ``run``, by default the task's."""
+        log = self.log(run or self.task.run)
+        with suppress(OSError):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+
+    def warn(self, text: str) -> None:
+        """Write a line to the run's log, and for whoever started it."""
+        self.note(f"warning: {text}")
+        if self.task.launcher is None:  # a worker's stderr is the log
+            print(f"alignbench: {self.spec.label}: {text}", file=sys.stderr)
+
+
+def stores_embeddings(backend: Any) -> bool:
+    return getattr(backend, "embeddings", None) == "stored"
+
+
+def _reason(stage: Stage, error: Exception, store: Path) -> str:
+    """Return one line. A full disk is told by looking: torch and parquet each have their own words for it."""
+    if shutil.disk_usage(store).free < MEGABYTE:
+        error = OSError(errno.ENOSPC, "", str(store))
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{stage.noun}: {cannot_write(error.filename or 'store', error)}"
+    text = " ".join(str(error).split())[:300]
+    return f"{stage.noun}: {text}" if isinstance(error, UserError) else f"{stage.noun}: {type(error).__name__}: {text}"

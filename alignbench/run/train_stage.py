@@ -1,0 +1,146 @@
+"""A run's first stage: its settings and provenance on record, and its weights, if its method trains."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import yaml
+
+from alignbench.config import settings
+from alignbench.prompts import digest, load_prompts
+from alignbench.run import provenance
+from alignbench.run.session import RunSession, stores_embeddings
+from alignbench.store import Lock, write, write_frame
+
+
+def train(session: RunSession) -> None:
+    """Make the run, unless it is there; a run that trains nothing is its records alone."""
+    run, group = session.run, session.group
+    with session.making(run, run.id) as lock:
+        if lock is None:
+            return
+        group.broadcast(lambda: session.check_unchanged(session.end))
+        started = time.time()
+        if group.is_main:
+            plain = settings(session.spec)
+            write(run.folder / "spec.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+            provenance.begin(run.folder, started, _origin(session), session.code, session.registry)
+        facts = make_weights(session, lock) if session.task.trains else {}
+        if group.is_main:
+            provenance.end(run.folder, started)
+            run.succeed(**facts)
+            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+
+
+def _origin(session: RunSession) -> dict[str, Any]:
+    """Return what is recorded and not hashed: with what command, code, files and machine the weights are made."""
+    (backend, method, rewards), trains = session.parts(session.spec), session.task.trains
+    made: list[Any] = [backend, method, *(term.evaluator for term in rewards if trains)]
+    return {
+        "command": session.task.command,
+        **provenance.made_by(session.code),
+        **provenance.machine(session.accelerator.num_processes),
+        "parallel": session.task.parallel,
+        "weights": {part.name: provenance.weights(files) for part in made if (files := part.files())},
+        "prompts": digest(load_prompts(session.spec.prompts)) if trains else None,
+        "embeddings": _embeddings(session, backend),
+    }
+
+
+def _embeddings(session: RunSession, backend: Any) -> str | None:
+    """Return the name of the folder that they are in; None if they are computed."""
+    from alignbench import embeddings
+
+    source, device = session.registry.source("backend", backend.name), session.accelerator.device
+    return embeddings.name(backend, source, device) if stores_embeddings(backend) else None
+
+
+def make_weights(session: RunSession, lock: Lock) -> dict[str, Any]:
+    """Write train.parquet and weights.safetensors, from the last checkpoint on if there is one.
+
+    Returns what the status says beside "done".
+    """
+    from alignbench.evaluator import Reward
+    from alignbench.train import train
+
+    check_room(session)
+    spec, folder = session.spec, session.run.folder
+    _, method, rewards = session.parts(spec)
+    prompts, sharded = load_prompts(spec.prompts), session.task.parallel == "fsdp"
+    records = train(
+        method, session.flow, Reward(*rewards), prompts, spec.training,
+        accelerator=session.accelerator, checkpoints=folder / "checkpoints", milestones=folder, stop=session.stop,
+        sharded=sharded, warn=session.warn,
+    )  # fmt: skip
+    _follow(session, records)
+    if sharded:
+        session.unload()  # it is in parts; images are made with the whole model, so it is loaded again
+    return _finish(session, lock) if session.group.is_main else {}
+
+
+def check_room(session: RunSession) -> None:
+    """Raise UserError if training cannot fit into this GPU, and warn if it may not. Needs no model."""
+    import torch
+
+    device = session.accelerator.device
+    if device.type != "cuda":
+        return
+    from alignbench import fitting
+
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of this process' last run
+    with torch.random.fork_rng(devices=[]):  # the method is watched on a toy: training must not see that
+        ranks = fitting.Group(session.accelerator.num_processes, session.task.parallel)
+        warning = fitting.check_room(session.spec, session.registry, ranks, free + cached, total)
+    if warning and session.group.is_main:
+        session.warn(warning)
+
+
+def _follow(session: RunSession, records: Iterable[dict[str, Any]]) -> None:
+    """Train: consume the records, and tell how far they are."""
+    from alignbench.train import spent
+
+    for record in _tracked(session, records):
+        share = spent(session.spec.training.budget, record, session.accelerator.num_processes)
+        shown = f", reward {record['reward_mean']:.3f}" if "reward_mean" in record else ""
+        shown += ", every hinge closed" if record.get("hinge_closed") == 1 else ""
+        session.progress("training", share, f"update {record['update'] + 1}{shown}")
+
+
+def _tracked(session: RunSession, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the same records, each shown to the trackers that were asked for."""
+    from alignbench.run.trackers import Trackers
+
+    spec = session.spec
+    title = f"{spec.label}, seed {spec.training.seed}"
+    names = session.task.track if session.accelerator.is_main_process else ()
+    trackers = Trackers(names, session.store.root, session.run.id, title, settings(spec), session.note)
+    try:
+        for record in records:
+            trackers(record)
+            yield record
+    finally:
+        trackers.close()
+
+
+def _finish(session: RunSession, lock: Lock) -> dict[str, Any]:
+    """Put what training has left in its checkpoints where it belongs, once the lock is known to be ours."""
+    import pandas as pd
+
+    from alignbench import checkpoint
+
+    folder, milestones = session.run.folder, session.spec.training.milestones
+    lock.check()
+    frame = pd.DataFrame(checkpoint.load_records(folder / "checkpoints"))
+    write_frame(folder / "train.parquet", frame)
+    final, updates = folder / "checkpoints" / checkpoint.FINAL, int(frame["update"].iloc[-1]) + 1
+    kept = [session.store.milestone(session.run.id, update) for update in milestones if update <= updates]
+    for path in (final, *kept):
+        path.chmod((folder / "train.parquet").stat().st_mode)  # safetensors' own would shut out a group
+    final.replace(session.run.product)
+    for update in milestones[len(kept) :]:
+        session.warn(f"the milestone of update {update} is not there: training ended after {updates} updates")
+    return {"updates": updates}

@@ -1,0 +1,101 @@
+"""The worker process: a task's stages, one after the other; plain data in, plain data out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from alignbench.config import Interrupted, UserError
+from alignbench.run.image_stage import generate
+from alignbench.run.score_stage import score
+from alignbench.run.session import RunSession
+from alignbench.run.task import Failed, Task
+from alignbench.run.train_stage import train
+from alignbench.stages import Stage
+from alignbench.store import alive
+
+
+def execute(task: dict[str, Any], stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Do the task's stages of one run. ``stop`` is asked wherever ending loses nothing.
+
+    Returns {"state": "done" | "failed" | "interrupted", "reason", "made": what was not there before}. A stage that
+    fails is not raised: its reason is recorded in the store and returned, and other evaluators still run.
+    """
+    try:
+        session = RunSession(Task(**task), stop)
+    except UserError as error:  # a plug-in that changed under the sweep
+        return {"state": "failed", "reason": str(error), "made": []}
+    state = "done"
+    with _process(session.task, session.log(session.run.id)):
+        try:
+            for kind in session.task.stages:
+                STAGES[kind](session)
+        except Interrupted:
+            state = "interrupted"
+        except Failed as failure:
+            session.failures.append(str(failure))
+        session.group.close()  # not where something unforeseen ends this process: it must not wait for the others
+    state = "failed" if session.failures else state
+    return {"state": state, "reason": "; ".join(session.failures), "made": session.made}
+
+
+def _generate(session: RunSession) -> None:
+    """Make the images of the end, then those of the milestones."""
+    generate(session, session.end)
+    for target in session.milestones():
+        generate(session, target)
+
+
+def _score(session: RunSession) -> None:
+    """Score on the first rank; the others are through."""
+    session.group.close()
+    if session.group.is_main:
+        _generate_base(session)
+        score(session, [session.end, *session.milestones()])
+
+
+def _generate_base(session: RunSession) -> None:
+    """Make the base model's images for paired evaluators, by the very code that makes those of its own row."""
+    if session.base is not None:
+        session.unload()  # two models are never held at once; scoring needs neither
+        with suppress(Failed):  # the scores that lack them say so
+            generate(session, session.base)
+        session.unload()
+
+
+STAGES = {Stage.TRAIN.kind: train, Stage.GENERATE.kind: _generate, Stage.SCORE.kind: _score}
+
+
+@contextmanager
+def _process(task: Task, log: Path) -> Iterator[None]:
+    """Set threads, send output to the run's log if the task says so, and end a local worker with its launcher."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if task.own_log:
+        with suppress(OSError):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            os.dup2(handle, sys.stdout.fileno())
+            os.dup2(handle, sys.stderr.fileno())
+    if task.launcher is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the sweep is a shell's background job
+        threading.Thread(target=_end_with, args=(task.launcher,), daemon=True).start()
+    import torch
+
+    torch.set_num_threads(task.threads)
+    yield
+
+
+def _end_with(launcher: int, every: float = 1.0, ended: Callable[[int], bool] = lambda pid: not alive(pid)) -> None:
+    """Interrupt this process when ``launcher`` has died: nobody would collect its result."""
+    while not ended(launcher):
+        time.sleep(every)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10 * every)
+    os._exit(130)
