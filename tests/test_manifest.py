@@ -22,7 +22,7 @@ from alignbench.sweep import Cell, Plan, read, resolve
 
 MILESTONES = {"base": {"training": {"milestones": [1, 3]}}, "evaluation": {"milestone_prompts": 2}}
 EXCEPTION = {"match": {"method": "last"}, "set": {"training.optimizer.lr": 1e-4}, "reason": 'små, "but" enough'}
-RUN = {"id": "last-1", "label": "Last", "method": "last", "seed": 0, "images": "i", "scores": []}
+RUN: dict[str, Any] = {"id": "last-1", "label": "Last", "method": "last", "seed": 0, "images": "i", "scores": []}
 
 
 def planned(folder: Path, **changes: Any) -> Plan:
