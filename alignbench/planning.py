@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignbench.config import Requirement, UserError, did_you_mean
 from alignbench.cost import GPU, GPUS
 from alignbench.estimate import ITEM, Estimate, estimate, prompt_count
+from alignbench.manifest import ManifestRun
+from alignbench.run_state import Jobs, run_state
 from alignbench.stages import Stage
-from alignbench.store import Results, Store, artefacts, milestones
+from alignbench.store import Store
 from alignbench.sweep import Cell, Draft, Plan
 
 GB = 1e9
@@ -30,13 +32,17 @@ def page(
     store: Store,
     gpu: GPU,
     gaps: list[Requirement],
+    jobs: Callable[[], Jobs] = Jobs,
 ) -> str:
-    """``plan``: None as long as there are ``gaps``; then nothing is known of what the store has."""
+    """Return the page. ``plan``: None as long as there are ``gaps``; then nothing is known of what the store has.
+
+    ``jobs``: as for ``run_state``.
+    """
     found = [estimate(cell, draft.sweep.evaluation, draft.evaluators, gpu) for cell in cells]
-    runs = {} if plan is None else {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
+    runs = {} if plan is None else plan.manifest().by_seed
     states, open_hours = [], 0.0
     for cell, each in zip(cells, found):
-        state, hours = _state(store, plan, runs.get((cell.spec.label, cell.seed)), each)
+        state, hours = _state(store, runs.get((cell.spec.label, cell.seed)), each, jobs)
         states.append(state)
         open_hours += hours
     rows = [_row(cell, state, each) for cell, state, each in zip(cells, states, found)]
@@ -55,15 +61,13 @@ def page(
     return "\n".join(lines)
 
 
-def _state(store: Store, plan: Plan | None, run: dict[str, Any] | None, each: Estimate) -> tuple[str, float]:
-    """Of a run, and the hours that are still to be spent on it."""
-    if plan is None or run is None:
+def _state(store: Store, run: ManifestRun | None, each: Estimate, jobs: Callable[[], Jobs]) -> tuple[str, float]:
+    """Return the state of a run, and the hours that are still to be spent on it."""
+    if run is None:
         return "not ready", each.train + each.generate + each.score
-    todo = [part.stage for part in artefacts(store, run) if not part.done]
-    sets = 1 + len(milestones(run))
-    parts = {Stage.TRAIN: 1, Stage.GENERATE: sets, Stage.SCORE: len(run["scores"]) * sets}
-    hours = sum(getattr(each, stage.verb) / parts[stage] for stage in todo)
-    return Results(store.root, plan.manifest()).state(run)[0], hours
+    found, sets = run_state(store, run, jobs), len(run.image_sets)
+    parts = {Stage.TRAIN: 1, Stage.GENERATE: sets, Stage.SCORE: len(run.scores) * sets}
+    return found.state, sum(getattr(each, part.stage.verb) / parts[part.stage] for part in found.missing)
 
 
 def _row(cell: Cell, state: str, each: Estimate) -> list[str]:

@@ -82,6 +82,7 @@ def plan(request: Request, only: Sequence[str], gpu: str) -> int:
 
     The exit code is 1 as long as something is missing.
     """
+    from alignbench import jobs
     from alignbench.planning import gpu_named, page
     from alignbench.sweep import completed, draft, missing
 
@@ -90,7 +91,8 @@ def plan(request: Request, only: Sequence[str], gpu: str) -> int:
     gaps = missing(drafted)
     plan = None if gaps else warned(completed(drafted))
     cells = selected(plan or drafted, only)
-    print(page(drafted, plan, cells, store, assumed, gaps))
+    handed_out = jobs.handed_out(jobs.records(store, Path(drafted.document.manifest).stem))
+    print(page(drafted, plan, cells, store, assumed, gaps, handed_out))
     if plan is not None:
         print(summary(store, plan, cells))
     return USAGE if gaps else DONE

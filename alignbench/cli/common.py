@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from alignbench.plugins import Registry
-    from alignbench.store import Results, Store
+    from alignbench.store import Store
     from alignbench.sweep import Cell, Document, Draft, Plan
 
 DONE, USAGE, SOME_FAILED, SOME_PENDING, INTERRUPTED = 0, 1, 2, 3, 130
@@ -252,21 +252,20 @@ class Request:
     def plan(self) -> Plan:
         return resolve(self.document(), self.registry())
 
-    def manifest(self, store: Store) -> tuple[str, dict[str, Any]]:
+    def manifest(self, store: Store) -> tuple[str, Manifest]:
         """Return name and manifest of a sweep that was run, named by its file and settings or as in `status`."""
         from alignbench.config import UserError
-        from alignbench.store import read_json
+        from alignbench.manifest import read_manifest
 
         named = store.root / "sweeps" / f"{self.words[0]}.json"
         path = named if named.is_file() else store.root / "sweeps" / self.document().manifest
-        found = read_json(path)
-        if found is None:
+        if not path.is_file():
             known = ", ".join(path.stem for path in store.manifests())
             raise UserError(
                 f"{' '.join(self.words)}: was not run in {store.root} as it stands; "
                 f"run `alignbench sweep` with the same words (in the store: {known or 'nothing'})"
             )
-        return path.stem, found
+        return path.stem, read_manifest(path)
 
 
 def usable_store(folder: str) -> Store:
@@ -282,12 +281,6 @@ def registry(plugins: Sequence[str]) -> Registry:
     from alignbench.plugins import Registry
 
     return Registry(plugins)
-
-
-def results(store: Store, manifest: dict[str, Any]) -> Results:
-    from alignbench.store import Results
-
-    return Results(store.root, manifest)
 
 
 def resolve(document: Document, registry: Registry) -> Plan:
@@ -314,11 +307,10 @@ def selected(plan: Plan | Draft, only: Sequence[str]) -> list[Cell]:
 
 def summary(store: Store, plan: Plan, cells: Sequence[Cell]) -> str:
     """Return ``6 runs: 0 to train, 0 image sets to make, 0 scores to compute``."""
-    from alignbench.launch import missing
     from alignbench.stages import Stage
 
-    runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
-    parts = {part.lock: part for cell in cells for part in missing(store, runs[cell.spec.label, cell.seed])}
+    runs = plan.manifest().by_seed
+    parts = {part.lock: part for cell in cells for part in runs[cell.spec.label, cell.seed].missing(store)}
     trained = {cell.id for cell in cells if cell.trains}
     train = sum(part.stage is Stage.TRAIN and part.id in trained for part in parts.values())
     images, scores = (sum(part.stage is it for part in parts.values()) for it in (Stage.GENERATE, Stage.SCORE))

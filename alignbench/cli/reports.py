@@ -22,7 +22,6 @@ from alignbench.cli.common import (
     Request,
     Verb,
     registry,
-    results,
     settings_words,
     sweep_options,
     usable_store,
@@ -59,13 +58,16 @@ def _end() -> None:
 @uncollected
 def report(request: Request, out: str | None, formats: str | None) -> int:
     """Print a sweep's table from what the store has, and write it in every format: tables, web page, image grid."""
+    from alignbench import jobs
     from alignbench.report import FORMATS, build, check_formats
+    from alignbench.results import Results
 
     chosen = formats.split(",") if formats else FORMATS
     check_formats(chosen)
     store = request.store()
-    _, manifest = request.manifest(store)
-    paths = build(results(store, manifest), Path(out or f"outputs/{manifest['name']}"), chosen)
+    name, manifest = request.manifest(store)
+    results = Results(store.root, manifest, jobs.handed_out(jobs.records(store, name)))
+    paths = build(results, Path(out or f"outputs/{manifest.name}"), chosen)
     if "md" in chosen:
         print(paths[0].read_text(encoding="utf-8"))
     print("\n".join(f"written: {path}" for path in paths))

@@ -20,7 +20,6 @@ from alignbench.cli.common import (
     Verb,
     complete_methods,
     resolve,
-    results,
     selected,
     slurm_options,
     summary,
@@ -29,6 +28,7 @@ from alignbench.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from alignbench.manifest import Manifest
     from alignbench.store import Store
     from alignbench.sweep import Cell, Plan
 
@@ -80,17 +80,17 @@ def sweep(
 @sweep_options(optional=True)
 def run(request: Request, method: str, track: Sequence[str]) -> int:
     """Make one run in the foreground: the first of a sweep (default: quickstart) with --method."""
-    from alignbench.sweep import UNTRAINED
+    from alignbench.results import Results
 
     store = request.store()
     plan = resolve(request.with_method(method, "quickstart"), request.registry())
     cell = next(cell for cell in plan.cells if cell.spec.method["name"] == method)
     code = _make(request, plan, [cell], store, "debug", None, track)
     manifest = plan.manifest()
-    found = results(store, manifest | {"runs": [run for run in manifest["runs"] if run["id"] == cell.id]})
+    found = Results(store.root, manifest.only([run for run in manifest.runs if run.id == cell.id]))
     for metric, mean in found.scores.groupby("metric", sort=False)["score"].mean().items():
         print(f"{metric}: {mean:.4f}")
-    print(f"{store.root / 'runs' / cell.id}" + ("" if cell.seed == UNTRAINED else f" (seed {cell.seed})"))
+    print(f"{store.root / 'runs' / cell.id}" + (f" (seed {cell.seed})" if cell.trains else ""))
     return code
 
 
@@ -99,7 +99,8 @@ def run(request: Request, method: str, track: Sequence[str]) -> int:
 def status(request: Request) -> int:
     """Show the state of every sweep in the store, or of each run of one sweep, with its jobs on the cluster."""
     from alignbench import jobs
-    from alignbench.store import read_json
+    from alignbench.config import UserError
+    from alignbench.manifest import read_manifest
 
     store = request.store()
     if request.words:
@@ -108,9 +109,13 @@ def status(request: Request) -> int:
         print(jobs.table(rows))
         return jobs.exit_code(rows)
     for path in store.manifests():
-        manifest = read_json(path) or {"runs": []}
+        try:
+            manifest = read_manifest(path)
+        except UserError as error:  # of one sweep; the others are shown
+            print(error, file=sys.stderr)
+            continue
         rows = jobs.rows(store, manifest, jobs.records(store, path.stem))
-        print(f"{path.stem}: {jobs.summary(rows)}  (alignbench report {manifest.get('sweep', path.stem)})")
+        print(f"{path.stem}: {jobs.summary(rows)}  (alignbench report {manifest.sweep or path.stem})")
     if not store.manifests():
         print(f"no sweep was run in {store.root} yet; try: alignbench sweep quickstart")
     return DONE
@@ -157,13 +162,14 @@ def retry(
     """Retry the runs that failed or were lost, with the launcher that was used before."""
     from alignbench import jobs as handed_out
     from alignbench.launch import check_launcher
+    from alignbench.run_state import LOST
 
     store = request.store()
     name, manifest = request.manifest(store)
     records = handed_out.records(store, name)
     latest = next((record for record in records if record.launcher == "slurm"), None)
     plan = request.plan()
-    again = {row.id for row in handed_out.rows(store, manifest, records) if row.state in ("failed", "stale")}
+    again = {row.id for row in handed_out.rows(store, manifest, records) if row.state in LOST}
     cells = [cell for cell in selected(plan, only) if cell.id in again]
     if not cells:
         print("nothing has failed or was lost", file=sys.stderr)
@@ -231,15 +237,15 @@ def gc(yes: bool, store: str) -> int:
 # -- their parts ------------------------------------------------------------------------------------------------------
 
 
-def _record(request: Request, plan: Plan, cells: Sequence[Cell], store: Store, track: Sequence[str]) -> dict[str, Any]:
+def _record(request: Request, plan: Plan, cells: Sequence[Cell], store: Store, track: Sequence[str]) -> Manifest:
     """Write the manifest, print what is to be made, and return the manifest."""
+    from alignbench.manifest import write_manifest
     from alignbench.run import trackers
-    from alignbench.store import write_json
 
     trackers.check(track)
     store.open()
-    manifest = plan.manifest() | {"plugins": request.plugins}  # as typed, for the line that says how to regenerate
-    write_json(store.root / "sweeps" / plan.document.manifest, manifest)
+    manifest = plan.manifest(request.plugins)
+    write_manifest(store.root / "sweeps" / plan.document.manifest, manifest)
     print(summary(store, plan, cells), file=sys.stderr)
     return manifest
 
@@ -287,17 +293,18 @@ def _submit(
     """Submit what is missing to SLURM and exit; with ``wait``, stay until it is made."""
     from alignbench import jobs
     from alignbench.launch import submit
+    from alignbench.run_state import LOST
 
     manifest = _record(request, plan, cells, store, track)
     count = submit(plan, cells, store, options, request.plugins, track)
     print(f"{count} jobs submitted; alignbench status {plan.document.command}", file=sys.stderr)
     chosen = {(cell.spec.label, cell.seed) for cell in cells}
-    shown = manifest | {"runs": [run for run in manifest["runs"] if (run["label"], run["seed"]) in chosen]}
+    shown = manifest.only([run for run in manifest.runs if (run.label, run.seed) in chosen])
     name = Path(plan.document.manifest).stem
     if wait:
         jobs.follow(store, shown, name)
     rows = jobs.rows(store, shown, jobs.records(store, name))
     for row in rows:
-        if row.state in ("failed", "stale"):
+        if row.state in LOST:
             print(f"alignbench: {row.title} {row.state}: {row.reason}", file=sys.stderr)
     return jobs.exit_code(rows)
