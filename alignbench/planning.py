@@ -11,6 +11,7 @@ from alignbench.estimate import ITEM, Estimate, estimate, prompt_count
 from alignbench.plugins import Registry
 from alignbench.store import Results, Store, artefacts, milestones
 from alignbench.sweep import Cell, Draft, Plan
+from alignbench.text_table import text_table
 
 GB = 1e9
 HEAD = ("run", "state", "images", "NFE/image", "train", "evaluate", "memory", "disk")
@@ -44,7 +45,7 @@ def page(
     rows = [_row(cell, state, each) for cell, state, each in zip(cells, states, found)]
     lines = [
         f"{draft.document.name}, on one {gpu.name} per run; hours are GPU-hours, and every figure is about:",
-        *columns([HEAD, *rows]),
+        text_table([HEAD, *rows], right=range(2, len(HEAD))),
         "",
         _totals(found, open_hours, _embeddings(draft, cells, found, registry)),
         _assumptions(gpu, draft),
@@ -164,17 +165,6 @@ def shopping(gaps: Sequence[Missing]) -> list[str]:
 
 
 # -- how it looks ------------------------------------------------------------------------------------------------------
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of equally wide columns, texts to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(
-            f"{text:<{width}}" if i < 2 else f"{text:>{width}}" for i, (text, width) in enumerate(zip(row, widths))
-        )
-        for row in rows
-    ]
 
 
 def about(value: float) -> str:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
-    {"config", "stats", "grid", "hinge", "shapes.scene", "cost", "markup", "blockwise"},
+    {"config", "stats", "grid", "hinge", "shapes.scene", "cost", "markup", "blockwise", "text_table"},
     {"promptsets", "geneval"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {
@@ -188,6 +188,7 @@ def test_the_command_line_is_light():
     beside = {
         "table",
         "markup",
+        "text_table",
         "stats",
         "grid",
         "weights",
