@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from alignbench.config import UserError, settings
 from alignbench.cost import GPU, Model
+from alignbench.counted import counted
 from alignbench.prompts import load_prompts
 from alignbench.promptsets import SETS
 from alignbench.spec import content_id
@@ -111,13 +112,22 @@ class Memory(NamedTuple):
 def estimate(cell: Cell, evaluation: Evaluation, registry: Registry, gpu: GPU) -> Estimate:
     """What a run will cost on one ``gpu``. Needs no file; those of the model that are there are looked at."""
     backend = registry.make("backend", cell.spec.backend, "backend")
-    model: Model | None = getattr(backend, "measures", None)
-    if model is None:
-        return Estimate(unknown=f"the measures of backend {cell.spec.backend['name']} are not known")
+    try:
+        model = measures(backend)
+    except UserError as error:
+        return Estimate(unknown=str(error))
     method = registry.make("method", cell.spec.method, "method")
     plan = Pieces(cell, evaluation, backend, model, gpu, registry)
     found = plan.sampled()
     return plan.trained(found, method) if method.trains else found
+
+
+def measures(backend: Any) -> Any:
+    """Return a ``cost.Model``, or what torch counts in its place (``counted``). UserError if neither is known."""
+    found = getattr(backend, "measures", None) or counted(backend)
+    if found is None:
+        raise UserError(f"the measures of backend {backend.name} are not known")
+    return found
 
 
 class Pieces(NamedTuple):
@@ -215,11 +225,13 @@ class Pieces(NamedTuple):
 def training_memory(spec: RunSpec, registry: Registry, ranks: int = 1, parallel: str = "ddp") -> Memory:
     """Of each of ``ranks`` that train with DDP or FSDP. UserError if it is not known, or nothing is trained."""
     backend = registry.make("backend", spec.backend, "backend")
-    model: Model | None = getattr(backend, "measures", None)
     method = registry.make("method", spec.method, "method")
-    if model is None or not method.trains:
-        why = "it trains nothing" if model else f"the measures of backend {spec.backend['name']} are not known"
-        raise UserError(f"{spec.label}: no estimate: {why}")
+    try:
+        model = measures(backend)
+    except UserError as error:
+        raise UserError(f"{spec.label}: no estimate: {error}") from None
+    if not method.trains:
+        raise UserError(f"{spec.label}: no estimate: it trains nothing")
     share = replace(spec.training, batch=max(1, spec.training.batch // ranks))
     try:
         usage = watch_once(method, share, len(spec.rewards), spec.method["name"], negative(backend)).mean

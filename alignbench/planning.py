@@ -7,7 +7,7 @@ from typing import Any
 
 from alignbench.config import Missing, UserError, did_you_mean
 from alignbench.cost import GPU, GPUS
-from alignbench.estimate import ITEM, Estimate, estimate, prompt_count
+from alignbench.estimate import ITEM, Estimate, estimate, measures, prompt_count
 from alignbench.plugins import Registry
 from alignbench.store import Results, Store, artefacts, milestones
 from alignbench.sweep import Cell, Draft, Plan
@@ -93,7 +93,7 @@ def _embeddings(draft: Draft, cells: Sequence[Cell], found: Sequence[Estimate], 
         if getattr(backend, "embeddings", None) != "stored" or each.unknown:
             continue
         by = f"{backend.name} {backend.model} {backend.revision} {backend.dtype} {backend.text_tokens}"
-        size[by] = backend.text_tokens * backend.measures.transformer.text * ITEM[backend.dtype]
+        size[by] = backend.text_tokens * measures(backend).transformer.text * ITEM[backend.dtype]
         counts[by, "evaluation"] = prompt_count(cell.protocol.prompts, draft.sweep.evaluation.limit)
         if each.images:
             counts[by, cell.spec.prompts] = counts.get((by, cell.spec.prompts), 0) + each.images

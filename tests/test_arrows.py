@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Every module imports from layers above its own only, whether at its top or inside a function.
 LAYERS = (
     {"config", "stats", "grid", "hinge", "shapes.scene", "cost", "markup", "blockwise", "text_table"},
-    {"promptsets", "geneval"},
+    {"promptsets", "geneval", "counted"},
     {"prompts", "plugins", "weights", "method", "evaluator", "table", "analysis", "shapes", "official"},
     {
         "flow",
@@ -73,6 +73,7 @@ TORCHLESS = {
     "cli",
     "authoring",
     "cost",
+    "counted",
     "estimate",
     "planning",
     "fitting",
