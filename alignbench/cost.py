@@ -190,7 +190,7 @@ class Transformer:
 
     def adapters(self, targets: Sequence[str], rank: int) -> int:
         """Parameters of LoRA adapters on the layers that peft finds for ``targets``."""
-        return sum(rank * (linear.n_in + linear.n_out) for linear in self.linears() if _meant(linear.name, targets))
+        return sum(rank * (linear.n_in + linear.n_out) for linear in self.linears() if meant(linear.name, targets))
 
     def products(self, tokens: Tokens) -> int:
         """FLOPs of the linear layers, forward, one sample."""
@@ -225,7 +225,7 @@ class Transformer:
         return self.graph(tokens) / (self.double + self.single) * self.width * itemsize
 
 
-def _meant(name: str, targets: Sequence[str]) -> bool:
+def meant(name: str, targets: Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -519,6 +519,10 @@ class Decoder(NamedTuple):
         return maps * itemsize
 
 
+TEXT_ENCODERS = {"t5": "t5", "qwen3": "qwen3", "clip_text_model": "clip"}  # a model_type's reader
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLFlux2")
+
+
 class TextEncoder(NamedTuple):
     """A T5 encoder, a CLIP text model or a Qwen3, as far as its cost goes."""
 
@@ -530,8 +534,7 @@ class TextEncoder(NamedTuple):
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> TextEncoder:
         """From its ``config.json``."""
-        kinds = {"t5": cls.t5, "qwen3": cls.qwen3, "clip_text_model": cls.clip}
-        return kinds[config["model_type"]](config)
+        return getattr(cls, TEXT_ENCODERS[config["model_type"]])(config)
 
     @classmethod
     def t5(cls, config: Mapping[str, Any]) -> TextEncoder:
@@ -562,6 +565,16 @@ class TextEncoder(NamedTuple):
     def forward(self, tokens: int) -> float:
         """FLOPs of one prompt."""
         return 2.0 * self.applied * tokens + 4.0 * self.layers * tokens**2 * self.width
+
+
+def known(configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether ``Model.read`` has arithmetic for each of these parts."""
+    encoders = [config.get("model_type") for part, config in configs.items() if part.startswith("text_encoder")]
+    return (
+        configs["transformer"].get("_class_name", "FluxTransformer2DModel") in TRANSFORMERS
+        and configs["vae"].get("_class_name", "AutoencoderKL") in AUTOENCODERS
+        and all(kind in TEXT_ENCODERS for kind in encoders)
+    )
 
 
 class Model(NamedTuple):

@@ -25,6 +25,7 @@ from alignbench.config import Missing, UserError, cache
 from alignbench.evaluator import Evaluator, exact
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt
+from alignbench.text_table import text_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,9 +57,8 @@ def look(registry: Registry, chosen: dict[str, dict[str, Any]], references: Path
 
 
 def table(lines: Sequence[Line]) -> str:
-    """A row per line, in columns; commands can be copied as they stand."""
-    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
-    return "\n".join(f"{part:<{widths[0]}}  {state:<{widths[1]}}  {text}" for part, state, text in lines)
+    """Return a row per line, in columns; commands can be copied as they stand."""
+    return text_table(lines)
 
 
 # -- the environment --------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from alignbench.config import UserError, settings
 from alignbench.cost import GPU, Model
+from alignbench.counted import counted
 from alignbench.digests import content_id
 from alignbench.prompts import load_prompts
 from alignbench.promptsets import SETS
@@ -114,12 +115,21 @@ def estimate(cell: Cell, evaluation: Evaluation, evaluators: Sequence[Evaluator]
 
     ``evaluators``: those of the evaluation, built.
     """
-    model: Model | None = getattr(cell.backend, "measures", None)
-    if model is None:
-        return Estimate(unknown=f"the measures of backend {cell.spec.backend['name']} are not known")
+    try:
+        model = measures(cell.backend)
+    except UserError as error:
+        return Estimate(unknown=str(error))
     plan = Pieces(cell, evaluation, evaluators, model, gpu)
     found = plan.sampled()
     return plan.trained(found) if cell.method.trains else found
+
+
+def measures(backend: Any) -> Any:
+    """Return a ``cost.Model``, or what torch counts in its place (``counted``). UserError if neither is known."""
+    found = getattr(backend, "measures", None) or counted(backend)
+    if found is None:
+        raise UserError(f"the measures of backend {backend.name} are not known")
+    return found
 
 
 class Pieces(NamedTuple):
@@ -217,10 +227,12 @@ def training_memory(spec: RunSpec, registry: Registry, ranks: int = 1, parallel:
     """Of each of ``ranks`` that train with DDP or FSDP. UserError if it is not known, or nothing is trained."""
     parts = build(spec, registry)
     backend, method = parts.backend, parts.method
-    model: Model | None = getattr(backend, "measures", None)
-    if model is None or not method.trains:
-        why = "it trains nothing" if model else f"the measures of backend {spec.backend['name']} are not known"
-        raise UserError(f"{spec.label}: no estimate: {why}")
+    try:
+        model = measures(backend)
+    except UserError as error:
+        raise UserError(f"{spec.label}: no estimate: {error}") from None
+    if not method.trains:
+        raise UserError(f"{spec.label}: no estimate: it trains nothing")
     share = replace(spec.training, batch=max(1, spec.training.batch // ranks))
     try:
         usage = watch_once(method, share, len(parts.rewards), negative(backend)).mean

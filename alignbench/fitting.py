@@ -12,9 +12,10 @@ from msgspec.structs import replace
 from alignbench.config import UserError
 from alignbench.cost import GPU
 from alignbench.estimate import MEMORY_ERROR, Memory, training_memory
-from alignbench.planning import GB, about, columns, size
+from alignbench.planning import GB, about, size
 from alignbench.plugins import Registry
 from alignbench.spec import RunSpec, check_parts, check_ranks
+from alignbench.text_table import text_table
 
 HEAD = (
     *("run", "fits", "frozen", "weights", "AdamW", "average", "base", "casts", "reward", "graphs", "work", "peak"),
@@ -62,7 +63,7 @@ def page(name: str, specs: Sequence[RunSpec], registry: Registry, gpu: GPU, rank
             below += _told(spec, memory, registry, room, ranks)
     text = [
         f"{name}, training on {_counted(ranks)} {gpu.name} of {gpu.memory:g} GB; in GB{_each(ranks)}:",
-        *columns([HEAD, *rows]),
+        text_table([HEAD, *rows], right=range(2, len(HEAD))),
         *LEGEND,
         f"Within 3 % of what was measured on one H200 with LoRA and checkpointing; be prepared for {MEMORY_ERROR:.0%}",
         *([""] if below else []),

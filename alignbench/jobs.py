@@ -23,6 +23,7 @@ from alignbench.config import UserError, did_you_mean
 from alignbench.manifest import Manifest, ManifestRun
 from alignbench.run_state import LOST, STATES, Job, Jobs, run_state
 from alignbench.store import Store, alive, read_json, write_json
+from alignbench.text_table import plain, text_table
 
 RECORD = "jobs.json"
 JOB = re.compile(r"(\d+_\d+)?")
@@ -157,18 +158,11 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Columns as wide as their content; without those that are empty everywhere."""
+    """Return the rows as a text table without the columns that are empty everywhere, and below it their summary."""
     heads = ("run", "folder", "state", "step", "time left", "job", "reason")
-    shown = [heads, *([_plain(entry) for entry in row] for row in rows)]
-    kept = [i for i in range(len(heads)) if i == 0 or any(row[i] for row in shown[1:])]
-    widths = {i: max(len(row[i]) for row in shown) for i in kept}
-    lines = ["  ".join(row[i].ljust(widths[i]) for i in kept).rstrip() for row in shown]
-    return "\n".join([*lines, summary(rows)])
-
-
-def _plain(text: str) -> str:
-    """In one line, and nothing that a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    kept = [i for i in range(len(heads)) if i == 0 or any(row[i] for row in rows)]
+    shown = text_table([[row[i] for i in kept] for row in (heads, *rows)], fold=True)
+    return f"{shown}\n{summary(rows)}"
 
 
 def follow(store: Store, manifest: Manifest, sweep: str, every: float = 5.0) -> None:
@@ -185,7 +179,7 @@ def follow(store: Store, manifest: Manifest, sweep: str, every: float = 5.0) -> 
             for row in found:
                 if row.state in ("done", *LOST) and before.get(row.id) not in (None, row.state):
                     end = f"{row.title}: {row.state}{f' ({row.reason})' if row.reason else ''}"
-                    console.print(_plain(end), markup=False, highlight=False)
+                    console.print(plain(end), markup=False, highlight=False)
             before = {row.id: row.state for row in found}
             if not {row.state for row in found} & {"running", "requeued", "queued"}:
                 return

@@ -1,63 +1,62 @@
 """HTML of the little markdown that our own reports are written in: the other way round than ``table.escape``.
 
-Blocks: headings, flat lists, paragraphs and pictures, with empty lines between them. In a line: bold, italic, code, web
-links, backslash escapes and HTML entities. Every text is escaped, so nothing in it can become markup.
+Blocks: headings, lists, paragraphs and images. In a line: bold, italic, code, web links, backslash escapes and HTML
+entities. Everything else is text, and every text is escaped, so nothing in it can become markup.
 """
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from collections.abc import Callable
+from typing import Any
 
-_INLINE = re.compile(
-    r"\\(?P<escaped>[!-/:-@\[-`{-~])"
-    r"|`(?P<code>[^`]+)`"
-    r"|\*\*(?P<strong>(?:\\.|(?!\*\*)[^\\])+)\*\*"
-    r"|\*(?P<em>(?:\\.|[^*\\\s])(?:\\.|[^*\\])*)\*"
-    r"|\[(?P<words>(?:\\.|[^\]\\])+)\]\((?P<link>https?://[^\s)]+)\)",
-    re.DOTALL,
-)
+_RULES = ["heading", "list", "emphasis", "backticks", "link", "image", "escape", "entity"]
+_TARGET = re.compile(r"https?://.+|[^/:]+\.png")  # the web, or an image beside the report
 _CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127, *range(0xD800, 0xE000)], "\ufffd")
-_PICTURE = re.compile(r"!\[(?P<words>[^\]]*)\]\((?P<file>[^)]+)\)")
 
 
 def text(raw: str) -> str:
-    """``raw`` as HTML, in an element or an attribute; what no HTML file may hold becomes U+FFFD."""
+    """Return ``raw`` as HTML, in an element or an attribute; what no HTML file may hold becomes U+FFFD."""
     return html.escape(raw.translate(_CONTROLS))
 
 
 def inline(markdown: str) -> str:
-    """The HTML of one line, or of a paragraph's lines."""
-    parts, end = [], 0
-    for match in _INLINE.finditer(markdown):
-        parts += [text(html.unescape(markdown[end : match.start()])), _element(match)]
-        end = match.end()
-    return "".join([*parts, text(html.unescape(markdown[end:]))])
+    """Return the HTML of one line, or of a paragraph's lines; an image is its words."""
+    return _parser().renderInline(markdown.translate(_CONTROLS), {"picture": lambda words, file: text(words)})
 
 
-def blocks(markdown: str, picture: Callable[[str, str], str] = lambda words, file: "") -> str:
-    """The HTML of a section. ``picture``: makes the HTML of a picture from its words and its file."""
-    return "\n".join(_block(block, picture) for block in re.split(r"\n\s*\n", markdown.strip()) if block)
+def blocks(markdown: str, picture: Callable[[str, str], str]) -> str:
+    """Return the HTML of a section. ``picture`` makes the HTML of an image from its words and its file."""
+    return _parser().render(markdown.translate(_CONTROLS), {"picture": picture}).strip()
 
 
-def _element(match: re.Match[str]) -> str:
-    kind = match.lastgroup
-    if kind == "escaped":
-        return text(match["escaped"])
-    if kind == "link":
-        return f'<a href="{text(match["link"])}" rel="noopener noreferrer">{inline(match["words"])}</a>'
-    return f"<{kind}>{text(match['code']) if kind == 'code' else inline(match[kind or ''])}</{kind}>"
+@functools.cache
+def _parser() -> Any:
+    from markdown_it import MarkdownIt
+
+    parser: Any = MarkdownIt("zero").enable(_RULES)
+    parser.validateLink = lambda target: _TARGET.fullmatch(target) is not None
+    parser.normalizeLink = str  # files have the names that they have on disk
+    parser.add_render_rule("image", _image)
+    parser.core.ruler.push("ours", _ours)
+    return parser
 
 
-def _block(block: str, picture: Callable[[str, str], str]) -> str:
-    if heading := re.match(r"(#{1,6}) (.*)", block):
-        level, rest = len(heading[1]), block[heading.end() :].strip()
-        return f"<h{level}>{inline(heading[2])}</h{level}>" + (f"\n{_block(rest, picture)}" if rest else "")
-    if found := _PICTURE.fullmatch(block):
-        return picture(found["words"], found["file"])
-    if block.startswith("- "):
-        items = re.split(r"\n(?=- )", block)
-        return "<ul>\n" + "\n".join(f"<li>{inline(item[2:])}</li>" for item in items) + "\n</ul>"
-    alarm = re.fullmatch(r"\*\*(?:\\.|(?!\*\*)[^\\])+\*\*", block)  # a paragraph that is bold as a whole
-    return ('<p class="alarm">' if alarm else "<p>") + f"{inline(block)}</p>"
+def _image(renderer: Any, tokens: Any, i: int, options: Any, env: Any) -> str:
+    return env["picture"](tokens[i].content, tokens[i].attrs["src"])
+
+
+def _ours(state: Any) -> None:
+    """Keep images out of paragraphs, mark a paragraph that is bold as a whole, and send no referrer along links."""
+    for i, token in enumerate(state.tokens):
+        children = [child for child in token.children or () if child.content or child.type != "text"]
+        for link in (child for child in children if child.type == "link_open"):
+            link.attrSet("rel", "noopener noreferrer")
+        kinds = [child.type for child in children]
+        if kinds and state.tokens[i - 1].type == "paragraph_open":
+            state.tokens[i - 1].hidden |= kinds == ["image"]
+            state.tokens[i + 1].hidden |= kinds == ["image"]
+            if kinds[0] == "strong_open" and kinds.index("strong_close") == len(kinds) - 1:
+                state.tokens[i - 1].attrSet("class", "alarm")

@@ -7,12 +7,13 @@ from typing import Any
 
 from alignbench.config import Requirement, UserError, did_you_mean
 from alignbench.cost import GPU, GPUS
-from alignbench.estimate import ITEM, Estimate, estimate, prompt_count
+from alignbench.estimate import ITEM, Estimate, estimate, measures, prompt_count
 from alignbench.manifest import ManifestRun
 from alignbench.run_state import Jobs, run_state
 from alignbench.stages import Stage
 from alignbench.store import Store
 from alignbench.sweep import Cell, Draft, Plan
+from alignbench.text_table import text_table
 
 GB = 1e9
 HEAD = ("run", "state", "images", "NFE/image", "train", "evaluate", "memory", "disk")
@@ -48,7 +49,7 @@ def page(
     rows = [_row(cell, state, each) for cell, state, each in zip(cells, states, found)]
     lines = [
         f"{draft.document.name}, on one {gpu.name} per run; hours are GPU-hours, and every figure is about:",
-        *columns([HEAD, *rows]),
+        text_table([HEAD, *rows], right=range(2, len(HEAD))),
         "",
         _totals(found, open_hours, _embeddings(draft, cells, found)),
         _assumptions(gpu, draft),
@@ -95,7 +96,7 @@ def _embeddings(draft: Draft, cells: Sequence[Cell], found: Sequence[Estimate]) 
         if getattr(backend, "embeddings", None) != "stored" or each.unknown:
             continue
         by = f"{backend.name} {backend.model} {backend.revision} {backend.dtype} {backend.text_tokens}"
-        size[by] = backend.text_tokens * backend.measures.transformer.text * ITEM[backend.dtype]
+        size[by] = backend.text_tokens * measures(backend).transformer.text * ITEM[backend.dtype]
         counts[by, "evaluation"] = prompt_count(cell.protocol.prompts, draft.sweep.evaluation.limit)
         if each.images:
             counts[by, cell.spec.prompts] = counts.get((by, cell.spec.prompts), 0) + each.images
@@ -167,17 +168,6 @@ def shopping(gaps: Sequence[Requirement]) -> list[str]:
 
 
 # -- how it looks ------------------------------------------------------------------------------------------------------
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of equally wide columns, texts to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(
-            f"{text:<{width}}" if i < 2 else f"{text:>{width}}" for i, (text, width) in enumerate(zip(row, widths))
-        )
-        for row in rows
-    ]
 
 
 def about(value: float) -> str:

@@ -27,6 +27,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from arguments import parse
+
 HERE = Path(__file__).resolve().parent
 SIDE = 512  # of the images
 PROMPTS = {"small": (8, 4), "real": (2, 2), "gpu": (8, 4)}  # and images for each
@@ -336,7 +338,7 @@ def main() -> None:
     parser.add_argument("--size", choices=HPS, default="small")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parse(parser, free=["size", "inside"])  # either size has figures of its own
     if arguments.inside:
         engine, request = arguments.inside
         print(json.dumps(INSIDE[engine](json.loads(Path(request).read_text()))))
@@ -346,10 +348,9 @@ def main() -> None:
     found, gaps = measure(arguments.size, arguments.repeats)
     about, rows = machine(arguments.size) | gaps, speedups(found)
     name = f"evaluators-{arguments.size}{'-gpu' * torch.cuda.is_available()}"
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
-    (results / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    (results / f"{name}.md").write_text(table(about, rows))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    (arguments.out / f"{name}.md").write_text(table(about, rows))
     print(table(about, rows))
 
 

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from arguments import parse
 from msgspec import structs
 
 from alignbench.backends.flux import Flux, FluxFlow
@@ -51,7 +52,6 @@ from alignbench.prompts import Prompt
 from alignbench.spec import Budget, Optimizer, Protocol, Training
 from alignbench.train import train
 
-HERE = Path(__file__).resolve().parent
 PEAK = 989e12  # FLOP/s: dense bfloat16 of an H100 or H200 SXM, by its datasheet
 TEXT_ENCODERS = 9.8  # GB in bfloat16, which stay on the GPU in a real run
 PROMPTS = [Prompt(str(i), f"a photo of {i} red circles above a blue square, oil on canvas") for i in range(64)]
@@ -567,8 +567,7 @@ def main(arguments: Sequence[str] | None = None) -> Sheet:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8, help="phases that would end later are skipped")
     parser.add_argument("--small", action="store_true", help="small models, to try the benchmark itself")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where figures are kept")
-    given = parser.parse_args(arguments)
+    given = parse(parser, arguments)
     if not (torch.cuda.is_available() or given.small):
         raise SystemExit("benchmarks/gpu.py: torch finds no GPU; --small tries the benchmark on a CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -580,7 +579,7 @@ def main(arguments: Sequence[str] | None = None) -> Sheet:
         "torch": torch.__version__,
         "model": "small" if given.small else "FLUX.1-dev's configuration, random weights, bfloat16; LoRA of rank 32",
     }
-    sheet = Sheet(given.results, given.minutes, about)
+    sheet = Sheet(given.out, given.minutes, about)
     sheet.write()
     with tempfile.TemporaryDirectory() as temporary:
         it = world(given.small, device, Path(temporary) / "model")

@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
 import scenery  # noqa: E402  # beside the tests, not in the package
+from arguments import parse  # noqa: E402
 from browser import Visit, browser, until  # noqa: E402
 
 from alignbench import report  # noqa: E402
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--different", type=int, default=40)
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     load = os.getloadavg()[0]
     labels = ["base", *(f"method {i}" for i in range(1, METHODS))]
     with tempfile.TemporaryDirectory() as folder:
@@ -89,8 +90,8 @@ def main() -> None:
     table = "\n".join(f"| {name} | {value:.2f} |" for name, value in rows.items())
     head = f"# The report's page, {METHODS} methods x {arguments.prompts} prompts"
     page = f"{head}\n\n{text}\n\n| what | measured |\n|---|---:|\n{table}\n"
-    write_json(HERE / "results" / "page.json", {**facts, **{name: round(value, 3) for name, value in rows.items()}})
-    write(HERE / "results" / "page.md", page)
+    write_json(arguments.out / "page.json", {**facts, **{name: round(value, 3) for name, value in rows.items()}})
+    write(arguments.out / "page.md", page)
     print(page)
 
 

@@ -41,6 +41,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 import diffusers
 import torch
 from accelerate import Accelerator
+from arguments import parse
 from steps import WIDE, compare, figures, kept
 from torch import Tensor, nn
 
@@ -476,8 +477,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--precisions", default=",".join(BOUND), help="of the network, separated by commas")
     parser.add_argument("--note", help="a line on the clone, to keep with the figures")
     parser.add_argument("--small", action="store_true", help="a small model, to try the benchmark itself")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where figures are kept")
-    given = parser.parse_args(arguments)
+    given = parse(parser, arguments, free=["flowbp", "note"])
     names = given.methods.split(",")
     if odd := sorted(set(names) - set(TWINS)):
         raise SystemExit(f"benchmarks/peers.py: --methods: FlowBP has no {odd[0]!r}; choose of {', '.join(TWINS)}")
@@ -501,9 +501,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 rows.append(row(name, flow, given.flowbp, given.pairs))
                 seconds = [figures(rows[-1]), kept(rows[-1])] if "ratio" in rows[-1] else []
                 print(" | ".join([precision, name, gradients(rows[-1]), *seconds]), flush=True)
-    given.results.mkdir(parents=True, exist_ok=True)
-    (given.results / "peers.json").write_text(json.dumps({**about, **found}, indent=1) + "\n")
-    (given.results / "peers.md").write_text(table(about, found))
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "peers.json").write_text(json.dumps({**about, **found}, indent=1) + "\n")
+    (given.out / "peers.md").write_text(table(about, found))
     print(table(about, found))
     return {**about, **found}
 

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from arguments import parse
 
 from alignbench import store
 from alignbench.manifest import UNTRAINED
 from alignbench.results import COSTS
 
-RESULTS = Path(__file__).parent / "results"
 METHODS, SEEDS, PROMPTS = 111, 9, 200
 EVALUATORS = (
     ("hpsv2", "train"),
@@ -51,12 +51,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep", metavar="DIR", help="make the store here, or use the one that is there")
-    arguments = parser.parse_args()
+    arguments = parse(parser, free=["keep"])
     root = Path(arguments.keep or tempfile.mkdtemp())
     try:
         if not (root / "store").exists():
             make(root)
-        show(measure(root, arguments.rounds))
+        show(measure(root, arguments.rounds), arguments.out)
     finally:
         if not arguments.keep:
             shutil.rmtree(root)
@@ -217,8 +217,8 @@ def run(command: list[str]) -> dict[str, float]:
     return {"seconds": seconds, "cpu": cpu, "mb": mb}
 
 
-def show(found: dict) -> None:
-    """On the screen, and as benchmarks/results/report.json and .md."""
+def show(found: dict, out: Path) -> None:
+    """Print the figures, and write report.json and .md."""
     rows = []
     for name, each in found["measured"].items():
         ratio = f"{each['times as long']:.1f}" if "times as long" in each else ""
@@ -233,9 +233,8 @@ def show(found: dict) -> None:
     ]
     text = "\n".join([*lines, "| --- | --: | --: | --: | --: |", *rows]) + "\n"
     print(text)
-    RESULTS.mkdir(exist_ok=True)
-    store.write(RESULTS / "report.md", text)
-    store.write_json(RESULTS / "report.json", found)
+    store.write(out / "report.md", text)
+    store.write_json(out / "report.json", found)
 
 
 if __name__ == "__main__":

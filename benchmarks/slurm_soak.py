@@ -24,6 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests" / "slurm"))
 
+from arguments import parse  # noqa: E402
 from cluster import CPUS, NODES, Cluster, running  # noqa: E402  # beside the tests, not in the package
 
 from alignbench import slurm  # noqa: E402
@@ -101,7 +102,8 @@ def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=500)
-    runs = parser.parse_args().runs
+    given = parse(parser)
+    runs = given.runs
     with running() as cluster, tempfile.TemporaryDirectory() as folder:
         about, rows = machine(), []
         for name in ("srun true", "alignbench"):
@@ -112,10 +114,9 @@ def main() -> None:
         pickles = list(Path(folder).rglob("*.pkl"))
     if pickles:
         raise SystemExit(f"pickles in the store: {pickles}")
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
-    (results / "slurm-soak.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    (results / "slurm-soak.md").write_text(table(about, rows))
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "slurm-soak.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    (given.out / "slurm-soak.md").write_text(table(about, rows))
     print(table(about, rows))
 
 

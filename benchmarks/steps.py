@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from arguments import parse
 
 from alignbench.backends.flux import Flux
 from alignbench.evaluator import Reward, Term
@@ -265,8 +266,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5, help="how often both sides are timed")
     parser.add_argument("--methods", help="only these, separated by commas")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where figures are kept")
-    given = parser.parse_args(arguments)
+    given = parse(parser, arguments)
     sys.path.insert(0, str(HERE.parent / "tests"))
     from tiny import flux_folder
 
@@ -300,9 +300,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             found["together"].append(together(flow, given.pairs, what))
         for what, folder in (("tiny", tiny), ("wide", wide)):
             found["sampling"].append(sampling(folder, 32, given.pairs, what))
-    given.results.mkdir(parents=True, exist_ok=True)
-    (given.results / "steps.json").write_text(json.dumps({**about, **found}, indent=1) + "\n")
-    (given.results / "steps.md").write_text(table(about, found))
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "steps.json").write_text(json.dumps({**about, **found}, indent=1) + "\n")
+    (given.out / "steps.md").write_text(table(about, found))
     print(table(about, found))
     return found
 

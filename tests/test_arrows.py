@@ -76,6 +76,7 @@ TORCHLESS = {
     "cli",
     "authoring",
     "cost",
+    "counted",
     "estimate",
     "planning",
     "fitting",
@@ -203,6 +204,7 @@ def test_the_command_line_is_light():
     beside = {
         "table",
         "markup",
+        "text_table",
         "stats",
         "grid",
         "weights",

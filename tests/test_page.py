@@ -88,13 +88,36 @@ def test_html_undoes_what_markdown_escapes(text):
 
 def test_our_markdown_becomes_html():
     """Headings, lists, bold, italic, code, links and pictures; a paragraph all in bold is an alarm."""
+    named = lambda words, file: f"{words}:{file}"  # noqa: E731
     text = "## A *b*\n\n- one **two**\n- `a<b` \\*\n\n**Mind\nthis.**\n\nsee [x](https://a.b/c) and [y](javascript:1)"
-    assert markup.blocks(text) == (
+    assert markup.blocks(text, named) == (
         "<h2>A <em>b</em></h2>\n<ul>\n<li>one <strong>two</strong></li>\n<li><code>a&lt;b</code> *</li>\n</ul>\n"
         '<p class="alarm"><strong>Mind\nthis.</strong></p>\n'
         '<p>see <a href="https://a.b/c" rel="noopener noreferrer">x</a> and [y](javascript:1)</p>'
     )
-    assert markup.blocks("![a](b.png)", lambda words, file: f"{words}:{file}") == "a:b.png"
+    assert markup.blocks("![a](é-b.png)", named) == "a:é-b.png"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("<script>alert(1)</script>", "[y](javascript:1)", "[y](data:text/html,x)", "[y](//a.b)", "<https://a.b>"),
+        *("![y](../../secret.png)", "![y](https:x.png)", "| a |\n|---|\n| b |", "> a", "    a", "a\n---", "<!-- a -->"),
+    ],
+)
+def test_what_reports_are_not_written_in_is_text(text):
+    """HTML, links that lead neither to the web nor to an image beside the report, tables, quotes: one paragraph."""
+    shown = markup.blocks(text, lambda words, file: "<img>")
+    assert shown.startswith("<p>")
+    assert shown.count("<") == 2
+    assert html.unescape(shown) == f"<p>{text.strip()}</p>"
+
+
+def test_a_heading_in_bold_is_no_alarm():
+    """Only a paragraph is one; a chapter's heading stays what the page looks for."""
+    assert markup.blocks("## **a**\n\n**b** c **d**", str.join) == (
+        "<h2><strong>a</strong></h2>\n<p><strong>b</strong> c <strong>d</strong></p>"
+    )
 
 
 def test_a_table_is_one_for_those_who_do_not_see_it():

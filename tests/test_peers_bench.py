@@ -95,7 +95,7 @@ def clone(tmp_path):
 
 def run(peers, clone: Path, results: Path):
     few = ["--methods", "refl", "--small", "--pairs", "1", "--precisions", "float32"]
-    return peers.main(["--flowbp", str(clone), "--results", str(results), "--note", "written for a test", *few])
+    return peers.main(["--flowbp", str(clone), "--out", str(results), "--note", "written for a test", *few])
 
 
 def test_the_same_step_has_bitwise_the_same_gradients_and_both_are_timed(peers, clone, tmp_path):

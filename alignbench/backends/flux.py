@@ -29,7 +29,6 @@ from alignbench.cost import FLUX_1_DEV
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
     from torch import Tensor
 
     from alignbench.flow import Cond
@@ -71,13 +70,11 @@ class Flux(PipelineBackend):
             return None
         return f"{self.model} is distilled to few steps, as FLUX.1-schnell is: its velocity gives no score"
 
-    def load(self, accelerator: Accelerator | None = None, text: Text | None = None) -> FluxFlow:
-        """The model on ``accelerator``'s device (the CPU without one), ready to train. ``text``: as for ``ready``."""
-        pipeline, device = self.ready(accelerator, text)
-        return FluxFlow(pipeline, self, text or self.text(pipeline, device), device)
-
     def text(self, pipeline: Pipeline, device: torch.device) -> FluxText:
         return FluxText(pipeline, self.max_sequence_length, device)
+
+    def flow(self, pipeline: Pipeline, text: Text, device: torch.device) -> FluxFlow:
+        return FluxFlow(pipeline, self, text, device)
 
 
 class FluxFlow(PipelineFlow):

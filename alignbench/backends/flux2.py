@@ -18,7 +18,6 @@ from alignbench.cost import FLUX_2_KLEIN_4B, FLUX_2_KLEIN_9B
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
     from torch import Tensor
 
     from alignbench.flow import Cond
@@ -71,13 +70,11 @@ class Flux2(GuidedBackend):
         """Why this model gives no score, hence no SDE; None where it does. Read from its configuration alone."""
         return f"{self.model} is distilled to few steps: its velocity gives no score" if self.distilled else None
 
-    def load(self, accelerator: Accelerator | None = None, text: Text | None = None) -> Flux2Flow:
-        """The model on ``accelerator``'s device (the CPU without one), ready to train. ``text``: as for ``ready``."""
-        pipeline, device = self.ready(accelerator, text)
-        return Flux2Flow(pipeline, self, text or self.text(pipeline, device), device)
-
     def text(self, pipeline: Pipeline, device: torch.device) -> Flux2Text:
         return Flux2Text(pipeline, self.max_sequence_length, device)
+
+    def flow(self, pipeline: Pipeline, text: Text, device: torch.device) -> Flux2Flow:
+        return Flux2Flow(pipeline, self, text, device)
 
 
 class Flux2Flow(PipelineFlow):

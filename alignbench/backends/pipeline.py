@@ -7,6 +7,7 @@ spaces its sigmas and decodes.
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import shlex
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from alignbench import weights
 from alignbench.config import Config, Requirement, UserError, did_you_mean
-from alignbench.cost import Model
+from alignbench.cost import Model, known
+from alignbench.counted import Outline
 
 if TYPE_CHECKING:
     import torch
@@ -148,18 +150,43 @@ class PipelineBackend(Config):
 
     @property
     def measures(self) -> Model | None:
-        """For plans: by its configuration, or by the published one where that is not there. None: not known.
+        """For plans: by its configuration, or by the published one where that is not there. None: no arithmetic.
 
         Without text encoders where these are not loaded beside the rest.
         """
+        configs: Mapping[str, Any]
         if weights.absent(self):
-            configs = self.published.get(self.model)
+            configs = self.published.get(self.model, {})
         else:
             configs = {part: self.read(part) for part in self.present(self.models)}
-        if configs is None:
+        if not configs or not known(configs):
             return None
         found = Model.read(configs)
         return found._replace(encoders=()) if self.embeddings == "stored" else found
+
+    def outline(self) -> Outline:
+        """Return the model by its configurations, without weights: for plans of one that has no arithmetic."""
+        import diffusers
+        import torch
+
+        with torch.device("meta"):
+            parts = {part: self._weightless(part) for part in self.present(self.models)}
+        absent = dict.fromkeys(set(self.optional) - set(self.present(self.optional)))
+        with weights.quiet():
+            pipeline = getattr(diffusers, self.pipeline).from_pretrained(
+                self.folder, local_files_only=True, **parts, **absent
+            )
+        flow = self.flow(pipeline, self.text(pipeline, torch.device("cpu")), torch.device("cpu"))
+        encoders = [parts[part] for part in self.encoders]
+        computed = self.embeddings == "computed"
+        return Outline(flow, pipeline.transformer, [pipeline.vae, *encoders * computed], encoders * (not computed))
+
+    def _weightless(self, part: str) -> Network:
+        """Return a part of the pipeline by its configuration alone."""
+        library, name = self.index[part]
+        kind, config = getattr(importlib.import_module(library), name), self.read(part)
+        module = kind.from_config(config) if library == "diffusers" else kind(kind.config_class.from_dict(config))
+        return module.requires_grad_(False).eval()
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -170,6 +197,14 @@ class PipelineBackend(Config):
     def branches(self, guidance: float) -> int:
         """Evaluations of the network for one velocity: two with classifier-free guidance."""
         return 1
+
+    def load(self, accelerator: Accelerator | None = None, text: Text | None = None) -> PipelineFlow:
+        """Return the model on ``accelerator``'s device (the CPU without one), ready to train.
+
+        ``text``: as for ``ready``.
+        """
+        pipeline, device = self.ready(accelerator, text)
+        return self.flow(pipeline, text or self.text(pipeline, device), device)
 
     def ready(self, accelerator: Accelerator | None, text: Text | None = None) -> tuple[Pipeline, torch.device]:
         """The pipeline on ``accelerator``'s device (the CPU without one), with the parameters that are trained.
@@ -211,6 +246,10 @@ class PipelineBackend(Config):
 
     def text(self, pipeline: Pipeline, device: torch.device) -> Text:
         """What encodes prompts with a loaded pipeline's text encoders."""
+        raise NotImplementedError
+
+    def flow(self, pipeline: Pipeline, text: Text, device: torch.device) -> PipelineFlow:
+        """Return a loaded pipeline as a ``Flow``."""
         raise NotImplementedError
 
     def _pipeline(self, without: Sequence[str] = ()) -> Pipeline:

@@ -31,7 +31,6 @@ from alignbench.cost import SD3_5_LARGE, SD3_5_MEDIUM, SD3_MEDIUM
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
     from torch import Tensor
 
     from alignbench.flow import Cond
@@ -82,13 +81,11 @@ class SD3(GuidedBackend):
             return None
         return f"{self.model} is distilled to few steps, as SD3.5-large-turbo is: its velocity gives no score"
 
-    def load(self, accelerator: Accelerator | None = None, text: Text | None = None) -> SD3Flow:
-        """The model on ``accelerator``'s device (the CPU without one), ready to train. ``text``: as for ``ready``."""
-        pipeline, device = self.ready(accelerator, text)
-        return SD3Flow(pipeline, self, text or self.text(pipeline, device), device)
-
     def text(self, pipeline: Pipeline, device: torch.device) -> SD3Text:
         return SD3Text(pipeline, self.max_sequence_length, self.read("transformer")["joint_attention_dim"], device)
+
+    def flow(self, pipeline: Pipeline, text: Text, device: torch.device) -> SD3Flow:
+        return SD3Flow(pipeline, self, text, device)
 
 
 class SD3Flow(PipelineFlow):

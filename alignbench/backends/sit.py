@@ -38,7 +38,6 @@ from alignbench.prompts import Prompt
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
     from torch import Tensor
 
     from alignbench.flow import Cond
@@ -221,10 +220,11 @@ class SiT(GuidedBackend):
 
     # -- the model
 
-    def load(self, accelerator: Accelerator | None = None) -> SiTFlow:
-        """The model on ``accelerator``'s device (the CPU without one), ready to train."""
-        pipeline, device = self.ready(accelerator)
-        return SiTFlow(pipeline, self, SiTText(self, device), device)
+    def text(self, pipeline: Pipeline, device: torch.device) -> SiTText:
+        return SiTText(self, device)
+
+    def flow(self, pipeline: Pipeline, text: Text, device: torch.device) -> SiTFlow:
+        return SiTFlow(pipeline, self, text, device)
 
     def _pipeline(self, without: Sequence[str] = ()) -> Pipeline:
         import torch

@@ -15,6 +15,7 @@ import click
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from alignbench.manifest import Manifest
     from alignbench.plugins import Registry
     from alignbench.store import Store
     from alignbench.sweep import Cell, Document, Draft, Plan
