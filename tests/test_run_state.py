@@ -122,7 +122,7 @@ def test_a_failure_that_no_job_mends_is_told_before_those_that_wait(tiny):
     assert (found.state, found.reason, found.at) == ("failed", "no memory", score)
     found = run_state(store, run, lambda: Jobs(live={run.id: waiting, score.id: waiting}))
     assert (found.state, found.reason, found.at) == ("queued", "waits for the stage before", run.weights(store))
-    assert [part.kind for part in found.missing] == ["run", "scores"]
+    assert [part.stage.kind for part in found.missing] == ["run", "scores"]
 
 
 def test_a_lost_job_says_how_it_ended(tiny):
