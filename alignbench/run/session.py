@@ -132,10 +132,10 @@ class RunSession:
 
     @contextmanager
     def making(self, artefact: Artefact, run: str) -> Iterator[Lock | None]:
-        """Hold the artefact's lock; None if it is there. Raises Failed once a failure is on record, in the log of
-        ``run`` too.
+        """Hold the artefact's lock; None if it is there. A failure is put on record and raised as Failed.
 
-        Of several ranks the first holds the lock and keeps the record; a failure of one is a failure of all.
+        ``run``: the id of the run whose log tells of a failure. Of several ranks the first holds the lock and keeps
+        the record; a failure of one is a failure of all.
         """
         try:
             with self._held(artefact, run) as lock:
