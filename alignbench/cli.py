@@ -306,12 +306,13 @@ def _end() -> None:
 def report(arguments: argparse.Namespace) -> int:
     """Print the table of a sweep from what the store has, and write it in every format: page, tables, picture grid."""
     from alignbench.report import FORMATS, build, check_formats
+    from alignbench.store import Store
 
     formats = arguments.format.split(",") if arguments.format else FORMATS
     check_formats(formats)
-    store = _store(arguments)
-    _, manifest = _named_manifest(arguments, store)
-    paths = build(_results(store, manifest), Path(arguments.out or f"outputs/{manifest['name']}"), formats)
+    store = Store(arguments.store)  # may be read-only
+    name, manifest = _named_manifest(arguments, store)
+    paths = build(_results(store, manifest, name), Path(arguments.out or f"outputs/{manifest['name']}"), formats)
     if "md" in formats:
         print(paths[0].read_text(encoding="utf-8"))
     print("\n".join(f"written: {path}" for path in paths))
@@ -712,10 +713,10 @@ def _named_manifest(arguments: argparse.Namespace, store: Store) -> tuple[str, d
     return path.stem, found
 
 
-def _results(store: Store, manifest: dict[str, Any]) -> Any:
+def _results(store: Store, manifest: dict[str, Any], sweep: str = "") -> Any:
     from alignbench.store import Results
 
-    return Results(store.root, manifest)
+    return Results(store.root, manifest, sweep)
 
 
 def _listed(kind: str, registry: Registry) -> list[tuple[str, str]]:

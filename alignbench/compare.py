@@ -175,7 +175,7 @@ def _analysed(root: store.Store, a: Side, b: Side) -> tuple[Analysis, pd.DataFra
     Else of the two alone. A single run stands for itself, not for trainings with any seed.
     """
     if a.sweep == b.sweep and a.whole and b.whole:
-        frame = store.Results(root.root, a.manifest).scores
+        frame = store.Results(root.root, a.manifest, a.sweep).scores
         return analyse(a.manifest, frame), frame, (a.label, b.label)
     fixed = {"seed": UNTRAINED, "published": True}
     runs = [

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +78,7 @@ def milestones(results: store.Results, records: pd.DataFrame | None = None) -> p
         for part in store.milestones(run):
             if part["update"] != ends.get(run["id"]):  # else the end has the same, of all prompts
                 files = [(run, score) for score in part["scores"]]
-                frames.append(store.read_scores(Path(results.store), files).assign(update=part["update"]))
+                frames.append(results.read(files).assign(update=part["update"]))
     untrained = {run["id"]: 0 for run in results.manifest["runs"] if run["seed"] in (None, UNTRAINED)}
     last = results.scores.assign(update=results.scores["run"].astype(object).map(ends | untrained))
     parts = [part.astype(TEXTS) for part in (*frames, last.dropna(subset="update")) if len(part)]
