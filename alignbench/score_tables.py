@@ -48,8 +48,7 @@ def read_scores(root: Path | str, files: Iterable[ScoreFile], kept: Path | None 
     """
     files = list(files)
     paths = [f"{root}/{file.path}" for file in files]
-    about = [file._replace(path="") for file in files]  # a store that was moved or copied has the same scores
-    return _consolidated(kept, about, paths, lambda contents: _score_table(files, contents))
+    return _consolidated(kept, files, paths, lambda contents: _score_table(files, contents))
 
 
 def read_columns(files: dict[str, str], kept: Path | None = None) -> dict[str, Columns]:

@@ -452,10 +452,13 @@ class Results:
 
         wanted = (
             ScoreFile(
-                *(run[key] for key in ("label", "method", "seed", "id")),
-                score["evaluator"],
-                tuple(metric["name"] for metric in score["metrics"]),
-                score["file"],
+                label=run["label"],
+                method=run["method"],
+                seed=run["seed"],
+                run=run["id"],
+                evaluator=score["evaluator"],
+                metrics=tuple(metric["name"] for metric in score["metrics"]),
+                path=score["file"],
             )
             for run, score in files
         )

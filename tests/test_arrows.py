@@ -27,7 +27,7 @@ LAYERS = (
         "effects",
         "backends.sit_network",
     },
-    {"halves"},
+    {"halves", "score_tables"},
     {
         "checkpoint",
         "meter",
@@ -82,6 +82,7 @@ TORCHLESS = {
     "sweep",
     "spec",
     "store",
+    "score_tables",
     "plugins",
     "prompts",
     "config",
