@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from msgspec import structs
 from numpy.typing import NDArray
 
 from alignbench import stats
+from alignbench.manifest import UNTRAINED, Manifest, ManifestRun
 from alignbench.stats import Estimate
 
 ALPHA = 0.05
-UNTRAINED = -1  # the seed of a method that trains nothing
 ROLES = ("train", "held-out", "check", "unknown")  # in the order of the table's columns; the last: of imported rows
 
 
@@ -203,16 +204,13 @@ def worse(comparison: Comparison, measure: Measure) -> bool:
     return comparison.verdict == {True: "down", False: "up", None: None}[measure.higher_is_better]
 
 
-def analyse(manifest: dict[str, Any], scores: pd.DataFrame) -> Analysis:
+def analyse(manifest: Manifest, scores: pd.DataFrame) -> Analysis:
     """All means, and all paired changes against base with Holm over the methods of one measure."""
-    seeds: dict[str, list[int]] = {label: [] for label in manifest["cases"]}
-    for run in manifest["runs"]:
-        seeds.setdefault(run["label"], []).append(_seed(run["seed"]))
-    seeds = {label: sorted(set(found)) for label, found in seeds.items()}
-    labels = list(seeds)
-    published = {run["label"] for run in manifest["runs"] if run.get("published")}
-    base = next((label for label in labels if seeds[label] == [UNTRAINED] and label not in published), None)
-    measures = _measures(manifest["runs"])
+    labels = list(dict.fromkeys([*manifest.cases, *manifest.rows]))
+    rows = {label: manifest.rows.get(label, []) for label in labels}
+    seeds = {label: sorted({run.seed for run in runs}) for label, runs in rows.items()}
+    base = next((label for label, runs in rows.items() if runs and all(run.is_base for run in runs)), None)
+    measures = _measures(manifest.runs)
     return completed(Analysis(labels, base, seeds, measures, cubes(scores, measures, seeds)))
 
 
@@ -229,18 +227,14 @@ def completed(analysis: Analysis) -> Analysis:
     return analysis
 
 
-def _seed(seed: int | None) -> int:
-    return UNTRAINED if seed is None else int(seed)
-
-
-def _measures(runs: Iterable[dict[str, Any]]) -> list[Measure]:
+def _measures(runs: Iterable[ManifestRun]) -> list[Measure]:
     """Every metric that some run is scored on, by role, then in the order of the sweep."""
     found: dict[tuple[str, str], Measure] = {}
-    for run in runs:
-        for entry in run["scores"]:
-            about = {"role": entry["role"], "version": entry["version"]}
-            for metric in entry["metrics"]:
-                found.setdefault((entry["evaluator"], metric["name"]), Measure(entry["evaluator"], **about, **metric))
+    for score in (score for run in runs for score in run.scores):
+        for metric in score.metrics:
+            if (score.evaluator, metric.name) not in found:
+                about = {"role": score.role, "version": score.version, **structs.asdict(metric)}
+                found[score.evaluator, metric.name] = Measure(score.evaluator, **about)
     return sorted(found.values(), key=lambda measure: ROLES.index(measure.role))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from alignbench.config import UserError
 
 if TYPE_CHECKING:
+    from alignbench.manifest import Manifest
     from alignbench.plugins import Registry
     from alignbench.store import Store
     from alignbench.sweep import Cell, Document, Draft, Plan
@@ -200,24 +201,25 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make one run in the foreground: the first of a sweep (default: quickstart) with --method."""
-    from alignbench.sweep import UNTRAINED
+    from alignbench.results import Results
 
     store = _store(arguments)
     plan = _resolve(_with_method(arguments, "quickstart"), _registry(arguments))
     cell = next(cell for cell in plan.cells if cell.spec.method["name"] == arguments.method)
     code = _make(arguments, plan, [cell], store, "debug", None)
-    results = _results(store, plan.manifest() | {"runs": [r for r in plan.manifest()["runs"] if r["id"] == cell.id]})
+    manifest = plan.manifest()
+    results = Results(store.root, manifest.only([run for run in manifest.runs if run.id == cell.id]))
     means = results.scores.groupby("metric", sort=False)["score"].mean()
     for metric, mean in means.items():
         print(f"{metric}: {mean:.4f}")
-    print(f"{store.root / 'runs' / cell.id}" + ("" if cell.seed == UNTRAINED else f" (seed {cell.seed})"))
+    print(f"{store.root / 'runs' / cell.id}" + (f" (seed {cell.seed})" if cell.trains else ""))
     return code
 
 
 def status(arguments: argparse.Namespace) -> int:
     """What the store has: of every sweep run in it, or of each run of one, with what the cluster says of its jobs."""
     from alignbench import jobs
-    from alignbench.store import read_json
+    from alignbench.manifest import read_manifest
 
     store = _store(arguments)
     if arguments.words:
@@ -226,9 +228,13 @@ def status(arguments: argparse.Namespace) -> int:
         print(jobs.table(rows))
         return jobs.exit_code(rows)
     for path in store.manifests():
-        manifest = read_json(path) or {"runs": []}
+        try:
+            manifest = read_manifest(path)
+        except UserError as error:  # of one sweep; the others are shown
+            print(error, file=sys.stderr)
+            continue
         rows = jobs.rows(store, manifest, jobs.records(store, path.stem))
-        print(f"{path.stem}: {jobs.summary(rows)}  (alignbench report {manifest.get('sweep', path.stem)})")
+        print(f"{path.stem}: {jobs.summary(rows)}  (alignbench report {manifest.sweep or path.stem})")
     if not store.manifests():
         print(f"no sweep was run in {store.root} yet; try: alignbench sweep quickstart")
     return DONE
@@ -261,13 +267,14 @@ def retry(arguments: argparse.Namespace) -> int:
     """Make what failed or was lost once more, in the way it was made before."""
     from alignbench import jobs
     from alignbench.launch import check_launcher
+    from alignbench.run_state import LOST
 
     store = _store(arguments)
     name, manifest = _named_manifest(arguments, store)
     records = jobs.records(store, name)
     latest = next((record for record in records if record.launcher == "slurm"), None)
     plan = _plan(arguments)
-    again = {row.id for row in jobs.rows(store, manifest, records) if row.state in ("failed", "stale")}
+    again = {row.id for row in jobs.rows(store, manifest, records) if row.state in LOST}
     cells = [cell for cell in _selected(plan, arguments.only) if cell.id in again]
     if not cells:
         print("nothing has failed or was lost", file=sys.stderr)
@@ -305,14 +312,17 @@ def _end() -> None:
 @uncollected
 def report(arguments: argparse.Namespace) -> int:
     """Print the table of a sweep from what the store has, and write it in every format: page, tables, picture grid."""
+    from alignbench import jobs
     from alignbench.report import FORMATS, build, check_formats
+    from alignbench.results import Results
     from alignbench.store import Store
 
     formats = arguments.format.split(",") if arguments.format else FORMATS
     check_formats(formats)
     store = Store(arguments.store)  # may be read-only
     name, manifest = _named_manifest(arguments, store)
-    paths = build(_results(store, manifest, name), Path(arguments.out or f"outputs/{manifest['name']}"), formats)
+    results = Results(store.root, manifest, jobs.handed_out(jobs.records(store, name)), sweep=name)
+    paths = build(results, Path(arguments.out or f"outputs/{manifest.name}"), formats)
     if "md" in formats:
         print(paths[0].read_text(encoding="utf-8"))
     print("\n".join(f"written: {path}" for path in paths))
@@ -354,6 +364,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
     The exit code is 1 as long as something is missing.
     """
+    from alignbench import jobs
     from alignbench.planning import gpu_named, page
     from alignbench.sweep import draft, missing
 
@@ -363,7 +374,8 @@ def plan(arguments: argparse.Namespace) -> int:
     gaps = missing(drafted, registry)
     plan = None if gaps else _resolve(document, registry)
     cells = _selected(plan or drafted, arguments.only)
-    print(page(drafted, plan, cells, store, registry, gpu, gaps))
+    handed_out = jobs.handed_out(jobs.records(store, Path(document.manifest).stem))
+    print(page(drafted, plan, cells, store, registry, gpu, gaps, handed_out))
     if plan is not None:
         print(_summary(store, plan, cells))
     return USAGE if gaps else DONE
@@ -632,12 +644,11 @@ def _make(
     """Record the manifest, make what is missing, name what failed."""
     from alignbench import trackers
     from alignbench.launch import launch
-    from alignbench.store import write_json
+    from alignbench.manifest import write_manifest
 
     trackers.check(arguments.track)
     store.open()
-    manifest = plan.manifest() | {"plugins": arguments.plugin}  # as typed, for the line that says how to regenerate
-    write_json(store.root / "sweeps" / plan.document.manifest, manifest)
+    write_manifest(store.root / "sweeps" / plan.document.manifest, plan.manifest(arguments.plugin))
     print(_summary(store, plan, cells), file=sys.stderr)
     outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=arguments.plugin, track=arguments.track)
     failed = [outcome for outcome in outcomes if outcome.state != "done"]
@@ -663,60 +674,52 @@ def _hand_out(
     """Submit what is missing to SLURM and end; with --wait, stay until it is made."""
     from alignbench import jobs, trackers
     from alignbench.launch import submit
-    from alignbench.store import write_json
+    from alignbench.manifest import write_manifest
+    from alignbench.run_state import LOST
 
     trackers.check(arguments.track)
     store.open()
-    manifest = plan.manifest() | {"plugins": arguments.plugin}
+    manifest = plan.manifest(arguments.plugin)
     path = store.root / "sweeps" / plan.document.manifest
-    write_json(path, manifest)
+    write_manifest(path, manifest)
     print(_summary(store, plan, cells), file=sys.stderr)
     count = submit(plan, cells, store, options, arguments.plugin, arguments.track)
     print(f"{count} jobs submitted; alignbench status {plan.document.command}", file=sys.stderr)
     chosen = {(cell.spec.label, cell.seed) for cell in cells}
-    shown = manifest | {"runs": [run for run in manifest["runs"] if (run["label"], run["seed"]) in chosen]}
+    shown = manifest.only([run for run in manifest.runs if (run.label, run.seed) in chosen])
     if arguments.wait:
         jobs.follow(store, shown, path.stem)
     rows = jobs.rows(store, shown, jobs.records(store, path.stem))
     for row in rows:
-        if row.state in ("failed", "stale"):
+        if row.state in LOST:
             print(f"alignbench: {row.title} {row.state}: {row.reason}", file=sys.stderr)
     return jobs.exit_code(rows)
 
 
 def _summary(store: Store, plan: Plan, cells: Sequence[Cell]) -> str:
     """``6 runs: 0 to train, 0 image sets to make, 0 scores to compute``."""
-    from alignbench.launch import missing
-
-    runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
-    parts = {part.lock: part for cell in cells for part in missing(store, runs[cell.spec.label, cell.seed])}
+    runs = plan.manifest().by_seed
+    parts = {part.lock: part for cell in cells for part in runs[cell.spec.label, cell.seed].missing(store)}
     trained = {cell.id for cell in cells if cell.trains}
     train = sum(part.kind == "run" and part.id in trained for part in parts.values())
     images, scores = (sum(part.kind == kind for part in parts.values()) for kind in ("images", "scores"))
     return f"{len(cells)} runs: {train} to train, {images} image sets to make, {scores} scores to compute"
 
 
-def _named_manifest(arguments: argparse.Namespace, store: Store) -> tuple[str, dict[str, Any]]:
+def _named_manifest(arguments: argparse.Namespace, store: Store) -> tuple[str, Manifest]:
     """Name and manifest of a sweep that was run: by its file and the same settings, or by what `status` calls it."""
-    from alignbench.store import read_json
+    from alignbench.manifest import read_manifest
 
     word = arguments.words[0]
     named = store.root / "sweeps" / f"{word}.json"
     path = named if named.is_file() else store.root / "sweeps" / _read(arguments).manifest
-    found = read_json(path)
-    if found is None:
+    if not path.is_file():
         known = ", ".join(path.stem for path in store.manifests())
         raise UserError(
             f"{' '.join(arguments.words)}: was not run in {store.root} as it stands; "
             f"run `alignbench sweep` with the same words (in the store: {known or 'nothing'})"
         )
-    return path.stem, found
-
-
-def _results(store: Store, manifest: dict[str, Any], sweep: str = "") -> Any:
-    from alignbench.store import Results
-
-    return Results(store.root, manifest, sweep)
+    return path.stem, read_manifest(path)
 
 
 def _listed(kind: str, registry: Registry) -> list[tuple[str, str]]:

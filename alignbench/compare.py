@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from msgspec import structs
 
 from alignbench import grid, stats, store
-from alignbench.analysis import UNTRAINED, Analysis, Comparison, Measure, analyse
+from alignbench.analysis import Analysis, Comparison, Measure, analyse
 from alignbench.config import UserError, did_you_mean
+from alignbench.manifest import UNTRAINED, Manifest, ManifestRun, ManifestScore, read_manifest
 from alignbench.report import title
+from alignbench.results import Results
 from alignbench.table import DECIMALS, Cell, Column, Table, escape, interval, number
 
 TOP = 5  # prompts per metric
@@ -27,25 +30,23 @@ class Side(NamedTuple):
     """A row with all its trainings (``whole``), or one run of it. ``sweep``: what its manifest is called."""
 
     sweep: str
-    manifest: dict[str, Any]
-    runs: list[dict[str, Any]]
+    manifest: Manifest
+    runs: list[ManifestRun]
     whole: bool
 
     @property
     def label(self) -> str:
-        return str(self.runs[0]["label"])
+        return self.runs[0].label
 
     @property
     def title(self) -> str:
-        seeds = [str(run["seed"]) for run in self.runs if run["seed"] != UNTRAINED]
-        what = f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}" if seeds else _untrained(self.runs[0])
+        seeds = [str(run.seed) for run in self.runs if run.trained]
+        what = f"seeds {', '.join(seeds)}" if len(seeds) > 1 else self.runs[0].training
         return f"{self.label} of {self.sweep}, {what}"
 
     @property
     def protocol(self) -> dict[str, Any]:
-        return {"model": self.manifest.get("world") or UNKNOWN} | self.runs[0].get(
-            "protocol", self.manifest["protocol"]
-        )
+        return {"model": self.manifest.world or UNKNOWN} | self.runs[0].protocol
 
 
 class Result(NamedTuple):
@@ -67,16 +68,12 @@ class Disagreement(NamedTuple):
     pictures: tuple[Path | None, Path | None]
 
 
-def _untrained(run: dict[str, Any]) -> str:
-    return "training unknown" if run.get("published") else "not trained"
-
-
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
 def find(root: store.Store, word: str) -> Side:
     """``SWEEP:LABEL``, a label of one sweep alone, or a run's id or its beginning. UserError with what there is."""
-    manifests = {path.stem: found for path in root.manifests() if (found := store.read_json(path))}
+    manifests = {path.stem: read_manifest(path) for path in root.manifests()}
     if not manifests:
         raise UserError(f"{root.root}: no sweep was run or imported there; name another --store")
     named, colon, label = word.partition(":")
@@ -84,10 +81,10 @@ def find(root: store.Store, word: str) -> Side:
         if len(sweeps) > 1:
             raise UserError(f"{word}: there are several sweeps '{named}': {', '.join(sweeps)}; name one as a whole")
         return _row(sweeps[0], manifests[sweeps[0]], label, word)
-    ids = {run["id"]: name for name, found in reversed(manifests.items()) for run in found["runs"]}  # the latest stays
+    ids = {run.id: name for name, found in reversed(manifests.items()) for run in found.runs}  # the latest stays
     if word in ids:
         return _run(manifests, ids[word], word)
-    having = [name for name, found in manifests.items() if word in found["cases"]]
+    having = [name for name, found in manifests.items() if word in found.cases]
     if len(having) > 1:
         raise UserError(
             f"{word}: is a row of several sweeps; name one: {', '.join(f'{name}:{word}' for name in having)}"
@@ -100,30 +97,29 @@ def find(root: store.Store, word: str) -> Side:
     if chosen:
         return _run(manifests, ids[chosen[0]], chosen[0])
     if colon:
-        names = dict.fromkeys(str(found["name"]) for found in manifests.values())
+        names = dict.fromkeys(found.name for found in manifests.values())
         raise UserError(f"{word}: there is no sweep '{named}'{did_you_mean(named, names, 'sweeps')}")
-    labels = dict.fromkeys(label for found in manifests.values() for label in found["cases"])
+    labels = dict.fromkeys(label for found in manifests.values() for label in found.cases)
     raise UserError(f"{word}: there is no such row or run{did_you_mean(word, labels, 'rows')}")
 
 
-def _sweeps(manifests: dict[str, dict[str, Any]], name: str) -> list[str]:
+def _sweeps(manifests: dict[str, Manifest], name: str) -> list[str]:
     """By file name, by the sweep's name, or by a beginning: the first of these that any fits."""
-    by_name = [stem for stem, found in manifests.items() if found["name"] == name]
+    by_name = [stem for stem, found in manifests.items() if found.name == name]
     return [name] if name in manifests else by_name or [stem for stem in manifests if name and stem.startswith(name)]
 
 
-def _row(sweep: str, manifest: dict[str, Any], label: str, word: str) -> Side:
-    runs = [run for run in manifest["runs"] if run["label"] == label]
-    if not runs:
-        raise UserError(f"{word}: {sweep} has no row '{label}'{did_you_mean(label, manifest['cases'], 'rows')}")
-    return Side(sweep, manifest, runs, True)
+def _row(sweep: str, manifest: Manifest, label: str, word: str) -> Side:
+    if label not in manifest.rows:
+        raise UserError(f"{word}: {sweep} has no row '{label}'{did_you_mean(label, manifest.cases, 'rows')}")
+    return Side(sweep, manifest, manifest.rows[label], True)
 
 
-def _run(manifests: dict[str, dict[str, Any]], sweep: str, id: str) -> Side:
+def _run(manifests: dict[str, Manifest], sweep: str, id: str) -> Side:
     """One run. UserError if its weights made several sets of pictures."""
-    found = [(name, run) for name, manifest in manifests.items() for run in manifest["runs"] if run["id"] == id]
-    if len({run["images"] for _, run in found}) > 1:
-        places = ", ".join(dict.fromkeys(f"{name}:{run['label']}" for name, run in found))
+    found = [(name, run) for name, manifest in manifests.items() for run in manifest.runs if run.id == id]
+    if len({run.images for _, run in found}) > 1:
+        places = ", ".join(dict.fromkeys(f"{name}:{run.label}" for name, run in found))
         raise UserError(f"{id}: made several sets of pictures; name a row: {places}")
     return Side(sweep, manifests[sweep], [next(run for name, run in found if name == sweep)], False)
 
@@ -138,7 +134,7 @@ def compare(root: store.Store, a: Side, b: Side, only: Sequence[str] = ()) -> tu
     """
     if a.runs == b.runs:
         raise UserError(f"{a.title}: is compared with itself; name two")
-    judges = [{entry["evaluator"]: _judge(entry) for run in side.runs for entry in run["scores"]} for side in (a, b)]
+    judges = [{score.evaluator: _judge(score) for run in side.runs for score in run.scores} for side in (a, b)]
     both = [name for name in judges[0] if name in judges[1]]
     remarks = [f"{name}: scored for A alone" for name in judges[0] if name not in judges[1]]
     remarks += [f"{name}: scored for B alone" for name in judges[1] if name not in judges[0]]
@@ -154,11 +150,11 @@ def compare(root: store.Store, a: Side, b: Side, only: Sequence[str] = ()) -> tu
     return [_result(analysis, frame, measure, change, labels) for measure, change in zip(measures, changes)], remarks
 
 
-def _judge(entry: dict[str, Any]) -> str:
+def _judge(score: ManifestScore) -> str:
     """Equal for equal settings, weights and version: our score files are named by these, foreign ones by content."""
-    if "imported" in entry["settings"]:
-        return str(entry["settings"])
-    return Path(entry["file"]).stem.removesuffix(f"-{entry.get('base')}")
+    if score.imported:
+        return str(score.settings)
+    return Path(score.file).stem.removesuffix(f"-{score.base}")
 
 
 def _chosen(measures: Sequence[Measure], only: Sequence[str]) -> list[Measure]:
@@ -175,14 +171,15 @@ def _analysed(root: store.Store, a: Side, b: Side) -> tuple[Analysis, pd.DataFra
     Else of the two alone. A single run stands for itself, not for trainings with any seed.
     """
     if a.sweep == b.sweep and a.whole and b.whole:
-        frame = store.Results(root.root, a.manifest, a.sweep).scores
+        frame = Results(root.root, a.manifest, sweep=a.sweep).scores
         return analyse(a.manifest, frame), frame, (a.label, b.label)
-    fixed = {"seed": UNTRAINED, "published": True}
     runs = [
-        run | {"label": label} | ({} if side.whole else fixed) for label, side in zip("AB", (a, b)) for run in side.runs
+        structs.replace(run, label=label, **({} if side.whole else {"seed": UNTRAINED, "published": True}))
+        for label, side in zip("AB", (a, b))
+        for run in side.runs
     ]
-    manifest = {"cases": ["A", "B"], "runs": runs}
-    frame = store.Results(root.root, manifest).scores
+    manifest = Manifest(name="", cases=["A", "B"], runs=runs)
+    frame = Results(root.root, manifest).scores
     return analyse(manifest, frame), frame, ("A", "B")
 
 
@@ -225,7 +222,7 @@ def disagreements(root: store.Store, a: Side, b: Side, result: Result, top: int 
     """The ``top`` prompts with the largest differences of their means, largest first; none without a difference."""
     means = _by_prompt(result.pairs)
     order = means["difference"].abs().sort_values(ascending=False, kind="stable").index[:top]
-    files = [{run["id"]: _pictures(root, run) for run in side.runs} for side in (a, b)]
+    files = [{run.id: _pictures(root, run) for run in side.runs} for side in (a, b)]
     found = []
     for prompt in order:
         score_a, score_b, gap = means.loc[prompt]
@@ -240,9 +237,9 @@ def disagreements(root: store.Store, a: Side, b: Side, result: Result, top: int 
     return found
 
 
-def _pictures(root: store.Store, run: dict[str, Any]) -> dict[tuple[str, int], tuple[str, Path | None]]:
+def _pictures(root: store.Store, run: ManifestRun) -> dict[tuple[str, int], tuple[str, Path | None]]:
     """(prompt id, index) -> the prompt's text, and the picture's file if it is there."""
-    artefact = root.images(run["images"])
+    artefact = root.images(run.images)
     if not artefact.done:
         return {}
     table = pd.read_parquet(artefact.product)
@@ -271,7 +268,7 @@ def protocols(a: Side, b: Side) -> list[str]:
 
 def _noise(a: Side, b: Side, values: dict[str, tuple[Any, Any]]) -> str:
     """Our noise follows from seed, prompt, index and the model's latent size."""
-    if any(run.get("imported") for run in (*a.runs, *b.runs)):
+    if any(run.imported for run in (*a.runs, *b.runs)):
         return "pairs are of the same prompt; whether of the same noise is unknown, as pictures were made elsewhere"
     if any(x != y for key in ("model", "size", "seed") for x, y in [values.get(key, (None, None))]):
         return "pairs are of the same prompt, not of the same noise"
@@ -290,11 +287,11 @@ def _seeds(a: Side, b: Side) -> list[str]:
     """What the intervals do not hold."""
     lines = []
     if a.whole and b.whole:
-        seeds = [{run["seed"] for run in side.runs} for side in (a, b)]
+        seeds = [{run.seed for run in side.runs} for side in (a, b)]
         if UNTRAINED not in seeds[0] | seeds[1] and not seeds[0] & seeds[1]:
             lines.append("no training seed is in both, so that nothing can be paired: name two runs by their ids")
-    counts = [sum(run["label"] == label for run in a.manifest["runs"]) for label in a.manifest["cases"]]
-    pooled = a.sweep == b.sweep and a.whole and b.whole and max(counts) > 1  # then the other rows' spread is in them
+    most = max(map(len, a.manifest.rows.values()))
+    pooled = a.sweep == b.sweep and a.whole and b.whole and most > 1  # then the other rows' spread is in them
     alone = [name for name, side in zip("AB", (a, b)) if _one_training(side, pooled)]
     if alone:
         whose = " and ".join(alone)
@@ -304,7 +301,7 @@ def _seeds(a: Side, b: Side) -> list[str]:
 
 def _one_training(side: Side, pooled: bool) -> bool:
     run = side.runs[0]
-    return len(side.runs) == 1 and (bool(run.get("published")) or (run["seed"] != UNTRAINED and not pooled))
+    return len(side.runs) == 1 and (run.published or (run.trained and not pooled))
 
 
 def table(results: Sequence[Result]) -> Table:

@@ -16,9 +16,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from alignbench import references, stats, store
-from alignbench.analysis import ALPHA, UNTRAINED, Analysis, Measure, cubes
+from alignbench import references, stats
+from alignbench.analysis import ALPHA, Analysis, Measure, cubes
+from alignbench.manifest import UNTRAINED, Manifest, ManifestRun
+from alignbench.results import Results
 from alignbench.stats import Array, Estimate
+from alignbench.store import Store, reached
 from alignbench.table import DECIMALS, Cell, Column, Section, Table, escape, interval, number
 
 AXES = {"update": "updates", "images": "images", "nfe": "NFE", "gpu_seconds": "GPU-seconds"}  # costs, and their names
@@ -32,7 +35,7 @@ SCORES = [*RUNS, "update", "evaluator", "metric", "prompt_id", "tag", "index", "
 # -- frames -----------------------------------------------------------------------------------------------------------
 
 
-def training(results: store.Results) -> pd.DataFrame:
+def training(results: Results) -> pd.DataFrame:
     """Every update of every run, costs as totals so far.
 
     ``update`` counts the updates done; ``nfe`` is the sum of both kinds; ``gpu_seconds`` is seconds x processes. What
@@ -41,22 +44,22 @@ def training(results: store.Results) -> pd.DataFrame:
     runs = _trained(results)
     if not runs:
         return pd.DataFrame({name: [] for name in [*RUNS, *AXES]})
-    tables = [pd.DataFrame(results.trainings[run["id"]]) for run in runs]
+    tables = [pd.DataFrame(results.trainings[run.id]) for run in runs]
     found = pd.concat(tables, ignore_index=True)
-    facts = [(run["label"], run["method"], run["seed"], run["id"], _processes(results, run)) for run in runs]
+    facts = [(run.label, run.method, run.seed, run.id, _processes(results, run)) for run in runs]
     *about, processes = (np.repeat(np.array(each, object), [len(t) for t in tables]) for each in zip(*facts))
     costs = _totals(found, processes.astype(float))
     rest = found.drop(columns=[name for name in costs if name in found])
     return pd.DataFrame({**dict(zip(RUNS, about)), **costs}).join(rest).astype({"seed": int})
 
 
-def _trained(results: store.Results) -> list[dict[str, Any]]:
+def _trained(results: Results) -> list[ManifestRun]:
     """The runs of the manifest that have records of training."""
-    return [run for run in results.manifest["runs"] if run["seed"] != UNTRAINED and run["id"] in results.trainings]
+    return [run for run in results.manifest.runs if run.trained and run.id in results.trainings]
 
 
-def _processes(results: store.Results, run: dict[str, Any]) -> int:
-    return results.origins.get(run["id"], {}).get("processes", 1)
+def _processes(results: Results, run: ManifestRun) -> int:
+    return results.origins.get(run.id, {}).get("processes", 1)
 
 
 def _totals(records: Mapping[str, Any] | pd.DataFrame, processes: Any) -> dict[str, Any]:
@@ -69,17 +72,16 @@ def _totals(records: Mapping[str, Any] | pd.DataFrame, processes: Any) -> dict[s
     }
 
 
-def milestones(results: store.Results, records: pd.DataFrame | None = None) -> pd.DataFrame:
+def milestones(results: Results, records: pd.DataFrame | None = None) -> pd.DataFrame:
     """The scores of every milestone, of every end and (update 0) of the untrained model: a row per image and metric."""
     records = training(results) if records is None else records
     ends: dict[Any, Any] = records.groupby("run")["update"].max().to_dict()
     frames = []
-    for run in results.manifest["runs"]:
-        for part in store.milestones(run):
-            if part["update"] != ends.get(run["id"]):  # else the end has the same, of all prompts
-                files = [(run, score) for score in part["scores"]]
-                frames.append(results.read(files).assign(update=part["update"]))
-    untrained = {run["id"]: 0 for run in results.manifest["runs"] if run["seed"] in (None, UNTRAINED)}
+    for run in results.manifest.runs:
+        for part in run.milestones:
+            if part.update != ends.get(run.id):  # else the end has the same, of all prompts
+                frames.append(results.read((run, score) for score in part.scores).assign(update=part.update))
+    untrained = {run.id: 0 for run in results.manifest.runs if not run.trained}
     last = results.scores.assign(update=results.scores["run"].astype(object).map(ends | untrained))
     parts = [part.astype(TEXTS) for part in (*frames, last.dropna(subset="update")) if len(part)]
     return pd.concat(parts or [pd.DataFrame({name: [] for name in SCORES})], ignore_index=True)[SCORES]
@@ -112,9 +114,9 @@ class Course(NamedTuple):
         return _mean(self.costs[axis], 1)
 
 
-def courses(results: store.Results, analysis: Analysis, records: pd.DataFrame | None = None) -> list[Course]:
+def courses(results: Results, analysis: Analysis, records: pd.DataFrame | None = None) -> list[Course]:
     """Of every trained method with at least one milestone; none without a base model to start from."""
-    if not any(store.milestones(run) for run in results.manifest["runs"]):
+    if not any(run.milestones for run in results.manifest.runs):
         return []
     records = training(results) if records is None else records
     frame = milestones(results, records)
@@ -401,9 +403,7 @@ def _fall(course: Course, found: Sequence[Course], measure: Measure, k: int, bef
 # -- sections of the report -------------------------------------------------------------------------------------------
 
 
-def sections(
-    results: store.Results, analysis: Analysis, published: Sequence[references.Reference] = ()
-) -> list[Section]:
+def sections(results: Results, analysis: Analysis, published: Sequence[references.Reference] = ()) -> list[Section]:
     """Markdown for the report; empty if nothing was trained. ``published``: curves to set beside ours."""
     if not _trained(results):
         return []
@@ -412,7 +412,7 @@ def sections(
     parts: list[Section] = ["## Over the course of training", *_reward_section(results, analysis)]
     if not found:
         lacking = "there is no untrained method to compare with" if analysis.base is None else "no milestone is there"
-        planned = any(store.milestones(run) for run in results.manifest["runs"])
+        planned = any(run.milestones for run in results.manifest.runs)
         why = f"Of the scores only the end is known: {lacking}."
         parts.append(why if planned else "Without `training.milestones`, only the end of the scores is known.")
     else:
@@ -437,12 +437,12 @@ def reward_at(records: Mapping[str, Any] | pd.DataFrame, axis: str, cost: float)
     return float(known.mean()) if len(known) else np.nan
 
 
-def _reward_section(results: store.Results, analysis: Analysis) -> list[Section]:
+def _reward_section(results: Results, analysis: Analysis) -> list[Section]:
     """The training reward at half of, and at, the largest cost that all runs reached."""
     trained: dict[str, list[dict[str, Array]]] = {}
-    for run in sorted(_trained(results), key=lambda run: run["seed"]):
-        records = results.trainings[run["id"]]
-        trained.setdefault(run["label"], []).append(records | _totals(records, _processes(results, run)))
+    for run in sorted(_trained(results), key=lambda run: run.seed):
+        records = results.trainings[run.id]
+        trained.setdefault(run.label, []).append(records | _totals(records, _processes(results, run)))
     largest = {axis: min(float(run[axis].max()) for runs in trained.values() for run in runs) for axis in AXES}
     points = [(axis, share * largest[axis]) for axis in AXES for share in (0.5, 1.0)]
     columns = [Column("method")]
@@ -604,16 +604,14 @@ again within each measure (Agarwal et al. 2021)."""
     return ["### Performance profile", Table(columns, rows), note]
 
 
-def _unreached(results: store.Results) -> list[Section]:
+def _unreached(results: Results) -> list[Section]:
     """Milestones that lie beyond a training's end."""
-    place, lines = store.Store(results.store), []
-    for run in results.manifest["runs"]:
-        beyond = [
-            part["update"] for part in store.milestones(run) if not store.reached(place, run["id"], part["update"])
-        ]
+    store, lines = Store(results.store), []
+    for run in results.manifest.runs:
+        beyond = [part.update for part in run.milestones if not reached(store, run.id, part.update)]
         if beyond:
             named = ", ".join(map(str, beyond))
-            lines.append(f"- {escape(run['label'])}, seed {run['seed']}: training ended before update {named}")
+            lines.append(f"- {escape(run.title)}: training ended before update {named}")
     return ["Milestones that are not there:", "\n".join(lines)] if lines else []
 
 
@@ -621,17 +619,17 @@ def _unreached(results: store.Results) -> list[Section]:
 
 
 def _published_section(
-    curve: references.Reference, manifest: dict[str, Any], found: Sequence[Course], records: pd.DataFrame
+    curve: references.Reference, manifest: Manifest, found: Sequence[Course], records: pd.DataFrame
 ) -> list[Section]:
     """Every point of a published curve with ours at the very same update."""
     source, rows, reasons = curve.source, [], []
     for method in dict.fromkeys(point.method for point in curve.points):
-        labels = [run["label"] for run in manifest["runs"] if run["label"] in curve.labels(method)]
-        for label in dict.fromkeys(labels) or [""]:
+        known = curve.labels(method)
+        for label in [label for label in manifest.rows if label in known] or [""]:
             points = [point for point in curve.points if point.method == method]
             rows += [_beside(point, source.metrics[point.metric], label, found, records) for point in points]
-            run = next((run for run in manifest["runs"] if run["label"] == label), None)
-            if run and (why := references.departures(curve.protocol(method), manifest, run)):
+            runs = manifest.rows.get(label)
+            if runs and (why := references.departures(curve.protocol(method), manifest, runs[0])):
                 reasons.append(f"- {escape(label)}, protocol differs: {escape('; '.join(why))}")
     columns = [Column("published row"), Column("our row"), Column("metric"), Column("update", decimals=0)]
     columns += [Column("ours", decimals=4), Column("published", decimals=4)]

@@ -20,10 +20,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from alignbench.analysis import UNTRAINED, Analysis
+from alignbench.analysis import Analysis
 
 if TYPE_CHECKING:
-    from alignbench.store import Results
+    from alignbench.results import Results
 
 BUDGET = 40_000_000  # bytes of all thumbnails of a page; base64 makes a third more of it
 SIDES = (256, 192, 128)  # pixels of a thumbnail: the largest with which the first layer keeps the budget
@@ -74,18 +74,17 @@ class Gallery:
 def collect(results: Results, analysis: Analysis) -> Gallery:
     """The pictures that the store lists. Prompts stand in the order of the image sets, then those known by scores."""
     gallery = Gallery(analysis.labels, [analysis.seeds[label] for label in analysis.labels])
-    runs = {(run["label"], _seed(run["seed"])): run for run in results.manifest["runs"]}
     states = {row["run"]: row for row in results.costs.to_dict("records")}
     lists: dict[tuple[int, int], pd.DataFrame] = {}
     for method, label in enumerate(gallery.methods):
         for number, seed in enumerate(gallery.seeds[method]):
-            run = runs[label, seed]
-            folder = results.store / "images" / str(run["images"])
+            run = results.manifest.by_seed[label, seed]
+            folder = results.store / "images" / run.images
             if (folder / "manifest.parquet").is_file():
                 found = pd.read_parquet(folder / "manifest.parquet")
                 lists[method, number] = found.assign(path=[folder / file for file in found["file"]])
             else:
-                state = states[run["id"]]
+                state = states[run.id]
                 gallery.reasons[method, number] = _reason(state["state"], state["reason"])
     scored = results.scores[["prompt_id", "tag"]].drop_duplicates().sort_values("prompt_id").assign(text="")
     frames = [found[["prompt_id", "text", "tag"]] for found in lists.values()]
@@ -105,14 +104,11 @@ def _where(found: pd.Series, known: Sequence[Any]) -> NDArray:
     return pd.Index(known).get_indexer(pd.Index(found))
 
 
-def _seed(seed: int | None) -> int:
-    return UNTRAINED if seed is None else int(seed)
-
-
 def _reason(state: str, reason: Any) -> str:
     if state == "done":
         return "the store no longer has these pictures"
-    said = {"failed": "the run failed", "running": "the run is being made"}.get(state, "the run is missing")
+    waits = dict.fromkeys(("queued", "requeued"), "the run is queued")
+    said = {"failed": "the run failed", "running": "the run is being made", **waits}.get(state, "the run is missing")
     return f"{said}: {reason}" if isinstance(reason, str) and reason else said
 
 

@@ -7,11 +7,12 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from alignbench import jobs, provenance, slurm, snapshot, trackers
 from alignbench.config import UserError
-from alignbench.store import Lock, Store, alive, artefacts, locks_held, read_json
+from alignbench.manifest import Manifest, read_manifest
+from alignbench.store import Lock, Store, alive, locks_held
 
 SETTLED = 3600.0  # seconds after which a half-written file's writer is gone
 
@@ -34,7 +35,7 @@ class Item(NamedTuple):
 def unused(store: Store) -> list[Item]:
     """Everything that could go. UserError if a manifest cannot be read: then nobody knows what it refers to."""
     manifests = [_read(path) for path in store.manifests()]
-    parts = [part for manifest in manifests for run in manifest["runs"] for part in artefacts(store, run)]
+    parts = [part for manifest in manifests for run in manifest.runs for part in run.artefacts(store)]
     live = [record for record in jobs.records(store) if _live(record)]
     kept = {part.id for part in parts} | {id for record in live for ticket in record.tickets for id in ticket.makes}
     found = [*_runs(store, kept), *_images(store, kept), *_scores(store, kept)]
@@ -77,11 +78,12 @@ def delete(store: Store, items: Iterable[Item]) -> Iterator[Item]:
         yield item
 
 
-def _read(path: Path) -> dict[str, Any]:
-    manifest = read_json(path)
-    if manifest is None:
-        raise UserError(f"{path}: cannot be read, so what it needs is not known; mend or delete it first")
-    return manifest
+def _read(path: Path) -> Manifest:
+    try:
+        return read_manifest(path)
+    except UserError:
+        what = "cannot be read, so what it needs is not known; mend or delete it first"
+        raise UserError(f"{path}: {what}") from None
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -17,13 +17,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from msgspec import structs
+
 from alignbench import scoring
 from alignbench.config import UserError, decode, parse_yaml, settings
 from alignbench.importers import UNKNOWN, Row, Source, read
+from alignbench.manifest import (
+    UNTRAINED,
+    Manifest,
+    ManifestMetric,
+    ManifestRun,
+    ManifestScore,
+    read_manifest,
+    write_manifest,
+)
 from alignbench.plugins import Registry
 from alignbench.spec import Protocol, content_id, evaluator_content
-from alignbench.store import Lock, Store, locked, read_json, write, write_frame, write_json
-from alignbench.sweep import UNTRAINED, sweeps
+from alignbench.store import Lock, Store, locked, write, write_frame, write_json
+from alignbench.sweep import sweeps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +95,7 @@ class Look(NamedTuple):
     error: str | None
 
 
-def add(store: Store, wanted: Wanted, judges: Sequence[Any], registry: Registry) -> tuple[dict[str, Any], bool]:
+def add(store: Store, wanted: Wanted, judges: Sequence[Any], registry: Registry) -> tuple[ManifestRun, bool]:
     """Make the row, or see that it is there. Its run in the manifest, and whether anything changed.
 
     ``judges``: our own evaluators, which score the pictures.
@@ -100,34 +111,42 @@ def add(store: Store, wanted: Wanted, judges: Sequence[Any], registry: Registry)
     run = _run(wanted, source, looks, judges, registry)
     store.open()
     with _holding(store, wanted.sweep):
-        path = store.root / "sweeps" / f"{wanted.sweep}.json"
-        old = read_json(path)
-        runs = _with(old["runs"] if old else [], run, wanted)
-        own = [_judged(run["images"], judge, registry, source.rows, store) for judge in judges]
+        old = _known(store, wanted.sweep)
+        runs = _with(old.runs if old else [], run, wanted)
+        own = [_judged(run.images, judge, registry, source.rows, store) for judge in judges]
         _keep_pictures(store, run, source.rows, looks)
-        for file, frame, about in [*_foreign(run["images"], source), *filter(None, own)]:
+        for file, frame, about in [*_foreign(run.images, source), *filter(None, own)]:
             if not (store.root / file).is_file():
                 write_json((store.root / file).with_suffix(".json"), about)
                 write_frame(store.root / file, frame)
         new = _manifest(store, wanted.sweep, runs)
         if new != old:
-            write_json(path, new)
-    return next(found for found in new["runs"] if found["id"] == run["id"]), new != old
+            write_manifest(_path(store, wanted.sweep), new)
+    return next(found for found in new.runs if found.id == run.id), new != old
 
 
-def told(run: dict[str, Any], changed: bool) -> list[str]:
+def told(run: ManifestRun, changed: bool) -> list[str]:
     """What the row is, in lines."""
-    metrics = [metric["name"] for entry in run["scores"] for metric in entry["metrics"]]
-    title = run["label"] if run["seed"] == UNTRAINED else f"{run['label']}, seed {run['seed']}"
-    head = f"{title}: {'imported' if changed else 'is there already, nothing changed'}; scores: "
-    return [head + (", ".join(metrics) or "none (a gallery alone; -e scores it)"), *(f"  {r}" for r in run["remarks"])]
+    metrics = [metric.name for score in run.scores for metric in score.metrics]
+    head = f"{run.title}: {'imported' if changed else 'is there already, nothing changed'}; scores: "
+    return [head + (", ".join(metrics) or "none (a gallery alone; -e scores it)"), *(f"  {r}" for r in run.remarks)]
+
+
+def _path(store: Store, sweep: str) -> Path:
+    return store.root / "sweeps" / f"{sweep}.json"
+
+
+def _known(store: Store, sweep: str) -> Manifest | None:
+    """Read the sweep's manifest, if it has one already."""
+    path = _path(store, sweep)
+    return read_manifest(path) if path.exists() else None
 
 
 def _check(store: Store, wanted: Wanted) -> None:
     if not NAME.fullmatch(wanted.sweep):
         raise UserError(f"--sweep {wanted.sweep!r}: becomes a file name; use letters, digits, '_', '-' and '.'")
-    other = read_json(store.root / "sweeps" / f"{wanted.sweep}.json")
-    if wanted.sweep in sweeps() or (other is not None and not other.get("imported")):
+    other = _known(store, wanted.sweep)
+    if wanted.sweep in sweeps() or (other is not None and not other.imported):
         raise UserError(f"--sweep {wanted.sweep}: is the name of a sweep that alignbench makes; choose another")
     if not wanted.label.strip() or not wanted.label.isprintable():
         raise UserError(f"--label {wanted.label!r}: give the row a name, on one line")
@@ -154,8 +173,8 @@ def _holding(store: Store, sweep: str) -> Iterator[None]:
 
 def _run(
     wanted: Wanted, source: Source, looks: Sequence[Look], judges: Sequence[Any], registry: Registry
-) -> dict[str, Any]:
-    """The row as a run of a manifest: plain data, the same for the same content."""
+) -> ManifestRun:
+    """The row as a run of a manifest, the same for the same content."""
     told = {key: (value, f"from its {source.kind} file") for key, value in source.protocol.items()}
     stated = {key: (value, STATED) for key, value in _stated(wanted.protocol).items()}
     if clash := next((key for key in stated if key in told and told[key][0] != stated[key][0]), None):
@@ -173,27 +192,25 @@ def _run(
     pictures = [(row.prompt.text, row.prompt.tag, row.place, look.sha256) for row, look in zip(source.rows, looks)]
     images = content_id({"imported": pictures})
     foreign = _foreign_entries(images, source)
-    return {
-        "id": f"imported-{content_id([wanted.label, wanted.seed, images, [entry['file'] for entry in foreign]])}",
-        "label": wanted.label,
-        "method": "imported",
-        "seed": UNTRAINED if wanted.seed is None else wanted.seed,
-        "published": not wanted.base and wanted.seed is None,  # compared as published weights are
-        "imported": source.kind,
-        "command": wanted.command,
-        "trained_on": list(wanted.trained_on),
-        "settings": {},
-        "protocol": {
+    return ManifestRun(
+        id=f"imported-{content_id([wanted.label, wanted.seed, images, [entry.file for entry in foreign]])}",
+        label=wanted.label,
+        method="imported",
+        seed=UNTRAINED if wanted.seed is None else wanted.seed,
+        published=not wanted.base and wanted.seed is None,  # compared as published weights are
+        imported=source.kind,
+        command=wanted.command,
+        trained_on=list(wanted.trained_on),
+        protocol={
             "prompts": wanted.prompts or UNKNOWN,
             "images_per_prompt": max(row.place for row in source.rows) + 1,
             **{key: known[key][0] if key in known else UNKNOWN for key in SETTINGS},
         },
-        "known_from": {key: known[key][1] for key in SETTINGS if key in known},
-        "notes": [],
-        "remarks": [*remarks, *_losses(source, looks)],
-        "images": images,
-        "scores": [*foreign, *(_own_entry(images, judge, registry) for judge in judges)],
-    }
+        known_from={key: known[key][1] for key in SETTINGS if key in known},
+        remarks=[*remarks, *_losses(source, looks)],
+        images=images,
+        scores=[*foreign, *(_own_entry(images, judge, registry) for judge in judges)],
+    )
 
 
 def _stated(text: str) -> dict[str, Any]:
@@ -251,10 +268,10 @@ def _foreign(images: str, source: Source) -> Iterator[tuple[str, pd.DataFrame, d
         frame["ok"] = frame[metric.name].notna()
         frame["error"] = pd.Series(["the source has no score" if x is None else None for x in found], dtype=object)
         frame["raw"] = pd.Series([row.words or None for row in source.rows], dtype=object)
-        yield entry["file"], frame, entry["settings"]
+        yield entry.file, frame, entry.settings
 
 
-def _foreign_entries(images: str, source: Source) -> list[dict[str, Any]]:
+def _foreign_entries(images: str, source: Source) -> list[ManifestScore]:
     """Of every metric of the source, for the manifest. The file's name is of its content."""
     entries = []
     for key, metric in source.metrics.items():
@@ -266,17 +283,12 @@ def _foreign_entries(images: str, source: Source) -> list[dict[str, Any]]:
     return entries
 
 
-def _entry(evaluator: str, version: str, file: str, metrics: Sequence[Any], own: dict[str, Any]) -> dict[str, Any]:
-    plain = [dict(metric._asdict()) for metric in metrics]
-    about = {"evaluator": evaluator, "settings": own, "version": version, "file": file}
-    return about | {"metrics": plain, "role": UNKNOWN}
+def _entry(evaluator: str, version: str, file: str, metrics: Sequence[Any], own: dict[str, Any]) -> ManifestScore:
+    columns = [ManifestMetric(*metric) for metric in metrics]
+    return ManifestScore(evaluator=evaluator, settings=own, version=version, file=file, metrics=columns, role=UNKNOWN)
 
 
-def _is_foreign(entry: dict[str, Any]) -> bool:
-    return "imported" in entry["settings"]
-
-
-def _own_entry(images: str, judge: Any, registry: Registry) -> dict[str, Any]:
+def _own_entry(images: str, judge: Any, registry: Registry) -> ManifestScore:
     stem = f"{judge.name}@{judge.version}-{content_id(evaluator_content(judge, registry))}"
     file = f"scores/{images}/{stem}.parquet"
     return _entry(judge.name, judge.version, file, judge.metrics, settings(judge))
@@ -286,7 +298,7 @@ def _judged(
     images: str, judge: Any, registry: Registry, rows: Sequence[Row], store: Store
 ) -> tuple[str, pd.DataFrame, dict[str, Any]] | None:
     """(file, table, what made it) of one of our evaluators; None if the store has it."""
-    file = _own_entry(images, judge, registry)["file"]
+    file = _own_entry(images, judge, registry).file
     if (store.root / file).is_file():
         return None
     chosen = [scoring.Picture(row.picture, row.prompt, row.place) for row in rows]
@@ -297,14 +309,14 @@ def _judged(
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _keep_pictures(store: Store, run: dict[str, Any], rows: Sequence[Row], looks: Sequence[Look]) -> None:
+def _keep_pictures(store: Store, run: ManifestRun, rows: Sequence[Row], looks: Sequence[Look]) -> None:
     """Copies of all readable pictures; of the others a row of the manifest that says why there is none."""
     import pandas as pd
 
-    with locked(store.images(run["images"])) as lock:
+    with locked(store.images(run.images)) as lock:
         if lock is None:
             return
-        artefact, table = store.images(run["images"]), []
+        artefact, table = store.images(run.images), []
         for row, look in zip(rows, looks):
             name = f"{row.prompt.id}-{row.place}{row.picture.suffix.lower()}" if look.sha256 else ""
             if name:
@@ -322,15 +334,15 @@ def _keep_pictures(store: Store, run: dict[str, Any], rows: Sequence[Row], looks
 # -- the manifest -----------------------------------------------------------------------------------------------------
 
 
-def _with(runs: Sequence[dict[str, Any]], run: dict[str, Any], wanted: Wanted) -> list[dict[str, Any]]:
+def _with(runs: Sequence[ManifestRun], run: ManifestRun, wanted: Wanted) -> list[ManifestRun]:
     """``runs`` and this one. The same content again may bring more of our own scores; other content is refused."""
-    label, seed = run["label"], run["seed"]
-    same = [old for old in runs if old["label"] == label]
-    if not wanted.replace and any(old["seed"] != seed and UNTRAINED in (old["seed"], seed) for old in same):
+    label, seed = run.label, run.seed
+    same = [old for old in runs if old.label == label]
+    if not wanted.replace and any(old.seed != seed and UNTRAINED in (old.seed, seed) for old in same):
         what = "has trainings with a seed and one without; number all of them with --seed 0, 1, ..., or say --replace"
         raise UserError(f"--label {label}: {what}")
-    here = [old for old in same if old["seed"] == seed or (wanted.replace and UNTRAINED in (old["seed"], seed))]
-    old = next((old for old in here if old["seed"] == seed), None)
+    here = [old for old in same if old.seed == seed or (wanted.replace and UNTRAINED in (old.seed, seed))]
+    old = next((old for old in here if old.seed == seed), None)
     differs = _differs(old, run) if old else []
     if differs and not wanted.replace:
         raise UserError(
@@ -338,76 +350,66 @@ def _with(runs: Sequence[dict[str, Any]], run: dict[str, Any], wanted: Wanted) -
             "say --replace, or choose another --label or --sweep"
         )
     if old and not differs:
-        run = old | {"scores": _more(old["scores"], run["scores"], wanted.replace)}
+        run = structs.replace(old, scores=_more(old.scores, run.scores, wanted.replace))
     others = [other for other in runs if other not in here]
-    for entry in run["scores"]:
-        _refuse_other_judge(entry, [score for other in others for score in other["scores"]])
+    for entry in run.scores:
+        _refuse_other_judge(entry, [score for other in others for score in other.scores])
     others.insert(runs.index(here[0]) if here else len(runs), run)
     return others
 
 
-def _more(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], replace: bool) -> list[dict[str, Any]]:
+def _more(old: Sequence[ManifestScore], new: Sequence[ManifestScore], replace: bool) -> list[ManifestScore]:
     """The scores of one row, with those that came now."""
     if not replace:
         for entry in new:
             _refuse_other_judge(entry, old)
-    names = {entry["evaluator"]: entry for entry in [*old, *new]}
-    return list(names.values())
+    return list({entry.evaluator: entry for entry in [*old, *new]}.values())
 
 
-def _differs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _differs(old: ManifestRun, new: ManifestRun) -> list[str]:
     """The parts in which two imports of one row differ, but for our own scores, and for paths as typed."""
     names = {"imported": "kind", "published": "--base", "trained_on": "--trained-on", "images": "pictures"}
-    found = [name for key, name in names.items() if old[key] != new[key]]
-    protocols = [{key: run["protocol"][key] for key in SETTINGS} for run in (old, new)]
-    foreign = [[entry["file"] for entry in run["scores"] if _is_foreign(entry)] for run in (old, new)]
+    found = [name for key, name in names.items() if getattr(old, key) != getattr(new, key)]
+    protocols = [{key: run.protocol[key] for key in SETTINGS} for run in (old, new)]
+    foreign = [[entry.file for entry in run.scores if entry.imported] for run in (old, new)]
     return [*found, *["protocol"] * (protocols[0] != protocols[1]), *["scores"] * (foreign[0] != foreign[1])]
 
 
-def _refuse_other_judge(entry: dict[str, Any], known: Sequence[dict[str, Any]]) -> None:
+def _refuse_other_judge(entry: ManifestScore, known: Sequence[ManifestScore]) -> None:
     """One column, one judge: of our evaluators the file's name tells settings, version and weights."""
     for other in known:
-        same = other["evaluator"] == entry["evaluator"]
-        if same and not _is_foreign(entry) and Path(other["file"]).name != Path(entry["file"]).name:
+        same = other.evaluator == entry.evaluator
+        if same and not entry.imported and Path(other.file).name != Path(entry.file).name:
             what = "other rows of this sweep were scored with other settings, weights or version of it"
-            raise UserError(f"-e {entry['evaluator']}: {what}; use the same, or another --sweep")
+            raise UserError(f"-e {entry.evaluator}: {what}; use the same, or another --sweep")
 
 
-def _manifest(store: Store, name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(store: Store, name: str, runs: Sequence[ManifestRun]) -> Manifest:
     """As of a sweep that was made here. A setting in which rows differ is said to, and told row by row."""
-    rewards = sorted({word for run in runs for word in run["trained_on"]})
-    told = all(run["trained_on"] or _untrained(run) for run in runs)
-    roles = [
-        run | {"scores": [entry | {"role": _role(entry, rewards, told)} for entry in run["scores"]]} for run in runs
-    ]
-    protocols = [run["protocol"] for run in runs]
+    rewards = sorted({word for run in runs for word in run.trained_on})
+    told = all(run.trained_on or run.is_base for run in runs)
+    protocols = [run.protocol for run in runs]
     shared = {
         key: value if all(p[key] == value for p in protocols) else "differs" for key, value in protocols[0].items()
     }
-    return {
-        "name": name,
-        "sweep": name,
-        "imported": True,
-        "world": None,
-        "training_evaluator": ", ".join([*rewards, *[UNKNOWN] * (not told)]) or UNKNOWN,
-        "protocol": shared | {"images_per_prompt": max(p["images_per_prompt"] for p in protocols)},
-        "subset": None,
-        "rehearsal": False,
-        "prompts": len(set().union(*(_prompts(store, run["images"]) for run in runs))),
-        "cases": list(dict.fromkeys(run["label"] for run in runs)),
-        "runs": roles,
-    }
+    return Manifest(
+        name=name,
+        sweep=name,
+        imported=True,
+        training_evaluator=", ".join([*rewards, *[UNKNOWN] * (not told)]) or UNKNOWN,
+        protocol=shared | {"images_per_prompt": max(p["images_per_prompt"] for p in protocols)},
+        prompts=len(set().union(*(_prompts(store, run.images) for run in runs))),
+        cases=list(dict.fromkeys(run.label for run in runs)),
+        runs=[structs.replace(run, scores=[_with_role(entry, rewards, told) for entry in run.scores]) for run in runs],
+    )
 
 
-def _untrained(run: dict[str, Any]) -> bool:
-    return run["seed"] == UNTRAINED and not run["published"]
-
-
-def _role(entry: dict[str, Any], rewards: Sequence[str], told: bool) -> str:
+def _with_role(entry: ManifestScore, rewards: Sequence[str], told: bool) -> ManifestScore:
     """ "train" if a row was said to be trained on it, whoever scored; "held-out" if it is known that none was."""
-    names = {entry["evaluator"].partition(" (")[0], entry["settings"].get("key")}
-    names |= {metric["name"].partition(" (")[0] for metric in entry["metrics"]}
-    return "train" if names & set(rewards) else "held-out" if told else UNKNOWN
+    names = {entry.evaluator.partition(" (")[0], entry.settings.get("key")}
+    names |= {metric.name.partition(" (")[0] for metric in entry.metrics}
+    role = "train" if names & set(rewards) else "held-out" if told else UNKNOWN
+    return structs.replace(entry, role=role)
 
 
 def _prompts(store: Store, images: str) -> set[str]:

@@ -6,20 +6,23 @@ how far it is. Together with the store and, for SLURM's jobs, with what SLURM sa
 
 from __future__ import annotations
 
+import functools
 import getpass
 import json
 import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench import slurm
 from alignbench.config import UserError, did_you_mean
-from alignbench.store import Store, alive, artefacts, read_json, write_json
+from alignbench.manifest import Manifest, ManifestRun
+from alignbench.run_state import LOST, STATES, Job, Jobs, run_state
+from alignbench.store import Store, alive, read_json, write_json
 
 RECORD = "jobs.json"
 JOB = re.compile(r"(\d+_\d+)?")
@@ -80,9 +83,25 @@ def under_way(records: Iterable[Record]) -> dict[str, tuple[Ticket, slurm.Live]]
     return {id: (ticket, live[ticket.job]) for ticket in tickets if ticket.job in live for id in ticket.makes}
 
 
-# -- states -----------------------------------------------------------------------------------------------------------
+def handed_out(records: Sequence[Record]) -> Callable[[], Jobs]:
+    """Return what ``run_state`` asks: the jobs of a sweep's records, latest record first. SLURM is asked once."""
 
-STATES = ("done", "running", "requeued", "queued", "planned", "stale", "failed")
+    @functools.cache
+    def ask() -> Jobs:
+        live = {id: _job(ticket, job) for id, (ticket, job) in under_way(records).items()}
+        tickets = [ticket for record in reversed(records) for ticket in record.tickets]
+        latest = {id: _job(ticket) for ticket in tickets for id in ticket.makes}
+        return Jobs(live, latest, slurm.ended)
+
+    return ask
+
+
+def _job(ticket: Ticket, live: slurm.Live | None = None) -> Job:
+    said = (live.state == "PENDING", live.reason, live.restarts, live.left) if live else ()
+    return Job(ticket.job, ticket.stage, ticket.progress, *said)
+
+
+# -- states -----------------------------------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -97,74 +116,38 @@ class Row(NamedTuple):
     reason: str
 
 
-def rows(store: Store, manifest: dict[str, Any], records: Sequence[Record]) -> list[Row]:
+def rows(store: Store, manifest: Manifest, records: Sequence[Record]) -> list[Row]:
     """Every run of a manifest. ``records``: those of its sweep, latest first."""
-    coming = under_way(records)
-    latest: dict[str, Ticket] = {}
-    for record in reversed(records):
-        latest |= {id: ticket for ticket in record.tickets for id in ticket.makes}
-    return [_row(store, run, coming, latest) for run in manifest["runs"]]
+    jobs = handed_out(records)
+    return [_row(store, run, jobs) for run in manifest.runs]
 
 
-def _row(
-    store: Store,
-    run: dict[str, Any],
-    coming: dict[str, tuple[Ticket, slurm.Live]],
-    latest: dict[str, Ticket],
-) -> Row:
-    title = run["label"] if run["seed"] < 0 else f"{run['label']}, seed {run['seed']}"
-    parts = artefacts(store, run)
-    todo = [part for part in parts if not part.done]
-
-    def row(state: str, step: str = "", left: str = "", job: str = "", reason: str = "") -> Row:
-        return Row(title, run["id"], state, step, left, job, reason)
-
-    if not todo:
-        return row("done")
-    jobs = [coming[part.id] for part in todo if part.id in coming]
-    if active := [(ticket, job) for ticket, job in jobs if job.state != "PENDING"]:
-        ticket, job = active[0]
-        return row("running", progress(ticket), job.left, ticket.job)
-    busy = [part for part in todo if part.busy]
-    if busy:
-        maker = latest.get(busy[0].id)
-        return row("running", progress(maker) if maker else slurm.STAGES[busy[0].kind])
-    failed = next((part.failure for part in todo if part.failure is not None and part.id not in coming), None)
-    if failed is not None:
-        return row("failed", reason=failed)
-    if jobs:
-        ticket, job = jobs[0]
-        return row("requeued" if job.restarts else "queued", ticket.stage, "", ticket.job, _waiting(job))
-    lost = [latest[part.id] for part in todo if part.id in latest and latest[part.id].job]
-    if lost:
-        how = slurm.ended(lost[0].job)
-        why = f"job {lost[0].job} has ended{f' ({how})' if how else ''} without having made it"
-        return row("stale", lost[0].stage, "", lost[0].job, f"{why}; alignbench retry makes it")
-    return row("planned", ", ".join(dict.fromkeys(slurm.STAGES[part.kind] for part in todo)))
+def _row(store: Store, run: ManifestRun, jobs: Callable[[], Jobs]) -> Row:
+    state, reason, missing, at, job = run_state(store, run, jobs)
+    step, left = job.stage if job else "", ""
+    if state == "running" and at:
+        step, left = (progress(job), job.left) if job else (slurm.STAGES[at.kind], "")
+    elif state == "planned":
+        step, reason = ", ".join(dict.fromkeys(slurm.STAGES[part.kind] for part in missing)), ""
+    return Row(run.title, run.id, state, step, left, job.id if job else "", reason)
 
 
-def progress(ticket: Ticket) -> str:
+def progress(job: Job) -> str:
     """``training 45%, update 22, reward 0.612``."""
     said: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        said = json.loads(Path(ticket.progress).read_text(encoding="utf-8"))
+        said = json.loads(Path(job.progress).read_text(encoding="utf-8"))
     if "stage" not in said:
-        return f"{ticket.stage}, starting"
+        return f"{job.stage}, starting"
     share = "" if said.get("share") is None else f" {said['share']:.0%}"
     detail = f", {said['detail']}" if said.get("detail") else ""
     return f"{said['stage']}{share}{detail}"
 
 
-def _waiting(job: slurm.Live) -> str:
-    return {"Dependency": "waits for the stage before", "None": "", "Priority": "", "Resources": ""}.get(
-        job.reason, job.reason
-    )
-
-
 def exit_code(rows: Iterable[Row]) -> int:
     """0 all done, 2 some failed or were lost, 3 some are still to come."""
     states = {row.state for row in rows}
-    return 2 if states & {"failed", "stale"} else 3 if states - {"done"} else 0
+    return 2 if states & set(LOST) else 3 if states - {"done"} else 0
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -188,7 +171,7 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def follow(store: Store, manifest: dict[str, Any], sweep: str, every: float = 5.0) -> None:
+def follow(store: Store, manifest: Manifest, sweep: str, every: float = 5.0) -> None:
     """Show how far a sweep is until nothing of it is queued or running. Ctrl-C ends this, not the jobs."""
     from rich.console import Console
     from rich.live import Live
@@ -200,7 +183,7 @@ def follow(store: Store, manifest: dict[str, Any], sweep: str, every: float = 5.
         while True:
             found = rows(store, manifest, records(store, sweep))
             for row in found:
-                if row.state in ("done", "failed", "stale") and before.get(row.id) not in (None, row.state):
+                if row.state in ("done", *LOST) and before.get(row.id) not in (None, row.state):
                     end = f"{row.title}: {row.state}{f' ({row.reason})' if row.reason else ''}"
                     console.print(_plain(end), markup=False, highlight=False)
             before = {row.id: row.state for row in found}

@@ -25,7 +25,7 @@ from alignbench.jobs import Ticket
 from alignbench.run import Task, execute
 from alignbench.snapshot import Snapshot, take
 from alignbench.spec import check_parts, check_ranks
-from alignbench.store import Artefact, Store, artefacts, write_json
+from alignbench.store import Artefact, Store, write_json
 from alignbench.sweep import Cell, Plan
 
 LAUNCHERS = ("local", "debug", "slurm")
@@ -73,11 +73,6 @@ class Job:
         return f"{said['stage']}{part}{detail}{left}"
 
 
-def missing(store: Store, run: dict[str, Any]) -> list[Artefact]:
-    """What of a run (as the manifest has it) is not there yet."""
-    return [part for part in artefacts(store, run) if not part.done]
-
-
 def cores() -> int:
     try:
         return len(os.sched_getaffinity(0))
@@ -95,8 +90,8 @@ def check_launcher(name: str) -> None:
 
 def unfinished(plan: Plan, cells: Sequence[Cell], store: Store) -> list[slurm.Work]:
     """The cells of which something is missing, and what."""
-    runs = {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
-    works = (slurm.Work(cell, missing(store, runs[cell.spec.label, cell.seed])) for cell in cells)
+    runs = plan.manifest().by_seed
+    works = (slurm.Work(cell, runs[cell.spec.label, cell.seed].missing(store)) for cell in cells)
     return [work for work in works if work.todo]
 
 

@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alignbench import gallery, markup, store
-from alignbench.analysis import UNTRAINED, Analysis, Measure, better, worse
+from alignbench.analysis import Analysis, Measure, better, worse
 from alignbench.gallery import Gallery, Place
+from alignbench.manifest import UNTRAINED, Manifest
+from alignbench.results import Results
 from alignbench.table import DECIMALS, Table
 
 HERE = Path(__file__).parent
@@ -51,7 +53,7 @@ class Figure(Protocol):
 
 
 def build(
-    results: store.Results,
+    results: Results,
     analysis: Analysis,
     out: Path,
     *,
@@ -64,7 +66,6 @@ def build(
     ``sections``: what the report says, in markdown and tables; pictures in it lie in ``out``. ``hacked``: method -> the
     measures that fell while its training reward rose.
     """
-    manifest = results.manifest
     title, lead, chapters = _chapters(sections, out)
     after = next((i + 1 for i, (name, _) in enumerate(chapters) if name.startswith("Results")), len(chapters))
     chapters[after:after] = _panel(analysis, hacked) + _plots(figures)
@@ -76,7 +77,7 @@ def build(
         "policy": _policy(script),
         "title": title,
         "plain_title": markup.text(_plain(title)),
-        "stamps": "".join(f'<p class="stamp">{markup.text(text)}</p>' for text in stamps(manifest)),
+        "stamps": "".join(f'<p class="stamp">{markup.text(text)}</p>' for text in stamps(results.manifest)),
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
         "lead": lead,
         "contents": "".join(f'<li><a href="#s{i}">{name}</a></li>' for i, (name, _) in enumerate(chapters)),
@@ -86,7 +87,7 @@ def build(
         "script": script,
         "pictures": "".join(_rows(shown, layers)),
     }
-    path = out / f"{manifest['name']}.html"
+    path = out / f"{results.manifest.name}.html"
     frame = string.Template((HERE / "page.html").read_text(encoding="utf-8"))
     store.write(path, frame.substitute(parts))
     return path
@@ -155,10 +156,10 @@ def _chapter(number: int, name: str, body: str) -> str:
     return f'<section aria-labelledby="s{number}">\n<h2 id="s{number}" tabindex="-1">{name}</h2>\n{body}</section>\n'
 
 
-def stamps(manifest: dict[str, Any]) -> list[str]:
+def stamps(manifest: Manifest) -> list[str]:
     """What no reader of a number may miss."""
-    said = ["REHEARSAL: no number here means anything"] if manifest.get("rehearsal") else []
-    return said + ([f"SUBSET: the first {manifest['subset']} prompts"] if manifest.get("subset") else [])
+    said = ["REHEARSAL: no number here means anything"] if manifest.rehearsal else []
+    return said + ([f"SUBSET: the first {manifest.subset} prompts"] if manifest.subset else [])
 
 
 def _panel(analysis: Analysis, hacked: Mapping[str, Sequence[Measure]]) -> list[tuple[str, str]]:
@@ -212,7 +213,7 @@ def own_ids(svg: str, name: str) -> str:
 
 
 def _data(
-    results: store.Results, analysis: Analysis, shown: Gallery, layers: Sequence[tuple[int, int]], out: Path
+    results: Results, analysis: Analysis, shown: Gallery, layers: Sequence[tuple[int, int]], out: Path
 ) -> dict[str, Any]:
     """What the script reads. ``scores[measure][method]`` is flat: prompt, seed, image."""
     values = gallery.cube(shown, analysis, results.scores)
@@ -225,7 +226,7 @@ def _data(
     ]
     scores = [[_rounded(one.ravel(), places + 2) for one in each] for each, places in zip(values, decimals)]
     found = {
-        "name": results.manifest["name"],
+        "name": results.manifest.name,
         "methods": shown.methods,
         "seeds": [[None if seed == UNTRAINED else seed for seed in seeds] for seeds in shown.seeds],
         "base": analysis.labels.index(analysis.base) if analysis.base is not None else None,
@@ -251,7 +252,7 @@ def _rounded(values: NDArray, decimals: int) -> list[float | None]:
     return [None if np.isnan(value) else round(value, decimals) for value in values.tolist()]
 
 
-def _originals(results: store.Results, out: Path) -> str | None:
+def _originals(results: Results, out: Path) -> str | None:
     """The store's pictures as seen from the page, if near: a page that is sent away tells of no folder far from it."""
     path = Path(os.path.relpath(str(results.store / "images"), str(out))).as_posix()
     return None if path.startswith(("/", "../../../")) else quote(path)

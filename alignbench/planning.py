@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignbench.config import Missing, UserError, did_you_mean
 from alignbench.cost import GPU, GPUS
 from alignbench.estimate import ITEM, Estimate, estimate, prompt_count
+from alignbench.manifest import ManifestRun
 from alignbench.plugins import Registry
-from alignbench.store import Results, Store, artefacts, milestones
+from alignbench.run_state import Jobs, run_state
+from alignbench.store import Store
 from alignbench.sweep import Cell, Draft, Plan
 
 GB = 1e9
@@ -32,13 +34,17 @@ def page(
     registry: Registry,
     gpu: GPU,
     gaps: list[Missing],
+    jobs: Callable[[], Jobs] = Jobs,
 ) -> str:
-    """``plan``: None as long as there are ``gaps``; then nothing is known of what the store has."""
+    """``plan``: None as long as there are ``gaps``; then nothing is known of what the store has.
+
+    ``jobs``: as for ``run_state``.
+    """
     found = [estimate(cell, draft.sweep.evaluation, registry, gpu) for cell in cells]
-    runs = {} if plan is None else {(run["label"], run["seed"]): run for run in plan.manifest()["runs"]}
+    runs = {} if plan is None else plan.manifest().by_seed
     states, open_hours = [], 0.0
     for cell, each in zip(cells, found):
-        state, hours = _state(store, plan, runs.get((cell.spec.label, cell.seed)), each)
+        state, hours = _state(store, runs.get((cell.spec.label, cell.seed)), each, jobs)
         states.append(state)
         open_hours += hours
     rows = [_row(cell, state, each) for cell, state, each in zip(cells, states, found)]
@@ -57,14 +63,13 @@ def page(
     return "\n".join(lines)
 
 
-def _state(store: Store, plan: Plan | None, run: dict[str, Any] | None, each: Estimate) -> tuple[str, float]:
-    """Of a run, and the hours that are still to be spent on it."""
-    if plan is None or run is None:
+def _state(store: Store, run: ManifestRun | None, each: Estimate, jobs: Callable[[], Jobs]) -> tuple[str, float]:
+    """Return the state of a run, and the hours that are still to be spent on it."""
+    if run is None:
         return "not ready", each.train + each.generate + each.score
-    todo = [part.kind for part in artefacts(store, run) if not part.done]
-    parts = {"run": 1, "images": 1 + len(milestones(run)), "scores": len(run["scores"]) * (1 + len(milestones(run)))}
-    hours = sum(getattr(each, STAGE[kind]) / parts[kind] for kind in todo)
-    return Results(store.root, plan.manifest()).state(run)[0], hours
+    found, sets = run_state(store, run, jobs), len(run.image_sets)
+    parts = {"run": 1, "images": sets, "scores": len(run.scores) * sets}
+    return found.state, sum(getattr(each, STAGE[part.kind]) / parts[part.kind] for part in found.missing)
 
 
 def _row(cell: Cell, state: str, each: Estimate) -> list[str]:

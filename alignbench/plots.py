@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from alignbench import curves, store
+from alignbench import curves
 from alignbench.curves import AXES, Course, Parting
+from alignbench.results import Results
 from alignbench.stats import curve_draws
 from alignbench.table import DECIMALS
 
@@ -94,14 +95,12 @@ def line(label: str, labels: Sequence[str]) -> Any:
     return LINES[labels.index(label) % len(LINES)]
 
 
-STAMPS = {"rehearsal": "REHEARSAL", "subset": "SUBSET"}  # what a manifest says that no figure may leave out
-
-
-def figures(results: store.Results, analysis: Analysis) -> list[Figure]:
+def figures(results: Results, analysis: Analysis) -> list[Figure]:
     """All that the store has the numbers for, in the order in which they are worth looking at."""
     records = curves.training(results)
     found = curves.courses(results, analysis, records)
-    stamp = next((word for key, word in STAMPS.items() if results.manifest.get(key)), "")
+    about = results.manifest
+    stamp = "REHEARSAL" if about.rehearsal else "SUBSET" if about.subset else ""  # no figure may leave it out
     makers: list[Callable[[], Figure | None]] = [
         lambda: _overview(analysis, stamp),
         lambda: _forest(analysis, stamp),

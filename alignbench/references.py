@@ -29,8 +29,9 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from alignbench.analysis import UNTRAINED, Analysis, Measure
+from alignbench.analysis import Analysis, Measure
 from alignbench.config import Config, UserError, decode, did_you_mean, parse_yaml, pick, read_text
+from alignbench.manifest import Manifest, ManifestRun
 from alignbench.stats import Estimate
 from alignbench.table import Cell, Column, Section, Table, escape, interval
 
@@ -199,7 +200,7 @@ def _is_number(text: str) -> bool:
 # -- comparing --------------------------------------------------------------------------------------------------------
 
 
-def compare(reference: Reference, manifest: dict[str, Any], analysis: Analysis) -> list[Comparison]:
+def compare(reference: Reference, manifest: Manifest, analysis: Analysis) -> list[Comparison]:
     """Every published number with ours, in the order of the paper, then our rows of which it prints nothing."""
     metrics = list(dict.fromkeys([figure.metric for figure in reference.figures] + list(reference.source.metrics)))
     ours = {metric: _means(analysis, reference.source.metrics.get(metric)) for metric in metrics}
@@ -231,11 +232,10 @@ def _means(analysis: Analysis, printed: Printed | None) -> dict[str, Estimate]:
     }
 
 
-def _compared(reference: Reference, manifest: dict[str, Any], figure: Figure, label: str, ours: Estimate) -> Comparison:
+def _compared(reference: Reference, manifest: Manifest, figure: Figure, label: str, ours: Estimate) -> Comparison:
     if math.isnan(ours.mean):
         return Comparison(figure.method, label, figure.metric, ours, figure, _unknown(), NOT_RUN)
-    run = next(run for run in manifest["runs"] if run["label"] == label)
-    reasons = departures(reference.protocol(figure.method), manifest, run)
+    reasons = departures(reference.protocol(figure.method), manifest, manifest.rows[label][0])
     if ours.dropped:
         reasons.append(f"prompts left out here: {ours.dropped}")
     found = difference(ours, figure)
@@ -257,31 +257,29 @@ def difference(ours: Estimate, figure: Figure) -> tuple[float, float, float]:
     return middle, middle - down, middle + up
 
 
-def departures(protocol: dict[str, Any], manifest: dict[str, Any], run: dict[str, Any]) -> list[str]:
+def departures(protocol: dict[str, Any], manifest: Manifest, run: ManifestRun) -> list[str]:
     """Every stated setting that this run was not made with, as ``path: value there; value here``.
 
     A row that trains nothing has the settings of its sweep's trainings, which made no picture of it: what counts there
     is the model and the evaluation.
     """
-    found = ["REHEARSAL: small random models"] if manifest.get("rehearsal") else []
-    if manifest.get("subset"):
-        found.append(f"SUBSET: the first {manifest['subset']} evaluation prompts")
+    found = ["REHEARSAL: small random models"] if manifest.rehearsal else []
+    if manifest.subset:
+        found.append(f"SUBSET: the first {manifest.subset} evaluation prompts")
     for path, stated in protocol.items():
-        counts = run["seed"] != UNTRAINED or path.startswith(EVALUATION)
-        mine = _setting(manifest, run, path)
+        counts = run.trained or path.startswith(EVALUATION)
+        mine = _setting(run, path)
         if counts and stated != NOT_STATED and not _equal(stated, mine):
             found.append(f"{path}: {_said(stated)} there, {_said(mine)} here")
     return found
 
 
-def _setting(manifest: dict[str, Any], run: dict[str, Any], path: str) -> Any:
+def _setting(run: ManifestRun, path: str) -> Any:
     """The run's resolved value; None where it has none. ``reward`` alone is the evaluators' names."""
     if path == "reward":
-        rewards = run["settings"].get("reward", [])
-        return [part["evaluator"]["name"] for part in (rewards if isinstance(rewards, list) else [rewards])]
-    made = {**run["settings"], "evaluation": run.get("protocol", manifest["protocol"])}
+        return [part["evaluator"]["name"] for part in run.rewards]
     try:
-        return pick(made, path)
+        return pick({**run.settings, "evaluation": run.protocol}, path)
     except KeyError:
         return None
 
@@ -302,7 +300,7 @@ def _said(value: Any) -> str:
 # -- showing ----------------------------------------------------------------------------------------------------------
 
 
-def sections(manifest: dict[str, Any], analysis: Analysis, references: Sequence[Reference]) -> list[Section]:
+def sections(manifest: Manifest, analysis: Analysis, references: Sequence[Reference]) -> list[Section]:
     """ "Published numbers"; empty if the sweep names no published table."""
     if not references:
         return []
@@ -347,12 +345,12 @@ def shown(reference: Reference, rows: Sequence[Comparison], reasons: Sequence[tu
     return Table(columns, shown)
 
 
-def beside(reference: Reference, manifest: dict[str, Any], analysis: Analysis) -> Table:
+def beside(reference: Reference, manifest: Manifest, analysis: Analysis) -> Table:
     """One published table with ours; what differs in the protocol stands in the page."""
     return shown(reference, compare(reference, manifest, analysis))
 
 
-def tidy(references: Sequence[Reference], manifest: dict[str, Any], analysis: Analysis) -> Table:
+def tidy(references: Sequence[Reference], manifest: Manifest, analysis: Analysis) -> Table:
     """The same in full precision: one row per comparison."""
     names = [
         "place",

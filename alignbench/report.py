@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from alignbench import curves, effects, grid, page, plots, references, stats, store
-from alignbench.analysis import UNTRAINED, Analysis, Comparison, Measure, analyse, better, worse
+from alignbench.analysis import Analysis, Comparison, Measure, analyse, better, worse
 from alignbench.config import UserError, did_you_mean
+from alignbench.manifest import UNTRAINED, Manifest, ManifestRun
+from alignbench.results import Results
 from alignbench.table import DECIMALS, Cell, Column, Section, Table, escape, interval, number
 
 REPORTS = "alignbench.reports"
@@ -58,7 +60,7 @@ class Words(NamedTuple):
 FORMATS = ("md", "csv", "tex", "html", "svg", "png")
 
 
-def build(results: store.Results, out: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Write what ``formats`` names into ``out``; the paths, the page first. UserError for a format there is not.
 
     md: ``<name>.md``; csv: ``<name>.csv``, and ``<name>-published.csv`` if the sweep has published numbers beside its
@@ -67,7 +69,7 @@ def build(results: store.Results, out: Path, formats: Sequence[str] = FORMATS) -
     """
     check_formats(formats)
     manifest = results.manifest
-    name = manifest["name"]
+    name = manifest.name
     analysis = analyse(manifest, results.scores)
     words = _words(name)
     published = [references.load(stem) for stem in words.published]
@@ -114,7 +116,7 @@ def markdown(said: Sequence[Section]) -> str:
 
 
 def sections(
-    manifest: dict[str, Any],
+    manifest: Manifest,
     costs: pd.DataFrame,
     analysis: Analysis,
     picture: str | None = None,
@@ -126,16 +128,16 @@ def sections(
 
     ``course``: sections on what happened over the course of training.
     """
-    words = _words(manifest["name"])
-    alike = "same prompts" if manifest.get("imported") else "same prompts and noise"
+    words = _words(manifest.name)
+    alike = "same prompts" if manifest.imported else "same prompts and noise"
     found: list[Section] = [
         f"Made by `{regenerate(manifest)}`",
-        f"# {'REHEARSAL: ' * bool(manifest.get('rehearsal'))}{escape(words.title)}",
-        REHEARSED if manifest.get("rehearsal") else "",
-        f"**SUBSET: only the first {manifest['subset']} evaluation prompts.**" if manifest.get("subset") else "",
+        f"# {'REHEARSAL: ' * manifest.rehearsal}{escape(words.title)}",
+        REHEARSED if manifest.rehearsal else "",
+        f"**SUBSET: only the first {manifest.subset} evaluation prompts.**" if manifest.subset else "",
         words.intro.strip(),
         *_answers(words.questions, analysis),
-        "## Results (REHEARSAL)" if manifest.get("rehearsal") else "## Results",
+        "## Results (REHEARSAL)" if manifest.rehearsal else "## Results",
         main_table(analysis, costs, marks(manifest)),
         LEGEND.format(base=escape(analysis.base or "a base model (none in this sweep)"), count=len(analysis.compared)),
         NEUTRAL_NOTE if any(measure.higher_is_better is None for measure in analysis.measures) else "",
@@ -144,7 +146,7 @@ def sections(
         _budgets(analysis, costs),
         *([f"![{alike}, one row per method]({picture})", GRID_NOTE] if picture else []),
         *references.sections(manifest, analysis, published),
-        *_changes_section(analysis, bool(manifest.get("imported"))),
+        *_changes_section(analysis, manifest.imported),
         _one_training_note(manifest),
         *effects.sections(analysis),
         *_hacking_section(analysis, costs),
@@ -174,15 +176,15 @@ Pictures of the lowest training seed that has any, first image of each prompt; t
 their id, tasks in turn."""
 
 
-def regenerate(manifest: dict[str, Any]) -> str:
+def regenerate(manifest: Manifest) -> str:
     """The commands that make the report from nothing."""
-    if manifest.get("imported"):
-        return " && ".join([*(run["command"] for run in manifest["runs"]), f"alignbench report {manifest['sweep']}"])
-    plugins = "".join(f" --plugin {path}" for path in manifest.get("plugins", ()))
-    return f"alignbench sweep {manifest['sweep']}{plugins} && alignbench report {manifest['sweep']}"
+    if manifest.imported:
+        return " && ".join([*(run.command for run in manifest.runs), f"alignbench report {manifest.sweep}"])
+    plugins = "".join(f" --plugin {path}" for path in manifest.plugins)
+    return f"alignbench sweep {manifest.sweep}{plugins} && alignbench report {manifest.sweep}"
 
 
-def made_with(results: store.Results) -> list[str]:
+def made_with(results: Results) -> list[str]:
     """Software and hardware of the finished runs: one text for each that differs from the others."""
     found = dict[str, None]()
     for origin in results.origins.values():
@@ -211,44 +213,38 @@ def main_table(analysis: Analysis, costs: pd.DataFrame, marked: Mapping[str, str
     return Table(columns, rows)
 
 
-def marks(manifest: dict[str, Any]) -> dict[str, str]:
+def marks(manifest: Manifest) -> dict[str, str]:
     """label -> the marks of its footnotes, for rows that have any."""
     found = dict.fromkeys(hybrid(manifest), f" {DAGGER}")
     return found | {label: found.get(label, "") + f" {DOUBLE_DAGGER}" for label in eight_bit(manifest)}
 
 
-def eight_bit(manifest: dict[str, Any]) -> list[str]:
+def eight_bit(manifest: Manifest) -> list[str]:
     """The rows that were trained with AdamW's moments in 8 bits."""
     found = dict[str, None]()
-    for run in manifest["runs"]:
-        optimizer = run.get("settings", {}).get("training", {}).get("optimizer", {})
-        if run["seed"] != UNTRAINED and optimizer.get("moments") == "8bit":
-            found[run["label"]] = None
+    for run in manifest.runs:
+        optimizer = run.settings.get("training", {}).get("optimizer", {})
+        if run.trained and optimizer.get("moments") == "8bit":
+            found[run.label] = None
     return [*found]
 
 
-def _moments_note(manifest: dict[str, Any]) -> str:
+def _moments_note(manifest: Manifest) -> str:
     if not (labels := eight_bit(manifest)):
         return ""
     rows = escape(_and(labels))
     return f"{DOUBLE_DAGGER} AdamW with moments in 8 bits, which is not the optimizer of the papers: {rows}."
 
 
-def hybrid(manifest: dict[str, Any]) -> dict[str, str]:
+def hybrid(manifest: Manifest) -> dict[str, str]:
     """label -> ``the first 30 of 50 steps``, for rows whose last steps are the base model's."""
-    protocols = [(run["label"], _protocol(manifest, run)) for run in manifest["runs"]]
-    tuned = [(label, found.get("tuned_steps"), found["steps"]) for label, found in protocols]
+    tuned = [(run.label, run.protocol.get("tuned_steps"), run.protocol["steps"]) for run in manifest.runs]
     return {label: f"the first {some} of {steps} steps" for label, some, steps in tuned if some not in (None, steps)}
 
 
-def _hybrid_note(manifest: dict[str, Any]) -> str:
+def _hybrid_note(manifest: Manifest) -> str:
     rows = "; ".join(f"{escape(label)}, {what}" for label, what in hybrid(manifest).items())
     return f"{DAGGER} Hybrid inference: the row makes these steps, the base model the rest: {rows}." if rows else ""
-
-
-def _protocol(manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """How the pictures of a run were made; stores of earlier versions have one protocol for all runs."""
-    return run.get("protocol", manifest["protocol"])
 
 
 def _seeds_mark(analysis: Analysis, label: str) -> str:
@@ -363,7 +359,7 @@ def _tidy_improved(analysis: Analysis, measure: Measure, label: str) -> list[flo
 
 
 def latex(
-    manifest: dict[str, Any],
+    manifest: Manifest,
     costs: pd.DataFrame,
     analysis: Analysis,
     published: Sequence[references.Reference] = (),
@@ -477,25 +473,24 @@ def _seeds_note(analysis: Analysis) -> str:
     return POOLED_NOTE if max(used, default=0) > 1 else ""
 
 
-def _one_training_note(manifest: dict[str, Any]) -> str:
+def _one_training_note(manifest: Manifest) -> str:
     """Of weights that are somebody else's there is one training, and nobody knows how much others would differ."""
-    whose = list(dict.fromkeys(run["label"] for run in manifest["runs"] if run.get("published")))
+    whose = list(dict.fromkeys(run.label for run in manifest.runs if run.published))
     what = "one training, of unknown seed: how much trainings differ is unknown, and no interval of it contains it.**"
     return f"**Of {escape(_and(whose))} there is {what}" if whose else ""
 
 
-def _imports_section(manifest: dict[str, Any]) -> list[str]:
+def _imports_section(manifest: Manifest) -> list[str]:
     """Where imported rows are from, what is known of them, and what is missing."""
     lines = []
-    for run in manifest["runs"] if manifest.get("imported") else ():
-        seed = "not trained" if run["seed"] == UNTRAINED and not run["published"] else f"seed {run['seed']}"
-        known = [f"{key} = {run['protocol'][key]} ({where})" for key, where in run["known_from"].items()]
-        unknown = [key for key, value in run["protocol"].items() if value == "unknown"]
-        about = [run["imported"], "training unknown" if run["published"] else seed, *known]
+    for run in manifest.runs if manifest.imported else ():
+        known = [f"{key} = {run.protocol[key]} ({where})" for key, where in run.known_from.items()]
+        unknown = [key for key, value in run.protocol.items() if value == "unknown"]
+        about = [run.imported, run.training, *known]
         about += [f"unknown: {', '.join(unknown)}"] if unknown else []
-        about += [f"said to be trained on {', '.join(run['trained_on'])}"] if run["trained_on"] else []
-        lines.append(f"- {escape(run['label'])}: {escape('; '.join(about))}")
-        lines += [f"  - {escape(remark)}" for remark in run["remarks"]]
+        about += [f"said to be trained on {', '.join(run.trained_on)}"] if run.trained_on else []
+        lines.append(f"- {escape(run.label)}: {escape('; '.join(about))}")
+        lines += [f"  - {escape(remark)}" for remark in run.remarks]
     return ["## Imported rows", "\n".join(lines), IMPORTED_NOTE] if lines else []
 
 
@@ -556,14 +551,14 @@ def _task_table(analysis: Analysis, measure: Measure) -> Table:
     return Table(columns, rows)
 
 
-def _notes_section(manifest: dict[str, Any]) -> list[str]:
+def _notes_section(manifest: Manifest) -> list[str]:
     """Every exception of the sweep with its reason, and the methods that it holds for."""
     found: dict[str, dict[str, None]] = {}
-    for run in manifest["runs"]:
-        for note in run["notes"]:
-            text = f"{escape(_flat(note['set']))}. {escape(note['reason'])}"
-            found.setdefault(text, {})[run["label"]] = None
-    every = len({run["label"] for run in manifest["runs"]})
+    for run in manifest.runs:
+        for note in run.notes:
+            text = f"{escape(_flat(note.set))}. {escape(note.reason)}"
+            found.setdefault(text, {})[run.label] = None
+    every = len(manifest.rows)
     whom = {text: "all methods" if len(labels) == every else escape(_and([*labels])) for text, labels in found.items()}
     lines = [f"- {whom[text]}: {text}" for text in found]
     return ["## Overrides, and why", "\n".join(lines)] if lines else []
@@ -583,12 +578,11 @@ def _said(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _settings_section(manifest: dict[str, Any]) -> list[str]:
+def _settings_section(manifest: Manifest) -> list[str]:
     """What every run was made with, as resolved: once for what all runs share, then what is each method's own."""
-    shared = {part: _of_runs(manifest["runs"], part) for part in ("backend", "reward", "prompts", "training")}
+    shared = {part: _of_runs(manifest.runs, part) for part in ("backend", "reward", "prompts", "training")}
     lines = [f"- {part}, {escape(text)}" for part, texts in shared.items() if len(texts) == 1 for text in texts]
-    for label in dict.fromkeys(run["label"] for run in manifest["runs"]):
-        mine = [run for run in manifest["runs"] if run["label"] == label]
+    for label, mine in manifest.rows.items():
         own = [
             *_of_runs(mine, "method"),
             *(text for p, ts in shared.items() if len(ts) > 1 for text in _of_runs(mine, p)),
@@ -597,11 +591,11 @@ def _settings_section(manifest: dict[str, Any]) -> list[str]:
     return ["## Settings, as resolved", "\n".join(lines)] if shared["backend"] else []
 
 
-def _of_runs(runs: Sequence[dict[str, Any]], part: str) -> list[str]:
+def _of_runs(runs: Sequence[ManifestRun], part: str) -> list[str]:
     """The different settings of ``part`` over runs, as text; the training seed is no difference."""
     found = dict[str, None]()
     for run in runs:
-        value = run["settings"].get(part, {})
+        value = run.settings.get(part, {})
         if part == "training":
             value = {key: setting for key, setting in value.items() if key != "seed"}
         found[_flat(value) if isinstance(value, dict) else f"{value}"] = None
@@ -615,19 +609,22 @@ def _warnings_section(costs: pd.DataFrame) -> list[str]:
     return ["## Warnings", "\n".join(lines)] if lines else []
 
 
+SILENT = {"running": "it is being made", "queued": "it waits for its turn", "requeued": "it waits to go on"}
+
+
 def _missing_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:
     lines = []
     for run in costs[costs["state"] != "done"].to_dict("records"):
-        seed = "" if run["seed"] in (None, UNTRAINED) else f", seed {run['seed']}"
+        seed = "" if run["seed"] == UNTRAINED else f", seed {run['seed']}"
         reason = run.get("reason")
-        why = escape(reason) if isinstance(reason, str) and reason else "no reason was recorded"
-        lines.append(f"- {escape(run['label'])}{seed}: **{escape(run['state'])}**: {why}")
+        why = reason if isinstance(reason, str) and reason else SILENT.get(run["state"], "no reason was recorded")
+        lines.append(f"- {escape(run['label'])}{seed}: **{escape(run['state'])}**: {escape(why)}")
     return ["## Runs that are not in the numbers", "\n".join(lines)] if lines else []
 
 
-def _coverage_section(manifest: dict[str, Any], analysis: Analysis) -> list[str]:
+def _coverage_section(manifest: Manifest, analysis: Analysis) -> list[str]:
     """Scores that are absent or not ok, and prompts that pairing left out."""
-    images = manifest["prompts"] * manifest["protocol"]["images_per_prompt"]
+    images = manifest.prompts * manifest.protocol["images_per_prompt"]
     lines = []
     for measure in analysis.measures:
         for label in analysis.labels:
@@ -644,14 +641,14 @@ def _coverage_section(manifest: dict[str, Any], analysis: Analysis) -> list[str]
     return ["## Coverage", "\n".join(lines) if lines else complete, rule if lines else ""]
 
 
-def _protocol_section(manifest: dict[str, Any], analysis: Analysis, origins: Sequence[str]) -> list[str]:
+def _protocol_section(manifest: Manifest, analysis: Analysis, origins: Sequence[str]) -> list[str]:
     known = sorted({seed for label in analysis.trained for seed in analysis.seeds[label]})
-    seeds = [*map(str, known), *["unknown"] * any(run.get("published") for run in manifest["runs"])]
+    seeds = [*map(str, known), *["unknown"] * any(run.published for run in manifest.runs)]
     facts: dict[str, Any] = {"training seeds": ", ".join(seeds) or "none"}
-    facts |= {"evaluation, number of prompts": manifest["prompts"]}
-    protocol = {key: value for key, value in manifest["protocol"].items() if value is not None}
+    facts |= {"evaluation, number of prompts": manifest.prompts}
+    protocol = {key: value for key, value in manifest.protocol.items() if value is not None}
     facts |= {f"evaluation, {key.replace('_', ' ')}": value for key, value in protocol.items()}
-    facts |= {"training reward": manifest["training_evaluator"]}
+    facts |= {"training reward": manifest.training_evaluator}
     versions = dict.fromkeys(f"{m.evaluator} {m.version}" for m in analysis.measures)  # one may stand there twice
     facts |= {"evaluators": ", ".join(versions)}
     facts |= {"intervals": f"95 %, {stats.DRAWS:,} bootstrap draws, seed 0"}
@@ -662,13 +659,13 @@ def _protocol_section(manifest: dict[str, Any], analysis: Analysis, origins: Seq
     return ["## Protocol", "\n".join(lines), differ if len(origins) > 1 else ""]
 
 
-def _departures(manifest: dict[str, Any]) -> list[str]:
+def _departures(manifest: Manifest) -> list[str]:
     """The rows whose pictures were made in another way than the others'; the reasons stand with the overrides."""
     found = dict[str, None]()
-    for run in manifest["runs"]:
-        own = {k: v for k, v in _protocol(manifest, run).items() if v != manifest["protocol"].get(k)}
+    for run in manifest.runs:
+        own = {key: value for key, value in run.protocol.items() if value != manifest.protocol.get(key)}
         if own:
-            found[f"- **but {escape(run['label'])}**: {escape(_flat(own).replace('_', ' '))}"] = None
+            found[f"- **but {escape(run.label)}**: {escape(_flat(own).replace('_', ' '))}"] = None
     return list(found)
 
 
@@ -681,7 +678,7 @@ def _words(name: str) -> Words:
     return Words(**found[name]) if name in found else Words(f"Sweep {name}")
 
 
-def _picture_grid(results: store.Results, analysis: Analysis) -> Any:
+def _picture_grid(results: Results, analysis: Analysis) -> Any:
     """One row per method, from its lowest seed that has pictures; None without any picture."""
     sets = {label: _image_set(results, label) for label in analysis.labels}
     known = pd.concat([found for found in sets.values() if found is not None] or [pd.DataFrame()])
@@ -692,16 +689,15 @@ def _picture_grid(results: store.Results, analysis: Analysis) -> Any:
     chosen = grid.choose(known["prompt_id"].tolist(), tags)
     about = known.set_index("prompt_id").loc[chosen]
     files = {label: dict(zip(found["prompt_id"], found["path"])) for label, found in sets.items() if found is not None}
-    stamp = "REHEARSAL " * bool(results.manifest.get("rehearsal"))
+    stamp = "REHEARSAL " * results.manifest.rehearsal
     rows = [(stamp + label, [files.get(label, {}).get(prompt) for prompt in chosen]) for label in analysis.labels]
     return grid.draw(rows, list(zip(about["tag"].fillna("").str.replace("_", " "), about["text"])))
 
 
-def _image_set(results: store.Results, label: str) -> pd.DataFrame | None:
+def _image_set(results: Results, label: str) -> pd.DataFrame | None:
     """Pictures of index 0 of the label's lowest finished seed: prompt_id, tag, text, path."""
-    runs = [run for run in results.manifest["runs"] if run["label"] == label]
-    for run in sorted(runs, key=lambda run: -1 if run["seed"] is None else run["seed"]):
-        folder = results.store / "images" / str(run["images"])
+    for run in sorted(results.manifest.rows.get(label, []), key=lambda run: run.seed):
+        folder = results.store / "images" / run.images
         if (folder / "manifest.parquet").is_file():
             found = pd.read_parquet(folder / "manifest.parquet")
             found = found[found["index"] == found["index"].min()]

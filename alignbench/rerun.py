@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+from msgspec import structs
+
 from alignbench import provenance, snapshot
 from alignbench.config import UserError, decode
-from alignbench.launch import Job, missing, settle, show
+from alignbench.launch import Job, settle, show
+from alignbench.manifest import ManifestRun, ManifestScore, read_manifest
 from alignbench.run import Task, execute
 from alignbench.spec import Protocol, RunSpec
-from alignbench.store import Artefact, Store, artefacts, milestones, read_json
-from alignbench.sweep import UNTRAINED, Cell
+from alignbench.store import Artefact, Store, read_json
+from alignbench.sweep import Cell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,31 +52,47 @@ def find(store: Store, name: str) -> str:
     return found[0]
 
 
-def recorded(store: Store, id: str) -> list[dict[str, Any]]:
-    """The run as every sweep of the store has it, once for each of its image sets, with ``limit``: of the prompts.
+class Recorded(NamedTuple):
+    """A run as sweeps have it. ``limit``: how many of the prompts, ``milestone_prompts``: at milestones."""
+
+    run: ManifestRun
+    limit: int | None
+    milestone_prompts: int | None
+
+
+def recorded(store: Store, id: str) -> list[Recorded]:
+    """The run as every sweep of the store has it, once for each of its image sets, with the scores of all sweeps.
 
     UserError if no sweep has it, or if an earlier version of this program did not record enough.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for manifest in filter(None, map(read_json, store.manifests())):
-        for run in (run for run in manifest["runs"] if run["id"] == id):
-            sets = [run, *milestones(run)]
-            limits = {"limit": manifest["subset"], "milestone_prompts": manifest.get("milestone_prompts")}
-            empty = [{**part, "scores": []} for part in milestones(run)]
-            fresh = {**run, **limits, "scores": [], **({"milestones": empty} if empty else {})}
-            kept = found.setdefault(" ".join(part["images"] for part in sets), fresh)
-            for part, mine in zip([kept, *milestones(kept)], sets, strict=True):
-                part["scores"] += [score for score in mine["scores"] if score not in part["scores"]]
+    found: dict[str, Recorded] = {}
+    for manifest in map(read_manifest, store.manifests()):
+        for run in (run for run in manifest.runs if run.id == id):
+            key = " ".join(part.images for part in run.image_sets)
+            before = found.get(key, Recorded(run, manifest.subset, manifest.milestone_prompts))
+            found[key] = before._replace(run=_with_scores(before.run, run))
     if not found:
         raise UserError(f"{store.root / 'runs' / id}: no sweep of this store has it, its evaluation is not known")
     origin = read_json(store.root / "runs" / id / provenance.FILE) or {}
-    settled = all("settings" in score for run in found.values() for score in run["scores"])
-    if "code" not in origin or not settled or not all("protocol" in run for run in found.values()):
+    runs = [each.run for each in found.values()]
+    if "code" not in origin or not all(score.settings for run in runs for score in run.scores):
         raise UserError(f"{store.root / 'runs' / id}: its records lack the code or an evaluator; run its sweep again")
-    for run in found.values():
-        if not artefacts(store, run)[0].done:
-            raise UserError(f"{store.root / 'runs' / id}: is not finished, there is nothing to compare with")
+    if not all(run.weights(store).done for run in runs):
+        raise UserError(f"{store.root / 'runs' / id}: is not finished, there is nothing to compare with")
     return list(found.values())
+
+
+def _with_scores(run: ManifestRun, other: ManifestRun) -> ManifestRun:
+    """Return ``run`` with the scores that ``other``, of the same image sets, has beside its own."""
+
+    def both(one: Sequence[ManifestScore], two: Sequence[ManifestScore]) -> list[ManifestScore]:
+        return [*one, *(score for score in two if score not in one)]
+
+    milestones = [
+        structs.replace(part, scores=both(part.scores, mine.scores))
+        for part, mine in zip(run.milestones, other.milestones, strict=True)
+    ]
+    return structs.replace(run, scores=both(run.scores, other.scores), milestones=milestones)
 
 
 def copy_of(store: Store, digest: str) -> snapshot.Snapshot | None:
@@ -114,10 +134,10 @@ def rerun(store: Store, name: str, into: Path | None) -> Iterator[Verdict | str]
         raise UserError(f"--into {fresh.root}: there is something in it; name a folder that is empty or new")
     fresh.open()
     yield f"made again in {fresh.root}"
-    failures = [reason for run in runs if (reason := _make(store, fresh, run, origin))]
+    failures = [reason for each in runs if (reason := _make(store, fresh, each, origin))]
     yield from failures
-    for run in runs:
-        yield from compare(store, fresh, run, first=run is runs[0])
+    for n, each in enumerate(runs):
+        yield from compare(store, fresh, each.run, first=n == 0)
 
 
 def elsewhere(store: Store, name: str) -> tuple[str, snapshot.Snapshot | None]:
@@ -148,26 +168,26 @@ def _next(folder: Path, id: str) -> Path:
     return folder / f"{id}-{number}"
 
 
-def _make(store: Store, fresh: Store, run: dict[str, Any], origin: Mapping[str, Any]) -> str:
+def _make(store: Store, fresh: Store, recorded: Recorded, origin: Mapping[str, Any]) -> str:
     """Train, generate and score. Why not, if something failed; else ""."""
-    protocol, evaluators = run["protocol"], [score["settings"] for score in run["scores"]]
-    cell = Cell(decode(RunSpec, run["settings"], "spec"), run["seed"], decode(Protocol, protocol, "protocol"))
-    folder = store.root / "runs" / run["id"]
-    job = Job(cell, missing(fresh, run), fresh.root / "jobs" / "rerun.json")
+    run = recorded.run
+    cell = Cell(decode(RunSpec, run.settings, "spec"), run.seed, decode(Protocol, run.protocol, "protocol"))
+    folder = store.root / "runs" / run.id
+    job = Job(cell, run.missing(fresh), fresh.root / "jobs" / "rerun.json")
     task = Task(
         store=str(fresh.root.resolve()),
-        run=run["id"],
-        images=run["images"],
-        trains=run["seed"] != UNTRAINED,
-        spec=run["settings"],
-        milestones=[(part["update"], part["images"]) for part in milestones(run)],
+        run=run.id,
+        images=run.images,
+        trains=run.trained,
+        spec=run.settings,
+        milestones=[(part.update, part.images) for part in run.milestones],
         evaluation={
-            "protocol": protocol,
-            "evaluators": evaluators,
-            "limit": run["limit"],
-            "milestone_prompts": run["milestone_prompts"],
+            "protocol": run.protocol,
+            "evaluators": [score.settings for score in run.scores],
+            "limit": recorded.limit,
+            "milestone_prompts": recorded.milestone_prompts,
         },
-        scores=[_score(score) for score in run["scores"]],
+        scores=[_score(score) for score in run.scores],
         plugins=[str((folder / row["copy"]).resolve()) for row in origin["plugins"] if not row["installed"]],
         threads=origin["threads"],
         progress=str(job.progress.resolve()),
@@ -177,36 +197,35 @@ def _make(store: Store, fresh: Store, run: dict[str, Any], origin: Mapping[str, 
         display.begin(job)
         with display.in_background():
             result = execute(task._asdict())
-        outcome = settle(job, result, str(fresh.root / "runs" / run["id"] / "log.txt"))
+        outcome = settle(job, result, str(fresh.root / "runs" / run.id / "log.txt"))
         display.end(job, outcome)
     return outcome.reason
 
 
-def _score(score: dict[str, Any]) -> dict[str, Any]:
+def _score(score: ManifestScore) -> dict[str, Any]:
     """As a worker gets it."""
-    names = ("settings", "version", "metrics", "role", "base")  # the last: of a paired evaluator alone
-    about: dict[str, Any] = {name: score[name] for name in names if name in score}
-    return {**about, "name": score["evaluator"], "file": Path(score["file"]).name}
+    about = msgspec.to_builtins(score)
+    return {"name": about.pop("evaluator"), **about, "file": Path(score.file).name}
 
 
 # -- compared ---------------------------------------------------------------------------------------------------------
 
 
-def compare(store: Store, fresh: Store, run: dict[str, Any], first: bool = True) -> Iterator[Verdict]:
+def compare(store: Store, fresh: Store, run: ManifestRun, first: bool = True) -> Iterator[Verdict]:
     """A verdict on every part that the store has. ``first``: of the run's image sets; weights are compared once."""
     import pandas as pd
 
-    again = {(part.kind, part.id): part for part in artefacts(fresh, run)}
-    for old in artefacts(store, run):
+    again = {(part.kind, part.id): part for part in run.artefacts(fresh)}
+    for old in run.artefacts(store):
         new: Artefact | None = again.get((old.kind, old.id))
-        if not old.done or (old.kind == "run" and (run["seed"] == UNTRAINED or not first)):
+        if not old.done or (old.kind == "run" and not (run.trained and first)):
             continue
         part = {"run": "weights", "images": f"images {old.id}", "scores": f"scores {old.id}"}[old.kind]
         if new is None or not new.done:
             yield Verdict(part, "", "they were not made")
         elif old.kind == "run":
             yield _weights(old.product, new.product)
-            for update in (part["update"] for part in milestones(run)):
+            for update in (part.update for part in run.milestones):
                 paths = [place.milestone(old.id, update) for place in (store, fresh)]
                 if paths[0].is_file():
                     verdict = _weights(*paths) if paths[1].is_file() else Verdict("", "", "they were not made")

@@ -17,21 +17,16 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignbench import hinge
 from alignbench.config import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
-    from numpy.typing import NDArray
-
-    Columns = dict[str, NDArray[Any]]
 
 BEAT = 15.0  # seconds between heartbeats of a lock
 STALE = 600.0  # seconds without a heartbeat after which its holder counts as gone
@@ -395,140 +390,6 @@ def held(
         yield lock
     finally:
         lock.release()
-
-
-# -- results ----------------------------------------------------------------------------------------------------------
-
-COSTS = (
-    *("nfe_forward", "nfe_grad", "decodes", "reward_calls"),
-    *("images", "seconds", "peak_memory_bytes"),
-)  # totals in a run's last record
-
-
-class Results:
-    """What a sweep's manifest promised, as far as it is there.
-
-    ``sweep``: stem of the manifest's file, below which the tables that were read are kept; "" keeps none.
-    """
-
-    def __init__(self, store: Path | str, manifest: dict[str, Any], sweep: str = "") -> None:
-        self.store = Path(store)
-        self.manifest = manifest
-        self._tables = Store(store).tables / sweep if sweep else None
-
-    def state(self, run: dict[str, Any]) -> tuple[str, str]:
-        """("done" | "failed" | "running" | "missing", reason) of one run of the manifest: all its stages together."""
-        if not milestones(run) and self._whole(run):
-            return "done", ""
-        parts = artefacts(Store(self.store), run)
-        open_parts = [part for part in parts if not part.done]
-        if not open_parts:
-            return "done", ""
-        if any(part.busy for part in open_parts):
-            return "running", ""
-        for part in open_parts:
-            if (reason := part.failure) is not None:
-                return "failed", reason
-        return "missing", f"not made yet: {', '.join(dict.fromkeys(part.kind for part in open_parts))}"
-
-    def _whole(self, run: dict[str, Any]) -> bool:
-        """Is every artefact of this run done? The same question as below, for the many that are: with few objects."""
-        files = [f"images/{run['images']}/manifest.parquet", *(score["file"] for score in run["scores"])]
-        files += [f"images/{score['base']}/manifest.parquet" for score in run["scores"] if "base" in score]
-        files += [f"runs/{run['id']}/weights.safetensors"] if run["seed"] != -1 else []
-        if not all(os.path.exists(f"{self.store}/{file}") for file in files):
-            return False
-        return (read_json(f"{self.store}/runs/{run['id']}/status.json") or {}).get("state") == "done"
-
-    @cached_property
-    def scores(self) -> pd.DataFrame:
-        """One row per image and metric."""
-        files = ((run, score) for run in self.manifest["runs"] for score in run["scores"])
-        return self.read(files, self._tables and self._tables / "scores")
-
-    def read(self, files: Iterable[tuple[dict[str, Any], dict[str, Any]]], kept: Path | None = None) -> pd.DataFrame:
-        """Read the score files that are there: one row per image and metric."""
-        from alignbench.score_tables import ScoreFile, read_scores
-
-        wanted = (
-            ScoreFile(
-                label=run["label"],
-                method=run["method"],
-                seed=run["seed"],
-                run=run["id"],
-                evaluator=score["evaluator"],
-                metrics=tuple(metric["name"] for metric in score["metrics"]),
-                path=score["file"],
-            )
-            for run, score in files
-        )
-        return read_scores(self.store, wanted, kept)
-
-    @cached_property
-    def trainings(self) -> dict[str, Columns]:
-        """Run id -> its records, an entry per update, of every run that has any."""
-        from alignbench.score_tables import read_columns
-
-        files = {run["id"]: f"{self.store}/runs/{run['id']}/train.parquet" for run in self.manifest["runs"]}
-        return read_columns(files, self._tables and self._tables / "training")
-
-    @cached_property
-    def origins(self) -> dict[str, dict[str, Any]]:
-        """Run id -> what made it, of every run that says so."""
-        files = {run["id"]: f"{self.store}/runs/{run['id']}/provenance.json" for run in self.manifest["runs"]}
-        return {id: origin for id, file in files.items() if (origin := read_json(file)) is not None}
-
-    @cached_property
-    def costs(self) -> pd.DataFrame:
-        """One row per run: state and reason, updates, the meter's totals, mean reward of the first and last tenth."""
-        import pandas as pd
-
-        rows = []
-        for run in self.manifest["runs"]:
-            state, reason = self.state(run)
-            row = {key: run[key] for key in ("label", "method", "seed")} | {"run": run["id"]}
-            rows.append(row | {"state": state, "reason": reason} | self._costs(run))
-        return pd.DataFrame(rows)
-
-    def _costs(self, run: dict[str, Any]) -> dict[str, Any]:
-        """Totals of training; zeros for a run that trains nothing, empty for one that did not get there."""
-        import numpy as np
-
-        names = ["updates", *COSTS]
-        records = self.trainings.get(run["id"])
-        if records is None:
-            zero = run["seed"] == -1 and not run.get("published")  # of whose training nothing is known
-            return dict.fromkeys(names, 0 if zero else None) | dict.fromkeys(("reward_first", "reward_last"))
-        tenth = max(1, len(records["update"]) // 10)
-        rewards = run.get("settings", {}).get("reward", [])
-        margins = {
-            part["evaluator"]["name"]: part["margin"] for part in (rewards if isinstance(rewards, list) else [rewards])
-        }
-        reward = records.get("reward_mean", np.full(1, np.nan))
-        hinged = any(name.startswith("hinge_closed") for name in records)
-        rows = [dict(zip(records, row)) for row in zip(*(each.tolist() for each in records.values()))] if hinged else []
-        return {
-            "updates": int(records["update"][-1]) + 1,
-            **{name: records[name][-1].item() for name in COSTS},
-            "reward_first": float(reward[:tenth].mean()),
-            "reward_last": float(reward[-tenth:].mean()),
-            "warning": "; ".join(hinge.complaints(rows, margins)),
-        }
-
-
-def artefacts(store: Store, run: dict[str, Any]) -> list[Artefact]:
-    """The artefacts of one run of a manifest, in the order in which they are made. Imported weights are elsewhere."""
-    bases = [score["base"] for score in run["scores"] if "base" in score]
-    sets = [run, *(milestone for milestone in milestones(run) if reached(store, run["id"], milestone["update"]))]
-    images = dict.fromkeys([*(part["images"] for part in sets), *bases])
-    scores = [store.scores(part["images"], Path(score["file"]).name) for part in sets for score in part["scores"]]
-    weights = [] if run.get("imported") else [store.run(run["id"], run["seed"] != -1)]
-    return [*weights, *map(store.images, images), *scores]
-
-
-def milestones(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """{"update", "images", "scores"} of every milestone that was planned for a run of a manifest."""
-    return run.get("milestones", [])
 
 
 def reached(store: Store, run: str, update: int) -> bool:

@@ -31,6 +31,7 @@ from alignbench.config import (
     settings,
 )
 from alignbench.evaluator import Evaluator
+from alignbench.manifest import Manifest, ManifestMetric, ManifestMilestone, ManifestNote, ManifestRun, ManifestScore
 from alignbench.plugins import NAME, Registry
 from alignbench.prompts import Prompt
 from alignbench.spec import (
@@ -181,53 +182,52 @@ class Plan:
             for score in self.scores
         ]
 
-    def manifest(self) -> dict[str, Any]:
-        """Plain data from which a report is made without methods, evaluators or torch."""
-        return {
-            "name": self.document.name,
-            "sweep": self.document.command,
-            "world": self.cells[0].spec.backend.get("model"),
-            "training_evaluator": self.training_evaluator,
-            "protocol": settings(self.evaluation.protocol),
-            "subset": self.evaluation.limit,
-            "milestone_prompts": self.evaluation.milestone_prompts,
-            "rehearsal": self.document.rehearsal,
-            "prompts": len(self.prompts),
-            "cases": list(dict.fromkeys(cell.spec.label for cell in self.cells)),
-            "runs": [self._run(cell) for cell in self.cells],
-        }
+    def manifest(self, plugins: Sequence[str] = ()) -> Manifest:
+        """Return what a report is made from, without methods, evaluators or torch. ``plugins``: as typed."""
+        return Manifest(
+            name=self.document.name,
+            sweep=self.document.command,
+            world=self.cells[0].spec.backend.get("model"),
+            training_evaluator=self.training_evaluator,
+            protocol=settings(self.evaluation.protocol),
+            subset=self.evaluation.limit,
+            milestone_prompts=self.evaluation.milestone_prompts,
+            rehearsal=self.document.rehearsal,
+            prompts=len(self.prompts),
+            cases=list(dict.fromkeys(cell.spec.label for cell in self.cells)),
+            runs=[self._run(cell) for cell in self.cells],
+            plugins=list(plugins),
+        )
 
-    def _run(self, cell: Cell) -> dict[str, Any]:
-        milestones = [
-            {"update": update, "images": images, "scores": self._scores(cell, images)}
-            for update, images in cell.milestones
-        ]
-        return {
-            "id": cell.id,
-            "label": cell.spec.label,
-            "method": cell.spec.method["name"],
-            "seed": cell.seed,
-            "published": cell.published,
-            "settings": settings(cell.spec),
-            "protocol": settings(cell.protocol),
-            "notes": cell.notes,
-            "images": cell.images,
-            "scores": self._scores(cell, cell.images),
-            **({"milestones": milestones} if milestones else {}),
-        }
+    def _run(self, cell: Cell) -> ManifestRun:
+        return ManifestRun(
+            id=cell.id,
+            label=cell.spec.label,
+            method=cell.spec.method["name"],
+            seed=cell.seed,
+            published=cell.published,
+            settings=settings(cell.spec),
+            protocol=settings(cell.protocol),
+            notes=[ManifestNote(**note) for note in cell.notes],
+            images=cell.images,
+            scores=self._scores(cell, cell.images),
+            milestones=[
+                ManifestMilestone(update, images, self._scores(cell, images)) for update, images in cell.milestones
+            ],
+        )
 
-    def _scores(self, cell: Cell, images: str) -> list[dict[str, Any]]:
-        """Those of one of the cell's image sets."""
+    def _scores(self, cell: Cell, images: str) -> list[ManifestScore]:
+        """Return those of one of the cell's image sets."""
         return [
-            {
-                "evaluator": score.name,
-                "settings": score.settings,
-                "version": score.version,
-                "file": f"scores/{images}/{score.file}",
-                "metrics": score.metrics,
-                "role": score.role,
-                **({"base": score.base} if score.base else {}),
-            }
+            ManifestScore(
+                evaluator=score.name,
+                settings=score.settings,
+                version=score.version,
+                file=f"scores/{images}/{score.file}",
+                metrics=[ManifestMetric(**metric) for metric in score.metrics],
+                role=score.role,
+                base=score.base or None,
+            )
             for score in self.scored(cell)
         ]
 

@@ -27,7 +27,8 @@ import numpy as np
 import pandas as pd
 
 from alignbench import store
-from alignbench.analysis import UNTRAINED
+from alignbench.manifest import UNTRAINED
+from alignbench.results import COSTS
 
 RESULTS = Path(__file__).parent / "results"
 METHODS, SEEDS, PROMPTS = 111, 9, 200
@@ -150,7 +151,7 @@ def finish(root: Path, run: dict) -> None:
         pd.DataFrame({"prompt_id": ["p0000"], "index": [0], "file": ["0.png"], "tag": ["task0"], "text": [""]}),
     )
     if run["seed"] != UNTRAINED:
-        records = {name: np.arange(300.0) for name in store.COSTS} | {
+        records = {name: np.arange(300.0) for name in COSTS} | {
             "update": np.arange(300),
             "reward_mean": np.linspace(0, 1, 300),
         }

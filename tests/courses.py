@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 
 from alignbench import store
+from alignbench.manifest import Manifest
+from alignbench.results import Results
 
 UPDATES = (10, 20, 30, 40, 50, 60)  # the last is the end
 TASKS = ("single_object", "two_object", "counting")
@@ -56,7 +59,7 @@ def made(
     milestones: bool = True,
     noise: float = 0.3,
     labels: tuple[str, ...] = METHODS,
-) -> store.Results:
+) -> Results:
     """The store on disk. ``noise``: of a picture's score against the base model's, in spreads."""
     plan: dict[str, Any] = {"name": "made_up", "sweep": "made_up.yaml", "cases": list(labels), "runs": []}
     plan |= {"protocol": {"images_per_prompt": images, "steps": 8}, "prompts": prompts, "training_evaluator": "hpsv2"}
@@ -78,7 +81,7 @@ def made(
             run |= {"settings": {}, "images": parts[-1]["images"], "scores": parts[-1]["scores"]}
             plan["runs"].append(run | ({"milestones": parts[:-1]} if parts[:-1] else {}))
             _train(root, label, seed, rng)
-    return store.Results(root, plan)
+    return Results(root, msgspec.convert(plan, Manifest))
 
 
 def _scores(images: str) -> list[dict[str, Any]]:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from msgspec import structs
 from numpy.typing import NDArray
 from PIL import Image
 from test_report import TASKS, costs, manifest, scores, stored
 
-from alignbench.store import Results
+from alignbench.results import Results
 
 PLACES = ("mountain lake", "desert canyon", "pine forest in fog", "green valley", "rocky coast", "snowy ridge")
 TIMES = ("at dawn", "at noon", "in the evening", "under a red sky", "after rain", "in winter light")
@@ -59,11 +60,11 @@ def make(
 ) -> Results:
     """The store's pictures in ``root``, and its results. ``different``: so many differ, the rest are links."""
     plan = manifest(seeds=seeds, labels=labels, name=name)
-    plan["prompts"] = prompts
-    plan["protocol"] |= {"images_per_prompt": images, "size": side}
+    protocol = plan.protocol | {"images_per_prompt": images, "size": side}
+    plan = structs.replace(plan, prompts=prompts, protocol=protocol)
     made: list[Path] = []
-    for number, run in enumerate(plan["runs"]):
-        folder = root / "images" / run["images"]
+    for number, run in enumerate(plan.runs):
+        folder = root / "images" / run.images
         folder.mkdir(parents=True)
         rows = []
         for prompt in range(prompts):

@@ -275,7 +275,7 @@ def test_plan_and_validate_write_nothing(folder, capsys):
     assert "fine; 3 runs, 4 prompts, scored by bright, geneval" in capsys.readouterr().out
     assert alignbench("plan", "tiny.yaml", "--only", "method=last", store=folder / "store") == 0
     out = capsys.readouterr().out
-    assert re.search(r"Last, seed 0 +missing +8 +1 \+ 1 ", out)
+    assert re.search(r"Last, seed 0 +planned +8 +1 \+ 1 ", out)
     assert "2 runs: 2 to train, 2 image sets to make, 4 scores to compute" in out
     assert not (folder / "store").exists()
 

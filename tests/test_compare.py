@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +10,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from msgspec import structs
 from PIL import Image
-from test_report import METRICS, UNTRAINED, draw_pictures, manifest, scores
+from test_report import METRICS, draw_pictures, manifest, scores, with_files, with_runs
 from world import alignbench
 
 from alignbench import compare, stats
 from alignbench import store as stores
 from alignbench.analysis import analyse
 from alignbench.config import UserError
+from alignbench.manifest import UNTRAINED, ManifestRun, write_manifest
 
 LABELS = ("base", "ReFL", "LeapAlign")
 PROMPTS = 18
@@ -32,29 +33,25 @@ def made(tmp_path_factory):
 
 def make(root: Path, name: str = "made_up", seeds=(0, 1), protocol: dict[str, Any] | None = None, change=None):
     """Write the sweep; ``change``: of the frame of scores, before it is written."""
-    plan = copy.deepcopy(manifest(seeds, LABELS, name))
-    for run in plan["runs"] if name != "made_up" else ():
-        run |= {key: f"{name}-{run[key]}" for key in ("id", "images")}
+    plan, prefix = manifest(seeds, LABELS, name), "" if name == "made_up" else f"{name}-"
+    plan = structs.replace(plan, prompts=PROMPTS)
+    plan = with_runs(plan, lambda run: {"id": f"{prefix}{run.id}", "images": f"{prefix}{run.images}"})
+    plan = with_runs(plan, lambda run: {"protocol": run.protocol | {"seed": 0} | (protocol or {})})
+    plan = with_files(plan, "scores/{images}/{evaluator}@1-abc.parquet")
     frame = scores(plan, PROMPTS)
     frame = frame if change is None else change(frame)
-    plan["prompts"] = PROMPTS
     draw_pictures(root, plan, PROMPTS)
-    for run in plan["runs"]:
-        run["protocol"] = plan["protocol"] | {"seed": 0} | (protocol or {})
-        write_scores(root, run, frame[frame["run"] == run["id"]])
-    stores.write_json(root / "sweeps" / f"{name}-0123456789.json", plan)
+    for run in plan.runs:
+        write_scores(root, run, frame[frame["run"] == run.id])
+    write_manifest(root / "sweeps" / f"{name}-0123456789.json", plan)
     return stores.Store(root), plan, frame
 
 
-def write_scores(root: Path, run: dict[str, Any], frame: pd.DataFrame) -> None:
-    entries = []
-    for entry in run["scores"]:
-        part = frame[frame["evaluator"] == entry["evaluator"]]
+def write_scores(root: Path, run: ManifestRun, frame: pd.DataFrame) -> None:
+    for score in run.scores:
+        part = frame[frame["evaluator"] == score.evaluator]
         wide = part.pivot(index=["prompt_id", "tag", "index"], columns="metric", values="score").reset_index()
-        file = f"scores/{run['images']}/{entry['evaluator']}@1-abc.parquet"
-        stores.write_frame(root / file, wide.assign(ok=True, error=""))
-        entries.append(entry | {"file": file, "settings": {"name": entry["evaluator"]}})
-    run["scores"] = entries
+        stores.write_frame(root / score.file, wide.assign(ok=True, error=""))
 
 
 def found(store: stores.Store, a: str, b: str, *only: str) -> dict[str, compare.Result]:
@@ -170,13 +167,10 @@ def test_other_weights_are_not_compared(tmp_path, capsys):
     root = tmp_path / "store"
     store, _, _ = make(root)
     _, plan, _ = make(root, "other")
-    for run in plan["runs"]:
-        for entry in run["scores"]:
-            if entry["evaluator"] == "pickscore":
-                new = entry["file"].replace("abc", "xyz")
-                (root / entry["file"]).rename(root / new)
-                entry["file"] = new
-    stores.write_json(root / "sweeps/other-0123456789.json", plan)
+    text = (root / "sweeps/other-0123456789.json").read_text()
+    (root / "sweeps/other-0123456789.json").write_text(text.replace("pickscore@1-abc", "pickscore@1-xyz"))
+    for file in (score.file for run in plan.runs for score in run.scores if score.evaluator == "pickscore"):
+        (root / file).rename(root / file.replace("abc", "xyz"))
     results, remarks = compare.compare(store, compare.find(store, "made_up:ReFL"), compare.find(store, "other:ReFL"))
     assert "pickscore" not in [result.measure.name for result in results]
     assert remarks == ["pickscore: scored with other settings, weights or version of it; not compared"]
@@ -206,7 +200,7 @@ def test_the_pictures_are_of_that_prompt(made):
     for each, side, picture in pictures:
         table = tables[picture.parent].set_index("file")
         assert table.loc[picture.name, "text"] == each.prompt
-        assert picture.parent.name in [run["images"] for run in side.runs]
+        assert picture.parent.name in [run.images for run in side.runs]
 
 
 def test_what_is_written(made, tmp_path, capsys):
@@ -263,14 +257,14 @@ def test_one_training_is_told(made):
 def test_names(made):
     """A sweep and a label, a beginning of the sweep's name, a label alone, an id, the beginning of an id."""
     store, plan, _ = made
-    whole = [run for run in plan["runs"] if run["label"] == "LeapAlign"]
+    whole = [run.id for run in plan.rows["LeapAlign"]]
     for word in ("made_up-0123456789:LeapAlign", "made_up:LeapAlign", "made:LeapAlign", "LeapAlign"):
         side = compare.find(store, word)
-        assert ([run["id"] for run in side.runs], side.whole) == ([run["id"] for run in whole], True)
+        assert ([run.id for run in side.runs], side.whole) == (whole, True)
     for word in ("LeapAlign-1", "ReFL-0"):
-        assert [run["id"] for run in compare.find(store, word).runs] == [word]
+        assert [run.id for run in compare.find(store, word).runs] == [word]
     assert compare.find(store, "LeapAlign-0").title == "LeapAlign of made_up-0123456789, seed 0"
-    assert compare.find(store, "base").runs[0]["seed"] == UNTRAINED
+    assert compare.find(store, "base").runs[0].seed == UNTRAINED
 
 
 BAD = {  # what is wrong: (A, B, options, the line)

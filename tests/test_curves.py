@@ -10,11 +10,14 @@ import courses as made_up
 import numpy as np
 import pandas as pd
 import pytest
+from test_report import with_runs
 
 from alignbench import curves, references, report, stats, store
 from alignbench.analysis import Measure, analyse
 from alignbench.config import UserError
 from alignbench.curves import Course
+from alignbench.manifest import ManifestMilestone
+from alignbench.results import Results
 from alignbench.table import Table
 
 END = made_up.UPDATES[-1]
@@ -89,11 +92,12 @@ def test_milestones_end_and_base_are_in_one_frame(whole):
 def test_a_milestone_at_the_very_end_is_the_end(whole, tmp_path):
     """It is counted once, with all its prompts."""
     results, _, _ = whole
-    manifest = {**results.manifest, "runs": [dict(run) for run in results.manifest["runs"]]}
-    for run in manifest["runs"]:
-        if "milestones" in run:
-            run["milestones"] = [*run["milestones"], {"update": END, "images": run["images"], "scores": run["scores"]}]
-    again = store.Results(results.store, manifest)
+
+    def with_end(run):
+        return [*run.milestones, ManifestMilestone(END, run.images, run.scores)] if run.milestones else []
+
+    manifest = with_runs(results.manifest, lambda run: {"milestones": with_end(run)})
+    again = Results(results.store, manifest)
     pd.testing.assert_frame_equal(curves.milestones(again), curves.milestones(results))
 
 
@@ -113,12 +117,12 @@ def test_fewer_prompts_at_milestones_are_the_prompts_of_the_whole_course(whole, 
     """Base and end are then those of these prompts alone: a course never compares different prompts."""
     results, analysis, found = whole
     shutil.copytree(results.store, tmp_path / "store")
-    for run in results.manifest["runs"]:
-        for score in (score for part in store.milestones(run) for score in part["scores"]):
-            path = tmp_path / "store" / score["file"]
+    for run in results.manifest.runs:
+        for score in (score for part in run.milestones for score in part.scores):
+            path = tmp_path / "store" / score.file
             frame = pd.read_parquet(path)
             store.write_frame(path, frame[frame["prompt_id"] < "p0010"])
-    again = curves.courses(store.Results(tmp_path / "store", results.manifest), analysis)
+    again = curves.courses(Results(tmp_path / "store", results.manifest), analysis)
     for course, full in zip(again, found, strict=True):
         for measure in course.values:
             np.testing.assert_array_equal(course.values[measure], full.values[measure][:, :10])
@@ -319,16 +323,16 @@ def test_without_milestones_one_line_says_so(bare):
 def test_nothing_trained_says_nothing(tmp_path, bare):
     """No record, no section."""
     results, analysis = bare
-    assert curves.sections(store.Results(tmp_path, results.manifest), analysis) == []
+    assert curves.sections(Results(tmp_path, results.manifest), analysis) == []
 
 
 def test_an_unreached_milestone_is_named(whole, tmp_path):
     """With its run, and where the training ended before it."""
     results, analysis, _ = whole
-    manifest = {**results.manifest, "runs": [dict(run) for run in results.manifest["runs"]]}
-    entry = {"update": 90, "images": "none", "scores": []}
-    manifest["runs"][1]["milestones"] = [*manifest["runs"][1]["milestones"], entry]
-    text = report.markdown(curves.sections(store.Results(results.store, manifest), analysis))
+    beyond = ManifestMilestone(90, "none", [])
+    chosen = results.manifest.runs[1]
+    manifest = with_runs(results.manifest, lambda run: {"milestones": [*run.milestones, *[beyond] * (run is chosen)]})
+    text = report.markdown(curves.sections(Results(results.store, manifest), analysis))
     assert "- ReFL, seed 0: training ended before update 90" in text
 
 
@@ -336,14 +340,14 @@ def test_half_a_store_makes_sections(whole, tmp_path):
     """Runs without records, milestones without scores, a seed that is missing: what is there is told."""
     results, _, _ = whole
     shutil.copytree(results.store, tmp_path / "store")
-    runs = {(run["label"], run["seed"]): run for run in results.manifest["runs"]}
-    shutil.rmtree(tmp_path / "store" / "runs" / runs["ReFL", 0]["id"])
-    for part in runs["LeapAlign", 1]["milestones"][:2]:
-        for score in part["scores"]:
-            (tmp_path / "store" / score["file"]).unlink()
-    for run in (run for (label, _), run in runs.items() if label == "DanceGRPO"):
-        shutil.rmtree(tmp_path / "store" / "runs" / run["id"])
-    half = store.Results(tmp_path / "store", results.manifest)
+    runs = results.manifest.by_seed
+    shutil.rmtree(tmp_path / "store" / "runs" / runs["ReFL", 0].id)
+    for part in runs["LeapAlign", 1].milestones[:2]:
+        for score in part.scores:
+            (tmp_path / "store" / score.file).unlink()
+    for run in results.manifest.rows["DanceGRPO"]:
+        shutil.rmtree(tmp_path / "store" / "runs" / run.id)
+    half = Results(tmp_path / "store", results.manifest)
     text = report.markdown(curves.sections(half, analyse(half.manifest, half.scores)))
     assert "### Where reward and quality part" in text
     assert "nan" not in text

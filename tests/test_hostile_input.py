@@ -7,11 +7,13 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import costs, manifest, page, results, scores, section, stored
+from test_report import costs, manifest, page, results, scores, section, stored, with_files
 
 from alignbench import report, store
 from alignbench.analysis import analyse
 from alignbench.config import UserError
+from alignbench.manifest import Manifest, ManifestMetric, ManifestRun, ManifestScore
+from alignbench.results import Results
 from alignbench.table import Cell, Column, Table, tex
 
 NAMES = (
@@ -113,37 +115,29 @@ def test_gaps_leave_no_hole_in_the_page(tmp_path):
     text = paths[0].read_text()
     assert "DRTune, seed 0: **failed**: out of memory" in text
     assert "- pickscore, LeapAlign: 0 of 240 scores" in text
-    assert (
-        len(plan["cases"]) == len([line for line in section(text, "Results").splitlines() if line.startswith("| ")]) - 2
-    )
+    assert len(plan.cases) == len([line for line in section(text, "Results").splitlines() if line.startswith("| ")]) - 2
 
 
 @pytest.mark.parametrize("kind", ["nothing", "no folder"])
 def test_a_store_where_nothing_is_done_has_a_report(tmp_path, kind):
     """Before anything is made every format exists, with every run listed as missing."""
-    plan = manifest()
-    for run in plan["runs"]:
-        run["scores"] = [
-            {**score, "file": f"scores/{run['images']}/{score['evaluator']}.parquet"} for score in run["scores"]
-        ]
+    plan = with_files(manifest())
     root = tmp_path / "store"
     if kind == "nothing":
         root.mkdir()
-    paths = report.build(store.Results(root, plan), tmp_path / "out")
+    paths = report.build(Results(root, plan), tmp_path / "out")
     assert [path.suffix for path in paths] == [".md", ".csv", ".tex", ".html"]
-    assert paths[0].read_text().count("**missing**: not made yet") == 11
+    assert paths[0].read_text().count("**planned**: not made yet") == 11
     assert not any("nan" in path.read_text() for path in paths[:3])
 
 
 def test_a_damaged_score_file_is_named(tmp_path):
     """A file that is no parquet is an error with its path, not a traceback and not a missing score."""
-    plan = manifest()
-    for run in plan["runs"]:
-        run["scores"] = [{**score, "file": "scores/x.parquet"} for score in run["scores"]]
+    plan = with_files(manifest(), "scores/x.parquet")
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores/x.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match=r"x\.parquet: cannot be read .*run the sweep again"):
-        report.build(store.Results(tmp_path, plan), tmp_path / "out")
+        report.build(Results(tmp_path, plan), tmp_path / "out")
 
 
 def test_only_the_formats_that_were_asked_for_are_written(tmp_path):
@@ -164,10 +158,13 @@ def test_scores_read_from_files_are_those_that_were_written(tmp_path):
     runs = []
     for name, frame in {"a": full, "b": full.iloc[:0], "c": full.assign(tag=None)}.items():
         store.write_frame(tmp_path / f"{name}.parquet", frame)
-        entry = {"evaluator": "e", "file": f"{name}.parquet", "metrics": [{"name": "m"}, {"name": "n"}]}
-        about = {"id": name, "label": name, "method": "x", "seed": 3}
-        runs.append({**about, "scores": [entry, {**entry, "file": "missing.parquet"}]})
-    found = store.Results(tmp_path, {"runs": runs}).scores
+        metrics = [ManifestMetric("m"), ManifestMetric("n")]
+        files = [f"{name}.parquet", "missing.parquet"]
+        entries = [
+            ManifestScore(evaluator="e", version="1", role="check", file=file, metrics=metrics) for file in files
+        ]
+        runs.append(ManifestRun(id=name, label=name, method="x", seed=3, images=name, scores=entries))
+    found = Results(tmp_path, Manifest(name="s", runs=runs)).scores
     assert found["score"].tolist() == pytest.approx([1, 2, 0.5, np.nan] * 2, nan_ok=True)
     assert found["metric"].tolist() == ["m", "m", "n", "n"] * 2
     assert found["label"].tolist() == ["a"] * 4 + ["c"] * 4

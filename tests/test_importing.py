@@ -23,9 +23,11 @@ from world import alignbench
 from alignbench import gc, importing, stats
 from alignbench.config import UserError
 from alignbench.importers import FLOWBP, read
+from alignbench.manifest import read_manifest
 from alignbench.plugins import Registry
 from alignbench.prompts import prompt_id
-from alignbench.store import Results, Store, read_json
+from alignbench.results import Results
+from alignbench.store import Store, read_json
 
 TEXTS = ["a red circle", "two blue squares", "a green ring 🙂", 'say "שלום", twice', "a | b `c`", "a cross"]
 TASKS = ["single_object", "counting", "colors", "colors", "position", "counting"]
@@ -94,7 +96,7 @@ def sweep(store: Path, name: str = "imported") -> dict[str, Any]:
 
 
 def scores(store: Path, name: str = "imported") -> pd.DataFrame:
-    return Results(store, sweep(store, name)).scores
+    return Results(store, read_manifest(store / "sweeps" / f"{name}.json")).scores
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -270,17 +272,17 @@ def test_our_own_pictures_come_back_with_our_own_scores(swept, tmp_path, capsys)
     """
     store = tmp_path / "store"
     shutil.copytree(swept / "store", store)
-    manifest = read_json(Store(store).manifests()[0])
-    run = next(run for run in manifest["runs"] if run["label"] == "Last")
-    folder, judges = store / "images" / run["images"], ["-e", "bright,geneval", "geneval.detector=shapes"]
+    manifest = read_manifest(Store(store).manifests()[0])
+    run = manifest.rows["Last"][0]
+    folder, judges = store / "images" / run.images, ["-e", "bright,geneval", "geneval.detector=shapes"]
     options = ["--prompts", "shapes/test", "--label", "Again", *judges]
     assert take(store, "images", folder, *options) == 0
-    own = Results(store, manifest | {"runs": [run]}).scores
+    own = Results(store, manifest.only([run])).scores
     place = {"metric": str, "prompt_id": str, "index": int}
     theirs, mine = (frame.astype(place).sort_values(list(place))["score"] for frame in (scores(store), own))
     assert np.array_equal(theirs.to_numpy(), mine.to_numpy())
     capsys.readouterr()
-    assert alignbench("compare", "imported:Again", run["id"], store=store, plugin=False) == 0
+    assert alignbench("compare", "imported:Again", run.id, store=store, plugin=False) == 0
     text = capsys.readouterr().out
     assert text.count("cannot tell") == 3
     assert text.count("\nNowhere.") == 3

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from msgspec import structs
 from safetensors.torch import load_file
 from test_sweep import PATIENCE, start, trainer, until
 from test_train import LEAP, PROCESSES, PROMPTS, STEPS, AffineFlow, QuadraticReward, run
@@ -23,7 +24,9 @@ from alignbench import spec, store, sweep
 from alignbench.config import UserError, decode, merge
 from alignbench.cost import GPUS
 from alignbench.estimate import estimate
+from alignbench.manifest import Manifest, ManifestRun, read_manifest
 from alignbench.plugins import Registry
+from alignbench.results import Results
 from alignbench.spec import Budget, Protocol, Training
 from alignbench.sweep import read, resolve
 
@@ -40,12 +43,12 @@ def swept(tmp_path_factory) -> Path:
     return folder
 
 
-def manifest(folder: Path) -> dict:
-    return json.loads(next((folder / "store" / "sweeps").glob("*.json")).read_text())
+def manifest(folder: Path) -> Manifest:
+    return read_manifest(next((folder / "store" / "sweeps").glob("*.json")))
 
 
-def trained(folder: Path) -> dict:
-    return next(run for run in manifest(folder)["runs"] if run["label"] == "Last")
+def trained(folder: Path) -> ManifestRun:
+    return manifest(folder).rows["Last"][0]
 
 
 # -- settings and ids --------------------------------------------------------------------------------------------------
@@ -88,7 +91,8 @@ def test_an_image_set_of_a_milestone_is_one_of_its_own():
 
 def test_rows_that_train_nothing_have_no_milestones(swept):
     """Their weights never move; and a manifest without milestones has no such key."""
-    runs = {run["label"]: run for run in manifest(swept)["runs"]}
+    plain = json.loads(next((swept / "store" / "sweeps").glob("*.json")).read_text())
+    runs = {run["label"]: run for run in plain["runs"]}
     assert "milestones" not in runs["Base"]
     assert [part["update"] for part in runs["Last"]["milestones"]] == [1, 3, 9]
 
@@ -163,33 +167,33 @@ def test_milestones_outlive_kill_9(tmp_path):
 def test_every_milestone_has_its_pictures_and_scores(swept):
     """The first prompts' pictures of the milestones' own weights, and a row of scores each; nothing beyond the end."""
     run, root = trained(swept), swept / "store"
-    end = pd.read_parquet(root / "images" / run["images"] / "manifest.parquet")
-    for part in run["milestones"][:2]:
-        found = pd.read_parquet(root / "images" / part["images"] / "manifest.parquet")
+    end = pd.read_parquet(root / "images" / run.images / "manifest.parquet")
+    for part in run.milestones[:2]:
+        found = pd.read_parquet(root / "images" / part.images / "manifest.parquet")
         pd.testing.assert_frame_equal(found.drop(columns="sha256"), end.drop(columns="sha256")[: len(found)])
         assert found["prompt_id"].nunique() == 2
         assert not set(found["sha256"]) & set(end["sha256"])
-        for score, final in zip(part["scores"], run["scores"], strict=True):
-            assert score | {"file": ""} == final | {"file": ""}
-            assert len(pd.read_parquet(root / score["file"])) == 2
+        for score, final in zip(part.scores, run.scores, strict=True):
+            assert structs.replace(score, file="") == structs.replace(final, file="")
+            assert len(pd.read_parquet(root / score.file)) == 2
     weights = [
-        load_file(root / "runs" / run["id"] / name) for name in ("weights-000001.safetensors", "weights.safetensors")
+        load_file(root / "runs" / run.id / name) for name in ("weights-000001.safetensors", "weights.safetensors")
     ]
     assert weights[0].keys() == weights[1].keys()
-    beyond = run["milestones"][2]
-    assert not (root / "images" / beyond["images"]).exists()
-    assert not store.Store(root).milestone(run["id"], 9).exists()
+    beyond = run.milestones[2]
+    assert not (root / "images" / beyond.images).exists()
+    assert not store.Store(root).milestone(run.id, 9).exists()
 
 
 def test_a_milestone_beyond_the_end_is_said_and_not_missing(swept, capsys):
     """The run is done; its log, and what `status` counts, say that training ended before."""
     run, root = trained(swept), store.Store(swept / "store")
-    parts = store.artefacts(root, run)
+    parts = run.artefacts(root)
     assert [part.kind for part in parts] == ["run"] + ["images"] * 3 + ["scores"] * 6
     assert all(part.done for part in parts)
     assert (
         "update 9 is not there: training ended after 4 updates"
-        in (root.run(run["id"], True).folder / "log.txt").read_text()
+        in (root.run(run.id, True).folder / "log.txt").read_text()
     )
     assert alignbench("status", store=swept / "store", plugin=False) == 0
     assert "2 done" in capsys.readouterr().out
@@ -199,10 +203,10 @@ def test_a_missing_milestone_is_made_again(swept, tmp_path, capsys):
     """Its pictures alone: status says what is open, the same command makes the same bytes, and nothing is trained."""
     shutil.copytree(swept, tmp_path / "copy")
     folder, run = tmp_path / "copy", trained(swept)
-    shutil.rmtree(folder / "store" / "images" / run["milestones"][0]["images"])
-    (folder / "store" / run["milestones"][1]["scores"][0]["file"]).unlink()
-    found = store.Results(folder / "store", manifest(folder))
-    assert found.state(run) == ("missing", "not made yet: images, scores")
+    shutil.rmtree(folder / "store" / "images" / run.milestones[0].images)
+    (folder / "store" / run.milestones[1].scores[0].file).unlink()
+    found = Results(folder / "store", manifest(folder)).state(run)
+    assert (found.state, found.reason) == ("planned", "not made yet: images, scores")
     before = [path.stat().st_mtime_ns for path in sorted(folder.rglob("weights*.safetensors"))]
     assert debug_sweep(str(folder / "tiny.yaml"), folder / "store") == 0
     assert [path.stat().st_mtime_ns for path in sorted(folder.rglob("weights*.safetensors"))] == before
@@ -214,8 +218,8 @@ def test_lost_weights_of_a_milestone_are_an_error_with_their_name(swept, tmp_pat
     """Not a milestone that was never reached: the run came that far."""
     shutil.copytree(swept, tmp_path / "copy")
     folder, run = tmp_path / "copy", trained(swept)
-    shutil.rmtree(folder / "store" / "images" / run["milestones"][0]["images"])
-    store.Store(folder / "store").milestone(run["id"], 1).unlink()
+    shutil.rmtree(folder / "store" / "images" / run.milestones[0].images)
+    store.Store(folder / "store").milestone(run.id, 1).unlink()
     assert debug_sweep(str(folder / "tiny.yaml"), folder / "store") == 2
     assert re.search(r"weights-000001.safetensors: not a readable weight file", capsys.readouterr().err)
 
@@ -229,9 +233,7 @@ def test_gc_keeps_what_milestones_have(swept, capsys):
 def test_a_rerun_compares_milestones(swept, tmp_path, capsys):
     """Their weights, pictures and scores are made again and are the same."""
     assert (
-        alignbench(
-            "rerun", trained(swept)["id"], "--into", str(tmp_path / "again"), store=swept / "store", plugin=False
-        )
+        alignbench("rerun", trained(swept).id, "--into", str(tmp_path / "again"), store=swept / "store", plugin=False)
         == 0
     )
     said = capsys.readouterr().out
@@ -270,8 +272,8 @@ def test_milestones_ride_along_on_slurm(tmp_path):
     plan = resolve(read(sweep_file(tmp_path, MILESTONES), seeds="0"), Registry([PLUGIN]))
     place = store.Store(tmp_path / "store")
     cell = next(cell for cell in plan.cells if cell.trains)
-    run = next(run for run in plan.manifest()["runs"] if run["label"] == "Last")
-    lacking = store.artefacts(place, run)[-1]
+    run = plan.manifest().rows["Last"][0]
+    lacking = run.artefacts(place)[-1]
     assert lacking.id == f"{cell.milestones[-1][1]}/{plan.scores[-1].file.removesuffix('.parquet')}"
     (array,) = slurm.arrays({}, [slurm.Work(cell, [lacking])], plan.scored)
     assert (array.stage, array.evaluator) == ("scores", plan.scores[-1].name)
@@ -291,7 +293,7 @@ def test_a_sweep_with_milestones_goes_on_after_kill_9(undisturbed, tmp_path, sta
     sweep_file(tmp_path, MILESTONES)
     process = start(tmp_path)
     until(tmp_path, "sweeps/*.json", process)
-    first = trained(tmp_path)["milestones"][0]["images"]
+    first = trained(tmp_path)["milestones"][0].images
     run, _ = trainer(tmp_path)
     wait = {
         "training": f"runs/{run}/weights-000001.safetensors",

@@ -17,12 +17,14 @@ import pandas as pd
 import pytest
 import scenery
 from browser import Visit, browser, until
+from msgspec import structs
 from PIL import Image
 from scipy.stats import binomtest, kendalltau
-from test_report import TASKS, draw_pictures, results
+from test_report import TASKS, draw_pictures, results, with_runs
 
 from alignbench import gallery, markup, page, report
 from alignbench.analysis import analyse
+from alignbench.manifest import ManifestNote
 from alignbench.table import Cell, Column, Table, escape
 
 NASTY = (
@@ -116,7 +118,7 @@ def test_a_table_is_one_for_those_who_do_not_see_it():
 def test_nothing_that_the_markdown_says_is_missing_in_the_page(tmp_path):
     """Every word and number of the markdown is in the page, at least as often; so are the stamps."""
     given = results(tmp_path, name="quickstart")
-    given.manifest |= {"rehearsal": True, "subset": 60}
+    given.manifest = structs.replace(given.manifest, rehearsal=True, subset=60)
     given.costs.loc[3, ["state", "reason"]] = ["failed", "loss is nan at step 7 | see log"]
     given.costs["warning"] = "a hinge was closed"
     given.scores.loc[given.scores.index[5], "score"] = np.nan
@@ -285,10 +287,9 @@ def test_a_page_does_not_tell_of_folders_far_away(tmp_path):
 def spoil(given, root) -> None:
     """Nasty prompts, labels and reasons; a method with other prompts, one that failed, a picture that is none."""
     renamed = {"ReFL": NASTY[1], "DRTune": 'x" onmouseover="alert(1)', "DanceGRPO": NASTY[3]}
-    for run in given.manifest["runs"]:
-        run["label"] = renamed.get(run["label"], run["label"])
-        run["notes"] = [{"set": {"a": NASTY[2]}, "reason": NASTY[0] + "\x00\ud800"}]
-    given.manifest["cases"] = [renamed.get(label, label) for label in given.manifest["cases"]]
+    notes = [ManifestNote({"a": NASTY[2]}, NASTY[0] + "\x00\ud800")]
+    plan = with_runs(given.manifest, lambda run: {"label": renamed.get(run.label, run.label), "notes": notes})
+    given.manifest = structs.replace(plan, cases=[renamed.get(label, label) for label in plan.cases])
     given.scores["label"] = given.scores["label"].replace(renamed)
     given.costs["label"] = given.costs["label"].replace(renamed)
     given.costs.loc[given.costs["run"] == "DRTune-0", ["state", "reason"]] = ["failed", NASTY[1]]
@@ -742,8 +743,9 @@ def test_bad_input_in_the_browser(visit, tmp_path, what):
         given = results(tmp_path / "none")
         given.scores, given.costs = given.scores.iloc[:0], given.costs.assign(state="missing", images=np.nan)
     if what == "without base":
-        given.manifest["runs"] = [run for run in given.manifest["runs"] if run["label"] != "base"]
-        given.manifest["cases"].remove("base")
+        runs = [run for run in given.manifest.runs if run.label != "base"]
+        cases = [label for label in given.manifest.cases if label != "base"]
+        given.manifest = structs.replace(given.manifest, runs=runs, cases=cases)
         given.scores = given.scores[given.scores["label"] != "base"]
         given.costs = given.costs[given.costs["label"] != "base"]
     built(given, tmp_path)

@@ -11,10 +11,13 @@ import xml.etree.ElementTree as ET
 import courses as made_up
 import numpy as np
 import pytest
+from msgspec import structs
 from PIL import Image
 
-from alignbench import plots, store
+from alignbench import plots
 from alignbench.analysis import analyse
+from alignbench.manifest import write_manifest
+from alignbench.results import Results
 
 LABELS = ("Base", "ReFL", "LeapAlign")
 NAMES = ["overview", "forest", "training", "cost-hpsv2.1", "cost-pickscore", "cost-diversity", "cost-geneval"]
@@ -57,17 +60,18 @@ def test_pictures_are_a_column_wide_on_a_light_ground(drawn):
 def test_the_same_numbers_are_the_same_bytes(drawn, tmp_path):
     """Also in a process of its own, and where a user's matplotlibrc says otherwise; no date, no program's version."""
     results, _, figures = drawn
-    store.write_json(tmp_path / "manifest.json", results.manifest)
+    write_manifest(tmp_path / "manifest.json", results.manifest)
     (tmp_path / "matplotlibrc").write_text("lines.linewidth: 7\nfont.size: 30\n")
     code = f"""
-import json, pathlib
-from alignbench import report, store
-results = store.Results({str(results.store)!r}, json.load(open("manifest.json")))
-report.build(results, pathlib.Path("out"), ["svg", "png"])
+from pathlib import Path
+from alignbench import report
+from alignbench.manifest import read_manifest
+from alignbench.results import Results
+report.build(Results({str(results.store)!r}, read_manifest(Path("manifest.json"))), Path("out"), ["svg", "png"])
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     for figure in figures:
-        path = tmp_path / "out" / f"{results.manifest['name']}-{figure.name}.svg"
+        path = tmp_path / "out" / f"{results.manifest.name}-{figure.name}.svg"
         assert path.read_text() == figure.svg
         assert path.with_suffix(".png").read_bytes() == figure.png
         assert not re.search(r"\b20\d\d-\d\d-\d\d|Matplotlib v", figure.svg)
@@ -103,7 +107,7 @@ def test_without_milestones_the_end_is_drawn(tmp_path):
 
 def test_an_empty_store_draws_nothing(drawn, tmp_path):
     """No figure, and no error."""
-    empty = store.Results(tmp_path, drawn[0].manifest)
+    empty = Results(tmp_path, drawn[0].manifest)
     assert plots.figures(empty, analyse(empty.manifest, empty.scores)) == []
 
 
@@ -117,7 +121,6 @@ def test_importing_plots_imports_no_matplotlib():
 def test_a_rehearsal_is_stamped_on_every_figure(drawn):
     """Each is drawn otherwise than without the word, and so is a subset's, with another one."""
     results, analysis, figures = drawn
-    stamped = [
-        plots.figures(store.Results(results.store, {**results.manifest, key: 1}), analysis) for key in plots.STAMPS
-    ]
+    marked = [structs.replace(results.manifest, **mark) for mark in ({"rehearsal": True}, {"subset": 1})]
+    stamped = [plots.figures(Results(results.store, manifest), analysis) for manifest in marked]
     assert all(len({each.svg for each in same}) == 3 for same in zip(figures, *stamped, strict=True))

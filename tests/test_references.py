@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from msgspec import structs
 from scipy.special import ndtr
 from test_report import costs, manifest, scores, stored
 
@@ -153,7 +154,7 @@ def test_rehearsals_subsets_and_missing_prompts_are_never_compared():
     figure = ("ReFL", "PickScore x 10", "210.0")
     for mark in ({"rehearsal": True}, {"subset": 60}):
         made = given()
-        made.manifest |= mark
+        made.manifest = structs.replace(made.manifest, **mark)
         assert verdicts(table(figure), made)["ReFL", "ReFL", "PickScore x 10"] == "protocol differs"
     made = given()
     frame = made.scores

@@ -38,7 +38,7 @@ def test_a_rehearsal_has_the_runs_of_the_sweep(name, small):
         assert cell.spec.backend["tune"] == original.spec.backend["tune"]
         assert [part["margin"] for part in cell.spec.rewards] == [part["margin"] for part in original.spec.rewards]
     assert document.name.startswith(f"{real.document.name}-REHEARSAL")
-    assert played.manifest()["rehearsal"] is True
+    assert played.manifest().rehearsal
 
 
 @pytest.mark.parametrize("name", ["quickstart", "shapes"])

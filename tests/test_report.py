@@ -8,13 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
+from msgspec import structs
 from PIL import Image, ImageDraw
 
 from alignbench import cli, grid, report, stats, store
-from alignbench.analysis import UNTRAINED, Measure, analyse
+from alignbench.analysis import Measure, analyse
+from alignbench.manifest import UNTRAINED, Manifest, ManifestNote, write_manifest
+from alignbench.results import COSTS, Results
 from alignbench.table import Cell, Column, Table, escape, interval, number
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -52,7 +56,23 @@ def manifest(seeds=(0, 1), labels=LABELS, name="made_up"):
         "size": 32,
     }
     about = {"name": name, "sweep": f"sweeps/{name}.yaml", "protocol": protocol}
-    return {**about, "training_evaluator": "hpsv2", "prompts": 60, "cases": list(labels), "runs": runs}
+    plain = {**about, "training_evaluator": "hpsv2", "prompts": 60, "cases": list(labels), "runs": runs}
+    return msgspec.convert(plain, Manifest)
+
+
+def with_runs(plan, change):
+    """The manifest with ``change(run)``, its new fields, in each of its runs."""
+    return structs.replace(plan, runs=[structs.replace(run, **change(run)) for run in plan.runs])
+
+
+def with_files(plan, file="scores/{images}/{evaluator}.parquet"):
+    """The manifest with a file and its evaluator's settings for every score."""
+
+    def filed(run, score):
+        own = {"file": file.format(images=run.images, evaluator=score.evaluator), "settings": {"name": score.evaluator}}
+        return structs.replace(score, **own)
+
+    return with_runs(plan, lambda run: {"scores": [filed(run, score) for score in run.scores]})
 
 
 def scores(plan, prompts=60, images=2):
@@ -61,11 +81,11 @@ def scores(plan, prompts=60, images=2):
     frames = []
     for evaluator, role, metric, _, _, level, spread in METRICS:
         common = level + spread * rng.normal(size=(prompts, images))
-        for run in plan["runs"]:
-            gain = GAINS.get(run["label"], (0, 0))[role != "train"] * spread
-            noise = 0 if run["seed"] == UNTRAINED else rng.normal(size=(prompts, images)) * spread
+        for run in plan.runs:
+            gain = GAINS.get(run.label, (0, 0))[role != "train"] * spread
+            noise = 0 if not run.trained else rng.normal(size=(prompts, images)) * spread
             prompt, index = np.indices((prompts, images)).reshape(2, -1)
-            columns = {"label": run["label"], "method": run["method"], "seed": run["seed"], "run": run["id"]}
+            columns = {"label": run.label, "method": run.method, "seed": run.seed, "run": run.id}
             columns |= {"evaluator": evaluator, "metric": metric, "prompt_id": [f"p{i:04d}" for i in prompt]}
             columns |= {"tag": [TASKS[i % 6] for i in prompt], "index": index, "score": (common + gain + noise).ravel()}
             frames.append(pd.DataFrame({**columns, "ok": True}))
@@ -74,9 +94,10 @@ def scores(plan, prompts=60, images=2):
 
 def costs(plan):
     rows = []
-    for run in plan["runs"]:
-        row = {key: run[key] for key in ("label", "method", "seed")} | {"run": run["id"], "state": "done", "reason": ""}
-        work = 0 if run["seed"] == UNTRAINED else 1
+    for run in plan.runs:
+        row = {"label": run.label, "method": run.method, "seed": run.seed}
+        row |= {"run": run.id, "state": "done", "reason": ""}
+        work = int(run.trained)
         row |= {"updates": 30 * work, "images": 480 * work, "nfe_forward": 9600 * work, "nfe_grad": 960 * work}
         row |= {"decodes": 480 * work, "reward_calls": 480 * work, "seconds": 41.0 * work}
         first, last = (0.25, 0.28) if work else (np.nan, np.nan)
@@ -91,15 +112,15 @@ def results(folder=None, **options):
 
 def stored(folder, plan, scores, costs):
     """The results of a store that has these scores and costs, whatever lies in ``folder``."""
-    found = store.Results(folder or "absent", plan)
+    found = Results(folder or "absent", plan)
     found.scores, found.costs = scores, costs
     return found
 
 
 def draw_pictures(root, plan, prompts=60):
     """Image sets as the store keeps them: a disc whose colour is the method's."""
-    for number_, run in enumerate(plan["runs"]):
-        folder = root / "images" / run["images"]
+    for number_, run in enumerate(plan.runs):
+        folder = root / "images" / run.images
         folder.mkdir(parents=True)
         rows = []
         for prompt in range(prompts):
@@ -178,13 +199,13 @@ def test_published_weights_are_compared_like_any_row():
     What is said of trained methods does not depend on them, but for Holm's count.
     """
     plan = manifest(labels=("ReFL", "base", "LeapAlign", "DRTune"))
-    first, *rest = [run for run in plan["runs"] if (run["label"], run["seed"]) != ("ReFL", 1)]
-    published = {**plan, "runs": [{**first, "seed": UNTRAINED, "published": True}, *rest]}
+    first, *rest = [run for run in plan.runs if (run.label, run.seed) != ("ReFL", 1)]
+    published = plan.only([structs.replace(first, seed=UNTRAINED, published=True), *rest])
     frame = scores(published)
     mine = frame["label"] == "ReFL"
     frame.loc[mine, "score"] += np.random.default_rng(1).normal(size=mine.sum())
     given = analyse(published, frame)
-    without = {**plan, "runs": rest, "cases": ["base", "LeapAlign", "DRTune"]}
+    without = structs.replace(plan, runs=rest, cases=["base", "LeapAlign", "DRTune"])
     alone = analyse(without, frame[~mine])
     assert (given.base, given.compared) == ("base", ["ReFL", "LeapAlign", "DRTune"])
     for measure in given.measures:
@@ -198,9 +219,8 @@ def test_published_weights_are_compared_like_any_row():
 def test_hybrid_inference_is_marked():
     """A row whose last steps are the base model's has a dagger, a footnote and a line in the protocol; others none."""
     given = results()
-    for run in given.manifest["runs"]:
-        own = {"tuned_steps": 5} if run["label"] == "DRTune" else {}
-        run["protocol"] = {**given.manifest["protocol"], **own}
+    own = {"DRTune": {"tuned_steps": 5}}
+    given.manifest = with_runs(given.manifest, lambda run: {"protocol": run.protocol | own.get(run.label, {})})
     text = page(given)
     assert [label for label in LABELS if "†" in row_of(section(text, "Results"), label)] == ["DRTune"]
     assert "† Hybrid inference: the row makes these steps, the base model the rest: DRTune, the first 5 of 8" in text
@@ -211,10 +231,11 @@ def test_hybrid_inference_is_marked():
 def test_moments_in_8_bits_are_marked():
     """A row that was trained with them has a double dagger and a footnote, beside any other; the base has none."""
     given = results()
-    for run in given.manifest["runs"]:
-        own = "8bit" if run["label"] in ("base", "DRTune") else "float32"
-        run["settings"]["training"]["optimizer"] = {"moments": own}
-        run["protocol"] = given.manifest["protocol"] | ({"tuned_steps": 5} if run["label"] == "DRTune" else {})
+    for run in given.manifest.runs:
+        own = "8bit" if run.label in ("base", "DRTune") else "float32"
+        run.settings["training"]["optimizer"] = {"moments": own}
+    hybrid = {"DRTune": {"tuned_steps": 5}}
+    given.manifest = with_runs(given.manifest, lambda run: {"protocol": run.protocol | hybrid.get(run.label, {})})
     text = page(given)
     assert [label for label in LABELS if "‡" in row_of(section(text, "Results"), label)] == ["DRTune"]
     assert "| DRTune † ‡" in text
@@ -248,8 +269,8 @@ def test_overrides_show_their_reason_once():
     text = page(given)
     assert text.count("four groups of four") == 1
     assert "- DanceGRPO: training.batch = 16. four groups of four" in text
-    for run in given.manifest["runs"]:
-        run["notes"] = [{"set": {"training.optimizer.lr": 1e-4}, "reason": "a small model"}]
+    notes = [ManifestNote({"training.optimizer.lr": 1e-4}, "a small model")]
+    given.manifest = with_runs(given.manifest, lambda run: {"notes": notes})
     assert section(page(given), "Overrides").count("all methods: training.optimizer.lr = 0.0001. a small model") == 1
 
 
@@ -264,7 +285,7 @@ def test_settings_are_printed_as_resolved():
 def test_a_subset_says_so():
     """A quick look at a few prompts is marked as such at the head of the page, and asks the sweep's own questions."""
     given = results(name="quickstart-SUBSET")
-    given.manifest["subset"] = 60
+    given.manifest = structs.replace(given.manifest, subset=60)
     text = page(given)
     assert text.splitlines()[4] == "**SUBSET: only the first 60 evaluation prompts.**"
     assert "Does LeapAlign beat" in text
@@ -470,30 +491,27 @@ def test_a_report_is_made_twice_alike(tmp_path):
     assert [path.read_bytes() for path in report.build(given, tmp_path / "b")] == first
 
 
-def on_disk(root: Path, given: store.Results) -> dict:
+def on_disk(root: Path, given: Results) -> Manifest:
     """Write a store with what ``given`` has, and return its manifest."""
-    plan, frame = given.manifest, given.scores
+    plan, frame = with_files(given.manifest), given.scores
     draw_pictures(root, plan)
-    for run in plan["runs"]:
-        mine = frame[(frame["run"] == run["id"])]
-        run["scores"] = [
-            {**score, "file": f"scores/{run['images']}/{score['evaluator']}.parquet"} for score in run["scores"]
-        ]
-        for score in run["scores"]:
-            part = mine[mine["evaluator"] == score["evaluator"]]
+    for run in plan.runs:
+        mine = frame[(frame["run"] == run.id)]
+        for score in run.scores:
+            part = mine[mine["evaluator"] == score.evaluator]
             wide = part.pivot(index=["prompt_id", "tag", "index"], columns="metric", values="score").reset_index()
-            store.write_frame(root / score["file"], wide.assign(ok=True, error=""))
-        folder = root / "runs" / run["id"]
+            store.write_frame(root / score.file, wide.assign(ok=True, error=""))
+        folder = root / "runs" / run.id
         store.write_json(folder / "status.json", {"state": "done"})
-        if run["seed"] != UNTRAINED:
-            row = given.costs[given.costs["run"] == run["id"]].iloc[0]
-            record = {name: [row[name]] for name in store.COSTS} | {"update": [29], "reward_mean": [0.25]}
+        if run.trained:
+            row = given.costs[given.costs["run"] == run.id].iloc[0]
+            record = {name: [row[name]] for name in COSTS} | {"update": [29], "reward_mean": [0.25]}
             store.write_frame(folder / "train.parquet", pd.DataFrame(record))
             store.write(folder / "weights.safetensors", b"")
         origin = {"alignbench": "0.1.0", "revision": None, "python": "3.11.9", "packages": {"torch": "2.15"}}
         origin |= {"machine": "Linux x86_64, 2 cores", "devices": [], "processes": 1, "threads": 1}
         store.write_json(folder / "provenance.json", origin)
-    store.write_json(root / "sweeps" / "made_up-1.json", plan)
+    write_manifest(root / "sweeps" / "made_up-1.json", plan)
     return plan
 
 
@@ -501,7 +519,7 @@ def test_a_store_on_disk_is_read(tmp_path):
     """The page of a real store is the page of its frames."""
     given = results(tmp_path)
     plan = on_disk(tmp_path, given)
-    text = report.build(store.Results(tmp_path, plan), tmp_path / "out")[0].read_text()
+    text = report.build(Results(tmp_path, plan), tmp_path / "out")[0].read_text()
     assert text.count("- made with alignbench 0.1.0, Python 3.11.9, torch 2.15, Linux x86_64, 2 cores") == 1
     assert "different software" not in text
     assert section(text, "Results").startswith(section(page(given), "Results").rstrip())
@@ -514,7 +532,7 @@ def test_the_report_stays_the_same_however_its_scores_were_read(tmp_path, writab
     """The first, and the next from kept tables: byte for byte; of a read-only store as well, where none are kept."""
     root = tmp_path / "store"
     plan = on_disk(root, results(root))
-    expected = [path.read_bytes() for path in report.build(store.Results(root, plan), tmp_path / "a", ("md", "csv"))]
+    expected = [path.read_bytes() for path in report.build(Results(root, plan), tmp_path / "a", ("md", "csv"))]
     if not writable:
         store.write(root / "tables", "a file where a folder would be: also root cannot write there")
         monkeypatch.setattr(os, "access", lambda place, mode: False)

@@ -58,7 +58,7 @@ def test_every_difference_is_told_with_its_size(copy):
     store, other = Store(copy / "store"), Store(copy / "other")
     shutil.copytree(store.root, other.root)
     name = trained(store.root)
-    (run,) = rerun.recorded(store, name)
+    ((run, *_),) = rerun.recorded(store, name)
     assert [v.differs for v in rerun.compare(store, other, run)] == [""] * 5
     path = other.root / "runs" / name / "weights.safetensors"
     weights = load_file(path)
@@ -66,13 +66,13 @@ def test_every_difference_is_told_with_its_size(copy):
     save_file(weights | {first: weights[first] + 0.5}, path)
     records = pd.read_parquet(path.with_name("train.parquet"))
     write_frame(path.with_name("train.parquet"), records.assign(loss=records["loss"] + 0.25, seconds=1e9))
-    pictures = other.root / "images" / run["images"] / "manifest.parquet"
+    pictures = other.root / "images" / run.images / "manifest.parquet"
     manifest = pd.read_parquet(pictures)
     picture = pictures.with_name(manifest["file"][0])
     Image.open(picture).point(lambda level: level ^ 4).save(picture)
     manifest.loc[0, "sha256"] = "0" * 64
     write_frame(pictures, manifest)
-    file = other.root / next(score["file"] for score in run["scores"] if score["evaluator"] == "bright")
+    file = other.root / next(score.file for score in run.scores if score.evaluator == "bright")
     scores = pd.read_parquet(file)
     write_frame(file, scores.assign(brightness=scores["brightness"] + 2.0))
     found = {

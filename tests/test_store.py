@@ -16,7 +16,9 @@ import pytest
 
 from alignbench import store as stores
 from alignbench.config import UserError
-from alignbench.store import Lock, LockLost, Results, Store, alive, locked, read_json, write, write_frame, write_json
+from alignbench.manifest import Manifest, ManifestMetric, ManifestRun, ManifestScore
+from alignbench.results import COSTS, Results
+from alignbench.store import Lock, LockLost, Store, alive, locked, read_json, write, write_frame, write_json
 
 
 @pytest.fixture
@@ -127,25 +129,25 @@ def test_a_failure_is_shown_and_never_done(store):
     assert (run.done, run.failure) == (True, None)
 
 
-def manifest() -> dict:
-    metric = {"name": "m", "unit": "", "higher_is_better": True, "by_task": False}
-    score = {"evaluator": "e", "version": "1", "file": "scores/i0/e@1-0.parquet", "metrics": [metric], "role": "train"}
-    run = {"label": "R", "method": "refl", "seed": 0, "id": "refl-0", "images": "i0", "scores": [score]}
-    base = {**run, "label": "B", "method": "base", "seed": -1, "id": "base-0", "images": "i1", "scores": []}
-    return {"name": "s", "runs": [run, base]}
+def manifest() -> Manifest:
+    file, metrics = "scores/i0/e@1-0.parquet", [ManifestMetric("m")]
+    score = ManifestScore(evaluator="e", version="1", file=file, metrics=metrics, role="train")
+    run = ManifestRun(label="R", method="refl", seed=0, id="refl-0", images="i0", scores=[score])
+    base = ManifestRun(label="B", method="base", seed=-1, id="base-0", images="i1", scores=[])
+    return Manifest(name="s", runs=[run, base])
 
 
 def test_results_follow_the_files(store):
-    """missing -> failed -> done as artefacts appear; scores and costs come back as two tidy frames."""
+    """planned -> failed -> done as artefacts appear; scores and costs come back as two tidy frames."""
     results = Results(store.root, manifest())
-    run, base = manifest()["runs"]
-    assert results.state(run) == ("missing", "not made yet: run, images, scores")
+    run, base = manifest().runs
+    assert results.state(run)[:2] == ("planned", "not made yet: run, images, scores")
     store.run("refl-0", True).fail("training: nan", "log")
-    assert results.state(run) == ("failed", "training: nan")
-    assert results.costs["state"].tolist() == ["failed", "missing"]
+    assert results.state(run)[:2] == ("failed", "training: nan")
+    assert results.costs["state"].tolist() == ["failed", "planned"]
     assert len(results.scores) == 0
 
-    costs = {name: [1, 2] for name in stores.COSTS}
+    costs = {name: [1, 2] for name in COSTS}
     records = pd.DataFrame({"update": [0, 1], "reward_mean": [0.25, 0.75], **costs})
     write_frame(store.root / "runs" / "refl-0" / "train.parquet", records)
     write(store.run("refl-0", True).product, b"weights")
@@ -157,7 +159,7 @@ def test_results_follow_the_files(store):
     write_frame(store.images("i1").product, pd.DataFrame({"prompt_id": ["p"]}))
 
     results = Results(store.root, manifest())
-    assert [results.state(r) for r in (run, base)] == [("done", ""), ("done", "")]
+    assert [results.state(r)[:2] for r in (run, base)] == [("done", ""), ("done", "")]
     assert results.scores.to_dict("records") == [
         {"label": "R", "method": "refl", "seed": 0, "run": "refl-0", "evaluator": "e", "metric": "m",
          "prompt_id": "p", "tag": "t", "index": 0, "score": 0.5, "ok": True}
@@ -169,12 +171,12 @@ def test_results_follow_the_files(store):
 
 def test_a_run_in_the_making_is_running(store):
     """A live lock on any missing part shows."""
-    results, run = Results(store.root, manifest()), manifest()["runs"][0]
+    results, run = Results(store.root, manifest()), manifest().runs[0]
     lock = Lock(store.images("i0").lock)
     assert lock.try_acquire()
-    assert results.state(run) == ("running", "")
+    assert results.state(run)[:2] == ("running", "")
     lock.release()
-    assert results.state(run)[0] == "missing"
+    assert results.state(run).state == "planned"
 
 
 # -- locks ------------------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_an_interrupted_training_goes_on_bitwise(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ALIGNBENCH_TEST_STOP", "2:KeyboardInterrupt")
     assert debug_sweep(stopped, tmp_path / "stopped" / "store") == 130
     assert "interrupted; run the same command again" in capsys.readouterr().err
-    assert tables(tmp_path / "stopped" / "store")[1]["state"].tolist() == ["missing"]
+    assert tables(tmp_path / "stopped" / "store")[1]["state"].tolist() == ["planned"]
     monkeypatch.delenv("ALIGNBENCH_TEST_STOP")
     assert debug_sweep(stopped, tmp_path / "stopped" / "store") == 0
     same(tmp_path / "calm" / "store", tmp_path / "stopped" / "store")

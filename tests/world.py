@@ -59,11 +59,11 @@ def debug_sweep(path: str, store: Path, *words: str) -> int:
 
 def tables(store: Path, name: str = "tiny") -> Sequence[Any]:
     """The two frames of the latest sweep in ``store``."""
-    from alignbench.store import Results, Store, read_json
+    from alignbench.manifest import read_manifest
+    from alignbench.results import Results
+    from alignbench.store import Store
 
-    manifest = read_json(Store(store).manifests()[0])
-    assert manifest is not None
-    results = Results(store, manifest)
+    results = Results(store, read_manifest(Store(store).manifests()[0]))
     return results.scores, results.costs
 
 
