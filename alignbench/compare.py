@@ -171,7 +171,7 @@ def _analysed(root: store.Store, a: Side, b: Side) -> tuple[Analysis, pd.DataFra
     Else of the two alone. A single run stands for itself, not for trainings with any seed.
     """
     if a.sweep == b.sweep and a.whole and b.whole:
-        frame = Results(root.root, a.manifest).scores
+        frame = Results(root.root, a.manifest, sweep=a.sweep).scores
         return analyse(a.manifest, frame), frame, (a.label, b.label)
     runs = [
         structs.replace(run, label=label, **({} if side.whole else {"seed": UNTRAINED, "published": True}))

@@ -50,7 +50,13 @@ def unused(store: Store) -> list[Item]:
     if not live and not locks_held(store.root):  # else a worker may just be starting from one
         found += _snapshots(store, gone)
         found += _embeddings(store, gone)
-    found += _launches(store, {path.stem for path in store.manifests()}, live)
+    sweeps = {path.stem for path in store.manifests()}
+    found += _launches(store, sweeps, live)
+    found += [
+        Item(f"tables {folder.name}", [folder], "its sweep is gone")
+        for folder in _folders(store.tables)
+        if folder.name not in sweeps
+    ]
     found += _reruns(store)
     found += _halves(store, [*gone, *(path for item in found for path in item.paths)])
     return [item for item in found if item.lock is None or not Lock(item.lock).held]

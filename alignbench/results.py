@@ -7,12 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from alignbench import hinge
 from alignbench.manifest import Manifest, ManifestRun, ManifestScore
 from alignbench.run_state import Jobs, RunState, run_state
-from alignbench.store import Store, read_columns, read_json, read_scores
+from alignbench.store import Store, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,10 +25,16 @@ COSTS = (
 
 
 class Results:
-    """What a sweep's manifest promised, as far as it is there. ``jobs``: as for ``run_state``."""
+    """What a sweep's manifest promised, as far as it is there. ``jobs``: as for ``run_state``.
 
-    def __init__(self, store: Path | str, manifest: Manifest, jobs: Callable[[], Jobs] = Jobs) -> None:
+    ``sweep``: stem of the manifest's file, under which the tables that were read are kept; "" keeps none.
+    """
+
+    def __init__(
+        self, store: Path | str, manifest: Manifest, jobs: Callable[[], Jobs] = Jobs, *, sweep: str = ""
+    ) -> None:
         self.store = Path(store)
+        self._tables = Store(store).tables / sweep if sweep else None
         self.manifest = manifest
         self._ask = jobs
 
@@ -44,17 +48,34 @@ class Results:
     @cached_property
     def scores(self) -> pd.DataFrame:
         """One row per image and metric."""
-        return self.read((run, score) for run in self.manifest.runs for score in run.scores)
+        files = ((run, score) for run in self.manifest.runs for score in run.scores)
+        return self.read(files, self._tables and self._tables / "scores")
 
-    def read(self, files: Iterable[tuple[ManifestRun, ManifestScore]]) -> pd.DataFrame:
-        """Read the score files that are there: one row per image and metric."""
-        plain = ((msgspec.structs.asdict(run), msgspec.to_builtins(score)) for run, score in files)
-        return read_scores(self.store, plain)
+    def read(self, files: Iterable[tuple[ManifestRun, ManifestScore]], kept: Path | None = None) -> pd.DataFrame:
+        """Read the score files that are there: one row per image and metric. ``kept``: as for ``read_scores``."""
+        from alignbench.score_tables import ScoreFile, read_scores
+
+        wanted = (
+            ScoreFile(
+                label=run.label,
+                method=run.method,
+                seed=run.seed,
+                run=run.id,
+                evaluator=score.evaluator,
+                metrics=tuple(metric.name for metric in score.metrics),
+                path=score.file,
+            )
+            for run, score in files
+        )
+        return read_scores(self.store, wanted, kept)
 
     @cached_property
     def trainings(self) -> dict[str, Columns]:
         """Run id -> its records, an entry per update, of every run that has any."""
-        return read_columns({run.id: f"{self.store}/runs/{run.id}/train.parquet" for run in self.manifest.runs})
+        from alignbench.score_tables import read_columns
+
+        files = {run.id: f"{self.store}/runs/{run.id}/train.parquet" for run in self.manifest.runs}
+        return read_columns(files, self._tables and self._tables / "training")
 
     @cached_property
     def origins(self) -> dict[str, dict[str, Any]]:

@@ -17,10 +17,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +28,6 @@ from alignbench.stages import Stage
 
 if TYPE_CHECKING:
     import pandas as pd
-    from numpy.typing import NDArray
-
-    Columns = dict[str, NDArray[Any]]
 
 BEAT = 15.0  # seconds between heartbeats of a lock
 STALE = 600.0  # seconds without a heartbeat after which its holder counts as gone
@@ -94,10 +90,7 @@ def read_json(path: Path | str) -> dict[str, Any] | None:
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    """As parquet. Numbers as they are in memory, for ``Reader``; texts once each, compressed."""
-    texts = [name for name, dtype in frame.dtypes.items() if dtype.kind not in "biuf"]
-    how: dict[str, Any] = {"use_dictionary": texts, "compression": dict.fromkeys(texts, "snappy")}
-    write(path, lambda temporary: frame.to_parquet(temporary, index=False, write_statistics=False, **how))
+    write(path, lambda temporary: frame.to_parquet(temporary, index=False))
 
 
 # -- artefacts --------------------------------------------------------------------------------------------------------
@@ -176,6 +169,11 @@ class Store:
             folder / f"{stem}.status.json",
             self._lock(f"scores-{images}-{stem}"),
         )
+
+    @property
+    def tables(self) -> Path:
+        """Where a sweep's scores and records of training are kept as one file each, in a folder of its name."""
+        return self.root / "tables"
 
     @property
     def embeddings(self) -> Path:
@@ -394,148 +392,6 @@ def held(
         yield lock
     finally:
         lock.release()
-
-
-# -- tables of scores -------------------------------------------------------------------------------------------------
-
-PLACE = {"prompt_id": "large_string", "tag": "large_string", "index": "int64"}  # which picture a row is of, as arrow
-
-
-def read_scores(root: Path, files: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> pd.DataFrame:
-    """One row per image and metric of the score files that are there. ``files``: runs of a manifest, each with a score.
-
-    Texts are categorical: there are a thousand times as many rows as names, and one file for each run and evaluator.
-    """
-    import numpy as np
-    import pandas as pd
-    import pyarrow as pa
-
-    readers: dict[tuple[str, ...], Reader] = {}
-    places: dict[Layout, int] = {}
-    used, values, facts = [], [], []
-    for run, score in files:
-        names = tuple(metric["name"] for metric in score["metrics"])
-        if names not in readers:
-            readers[names] = Reader(names, PLACE | dict.fromkeys(names, "double") | {"ok": "bool"})
-        found = readers[names].read(f"{root}/{score['file']}")
-        if found is None:
-            continue
-        layout, numbers = found
-        place = places.setdefault(layout, len(places))
-        for name in names:
-            used.append(place)
-            values.append(numbers[name] if name in numbers else layout.columns[name])
-            facts.append([run[key] for key in ("label", "method", "seed", "id")] + [score["evaluator"], name])
-    order = ["label", "method", "seed", "run", "evaluator", "metric", *PLACE, "score", "ok"]
-    if not values:
-        return pd.DataFrame({name: [] for name in order})
-    columns: dict[str, Any] = {"score": np.concatenate(values)}
-    counts = [len(each) for each in values]
-    for name, each in zip(order, zip(*facts)):
-        codes, texts = pd.factorize(np.array(each, object))
-        column = np.repeat(codes.astype(np.int32), counts)
-        whole = name == "seed"
-        columns[name] = texts.astype(int)[column] if whole else pd.Categorical.from_codes(column, pd.Index(texts))
-    starts = np.cumsum([0, *(layout.table.num_rows for layout in places)])
-    rows = np.concatenate([np.arange(starts[place], starts[place + 1]) for place in used])
-    shared = pa.concat_tables([layout.table.select([*PLACE, "ok"]) for layout in places]).combine_chunks()
-    for name, each in zip(shared.column_names, shared.columns):
-        each = each.dictionary_encode() if name in ("prompt_id", "tag") else each
-        columns[name] = each.to_pandas().take(rows).array
-    return pd.DataFrame(columns, columns=order)
-
-
-def read_columns(files: dict[str, str]) -> dict[str, Columns]:
-    """Those of the parquet files that are there, by the names that they are given here. Numbers that lack are nan."""
-    reader, found = Reader(), {}
-    for key, path in files.items():
-        if (read := reader.read(path)) is not None:
-            layout, numbers = read
-            found[key] = layout.columns | numbers
-    return found
-
-
-class Reader:
-    """Reads small parquet files, most of which differ from the one before in nothing but numbers.
-
-    Only the others are decoded: ``write_frame`` puts numbers into a file as they are in memory, so they are found where
-    those of the file before were, if every other byte is the same. ``numbers``: which columns may differ, by default
-    all. ``types``: which columns are there, as which type of arrow's, by default all, each as it is.
-    """
-
-    def __init__(self, numbers: Iterable[str] | None = None, types: dict[str, str] | None = None) -> None:
-        self.numbers, self.types = numbers, types
-        self.layout: Layout | None = None
-
-    def read(self, path: str) -> tuple[Layout, Columns] | None:
-        """A file that lies like this one, and the numbers that are this one's own; None if there is no such file.
-
-        UserError if it is not whole.
-        """
-        import pyarrow as pa
-
-        try:
-            with open(path, "rb", buffering=0) as file:
-                content = file.read()
-            if self.layout is None or not self.layout.fits(content):
-                self.layout = Layout(content, self.numbers, self.types)
-        except FileNotFoundError:
-            return None
-        except (pa.ArrowException, KeyError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); delete it, and run the sweep again") from None
-        return self.layout, self.layout.read(content)
-
-
-class Layout:
-    """A parquet file as its bytes lie: which are the numbers of a column, and what all others say."""
-
-    def __init__(self, content: bytes, numbers: Iterable[str] | None, types: dict[str, str] | None) -> None:
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        source = parquet.ParquetFile(pa.BufferReader(content))
-        table = source.read(columns=list(types) if types else None, use_threads=False)
-        wanted = pa.schema(types.items()) if types else table.schema
-        self.table = table if table.schema == wanted else table.select(wanted.names).cast(wanted)
-        self.length = len(content)
-        self.numbers: dict[str, tuple[slice, Any]] = {}  # name -> where, and numpy's type
-        for name, end in _plain(source.metadata):
-            if name not in (table.column_names if numbers is None else numbers):
-                continue
-            column = table[name]
-            if column.null_count or column.type != self.table[name].type:
-                continue  # the bytes are fewer, or mean something else
-            values = column.to_numpy()
-            here = slice(end - values.nbytes, end)
-            if values.dtype.kind in "if" and content[here] == values.tobytes():
-                self.numbers[name] = here, values.dtype
-        ends = [0, *(end for here, _ in self.numbers.values() for end in (here.start, here.stop)), len(content)]
-        self.rest = [(here, content[here]) for here in map(slice, ends[::2], ends[1::2])]
-
-    def fits(self, content: bytes) -> bool:
-        """Is all but the numbers the same?"""
-        return len(content) == self.length and all(content[here] == same for here, same in self.rest)
-
-    @cached_property
-    def columns(self) -> Columns:
-        """Of the file that it was made from, all."""
-        return {name: column.to_numpy() for name, column in zip(self.table.column_names, self.table.columns)}
-
-    def read(self, content: bytes) -> Columns:
-        """The numbers of a file that fits."""
-        import numpy as np
-
-        return {name: np.frombuffer(content[here], dtype) for name, (here, dtype) in self.numbers.items()}
-
-
-def _plain(about: Any) -> Iterator[tuple[str, int]]:
-    """The columns of a parquet file that are there in one piece and as they are, and where they end."""
-    if about.num_row_groups != 1:
-        return
-    for chunk in map(about.row_group(0).column, range(about.num_columns)):
-        encoded = chunk.has_dictionary_page or not {"PLAIN", "RLE"}.issuperset(chunk.encodings)
-        if chunk.compression == "UNCOMPRESSED" and not encoded:
-            yield chunk.path_in_schema, chunk.data_page_offset + chunk.total_compressed_size
 
 
 def reached(store: Store, run: str, update: int) -> bool:

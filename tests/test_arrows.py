@@ -24,7 +24,7 @@ LAYERS = (
         "small",
         "backends.sit_network",
     },
-    {"halves", "manifest"},
+    {"halves", "manifest", "score_tables"},
     {
         "checkpoint",
         "meter",
@@ -93,6 +93,7 @@ TORCHLESS = {
     "sweep",
     "spec",
     "store",
+    "score_tables",
     "manifest",
     "run_state",
     "results",

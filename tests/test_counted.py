@@ -112,13 +112,13 @@ def cells(tmp_path, plugin: str):
     for name in ("flux", "plain"):
         plan = resolve(read(sweep_file(tmp_path, {"base": {"backend": {"name": name}}})), registry)
         found.append(next(cell for cell in plan.cells if cell.trains))
-    return found, plan.evaluation, registry
+    return found, plan, registry
 
 
 def test_a_plug_in_needs_no_arithmetic(tmp_path):
     """The estimate of a run is that of the same model with arithmetic: its hours to 1e-6, its memory to 10 %."""
-    (known, plain), evaluation, registry = cells(tmp_path, SAME)
-    expected, found = (estimate(cell, evaluation, registry, GPUS["h100"]) for cell in (known, plain))
+    (known, plain), plan, registry = cells(tmp_path, SAME)
+    expected, found = (estimate(cell, plan.evaluation, plan.evaluators, GPUS["h100"]) for cell in (known, plain))
     assert found.unknown == ""
     assert (found.images, found.usage, found.weights) == (expected.images, expected.usage, expected.weights)
     assert found.train == pytest.approx(expected.train, rel=1e-6)
@@ -136,8 +136,8 @@ def test_a_plug_in_needs_no_arithmetic(tmp_path):
 )
 def test_what_cannot_be_counted_is_said(tmp_path, plugin, why):
     """An outline that raises, and none at all: a run without an estimate, and with the reason."""
-    (_, plain), evaluation, registry = cells(tmp_path, plugin)
-    assert estimate(plain, evaluation, registry, GPUS["h100"]).unknown == why
+    (_, plain), plan, registry = cells(tmp_path, plugin)
+    assert estimate(plain, plan.evaluation, plan.evaluators, GPUS["h100"]).unknown == why
     with pytest.raises(UserError) as caught:
         training_memory(plain.spec, registry)
     assert str(caught.value) == f"Last: no estimate: {why}"

@@ -42,11 +42,12 @@ def littered(store: Path) -> list[str]:
     code = code_snapshot.take(store, [PLUGIN]).path.name
     (store / "jobs" / "tiny-1").mkdir(parents=True)
     (store / "reruns" / "last-1").mkdir(parents=True)
+    write_json(store / "tables" / "gone-1" / "scores.json", {})
     old(store / "images" / images.name / ".x.png.1-ab.tmp")
     (store / "images" / images.name / ".y.png.1-ab.tmp").write_bytes(b"being written")
     expected = ["run refl-0", "images 0000000000", f"scores {images.name}/old@1-0", f"checkpoints of {run.name}"]
     expected += [f"code {code}", "jobs tiny-1", "rerun last-1", f"half images/{images.name}/.x.png.1-ab.tmp"]
-    return sorted(expected)
+    return sorted([*expected, "tables gone-1"])
 
 
 def test_a_finished_store_has_nothing_to_delete(swept, capsys):
@@ -58,7 +59,6 @@ def test_a_finished_store_has_nothing_to_delete(swept, capsys):
 def test_what_nobody_needs_goes_and_the_report_stays_the_same(copy, capsys):
     """With --yes: every kind of left-over is gone, every other file is as it was, and so is the report."""
     store = copy / "store"
-    before = files(store)
 
     def report() -> str:
         out = copy / "out"
@@ -70,6 +70,8 @@ def test_what_nobody_needs_goes_and_the_report_stays_the_same(copy, capsys):
         return str(text)
 
     shown = report()
+    before = files(store)
+    assert {path.suffix for path in store.glob("tables/tiny-*/scores.*")} == {".feather", ".json"}
     expected = littered(store)
     assert names(store) == expected
     assert alignbench("gc", store=store, plugin=False) == 0  # no terminal here

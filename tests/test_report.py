@@ -2,9 +2,11 @@
 
 import csv
 import io
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,9 +15,9 @@ import pytest
 from msgspec import structs
 from PIL import Image, ImageDraw
 
-from alignbench import grid, report, stats, store
+from alignbench import cli, grid, report, stats, store
 from alignbench.analysis import Measure, analyse
-from alignbench.manifest import UNTRAINED, Manifest, ManifestNote
+from alignbench.manifest import UNTRAINED, Manifest, ManifestNote, write_manifest
 from alignbench.results import COSTS, Results
 from alignbench.table import Cell, Column, Table, escape, interval, number
 
@@ -503,18 +505,17 @@ def test_a_report_is_made_twice_alike(tmp_path):
     assert [path.read_bytes() for path in report.build(given, tmp_path / "b")] == first
 
 
-def test_a_store_on_disk_is_read(tmp_path):
-    """The page of a real store is the page of its frames."""
-    given = results(tmp_path)
+def on_disk(root: Path, given: Results) -> Manifest:
+    """Write a store with what ``given`` has, and return its manifest."""
     plan, frame = with_files(given.manifest), given.scores
-    draw_pictures(tmp_path, plan)
+    draw_pictures(root, plan)
     for run in plan.runs:
         mine = frame[(frame["run"] == run.id)]
         for score in run.scores:
             part = mine[mine["evaluator"] == score.evaluator]
             wide = part.pivot(index=["prompt_id", "tag", "index"], columns="metric", values="score").reset_index()
-            store.write_frame(tmp_path / score.file, wide.assign(ok=True, error=""))
-        folder = tmp_path / "runs" / run.id
+            store.write_frame(root / score.file, wide.assign(ok=True, error=""))
+        folder = root / "runs" / run.id
         store.write_json(folder / "status.json", {"state": "done"})
         if run.trained:
             row = given.costs[given.costs["run"] == run.id].iloc[0]
@@ -524,12 +525,39 @@ def test_a_store_on_disk_is_read(tmp_path):
         origin = {"alignbench": "0.1.0", "revision": None, "python": "3.11.9", "packages": {"torch": "2.15"}}
         origin |= {"machine": "Linux x86_64, 2 cores", "devices": [], "processes": 1, "threads": 1}
         store.write_json(folder / "provenance.json", origin)
+    write_manifest(root / "sweeps" / "made_up-1.json", plan)
+    return plan
+
+
+def test_a_store_on_disk_is_read(tmp_path):
+    """The page of a real store is the page of its frames."""
+    given = results(tmp_path)
+    plan = on_disk(tmp_path, given)
     text = report.build(Results(tmp_path, plan), tmp_path / "out")[0].read_text()
     assert text.count("- made with alignbench 0.1.0, Python 3.11.9, torch 2.15, Linux x86_64, 2 cores") == 1
     assert "different software" not in text
     assert section(text, "Results").startswith(section(page(given), "Results").rstrip())
     assert section(text, "Paired change") == section(page(given), "Paired change")
     assert "not in the numbers" not in text
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_report_stays_the_same_however_its_scores_were_read(tmp_path, writable, monkeypatch, capsys):
+    """The first, and the next from kept tables: byte for byte; of a read-only store as well, where none are kept."""
+    root = tmp_path / "store"
+    plan = on_disk(root, results(root))
+    expected = [path.read_bytes() for path in report.build(Results(root, plan), tmp_path / "a", ("md", "csv"))]
+    if not writable:
+        store.write(root / "tables", "a file where a folder would be: also root cannot write there")
+        monkeypatch.setattr(os, "access", lambda place, mode: False)
+    for _ in range(2):
+        words = ["made_up-1", "--store", str(root), "--format", "md,csv", "--out", str(tmp_path / "b")]
+        assert cli.main(["report", *words]) == 0
+        assert [(tmp_path / "b" / f"made_up.{kind}").read_bytes() for kind in ("md", "csv")] == expected
+        kept = sorted(path.name for path in root.glob("tables/made_up-1/*"))
+        names = ["scores.feather", "scores.json", "training.feather", "training.json"]
+        assert kept == (names if writable else [])
+        capsys.readouterr()
 
 
 def test_reports_need_no_torch():

@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -168,100 +167,6 @@ def test_results_follow_the_files(store):
     costs = results.costs.set_index("run")
     assert costs.loc["refl-0", ["updates", "nfe_grad", "reward_first", "reward_last"]].tolist() == [2, 2, 0.25, 0.75]
     assert costs.loc["base-0", ["updates", "nfe_grad"]].tolist() == [0, 0]
-
-
-def test_scores_are_those_that_pandas_reads(store):
-    """Files that name the same pictures, the same in another order, fewer, none, or in other columns first: row for row
-    what pandas reads of each."""
-    pictures = pd.DataFrame({"prompt_id": ["a", "b", "c"], "tag": ["x", None, "x"], "index": [0, 1, 0]})
-    orders = {
-        "same": pictures,
-        "again": pictures,
-        "other": pictures.iloc[::-1],
-        "fewer": pictures.iloc[:2],
-        "none": pictures.iloc[:0].astype({"prompt_id": "str", "tag": "str"}),
-        "task": pictures.assign(tag="y"),
-    }
-    files = []
-    for n, (name, frame) in enumerate(orders.items()):
-        for kind in ("keys first", "keys last"):
-            scored = frame.assign(aesthetic=frame["index"] + n, ok=True, error="", clip=0.5 * n)
-            scored = scored if kind == "keys first" else scored[list(reversed(scored.columns))]
-            file = f"scores/{name} {kind}.parquet"
-            write_frame(store.root / file, scored)
-            metrics = [{"name": "aesthetic"}, {"name": "clip"}]
-            run = {"label": name, "method": "m", "seed": n, "id": f"{name}-{kind}"}
-            files.append((run, {"evaluator": "e", "file": file, "metrics": metrics}))
-    found = stores.read_scores(store.root, files).astype({"prompt_id": object, "tag": object})
-    rows = []
-    for run, score in files:
-        plain = pd.read_parquet(store.root / score["file"])
-        for metric in ("aesthetic", "clip"):
-            rows += [
-                (run["id"], metric, *key, value, ok)
-                for *key, value, ok in plain[["prompt_id", "tag", "index", metric, "ok"]].itertuples(index=False)
-            ]
-    columns = ["run", "metric", "prompt_id", "tag", "index", "score", "ok"]
-    expected = pd.DataFrame(rows, columns=columns)
-    pd.testing.assert_frame_equal(
-        found[columns].astype({"run": object, "metric": object}).fillna(""),
-        expected.astype(dict.fromkeys(columns[:4], object)).fillna(""),
-        check_dtype=False,
-    )
-
-
-def test_numbers_are_taken_from_where_they_lie(store):
-    """Tables that differ in nothing but numbers are read by the layout of the first; all others, and those of another
-    writer, by one of their own. Either way they are what was written."""
-    first = pd.DataFrame({"id": ["a", "b", "b"], "n": [1, 2, 3], "hps.v2": [0.5, -0.0, np.inf], "ok": True})
-    first["half"] = first["hps.v2"].astype("float32")
-    frames = {
-        "first": first,
-        "alike": first.assign(**{"n": [7, 2, -1], "hps.v2": [np.pi, 1e-300, 3.0], "half": np.float32([1, 2, 3])}),
-        "again": first,
-        "text": first.assign(id=["a", "b", "a"]),
-        "flag": first.assign(ok=[True, False, True]),
-        "nan": first.assign(**{"hps.v2": [np.nan, 0.0, 1.0]}),
-        "other nan": first.assign(**{"hps.v2": [0.0, np.nan, 1.0]}),
-        "type": first.assign(n=[0.5, 1.5, 2.5]),
-        "shorter": first.iloc[:2],
-        "empty": first.iloc[:0],
-        "one": first.iloc[:1],
-    }
-    for name, frame in frames.items():
-        write_frame(store.root / f"{name}.parquet", frame)
-    first.to_parquet(store.root / "snappy.parquet", index=False)
-    first.to_parquet(store.root / "groups.parquet", index=False, row_group_size=2)
-    frames |= {"snappy": first, "groups": first}
-    files = {name: str(store.root / f"{name}.parquet") for name in frames}
-    read = stores.read_columns({"first again": files["first"], **files, "none": "none.parquet"})
-    assert list(read) == ["first again", *files]
-    for name, columns in read.items():
-        frame = frames[name.removesuffix(" again")].astype({"id": object})
-        pd.testing.assert_frame_equal(pd.DataFrame(columns).astype({"id": object}), frame, check_exact=True)
-        plain = pd.read_parquet(files.get(name, files["first"])).astype({"id": object})
-        pd.testing.assert_frame_equal(plain, frame, check_exact=True)
-
-    def layouts(*names: str) -> int:
-        reader = stores.Reader()
-        return len({reader.read(files[name])[0] for name in names})
-
-    assert layouts("first", "alike", "again") == 1
-    assert layouts("first", "text", "flag", "nan", "other nan", "type", "shorter", "empty", "one", "snappy") == 10
-    assert set(stores.Layout(Path(files["first"]).read_bytes(), None, None).numbers) == {"n", "hps.v2", "half"}
-    assert stores.Layout(Path(files["snappy"]).read_bytes(), None, None).numbers == {}
-
-
-def test_zeros_that_are_whole_numbers_do_not_make_others_fractions(store):
-    """Zero has the same bits in both; the layout of a file of zeros does not read the ones of the next as 5e-324."""
-    files = []
-    for value in (0, 1):
-        file = f"scores/{value}.parquet"
-        frame = pd.DataFrame({"prompt_id": ["a", "b"], "tag": "", "index": 0, "m": value, "ok": True})
-        write_frame(store.root / file, frame)
-        run = {"label": "l", "method": "m", "seed": value, "id": str(value)}
-        files.append((run, {"evaluator": "e", "file": file, "metrics": [{"name": "m"}]}))
-    assert stores.read_scores(store.root, files)["score"].tolist() == [0, 0, 1, 1]
 
 
 def test_a_run_in_the_making_is_running(store):

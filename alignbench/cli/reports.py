@@ -61,12 +61,13 @@ def report(request: Request, out: str | None, formats: str | None) -> int:
     from alignbench import jobs
     from alignbench.report import FORMATS, build, check_formats
     from alignbench.results import Results
+    from alignbench.store import Store
 
     chosen = formats.split(",") if formats else FORMATS
     check_formats(chosen)
-    store = request.store()
+    store = Store(request.folder)  # may be read-only
     name, manifest = request.manifest(store)
-    results = Results(store.root, manifest, jobs.handed_out(jobs.records(store, name)))
+    results = Results(store.root, manifest, jobs.handed_out(jobs.records(store, name)), sweep=name)
     paths = build(results, Path(out or f"outputs/{manifest.name}"), chosen)
     if "md" in chosen:
         print(paths[0].read_text(encoding="utf-8"))
