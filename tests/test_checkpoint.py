@@ -413,8 +413,8 @@ def test_a_sweep_of_base_checkpoint_and_hybrid(tmp_path, capsys):
 
 
 def test_the_example_of_the_docs(tmp_path):
-    """The YAML of docs/extending.md, with local weights in the place of the hub's, is a valid sweep."""
-    text = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+    """The YAML of docs/adding-a-method.md, with local weights in the place of the hub's, is a valid sweep."""
+    text = (Path(__file__).parent.parent / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
     changes = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     for case in changes["cases"][1:]:
         case["method"] |= {"weights": "shapes", "subfolder": "transformer"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from math import ceil
 from pathlib import Path
 
@@ -80,6 +81,26 @@ def test_all_weights_on_one_card(capsys):
     assert f"({peak} GB at micro-batch {micro}, computed)" in PAGE
     *_, peak, _, _, _ = row("--gpu", "h100", "--ranks", "16", "--parallel", "fsdp")
     assert f"says {peak} GB each" in PAGE
+
+
+def test_one_sample_per_gpu(capsys):
+    """The page's command divides LeapAlign among 64 GPUs; with table 2's own micro-batch that is refused."""
+    *words, micro = re.search(r"`alignbench (fit fig4a [^`]+)`", PAGE)[1].split()
+    assert alignbench(*words, micro, plugin=False) == 0
+    assert alignbench(*words, plugin=False) == 1
+    assert "training.micro_batch: 4 is more than a rank's 1 samples" in capsys.readouterr().err
+
+
+def test_adapters_with_and_without_text_encoders(capsys):
+    """The gigabytes at batch 1 that the page names, in this order."""
+    peaks = []
+    for more in ([], ["backend.embeddings=stored"]):
+        words = ["fit", "fig4a", "--gpu", "h200", "backend.tune=lora", "training.micro_batch=1", *more]
+        assert alignbench(*words, plugin=False) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("LeapAlign"))
+        peaks.append(line.split()[-4])
+    assert f"With adapters it is {peaks[0]} GB at batch 1" in PAGE
+    assert f"it is {peaks[1]} GB, as measured" in PAGE
 
 
 def test_what_goes_in():
