@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, cast
 
 from alignbench.config import Config, UserError
 
@@ -28,7 +28,7 @@ class Loss(NamedTuple):
     each: Tensor | None = None
 
 
-class Pool(NamedTuple):
+class GatherBatch(NamedTuple):
     """Yielded by ``updates``, comes back as the whole batch's values: ``everyone = yield Pool(values)``.
 
     ``values``: (b,) of this micro-batch. Back come (B,), of all micro-batches and ranks in the order of the samples,
@@ -38,7 +38,7 @@ class Pool(NamedTuple):
     values: Tensor
 
 
-Updates: TypeAlias = Iterator[Iterable[Loss] | Pool]  # a generator, if it pools
+Updates: TypeAlias = Iterator[Iterable[Loss] | GatherBatch]  # a generator, if it pools
 
 
 class AlignMethod(Config):
@@ -129,3 +129,31 @@ def require(holds: bool, where: str, what: str, instead: str) -> None:
     """Raise UserError("where: what; what instead") unless the settings hold."""
     if not holds:
         raise UserError(f"{where}: {what}; {instead}")
+
+
+def each_update(method: AlignMethod, flow: Flow, reward: Reward, batch: Batch) -> Iterator[Iterable[Loss]]:
+    """The updates that a method makes of one batch, alone on one rank: what it pools comes back as it is.
+
+    Its further networks, if it has any, are made first, as training makes them.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        method.modules(flow)
+    updates = method.updates(flow, reward, batch)
+    item = next(updates, None)
+    while item is not None:
+        if isinstance(item, GatherBatch):
+            item = resume(updates, item.values)
+        else:
+            yield item
+            item = next(updates, None)
+
+
+def resume(updates: Updates, answer: Tensor) -> Iterable[Loss] | GatherBatch | None:
+    """What comes after a ``Pool`` has been answered; None if nothing does."""
+    try:
+        return cast("Generator[Any, Any, Any]", updates).send(answer)
+    except StopIteration:
+        return None

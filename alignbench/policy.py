@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import torch
 
 from alignbench.flow import integrate_sde, log_normal, sde_step
-from alignbench.method import AlignMethod, Loss, Pool, require
+from alignbench.method import AlignMethod, GatherBatch, Loss, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +83,9 @@ class GroupRelative(AlignMethod):
 
     # ---- one batch
 
-    def updates(self, flow: Flow, reward: Reward, batch: Batch) -> Generator[Iterable[Loss] | Pool, Tensor, None]:
+    def updates(
+        self, flow: Flow, reward: Reward, batch: Batch
+    ) -> Generator[Iterable[Loss] | GatherBatch, Tensor, None]:
         schedule = self.schedule(flow, batch)
         parts = self.parts(batch)
         paths = [self.rollout(flow, part, schedule) for part in parts]
@@ -179,11 +181,11 @@ class GroupRelative(AlignMethod):
         return torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - self.clip, 1 + self.clip))
 
 
-def pooled(rewards: Tensor) -> Generator[Pool, Tensor, Tensor]:
+def pooled(rewards: Tensor) -> Generator[GatherBatch, Tensor, Tensor]:
     """(M, groups, group) rewards of this micro-batch -> (M, 1, B) of the whole batch, in float64."""
     rows = []
     for row in rewards.double():
-        everyone = yield Pool(row.flatten())
+        everyone = yield GatherBatch(row.flatten())
         rows.append(everyone)
     return torch.stack(rows)[:, None]
 

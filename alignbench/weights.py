@@ -13,9 +13,13 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignbench.config import Config, Missing, Requirement, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 TRUST = "ALIGNBENCH_TRUST"  # environment variable: the sha256 of a file whose pickled code may run
 SHAPES = Path(__file__).parent / "shapes" / "assets"
@@ -245,3 +249,24 @@ def quiet() -> Iterator[None]:
     finally:
         for library in shown:
             library.enable_progress_bar()
+
+
+def copy_parameters(into: Mapping[str, Tensor], stored: dict[str, Tensor], where: Path) -> None:
+    """In place. UserError unless names and shapes are the same."""
+    import torch
+
+    check_shapes(into, stored, where)
+    with torch.no_grad():
+        for name, p in into.items():
+            p.copy_(stored[name])
+
+
+def check_shapes(into: Mapping[str, Tensor], stored: Mapping[str, Tensor], where: Path) -> None:
+    """UserError unless names and shapes are the same."""
+    shapes = {name: tuple(p.shape) for name, p in into.items()}
+    found = {name: tuple(t.shape) for name, t in stored.items()}
+    if odd := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
+        detail = (
+            f"{odd[0]} is {found.get(odd[0], 'absent')} in the file and {shapes.get(odd[0], 'absent')} in the model"
+        )
+        raise UserError(f"{where}: {len(odd)} parameters do not fit the model ({detail}); is it the same backend?")

@@ -190,7 +190,7 @@ def time_theirs(engine: str, request: dict, folder: Path) -> tuple[dict[str, flo
 
 def pictures(folder: Path, texts: int, each: int) -> tuple[list[str], list[str]]:
     """Paths of texts x each images, and the prompt of each."""
-    from alignbench.testing import picture
+    from alignbench.testing.evaluator_contract import picture
 
     paths, prompts = [], []
     for i in range(texts * each):
@@ -212,13 +212,13 @@ def hps_folder(folder: Path, config: dict[str, Any]) -> Path:
     import torch
     from open_clip import CLIP
 
-    from alignbench import small
     from alignbench.evaluators.hpsv2 import CHECKPOINT
+    from alignbench.rehearsal import random_weights
 
     folder.mkdir()
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in CLIP(**config).state_dict().items()}
-    state = small.random_state({name: shape for name, shape in shapes.items() if shape})
+    state = random_weights.random_state({name: shape for name, shape in shapes.items() if shape})
     state |= {"logit_scale": torch.tensor(4.6)}
     torch.save({"state_dict": {name: tensor.half() for name, tensor in state.items()}}, folder / CHECKPOINT)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
@@ -229,14 +229,14 @@ def contestants(folder: Path, size: str) -> dict[str, tuple[Callable[[], Any], d
     """Engine -> how we make our evaluator, and what the official one is told."""
     from unittest import mock
 
-    from alignbench import small
     from alignbench.evaluators.hpsv2 import CHECKPOINT as HPS_CHECKPOINT
     from alignbench.evaluators.hpsv2 import HPSv2
     from alignbench.evaluators.imagereward import CHECKPOINT, CONFIG, ImageReward
+    from alignbench.rehearsal import random_weights, tiny_imagereward
 
-    with mock.patch.object(small, "draw", draw):
+    with mock.patch.object(random_weights, "draw", draw):
         hps = hps_folder(folder / "hps", HPS[size])
-        reward = small.imagereward_folder(folder / "imagereward", **IMAGEREWARD[size])
+        reward = tiny_imagereward.imagereward_folder(folder / "imagereward", **IMAGEREWARD[size])
     beside = {"med_config": str(reward / CONFIG), "tokenizer": str(reward)}
     return {
         "hpsv2": (lambda: HPSv2(weights=str(hps)), {"checkpoint": str(hps / HPS_CHECKPOINT)}),

@@ -36,21 +36,22 @@ from accelerate import Accelerator
 from arguments import parse
 from msgspec import structs
 
+from alignbench.backends.cost.formulas import Model
+from alignbench.backends.cost.published_configs import FLUX_1_DEV
 from alignbench.backends.flux import Flux, FluxFlow
 from alignbench.backends.pipeline import Text
-from alignbench.cost import FLUX_1_DEV, Model
+from alignbench.evaluation.images import generate
 from alignbench.evaluator import Reward, Term
 from alignbench.evaluators.hpsv2 import HPSv2
+from alignbench.experiment.spec import Budget, Optimizer, Protocol, Training
 from alignbench.flow import Cond, seeded
-from alignbench.generate import generate
 from alignbench.methods.draft import DRaFTLV
 from alignbench.methods.drtune import DRTune
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.methods.mixgrpo import MixGRPO
 from alignbench.methods.refl import ReFL
 from alignbench.prompts import Prompt
-from alignbench.spec import Budget, Optimizer, Protocol, Training
-from alignbench.train import train
+from alignbench.training.loop import train
 
 PEAK = 989e12  # FLOP/s: dense bfloat16 of an H100 or H200 SXM, by its datasheet
 TEXT_ENCODERS = 9.8  # GB in bfloat16, which stay on the GPU in a real run

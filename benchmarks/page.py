@@ -23,14 +23,14 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-import scenery  # noqa: E402  # beside the tests, not in the package
 from arguments import parse  # noqa: E402
-from browser import Visit, browser, until  # noqa: E402
+from support import photo_store  # noqa: E402  # beside the tests, not in the package
+from support.browser import Visit, browser, until  # noqa: E402
 
-from alignbench import report  # noqa: E402
-from alignbench.analysis import analyse  # noqa: E402
-from alignbench.page import build  # noqa: E402
-from alignbench.store import write, write_json  # noqa: E402
+from alignbench.reporting import report  # noqa: E402
+from alignbench.reporting.analysis.comparison import analyse  # noqa: E402
+from alignbench.reporting.html.page import build  # noqa: E402
+from alignbench.store.files import write, write_json  # noqa: E402
 
 METHODS = 10
 OPENED = 3
@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         size = {"prompts": arguments.prompts, "side": arguments.side, "different": arguments.different}
-        given = scenery.make(root / "store", labels=labels, seeds=(0,), **size)
+        given = photo_store.make(root / "store", labels=labels, seeds=(0,), **size)
         analysis = analyse(given.manifest, given.scores)
         said = report.sections(given.manifest, given.costs, analysis)
         start, cpu = time.monotonic(), time.process_time()

@@ -49,12 +49,13 @@ from alignbench.backends.flux import Flux
 from alignbench.backends.pipeline import unpack
 from alignbench.digests import fingerprint
 from alignbench.evaluator import Evaluator, Metric, Reward, Term
+from alignbench.experiment.spec import Budget, Optimizer, Training
 from alignbench.flow import seeded
-from alignbench.meter import metered, metered_reward
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt, load_prompts
-from alignbench.spec import Budget, Optimizer, Training
-from alignbench.train import Run, draw_batch
+from alignbench.training.batches import draw_batch
+from alignbench.training.meter import metered, metered_reward
+from alignbench.training.state import TrainState
 
 HERE = Path(__file__).resolve().parent
 URL = "https://github.com/RuoyuWang-2077/FlowBP"
@@ -184,7 +185,7 @@ class Judge(Evaluator):
 def model(folder: Path, precision: str, small: bool) -> Any:
     """2 + 4 blocks of width 256 with random weights, 256 image and 64 text tokens; or a smaller one."""
     from diffusers import AutoencoderKL
-    from tiny import flux_folder
+    from support.tiny import flux_folder
 
     if not folder.exists():
         flux_folder(folder, in_channels=64, scale=2.0, **({} if small else WIDE))
@@ -218,7 +219,7 @@ class Ours:
     """A step as ``train`` makes it."""
 
     def __init__(self, method: Any, flow: Any, prompts: Sequence[Prompt]) -> None:
-        self.run = Run(method, flow, TRAINING, Accelerator(cpu=True))
+        self.run = TrainState(method, flow, TRAINING, Accelerator(cpu=True))
         reward = Reward(Term(Judge(), margin=MARGIN))
         self.flow, self.prompts = metered(flow, self.run.meter, self.run.watch), prompts
         self.reward = metered_reward(reward, self.run.meter, self.run.watch)

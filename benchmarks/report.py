@@ -27,9 +27,9 @@ import numpy as np
 import pandas as pd
 from arguments import parse
 
-from alignbench import store
-from alignbench.manifest import UNTRAINED
-from alignbench.results import COSTS
+from alignbench.reporting.analysis.results import COSTS
+from alignbench.store import files
+from alignbench.store.manifest import UNTRAINED
 
 METHODS, SEEDS, PROMPTS = 111, 9, 200
 EVALUATORS = (
@@ -83,7 +83,7 @@ def make(root: Path) -> None:
             for score in run["scores"]:
                 name = score["evaluator"]
                 frame = prompts.assign(**{name: common[name] + rng.normal(size=PROMPTS)}, ok=True, error="")
-                store.write_frame(root / "store" / score["file"], frame)
+                files.write_frame(root / "store" / score["file"], frame)
                 plain = frame.rename(columns={name: "score"}).assign(label=label, seed=seed, metric=name)
                 for kind in ("csv", "jsonl"):
                     (root / kind / run["images"]).mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def make(root: Path) -> None:
         "size": 720,
     }
     about = {"name": "bench", "sweep": "bench", "protocol": protocol, "training_evaluator": "hpsv2", "prompts": PROMPTS}
-    store.write_json(
+    files.write_json(
         root / "store/sweeps/bench.json",
         {**about, "cases": list(dict.fromkeys(r["label"] for r in runs)), "runs": runs},
     )
@@ -137,7 +137,7 @@ def planned(label: str, seed: int) -> dict:
 def finish(root: Path, run: dict) -> None:
     """What a finished run leaves behind, apart from scores."""
     folder = root / "runs" / run["id"]
-    store.write_json(folder / "status.json", {"state": "done"})
+    files.write_json(folder / "status.json", {"state": "done"})
     origin = {
         "alignbench": "0.1.0",
         "revision": None,
@@ -145,8 +145,8 @@ def finish(root: Path, run: dict) -> None:
         "packages": {"torch": "2.11"},
         "machine": "one",
     }
-    store.write_json(folder / "provenance.json", {**origin, "devices": [], "processes": 1, "threads": 1})
-    store.write_frame(
+    files.write_json(folder / "provenance.json", {**origin, "devices": [], "processes": 1, "threads": 1})
+    files.write_frame(
         root / "images" / run["images"] / "manifest.parquet",
         pd.DataFrame({"prompt_id": ["p0000"], "index": [0], "file": ["0.png"], "tag": ["task0"], "text": [""]}),
     )
@@ -155,8 +155,8 @@ def finish(root: Path, run: dict) -> None:
             "update": np.arange(300),
             "reward_mean": np.linspace(0, 1, 300),
         }
-        store.write_frame(folder / "train.parquet", pd.DataFrame(records))
-        store.write(folder / "weights.safetensors", b"")
+        files.write_frame(folder / "train.parquet", pd.DataFrame(records))
+        files.write(folder / "weights.safetensors", b"")
 
 
 def measure(root: Path, rounds: int) -> dict:
@@ -228,8 +228,8 @@ def show(found: dict, out: Path) -> None:
     ]
     text = "\n".join([*lines, "| --- | --: | --: | --: | --: |", *rows]) + "\n"
     print(text)
-    store.write(out / "report.md", text)
-    store.write_json(out / "report.json", found)
+    files.write(out / "report.md", text)
+    files.write_json(out / "report.json", found)
 
 
 if __name__ == "__main__":

@@ -27,15 +27,16 @@ sys.path.insert(0, str(HERE.parent / "tests" / "slurm"))
 from arguments import parse  # noqa: E402
 from cluster import CPUS, NODES, Cluster, running  # noqa: E402  # beside the tests, not in the package
 
-from alignbench import slurm  # noqa: E402
+from alignbench.experiment import resources  # noqa: E402
+from alignbench.launch import slurm  # noqa: E402
 from alignbench.run.code_snapshot import take  # noqa: E402
-from alignbench.stages import Stage  # noqa: E402
-from alignbench.store import write_json  # noqa: E402
+from alignbench.store.files import write_json  # noqa: E402
+from alignbench.store.stages import Stage  # noqa: E402
 
 
 def ours(folder: Path, runs: int) -> str:
     """Submit them as the launcher does; the array's id."""
-    array = slurm.Array(Stage.TRAIN, [None] * runs, slurm.Resources())  # type: ignore[list-item]  # no cell is looked at
+    array = slurm.Array(Stage.TRAIN, [None] * runs, resources.Resources())  # type: ignore[list-item]  # no cell is looked at
     code = take(folder)
     jobs = folder / "jobs" / "soak"
     write_json(jobs / "0.json", {"tasks": [{"stages": []}] * runs})

@@ -35,12 +35,12 @@ from arguments import parse
 from alignbench.backends.flux import Flux
 from alignbench.evaluator import Reward, Term
 from alignbench.evaluators.hpsv2 import HPSv2
+from alignbench.experiment.spec import Budget, Optimizer, Training
 from alignbench.flow import integrate, seeded
-from alignbench.meter import metered, metered_reward
 from alignbench.plugins import Registry
 from alignbench.prompts import load_prompts
-from alignbench.spec import Budget, Optimizer, Training
-from alignbench.train import Run
+from alignbench.training.meter import metered, metered_reward
+from alignbench.training.state import TrainState
 
 HERE = Path(__file__).resolve().parent
 STEPS = 10  # of the sampler in training
@@ -158,7 +158,7 @@ def step(name: str, flow: Any, batch: int, pairs: int) -> dict[str, Any]:
     reward = Reward(Term(HPSv2(weights="shapes"), margin=1.0))
     method.prepare(flow)
 
-    def make(flow: Any, reward: Reward, run: Run) -> Callable[[], None]:
+    def make(flow: Any, reward: Reward, run: TrainState) -> Callable[[], None]:
         flow, reward = metered(flow, run.meter, run.watch), metered_reward(reward, run.meter, run.watch)
 
         def work() -> None:
@@ -168,7 +168,7 @@ def step(name: str, flow: Any, batch: int, pairs: int) -> dict[str, Any]:
 
         return work
 
-    run = Run(method, flow, training, Accelerator(cpu=True))
+    run = TrainState(method, flow, training, Accelerator(cpu=True))
     recorder = Recorder(flow, run.accelerator)
     make(recorder, RecordedReward(reward, recorder), run)()
     updates, calls = len(run.records), recorder.calls
@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", help="only these, separated by commas")
     given = parse(parser, arguments)
     sys.path.insert(0, str(HERE.parent / "tests"))
-    from tiny import flux_folder
+    from support.tiny import flux_folder
 
     torch.set_num_threads(1)
     registry = Registry()

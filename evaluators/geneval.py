@@ -25,7 +25,7 @@ from alignbench.clip import HUB_FILES, Clip, processor_files
 from alignbench.config import Missing, Requirement, UserError
 from alignbench.evaluator import Evaluator, Metric, device, to_pil, to_tensor
 from alignbench.evaluators.mask2former import Mask2Former
-from alignbench.geneval import COLORS
+from alignbench.prompts.geneval import COLORS
 
 if TYPE_CHECKING:
     import pandas as pd

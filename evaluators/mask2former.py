@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from alignbench import weights
 from alignbench.config import UserError
 from alignbench.evaluator import device
-from alignbench.geneval import CLASSES
+from alignbench.prompts.geneval import CLASSES
 
 if TYPE_CHECKING:
     import numpy as np

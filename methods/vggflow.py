@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 
 from alignbench.flow import euler, randint
-from alignbench.method import Loss, Pathwise, Pool, require, reward_gradient
-from alignbench.nets import LatentNet
+from alignbench.method import GatherBatch, Loss, Pathwise, require, reward_gradient
+from alignbench.networks import LatentNet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,7 +85,9 @@ class VGGFlow(Pathwise):
         edges = [1 + i * (self.steps - 2) // max(1, self.others) for i in range(self.others + 1)]
         return [randint(a, b - 1, rng) for a, b in itertools.pairwise(edges)] + [self.steps - 1]
 
-    def updates(self, flow: Flow, reward: Reward, batch: Batch) -> Generator[Iterable[Loss] | Pool, Tensor, None]:
+    def updates(
+        self, flow: Flow, reward: Reward, batch: Batch
+    ) -> Generator[Iterable[Loss] | GatherBatch, Tensor, None]:
         t, trained = flow.sigmas(self.steps), self.draw(batch.step_rng)
         visits, x, scores = [], batch.noise, None
         for i in range(self.steps):
@@ -98,7 +100,7 @@ class VGGFlow(Pathwise):
         assert scores is not None  # of the last step, whose predicted image is the sampler's
         if self.clip_quantile is not None:
             norms = torch.cat([visit.gradient.flatten(1).norm(dim=1) for visit in visits])
-            self.move_limit(batch.step, (yield Pool(norms)))
+            self.move_limit(batch.step, (yield GatherBatch(norms)))
         visits = [visit._replace(gradient=self.pull(visit.gradient)) for visit in visits]
         yield self.losses(flow, reward, batch, visits, x, reward.value(scores).mean())
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from alignbench.table import Cell, Column, Table
+from alignbench.reporting.table import Cell, Column, Table
 
 BEATS = (("LeapAlign", ("ReFL", "DRaFT-LV", "DRTune")),)
 
 
 def ticks() -> str:
-    """Table 1, as measured: made by ``python -m alignbench.capabilities table2 > reports/measured-table1.csv``."""
+    """Return table 1 as measured by ``python -m alignbench.planning.gradient_paths table2``, kept beside this file."""
     with Path(__file__).with_name("measured-table1.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     names = list(dict.fromkeys(line["metric"] for line in found))

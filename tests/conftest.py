@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from world import debug_sweep, sweep_file
+from support.tiny_sweep import debug_sweep, sweep_file
 
 
 @pytest.fixture(scope="session")

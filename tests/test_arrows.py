@@ -1,224 +1,131 @@
-"""Who may import whom: the arrows of docs/design.md, kept by the syntax tree."""
+"""Who may import whom: the storeys of docs/design.md, computed from the syntax trees."""
 
 from __future__ import annotations
 
 import ast
 import functools
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Every module imports from layers above its own only, whether at its top or inside a function.
-LAYERS = (
-    {"config", "stages", "stats", "grid", "hinge", "shapes.scene", "cost", "markup", "blockwise"},
-    {"promptsets", "geneval"},
-    {"prompts", "plugins", "weights", "method", "evaluator", "table", "shapes", "official"},
-    {
-        "flow",
-        "spec",
-        "store",
-        "shapes.checker",
-        "clip",
-        "small",
-        "backends.sit_network",
-    },
-    {"halves", "manifest", "score_tables"},
-    {
-        "checkpoint",
-        "meter",
-        "adapters",
-        "policy",
-        "nets",
-        "run.code_snapshot",
-        "slurm",
-        "run.process_group",
-        "shards",
-        "small_backends",
-        "adamw",
-        "analysis",
-        "run_state",
-    },
-    {"average", "results", "gallery", "references", "effects"},
-    {"curves", "page"},
-    {"plots"},
-    {"train", "generate", "sweep", "report", "scoring", "run.provenance", "run.trackers", "backends.pipeline"},
-    {
-        "jobs",
-        "testing",
-        "backends.flux",
-        "backends.sd3",
-        "backends.flux2",
-        "backends.sit",
-        "rehearsal",
-        "doctor",
-        "embeddings",
-    },
-    {"estimate"},
-    {"planning"},
-    {"fitting"},
-    {"run.task"},
-    {"run.session"},
-    {"run.train_stage", "run.image_stage", "run.score_stage"},
-    {"run.worker"},
-    {"run", "importers", "compare"},
-    {"launch", "run.slurm_job", "authoring", "importing", "capabilities"},
-    {"rerun", "gc"},
-    {"cli"},
-)
-APART = ("shapes.build", "official.")  # makes the packaged files; scripts of other environments: not of the harness
-METHODS = {"flow", "method", "policy", "nets", "config", "weights"}  # torch, and nothing else of ours
-EVALUATORS = {"evaluator", "config", "weights", "clip", "official", "prompts", "shapes", "geneval", "evaluators"}
-REPORTS = {"store", "table", "stats", "config", "reports"}
-TORCHLESS = {
-    "run.process_group",
+STOREYS = (  # a package imports from itself and from the storeys above it; the contract is the root folder
+    "contract prompts shapes",
+    "official store",
+    "experiment",
+    "backends training evaluation reporting",
+    "planning testing rehearsal",
+    "run",
+    "launch",
     "cli",
-    "authoring",
-    "cost",
-    "counted",
-    "estimate",
-    "planning",
-    "fitting",
-    "rehearsal",
+)
+BESIDE = {  # the folders beside the harness, and what they may import of it
+    "methods": "contract methods",
+    "evaluators": "contract prompts shapes official evaluators",
+    "reports": "reporting.table reports",
+}
+HEAVY = {"torch", "transformers", "diffusers", "accelerate", "open_clip", "torchvision"}
+LIGHT = ("cli", "launch", "run", "planning", "rehearsal", "experiment", "store", "reporting", "prompts", "official") + (
+    "evaluators",
+    "reports",
+)
+    "cli",
     "launch",
     "run",
-    "run.task",
-    "run.session",
-    "run.train_stage",
-    "run.image_stage",
-    "run.score_stage",
-    "run.worker",
-    "stages",
-    "sweep",
-    "spec",
+    "planning",
+    "rehearsal",
+    "experiment",
     "store",
-    "score_tables",
-    "manifest",
-    "run_state",
-    "results",
-    "plugins",
+    "reporting",
     "prompts",
-    "config",
-    "report",
-    "page",
-    "gallery",
-    "references",
-    "effects",
-    "analysis",
-    "curves",
-    "plots",
-    "run.code_snapshot",
-    "run.provenance",
-    "run.trackers",
-    "slurm",
-    "jobs",
-    "small",
-    "small_backends",
-    "hinge",
-    "scoring",
-    "importers",
-    "importing",
-    "compare",
-}
+    "evaluators",
+    "reports",
+    "official",
+]
+LARGEST = 12  # files in a folder
 
 
-@functools.cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+def files() -> dict[str, Path]:
+    """Return every module below ``alignbench.`` and its file; a package is its ``__init__.py``."""
+    homes = {"": ROOT / "alignbench"} | {f"{name}.": ROOT / name for name in BESIDE}
+    found = {
+        prefix + ".".join(path.relative_to(home).with_suffix("").parts): path
+        for prefix, home in homes.items()
+        for path in sorted(home.rglob("*.py"))
+    }
+    return {name.removesuffix("__init__").removesuffix("."): path for name, path in found.items()}
+
+
+FILES = files()
 
 
 def imports(node: ast.AST, inside: bool = True) -> Iterator[str]:
-    """Modules imported at run time; with ``inside`` also those imported within functions."""
+    """Yield the modules imported at run time; with ``inside`` also those imported within functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             continue
-        if isinstance(child, ast.ImportFrom) and child.module in ("alignbench", "alignbench.run"):
-            for alias in child.names:
-                inner = f"{child.module}.{alias.name}"
-                yield inner if (ROOT / inner.replace(".", "/")).with_suffix(".py").is_file() else child.module
-        elif isinstance(child, ast.ImportFrom):
-            yield child.module or ""
+        if isinstance(child, ast.ImportFrom):
+            assert not child.level, "imports are absolute"
+            submodules = [f"{child.module}.{alias.name}" for alias in child.names]
+            yield from [name if name.removeprefix("alignbench.") in FILES else str(child.module) for name in submodules]
         elif isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
         if inside or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield from imports(child, inside)
 
 
-def ours(path: Path, inside: bool = True) -> set[str]:
-    """Our own modules that a file imports, without the leading ``alignbench.``."""
-    found = (name for name in imports(tree(path), inside) if name.startswith("alignbench."))
-    return {name.removeprefix("alignbench.") for name in found}
+@functools.cache
+def imported(module: str, inside: bool = True) -> frozenset[str]:
+    """Return what a module imports; our own modules without the leading ``alignbench.``."""
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    return frozenset(name.removeprefix("alignbench.") for name in imports(tree, inside)) - {module, "alignbench"}
 
 
-def harness() -> dict[str, Path]:
-    files = sorted((ROOT / "alignbench").rglob("*.py"))
-    dotted = {".".join(path.relative_to(ROOT / "alignbench").with_suffix("").parts): path for path in files}
-    named = {name.removesuffix(".__init__"): path for name, path in dotted.items()}
-    return {n: p for n, p in named.items() if n not in ("__init__", "backends") and not n.startswith(APART)}
+def package(module: str) -> str:
+    head, dot, _ = module.partition(".")
+    return head if dot or (FILES[module].name == "__init__.py" and module) else "contract"
 
 
-def layer(module: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if module in names)
+def test_files_have_no_cycle():
+    """The graph of imports between files, those inside functions included, can be sorted."""
+    TopologicalSorter({name: imported(name) & FILES.keys() for name in FILES}).prepare()
 
 
-def test_every_module_has_its_layer():
-    """A new module is put somewhere in the order, on purpose."""
-    assert harness().keys() == set().union(*LAYERS)
+@pytest.mark.parametrize("module", [name for name in FILES if package(name) not in BESIDE])
+def test_packages_import_upwards_in_the_list_only(module):
+    """Each package stands on one storey, and imports from its own modules and from storeys above it in the list."""
+    storey = {name: i for i, names in enumerate(STOREYS) for name in names.split()}
+    mine = package(module)
+    for name in imported(module) & FILES.keys():
+        other = package(name)
+        same = other == mine or {mine, other} == {"contract", "prompts"}  # no cycle of files, by the test above
+        assert same or storey.get(other, 99) < storey[mine], f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("module", sorted(set().union(*LAYERS)))
-def test_the_harness_imports_downwards(module):
-    """cli -> launch -> run -> train, generate, store -> method, flow, evaluator, meter, prompts -> config."""
-    wrong = [name for name in ours(harness()[module]) if layer(name) >= layer(module)]
-    assert not wrong, f"{module} imports {wrong}, which stand beside or above it"
+@pytest.mark.parametrize("folder", BESIDE)
+def test_what_stands_beside_the_harness_imports_little_of_it(folder):
+    """A method imports the contract alone; an evaluator also prompts, shapes and official; a report its table."""
+    allowed = BESIDE[folder].split()
+    for module in (name for name in FILES if package(name) == folder):
+        for name in imported(module) & FILES.keys():
+            assert package(name) in allowed or name in allowed, f"{module} imports {name}"
 
 
-def test_the_harness_knows_no_method_evaluator_or_report_by_name():
-    """It finds them through plugins.py, as it finds a stranger's."""
-    for module, path in harness().items():
-        named = [name for name in ours(path) if name.startswith(("methods", "evaluators", "reports", "sweeps"))]
-        assert not named, f"{module} imports {named}"
+def test_naming_things_is_light():
+    """No module behind help, lists, status or report imports torch at its top, nor does what it imports there."""
+    scripts = ("official.", "planning.gradient_paths")  # run by themselves
+    reached = {name for name in FILES if package(name) in LIGHT and not name.startswith(scripts)}
+    while new := {n for name in reached for n in imported(name, inside=False) & FILES.keys()} - reached:
+        reached |= new
+    for module in reached:
+        heavy = {name.partition(".")[0] for name in imported(module, inside=False)} & HEAVY
+        assert not heavy, f"{module} imports {heavy} at its top"
 
 
-@pytest.mark.parametrize(
-    ("folder", "allowed"), [("methods", METHODS), ("evaluators", EVALUATORS), ("reports", REPORTS)]
-)
-def test_what_stands_beside_the_harness_imports_little_of_it(folder, allowed):
-    """methods: flow, method, policy, weights; evaluators: evaluator, what reads weights; reports: store, tables."""
-    for path in sorted((ROOT / folder).glob("*.py")):
-        wrong = {name for name in ours(path) if name.partition(".")[0] not in allowed}
-        assert not wrong, f"{folder}/{path.name} imports {wrong}"
-
-
-@pytest.mark.parametrize("folder", ["evaluators", "reports"])
-def test_heavy_imports_stand_inside_functions(folder):
-    """No evaluator or report imports torch at its top: naming one costs nothing."""
-    for path in sorted((ROOT / folder).glob("*.py")):
-        heavy = {name.partition(".")[0] for name in imports(tree(path), inside=False)}
-        assert not heavy & {"torch", "transformers", "open_clip", "diffusers", "torchvision"}, path
-
-
-def test_the_command_line_is_light():
-    """What help, lists, status and report are made of imports no torch at its top, nor what does."""
-    heavy = {"torch", "transformers", "diffusers", "accelerate", "open_clip"}
-    beside = {
-        "table",
-        "markup",
-        "text_table",
-        "stats",
-        "grid",
-        "weights",
-        "method",
-        "evaluator",
-        "official",
-        "clip",
-        "geneval",
-        "promptsets",
-        "small",
-    }
-    light = TORCHLESS | beside
-    for module in light:
-        path = harness()[module]
-        assert not heavy & {name.partition(".")[0] for name in imports(tree(path), inside=False)}, module
-        assert ours(path, inside=False) <= light, module
+def test_rooms_are_small():
+    """No package holds more than twelve files."""
+    rooms = Counter(FILES[name].parent for name in FILES if package(name) not in BESIDE)
+    assert max(rooms.values()) <= LARGEST, {str(room): count for room, count in rooms.items() if count > LARGEST}

@@ -14,9 +14,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from alignbench import weights
+from alignbench.backends.cost.published_configs import FLUX_1_DEV
+from alignbench.backends.kernels import Network
 from alignbench.backends.pipeline import (
     TWO_STREAMS,
-    Network,
     Pipeline,
     PipelineBackend,
     PipelineFlow,
@@ -25,7 +26,6 @@ from alignbench.backends.pipeline import (
     token_ids,
     unpack,
 )
-from alignbench.cost import FLUX_1_DEV
 
 if TYPE_CHECKING:
     import torch

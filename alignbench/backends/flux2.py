@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from alignbench import weights
-from alignbench.backends.pipeline import GuidedBackend, Network, Pipeline, PipelineFlow, Text
-from alignbench.cost import FLUX_2_KLEIN_4B, FLUX_2_KLEIN_9B
+from alignbench.backends.cost.published_configs import FLUX_2_KLEIN_4B, FLUX_2_KLEIN_9B
+from alignbench.backends.kernels import Network
+from alignbench.backends.pipeline import GuidedBackend, Pipeline, PipelineFlow, Text
 
 if TYPE_CHECKING:
     import torch

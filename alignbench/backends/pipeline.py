@@ -9,19 +9,16 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import os
-import shlex
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from alignbench import weights
-from alignbench.config import Config, Requirement, UserError, did_you_mean
-from alignbench.cost import Model, known
-from alignbench.counted import Outline
+from alignbench.backends.cost.counted import Outline
+from alignbench.backends.cost.formulas import Model, known
+from alignbench.config import Config, Requirement, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +26,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alignbench.flow import Cond
+from alignbench.backends.kernels import (
+    Network,
+    _attend,
+    _blocks,
+    _compile,
+    check_attention,
+    check_compiler,
+    try_attention,
+)
 
 Pipeline = Any  # a diffusers pipeline, whose parts type checkers cannot see
-Network = Any  # its transformer
 Split = Callable[[Network, Sequence[Network], Any, bool], None]  # network, blocks, computing type, is it trained?
 
 INDEX = "model_index.json"
@@ -406,7 +411,7 @@ class PipelineFlow:
         """Put published weights in the transformer's place. UserError for a name or a shape that does not fit."""
         from safetensors.torch import load_file
 
-        from alignbench.checkpoint import copy_parameters
+        from alignbench.weights import copy_parameters
 
         self._check_config([path for path in files if path.name == "config.json"])
         shards = [path for path in files if path.suffix == ".safetensors"]
@@ -418,7 +423,7 @@ class PipelineFlow:
 
     def load_lora(self, files: Sequence[Path]) -> None:
         """Put published adapters on. UserError for a name or a shape that does not fit."""
-        from alignbench.adapters import read_lora
+        from alignbench.backends.lora import read_lora
 
         adapters = read_lora(files, dict(self.transformer.named_modules()))
         self.transformer.load_lora_adapter(adapters, prefix=None, adapter_name="published")
@@ -475,95 +480,6 @@ def _freeze(pipeline: Pipeline, parts: Sequence[str]) -> None:
     for part in parts:
         if (module := getattr(pipeline, part)) is not None:
             module.requires_grad_(False).eval()
-
-
-def _blocks(transformer: Network) -> list[Network]:
-    return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
-
-
-COMPILER = "inductor"
-VARIANTS = 64  # of a block: with and without gradient and adapters, of every batch and image size; torch's own: 8
-
-
-def check_compiler(device: torch.device) -> None:
-    """UserError if what torch.compile runs is not here: it says so itself, but once the model is loaded."""
-    kind, variable, names = ("C", "CC", "gcc clang") if device.type == "cuda" else ("C++", "CXX", "g++ clang++")
-    wanted = shlex.split(os.environ.get(variable, ""))[:1] or names.split()
-    if COMPILER == "inductor" and not any(map(shutil.which, wanted)):
-        what = f"there is no {kind} compiler ({' or '.join(wanted)}), which torch.compile needs"
-        raise UserError(f"backend.compile: {what}; install one, or choose false")
-
-
-def _compile(transformer: Network) -> None:
-    """Each kind of block once, for the very shapes that come.
-
-    With adapters and without (the base model) are two of its variants, both kept: going from one to the other, as every
-    look at the drift does, compiles nothing again, and both are rounded alike.
-    """
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-    for block in _blocks(transformer):
-        block.compile(fullgraph=True, dynamic=False, backend=COMPILER)
-
-
-def check_attention(name: str, backend: str, dispatches: bool) -> None:
-    """UserError for a kernel that diffusers does not know, whose package is missing, or that cannot be chosen."""
-    if name == "native":
-        return
-    if not dispatches:
-        raise UserError(f"backend.attention: the attention of {backend} is always torch's; choose native")
-    from diffusers.models import attention_dispatch
-
-    known = [kernel.value for kernel in attention_dispatch.AttentionBackendName]
-    if name not in known:
-        raise UserError(f"backend.attention: there is no kernel '{name}'{did_you_mean(name, known, 'kernels')}")
-    try:
-        attention_dispatch._check_attention_backend_requirements(attention_dispatch.AttentionBackendName(name))
-    except RuntimeError as error:
-        raise UserError(f"backend.attention: {_line(error)} Or choose native") from None
-
-
-def try_attention(name: str, dtype: torch.dtype, head: int, device: torch.device) -> None:
-    """UserError unless the kernel gives values and gradients on ``device``, for heads of ``head`` channels.
-
-    On a GPU torch's own choice must be a fused kernel: the plain one keeps every score, with FLUX.1-dev 84 GB for one
-    image of 720 px.
-    """
-    import torch
-    from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    native = name == "native"
-    if native and device.type != "cuda":
-        return
-    fused = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]) if native else nullcontext()
-    x = torch.ones(1, 16, 1, head, dtype=dtype, device=device, requires_grad=True)
-    try:
-        with fused, attention_backend(name):
-            dispatch_attention_fn(x, x, x).sum().backward()
-    except Exception as error:  # every package refuses in its own way
-        where = f"{device.type}, for {str(dtype).removeprefix('torch.')} and heads of {head} channels"
-        instead = "choose backend.dtype: float32" if native else "choose native"
-        raise UserError(f"backend.attention: {name} does not work on {where} ({_line(error)}); {instead}") from error
-
-
-def _attend(transformer: Network, name: str) -> None:
-    """By one kernel from now on, and no other model by it: diffusers would make it everybody's."""
-    from diffusers.models.attention_dispatch import attention_backend
-    from diffusers.utils import logging
-
-    said = logging.get_verbosity()
-    logging.set_verbosity_error()  # that it is an experimental feature
-    try:
-        with attention_backend("native"):
-            transformer.set_attention_backend(name)
-    finally:
-        logging.set_verbosity(said)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _leave_inputs(transformer: Network) -> None:

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from alignbench.backends.cost.published_configs import SD3_5_LARGE, SD3_5_MEDIUM, SD3_MEDIUM
+from alignbench.backends.kernels import Network
 from alignbench.backends.pipeline import (
     TWO_STREAMS,
     GuidedBackend,
-    Network,
     Pipeline,
     PipelineFlow,
     Text,
@@ -27,7 +28,6 @@ from alignbench.backends.pipeline import (
     unpack,
 )
 from alignbench.config import UserError
-from alignbench.cost import SD3_5_LARGE, SD3_5_MEDIUM, SD3_MEDIUM
 
 if TYPE_CHECKING:
     import torch

@@ -22,18 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from alignbench import weights
-from alignbench.backends.pipeline import (
-    GuidedBackend,
-    Network,
-    Pipeline,
-    PipelineFlow,
-    Text,
-    check_attention,
-    pack,
-    unpack,
-)
+from alignbench.backends.cost.formulas import Model, SiTTransformer
+from alignbench.backends.cost.published_configs import SIT_XL_2
+from alignbench.backends.kernels import Network, check_attention
+from alignbench.backends.pipeline import GuidedBackend, Pipeline, PipelineFlow, Text, pack, unpack
 from alignbench.config import Requirement, UserError, read_text
-from alignbench.cost import SIT_XL_2, Model, SiTTransformer
 from alignbench.prompts import Prompt
 
 if TYPE_CHECKING:

@@ -58,8 +58,8 @@ def ls(kind: str | None, plugin: Sequence[str]) -> int:
 @sweep_options()
 def validate(request: Request) -> int:
     """Check a sweep file with its plug-ins, weights, prompts and store. Makes nothing."""
-    from alignbench.planning import shopping
-    from alignbench.sweep import completed, draft, missing
+    from alignbench.experiment.plan import completed, draft, missing
+    from alignbench.planning.plan_page import shopping
 
     request.store()
     drafted = draft(request.document(), request.registry())
@@ -82,16 +82,16 @@ def plan(request: Request, only: Sequence[str], gpu: str) -> int:
 
     The exit code is 1 as long as something is missing.
     """
-    from alignbench import jobs
-    from alignbench.planning import gpu_named, page
-    from alignbench.sweep import completed, draft, missing
+    from alignbench.experiment.plan import completed, draft, missing
+    from alignbench.launch import status_table, submissions
+    from alignbench.planning.plan_page import gpu_named, page
 
     assumed, store = gpu_named(gpu), request.store()
     drafted = draft(request.document(), request.registry())
     gaps = missing(drafted)
     plan = None if gaps else warned(completed(drafted))
     cells = selected(plan or drafted, only)
-    handed_out = jobs.handed_out(jobs.records(store, Path(drafted.document.manifest).stem))
+    handed_out = status_table.handed_out(submissions.submissions(store, Path(drafted.document.manifest).stem))
     print(page(drafted, plan, cells, store, assumed, gaps, handed_out))
     if plan is not None:
         print(summary(store, plan, cells))
@@ -116,9 +116,9 @@ def fit(request: Request, method: str | None, only: Sequence[str], gpu: str, ran
     For a sweep (default: table2), or for one method with its settings. Needs no weights, makes nothing. The exit code
     is 2 if a run does not fit.
     """
-    from alignbench.fitting import Group, page
-    from alignbench.planning import gpu_named
-    from alignbench.sweep import draft
+    from alignbench.experiment.plan import draft
+    from alignbench.planning.fit_page import Group, page
+    from alignbench.planning.plan_page import gpu_named
 
     assumed, known = gpu_named(gpu), request.registry()
     drafted = draft(request.with_method(method, "table2"), known)
@@ -148,8 +148,10 @@ def doctor(
     named with the command that fetches them, and are not an error; the exit code is 2 if something is wrong. Settings
     of an evaluator: hpsv3.weights=FOLDER.
     """
-    from alignbench import doctor, official, scoring
+    from alignbench import official
     from alignbench.config import cache
+    from alignbench.evaluation import scoring
+    from alignbench.rehearsal import doctor
 
     if install:
         official.install(install)
@@ -173,7 +175,7 @@ def new_method(name: str) -> int:
 
     NAME is what a sweep's YAML will call it, for instance my_method.
     """
-    from alignbench.authoring import new_method
+    from alignbench.testing.scaffold import new_method
 
     for path in new_method(name, Path()):
         print(f"written: {path}")
@@ -194,7 +196,7 @@ def new_method(name: str) -> int:
 @click.option("--traceback", is_flag=True, help="Show where a broken promise went wrong.")
 def check_method(file: str, settings: Sequence[str], traceback: bool) -> int:
     """Check every method in a Python file against what training relies on, one line per promise."""
-    from alignbench.authoring import check_methods
+    from alignbench.testing.scaffold import check_methods
 
     code = DONE
     for name, verdicts in check_methods(file, list(settings)):
@@ -207,9 +209,9 @@ def check_method(file: str, settings: Sequence[str], traceback: bool) -> int:
 
 def _listed(kind: str, registry: Registry) -> list[tuple[str, str]]:
     """Return every name of a kind, and the line on it."""
+    from alignbench.experiment.document import sweeps
     from alignbench.prompts import GENERATED, SHAPES, SPLITS
-    from alignbench.promptsets import SETS
-    from alignbench.sweep import sweeps
+    from alignbench.prompts.public import SETS
 
     if kind == "prompts":
         shapes = [(f"shapes/{split}", str(SHAPES / f"{split}.jsonl")) for split in SPLITS]

@@ -15,10 +15,12 @@ import click
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from alignbench.manifest import Manifest
+    from alignbench.experiment.cells import PlannedRun
+    from alignbench.experiment.document import Document
+    from alignbench.experiment.plan import Draft, Plan
     from alignbench.plugins import Registry
-    from alignbench.store import Store
-    from alignbench.sweep import Cell, Document, Draft, Plan
+    from alignbench.store.artefacts import Store
+    from alignbench.store.manifest import Manifest
 
 DONE, USAGE, SOME_FAILED, SOME_PENDING, INTERRUPTED = 0, 1, 2, 3, 130
 EPILOG = """\
@@ -108,7 +110,7 @@ def complete_sweeps(ctx: click.Context, _: click.Parameter, incomplete: str) -> 
     """Return packaged sweeps and sweeps of the store; where none begins so, let the shell complete file names."""
     from click.shell_completion import CompletionItem
 
-    from alignbench.sweep import sweeps
+    from alignbench.experiment.document import sweeps
 
     stored = (path.stem for path in Path(ctx.params.get("store") or "store").glob("sweeps/*.json"))
     names = sorted(name for name in {*sweeps(), *stored} if name.startswith(incomplete))
@@ -226,7 +228,7 @@ class Request:
     def document(self, default: str | None = None) -> Document:
         """Read the sweep, or ``default`` if none is named. UserError if several are."""
         from alignbench.config import UserError
-        from alignbench.sweep import read
+        from alignbench.experiment.document import read
 
         files = [word for word in self.words if "=" not in word]
         if len(files) > 1 or not (files or default):
@@ -235,13 +237,13 @@ class Request:
         document = read(files[0] if files else str(default), assignments, self.seeds, self.limit)
         if not self.rehearse:
             return document
-        from alignbench.rehearsal import rehearse
+        from alignbench.rehearsal.sweep import rehearse
 
         return rehearse(document, Path(self.folder))
 
     def with_method(self, name: str | None, default: str) -> Document:
         """Read the sweep, and add a case of the method ``name`` with its defaults if the sweep has none."""
-        from alignbench.sweep import Document
+        from alignbench.experiment.document import Document
 
         document = self.document(default)
         cases = document.data.get("cases") or []
@@ -256,7 +258,7 @@ class Request:
     def manifest(self, store: Store) -> tuple[str, Manifest]:
         """Return name and manifest of a sweep that was run, named by its file and settings or as in `status`."""
         from alignbench.config import UserError
-        from alignbench.manifest import read_manifest
+        from alignbench.store.manifest import read_manifest
 
         named = store.root / "sweeps" / f"{self.words[0]}.json"
         path = named if named.is_file() else store.root / "sweeps" / self.document().manifest
@@ -271,7 +273,7 @@ class Request:
 
 def usable_store(folder: str) -> Store:
     """Return the store, proven usable; nothing is written to it."""
-    from alignbench.store import Store
+    from alignbench.store.artefacts import Store
 
     store = Store(folder)
     store.check_writable()
@@ -286,29 +288,29 @@ def registry(plugins: Sequence[str]) -> Registry:
 
 def resolve(document: Document, registry: Registry) -> Plan:
     """Resolve a sweep, and print its warnings."""
-    from alignbench.sweep import resolve
+    from alignbench.experiment.plan import resolve
 
     return warned(resolve(document, registry))
 
 
 def warned(plan: Plan) -> Plan:
     """Print the warnings of a plan, and return it."""
-    from alignbench.sweep import warnings_of
+    from alignbench.experiment.plan import warnings_of
 
     for line in warnings_of(plan):
         print(f"alignbench: {line}", file=sys.stderr)
     return plan
 
 
-def selected(plan: Plan | Draft, only: Sequence[str]) -> list[Cell]:
-    from alignbench.sweep import select
+def selected(plan: Plan | Draft, only: Sequence[str]) -> list[PlannedRun]:
+    from alignbench.experiment.cells import select
 
     return select(plan.cells, only)
 
 
-def summary(store: Store, plan: Plan, cells: Sequence[Cell]) -> str:
+def summary(store: Store, plan: Plan, cells: Sequence[PlannedRun]) -> str:
     """Return ``6 runs: 0 to train, 0 image sets to make, 0 scores to compute``."""
-    from alignbench.stages import Stage
+    from alignbench.store.stages import Stage
 
     runs = plan.manifest().by_seed
     parts = {part.lock: part for cell in cells for part in runs[cell.spec.label, cell.seed].missing(store)}

@@ -58,16 +58,16 @@ def _end() -> None:
 @uncollected
 def report(request: Request, out: str | None, formats: str | None) -> int:
     """Print a sweep's table from what the store has, and write it in every format: tables, web page, image grid."""
-    from alignbench import jobs
-    from alignbench.report import FORMATS, build, check_formats
-    from alignbench.results import Results
-    from alignbench.store import Store
+    from alignbench.launch import status_table, submissions
+    from alignbench.reporting.analysis.results import Results
+    from alignbench.reporting.report import FORMATS, build, check_formats
+    from alignbench.store.artefacts import Store
 
     chosen = formats.split(",") if formats else FORMATS
     check_formats(chosen)
     store = Store(request.folder)  # may be read-only
     name, manifest = request.manifest(store)
-    results = Results(store.root, manifest, jobs.handed_out(jobs.records(store, name)), sweep=name)
+    results = Results(store.root, manifest, status_table.handed_out(submissions.submissions(store, name)), sweep=name)
     paths = build(results, Path(out or f"outputs/{manifest.name}"), chosen)
     if "md" in chosen:
         print(paths[0].read_text(encoding="utf-8"))
@@ -86,12 +86,13 @@ def compare(a: str, b: str, evaluators: str | None, out: str | None, store: str)
 
     A and B are each SWEEP:LABEL, a label that only one sweep has, or a run's id or how it begins.
     """
-    from alignbench import compare
-    from alignbench.store import Store
+    from alignbench.reporting import compare
+    from alignbench.reporting.analysis import pairs
+    from alignbench.store.artefacts import Store
 
     place = Store(store)
-    left, right = compare.find(place, a), compare.find(place, b)
-    found, remarks = compare.compare(place, left, right, evaluators.split(",") if evaluators else ())
+    left, right = pairs.find(place, a), pairs.find(place, b)
+    found, remarks = pairs.compare(place, left, right, evaluators.split(",") if evaluators else ())
     text = compare.page(place, left, right, found, remarks)
     paths = compare.build(place, left, right, found, text, Path(out)) if out else []
     print(text, end="")
@@ -115,17 +116,18 @@ def score(
     for every prompt of --prompts; a .jsonl list may name each image's "file" instead. Settings of an evaluator:
     pickscore.weights=shapes.
     """
-    from alignbench import scoring
+    from alignbench.evaluation import folders, scoring
+    from alignbench.reporting import score_summary
 
     judges = scoring.judges(registry(plugin), evaluators, list(words))
-    chosen = scoring.pictures(Path(folder), prompts)
+    chosen = folders.pictures(Path(folder), prompts)
     for judge in judges:
         judge.check([picture.prompt for picture in chosen])
     bases = [scoring.partners(judge, chosen, prompts) for judge in judges]
     scored = [(judge, scoring.score_pictures(judge, chosen, base)) for judge, base in zip(judges, bases)]
-    for path in scoring.save(scored, Path(out), list(plugin)):
+    for path in score_summary.save(scored, Path(out), list(plugin)):
         print(f"written: {path}", file=sys.stderr)
-    print(scoring.summary(scored).markdown())
+    print(score_summary.summary(scored).markdown())
     return DONE if all(frame["ok"].all() for _, frame in scored) else SOME_FAILED
 
 
@@ -158,15 +160,15 @@ def import_(**given: Any) -> int:
     scores.jsonl) or geneval (results.jsonl of evaluate_images.py). PATH is the folder of images, or the file of scores
     or its folder. What the files do not say is marked unknown.
     """
-    from alignbench import importing, scoring
     from alignbench.config import UserError
+    from alignbench.evaluation import import_rows, scoring
 
     asked = SimpleNamespace(**given)
     store, known = usable_store(asked.store), registry(asked.plugin)
     if asked.words and not asked.evaluators:
         raise UserError(f"{asked.words[0]}: is a setting of no evaluator; name it with -e")
     judges = scoring.judges(known, asked.evaluators, list(asked.words)) if asked.evaluators else []
-    run, changed = importing.add(store, importing.asked(asked), judges, known)
-    print("\n".join(importing.told(run, changed)))
+    run, changed = import_rows.add(store, import_rows.asked(asked), judges, known)
+    print("\n".join(import_rows.told(run, changed)))
     print(f"the table: alignbench report {asked.sweep} --store {asked.store}")
     return DONE

@@ -28,9 +28,10 @@ from alignbench.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from alignbench.manifest import Manifest
-    from alignbench.store import Store
-    from alignbench.sweep import Cell, Plan
+    from alignbench.experiment.cells import PlannedRun
+    from alignbench.experiment.plan import Plan
+    from alignbench.store.artefacts import Store
+    from alignbench.store.manifest import Manifest
 
 
 @click.command("sweep", cls=Verb, short_help="Make what is missing of a sweep: train, generate, score.")
@@ -55,7 +56,7 @@ def sweep(
     track: Sequence[str],
 ) -> int:
     """Make everything that the store does not have yet of a sweep: train, generate, score."""
-    from alignbench.launch import check_launcher
+    from alignbench.launch.local import check_launcher
 
     check_launcher(launcher)
     store = request.store()
@@ -80,7 +81,7 @@ def sweep(
 @sweep_options(optional=True)
 def run(request: Request, method: str, track: Sequence[str]) -> int:
     """Make one run in the foreground: the first of a sweep (default: quickstart) with --method."""
-    from alignbench.results import Results
+    from alignbench.reporting.analysis.results import Results
 
     store = request.store()
     plan = resolve(request.with_method(method, "quickstart"), request.registry())
@@ -98,24 +99,24 @@ def run(request: Request, method: str, track: Sequence[str]) -> int:
 @sweep_options(optional=True, plugins=False)
 def status(request: Request) -> int:
     """Show the state of every sweep in the store, or of each run of one sweep, with its jobs on the cluster."""
-    from alignbench import jobs
     from alignbench.config import UserError
-    from alignbench.manifest import read_manifest
+    from alignbench.launch import status_table, submissions
+    from alignbench.store.manifest import read_manifest
 
     store = request.store()
     if request.words:
         name, manifest = request.manifest(store)
-        rows = jobs.rows(store, manifest, jobs.records(store, name))
-        print(jobs.table(rows))
-        return jobs.exit_code(rows)
+        rows = status_table.rows(store, manifest, submissions.submissions(store, name))
+        print(status_table.table(rows))
+        return status_table.exit_code(rows)
     for path in store.manifests():
         try:
             manifest = read_manifest(path)
         except UserError as error:  # of one sweep; the others are shown
             print(error, file=sys.stderr)
             continue
-        rows = jobs.rows(store, manifest, jobs.records(store, path.stem))
-        print(f"{path.stem}: {jobs.summary(rows)}  (alignbench report {manifest.sweep or path.stem})")
+        rows = status_table.rows(store, manifest, submissions.submissions(store, path.stem))
+        print(f"{path.stem}: {status_table.summary(rows)}  (alignbench report {manifest.sweep or path.stem})")
     if not store.manifests():
         print(f"no sweep was run in {store.root} yet; try: alignbench sweep quickstart")
     return DONE
@@ -127,9 +128,9 @@ def status(request: Request) -> int:
 @STORE
 def logs(run: str, follow: bool, store: str) -> int:
     """Print what a run's jobs have written. RUN is a folder below the store's runs/, or how its name begins."""
-    from alignbench import jobs
+    from alignbench.launch import status_table
 
-    for text in jobs.log(usable_store(store), run, follow):
+    for text in status_table.log(usable_store(store), run, follow):
         print(text, end="", flush=True)
     return DONE
 
@@ -139,11 +140,11 @@ def logs(run: str, follow: bool, store: str) -> int:
 @sweep_options()
 def cancel(request: Request, only: Sequence[str]) -> int:
     """Cancel a sweep's jobs on the cluster. What they have made stays, and `alignbench retry` resumes from there."""
-    from alignbench import jobs, slurm
+    from alignbench.launch import slurm, submissions
 
     store = request.store()
     name, _ = request.manifest(store)
-    coming = jobs.under_way(jobs.records(store, name))
+    coming = submissions.under_way(submissions.submissions(store, name))
     chosen = {cell.id for cell in selected(request.plan(), only)} if only else None
     ended = sorted({ticket.job for ticket, _ in coming.values() if chosen is None or ticket.run in chosen})
     slurm.cancel(ended)
@@ -160,20 +161,20 @@ def retry(
     request: Request, only: Sequence[str], slurm: str | None, wait: bool, jobs: int | None, track: Sequence[str]
 ) -> int:
     """Retry the runs that failed or were lost, with the launcher that was used before."""
-    from alignbench import jobs as handed_out
-    from alignbench.launch import check_launcher
-    from alignbench.run_state import LOST
+    from alignbench.launch import status_table, submissions
+    from alignbench.launch.local import check_launcher
+    from alignbench.store.run_state import LOST
 
     store = request.store()
     name, manifest = request.manifest(store)
-    records = handed_out.records(store, name)
+    records = submissions.submissions(store, name)
     latest = next((record for record in records if record.launcher == "slurm"), None)
     plan = request.plan()
-    again = {row.id for row in handed_out.rows(store, manifest, records) if row.state in LOST}
+    again = {row.id for row in status_table.rows(store, manifest, records) if row.state in LOST}
     cells = [cell for cell in selected(plan, only) if cell.id in again]
     if not cells:
         print("nothing has failed or was lost", file=sys.stderr)
-        return handed_out.exit_code(handed_out.rows(store, manifest, records))
+        return status_table.exit_code(status_table.rows(store, manifest, records))
     if latest is None:
         return _make(request, plan, cells, store, "local", jobs, track)
     check_launcher("slurm")
@@ -191,8 +192,8 @@ def rerun(run: str, into: str | None, store: str) -> int:
     RUN is a folder below the store's runs/, or how its name begins. Uses the code that made the run if the store has a
     copy.
     """
-    from alignbench import rerun
-    from alignbench.store import Store
+    from alignbench.launch import rerun
+    from alignbench.store.artefacts import Store
 
     place = Store(store)
     remark, copy = rerun.elsewhere(place, run)
@@ -212,24 +213,24 @@ def rerun(run: str, into: str | None, store: str) -> int:
 @STORE
 def gc(yes: bool, store: str) -> int:
     """List what no sweep of the store refers to, with sizes, and delete it once you agree."""
-    from alignbench import gc
-    from alignbench.store import Store
+    from alignbench.launch import cleanup
+    from alignbench.store.artefacts import Store
 
     place = Store(store)
-    items = gc.unused(place)
+    items = cleanup.unused(place)
     for item in items:
-        print(f"{gc.shown(item.size):>9}  {item.what}: {item.why}")
+        print(f"{cleanup.shown(item.size):>9}  {item.what}: {item.why}")
     if not items:
         print(f"{place.root}: there is nothing to delete")
         return DONE
-    what = f"{len(items)} items, {gc.shown(sum(item.size for item in items))}"
+    what = f"{len(items)} items, {cleanup.shown(sum(item.size for item in items))}"
     if not yes and not sys.stdin.isatty():
         print(f"{what}; nothing was deleted: say --yes, or answer on a terminal")
         return DONE
     if not yes and input(f"{what}: delete them? [y/N] ").strip().lower() not in ("y", "yes"):
         print("nothing was deleted")
         return DONE
-    gone = list(gc.delete(place, items))
+    gone = list(cleanup.delete(place, items))
     print(f"deleted: {len(gone)} of {what}")
     return DONE
 
@@ -237,10 +238,10 @@ def gc(yes: bool, store: str) -> int:
 # -- their parts ------------------------------------------------------------------------------------------------------
 
 
-def _record(request: Request, plan: Plan, cells: Sequence[Cell], store: Store, track: Sequence[str]) -> Manifest:
+def _record(request: Request, plan: Plan, cells: Sequence[PlannedRun], store: Store, track: Sequence[str]) -> Manifest:
     """Write the manifest, print what is to be made, and return the manifest."""
-    from alignbench.manifest import write_manifest
     from alignbench.run import trackers
+    from alignbench.store.manifest import write_manifest
 
     trackers.check(track)
     store.open()
@@ -253,14 +254,14 @@ def _record(request: Request, plan: Plan, cells: Sequence[Cell], store: Store, t
 def _make(
     request: Request,
     plan: Plan,
-    cells: Sequence[Cell],
+    cells: Sequence[PlannedRun],
     store: Store,
     launcher: str,
     jobs: int | None,
     track: Sequence[str],
 ) -> int:
     """Make what is missing on this machine, and name what failed."""
-    from alignbench.launch import launch
+    from alignbench.launch.local import launch
 
     _record(request, plan, cells, store, track)
     outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=request.plugins, track=track)
@@ -276,24 +277,24 @@ def _make(
 
 
 def _resources(request: Request, plan: Plan, file: str | None) -> dict[str, Any]:
-    from alignbench import slurm
+    from alignbench.experiment import resources
 
-    return slurm.read(plan.document.data.get("slurm", {}), file, request.registry())
+    return resources.read(plan.document.data.get("slurm", {}), file, request.registry())
 
 
 def _submit(
     request: Request,
     plan: Plan,
-    cells: Sequence[Cell],
+    cells: Sequence[PlannedRun],
     store: Store,
     options: dict[str, Any],
     track: Sequence[str],
     wait: bool,
 ) -> int:
     """Submit what is missing to SLURM and exit; with ``wait``, stay until it is made."""
-    from alignbench import jobs
-    from alignbench.launch import submit
-    from alignbench.run_state import LOST
+    from alignbench.launch import status_table, submissions
+    from alignbench.launch.submit import submit
+    from alignbench.store.run_state import LOST
 
     manifest = _record(request, plan, cells, store, track)
     count = submit(plan, cells, store, options, request.plugins, track)
@@ -302,9 +303,9 @@ def _submit(
     shown = manifest.only([run for run in manifest.runs if (run.label, run.seed) in chosen])
     name = Path(plan.document.manifest).stem
     if wait:
-        jobs.follow(store, shown, name)
-    rows = jobs.rows(store, shown, jobs.records(store, name))
+        status_table.follow(store, shown, name)
+    rows = status_table.rows(store, shown, submissions.submissions(store, name))
     for row in rows:
         if row.state in LOST:
             print(f"alignbench: {row.title} {row.state}: {row.reason}", file=sys.stderr)
-    return jobs.exit_code(rows)
+    return status_table.exit_code(rows)

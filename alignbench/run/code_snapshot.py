@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alignbench.config import UserError
-from alignbench.store import cannot_write
+from alignbench.store.files import cannot_write
 
 PARTS = ("", "methods", "evaluators", "reports", "sweeps")  # packages that may each lie in a folder of their own
 CODE, PLUGINS = "code", "plugins"  # folders: of the store, of a snapshot

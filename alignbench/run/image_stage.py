@@ -12,7 +12,8 @@ from alignbench.prompts import Prompt, digest
 from alignbench.run import provenance
 from alignbench.run.session import RunSession
 from alignbench.run.task import Target
-from alignbench.store import Lock, read_json, write, write_frame, write_json
+from alignbench.store.files import read_json, write, write_frame, write_json
+from alignbench.store.locks import Lock
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,7 +51,7 @@ def _file(folder: Path, prompt: Prompt, index: int) -> Path:
 
 def _make_images(session: RunSession, target: Target, folder: Path) -> None:
     """Write every image that is not there, one whole file each; of several ranks each makes its share."""
-    from alignbench.generate import generate
+    from alignbench.evaluation.images import generate
 
     wanted, group = _wanted(target), session.group
     there = group.broadcast(lambda: [_file(folder, prompt, index).exists() for prompt, index in wanted])
@@ -69,7 +70,7 @@ def _flow(session: RunSession, target: Target) -> Any:
     """Return the model with the target's weights."""
     flow = session.flow
     if target.trained:
-        from alignbench.checkpoint import load_weights
+        from alignbench.training.checkpoint import load_weights
 
         update = target.update
         path = session.run.product if update is None else session.store.milestone(target.run, update)

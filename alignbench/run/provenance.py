@@ -22,7 +22,7 @@ from typing import Any
 from alignbench.digests import WHOLE, file_digest, fingerprint
 from alignbench.plugins import Registry, digest
 from alignbench.run import code_snapshot
-from alignbench.store import read_json, write, write_json
+from alignbench.store.files import read_json, write, write_json
 
 FILE, PATCH = "provenance.json", "dirty.patch"  # in a run's folder
 TRACKED = ("alignbench", "methods", "evaluators", "reports", "sweeps", "pyproject.toml")  # of a checkout: the code

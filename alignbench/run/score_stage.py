@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignbench.config import UserError
+from alignbench.experiment.ids import evaluator_content
 from alignbench.run import provenance
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Target
-from alignbench.spec import evaluator_content
-from alignbench.store import Artefact, write_frame, write_json
+from alignbench.store.artefacts import Artefact
+from alignbench.store.files import write_frame, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +68,7 @@ class _Judge:
         """Return a row per image, in the order of the manifest; computed in parts, of which those on disk are read."""
         import pandas as pd
 
-        from alignbench.scoring import passes
+        from alignbench.evaluation.scoring import passes
 
         if self._evaluator is None:
             self._evaluator = self._make()
@@ -88,7 +89,7 @@ class _Judge:
             raise UserError(f"the base model's images are missing: {images.failure or 'not made yet'}")
 
     def _score_rows(self, target: Target, rows: pd.DataFrame) -> pd.DataFrame:
-        from alignbench.scoring import score_rows
+        from alignbench.evaluation.scoring import score_rows
 
         prompts = {prompt.id: prompt for prompt in target.prompts}
         sides = [_images(self.session.images(side), rows) for side in (target, self.base) if side is not None]
@@ -104,7 +105,7 @@ def _images(images: Artefact, rows: pd.DataFrame) -> list[Image]:
     """Return an image set's images of the prompts and indices of ``rows``, in their order."""
     import pandas as pd
 
-    from alignbench.scoring import in_threads
+    from alignbench.evaluation.scoring import in_threads
 
     place = ["prompt_id", "index"]
     mine = rows[place].merge(pd.read_parquet(images.product), on=place, how="left", validate="1:1")

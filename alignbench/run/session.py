@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from alignbench.config import Interrupted, UserError, decode
+from alignbench.experiment.ids import BASE, Parts, base_of, build, image_set_id, run_id
+from alignbench.experiment.spec import Evaluation, RunSpec
 from alignbench.plugins import Registry
 from alignbench.prompts import load_prompts
 from alignbench.run import provenance
 from alignbench.run.process_group import STOPPED, OtherFailed, ProcessGroup
 from alignbench.run.task import Failed, Progress, Target, Task
-from alignbench.spec import BASE, Evaluation, Parts, RunSpec, base_of, build, image_set_id, run_id
-from alignbench.stages import Stage
-from alignbench.store import Artefact, Lock, LockLost, Store, cannot_write, locked, reached
+from alignbench.store.artefacts import Artefact, Store, locked, reached
+from alignbench.store.files import cannot_write
+from alignbench.store.locks import Lock, LockLost
+from alignbench.store.stages import Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -115,8 +118,8 @@ class RunSession:
 
     def _stored_text(self, backend: Any) -> Any:
         """Return what encodes prompts by the store's embeddings. One rank makes those that this task may ask for."""
-        from alignbench import embeddings
-        from alignbench.train import drawn
+        from alignbench.backends import stored_embeddings
+        from alignbench.training.batches import drawn
 
         def prepare() -> str:
             prompts = [*self.end.prompts]
@@ -124,9 +127,9 @@ class RunSession:
                 prompts += drawn(load_prompts(self.spec.prompts), self.spec.training)
             texts = ["", *(prompt.text for prompt in prompts)]  # the empty one: of guidance in two branches
             source, device = self.registry.source("backend", backend.name), self.accelerator.device
-            return embeddings.prepare(self.store, backend, source, device, texts, self.progress, self.may_stop)
+            return stored_embeddings.prepare(self.store, backend, source, device, texts, self.progress, self.may_stop)
 
-        return embeddings.Stored(self.store.embeddings / self.group.broadcast(prepare), self.accelerator.device)
+        return stored_embeddings.Stored(self.store.embeddings / self.group.broadcast(prepare), self.accelerator.device)
 
     # -- making an artefact -------------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignbench.experiment.spec import Evaluation, Protocol, RunSpec
 from alignbench.prompts import Prompt, load_prompts
-from alignbench.spec import Evaluation, Protocol, RunSpec
 
 
 class Task(NamedTuple):

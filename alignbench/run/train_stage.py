@@ -13,7 +13,8 @@ from alignbench.config import settings
 from alignbench.prompts import digest, load_prompts
 from alignbench.run import provenance
 from alignbench.run.session import RunSession, stores_embeddings
-from alignbench.store import Lock, write, write_frame
+from alignbench.store.files import write, write_frame
+from alignbench.store.locks import Lock
 
 
 def train(session: RunSession) -> None:
@@ -52,10 +53,10 @@ def _origin(session: RunSession) -> dict[str, Any]:
 
 def _embeddings(session: RunSession, backend: Any) -> str | None:
     """Return the name of the folder that they are in; None if they are computed."""
-    from alignbench import embeddings
+    from alignbench.backends import stored_embeddings
 
     source, device = session.registry.source("backend", backend.name), session.accelerator.device
-    return embeddings.name(backend, source, device) if stores_embeddings(backend) else None
+    return stored_embeddings.name(backend, source, device) if stores_embeddings(backend) else None
 
 
 def make_weights(session: RunSession, lock: Lock) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def make_weights(session: RunSession, lock: Lock) -> dict[str, Any]:
     Returns what the status says beside "done".
     """
     from alignbench.evaluator import Reward
-    from alignbench.train import train
+    from alignbench.training.loop import train
 
     check_room(session)
     spec, folder = session.spec, session.run.folder
@@ -88,20 +89,20 @@ def check_room(session: RunSession) -> None:
     device = session.accelerator.device
     if device.type != "cuda":
         return
-    from alignbench import fitting
+    from alignbench.planning import fit_page
 
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of this process' last run
     with torch.random.fork_rng(devices=[]):  # the method is watched on a toy: training must not see that
-        ranks = fitting.Group(session.accelerator.num_processes, session.task.parallel)
-        warning = fitting.check_room(session.spec, session.registry, ranks, free + cached, total)
+        ranks = fit_page.Group(session.accelerator.num_processes, session.task.parallel)
+        warning = fit_page.check_room(session.spec, session.registry, ranks, free + cached, total)
     if warning and session.group.is_main:
         session.warn(warning)
 
 
 def _follow(session: RunSession, records: Iterable[dict[str, Any]]) -> None:
     """Train: consume the records, and tell how far they are."""
-    from alignbench.train import spent
+    from alignbench.training.state import spent
 
     for record in _tracked(session, records):
         share = spent(session.spec.training.budget, record, session.accelerator.num_processes)
@@ -130,7 +131,7 @@ def _finish(session: RunSession, lock: Lock) -> dict[str, Any]:
     """Put what training has left in its checkpoints where it belongs, once the lock is known to be ours."""
     import pandas as pd
 
-    from alignbench import checkpoint
+    from alignbench.training import checkpoint
 
     folder, milestones = session.run.folder, session.spec.training.milestones
     lock.check()

@@ -18,8 +18,8 @@ from alignbench.run.score_stage import score
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Task
 from alignbench.run.train_stage import train
-from alignbench.stages import Stage
-from alignbench.store import alive
+from alignbench.store.locks import alive
+from alignbench.store.stages import Stage
 
 
 def execute(task: dict[str, Any], stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from alignbench.prompts import Prompt
-from alignbench.testing import picture
+from alignbench.testing.evaluator_contract import picture
 
 SIZES = {  # (height, width)
     "square": (512, 512),

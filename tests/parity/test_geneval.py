@@ -4,14 +4,15 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
+from support import tiny
 
-from alignbench import official, small
+from alignbench import official
 from alignbench.evaluators import mask2former
 from alignbench.evaluators.mask2former import Mask2Former
-from alignbench.testing import picture
+from alignbench.rehearsal import tiny_mask2former
+from alignbench.testing.evaluator_contract import picture
 
 pytestmark = pytest.mark.parity
 
@@ -37,7 +38,7 @@ def pictures() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return small.mask2former_file(tmp_path_factory.mktemp("detector") / "mask2former.pth")
+    return tiny_mask2former.mask2former_file(tmp_path_factory.mktemp("detector") / "mask2former.pth")
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +65,8 @@ def test_the_network_sees_what_mmdets_sees(theirs):
 
 def test_the_network_answers_as_mmdets(checkpoint, theirs):
     """Class and mask logits, from mmdet's names of either generation: within 1e-4 of a range above 10."""
-    for state in (small.mask2former_state(), tiny.mmdet_2(small.mask2former_state())):
-        model = Mask2Former(small.mask2former_file(checkpoint.with_name("again.pth"), state), "x").model
+    for state in (tiny_mask2former.mask2former_state(), tiny.mmdet_2(tiny_mask2former.mask2former_state())):
+        model = Mask2Former(tiny_mask2former.mask2former_file(checkpoint.with_name("again.pth"), state), "x").model
         for found in theirs.arrays[1::3]:
             with torch.no_grad():
                 answer = model(pixel_values=torch.from_numpy(found["pixels"]).to(model.device))

@@ -7,8 +7,9 @@ import open_clip
 import pytest
 from official_inputs import agree, images, prompts
 
-from alignbench import official, small
+from alignbench import official
 from alignbench.evaluators.hpsv2 import HPSv2
+from alignbench.rehearsal import tiny_clip
 
 pytestmark = pytest.mark.parity
 
@@ -21,7 +22,7 @@ def environment():
 @pytest.fixture(scope="module", params=["random", "shapes"])
 def port(request, environment, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hps")
-    return HPSv2(weights="shapes" if request.param == "shapes" else str(small.hps_folder(folder)))
+    return HPSv2(weights="shapes" if request.param == "shapes" else str(tiny_clip.hps_folder(folder)))
 
 
 def test_scores_agree(port):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from official_inputs import agree, images, prompts
 
-from alignbench import official, small
+from alignbench import official
 from alignbench.evaluator import to_tensor
 from alignbench.evaluators.hpsv3 import HPSv3
+from alignbench.rehearsal import tiny_qwen
 
 pytestmark = pytest.mark.parity
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.parity
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
     official.install("hpsv3-official")
-    folder = str(small.hpsv3_folder(tmp_path_factory.mktemp("hpsv3")))
+    folder = str(tiny_qwen.hpsv3_folder(tmp_path_factory.mktemp("hpsv3")))
     return HPSv3(weights=folder, base=folder)
 
 

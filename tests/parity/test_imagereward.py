@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from official_inputs import agree, images, prompts
 
-from alignbench import official, small
+from alignbench import official
 from alignbench.evaluators.imagereward import CHECKPOINT, CONFIG, ImageReward
+from alignbench.rehearsal import tiny_imagereward
 
 pytestmark = pytest.mark.parity
 
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.parity
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
     official.install("imagereward-official")
-    folder = str(small.imagereward_folder(tmp_path_factory.mktemp("image_reward")))
+    folder = str(tiny_imagereward.imagereward_folder(tmp_path_factory.mktemp("image_reward")))
     return ImageReward(weights=folder, tokenizer=folder)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from cluster import Cluster
 from safetensors.numpy import load_file
-from world import PLUGIN, same, sweep_file
+from support.tiny_sweep import PLUGIN, same, sweep_file
 
 from alignbench.cli import main
 

@@ -1,0 +1,249 @@
+"""Planned runs: one per case and point of the grid, every setting resolved."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from alignbench.config import (
+    UserError,
+    decode,
+    did_you_mean,
+    join,
+    parse_assignment,
+    pick,
+    put,
+    settings,
+)
+from alignbench.digests import content_id
+from alignbench.evaluator import Evaluator, Term
+from alignbench.experiment.document import RUN_PARTS, Document
+from alignbench.experiment.ids import Parts, build
+from alignbench.experiment.spec import (
+    Override,
+    Protocol,
+    RewardSettings,
+    RunSpec,
+    Sweep,
+    Training,
+)
+from alignbench.method import AlignMethod
+from alignbench.plugins import Builder, Registry
+from alignbench.store.manifest import (
+    UNTRAINED,
+)
+
+CELL_PARTS = (*RUN_PARTS, "evaluation")
+SAMPLER = ("steps", "guidance", "weights", "tuned_steps")  # what of the protocol a row may have of its own
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep. ``seed``: of training, or UNTRAINED. ``notes``: the overrides that apply, with reasons."""
+
+    spec: RunSpec
+    seed: int
+    protocol: Protocol
+    parts: Parts  # built, and shared with every cell that has the same settings: to be asked, not to be run
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    published: bool = False  # are its weights somebody else's, with training of which nothing is known?
+    id: str = ""  # of the weights: the name of its folder below runs/
+    images: str = ""  # id of its image set
+    base: str = ""  # id of the image set that the untrained model makes in the same way
+    milestones: tuple[tuple[int, str], ...] = ()  # (update, id of its image set)
+
+    @property
+    def backend(self) -> Any:
+        return self.parts.backend
+
+    @property
+    def method(self) -> AlignMethod:
+        return self.parts.method
+
+    @property
+    def rewards(self) -> tuple[Term, ...]:
+        return self.parts.rewards
+
+    @property
+    def trains(self) -> bool:
+        return self.seed != UNTRAINED
+
+    @property
+    def title(self) -> str:
+        return f"{self.spec.label}, seed {self.seed}" if self.trains else self.spec.label
+
+
+def cells_of(sweep: Sweep, document: Document, builder: Builder) -> list[PlannedRun]:
+    """Return every run of a sweep, without ids. Raise UserError for the first setting that is wrong."""
+    cells = [cell for index, _ in enumerate(sweep.cases) for cell in _case(sweep, document, index, builder)]
+    _refuse_twins(cells, document.path)
+    _refuse_idle(sweep, document, cells, builder.registry)
+    return cells
+
+
+def _case(sweep: Sweep, document: Document, index: int, builder: Builder) -> Iterator[PlannedRun]:
+    """Yield the cells of one case: one per point of the grid, or a single one if its method trains nothing."""
+    where, case = document.path, sweep.cases[index]
+    method = builder.make("method", case.method, f"{where}: cases[{index}].method")
+    evaluation = {"protocol": settings(sweep.evaluation.protocol)}
+    raw = {**settings(sweep.base), "method": settings(method), "evaluation": evaluation}
+    raw = {part: _complete(part, raw[part], builder, f"{where}: base") for part in CELL_PARTS}
+    axes = sweep.grid if method.trains else {}
+    for values in itertools.product(*axes.values()):
+        run, label, notes = raw, case.label, []
+        for axis, value in zip(axes, values):
+            run = _set(run, axis, value, builder, f"{where}: grid")
+            label += "" if axis == "training.seed" else f", {axis.rpartition('.')[2]}={value}"
+        for i, override in enumerate(sweep.overrides):
+            if matches(override.match, label, run, f"{where}: overrides[{i}].match"):
+                run = _override(run, override, builder, f"{where}: overrides[{i}]")
+                notes.append({"set": override.set, "reason": override.reason})
+        for axis, value in document.run_sets:
+            if not axis.startswith("method.") or axis.split(".")[1] in method.__struct_fields__:
+                run = _set(run, axis, value, builder, "command line", CELL_PARTS)
+        protocol = decode(Protocol, run["evaluation"]["protocol"], f"{where}: evaluation.protocol")
+        own = {part: run[part] for part in RUN_PARTS}
+        spec = decode(RunSpec, {"label": label, **own}, f"{where}: cases[{index}]")
+        seed = spec.training.seed if method.trains else UNTRAINED
+        yield PlannedRun(spec, seed, protocol, build(spec, builder), notes)
+
+
+def _override(run: dict[str, Any], override: Override, builder: Builder, where: str) -> dict[str, Any]:
+    if not override.reason.strip():
+        unequal = [
+            axis for axis in override.set if override.match and axis.startswith(("training.batch", "training.budget"))
+        ]
+        what = f"{unequal[0]} would be unequal between rows" if unequal else "an exception needs its reason"
+        raise UserError(f"{where}: {what}; say why with 'reason: ...', the report prints it")
+    for axis, value in override.set.items():
+        if axis.startswith("evaluation") and axis.removeprefix("evaluation.protocol.") not in SAMPLER:
+            own = ", ".join(f"evaluation.protocol.{name}" for name in SAMPLER)
+            raise UserError(f"{where}.set: {axis}: all rows share it, or their images are no pairs; choose of {own}")
+        run = _set(run, axis, value, builder, f"{where}.set", CELL_PARTS)
+    return run
+
+
+def _set(
+    run: dict[str, Any], axis: str, value: Any, builder: Builder, where: str, parts: Sequence[str] = RUN_PARTS
+) -> dict[str, Any]:
+    """Return ``run`` with one setting of its ``parts`` changed, checked at once, so that an error names the culprit."""
+    head = axis.partition(".")[0].partition("[")[0]
+    if head not in parts:
+        raise UserError(f"{where}: {axis}: a run has no such setting{did_you_mean(head, parts, 'settings')}")
+    changed = put(run, axis, value, f"{where}: {axis}")
+    return changed | {head: _complete(head, changed[head], builder, f"{where}: ")}
+
+
+def _complete(part: str, raw: Any, builder: Builder, where: str) -> Any:
+    """Return one part of a run decoded strictly and written out again, defaults included."""
+    place = join(where, part)
+    if part in ("backend", "method"):
+        return settings(builder.make(part, raw, place))  # type: ignore[arg-type]  # one of the two
+    if part == "reward":
+        return _complete_reward(raw, builder, place)
+    if part == "training":
+        return settings(decode(Training, raw, place))
+    if part == "evaluation":
+        return {"protocol": settings(decode(Protocol, raw["protocol"], join(place, "protocol")))}
+    return raw
+
+
+def _complete_reward(raw: Any, builder: Builder, where: str) -> Any:
+    if not isinstance(raw, list):
+        return _complete_term(raw, builder, where)
+    if not raw:
+        raise UserError(f"{where}: the list is empty; give at least one evaluator")
+    return [_complete_term(part, builder, f"{where}[{i}]") for i, part in enumerate(raw)]
+
+
+def _complete_term(raw: Any, builder: Builder, where: str) -> dict[str, Any]:
+    reward = decode(RewardSettings, raw, where)
+    evaluator = builder.make("evaluator", reward.evaluator, join(where, "evaluator"))
+    if type(evaluator).reward is Evaluator.reward:
+        known = join(where, "evaluator")
+        raise UserError(f"{known}: {evaluator.name} scores for tables alone; choose an evaluator that gives a reward")
+    return {**settings(reward), "evaluator": settings(evaluator)}
+
+
+def matches(match: dict[str, Any], label: str, run: dict[str, Any], where: str) -> bool:
+    """Does a run fit ``{method: refl, training.seed: 1}``? ``method`` is a method's name or a row's label."""
+    return all(_matches_one(key, value, label, run, where) for key, value in match.items())
+
+
+def _matches_one(key: str, value: Any, label: str, run: dict[str, Any], where: str) -> bool:
+    if key in ("method", "label"):
+        return value in (run["method"]["name"], label) if key == "method" else value == label
+    try:
+        return pick(run, "training.seed" if key == "seed" else key) == value
+    except KeyError:
+        if key.partition(".")[0] in RUN_PARTS:
+            return False  # another method's setting
+        raise UserError(f"{where}: a run has no '{key}'; use method, label, seed, or a setting's path") from None
+
+
+def select(cells: Iterable[PlannedRun], patterns: Sequence[str]) -> list[PlannedRun]:
+    """The cells that ``--only 'method=refl' '!seed=2'`` means: any value of a key, all keys, and no ``!pattern``."""
+    wanted: dict[str, list[Any]] = {}
+    unwanted = []
+    for pattern in patterns:
+        key, value = parse_assignment(pattern.removeprefix("!"))
+        if pattern.startswith("!"):
+            unwanted.append((key, value))
+        else:
+            wanted.setdefault(key, []).append(value)
+
+    def fits(cell: PlannedRun, key: str, value: Any) -> bool:
+        if key in ("seed", "training.seed"):
+            return cell.seed == value
+        return _matches_one(key, value, cell.spec.label, settings(cell.spec), "--only")
+
+    cells = list(cells)
+    found = [
+        cell
+        for cell in cells
+        if all(any(fits(cell, key, value) for value in values) for key, values in wanted.items())
+        and not any(fits(cell, key, value) for key, value in unwanted)
+    ]
+    if not found:
+        labels = ", ".join(dict.fromkeys(cell.spec.label for cell in cells))
+        hint = "; settings to change go before --only" if len(patterns) > 1 else ""
+        raise UserError(f"--only {' '.join(patterns)}: matches no run (rows: {labels}){hint}")
+    return found
+
+
+def distinct(cells: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Return one of the cells that differ in the seed alone: what can be checked of one holds for the others."""
+    return list({_but_seed(cell): cell for cell in cells}.values())
+
+
+def _but_seed(cell: PlannedRun) -> str:
+    plain = settings(cell.spec) | {"protocol": settings(cell.protocol)}
+    return content_id(plain | {"training": plain["training"] | {"seed": 0}})
+
+
+def _refuse_twins(cells: Sequence[PlannedRun], where: str) -> None:
+    seen = set[tuple[str, int]]()
+    for cell in cells:
+        if (cell.spec.label, cell.seed) in seen:
+            raise UserError(f"{where}: two runs are called '{cell.title}'; give each case its own label")
+        seen.add((cell.spec.label, cell.seed))
+
+
+def _refuse_idle(sweep: Sweep, document: Document, cells: Sequence[PlannedRun], registry: Registry) -> None:
+    """A setting that reaches no run is a typing mistake; a known method that this sweep leaves out is none."""
+    labels = [case.label for case in sweep.cases]
+    for i, override in enumerate(sweep.overrides):
+        for key in {"method", "label"} & override.match.keys():
+            known = [*labels, *(registry.names("method") if key == "method" else [])]
+            if (value := override.match[key]) not in known:
+                where = f"{document.path}: overrides[{i}].match.{key}"
+                raise UserError(f"{where}: there is no '{value}'{did_you_mean(str(value), known)}")
+    for axis, _ in document.run_sets:
+        fields = {name for cell in cells for name in cell.spec.method if name != "name"}
+        own = axis.partition(".")[2].partition(".")[0]
+        if axis.startswith("method.") and own not in fields:
+            raise UserError(
+                f"command line: {axis}: no method of this sweep has it{did_you_mean(own, sorted(fields), 'settings')}"
+            )

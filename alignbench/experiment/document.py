@@ -1,0 +1,94 @@
+"""Sweep files as written, with what the command line changed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignbench.config import (
+    UserError,
+    did_you_mean,
+    load_yaml,
+    merge,
+    parse_assignment,
+    put,
+)
+from alignbench.digests import content_id
+from alignbench.experiment.spec import (
+    Sweep,
+)
+
+RUN_PARTS = ("backend", "method", "reward", "prompts", "training")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sweep file as written, with what the command line changed. Reading it imports no method and no torch."""
+
+    path: str  # as typed
+    data: dict[str, Any]
+    run_sets: list[tuple[str, Any]] = field(default_factory=list)  # assignments that hold for every run, last of all
+    command: str = ""  # what to type after `alignbench sweep` or `alignbench report`
+    rehearsal: bool = False  # small stand-ins for all models: no number means anything
+
+    @property
+    def name(self) -> str:
+        """Of the manifest and of the report's files."""
+        name = str(self.data.get("name", "sweep"))
+        limited = isinstance(self.data.get("evaluation"), dict) and self.data["evaluation"].get("limit")
+        return f"{name}-SUBSET" if limited else name
+
+    @property
+    def manifest(self) -> str:
+        """File name of the manifest below ``sweeps/``: the same for the same document, whatever stands behind it."""
+        made = {key: value for key, value in self.data.items() if key != "slurm"}
+        return f"{self.name}-{content_id([made, self.run_sets])}.json"
+
+
+def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, limit: int | None = None) -> Document:
+    """A sweep file, or a packaged one by its name, with command-line changes. UserError if it cannot be read."""
+    data = load_yaml(_find(path), sweeps())
+    words = [path, *assignments]
+    if seeds is not None:
+        assignments = [*assignments, f"grid={{training.seed: [{seeds}]}}"]
+        words += ["--seeds", seeds]
+    if limit is not None:
+        assignments = [*assignments, f"evaluation.limit={limit}"]
+        words += ["--limit", str(limit)]
+    run_sets = []
+    for place, value in map(parse_assignment, assignments):
+        place = "training.seed" if place == "seed" else place
+        head = place.partition(".")[0].partition("[")[0]
+        if head in RUN_PARTS:
+            run_sets.append((place, value))
+            grid = data.get("grid")
+            if isinstance(grid, dict):  # the command line beats the file: one value instead of the axis
+                data = {**data, "grid": {axis: values for axis, values in grid.items() if axis != place}}
+        elif head not in Sweep.__struct_fields__:
+            known = [*RUN_PARTS, *Sweep.__struct_fields__]
+            raise UserError(
+                f"command line: {place}: there is no setting '{head}'{did_you_mean(head, known, 'settings')}"
+            )
+        elif head == "grid":
+            axis = place.removeprefix("grid").removeprefix(".")
+            data = merge(data, {"grid": {axis: value} if axis else value})
+        else:
+            data = put(data, place, value, "command line")
+            if place.startswith("evaluation.protocol."):  # beats the overrides of single rows, too
+                run_sets.append((place, value))
+    return Document(path, data, run_sets, " ".join(words))
+
+
+def _find(path: str) -> Path:
+    packaged = sweeps().get(path)
+    return packaged if packaged and not Path(path).is_file() else Path(path)
+
+
+def sweeps() -> dict[str, Path]:
+    """The packaged sweep files by name."""
+    found = importlib.util.find_spec("alignbench.sweeps")
+    folders = (found and found.submodule_search_locations) or []
+    return {file.stem: file for folder in folders for file in sorted(Path(folder).glob("*.yaml"))}

@@ -1,0 +1,127 @@
+"""Ids from content: of training runs, image sets and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from msgspec import structs
+
+from alignbench.config import settings
+from alignbench.digests import content_id, fingerprint
+from alignbench.evaluator import Evaluator, Term
+from alignbench.experiment.spec import Protocol, RunSpec
+from alignbench.method import AlignMethod
+from alignbench.plugins import Builder, Registry
+from alignbench.prompts import Prompt
+from alignbench.prompts import digest as prompts_digest
+
+
+class Parts(NamedTuple):
+    """What a run is made with, built from its settings."""
+
+    backend: Any
+    method: AlignMethod
+    rewards: tuple[Term, ...]
+
+
+def build(spec: RunSpec, registry: Registry | Builder) -> Parts:
+    """Build the backend, the method and the rewards of a run."""
+    rewards = (
+        Term(registry.make("evaluator", part["evaluator"], "reward.evaluator"), part["margin"], part["weight"])
+        for part in spec.rewards
+    )
+    backend = registry.make("backend", spec.backend, "backend")
+    return Parts(backend, registry.make("method", spec.method, "method"), tuple(rewards))
+
+
+def run_id(spec: RunSpec, parts: Parts, registry: Registry, prompts: Sequence[Prompt]) -> str:
+    """Hash everything that determines the weights, hence not the label. ``prompts``: those of ``spec.prompts``.
+
+    All methods that train nothing and bring no files share one id per backend: their weights are the same.
+    """
+    backend, method = parts.backend, parts.method
+    described = {key: value for key, value in spec.backend.items() if key != "embeddings"}  # which move no bit
+    for name, usual in (("compile", False), ("attention", "native")):  # with these the id is that of before they were
+        if described.get(name) == usual:
+            del described[name]
+    files = method.files()
+    brought: dict[str, Any] = {"method files": fingerprint(files)} if files else {}
+    if not method.trains:
+        own = set(getattr(backend, "training_only", ()))
+        sampled = {key: value for key, value in described.items() if key not in own}
+        if files:
+            brought["method"] = {key: value for key, value in spec.method.items() if key != "steps"}  # of training
+            brought["method source"] = registry.source("method", spec.method["name"])
+        return content_id({"backend": sampled, "backend files": fingerprint(backend.files()), **brought})
+    rewards = [
+        {
+            "reward": evaluator_content(term.evaluator, registry),
+            "margin": term.margin,
+            "weight": term.weight if len(parts.rewards) > 1 else 1.0,
+        }
+        for term in parts.rewards
+    ]
+    training = settings(spec.training)
+    for name in ("checkpoint_every", "keep", "drift_every"):  # what moves no weight
+        del training[name]
+    for name in (
+        "milestones",
+        "reward_slice",
+        "ema_on_host",
+    ):  # without them the id is that of before they were there
+        if not training[name]:
+            del training[name]
+    for name in ("weights", "moments"):
+        if training["optimizer"][name] == "float32":
+            del training["optimizer"][name]
+    content = {
+        "backend": described,
+        "backend files": fingerprint(backend.files()),
+        "method": spec.method,
+        "method source": registry.source("method", spec.method["name"]),
+        "rewards": rewards,
+        "prompts": prompts_digest(prompts),
+        "training": training,
+        **brought,
+    }
+    return content_id(content)
+
+
+def image_set_id(
+    run: str, trains: bool, protocol: Protocol, prompts: Sequence[Prompt], update: int | None = None
+) -> str:
+    """Of the weights and everything that determines the images. ``prompts``: those of ``protocol.prompts``.
+
+    ``update``: of the milestone at which the weights were kept; None: those of the end.
+    """
+    content = settings(protocol) | {"run": run, "prompts": prompts_digest(prompts)}
+    if protocol.tuned_steps is None:  # then the id is that of before there was such a setting
+        del content["tuned_steps"]
+    if update is not None:
+        content["update"] = update
+    if not trains:  # no average is kept of weights that never move
+        del content["weights"]
+    return content_id(content)
+
+
+BASE = "base"  # the method that trains nothing
+
+
+def base_of(
+    spec: RunSpec, parts: Parts, protocol: Protocol, registry: Registry | Builder
+) -> tuple[RunSpec, Parts, Protocol]:
+    """Return the untrained model's run and the protocol of its images, with which those of ``spec`` are paired."""
+    method = registry.make("method", {"name": BASE}, "method")
+    base = structs.replace(spec, label=BASE, method=settings(method))
+    return base, parts._replace(method=method), structs.replace(protocol, tuned_steps=None)
+
+
+def evaluator_content(evaluator: Evaluator, registry: Registry) -> dict[str, Any]:
+    """Everything that determines the scores of given images."""
+    return {
+        "settings": settings(evaluator),
+        "version": evaluator.version,
+        "files": fingerprint(evaluator.files()),
+        "source": registry.source("evaluator", evaluator.name),
+    }

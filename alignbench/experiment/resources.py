@@ -1,0 +1,125 @@
+"""Resources that each stage asks of SLURM, from the sweep's ``slurm:`` section and a cluster file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from msgspec import Meta, field
+
+from alignbench.config import Config, UserError, decode, join, load_yaml, merge
+from alignbench.experiment.spec import Count
+from alignbench.plugins import Registry
+from alignbench.store.stages import Stage, Verb
+
+if TYPE_CHECKING:
+    from alignbench.experiment.cells import PlannedRun
+
+LARGEST = 1000  # tasks of an array; SLURM's default MaxArraySize is 1001
+Time = Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=r"^(\d+-)?\d{1,2}(:\d\d){1,2}$")]
+
+
+class Resources(Config):
+    """What a job asks SLURM for. What is not set is the cluster's default."""
+
+    partition: str | None = None
+    nodes: Count = 1
+    gpus_per_node: Annotated[int, Meta(ge=0)] = 0
+    tasks_per_node: Count | None = None  # ranks on a node; None: one per GPU, or one
+    cpus_per_task: Count | None = None
+    time: Time | None = None  # minutes, minutes:seconds, hours:minutes:seconds or days-hours:minutes[:seconds]
+    mem: str | None = None  # of a node, as in 64G
+    constraint: str | None = None
+    qos: str | None = None
+    account: str | None = None
+    array_parallelism: Count = 256  # tasks of an array at a time
+    setup: list[str] = field(default_factory=list)  # lines of shell before the job's own command
+    additional: dict[str, Any] = field(default_factory=dict)  # further options of sbatch
+    signal: Count = 90  # seconds before its end in which a job saves what it has
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # how the ranks of a training share the model
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def seconds(self) -> float:
+        """Of ``time``; infinite if it is not set."""
+        if not isinstance(self.time, str):
+            return math.inf if self.time is None else 60 * self.time
+        days, _, clock = self.time.rpartition("-")
+        hours, minutes, *seconds = map(int, clock.split(":"))
+        if not days and not seconds:  # minutes:seconds
+            return 60 * hours + minutes
+        return 86_400 * int(days or 0) + 3600 * hours + 60 * minutes + sum(seconds)
+
+    def options(self) -> dict[str, Any]:
+        """submitit's names for them."""
+        same = ("partition", "nodes", "cpus_per_task", "time", "mem", "constraint", "qos", "account")
+        chosen = {name: getattr(self, name) for name in same if getattr(self, name) is not None}
+        gpus = {"gpus_per_node": self.gpus_per_node} if self.gpus_per_node else {}
+        return {
+            "time": None,  # else submitit's own: five minutes
+            **chosen,
+            **gpus,
+            "ntasks_per_node": self.ranks_per_node,
+            "array_parallelism": self.array_parallelism,
+            "signal_delay_s": self.signal,
+            "stderr_to_stdout": True,
+            "srun_args": [f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else None,  # not inherited
+        }
+
+
+class Slurm(Resources):
+    """The same for all jobs, and what some of them want instead: by stage, backend, method (training), evaluator."""
+
+    stages: dict[Verb, dict[str, Any]] = field(default_factory=dict)
+    backends: dict[str, dict[str, Any]] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluators: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+SECTIONS = ("stages", "backends", "methods", "evaluators")
+
+
+def check_options(options: Any, where: str, registry: Registry) -> None:
+    """UserError for a setting that does not exist, or is for a method, evaluator or backend that does not."""
+    checked = decode(Slurm, options, where)
+    for section in SECTIONS:
+        for name, own in getattr(checked, section).items():
+            if section != "stages":
+                registry.entry(section.removesuffix("s"), name, join(where, section))  # type: ignore[arg-type]
+            decode(Resources, own, join(where, f"{section}.{name}"))
+
+
+def read(sweep: dict[str, Any], file: str | None, registry: Registry) -> dict[str, Any]:
+    """A sweep's ``slurm`` (checked already) with the cluster file laid over it."""
+    if file is None:
+        return sweep
+    cluster = load_yaml(Path(file))
+    check_options(cluster, f"{file}: ", registry)
+    return merge(sweep, cluster)
+
+
+def resources(slurm: dict[str, Any], stage: Stage, cell: PlannedRun, evaluator: str = "") -> Resources:
+    """Of one job: what all get, then what its stage, its backend, and its method or evaluator want instead."""
+    own: dict[str, Any] = {key: value for key, value in slurm.items() if key not in SECTIONS}
+    wishes = [("stages", str(stage.verb))]
+    if stage is not Stage.SCORE:
+        wishes.append(("backends", cell.spec.backend["name"]))
+    if stage is Stage.TRAIN:
+        wishes.append(("methods", cell.spec.method["name"]))
+    if evaluator:
+        wishes.append(("evaluators", evaluator))
+    for section, name in wishes:
+        own = merge(own, slurm.get(section, {}).get(name) or {})
+    found = decode(Resources, own, "slurm")
+    if found.seconds <= found.signal:
+        what = f"{stage.verb}: {found.time} is no longer than the {found.signal} s before its end in which it saves"
+        raise UserError(f"slurm.time: {what}; raise time, or lower signal")
+    return found

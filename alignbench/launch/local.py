@@ -1,0 +1,236 @@
+"""Runs as submitit jobs: ``slurm`` (arrays, and this process ends), ``local`` (worker processes, a few at a time) or
+``debug`` (in this process, one by one).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignbench.config import UserError, did_you_mean
+from alignbench.experiment.cells import PlannedRun
+from alignbench.experiment.plan import Plan
+from alignbench.launch import slurm
+from alignbench.launch import submissions as records
+from alignbench.launch.display import Display, show
+from alignbench.launch.pending import Job, Outcome, new_folder, task, unfinished
+from alignbench.launch.submissions import JobEntry
+from alignbench.run import execute
+from alignbench.run.code_snapshot import Snapshot, take
+from alignbench.store.artefacts import Store
+
+LAUNCHERS = ("local", "debug", "slurm")
+FOREVER = 60 * 24 * 365  # minutes; submitit's own default would end a job after five
+POLL = 0.2  # seconds
+
+
+def cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+def check_launcher(name: str) -> None:
+    """UserError unless there is such a launcher, and it works on this machine."""
+    if name not in LAUNCHERS:
+        raise UserError(f"--launcher: there is no launcher '{name}'{did_you_mean(name, LAUNCHERS, 'launchers')}")
+    if name == "slurm":
+        slurm.check()
+
+
+def launch(
+    plan: Plan,
+    cells: Sequence[PlannedRun],
+    store: Store,
+    *,
+    launcher: str = "local",
+    jobs: int | None = None,
+    plugins: Sequence[str] = (),
+    track: Sequence[str] = (),
+) -> list[Outcome]:
+    """Make what is missing of ``cells``, here. A run that fails is reported and does not stop the others."""
+    works = unfinished(plan, cells, store)
+    folder = new_folder(plan, store)
+    queue = [Job(cell, list(todo), folder / f"{cell.id}-{n}.json") for n, (cell, todo) in enumerate(works)]
+    busy = {id(job.cell) for job in queue}
+    outcomes = [Outcome(cell, "done") for cell in cells if id(cell) not in busy]
+    if not queue:
+        return outcomes
+    gpus = _gpus() if launcher == "local" else []
+    jobs = min(jobs or len(gpus) or cores(), len(queue)) if launcher == "local" else 1
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
+    tickets = [JobEntry("", "", [part.id for part in job.todo], job.cell.id, str(job.progress)) for job in queue]
+    records.write(folder, Path(plan.document.manifest).stem, launcher, tickets)
+    # submitit's files hold pickles: in a folder of this user's own, never in a store that others can write to
+    with tempfile.TemporaryDirectory(prefix="alignbench-") as private:
+        work = Launch(plan, store, Path(private), queue, jobs, threads, gpus, list(plugins), track)
+        try:
+            with show(queue, len(cells)) as display:
+                outcomes += (work.debug if launcher == "debug" else work.local)(display)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return outcomes
+
+
+@dataclass
+class Launch:
+    """The queue of one sweep."""
+
+    plan: Plan
+    store: Store
+    folder: Path  # submitit's files
+    queue: list[Job]
+    jobs: int
+    threads: int
+    gpus: list[int]
+    plugins: list[str]
+    track: Sequence[str]
+    code: Snapshot | None = None  # what workers run; None: this process's own modules
+
+    def task(self, job: Job, launcher: int | None) -> dict[str, Any]:
+        return task(
+            self.plan, self.store, job.cell, self.code,
+            scores=[score._asdict() for score in self.plan.scored(job.cell)],
+            threads=self.threads,
+            track=list(self.track),
+            progress=str(job.progress),
+            launcher=launcher,
+            own_log=launcher is not None,
+            **({} if self.code else {"plugins": [str(Path(path).resolve()) for path in self.plugins]}),
+        )  # fmt: skip
+
+    def debug(self, display: Display) -> list[Outcome]:
+        """One by one in this process."""
+        import submitit
+
+        executor = submitit.DebugExecutor(self.folder)
+        outcomes = []
+        for job in self.queue:
+            display.begin(job)
+            with display.in_background():
+                result = executor.submit(execute, self.task(job, None)).result()
+            outcomes.append(settle(job, result, str(self.store.root / "runs" / job.cell.id / "log.txt")))
+            display.end(job, outcomes[-1])
+        return outcomes
+
+    def local(self, display: Display) -> list[Outcome]:
+        """At most ``jobs`` worker processes at a time; the next starts when one ends."""
+        self.code = take(self.store.root, self.plugins)
+        waiting, running = list(self.queue), list[Job]()
+        outcomes = []
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.jobs:
+                    job = waiting.pop(0)
+                    job.slot = min(set(range(self.jobs)) - {other.slot for other in running})
+                    self._submit(job)
+                    running.append(job)
+                    display.begin(job)
+                for job in [job for job in running if job.handle.done()]:
+                    running.remove(job)
+                    outcomes.append(self._collect(job))
+                    display.end(job, outcomes[-1])
+                display.refresh()
+                time.sleep(POLL)
+        except BaseException:
+            cancel(running)
+            raise
+        return outcomes
+
+    def _submit(self, job: Job) -> None:
+        import submitit
+
+        executor = submitit.LocalExecutor(self.folder)
+        mine = [self.gpus[job.slot % len(self.gpus)]] if self.gpus else []
+        executor.update_parameters(timeout_min=FOREVER, gpus_per_node=len(mine), visible_gpus=mine)
+        variables = {"OMP_NUM_THREADS": str(self.threads), **(self.code.environment() if self.code else {})}
+        with _environment(**variables), _child_output(self.folder / "submitit.log"):
+            job.handle = executor.submit(execute, self.task(job, os.getpid()))
+
+    def _collect(self, job: Job) -> Outcome:
+        """What a finished worker said, or that it ended without a word."""
+        paths, log = job.handle.paths, self.store.root / "runs" / job.cell.id / "log.txt"
+        if not paths.result_pickle.exists():
+            reason = f"the worker was killed while {job.read()['stage']}: kill -9, or out of memory"
+            return settle(job, {"state": "failed", "reason": reason}, str(log))
+        error = job.handle.exception()
+        if error is None:
+            return settle(job, job.handle.result(), str(log))
+        lines = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", str(error), re.MULTILINE) or ["no reason given"]
+        with suppress(OSError):  # submitit's own files go when the sweep ends
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.open("a").write(str(error))
+        reason = f"the worker could not start: {lines[-1][:300]}"
+        return settle(job, {"state": "failed", "reason": reason}, str(log))
+
+
+def settle(job: Job, result: dict[str, Any], log: str) -> Outcome:
+    """The outcome of a worker; a failure that it could not put on record itself is recorded here."""
+    missing = [part for part in job.todo if not part.done]
+    if not missing:
+        return Outcome(job.cell, "done")
+    if result["state"] == "failed" and all(part.failure is None for part in missing):
+        missing[0].fail(result["reason"], log)
+    return Outcome(job.cell, result["state"], result["reason"])
+
+
+def cancel(running: Sequence[Job]) -> None:
+    """Interrupt the workers and wait until they are gone: submitit's controller kills those that do not end in time."""
+    for job in running:
+        job.handle.cancel()
+    deadline = time.time() + 10
+    while time.time() < deadline and not all(job.handle.done() for job in running):
+        time.sleep(0.05)
+
+
+def _gpus() -> list[int]:
+    """Numbers of the GPUs that this process may use; a worker gets one of them."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not visible:
+        return list(range(torch.cuda.device_count()))
+    try:
+        return [int(number) for number in visible.split(",")]
+    except ValueError:
+        raise UserError(f"CUDA_VISIBLE_DEVICES: '{visible}' names devices by id; use their numbers") from None
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _child_output(log: Path) -> Iterator[None]:
+    """Children started meanwhile write to ``log``: submitit's controller would print a traceback at every Ctrl-C."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        yield
+    finally:
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        for descriptor in (*saved, handle):
+            os.close(descriptor)

@@ -1,0 +1,105 @@
+"""Submission of a sweep to SLURM."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alignbench.experiment.cells import PlannedRun
+from alignbench.experiment.plan import Plan
+from alignbench.experiment.spec import check_parts, check_ranks
+from alignbench.launch import slurm
+from alignbench.launch import submissions as records
+from alignbench.launch.pending import new_folder, task, unfinished
+from alignbench.launch.submissions import JobEntry
+from alignbench.run.code_snapshot import Snapshot, take
+from alignbench.store.artefacts import Artefact, Store
+from alignbench.store.files import write_json
+from alignbench.store.stages import Stage
+
+
+def submit(
+    plan: Plan,
+    cells: Sequence[PlannedRun],
+    store: Store,
+    options: dict[str, Any],
+    plugins: Sequence[str],
+    track: Sequence[str] = (),
+) -> int:
+    """Hand all that is missing, and not under way already, to SLURM; how many jobs that makes.
+
+    UserError if SLURM refuses one: those submitted before it by this call are cancelled.
+    """
+    coming = records.under_way(records.submissions(store))
+    # a row of which one part is under way and another is not is handed out whole: then each part waits for what it
+    # needs, and whoever comes second to a part finds it made, or its lock held
+    works = [work for work in unfinished(plan, cells, store) if any(part.id not in coming for part in work.todo)]
+    arrays = slurm.arrays(options, works, plan.scored)
+    for array in arrays:
+        if array.stage is Stage.TRAIN:
+            for cell in array.cells:
+                where, ranks = f"{plan.document.path}: {cell.title}", array.resources.ranks
+                check_ranks(cell.spec.training, ranks, where)
+                check_parts(cell.spec.training, array.resources.parallel if ranks > 1 else "ddp", f"{where}: training")
+    if not arrays:
+        return 0
+    code = take(store.root, plugins)
+    folder, name = new_folder(plan, store), f"alignbench-{plan.document.name}"
+    tickets: list[JobEntry] = []
+    try:
+        for array in arrays:
+            _write_tasks(plan, store, array, folder, code, track)
+            slurm.submit(array, folder, name, code.environment())
+            tickets += _tickets(store, array, folder)
+            records.write(folder, Path(plan.document.manifest).stem, "slurm", tickets, name, options)
+    except BaseException:  # a half of the jobs would be a sweep that nobody asked for
+        slurm.cancel([array.job for array in arrays if array.job])
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return sum(len(array.cells) for array in arrays)
+
+
+def _progress(folder: Path, array: slurm.Array, index: int) -> str:
+    return str(folder / f"{array.number}-{index}.progress.json")
+
+
+def _write_tasks(
+    plan: Plan, store: Store, array: slurm.Array, folder: Path, code: Snapshot, track: Sequence[str]
+) -> None:
+    tasks = [
+        task(
+            plan, store, cell, code,
+            scores=[score._asdict() for score in plan.scored(cell) if score.file in array.files],
+            stages=[stage.kind for stage in array.stages(cell)],
+            threads=array.resources.cpus_per_task or 1,
+            parallel=array.resources.parallel,
+            track=list(track),
+            progress=_progress(folder, array, i),
+            own_log=True,
+        )
+        for i, cell in enumerate(array.cells)
+    ]  # fmt: skip
+    write_json(folder / f"{array.number}.json", {"tasks": tasks})
+
+
+def _tickets(store: Store, array: slurm.Array, folder: Path) -> list[JobEntry]:
+    def makes(cell: PlannedRun, stage: Stage) -> list[Artefact]:
+        if stage is Stage.TRAIN:
+            return [store.run(cell.id, cell.trains)]
+        sets = [cell.images, *(images for _, images in cell.milestones)]
+        if stage is Stage.GENERATE:
+            return [store.images(images) for images in sets]
+        return [store.scores(images, array.files[array.cells.index(cell)]) for images in sets]
+
+    return [
+        JobEntry(
+            job=f"{array.job}_{i}",
+            stage=array.title,
+            makes=[part.id for stage in array.stages(cell) for part in makes(cell, stage)],
+            run=cell.id,
+            progress=_progress(folder, array, i),
+        )
+        for i, cell in enumerate(array.cells)
+    ]

@@ -1,0 +1,303 @@
+"""From the store's two frames to means, paired changes and verdicts; every number that a report prints is made here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from msgspec import structs
+from numpy.typing import NDArray
+
+from alignbench.reporting.analysis import stats
+from alignbench.reporting.analysis.stats import MeanEstimate
+from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun
+
+ALPHA = 0.05
+ROLES = ("train", "held-out", "check", "unknown")  # in the order of the table's columns; the last: of imported rows
+
+
+class Measure(NamedTuple):
+    """One metric of one evaluator, as the sweep uses it."""
+
+    evaluator: str
+    name: str
+    unit: str = ""
+    higher_is_better: bool | None = True  # None: neither; then nothing is better and nothing worse
+    by_task: bool = False
+    role: str = "held-out"
+    version: str = ""
+
+
+class Scores(NamedTuple):
+    """All images of one measure. ``values[label]``: (P, I, S), nan where missing or not ok; S = 1 if untrained."""
+
+    prompts: NDArray  # (P,) ids, sorted
+    tags: NDArray  # (P,) the task of each
+    values: dict[str, stats.Array]
+
+
+class Comparison(NamedTuple):
+    """A paired difference, its p-value after Holm over the comparisons it was made with, and what may be said."""
+
+    estimate: MeanEstimate
+    p_holm: float
+    equal: float = 0.0  # the mean that "no difference" has
+
+    @property
+    def verdict(self) -> str:
+        if np.isnan(self.p_holm):
+            return "not measured" if np.isnan(self.estimate.mean) else "spread unknown"
+        if self.p_holm >= ALPHA or self.estimate.mean == self.equal:
+            return "cannot tell"
+        return "up" if self.estimate.mean > self.equal else "down"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Numbers of one sweep: ``means[measure][label]``; against ``base``, if any, ``changes[measure][label]``,
+    ``improved[measure][label]`` (the probability of improvement) and ``gains[label]`` (over the measures ``summed``).
+    """
+
+    labels: list[str]
+    base: str | None  # the first method that trains nothing, and brings no weights of its own
+    seeds: dict[str, list[int]]  # planned training seeds of each label
+    measures: list[Measure]
+    scores: dict[Measure, Scores]
+    means: dict[Measure, dict[str, MeanEstimate]] = field(default_factory=dict)
+    changes: dict[Measure, dict[str, Comparison]] = field(default_factory=dict)
+    improved: dict[Measure, dict[str, Comparison]] = field(default_factory=dict)
+    gains: dict[str, Comparison] = field(default_factory=dict)
+    summed: list[Measure] = field(default_factory=list)
+
+    @functools.cached_property
+    def trained(self) -> list[str]:
+        return [label for label in self.labels if self.seeds[label] != [UNTRAINED]]
+
+    @functools.cached_property
+    def compared(self) -> list[str]:
+        """With base: all others, trained or not."""
+        return [label for label in self.labels if self.base not in (None, label)]
+
+    def compare(self, measure: Measure, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
+        """Paired differences first - second, with Holm over exactly these pairs."""
+        data = self.scores[measure]
+        strata = data.tags if measure.by_task else None
+        trained = [len({a, b} & set(self.trained)) for a, b in pairs]  # of the two
+        found: dict[tuple[str, str], MeanEstimate] = {}
+        for count in set(trained):
+            chosen = [pair for pair, each in zip(pairs, trained) if each == count]
+            differences = [data.values[a] - data.values[b] for a, b in chosen]
+            pooled = self._pool(measure, strata, count)
+            found |= zip(chosen, stats.mean_intervals(differences, strata, pooled=pooled))
+        estimates = [found[pair] for pair in pairs]
+        return [Comparison(*each) for each in zip(estimates, stats.holm([estimate.p for estimate in estimates]))]
+
+    def _pool(self, measure: Measure, strata: NDArray | None, trained: int) -> stats.SeedSpread | None:
+        """Spread between trainings of differences: of two trained methods, of one and an untrained one, of neither."""
+        values = self.scores[measure].values
+        if trained == 0:
+            return None
+        if trained == 2:
+            return stats.pool_pairs([values[label] for label in self.trained], strata)
+        base = values[self.base] if self.base is not None else 0.0
+        return stats.pool_seeds((values[label] - base for label in self.trained), strata)
+
+    def probabilities(self) -> dict[Measure, dict[str, Comparison]]:
+        """How probably a method's picture is better than base's, with Holm over all methods and measures together."""
+        found: dict[tuple[Measure, str], MeanEstimate] = {}
+        directed = [measure for measure in self.measures if measure.higher_is_better is not None]
+        for measure in directed if self.base else []:
+            data = self.scores[measure]
+            sign = 1 if measure.higher_is_better else -1
+            for labels, pooled in self._kinds():
+                signed = [sign * data.values[label] for label in labels]
+                strata = data.tags if measure.by_task else None
+                shares = stats.improvements(signed, sign * data.values[self.base or ""], strata, pooled=pooled)
+                found |= zip([(measure, label) for label in labels], shares)
+        holm = dict(zip(found, stats.holm([share.p for share in found.values()])))
+        return {m: {k: Comparison(found[m, k], holm[m, k], 0.5) for k in self.compared} for m in directed if self.base}
+
+    def _kinds(self) -> list[tuple[list[str], bool]]:
+        """The compared methods: those trained here, whose spread between trainings is pooled, and the others."""
+        trained = [label for label in self.compared if label in self.trained]
+        return [(trained, True), ([label for label in self.compared if label not in trained], False)]
+
+    def summary(self) -> tuple[list[Measure], dict[str, Comparison]]:
+        """Interquartile means of the gains over base, and the measures they are over: those that nobody trained on.
+
+        A gain counts in the spread of base's scores over prompts: it depends on no other method of the table.
+        """
+        held_out = [m for m in self.measures if m.role != "train" and m.higher_is_better is not None]
+        scales = {measure: self._spread_of_base(measure) for measure in held_out if self.base}
+        chosen = [measure for measure, scale in scales.items() if scale > 0]
+        if not chosen:
+            return [], {}
+        prompts = functools.reduce(np.intersect1d, [self.scores[measure].prompts for measure in chosen])
+        rows = {m: np.searchsorted(self.scores[m].prompts, prompts) for m in chosen}
+        by_task = [measure.by_task for measure in chosen]
+        strata = self.scores[chosen[0]].tags[rows[chosen[0]]] if any(by_task) else None
+        found: dict[str, MeanEstimate] = {}
+        for labels, pooled in self._kinds():
+            parts = []
+            for label in labels:
+                gains = [self._gain(m, label)[rows[m]] / scales[m] for m in chosen]
+                parts.append(stats.interquartile_mean(gains, by_task, strata))
+            spread = stats.pool_seeds(parts, strata) if pooled else None
+            found |= zip(labels, stats.mean_intervals(parts, strata, pooled=spread))
+        holm = stats.holm([found[label].p for label in self.compared])
+        return chosen, {label: Comparison(found[label], p) for label, p in zip(self.compared, holm)}
+
+    def _gain(self, measure: Measure, label: str) -> stats.Array:
+        values = self.scores[measure].values
+        return (1 if measure.higher_is_better else -1) * (values[label] - values[self.base or ""])
+
+    def _spread_of_base(self, measure: Measure) -> float:
+        """Standard deviation over prompts of base's prompt means; 0 where it has none."""
+        means = stats.prompt_means(self.scores[measure].values[self.base or ""])
+        known = means[~np.isnan(means)]
+        return float(known.std(ddof=1)) if len(known) > 1 else 0.0
+
+    def averages(self, measure: Measure, task: str | None = None) -> dict[str, MeanEstimate]:
+        """label -> mean, over all prompts or over those of one task."""
+        data = self.scores[measure]
+        chosen = np.full(len(data.tags), True) if task is None else data.tags == task
+        strata = data.tags[chosen] if measure.by_task and task is None else None
+        values = {label: data.values[label][chosen] for label in self.labels}
+        pooled = stats.pool_seeds((values[label] for label in self.trained), strata)
+        untrained = [label for label in self.labels if label not in self.trained]
+        found = dict(zip(self.trained, stats.mean_intervals([values[k] for k in self.trained], strata, pooled=pooled)))
+        found |= zip(untrained, stats.mean_intervals([values[label] for label in untrained], strata))
+        return {label: found[label] for label in self.labels}
+
+    def tasks(self, measure: Measure) -> dict[str, dict[str, MeanEstimate]]:
+        """task -> label -> mean over the task's prompts."""
+        return {str(task): self.averages(measure, str(task)) for task in np.unique(self.scores[measure].tags)}
+
+    def best(self, measure: Measure) -> tuple[str | None, list[str]]:
+        """(winner, methods not distinguishable from it). A winner's gain over base survives Holm; else None."""
+        sign = 1 if measure.higher_is_better else -1
+        measured = {k: sign * v.mean for k, v in self.means[measure].items() if np.isfinite(v.mean)}
+        if not measured or self.base is None:
+            return None, []
+        leader = max(measured, key=measured.__getitem__)
+        change = self.changes[measure].get(leader)
+        if change is None or not better(change, measure):
+            return None, []
+        rivals = [label for label in self.compared if label in measured and label != leader]
+        close = self.compare(measure, [(leader, rival) for rival in rivals])
+        return leader, [rival for rival, result in zip(rivals, close) if not better(result, measure)]
+
+    def coverage(self, measure: Measure, label: str, images: int) -> tuple[int, int]:
+        """(valid scores, expected scores), for runs of ``images`` pictures each."""
+        return int((~np.isnan(self.scores[measure].values[label])).sum()), images * len(self.seeds[label])
+
+
+def better(comparison: Comparison, measure: Measure) -> bool:
+    return comparison.verdict == {True: "up", False: "down", None: None}[measure.higher_is_better]
+
+
+def worse(comparison: Comparison, measure: Measure) -> bool:
+    return comparison.verdict == {True: "down", False: "up", None: None}[measure.higher_is_better]
+
+
+def analyse(manifest: Manifest, scores: pd.DataFrame) -> Analysis:
+    """All means, and all paired changes against base with Holm over the methods of one measure."""
+    labels = list(dict.fromkeys([*manifest.cases, *manifest.rows]))
+    rows = {label: manifest.rows.get(label, []) for label in labels}
+    seeds = {label: sorted({run.seed for run in runs}) for label, runs in rows.items()}
+    base = next((label for label, runs in rows.items() if runs and all(run.is_base for run in runs)), None)
+    measures = _measures(manifest.runs)
+    return completed(Analysis(labels, base, seeds, measures, cubes(scores, measures, seeds)))
+
+
+def completed(analysis: Analysis) -> Analysis:
+    """With everything that can be said of its scores."""
+    for measure in analysis.measures:
+        analysis.means[measure] = analysis.averages(measure)
+        pairs = [(label, analysis.base) for label in analysis.compared if analysis.base is not None]
+        analysis.changes[measure] = dict(zip([a for a, _ in pairs], analysis.compare(measure, pairs)))
+    analysis.improved.update(analysis.probabilities())
+    summed, gains = analysis.summary()
+    analysis.summed.extend(summed)
+    analysis.gains.update(gains)
+    return analysis
+
+
+def _measures(runs: Iterable[ManifestRun]) -> list[Measure]:
+    """Every metric that some run is scored on, by role, then in the order of the sweep."""
+    found: dict[tuple[str, str], Measure] = {}
+    for score in (score for run in runs for score in run.scores):
+        for metric in score.metrics:
+            if (score.evaluator, metric.name) not in found:
+                about = {"role": score.role, "version": score.version, **structs.asdict(metric)}
+                found[score.evaluator, metric.name] = Measure(score.evaluator, **about)
+    return sorted(found.values(), key=lambda measure: ROLES.index(measure.role))
+
+
+def cubes(frame: pd.DataFrame, measures: Sequence[Measure], seeds: dict[str, list[int]]) -> dict[Measure, Scores]:
+    """Rows of scores as arrays, by measure. ``seeds``: the planned training seeds of every label."""
+    training_seeds = sorted({seed for found in seeds.values() for seed in found if seed != UNTRAINED})
+    score = frame["score"].to_numpy(float, na_value=np.nan)
+    valid = frame["ok"].eq(True).fillna(False).to_numpy(bool) & np.isfinite(score)
+    score = np.where(valid, score, np.nan)
+    codes = {name: _codes(frame[name]) for name in ("evaluator", "metric", "label", "prompt_id", "tag")}
+    found = {}
+    for measure in measures:
+        rows = np.flatnonzero(_is(codes["evaluator"], measure.evaluator) & _is(codes["metric"], measure.name))
+        part = {name: (each[rows], known) for name, (each, known) in codes.items()}
+        index, seed = (frame[name].to_numpy()[rows] for name in ("index", "seed"))
+        found[measure] = _cube(part, index, seed, score[rows], seeds, training_seeds)
+    return found
+
+
+Codes = tuple[NDArray, NDArray]  # of each row, and what the codes stand for; -1 for a missing value
+
+
+def _codes(column: pd.Series) -> Codes:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return column.cat.codes.to_numpy(), column.cat.categories.to_numpy(object)
+    codes, known = pd.factorize(column)
+    return codes, np.asarray(known, object)
+
+
+def _is(codes: Codes, value: str) -> NDArray:
+    """Which rows have this value."""
+    return codes[0] == next(iter(np.flatnonzero(codes[1] == value)), -2)
+
+
+def _cube(
+    part: dict[str, Codes],
+    index: NDArray,
+    seed: NDArray,
+    score: NDArray,
+    seeds: dict[str, list[int]],
+    training_seeds: list[int],
+) -> Scores:
+    """One measure's rows as arrays on common axes, so that pairing is subtraction and nan takes a pair out."""
+    codes, known = part["prompt_id"]
+    used = np.unique(codes)  # of all prompts that any measure has
+    used = used[np.argsort(known[used])] if len(used) else used
+    place = np.zeros(len(known), int)
+    place[used] = np.arange(len(used))
+    row = place[codes] if len(used) else codes
+    image, images = pd.factorize(index, sort=True)
+    tags = np.full(len(used), "", object)
+    tag, names = part["tag"]
+    tags[row] = np.append(names, "")[tag]  # code -1: none
+    label, labels = part["label"]
+    order = np.argsort(label, kind="stable")
+    ends = np.searchsorted(label[order], np.arange(len(labels) + 1))
+    rows = dict(zip(labels, np.split(order, ends)[1:]))  # before the first: those of code -1, none
+    values = {}
+    for name, planned in seeds.items():
+        axis = [UNTRAINED] if planned == [UNTRAINED] else training_seeds
+        cube = np.full((len(used), len(images), max(len(axis), 1)), np.nan)
+        mine = rows.get(name, order[:0])
+        mine = mine[np.isin(seed[mine], axis)]
+        cube[row[mine], image[mine], np.searchsorted(axis, seed[mine])] = score[mine]
+        values[name] = cube
+    return Scores(known[used] if len(used) else np.array([], object), tags.astype(str), values)

@@ -1,0 +1,273 @@
+"""Two rows or runs of a store, side by side: `alignbench compare A B`.
+
+Paired differences A - B per metric, and the prompts in which the two differ most. Rows of one sweep get the very
+numbers of its report; of two sweeps, what both were scored on by the same evaluator with the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from msgspec import structs
+
+from alignbench.config import UserError, did_you_mean
+from alignbench.reporting.analysis import stats
+from alignbench.reporting.analysis.comparison import Analysis, Comparison, Measure, analyse
+from alignbench.reporting.analysis.results import Results
+from alignbench.store import artefacts
+from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun, ManifestScore, read_manifest
+
+TOP = 5  # prompts per metric
+UNKNOWN = "unknown"
+
+
+class Side(NamedTuple):
+    """A row with all its trainings (``whole``), or one run of it. ``sweep``: what its manifest is called."""
+
+    sweep: str
+    manifest: Manifest
+    runs: list[ManifestRun]
+    whole: bool
+
+    @property
+    def label(self) -> str:
+        return self.runs[0].label
+
+    @property
+    def title(self) -> str:
+        seeds = [str(run.seed) for run in self.runs if run.trained]
+        what = f"seeds {', '.join(seeds)}" if len(seeds) > 1 else self.runs[0].training
+        return f"{self.label} of {self.sweep}, {what}"
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return {"model": self.manifest.world or UNKNOWN} | self.runs[0].protocol
+
+
+class Result(NamedTuple):
+    """One measure. ``higher``: the share of prompts in which A's mean is higher, a tie being half of one."""
+
+    measure: Measure
+    means: tuple[stats.MeanEstimate, stats.MeanEstimate]
+    change: Comparison
+    higher: float
+    pairs: pd.DataFrame  # what ``_pairs`` makes
+
+
+class Disagreement(NamedTuple):
+    """A prompt in which the two differ much: means over its pictures, and the two pictures that differ most."""
+
+    prompt: str
+    a: float
+    b: float
+    pictures: tuple[Path | None, Path | None]
+
+
+def find(root: artefacts.Store, word: str) -> Side:
+    """``SWEEP:LABEL``, a label of one sweep alone, or a run's id or its beginning. UserError with what there is."""
+    manifests = {path.stem: read_manifest(path) for path in root.manifests()}
+    if not manifests:
+        raise UserError(f"{root.root}: no sweep was run or imported there; name another --store")
+    named, colon, label = word.partition(":")
+    if colon and (sweeps := _sweeps(manifests, named)):
+        if len(sweeps) > 1:
+            raise UserError(f"{word}: there are several sweeps '{named}': {', '.join(sweeps)}; name one as a whole")
+        return _row(sweeps[0], manifests[sweeps[0]], label, word)
+    ids = {run.id: name for name, found in reversed(manifests.items()) for run in found.runs}  # the latest stays
+    if word in ids:
+        return _run(manifests, ids[word], word)
+    having = [name for name, found in manifests.items() if word in found.cases]
+    if len(having) > 1:
+        raise UserError(
+            f"{word}: is a row of several sweeps; name one: {', '.join(f'{name}:{word}' for name in having)}"
+        )
+    if having:
+        return _row(having[0], manifests[having[0]], word, word)
+    chosen = sorted(id for id in ids if word and id.startswith(word))
+    if len(chosen) > 1:
+        raise UserError(f"{word}: is the beginning of several runs: {', '.join(chosen)}; name one")
+    if chosen:
+        return _run(manifests, ids[chosen[0]], chosen[0])
+    if colon:
+        names = dict.fromkeys(found.name for found in manifests.values())
+        raise UserError(f"{word}: there is no sweep '{named}'{did_you_mean(named, names, 'sweeps')}")
+    labels = dict.fromkeys(label for found in manifests.values() for label in found.cases)
+    raise UserError(f"{word}: there is no such row or run{did_you_mean(word, labels, 'rows')}")
+
+
+def _sweeps(manifests: dict[str, Manifest], name: str) -> list[str]:
+    """By file name, by the sweep's name, or by a beginning: the first of these that any fits."""
+    by_name = [stem for stem, found in manifests.items() if found.name == name]
+    return [name] if name in manifests else by_name or [stem for stem in manifests if name and stem.startswith(name)]
+
+
+def _row(sweep: str, manifest: Manifest, label: str, word: str) -> Side:
+    if label not in manifest.rows:
+        raise UserError(f"{word}: {sweep} has no row '{label}'{did_you_mean(label, manifest.cases, 'rows')}")
+    return Side(sweep, manifest, manifest.rows[label], True)
+
+
+def _run(manifests: dict[str, Manifest], sweep: str, id: str) -> Side:
+    """One run. UserError if its weights made several sets of pictures."""
+    found = [(name, run) for name, manifest in manifests.items() for run in manifest.runs if run.id == id]
+    if len({run.images for _, run in found}) > 1:
+        places = ", ".join(dict.fromkeys(f"{name}:{run.label}" for name, run in found))
+        raise UserError(f"{id}: made several sets of pictures; name a row: {places}")
+    return Side(sweep, manifests[sweep], [next(run for name, run in found if name == sweep)], False)
+
+
+def compare(root: artefacts.Store, a: Side, b: Side, only: Sequence[str] = ()) -> tuple[list[Result], list[str]]:
+    """Every measure that both have, and remarks on those that are left out. ``only``: metrics or evaluators.
+
+    UserError if there is nothing to compare.
+    """
+    if a.runs == b.runs:
+        raise UserError(f"{a.title}: is compared with itself; name two")
+    judges = [{score.evaluator: _judge(score) for run in side.runs for score in run.scores} for side in (a, b)]
+    both = [name for name in judges[0] if name in judges[1]]
+    remarks = [f"{name}: scored for A alone" for name in judges[0] if name not in judges[1]]
+    remarks += [f"{name}: scored for B alone" for name in judges[1] if name not in judges[0]]
+    other = [name for name in both if judges[0][name] != judges[1][name]]
+    remarks += [f"{name}: scored with other settings, weights or version of it; not compared" for name in other]
+    analysis, frame, labels = _analysed(root, a, b)
+    measures = [measure for measure in analysis.measures if measure.evaluator in set(both) - set(other)]
+    if not measures:
+        raise UserError(f"{a.title} and {b.title} have no score in common ({'; '.join(remarks) or 'none has any'})")
+    measures = _chosen(measures, only)
+    found = [analysis.compare(measure, [labels])[0].estimate for measure in measures]
+    changes = map(Comparison, found, stats.holm([estimate.p for estimate in found]))
+    return [_result(analysis, frame, measure, change, labels) for measure, change in zip(measures, changes)], remarks
+
+
+def _judge(score: ManifestScore) -> str:
+    """Equal for equal settings, weights and version: our score files are named by these, foreign ones by content."""
+    if score.imported:
+        return str(score.settings)
+    return Path(score.file).stem.removesuffix(f"-{score.base}")
+
+
+def _chosen(measures: Sequence[Measure], only: Sequence[str]) -> list[Measure]:
+    names = {name: None for measure in measures for name in (measure.name, measure.evaluator)}
+    if odd := next((word for word in only if word not in names), None):
+        raise UserError(f"-e {odd}: the two are not scored by it{did_you_mean(odd, names)}")
+    return [m for m in measures if not only or m.name in only or m.evaluator in only]
+
+
+def _analysed(root: artefacts.Store, a: Side, b: Side) -> tuple[Analysis, pd.DataFrame, tuple[str, str]]:
+    """The analysis, all scores, and the labels of the two in them.
+
+    Two rows of one sweep: that of the whole sweep, so that the spread between trainings is pooled as in its report.
+    Else of the two alone. A single run stands for itself, not for trainings with any seed.
+    """
+    if a.sweep == b.sweep and a.whole and b.whole:
+        frame = Results(root.root, a.manifest, sweep=a.sweep).scores
+        return analyse(a.manifest, frame), frame, (a.label, b.label)
+    runs = [
+        structs.replace(run, label=label, **({} if side.whole else {"seed": UNTRAINED, "published": True}))
+        for label, side in zip("AB", (a, b))
+        for run in side.runs
+    ]
+    manifest = Manifest(name="", cases=["A", "B"], runs=runs)
+    frame = Results(root.root, manifest).scores
+    return analyse(manifest, frame), frame, ("A", "B")
+
+
+def _result(
+    analysis: Analysis, frame: pd.DataFrame, measure: Measure, change: Comparison, labels: tuple[str, str]
+) -> Result:
+    means = analysis.means[measure]
+    pairs = _pairs(frame, measure, labels)
+    gaps = _by_prompt(pairs)["difference"]
+    higher = float(((gaps > 0) + 0.5 * (gaps == 0)).mean()) if len(gaps) else np.nan
+    return Result(measure, (means[labels[0]], means[labels[1]]), change, higher, pairs)
+
+
+def _pairs(frame: pd.DataFrame, measure: Measure, labels: tuple[str, str]) -> pd.DataFrame:
+    """A row per pair of pictures with two valid scores: prompt_id, index, run_a, run_b, score_a, score_b, difference.
+
+    Trainings pair by their seed, a side that was not trained (or whose training is unknown) meets every seed. As in
+    the estimates, a prompt that lacks a pair of some seed is left out.
+    """
+    mine = frame[(frame["evaluator"] == measure.evaluator) & (frame["metric"] == measure.name)]
+    mine = mine[mine["ok"].eq(True) & np.isfinite(mine["score"].astype(float))].astype(
+        {"prompt_id": object, "run": object}  # of a store they are categorical
+    )
+    sides = [mine[mine["label"] == label][["prompt_id", "index", "seed", "run", "score"]] for label in labels]
+    trained = all(not side["seed"].eq(UNTRAINED).any() for side in sides)
+    place = ["prompt_id", "index", *(["seed"] if trained else [])]
+    pairs = sides[0].merge(sides[1], on=place, suffixes=("_a", "_b"))
+    runs = pairs["run_a"] + " " + pairs["run_b"]
+    pairs = pairs[runs.groupby(pairs["prompt_id"]).transform("nunique") == runs.nunique()]
+    return pairs.assign(difference=pairs["score_a"] - pairs["score_b"])
+
+
+def _by_prompt(pairs: pd.DataFrame) -> pd.DataFrame:
+    """prompt_id -> score_a, score_b, difference: means over the pictures of a seed, then over seeds."""
+    columns = ["score_a", "score_b", "difference"]
+    return pairs.groupby(["prompt_id", "run_a", "run_b"])[columns].mean().groupby("prompt_id").mean()
+
+
+def disagreements(root: artefacts.Store, a: Side, b: Side, result: Result, top: int = TOP) -> list[Disagreement]:
+    """The ``top`` prompts with the largest differences of their means, largest first; none without a difference."""
+    means = _by_prompt(result.pairs)
+    order = means["difference"].abs().sort_values(ascending=False, kind="stable").index[:top]
+    files = [{run.id: _pictures(root, run) for run in side.runs} for side in (a, b)]
+    found = []
+    for prompt in order:
+        score_a, score_b, gap = means.loc[prompt]
+        if gap == 0:
+            break
+        pairs = result.pairs[result.pairs["prompt_id"] == prompt]
+        pair = pairs.loc[(np.sign(gap) * pairs["difference"]).idxmax()]
+        place = (prompt, pair["index"])
+        shown = [known[pair[run]].get(place, ("", None)) for known, run in zip(files, ("run_a", "run_b"))]
+        text = shown[0][0] or shown[1][0] or f"prompt {prompt}"
+        found.append(Disagreement(text, float(score_a), float(score_b), (shown[0][1], shown[1][1])))
+    return found
+
+
+def _pictures(root: artefacts.Store, run: ManifestRun) -> dict[tuple[str, int], tuple[str, Path | None]]:
+    """(prompt id, index) -> the prompt's text, and the picture's file if it is there."""
+    artefact = root.images(run.images)
+    if not artefact.done:
+        return {}
+    table = pd.read_parquet(artefact.product)
+    paths = [artefact.folder / file for file in table["file"]]
+    shown = [path if path.is_file() else None for path in paths]
+    return dict(zip(zip(table["prompt_id"], table["index"]), zip(table["text"], shown)))
+
+
+def protocols(a: Side, b: Side) -> list[str]:
+    """How the pictures of the two were made in different ways, and what of it nobody knows."""
+    left, right = a.protocol, b.protocol
+    keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key) is not None or right.get(key) is not None]
+    values = {key: (left.get(key, UNKNOWN), right.get(key, UNKNOWN)) for key in keys}
+    lines = [
+        f"{'not the same ' * (UNKNOWN not in (x, y))}{_words(key)}: {_said(x)} and {_said(y)}"
+        for key, (x, y) in values.items()
+        if x != y
+    ]
+    if unknown := [_words(key) for key, pair in values.items() if pair == (UNKNOWN, UNKNOWN)]:
+        lines.append(f"unknown of both: {', '.join(unknown)}")
+    return [*lines, _noise(a, b, values)]
+
+
+def _noise(a: Side, b: Side, values: dict[str, tuple[Any, Any]]) -> str:
+    """Our noise follows from seed, prompt, index and the model's latent size."""
+    if any(run.imported for run in (*a.runs, *b.runs)):
+        return "pairs are of the same prompt; whether of the same noise is unknown, as pictures were made elsewhere"
+    if any(x != y for key in ("model", "size", "seed") for x, y in [values.get(key, (None, None))]):
+        return "pairs are of the same prompt, not of the same noise"
+    return "pairs are of the same prompt and the same noise"
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)

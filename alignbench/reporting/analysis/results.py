@@ -1,0 +1,118 @@
+"""What the store has of a sweep, as tables: scores, training records, costs; the reader of every report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignbench.experiment.margins import complaints
+from alignbench.store.artefacts import Store
+from alignbench.store.files import read_json
+from alignbench.store.manifest import Manifest, ManifestRun, ManifestScore
+from alignbench.store.run_state import Jobs, RunState, run_state
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    Columns = dict[str, NDArray[Any]]
+
+COSTS = (
+    *("nfe_forward", "nfe_grad", "decodes", "reward_calls"),
+    *("images", "seconds", "peak_memory_bytes"),
+)  # totals in a run's last record
+
+
+class Results:
+    """What a sweep's manifest promised, as far as it is there. ``jobs``: as for ``run_state``.
+
+    ``sweep``: stem of the manifest's file, under which the tables that were read are kept; "" keeps none.
+    """
+
+    def __init__(
+        self, store: Path | str, manifest: Manifest, jobs: Callable[[], Jobs] = Jobs, *, sweep: str = ""
+    ) -> None:
+        self.store = Path(store)
+        self._tables = Store(store).tables / sweep if sweep else None
+        self.manifest = manifest
+        self._ask = jobs
+
+    @cached_property
+    def _jobs(self) -> Jobs:
+        return self._ask()
+
+    def state(self, run: ManifestRun) -> RunState:
+        return run_state(Store(self.store), run, lambda: self._jobs)
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """One row per image and metric."""
+        files = ((run, score) for run in self.manifest.runs for score in run.scores)
+        return self.read(files, self._tables and self._tables / "scores")
+
+    def read(self, files: Iterable[tuple[ManifestRun, ManifestScore]], kept: Path | None = None) -> pd.DataFrame:
+        """Read the score files that are there: one row per image and metric. ``kept``: as for ``read_scores``."""
+        from alignbench.reporting.analysis.score_tables import ScoreFile, read_scores
+
+        wanted = (
+            ScoreFile(
+                label=run.label,
+                method=run.method,
+                seed=run.seed,
+                run=run.id,
+                evaluator=score.evaluator,
+                metrics=tuple(metric.name for metric in score.metrics),
+                path=score.file,
+            )
+            for run, score in files
+        )
+        return read_scores(self.store, wanted, kept)
+
+    @cached_property
+    def trainings(self) -> dict[str, Columns]:
+        """Run id -> its records, an entry per update, of every run that has any."""
+        from alignbench.reporting.analysis.score_tables import read_columns
+
+        files = {run.id: f"{self.store}/runs/{run.id}/train.parquet" for run in self.manifest.runs}
+        return read_columns(files, self._tables and self._tables / "training")
+
+    @cached_property
+    def origins(self) -> dict[str, dict[str, Any]]:
+        """Run id -> what made it, of every run that says so."""
+        files = {run.id: f"{self.store}/runs/{run.id}/provenance.json" for run in self.manifest.runs}
+        return {id: origin for id, file in files.items() if (origin := read_json(file)) is not None}
+
+    @cached_property
+    def costs(self) -> pd.DataFrame:
+        """One row per run: state and reason, updates, the meter's totals, mean reward of the first and last tenth."""
+        import pandas as pd
+
+        rows = []
+        for run in self.manifest.runs:
+            found = self.state(run)
+            row = {"label": run.label, "method": run.method, "seed": run.seed, "run": run.id}
+            rows.append(row | {"state": found.state, "reason": found.reason} | self._costs(run))
+        return pd.DataFrame(rows)
+
+    def _costs(self, run: ManifestRun) -> dict[str, Any]:
+        """Return the totals of training: zeros for the base model, empty for a run that did not get there."""
+        import numpy as np
+
+        names = ["updates", *COSTS]
+        records = self.trainings.get(run.id)
+        if records is None:
+            return dict.fromkeys(names, 0 if run.is_base else None) | dict.fromkeys(("reward_first", "reward_last"))
+        tenth = max(1, len(records["update"]) // 10)
+        margins = {part["evaluator"]["name"]: part["margin"] for part in run.rewards}
+        reward = records.get("reward_mean", np.full(1, np.nan))
+        hinged = any(name.startswith("hinge_closed") for name in records)
+        rows = [dict(zip(records, row)) for row in zip(*(each.tolist() for each in records.values()))] if hinged else []
+        return {
+            "updates": int(records["update"][-1]) + 1,
+            **{name: records[name][-1].item() for name in COSTS},
+            "reward_first": float(reward[:tenth].mean()),
+            "reward_last": float(reward[-tenth:].mean()),
+            "warning": "; ".join(complaints(rows, margins)),
+        }

@@ -1,0 +1,161 @@
+"""Shared style of all figures: colours, markers, panels, legends, and the bytes that they are saved as."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+    from alignbench.reporting.analysis.comparison import Analysis, Measure
+
+# Okabe and Ito's eight, without their yellow, which nobody sees on a light ground; black comes first, as the base does
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 1, 1, 1, 1, 1)))
+WIDTH = 3.3  # inches: a column of a two-column paper
+DPI = 200
+GROUND, INK, GRID = "#FFFFFF", "#222222", "#DDDDDD"
+STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 6.5,
+    "axes.titlesize": 7,
+    "axes.labelsize": 6.5,
+    "xtick.labelsize": 6,
+    "ytick.labelsize": 6,
+    "legend.fontsize": 6,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3,
+    "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.4,
+    "axes.axisbelow": True,
+    "xtick.major.width": 0.5,
+    "ytick.major.width": 0.5,
+    "xtick.major.size": 2,
+    "ytick.major.size": 2,
+    "axes.titlepad": 3,
+    "axes.labelpad": 2,
+    "xtick.major.pad": 1.5,
+    "ytick.major.pad": 1.5,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "alignbench",
+    "figure.facecolor": GROUND,
+    "axes.facecolor": GROUND,
+    "savefig.facecolor": GROUND,
+}
+
+
+class Figure(NamedTuple):
+    """``name``: of its files; ``caption``: what it shows, in words that can stand for it."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    png: bytes
+
+
+def colour(label: str, labels: Sequence[str]) -> str:
+    """#RRGGBB of a method, by its place among the rows of the sweep."""
+    return COLOURS[labels.index(label) % len(COLOURS)]
+
+
+def marker(label: str, labels: Sequence[str]) -> str:
+    return MARKERS[labels.index(label) % len(MARKERS)]
+
+
+def line(label: str, labels: Sequence[str]) -> Any:
+    """A line style; with more than 35 methods, two of them may look alike."""
+    return LINES[labels.index(label) % len(LINES)]
+
+
+@contextmanager
+def new_canvas(height: float, stamp: str) -> Iterator[Canvas]:
+    """A figure of column width, ``height`` inches. ``stamp``: a word across it."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's own settings would change the bytes
+        matplotlib.rcParams.update(STYLE)
+        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+        canvas.text(0.5, 0.5, stamp, size=26, rotation=25, alpha=0.25, ha="center", va="center", zorder=10)
+        yield canvas
+
+
+def finish(canvas: Canvas, name: str, title: str, caption: str) -> Figure:
+    svg, png = io.StringIO(), io.BytesIO()
+    canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    canvas.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
+    return Figure(name, title, caption, svg.getvalue(), png.getvalue())
+
+
+def make_panels(canvas: Canvas, count: int, across: str = "", columns: int = 2, **shared: Any) -> list[Axes]:
+    """``count`` panels, row by row; the places left over stay empty. ``across``: label below every column's last."""
+    rows = -(-count // columns)
+    axes = np.atleast_1d(canvas.subplots(rows, columns, squeeze=False, **shared)).ravel()
+    for empty in axes[count:]:
+        empty.set_visible(False)
+    for last in axes[max(0, count - columns) : count]:
+        last.tick_params(labelbottom=True)
+        last.set_xlabel(across)
+    return list(axes[:count])
+
+
+def method_style(label: str, analysis: Analysis, **more: Any) -> dict[str, Any]:
+    """Of a method's line."""
+    labels = analysis.labels
+    about = {"color": colour(label, labels), "marker": marker(label, labels), "linestyle": line(label, labels)}
+    return about | {"label": label, "markeredgecolor": GROUND, "markeredgewidth": 0.3} | more
+
+
+def draw_legend(
+    canvas: Canvas, labels: Sequence[str], analysis: Analysis, extra: Sequence[Any] = (), **more: Any
+) -> None:
+    """One for the whole figure, below it."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], **method_style(label, analysis, **more)) for label in labels] + list(extra)
+    longest = max((len(str(handle.get_label())) for handle in handles), default=1)
+    columns = max(1, min(len(handles), int(52 / (longest + 7))))
+    canvas.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.6)
+
+
+def legend_height(labels: Sequence[str]) -> float:
+    """Inches that ``_legend`` will take."""
+    columns = max(1, int(52 / (max(map(len, labels), default=1) + 7)))
+    return 0.13 * -(-len(labels) // columns) + 0.05
+
+
+def shorten_ticks(axis: Any, count: int = 4) -> None:
+    """Few, and 12k for 12,000."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    def said(value: float, _: int) -> str:
+        for unit, size in (("M", 1e6), ("k", 1e3)):
+            if abs(value) >= size:
+                return f"{value / size:g}{unit}"
+        return f"{value:g}"
+
+    axis.set_major_locator(MaxNLocator(count))
+    axis.set_major_formatter(FuncFormatter(said))
+
+
+def measure_title(measure: Measure) -> str:
+    arrow = {True: " \u2191", False: " \u2193", None: ""}[measure.higher_is_better]
+    return f"{measure.name}{arrow} [{measure.role}]"
+
+
+def listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

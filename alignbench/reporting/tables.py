@@ -1,0 +1,232 @@
+"""The report's tables: results, paired changes, tasks, and the tidy file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from alignbench.reporting import improvement_section
+from alignbench.reporting.analysis import stats
+from alignbench.reporting.analysis.comparison import Analysis, Comparison, Measure, better, worse
+from alignbench.reporting.table import DECIMALS, Cell, Column, Table, interval, number
+from alignbench.store.manifest import Manifest
+
+MIB = 2**20
+DAGGER, DOUBLE_DAGGER = "†", "‡"
+COSTS = (  # (column of the costs frame, title, unit, divisor, decimals)
+    ("nfe_forward", "NFE without gradient", "", 1, 0),
+    ("nfe_grad", "NFE with gradient", "", 1, 0),
+    ("images", "images", "", 1, 0),
+    ("reward_calls", "reward calls", "", 1, 0),
+    ("decodes", "decodes", "", 1, 0),
+    ("seconds", "time", "s", 1, 0),
+    ("peak_memory_bytes", "peak memory", "MiB", MIB, 0),
+)
+NO_COSTS = [Cell()] * len(COSTS)
+
+
+def title(measure: Measure) -> str:
+    return measure.name + (", by task" if measure.by_task else "")
+
+
+def main_table(analysis: Analysis, costs: pd.DataFrame, marked: Mapping[str, str] | None = None) -> Table:
+    """One row per method: training reward, held-out scores, checks, costs. ``marked``: label -> marks of footnotes."""
+    columns = [Column("method"), *map(_column, analysis.measures)]
+    columns += [Column(name, unit, decimals=decimals) for _, name, unit, _, decimals in COSTS]
+    best = {measure: analysis.best(measure) for measure in analysis.measures}
+    rows, spent = [], _cost_cells(costs)
+    for label in analysis.labels:
+        cells = [_mean_cell(analysis, measure, label, *best[measure]) for measure in analysis.measures]
+        flag = (marked or {}).get(label, "") + " **(reward hacking)**" * bool(hacked(analysis, label))
+        rows.append([Cell(label, mark=flag + _seeds_mark(analysis, label)), *cells, *spent.get(label, NO_COSTS)])
+    return Table(columns, rows)
+
+
+def marks(manifest: Manifest) -> dict[str, str]:
+    """label -> the marks of its footnotes, for rows that have any."""
+    found = dict.fromkeys(hybrid(manifest), f" {DAGGER}")
+    return found | {label: found.get(label, "") + f" {DOUBLE_DAGGER}" for label in eight_bit(manifest)}
+
+
+def eight_bit(manifest: Manifest) -> list[str]:
+    """The rows that were trained with AdamW's moments in 8 bits."""
+    found = dict[str, None]()
+    for run in manifest.runs:
+        optimizer = run.settings.get("training", {}).get("optimizer", {})
+        if run.trained and optimizer.get("moments") == "8bit":
+            found[run.label] = None
+    return [*found]
+
+
+def hybrid(manifest: Manifest) -> dict[str, str]:
+    """label -> ``the first 30 of 50 steps``, for rows whose last steps are the base model's."""
+    tuned = [(run.label, run.protocol.get("tuned_steps"), run.protocol["steps"]) for run in manifest.runs]
+    return {label: f"the first {some} of {steps} steps" for label, some, steps in tuned if some not in (None, steps)}
+
+
+def _seeds_mark(analysis: Analysis, label: str) -> str:
+    """How many planned seeds the row rests on, where it is not all. A measure that it has no score of has its dash."""
+    planned = len(analysis.seeds[label])
+    counts = [found[label].seeds for found in analysis.means.values()]
+    used = min(filter(None, counts), default=0 if counts else planned)
+    return "" if used == planned else f" ({used} of {planned} seeds)"
+
+
+def _column(measure: Measure) -> Column:
+    decimals = DECIMALS.get(measure.unit, 3)
+    return Column(title(measure), measure.unit, measure.higher_is_better, measure.role, decimals)
+
+
+def _mean_cell(analysis: Analysis, measure: Measure, label: str, best: str | None, close: Sequence[str]) -> Cell:
+    mark = "(=)" if label in close else ""
+    return estimate_cell(analysis.means[measure][label], measure)._replace(bold=label == best, mark=mark)
+
+
+def estimate_cell(found: stats.MeanEstimate, measure: Measure) -> Cell:
+    """A mean and its interval; a share's interval ends where shares end."""
+    lo, hi = (min(max(limit, 0.0), 1.0) if measure.unit == "fraction" else limit for limit in (found.lo, found.hi))
+    return Cell(found.mean, lo, hi)
+
+
+def _cost_cells(costs: pd.DataFrame) -> dict[str, list[Cell]]:
+    """label -> means over its trainings; a label of which nothing is done is not there."""
+    means = label_means(costs, [column for column, *_ in COSTS])
+    done = costs.loc[costs["state"] == "done", "label"].unique()
+    unknown = {str(label): [Cell("unknown")] * len(COSTS) for label in done}  # somebody else's weights, as far as seen
+    return unknown | {
+        label: [Cell(mean[column] / divisor) for column, _, _, divisor, _ in COSTS] for label, mean in means.items()
+    }
+
+
+def label_means(costs: pd.DataFrame, columns: Sequence[str]) -> dict[str, dict[str, float]]:
+    """label -> column -> mean over the trainings that came to their end; nan where no training has a value."""
+    done = costs.loc[costs["images"].notna(), ["label", *columns]]
+    numbers = done.assign(**{column: pd.to_numeric(done[column]).astype(float) for column in columns})
+    means = numbers.groupby("label", sort=False)[list(columns)].mean()
+    return {str(label): dict(zip(columns, row)) for label, row in zip(means.index, means.to_numpy().tolist())}
+
+
+def finished_runs(costs: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    """The rows of trainings that came to their end, whatever became of their pictures."""
+    return costs[costs["label"].isin(labels) & costs["images"].notna()]
+
+
+def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
+    """One row per method and measure, and one per method and cost; differences are paired, against base."""
+    names = [
+        "method",
+        "metric",
+        "role",
+        "unit",
+        "mean",
+        "lo",
+        "hi",
+        "se",
+        "se_prompts",
+        "prompts",
+        "seeds",
+        "between_trainings",
+    ]
+    names += ["change", "change_lo", "change_hi", "change_se", "change_se_prompts", "p", "p_holm", "verdict"]
+    names += ["improved", "improved_lo", "improved_hi", "improved_p", "improved_p_holm", "improved_verdict"]
+    rows: list[list[Cell]] = []
+    for measure in analysis.measures:
+        for label in analysis.labels:
+            mean = analysis.means[measure][label]
+            start: list[float | str | None] = [label, measure.name, measure.role, measure.unit, *mean[:4]]
+            start += [mean.se_prompts, mean.prompts, mean.seeds, _between_trainings(analysis, measure, label)]
+            row = [*start, *_tidy_change(analysis, measure, label)]
+            row += _tidy_improved(analysis, measure, label)
+            rows.append(list(map(Cell, row)))
+    for label, gain in analysis.gains.items():
+        start = [
+            label,
+            improvement_section.IQM,
+            "summary",
+            "SD of base",
+            *[None] * 5,
+            gain.estimate.prompts,
+            gain.estimate.seeds,
+        ]
+        start.append(_between_trainings(analysis, analysis.summed[0], label))
+        told = [*start, *_tidy_compared(gain), *[None] * 6]
+        rows.append(list(map(Cell, told)))
+    spent = _cost_cells(costs)
+    for label in analysis.labels:
+        for (column, _, unit, _, _), cell in zip(COSTS, spent.get(label, NO_COSTS)):
+            value = None if isinstance(cell.value, str) else cell.value
+            start = [label, column.removesuffix("_bytes"), "cost", unit, value]
+            rows.append([*map(Cell, start), *[Cell()] * (len(names) - len(start))])
+    return Table([Column(name) for name in names], rows)
+
+
+def _between_trainings(analysis: Analysis, measure: Measure, label: str) -> str:
+    """Whether the errors of a row contain how much trainings differ: "none" where nothing was trained."""
+    if label not in analysis.trained:
+        return "none"
+    known = max(analysis.means[measure][each].seeds for each in analysis.trained) > 1
+    return "in se" if known else "unknown"
+
+
+def _tidy_change(analysis: Analysis, measure: Measure, label: str) -> list[float | str | None]:
+    change = analysis.changes[measure].get(label)
+    return [None] * 8 if change is None else _tidy_compared(change)
+
+
+def _tidy_compared(change: Comparison) -> list[float | str | None]:
+    found = change.estimate
+    return [*found[:3], found.se, found.se_prompts, found.p, change.p_holm, change.verdict]
+
+
+def _tidy_improved(analysis: Analysis, measure: Measure, label: str) -> list[float | str | None]:
+    share = analysis.improved.get(measure, {}).get(label)
+    return [None] * 6 if share is None else [*share.estimate[:3], share.estimate.p, share.p_holm, share.verdict]
+
+
+def listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def change_text(estimate: stats.MeanEstimate, measure: Measure) -> str:
+    return interval(*estimate[:3], DECIMALS.get(measure.unit, 3) + 1, signed=True)
+
+
+def changes_table(analysis: Analysis) -> Table:
+    """One row per measure and method: the paired change against base, its errors and its verdict."""
+    columns = [Column("measure"), Column("method"), Column(f"change against {analysis.base}")]
+    columns += [Column("SE, prompts"), Column("SE, prompts and seeds"), Column("p, Holm"), Column("verdict")]
+    rows = []
+    for measure in analysis.measures:
+        more = DECIMALS.get(measure.unit, 3) + 1
+        for label, change in analysis.changes[measure].items():
+            errors = [change.estimate.se_prompts, change.estimate.se]
+            p = improvement_section.p_text(change.p_holm)
+            texts = [
+                change_text(change.estimate, measure),
+                *(number(error, more) for error in errors),
+                p,
+                change.verdict,
+            ]
+            bold = change.verdict in ("up", "down")
+            rows.append([Cell(f"{title(measure)} [{measure.role}]"), Cell(label), *map(Cell, texts[:-1])])
+            rows[-1].append(Cell(texts[-1], bold=bold))
+    return Table(columns, rows)
+
+
+def hacked(analysis: Analysis, label: str) -> list[Measure]:
+    """The measures that fell (after Holm) although the training reward rose; empty if it did not rise, or none fell."""
+    changes = {measure: found[label] for measure, found in analysis.changes.items() if label in found}
+    trained = label in analysis.trained  # else nobody knows on what
+    rose = trained and any(better(change, measure) for measure, change in changes.items() if measure.role == "train")
+    return [m for m, change in changes.items() if rose and m.role != "train" and worse(change, m)]
+
+
+def task_table(analysis: Analysis, measure: Measure) -> Table:
+    tasks = analysis.tasks(measure)
+    columns = [Column("method"), *(Column(task.replace("_", " ")) for task in tasks), Column("mean of tasks")]
+    rows = []
+    for label in analysis.labels:
+        found = [*(means[label] for means in tasks.values()), analysis.means[measure][label]]
+        rows.append([Cell(label), *(estimate_cell(each, measure) for each in found)])
+    return Table(columns, rows)

@@ -1,0 +1,79 @@
+"""The store: content-addressed folders on a plain, possibly shared, disk.
+
+Three kinds of artefact: runs, image sets and scores. Each is either done or not there: files are written under a
+temporary name, flushed and renamed, and the file that says "done" comes last. A failure is recorded beside the
+artefact, shown, and tried again; it never counts as done. One process at a time makes an artefact: it holds a lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignbench.config import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def write(path: Path, content: bytes | str | Callable[[Path], Any]) -> None:
+    """Write ``path`` whole or not at all. ``content``: bytes, text, or what writes to the path it is given.
+
+    UserError if the disk is full or may not be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        flush(temporary)
+        temporary.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        raise UserError(cannot_write(path, error)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path | str, error: OSError) -> str:
+    """One line for a disk that does not take more."""
+    if error.errno in FULL:
+        return f"{path}: no space left on the disk; free some and run the same command again, finished work is kept"
+    return f"{path}: cannot be written: {error.strerror or error}; choose another --store, or mend its permissions"
+
+
+def flush(path: Path) -> None:
+    """See to it that a file's content, or a folder's names, outlive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, data: Any) -> None:
+    write(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path | str) -> dict[str, Any] | None:
+    """None where there is no such file, or no whole one (a disk that lost power)."""
+    try:
+        with open(path, "rb") as file:
+            return json.loads(file.read())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> None:
+    write(path, lambda temporary: frame.to_parquet(temporary, index=False))

@@ -1,0 +1,462 @@
+"""The command line: light, and for every bad input one clear line before any model is loaded and anything written."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from support.tiny_sweep import PLUGIN, SWEEP, alignbench, sweep_file
+
+from alignbench.cli import main
+from alignbench.cli.main import GROUPS, cli
+from alignbench.plugins import Registry
+from alignbench.prompts import load_prompts
+
+EMPTY_LINE = "a photo of a circle\n\na photo of a square\n"
+
+
+def case(**method: Any) -> dict[str, Any]:
+    return {"cases": [SWEEP["cases"][0], {"label": "Mine", "method": method}]}
+
+
+def base(**parts: Any) -> dict[str, Any]:
+    return {"base": parts}
+
+
+def prompts(file: str) -> dict[str, Any]:
+    return {"evaluation": {"protocol": {"prompts": file}, "evaluators": [{"name": "bright"}]}}
+
+
+def override(**parts: Any) -> dict[str, Any]:
+    return {"overrides": [{"match": {"method": "last"}, **parts}]}
+
+
+BAD = {  # what is wrong: (changes to the sweep, the line)
+    "a misspelt key": (
+        case(name="leapalign", alhpa=0.3),
+        r"tiny.yaml: cases\[1\].method.alhpa: leapalign has no such setting; did you mean 'alpha'\? \(settings: steps,",
+    ),
+    "a misspelt key of training": (
+        base(training={"optimizer": {"learning_rate": 1}}),
+        r"tiny.yaml: base.training.optimizer.learning_rate: optimizer has no such setting .*lr",
+    ),
+    "a misspelt section": ({"evalution": {}}, "tiny.yaml: evalution: sweep has no such .* did you mean 'evaluation'"),
+    "an unknown method": (
+        case(name="leapaling"),
+        r"tiny.yaml: cases\[1\].method.name: there is no method 'leapaling'; did you mean 'leapalign'\? \(methods: ",
+    ),
+    "a method without a name": (case(alpha=0.3), r"cases\[1\].method: expected settings with a 'name' \(methods: "),
+    "an unknown evaluator": (
+        {"evaluation": {"evaluators": [{"name": "hpsv4"}]}},
+        r"evaluation.evaluators\[0\].name: there is no evaluator 'hpsv4'; did you mean 'hpsv3'",
+    ),
+    "an unknown backend": (base(backend={"name": "flx"}), "base.backend.name: there is no backend 'flx'; did you mean"),
+    "a float for an integer": (
+        base(training={"batch": 2.5}),
+        r"tiny.yaml: base.training.batch: expected a whole number, got float \(2.5\)",
+    ),
+    "a float for a method's integer": (
+        case(name="last", steps=2.0),
+        r"method.steps: expected a whole number, got float",
+    ),
+    "text for a number": (base(training={"batch": "8"}), r"batch: expected a whole number, got text \('8'\)"),
+    "an impossible batch": (base(training={"batch": 0}), r"base.training.batch: expected a whole number >= 1 \(0\)"),
+    "two budgets": (
+        base(training={"budget": {"images": 8, "nfe": 100}}),
+        "budget: set exactly one of images, nfe, gpu_seconds, updates; got images and nfe",
+    ),
+    "no budget": (base(training={"budget": {"images": None}}), "set exactly one of .*; got none"),
+    "a model that is not there": (
+        base(backend={"model": "nowhere/at/all"}),
+        "there is no file or folder 'nowhere/at/all'",
+    ),
+    "weights that are not there": (
+        {"evaluation": {"evaluators": [{"name": "hpsv2", "weights": "./none.pt"}]}},
+        r"evaluation.evaluators\[0\]: hpsv2.weights: there is no file or folder './none.pt'",
+    ),
+    "weights that cannot be read": (
+        {"evaluation": {"evaluators": [{"name": "hpsv2", "weights": "broken.pt"}]}},
+        r"hpsv2.weights: broken.pt cannot be read: not a torch.save",
+    ),
+    "an unequal batch": (
+        override(set={"training.batch": 4}),
+        r"tiny.yaml: overrides\[0\]: training.batch would be unequal between rows; say why with 'reason: ...'",
+    ),
+    "an unequal budget": (
+        override(set={"training.budget.images": 4}, reason="  "),
+        r"overrides\[0\]: training.budget.images would be unequal between rows; say why",
+    ),
+    "a batch in a case": (
+        {"cases": [{"label": "Mine", "method": {"name": "last"}, "training": {"batch": 4}}]},
+        r"cases\[0\].training: rows would be unequal; .* under 'overrides' with its reason",
+    ),
+    "an exception without a reason": (
+        override(set={"training.optimizer.lr": 0.1}),
+        r"overrides\[0\]: an exception needs its reason",
+    ),
+    "a misspelt override": (
+        override(set={"training.bacth": 4}, reason="why not"),
+        r"overrides\[0\].set: training.bacth: training has no such setting; did you mean 'batch'",
+    ),
+    "an override for nobody": (
+        {"overrides": [{"match": {"method": "lats"}, "set": {"training.batch": 4}, "reason": "x"}]},
+        r"overrides\[0\].match.method: there is no 'lats'; did you mean 'last'",
+    ),
+    "a misspelt grid": ({"grid": {"training.sede": [0]}}, "grid: training.sede: training has no such .* 'seed'"),
+    "two rows of one name": (
+        {"cases": [{"label": "A", "method": {"name": "last"}}, {"label": "A", "method": {"name": "stopped"}}]},
+        "two runs are called 'A, seed 0'; give each case its own label",
+    ),
+    "a size that does not fit": (
+        {"evaluation": {"protocol": {"size": 33}}},
+        r"protocol.size: 33 pixels are not a multiple",
+    ),
+    "last weights without an average": (
+        base(training={"optimizer": {"ema": None}}),
+        "evaluation.protocol.weights: 'ema', but Last keeps no average",
+    ),
+    "a reward without gradient": (
+        base(reward={"evaluator": {"name": "geneval", "detector": "shapes"}}) | case(name="refl"),
+        "Mine: reward: refl needs the gradient of the reward",
+    ),
+    "prompts that are not there": (prompts("none.txt"), r"none.txt: cannot be read: No such file"),
+    "prompts with an empty line": (
+        prompts("empty_line.txt"),
+        r"empty_line.txt:2: the prompt is empty; remove the line",
+    ),
+    "prompts with a pipe": (
+        prompts("pipe.txt"),
+        r"pipe.txt:2: the model's text encoder has no token for '\|' in 'a red \| circle'",
+    ),
+    "prompts with an emoji": (prompts("emoji.txt"), r"emoji.txt:1: the model's text encoder has no token for '🔴'"),
+    "prompts with a line break": (
+        prompts("newline.jsonl"),
+        r"newline.jsonl:1: a line break inside the prompt 'a photo of\\na circle'; put every prompt on one line",
+    ),
+    "prompts that are there twice": (prompts("twice.txt"), r"twice.txt:3: the prompt .* is already on line 1"),
+    "prompts that are not UTF-8": (prompts("latin.txt"), "latin.txt: not UTF-8 text"),
+    "prompts that geneval cannot check": (
+        {"evaluation": {"protocol": {"prompts": "fine.txt"}}},
+        r"evaluation.evaluators\[1\]: geneval: prompt .* has no GenEval metadata",
+    ),
+}
+FILES = {
+    "empty_line.txt": EMPTY_LINE.encode(),
+    "pipe.txt": b"a photo of a circle\na red | circle\n",
+    "emoji.txt": "a photo of a 🔴\n".encode(),
+    "newline.jsonl": rb'{"prompt": "a photo of\na circle"}',
+    "twice.txt": b"a photo of a circle\na photo of a square\na photo of a circle\n",
+    "latin.txt": "a photo of a caf\xe9".encode("latin-1"),
+    "fine.txt": b"a photo of a circle\n",
+    "broken.pt": b"these are no weights",
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where the bad files are. Loading any model from here fails the test."""
+    from alignbench.backends.flux import Flux
+
+    def load(*_: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Flux, "load", load)
+    monkeypatch.chdir(tmp_path)
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def refused(capsys, store: Path, *words: str, plugin: bool = True) -> str:
+    """The one line with which a command ends, after it wrote nothing."""
+    code = alignbench(*words, store=store, plugin=plugin)
+    said = capsys.readouterr()
+    assert code == 1
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("alignbench: ")
+    assert not store.is_dir()
+    return said.err
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(what, folder, capsys):
+    """Each mistake in a sweep file: exit code 1, where and what in one line, no store, no model loaded."""
+    changes, line = BAD[what]
+    sweep_file(folder, changes)
+    assert re.search(line, refused(capsys, folder / "store", "sweep", "tiny.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["training.bacth=3"], "command line: training.bacth: training has no such setting; did you mean 'batch'"),
+        (
+            ["trainning.batch=3"],
+            "command line: trainning.batch: there is no setting 'trainning'; did you mean 'training'",
+        ),
+        (["method.alhpa=3"], "command line: method.alhpa: no method of this sweep has it"),
+        (["training.batch=2.5"], r"command line: training.batch: expected a whole number, got float \(2.5\)"),
+        (["cases[9].label=x"], r"command line: there is no item \[9\]"),
+        (["batch"], "command line: name one sweep, got tiny.yaml, batch"),
+        (["--only", "method=lst"], r"--only method=lst: matches no run \(rows: Base, Last\)$"),
+        (["--only", "method=last", "training.batch=3"], r"matches no run .*; settings to change go before --only$"),
+        (["--launcher", "locl"], "there is no launcher 'locl'; did you mean 'local'"),
+        (["--limit", "0"], "'0' is not a whole number of 1 or more"),
+        (["-j", "two"], "'two' is not a whole number"),
+        (["--seeds", "a"], "grid: training.seed: expected a whole number, got text"),
+        (
+            ["--sotre", "x"],
+            r"there is no option '--sotre'; did you mean '--store'\? \(see `alignbench sweep --help`\)$",
+        ),
+        (["--store", "--limit", "2"], "--store: its value DIR is missing"),
+        (["-j"], "-j: its value N is missing"),
+        (["--limit=2=3"], "--limit: '2=3' is not a whole number"),
+        (["--plugin", "none.py"], "none.py: cannot be read: No such file"),
+        (["--plugin", "fine.txt"], "fine.txt:1: not Python"),
+    ],
+)
+def test_a_mistake_on_the_command_line(words, line, folder, capsys):
+    """The same for options and a.b=c."""
+    sweep_file(folder)
+    assert re.search(line, refused(capsys, folder / "store", "sweep", "tiny.yaml", *words))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("schema: 1\nname: x\nname: y\n", r"tiny.yaml:3: the key 'name' is already set on line 2"),
+        ("schema: 1\n  name: x\n", r"tiny.yaml:2: "),
+        ("schema: 2\nname: x\n", r"tiny.yaml: "),
+        ("", "tiny.yaml: expected settings"),
+    ],
+)
+def test_a_file_that_is_no_sweep(text, line, folder, capsys):
+    """YAML mistakes come with their line."""
+    (folder / "tiny.yaml").write_text(text)
+    assert re.search(line, refused(capsys, folder / "store", "sweep", "tiny.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("x = 1\n", "no class in it derives from AlignMethod or Evaluator and sets name"),
+        (
+            "import nowhere_at_all\nfrom alignbench import AlignMethod\nclass M(AlignMethod):\n    name = 'last'\n",
+            "nowhere",
+        ),
+        ("from alignbench import AlignMethod\nclass M(AlignMethod):\n    name = 'refl'\n", "'refl' exists already in"),
+    ],
+)
+def test_a_plugin_that_is_broken(source, line, folder, capsys):
+    """No class, a failing import, a name that is taken: the file is named."""
+    (folder / "mine.py").write_text(source)
+    sweep_file(folder, {"base": {"reward": {"evaluator": {"name": "hpsv2", "weights": "shapes"}}}})
+    words = ["sweep", "tiny.yaml", "--plugin", "mine.py"]
+    said = refused(capsys, folder / "store", *words, plugin=False)
+    assert "mine.py: " in said
+    assert line in said
+
+
+@pytest.mark.parametrize("verb", ["sweep", "plan", "validate", "status", "report"])
+def test_a_store_that_cannot_be_used(verb, folder, capsys):
+    """A file in the place of the store: one line, whatever the verb, and the file is as it was."""
+    sweep_file(folder)
+    (folder / "store").write_text("mine")
+    words = ["tiny.yaml"] if verb in ("status", "report") else ["tiny.yaml", "--plugin", PLUGIN]
+    said = refused(capsys, folder / "store", verb, *words, plugin=False)
+    assert "cannot be used, it is a file; name a folder" in said
+    assert (folder / "store").read_text() == "mine"
+
+
+def test_plan_and_validate_write_nothing(folder, capsys):
+    """They show what would be done, and leave no trace."""
+    sweep_file(folder)
+    assert alignbench("validate", "tiny.yaml", store=folder / "store") == 0
+    assert "fine; 3 runs, 4 prompts, scored by bright, geneval" in capsys.readouterr().out
+    assert alignbench("plan", "tiny.yaml", "--only", "method=last", store=folder / "store") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"Last, seed 0 +planned +8 +1 \+ 1 ", out)
+    assert "2 runs: 2 to train, 2 image sets to make, 4 scores to compute" in out
+    assert not (folder / "store").exists()
+
+
+def test_ls_shows_what_can_be_named(capsys):
+    """Built-ins and plug-ins, each with the first line of its docstring."""
+    assert alignbench("ls") == 0
+    out = capsys.readouterr().out
+    for word in ("leapalign", "dancegrpo", "geneval", "flux", "shapes/test", "quickstart", "bright", "The mean of all"):
+        assert word in out
+    assert alignbench("ls", "methods") == 0
+    out = capsys.readouterr().out
+    assert "flux" not in out
+    assert re.search(r"(?m)^  leapalign +LeapAlign \(arXiv 2604.15311, CVPR 2026\): noise -> x_k", out)
+
+
+def test_every_built_in_method_has_its_full_name_and_its_paper():
+    """The class says both; a paper is one that the head of the method's file names."""
+    entries = [entry for entry in Registry().entries.values() if entry.kind == "method"]
+    assert len(entries) == 17
+    for entry in entries:
+        assert entry.title
+        assert entry.title in entry.about
+        head = (ast.get_docstring(ast.parse(entry.path.read_text())) or "").partition("epartures")[0]
+        assert all(paper in head for paper in re.findall(r"arXiv \S+\b", entry.paper))
+    assert {entry.name for entry in entries if not entry.paper} == {"base", "bptt", "checkpoint"}
+
+
+def test_the_light_verbs_import_no_torch(tmp_path):
+    """help, ls and status run without torch, transformers or diffusers; report: see test_report.py."""
+    code = (
+        "import sys; from alignbench.cli import main; main(['--help'])\n"
+        f"main(['ls', '--plugin', {PLUGIN!r}]); main(['status', '--store', {str(tmp_path)!r}])\n"
+        f"main(['report', 'quickstart', '--store', {str(tmp_path)!r}])\n"
+        "heavy = {'torch', 'transformers', 'diffusers', 'accelerate', 'open_clip'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: alignbench" in done.stdout
+
+
+def test_help_comes_at_once():
+    """Under 0.3 s of processor time, the interpreter's start included."""
+    code = "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'alignbench.cli', '--help']);"
+    code += "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)]
+    assert min(float(out.splitlines()[-1]) for out in runs) < 0.3
+
+
+@pytest.mark.parametrize("verb", cli.commands)
+def test_every_verb_has_help(verb, capsys):
+    """`alignbench VERB --help` exits with 0, says what the verb does, and names every option and positional."""
+    assert main([verb, "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert (cli.commands[verb].help or "").split()[0] in said
+    for option in cli.commands[verb].params:
+        for name in option.opts if isinstance(option, click.Option) else [option.make_metavar(click.Context(cli))]:
+            assert name in said
+
+
+def test_every_verb_stands_in_one_group(capsys):
+    """The groups of `alignbench --help` list every verb exactly once, each on a line with its text."""
+    grouped = [verb.name or "" for verbs in GROUPS.values() for verb in verbs]
+    assert sorted(grouped) == sorted(cli.commands)
+    assert len(set(grouped)) == len(grouped) == 19
+    assert grouped[:5] == ["sweep", "status", "report", "plan", "ls"]
+    assert main(["--help"]) == 0
+    assert re.findall(r"(?m)^  ([a-z][\w-]+)  +\w", capsys.readouterr().out) == grouped
+
+
+def test_the_version_is_told(capsys):
+    """`alignbench --version` prints the installed version."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"alignbench {version('alignbench')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["swep", "x"], r"there is no verb 'swep'; did you mean 'sweep'\? \(see `alignbench --help`\)"),
+        (["xyz"], r"there is no verb 'xyz' \(see `alignbench --help`\)"),
+        ([], r"name a verb, for instance sweep \(see `alignbench --help`\)"),
+        (["--completion", "bsh"], "--completion: there is no 'bsh'; did you mean 'bash'"),
+        (["sweep"], r"SWEEP \[a.b=c\]...: is missing \(see `alignbench sweep --help`\)"),
+        (["run"], "--method: is missing"),
+        (["score", "x"], "-e/--evaluators: is missing"),
+        (["fit", "--parallel", "dp"], "--parallel: there is no 'dp'; did you mean 'ddp'"),
+        (
+            ["ls", "method"],
+            r"KIND\]: there is no 'method'; did you mean 'methods'\? \(choose from: methods, evaluators",
+        ),
+        (["compare", "a", "b", "c"], "unexpected extra argument"),
+        (["status", "--plugin", "x"], "there is no option '--plugin'"),
+    ],
+)
+def test_a_mistake_in_the_words_is_one_line(words, line, capsys):
+    """Unknown and missing verbs, positionals and options: exit code 1 and one line, with the nearest name."""
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(rf"alignbench: .*{line}.*\n", said.err)
+
+
+def test_options_and_settings_mix_in_any_order(folder, capsys):
+    """Settings stand before, between and after options; --only takes every word up to the next option, once or more."""
+    sweep_file(folder)
+    lines = []
+    for words in (
+        ["tiny.yaml", "training.batch=1", "--only", "method=last", "seed=0", "--limit=2", "--gpu", "h200"],
+        ["--gpu=h200", "training.batch=1", "--limit", "2", "tiny.yaml", "--only", "method=last", "--only=seed=0"],
+    ):
+        assert alignbench("plan", *words, store=folder / "store") == 0
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[1]
+    assert "1 runs: 1 to train, 1 image sets to make, 2 scores to compute" in lines[0]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_is_printed(shell, capsys):
+    """`alignbench --completion SHELL` prints the script, and the line that keeps it."""
+    assert main(["--completion", shell]) == 0
+    said = capsys.readouterr().out
+    assert "_ALIGNBENCH_COMPLETE" in said
+    assert f"alignbench --completion {shell}" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["sw"], ["sweep"]),
+        (["report", "quick"], ["quickstart"]),
+        (["run", "--method", "leap"], ["leapalign"]),
+        (["sweep", "quickstart", "--launcher", "s"], ["slurm"]),
+        (["plan", "--rehe"], ["--rehearse"]),
+        (["logs", "1"], ["1a2b"]),
+        (["ls", "m"], ["methods"]),
+    ],
+)
+def test_bash_completes(words, expected, tmp_path, capsys):
+    """In bash itself, Tab after `alignbench sw` gives sweep; sweeps, methods, runs and options are completed too."""
+    (tmp_path / "store/runs/1a2b").mkdir(parents=True)
+    assert main(["--completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    (tmp_path / "alignbench").write_text(f'#!/bin/sh\nexec {sys.executable} -m alignbench.cli "$@"\n')
+    (tmp_path / "alignbench").chmod(0o755)
+    ask = f"COMP_WORDS=(alignbench {' '.join(words)}); COMP_CWORD={len(words)}; _alignbench_completion ./alignbench"
+    show = "printf '%s\\n' \"${COMPREPLY[@]}\""
+    done = subprocess.run(["bash", "-c", f"{script}\n{ask}\n{show}"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (expected, "")
+
+
+def test_a_reader_that_stops_early_is_no_failure():
+    """`alignbench ls | head -1`: exit code 0, and nothing on stderr."""
+    ls = f"set -o pipefail; {sys.executable} -m alignbench.cli ls | head -1"
+    done = subprocess.run(["bash", "-c", ls], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "methods:\n", "")
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompts_id_is_its_texts(tmp_path):
+    """Wherever a prompt stands and in whichever form of file, its id (hence its noise) is the same."""
+    (tmp_path / "a.txt").write_text("a photo of a circle\na photo of a square\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a photo of a square", "tag": "single_object"}\n')
+    a, b = (load_prompts(str(tmp_path / name)) for name in ("a.txt", "b.jsonl"))
+    assert a[1].id == b[0].id != a[0].id
+    assert (b[0].tag, b[0].metadata["prompt"]) == ("single_object", "a photo of a square")
+
+
+def test_packaged_prompts_are_disjoint():
+    """No evaluation prompt is trained or tuned on."""
+    sets = [{prompt.id for prompt in load_prompts(f"shapes/{split}")} for split in ("train", "val", "test")]
+    assert not sets[0] & sets[1]
+    assert not (sets[0] | sets[1]) & sets[2]

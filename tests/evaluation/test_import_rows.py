@@ -1,0 +1,748 @@
+"""Rows that were made elsewhere: what a file says is kept, what it does not say stays unknown, and bad files change
+nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from support.tiny_sweep import alignbench
+
+from alignbench.config import UserError
+from alignbench.evaluation import import_rows
+from alignbench.evaluation.import_formats import FLOWBP, read
+from alignbench.launch import cleanup
+from alignbench.plugins import Registry
+from alignbench.prompts import prompt_id
+from alignbench.reporting.analysis import stats
+from alignbench.reporting.analysis.results import Results
+from alignbench.store.artefacts import Store
+from alignbench.store.files import read_json
+from alignbench.store.manifest import read_manifest
+
+TEXTS = ["a red circle", "two blue squares", "a green ring 🙂", 'say "שלום", twice', "a | b `c`", "a cross"]
+TASKS = ["single_object", "counting", "colors", "colors", "position", "counting"]
+
+
+def draw(path: Path, color: int = 0, size: tuple[int, int] = (32, 32)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (color % 256, 40, 90)).save(path)
+    return path
+
+
+def flowbp(folder: Path, gain: float = 0.0, texts: list[str] = TEXTS, each: int = 2, **changes: Any) -> Path:
+    """As offline_ckpt_eval --score leaves it: pictures, and scores.json with the paths of another machine."""
+    rng, rows = np.random.default_rng(0), []
+    for i, text in enumerate(texts):
+        for j in range(each):
+            draw(folder / f"{i:05d}_{j:02d}.png", 20 * i + j + int(1000 * gain))
+            scores = {"hpsv2": 0.28 + rng.normal() / 50 + gain, "pickscore": 0.9 + gain, "ur-align": 0.6 + i / 50}
+            about = {"prompt_idx": i, "img_idx": j, "prompt": text, "image": f"/elsewhere/{i:05d}_{j:02d}.png"}
+            rows.append({**about, **scores, "mean": sum(scores.values())})
+    rows[2]["ur-align"] = -10.0
+    size = {"height": 32, "width": 32, "num_steps": 50, "guidance_scale": 3.5, "seed": 42}
+    about = {"model_name": "m", **size, "seed_formula": "seed + prompt_idx + img_idx * num_prompts"}
+    data = about | {"reward_names": ["hpsv2", "pickscore", "ur-align"], "scores": rows} | changes
+    (folder / "scores.json").write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+def unirl(folder: Path) -> Path:
+    """As benchmarks.run leaves it: images/, scores.jsonl, summary.json. One picture has no score at all."""
+    lines = []
+    for i, text in enumerate(TEXTS):
+        draw(folder / "images" / f"p{i:05d}_s0.png", 20 * i)
+        row = None if i == 1 else {"hpsv3/hpsv3": 8.0 + i, "pickscore/pickscore": 0.8, "new/sharpness": float("nan")}
+        lines.append(json.dumps({"image": f"p{i:05d}_s0.png", "prompt": text, "scores": row}))
+    (folder / "scores.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "summary.json").write_text(json.dumps({"benchmark": "image/preference", "subset": True}))
+    return folder
+
+
+def geneval(folder: Path, each: int = 2) -> Path:
+    """As evaluate_images.py leaves it, folders in the order in which the disk lists them."""
+    rng, lines = random.Random(0), []
+    for i, (text, tag) in enumerate(zip(TEXTS, TASKS)):
+        metadata = {"tag": tag, "include": [{"class": "circle", "count": 1}], "prompt": text}
+        for j in range(each):
+            file = draw(folder / f"{i:05d}/samples/{j:04d}.png", 20 * i + j)
+            correct = rng.random() < 0.5
+            row = {"filename": str(file), "tag": tag, "prompt": text, "correct": correct}
+            row |= {"reason": "" if correct else "expected circle>=1, found 0\nand more", "details": "{}"}
+            lines.append(json.dumps({**row, "metadata": json.dumps(metadata)}))
+        (folder / f"{i:05d}/metadata.jsonl").write_text(json.dumps(metadata))
+    rng.shuffle(lines)
+    (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def take(store: Path, kind: str, path: Path, *options: str) -> int:
+    return alignbench("import", kind, str(path), *options, store=store)
+
+
+def sweep(store: Path, name: str = "imported") -> dict[str, Any]:
+    found = read_json(store / "sweeps" / f"{name}.json")
+    assert found is not None
+    return found
+
+
+def scores(store: Path, name: str = "imported") -> pd.DataFrame:
+    return Results(store, read_manifest(store / "sweeps" / f"{name}.json")).scores
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+
+def report(store: Path, name: str = "imported") -> str:
+    out = store.parent / "report"
+    assert alignbench("report", name, "--out", str(out), store=store, plugin=False) == 0
+    return (out / f"{name}.md").read_text(encoding="utf-8")
+
+
+def section(text: str, heading: str) -> str:
+    return text.split(f"\n## {heading}")[1].split("\n## ")[0]
+
+
+# ---- FlowBP
+
+
+def test_flowbps_scores_are_kept_as_they_are(tmp_path):
+    """Every number of the file is in the store, under a name that says whose it is, in the file's own scale."""
+    folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
+    assert take(store, "flowbp", folder, "--label", "A") == 0
+    rows = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["scores"]
+    found = scores(store).set_index(["metric", "prompt_id", "index"])["score"]
+    for key, name in (("hpsv2", "hpsv2.1"), ("pickscore", "pickscore")):
+        for row in rows:
+            assert found[f"{name} (flowbp)", prompt_id(row["prompt"]), row["img_idx"]] == row[key]
+    assert set(scores(store)["metric"]) == {"hpsv2.1 (flowbp)", "pickscore (flowbp)", "ur-align (flowbp)"}
+    units = {m["name"]: m["unit"] for entry in sweep(store)["runs"][0]["scores"] for m in entry["metrics"]}
+    assert units["pickscore (flowbp)"] == "logit / 26"
+    assert units["ur-align (flowbp)"] == "1-5, divided by 5"
+
+
+def test_an_answer_without_a_score_is_missing_and_counted(tmp_path, capsys):
+    """-10 of a UnifiedReward metric is no number: the mean is that of the other pictures, and it is said."""
+    folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
+    assert take(store, "flowbp", folder, "--label", "A") == 0
+    assert "ur-align (flowbp): 1 of 12 pictures have no score" in capsys.readouterr().out
+    found = scores(store)
+    judged = found[found["metric"] == "ur-align (flowbp)"]
+    assert (~judged["ok"]).sum() == 1
+    assert judged["score"].min() > 0
+    assert "ur-align (flowbp), A: 11 of 12 scores" in section(report(store), "Coverage")
+
+
+def test_minus_ten_of_another_scorer_is_a_number(tmp_path):
+    """HPSv3 has no end below: only a judge's -10 stands for no answer."""
+    folder = flowbp(tmp_path / "eval", reward_names=["hpsv3"])
+    data = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    for row in data["scores"]:
+        row["hpsv3"] = -10.0
+    (folder / "scores.json").write_text(json.dumps(data))
+    assert all(row.scores["hpsv3"] == -10.0 for row in read("flowbp", folder).rows)
+
+
+def test_the_report_says_which_scorers_are_absent(tmp_path):
+    """FlowBP passes over scorers without a word; each of its scorers is either a column or named as absent."""
+    store = tmp_path / "store"
+    take(store, "flowbp", flowbp(tmp_path / "eval"), "--label", "A")
+    text = report(store)
+    for name, (ours, _) in FLOWBP.items():
+        there = name in ("hpsv2", "pickscore", "ur-align")
+        assert (f"{ours} (flowbp)" in text) == there
+        assert (name in section(text, "Imported rows").split("without ")[1].split(":")[0].split(", ")) != there
+
+
+def test_sums_and_shares_of_groups_are_no_scores(tmp_path):
+    """FlowBP's "mean" adds up scales and sentinels, its "<task>_accuracy" stands beside the wrong pictures."""
+    found = read("flowbp", flowbp(tmp_path / "eval"))
+    assert set(found.metrics) == {"hpsv2", "pickscore", "ur-align"}
+    logged = {"step": 5, "avg_scores": {"hpsv2": 0.3, "mean": 1.0}, "scores": []}
+    data = json.loads((tmp_path / "eval/scores.json").read_text(encoding="utf-8"))
+    logged["scores"] = [{k: v for k, v in row.items() if k != "image"} for row in data["scores"]]
+    (tmp_path / "eval_step_5.json").write_text(json.dumps(logged))
+    online = read("flowbp", tmp_path / "eval_step_5.json")
+    assert set(online.metrics) == {"hpsv2"}
+    assert online.protocol == {}
+
+
+def test_a_scorer_that_we_do_not_know_has_no_direction(tmp_path):
+    """Its numbers are kept; neither up nor down is called better."""
+    folder = flowbp(tmp_path / "eval", reward_names=["hpsv2", "mystery"])
+    metric = read("flowbp", folder).metrics["mystery"]
+    assert (metric.unit, metric.higher_is_better) == ("unit unknown", None)
+    assert all(row.scores["mystery"] is None for row in read("flowbp", folder).rows)
+
+
+def test_a_repeated_prompt_has_further_pictures(tmp_path):
+    """A list that repeats a prompt gives one cluster of all its pictures; none is lost, none replaced."""
+    texts = ["a cross", "a ring", "a cross"]
+    rows = read("flowbp", flowbp(tmp_path / "eval", texts=texts)).rows
+    assert sorted((row.prompt.text, row.place) for row in rows) == [
+        *(("a cross", i) for i in range(4)),
+        *(("a ring", i) for i in range(2)),
+    ]
+
+
+# ---- UniRL
+
+
+def test_unirls_scores_are_kept_as_they_are(tmp_path):
+    """Every number of the file; null and NaN are missing; an unknown reward keeps its name."""
+    folder, store = unirl(tmp_path / "bench"), tmp_path / "store"
+    assert take(store, "unirl", folder, "--label", "A") == 0
+    found = scores(store)
+    kept = found[(found["metric"] == "hpsv3 (unirl)") & found["ok"]].set_index("prompt_id")["score"]
+    assert kept.to_dict() == {prompt_id(text): 8.0 + i for i, text in enumerate(TEXTS) if i != 1}
+    assert not found[found["metric"] == "new/sharpness (unirl)"]["ok"].any()
+    assert "SUBSET" in section(report(store), "Imported rows")
+
+
+def test_a_file_of_texts_is_refused(tmp_path, capsys):
+    """UniRL's text benchmarks have a scores.jsonl, too."""
+    (tmp_path / "scores.jsonl").write_text('{"id": "a1", "acc": 0.5, "n": 4}\n')
+    assert take(tmp_path / "store", "unirl", tmp_path, "--label", "A") == 1
+    assert "scores.jsonl:1: is of a benchmark of texts" in capsys.readouterr().err
+
+
+# ---- GenEval
+
+
+def test_genevals_score_is_its_own_summarys(tmp_path):
+    """The mean in the table is the unweighted mean of the task means, as summary_scores.py prints it."""
+    folder, store = geneval(tmp_path / "out"), tmp_path / "store"
+    assert take(store, "geneval", folder, "--label", "A") == 0
+    lines = pd.read_json(folder / "results.jsonl", orient="records", lines=True)
+    overall = np.mean([task["correct"].mean() for _, task in lines.groupby("tag")])
+    row = next(line for line in section(report(store), "Results").splitlines() if line.startswith("| A "))
+    assert row.split("|")[2].split()[0] == f"{overall:.3f}"
+
+
+def test_why_geneval_said_no_is_kept(tmp_path):
+    """The reason stands in the row of scores, on one line; the prompt's metadata are at hand for scoring."""
+    folder, store = geneval(tmp_path / "out"), tmp_path / "store"
+    take(store, "geneval", folder, "--label", "A")
+    table = pd.read_parquet(store / sweep(store)["runs"][0]["scores"][0]["file"])
+    wrong = table[table["geneval (official)"] == 0]
+    assert set(wrong["raw"]) == {"expected circle>=1, found 0 and more"}
+    assert read("geneval", folder).rows[0].prompt.metadata["include"] == [{"class": "circle", "count": 1}]
+
+
+def test_the_order_of_lines_does_not_matter(tmp_path):
+    """os.listdir gives folders in any order: a file with its lines turned round is the same row."""
+    folder, store = geneval(tmp_path / "out"), tmp_path / "store"
+    take(store, "geneval", folder, "--label", "A")
+    before = files(store)
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    (folder / "results.jsonl").write_text("\n".join(reversed(lines)))
+    assert take(store, "geneval", folder, "--label", "A") == 0
+    assert files(store) == before
+
+
+def test_pictures_that_moved_are_found(tmp_path):
+    """--images names the folder where they are now."""
+    folder = geneval(tmp_path / "out")
+    shutil.move(folder / "results.jsonl", tmp_path / "results.jsonl")
+    shutil.move(folder, tmp_path / "moved")
+    assert not any(row.picture.is_file() for row in read("geneval", tmp_path / "results.jsonl").rows)
+    found = read("geneval", tmp_path / "results.jsonl", images=tmp_path / "moved").rows
+    assert all(row.picture.is_file() for row in found)
+
+
+# ---- pictures, and our own scores of them
+
+
+@pytest.mark.slow
+def test_our_own_pictures_come_back_with_our_own_scores(swept, tmp_path, capsys):
+    """Pictures of a sweep, imported and scored by the same evaluators, have bitwise the sweep's scores.
+
+    So that `compare` of the row with its own import finds nothing, in every metric.
+    """
+    store = tmp_path / "store"
+    shutil.copytree(swept / "store", store)
+    manifest = read_manifest(Store(store).manifests()[0])
+    run = manifest.rows["Last"][0]
+    folder, judges = store / "images" / run.images, ["-e", "bright,geneval", "geneval.detector=shapes"]
+    options = ["--prompts", "shapes/test", "--label", "Again", *judges]
+    assert take(store, "images", folder, *options) == 0
+    own = Results(store, manifest.only([run])).scores
+    place = {"metric": str, "prompt_id": str, "index": int}
+    theirs, mine = (frame.astype(place).sort_values(list(place))["score"] for frame in (scores(store), own))
+    assert np.array_equal(theirs.to_numpy(), mine.to_numpy())
+    capsys.readouterr()
+    assert alignbench("compare", "imported:Again", run.id, store=store, plugin=False) == 0
+    text = capsys.readouterr().out
+    assert text.count("cannot tell") == 3
+    assert text.count("\nNowhere.") == 3
+
+
+def test_pictures_are_copied_whole(tmp_path):
+    """The store has the very bytes, with their hash; the report stands on its own when the source is gone."""
+    folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
+    take(store, "flowbp", folder, "--label", "A")
+    kept = store / "images" / sweep(store)["runs"][0]["images"]
+    table = pd.read_parquet(kept / "manifest.parquet").set_index(["text", "index"])
+    for i, text in enumerate(TEXTS):
+        for j in range(2):
+            row = table.loc[(text, j)]
+            assert (kept / row["file"]).read_bytes() == (folder / f"{i:05d}_{j:02d}.png").read_bytes()
+    shutil.rmtree(folder)
+    report(store)
+    assert (store.parent / "report" / "imported-grid.png").is_file()
+
+
+def test_a_picture_that_cannot_be_read_is_marked(tmp_path, capsys):
+    """It costs no other picture its place, is counted, and leaves a grey tile."""
+    folder, store = flowbp(tmp_path / "eval", each=1), tmp_path / "store"
+    (folder / "00001_00.png").write_bytes((folder / "00001_00.png").read_bytes()[:60])
+    (folder / "00002_00.png").unlink()
+    assert take(store, "flowbp", folder, "--label", "A", "-e", "bright") == 0
+    assert "2 of 6 pictures are not there" in capsys.readouterr().out
+    found = scores(store)
+    bright = found[found["metric"] == "brightness"]
+    assert bright["ok"].sum() == 4
+    assert found[found["metric"] == "hpsv2.1 (flowbp)"]["ok"].all()  # its score was made when it was there
+    assert "2 of 6 pictures" in report(store)
+
+
+def test_without_scores_there_is_a_gallery(tmp_path, capsys):
+    """Pictures alone make a page with a grid and no column of scores."""
+    folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    assert take(store, "images", folder, "--prompts", str(tmp_path / "list.jsonl"), "--label", "A") == 0
+    assert "scores: none (a gallery alone; -e scores it)" in capsys.readouterr().out
+    assert "imported-grid.png" in report(store)
+
+
+def test_more_scores_may_come_later(tmp_path, capsys):
+    """The same pictures again, with -e: one row, with the scores of both times; once there, nothing changes."""
+    folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
+    take(store, "flowbp", folder, "--label", "A")
+    assert take(store, "flowbp", folder, "--label", "A", "-e", "bright") == 0
+    assert set(scores(store)["evaluator"]) >= {"bright", "hpsv2.1 (flowbp)"}
+    assert len(sweep(store)["runs"]) == 1
+    before = files(store)
+    assert take(store, "flowbp", folder, "--label", "A") == 0
+    assert "is there already, nothing changed" in capsys.readouterr().out
+    assert files(store) == before
+
+
+def test_a_score_that_a_row_lacks_is_a_dash(tmp_path):
+    """A metric of one row alone is a dash in the others, which rest on all their trainings all the same."""
+    store = tmp_path / "store"
+    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
+    take(store, "flowbp", flowbp(tmp_path / "b", 0.1), "--label", "B", "-e", "bright")
+    row = next(line for line in section(report(store), "Results").splitlines() if line.startswith("| A "))
+    assert row.split("|")[1].strip() == "A"
+    assert row.split("|")[5].strip() == "—"
+
+
+def test_one_column_has_one_judge(tmp_path, capsys):
+    """Rows scored with another setting of an evaluator do not come into its column."""
+    store = tmp_path / "store"
+    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A", "-e", "bright")
+    before = files(store)
+    code = take(store, "flowbp", flowbp(tmp_path / "b", 0.1), "--label", "B", "-e", "bright", "bright.power=2")
+    assert code == 1
+    assert "-e bright: other rows of this sweep were scored with other settings" in capsys.readouterr().err
+    assert files(store) == before
+
+
+# ---- the sweep
+
+
+def test_the_same_content_twice_changes_nothing(tmp_path):
+    """Not one byte, nor a time of a file, from a copy of the folder neither."""
+    folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
+    take(store, "flowbp", folder, "--label", "A", "-e", "bright")
+    before = files(store)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert take(store, "flowbp", tmp_path / "copy", "--label", "A", "-e", "bright") == 0
+    assert files(store) == before
+
+
+def test_a_list_of_another_name_is_the_same_content(tmp_path):
+    """What counts is what the prompts are, not what their file is called."""
+    folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    take(store, "images", folder, "--label", "A", "--prompts", str(tmp_path / "a.jsonl"))
+    before = files(store)
+    assert take(store, "images", folder, "--label", "A", "--prompts", str(tmp_path / "b.jsonl")) == 0
+    assert files(store) == before
+
+
+def test_other_content_under_a_label_is_refused(tmp_path, capsys):
+    """The line says what differs and what to do; --replace does it, and what nobody needs any more can go."""
+    store, other = tmp_path / "store", flowbp(tmp_path / "b", 0.1)
+    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
+    old, before = sweep(store)["runs"][0]["images"], files(store)
+    assert take(store, "flowbp", other, "--label", "A") == 1
+    assert "other content (pictures, scores); say --replace, or choose another --label" in capsys.readouterr().err
+    assert files(store) == before
+    assert take(store, "flowbp", other, "--label", "A", "--replace") == 0
+    assert [run["label"] for run in sweep(store)["runs"]] == ["A"]
+    assert f"images {old}" in [item.what for item in cleanup.unused(Store(store))]
+
+
+def test_what_an_import_made_is_in_use(tmp_path, capsys):
+    """gc finds nothing to delete; status calls every row done."""
+    store = tmp_path / "store"
+    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A", "-e", "bright")
+    take(store, "geneval", geneval(tmp_path / "b"), "--label", "B", "--seed", "3")
+    assert cleanup.unused(Store(store)) == []
+    capsys.readouterr()
+    assert alignbench("status", store=store, plugin=False) == 0
+    assert "imported: 2 done" in capsys.readouterr().out
+
+
+def test_imports_at_the_same_time_lose_no_row(tmp_path):
+    """Four at once into one sweep: four rows."""
+    folders = [flowbp(tmp_path / name, i / 10) for i, name in enumerate("abcd")]
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(_add, tmp_path / "store", f) for f in folders]:
+            done.result()
+    assert sorted(sweep(tmp_path / "store")["cases"]) == ["a", "b", "c", "d"]
+
+
+def _add(store: Path, folder: Path, *judges: Any) -> None:
+    wanted = import_rows.Wanted("flowbp", folder, folder.name, "imported", "")
+    import_rows.add(Store(store), wanted, judges, Registry())
+
+
+@pytest.mark.parametrize("after", [0, 13, 25, 31, 38])  # pictures, their table, scores, the sweep
+def test_a_kill_leaves_nothing_half_made(tmp_path, monkeypatch, after):
+    """Whatever file an import is stopped at: no row is there, and the next import makes the undisturbed store."""
+    folder, store, whole = flowbp(tmp_path / "eval"), tmp_path / "store", tmp_path / "whole"
+    take(whole, "flowbp", folder, "--label", "A")
+    written = [0]
+
+    def flush(path: Path) -> None:
+        written[0] += 1
+        if written[0] > after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("alignbench.store.files.flush", flush)
+    assert take(store, "flowbp", folder, "--label", "A") == 130
+    monkeypatch.undo()
+    assert Store(store).manifests() == []
+    assert take(store, "flowbp", folder, "--label", "A") == 0
+    content = [{name: data for name, (_, data) in files(root).items()} for root in (store, whole)]
+    assert content[0] == content[1]
+
+
+# ---- what is not known
+
+
+def test_what_nobody_told_is_unknown(tmp_path):
+    """Costs, seeds, roles and settings are said to be unknown: neither zero nor guessed; base cost nothing."""
+    store = tmp_path / "store"
+    take(store, "geneval", geneval(tmp_path / "a"), "--label", "Base", "--base")
+    take(store, "geneval", geneval(tmp_path / "b"), "--label", "A")
+    text = report(store)
+    row = next(line for line in section(text, "Results").splitlines() if line.startswith("| A "))
+    assert [cell.strip() for cell in row.split("|")[-8:-1]] == ["unknown"] * 7
+    base = next(line for line in section(text, "Results").splitlines() if line.startswith("| Base "))
+    assert [cell.strip() for cell in base.split("|")[-8:-1]] == ["0"] * 7
+    assert "[unknown]" in section(text, "Results")
+    protocol = section(text, "Protocol")
+    for setting in (
+        "training seeds",
+        "evaluation, steps",
+        "evaluation, guidance",
+        "evaluation, seed",
+        "training reward",
+    ):
+        assert f"- {setting}: unknown" in protocol
+    assert "- evaluation, size: 32" in protocol  # measured
+    assert "**Of A there is one training, of unknown seed" in text
+    assert "same prompt, noise unknown" in text
+    assert "same noise" not in text
+    frame = pd.read_csv(store.parent / "report/imported.csv")
+    assert frame[(frame["role"] == "cost") & (frame["method"] == "A")]["mean"].isna().all()
+
+
+def test_the_interval_is_that_of_the_numbers(tmp_path):
+    """A row's mean and interval are ``stats.mean_interval`` of the file's numbers; the change that of their pairs."""
+    store, folders = tmp_path / "store", [flowbp(tmp_path / "a"), flowbp(tmp_path / "b", 0.1)]
+    take(store, "flowbp", folders[0], "--label", "Base", "--base")
+    take(store, "flowbp", folders[1], "--label", "B")
+    report(store)
+    frame = pd.read_csv(store.parent / "report/imported.csv").set_index(["method", "metric"])
+    cubes = []
+    for folder in folders:
+        rows = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["scores"]
+        by_id = sorted(rows, key=lambda row: (prompt_id(row["prompt"]), row["img_idx"]))
+        cubes.append(np.reshape([row["hpsv2"] for row in by_id], (len(TEXTS), 2, 1)))
+    mean, change = stats.mean_interval(cubes[1]), stats.paired_difference(cubes[1], cubes[0])
+    row = frame.loc[("B", "hpsv2.1 (flowbp)")]
+    assert np.allclose([row["mean"], row["lo"], row["hi"]], mean[:3])
+    assert np.allclose([row["change"], row["change_lo"], row["change_hi"]], change[:3])
+
+
+def test_numbered_trainings_are_trainings(tmp_path):
+    """Three imports with seeds are one row over three trainings; what is said of one training is not said."""
+    store = tmp_path / "store"
+    take(store, "flowbp", flowbp(tmp_path / "base"), "--label", "Base", "--base")
+    for seed in range(3):
+        assert (
+            take(store, "flowbp", flowbp(tmp_path / str(seed), 0.1 + seed / 20), "--label", "A", "--seed", str(seed))
+            == 0
+        )
+    text = report(store)
+    assert "training seeds: 0, 1, 2" in text
+    assert "one training" not in text.lower()
+    assert "What the trainings cost is unknown." in text
+    frame = pd.read_csv(store.parent / "report/imported.csv").set_index(["method", "metric"])
+    assert frame.loc[("A", "hpsv2.1 (flowbp)"), "seeds"] == 3
+    assert frame.loc[("A", "hpsv2.1 (flowbp)"), "change"] == pytest.approx(0.15)
+
+
+def test_stated_settings_are_marked_as_stated(tmp_path):
+    """--protocol fills what the file leaves open, and the page says that somebody said so."""
+    store = tmp_path / "store"
+    take(store, "geneval", geneval(tmp_path / "a"), "--label", "A", "--protocol", "steps=50,guidance=3.5")
+    text = report(store)
+    assert "steps = 50 (as stated by the importer); guidance = 3.5 (as stated by the importer)" in text
+    assert "size = 32 (measured on the pictures)" in text
+    assert "unknown: prompts, weights, seed" in text
+
+
+def test_a_reward_that_was_said_decides_the_roles(tmp_path):
+    """The column of the reward is [train], also by another project's port; the others are [held-out] once all rows
+    have said theirs."""
+    store = tmp_path / "store"
+    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "Base", "--base")
+    take(store, "flowbp", flowbp(tmp_path / "b", 0.1), "--label", "B", "--trained-on", "hpsv2.1")
+    assert "hpsv2.1 (flowbp), cosine ↑ [train] | pickscore (flowbp), logit / 26 ↑ [held-out]" in report(store)
+    take(store, "flowbp", flowbp(tmp_path / "c", 0.2), "--label", "C")
+    assert "pickscore (flowbp), logit / 26 ↑ [unknown]" in report(store)
+
+
+def test_rows_of_other_settings_are_told_apart(tmp_path):
+    """A setting in which rows differ is no setting of the sweep; each row's own is told."""
+    store = tmp_path / "store"
+    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
+    take(store, "flowbp", flowbp(tmp_path / "b", num_steps=28), "--label", "B")
+    protocol = section(report(store), "Protocol")
+    assert "- evaluation, steps: differs" in protocol
+    assert "- **but A**: steps = 50" in protocol
+    assert "- **but B**: steps = 28" in protocol
+
+
+# ---- bad input
+
+
+def lines(*items: Any) -> str:
+    return "\n".join(item if isinstance(item, str) else json.dumps(item) for item in items) + "\n"
+
+
+ROW = {"prompt_idx": 0, "img_idx": 0, "prompt": "a ring", "image": "x.png", "hpsv2": 0.3}
+LINE = {"image": "p00000_s0.png", "prompt": "a ring", "scores": {"hpsv3/hpsv3": 1.0}}
+RESULT = {"filename": "00000/samples/0000.png", "tag": "colors", "prompt": "a ring", "correct": True, "metadata": "{}"}
+
+
+def table(*rows: Any, **changes: Any) -> str:
+    return json.dumps({"reward_names": ["hpsv2"], "scores": list(rows), **changes})
+
+
+def but(row: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {key: value for key, value in (row | changes).items() if value is not ...}
+
+
+BAD = {  # what is wrong: (kind, the file, the line)
+    "cut off": ("flowbp", table(ROW)[:-9], r"scores.json: not JSON: .*; was it cut off"),
+    "an empty file": ("flowbp", "", "scores.json: not JSON"),
+    "meta.json": ("flowbp", json.dumps([ROW]), 'is no scores.json of FlowBP: expected an object with a list "scores"'),
+    "no rows": ("flowbp", table(), "is no scores.json of FlowBP"),
+    "no scorer": ("flowbp", table(ROW, reward_names=[]), "names no scorer"),
+    "no prompt": ("flowbp", table(but(ROW, prompt=...)), r'scores.json: scores\[0\]: "prompt" is missing'),
+    "a prompt of numbers": ("flowbp", table(but(ROW, prompt=7)), r'scores\[0\]: "prompt": expected text, got 7'),
+    "an empty prompt": ("flowbp", table(but(ROW, prompt="  ")), r"scores\[0\]: the prompt is empty"),
+    "half a surrogate": ("flowbp", table(but(ROW, prompt="a \ud800")), r"scores\[0\]: the control character U\+D800"),
+    "an index of text": ("flowbp", table(but(ROW, img_idx="0")), r'"img_idx": expected a whole number, got \'0\''),
+    "a negative index": ("flowbp", table(but(ROW, prompt_idx=-1)), r'"prompt_idx": expected a whole number, got -1'),
+    "a score of text": ("flowbp", table(but(ROW, hpsv2="0.3")), r"scores\[0\].hpsv2: expected a number, got '0.3'"),
+    "a row twice": ("flowbp", table(ROW, ROW), "'a ring', picture 0, is there twice"),
+    "a row of text": ("flowbp", table("x"), r"scores\[0\]: expected an object"),
+    "not UTF-8": ("flowbp", b'{"scores": "\xff"}', r"scores.json: not UTF-8 text \(byte 12\)"),
+    "a line that is no JSON": ("unirl", lines(LINE, "nan?"), "scores.jsonl:2: not JSON"),
+    "a last line cut off": ("unirl", lines(LINE) + json.dumps(LINE)[:20], "scores.jsonl:2: not JSON: .*cut off"),
+    "no line": ("unirl", "\n", "scores.jsonl: the file is empty"),
+    "no score at all": ("unirl", lines(but(LINE, scores=None)), "no line has a score"),
+    "a list of scores": ("unirl", lines(but(LINE, scores=[1])), '"scores": expected an object of numbers, or null'),
+    "another name": ("unirl", lines(but(LINE, image="a.png")), r"'a.png' is not called p<prompt>_s<sample>.png"),
+    "a picture twice": ("unirl", lines(LINE, LINE), "is there twice"),
+    "no verdict": ("geneval", lines(but(RESULT, correct=None)), '"correct": expected true or false, got None'),
+    "no task": ("geneval", lines(but(RESULT, tag=...)), 'results.jsonl:1: "tag" is missing'),
+    "another layout": ("geneval", lines(but(RESULT, filename="a.png")), r"is not of the form 00000/samples/0000.png"),
+    "bad metadata": ("geneval", lines(but(RESULT, metadata="{")), '"metadata" is not JSON'),
+}
+FILES = {"flowbp": "scores.json", "unirl": "scores.jsonl", "geneval": "results.jsonl"}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_one_line(case, tmp_path, capsys):
+    """Where, what, what instead; exit code 1; and no store is made."""
+    kind, content, expected = BAD[case]
+    (tmp_path / FILES[kind]).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    assert take(tmp_path / "store", kind, tmp_path, "--label", "A") == 1
+    refused(capsys, expected)
+    assert not (tmp_path / "store").exists()
+
+
+def refused(capsys: Any, expected: str) -> None:
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1
+    assert re.search(expected, said), said
+
+
+OPTIONS = {  # what is wrong: (options, the line)
+    "a negative seed": (["--seed", "-1"], "--seed -1: number trainings 0, 1"),
+    "a base with a seed": (["--base", "--seed", "0"], "--base: is the model before any training"),
+    "a label of nothing": (["--label", " "], "--label ' ': give the row a name"),
+    "a label of two lines": (["--label", "a\nb"], "give the row a name, on one line"),
+    "a sweep that is a path": (["--sweep", "../x"], "--sweep '../x': becomes a file name"),
+    "a sweep of ours": (["--sweep", "quickstart"], "--sweep quickstart: is the name of a sweep that alignbench makes"),
+    "an unknown setting": (
+        ["--protocol", "step=50"],
+        "--protocol step=50: write setting=value,..., of steps, guidance",
+    ),
+    "a setting without value": (["--protocol", "steps"], "--protocol steps: write setting=value"),
+    "half a step": (["--protocol", "guidance=1,steps=2.5"], r"--protocol.steps: expected a whole number"),
+    "no steps": (["--protocol", "weights=mean"], r"--protocol.weights: .*choose one of ema, last"),
+    "what the file denies": (["--protocol", "steps=28"], "--protocol steps=28: .* says 50; leave it out"),
+    "a size that the file denies": (["--protocol", "size=64"], "--protocol size=64: .* says 32; leave it out"),
+    "a list without the prompts": (["--prompts", "shapes/test"], "'a red circle' is not in --prompts shapes/test"),
+    "an unknown evaluator": (["-e", "brigt"], "-e brigt: there is no such evaluator or metric; did you mean 'bright'"),
+    "a setting of none": (["bright.power=2"], "bright.power=2: is a setting of no evaluator; name it with -e"),
+    "a check without metadata": (["-e", "geneval", "geneval.detector=shapes"], "GenEval|geneval|include"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_bad_option_is_one_line(case, tmp_path, capsys):
+    """Before anything is written."""
+    options, expected = OPTIONS[case]
+    label = [] if "--label" in options else ["--label", "A"]
+    assert take(tmp_path / "store", "flowbp", flowbp(tmp_path / "eval"), *label, *options) == 1
+    refused(capsys, expected)
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_the_pictures_deny_is_refused(tmp_path, capsys):
+    """A stated size that the pictures do not have is a mistake."""
+    folder = geneval(tmp_path / "out")
+    assert take(tmp_path / "store", "geneval", folder, "--label", "A", "--protocol", "size=64") == 1
+    refused(capsys, "--protocol size=64: the pictures are 32 pixels; leave it out")
+
+
+def test_pictures_of_another_size_than_the_file_says_are_told(tmp_path, capsys):
+    """FlowBP takes pictures that lie there already: they may be of another run than the scores."""
+    folder = flowbp(tmp_path / "eval", width=720, height=720)
+    assert take(tmp_path / "store", "flowbp", folder, "--label", "A") == 0
+    assert "the pictures are 32 pixels, its file says 720: are they those that were scored?" in capsys.readouterr().out
+
+
+def test_a_label_has_numbered_trainings_or_one_unknown(tmp_path, capsys):
+    """One of both kinds under a label would be left out of its mean; --replace makes way."""
+    store, other = tmp_path / "store", flowbp(tmp_path / "b", 0.1)
+    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
+    assert take(store, "flowbp", other, "--label", "A", "--seed", "0") == 1
+    refused(capsys, "--label A: has trainings with a seed and one without; number all of them")
+    assert take(store, "flowbp", other, "--label", "A", "--seed", "0", "--replace") == 0
+    assert [run["seed"] for run in sweep(store)["runs"]] == [0]
+
+
+PROMPTS = {  # what is wrong: (the list, the line)
+    "another length": ("a\nb\nc\nd\ne\n", "12 pictures are no equal number for each of the 5 prompts"),
+    "a prompt twice": ("a ring\na ring\n", "list.txt:2: the prompt 'a ring' is already on line 1"),
+    "not UTF-8": (b"a\xff\n", "list.txt: not UTF-8 text"),
+    "nothing": ("", "list.txt: the file is empty"),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_a_bad_list_is_one_line(case, tmp_path, capsys):
+    """Pictures whose prompts are not clear are refused before anything is written."""
+    content, expected = PROMPTS[case]
+    (tmp_path / "list.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    folder = flowbp(tmp_path / "eval")
+    options = ["--prompts", str(tmp_path / "list.txt"), "--label", "A"]
+    assert take(tmp_path / "store", "images", folder, *options) == 1
+    refused(capsys, expected)
+    assert not (tmp_path / "store").exists()
+
+
+def test_bytes_that_are_no_text_in_genevals_layout(tmp_path, capsys):
+    """A metadata.jsonl that is not UTF-8 is one line, too."""
+    folder = geneval(tmp_path / "out")
+    (folder / "00000/metadata.jsonl").write_bytes(b"\xff\xfe")
+    assert take(tmp_path / "store", "images", folder, "--label", "A") == 1
+    refused(capsys, "metadata.jsonl: not UTF-8 text")
+
+
+def test_scores_and_pictures_of_a_geneval_run_are_of_the_same_prompts(tmp_path):
+    """Its folder read as pictures, and its results, name the same prompts, places and files."""
+    folder = geneval(tmp_path / "out")
+    found = [
+        {(r.prompt.id, r.prompt.tag, r.place, r.picture) for r in read(k, folder).rows} for k in ("images", "geneval")
+    ]
+    assert found[0] == found[1]
+
+
+def test_a_list_gives_prompts_their_task(tmp_path):
+    """FlowBP's and UniRL's files have no tasks: --prompts finds them by the text, spaces aside."""
+    items = [{"prompt": f"{text}", "tag": tag} for text, tag in zip(TEXTS, TASKS)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    folder = flowbp(tmp_path / "eval", texts=[f" {text.replace(' ', '  ')}" for text in TEXTS])
+    rows = read("flowbp", folder, str(tmp_path / "list.jsonl")).rows
+    assert [row.prompt.tag for row in rows] == [tag for tag in TASKS for _ in range(2)]
+    assert [row.prompt.id for row in rows] == [prompt_id(text) for text in TEXTS for _ in range(2)]
+
+
+def test_a_paired_evaluator_is_refused(tmp_path):
+    """It compares pictures of the same noise, which is not known of imported ones."""
+    with pytest.raises(UserError, match="-e base_distance: compares with the base model's pictures of the same noise"):
+        _add(tmp_path / "store", flowbp(tmp_path / "eval"), SimpleNamespace(name="base_distance", paired=True))
+
+
+def test_an_import_needs_no_torch(tmp_path):
+    """Without -e nothing heavy is loaded, from the command line to the manifest."""
+    folder = flowbp(tmp_path / "eval")
+    words = ["import", "flowbp", str(folder), "--label", "A", "--store", str(tmp_path / "store")]
+    code = (
+        f"import sys; from alignbench.cli import main; code = main({words}); sys.exit(code or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_picture_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
+    """What was looked at is what is kept."""
+    folder = flowbp(tmp_path / "eval")
+    real = import_rows._look
+
+    def looking(file: Path) -> import_rows.Look:
+        found = real(file)
+        draw(file, 250)
+        return found
+
+    monkeypatch.setattr(import_rows, "_look", looking)
+    with pytest.raises(UserError, match="was changed while it was imported"):
+        _add(tmp_path / "store", folder)
+    assert not (tmp_path / "store/sweeps").exists()

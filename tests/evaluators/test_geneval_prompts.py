@@ -1,0 +1,135 @@
+"""GenEval's prompts: the official test list to the byte, and a training list that keeps clear of it."""
+
+import hashlib
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from alignbench.config import UserError
+from alignbench.evaluators.geneval import GenEval
+from alignbench.prompts import geneval, load_prompts
+
+OFFICIAL = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"  # evaluation_metadata.jsonl's sha256
+
+
+@pytest.fixture(scope="module")
+def test_list():
+    return load_prompts("geneval/test")
+
+
+@pytest.fixture(scope="module")
+def train_list():
+    return load_prompts("geneval/train")
+
+
+def read(text: str) -> tuple:
+    """What a prompt says, read from its words alone: ((class, count, colour, relation to the first), ...)."""
+    what = text.removeprefix("a photo of ")
+    first, _, rest = what.partition(" ")
+    if first in geneval.NUMBERS.values():
+        count = next(n for n, word in geneval.NUMBERS.items() if word == first)
+        (name,) = (c for c in geneval.CLASSES if rest in (f"{c}s", f"{c}es"))
+        return ((name, count, None, None),)
+    for relation in geneval.RELATIONS:
+        if f" {relation} a" in what:
+            a, b = what.split(f" {relation} ")
+            return noun(b), (*noun(a)[:3], relation)
+    return tuple(noun(part) for part in what.split(" and "))
+
+
+def noun(words: str) -> tuple:
+    article, _, rest = words.partition(" ")
+    assert article == ("an" if rest[0] in "aeiou" else "a")
+    color, _, name = rest.partition(" ")
+    coloured = color in geneval.COLORS and name in geneval.CLASSES
+    assert coloured or rest in geneval.CLASSES
+    return (name, 1, color, None) if coloured else (rest, 1, None, None)
+
+
+def says(line: dict) -> tuple:
+    """The same of a line's include clauses."""
+    clauses = line["include"]
+    assert all(clause["position"][1] == 0 for clause in clauses if "position" in clause)
+    return tuple((c["class"], c["count"], c.get("color"), c.get("position", [None])[0]) for c in clauses)
+
+
+def test_the_test_list_is_the_official_file(test_list):
+    """Written as the official generator writes it: 85,209 bytes with the official sha256."""
+    written = "".join(f"{json.dumps(prompt.metadata)}\n" for prompt in test_list).encode()
+    assert (len(written), hashlib.sha256(written).hexdigest()) == (85209, OFFICIAL)
+    tasks = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
+    assert Counter(prompt.tag for prompt in test_list) == tasks
+    assert len({prompt.id for prompt in test_list}) == 553
+
+
+def test_other_draws_are_refused(monkeypatch):
+    """Were numpy to draw other numbers, there would be a line and no list."""
+    monkeypatch.setattr(geneval, "OFFICIAL_SEED", 44)
+    with pytest.raises(UserError, match="draws other prompts than the official ones"):
+        geneval.test()
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_metadata_say_what_the_prompt_says(split, request):
+    """Reading the words of a prompt gives its classes, counts, colours and relation; counting forbids one more."""
+    prompts = request.getfixturevalue(f"{split}_list")
+    GenEval(detector="shapes").check(prompts)
+    for prompt in prompts:
+        line = prompt.metadata
+        assert read(prompt.text) == says(line), prompt
+        beyond = [{"class": c["class"], "count": c["count"] + 1} for c in line["include"]]
+        assert line.get("exclude") == (beyond if prompt.tag == "counting" else None)
+
+
+def test_the_training_list(train_list, test_list):
+    """50,000 lines in the proportions 7:5:3:1:1:0; none of them a test prompt; different where there are enough."""
+    by_task = {task: [p.text for p in train_list if p.tag == task] for task in geneval.PROPORTIONS}
+    counts = {"position": 20588, "counting": 14706, "color_attr": 8824, "colors": 2941, "two_object": 2941}
+    assert {task: len(texts) for task, texts in by_task.items()} == counts
+    assert not {p.text for p in train_list} & {p.text for p in test_list}
+    distinct = {task: len(set(texts)) for task, texts in by_task.items()}
+    assert {task for task in counts if distinct[task] < counts[task]} == {"counting", "colors"}
+    assert distinct["counting"] == 80 * 3 - 80  # every one that is not a test prompt
+    assert len({p.tag for p in train_list[:20]}) > 2  # shuffled
+
+
+def test_the_training_list_is_the_same_everywhere(train_list):
+    """Its sha256, for all versions of Python and numpy; another seed gives another list."""
+    texts = "\n".join(prompt.text for prompt in train_list)
+    assert hashlib.sha256(texts.encode()).hexdigest() == (
+        "7ceea2c23355108af113104f31c63af1e911cac77599cacc6938ffcd563e6d93"
+    )
+    assert geneval.train(20, seed=1) != geneval.train(20, seed=2)
+    assert geneval.train(20, seed=1) == geneval.train(20, seed=1)
+
+
+def test_shares_are_largest_remainders():
+    """They sum to the count, and none is off its exact share by one or more; the remainders rounded up are largest."""
+    for count in range(300):
+        shares = geneval.shares(count)
+        exact = {task: count * weight / 17 for task, weight in geneval.PROPORTIONS.items()}
+        assert sum(shares.values()) == count
+        assert all(abs(shares[task] - exact[task]) < 1 for task in exact)
+        up = [exact[task] % 1 for task in exact if shares[task] > exact[task]]
+        down = [exact[task] % 1 for task in exact if shares[task] <= exact[task] and exact[task] % 1]
+        assert not up or not down or min(up) >= max(down) - 1e-9
+
+
+def test_the_pools_are_counted_right():
+    """POOL holds the number of different prompts of a task: all of them are found by drawing long enough."""
+    rng = random.Random(0)
+    for task in ("counting", "colors", "two_object"):
+        found = {line["prompt"] for line in geneval._draw(task, 20 * geneval.POOL[task], set(), rng)}
+        assert len(found) == geneval.POOL[task]
+
+
+def test_generated_lists_by_name(tmp_path, monkeypatch):
+    """A misspelt name lists both; a folder of that name is a path like any other."""
+    with pytest.raises(UserError, match=r"no prompts 'geneval/tets'; did you mean 'geneval/test'"):
+        load_prompts("geneval/tets")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "geneval").mkdir()
+    (tmp_path / "geneval" / "mine.txt").write_text("a dog\n")
+    assert [prompt.text for prompt in load_prompts("geneval/mine.txt")] == ["a dog"]

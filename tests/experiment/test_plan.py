@@ -1,0 +1,250 @@
+"""From a sweep file to tables, by real training of the packaged model: only what is missing is made, exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from support.sweep_process import PATIENCE, start, trainer, until
+from support.tiny_sweep import PLUGIN, alignbench, debug_sweep, same, sweep_file, tables
+
+
+def todo(folder: Path, capsys, *words: str) -> str:
+    """The last line of `alignbench plan`."""
+    capsys.readouterr()
+    assert alignbench("plan", sweep_file(folder), *words, store=folder / "store") == 0
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_sweep_makes_everything_that_its_manifest_promises(swept):
+    """Every run is done; every image has every score; a trained run has records, weights and costs; base has none."""
+    scores, costs = tables(swept / "store")
+    assert costs["state"].tolist() == ["done"] * 3
+    assert costs["images"].tolist() == [0, 8, 8]
+    assert costs["updates"].tolist() == [0, 4, 4]
+    assert len(scores) == 3 * 4 * 3  # runs, images, metrics
+    assert scores["ok"].all()
+    assert set(scores["metric"]) == {"brightness", "geneval", "geneval_strict"}
+    for run in (swept / "store" / "runs").iterdir():
+        made = {path.name for path in run.iterdir()}
+        always = {"spec.yaml", "provenance.json", "plugins", "status.json", "log.txt"}
+        assert always >= made - {"train.parquet", "weights.safetensors", "dirty.patch"}
+        assert ("weights.safetensors" in made) == (not run.name.startswith("base"))
+    provenance = json.loads(next((swept / "store").glob("runs/last-*/provenance.json")).read_text())
+    assert provenance["packages"]["torch"]
+    assert provenance["threads"] >= 1
+
+
+def test_training_worked(swept):
+    """Pictures got brighter than the base model's, in training and in evaluation: the pipeline is connected."""
+    scores, costs = tables(swept / "store")
+    bright = scores[scores["metric"] == "brightness"].groupby("label")["score"].mean()
+    assert bright["Last"] > bright["Base"]
+    trained = costs[costs["label"] == "Last"]
+    assert (trained["reward_last"] > trained["reward_first"]).any()
+
+
+def test_running_it_twice_makes_nothing_and_says_so(swept, capsys):
+    """The second time nothing is trained, generated or scored, and no file changes."""
+    before = {path: path.stat().st_mtime_ns for path in (swept / "store").rglob("*.p*") if path.is_file()}
+    assert debug_sweep(str(swept / "tiny.yaml"), swept / "store") == 0
+    assert "3 runs: 0 to train, 0 image sets to make, 0 scores to compute" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (swept / "store").rglob("*.p*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("evaluation.protocol.guidance=2.0", "3 runs: 0 to train, 3 image sets to make, 6 scores to compute"),
+        ("evaluation.evaluators[0].power=2.0", "3 runs: 0 to train, 0 image sets to make, 3 scores to compute"),
+        ("training.optimizer.lr=0.01", "3 runs: 2 to train, 2 image sets to make, 4 scores to compute"),
+        ("training.checkpoint_every=2", "3 runs: 0 to train, 0 image sets to make, 0 scores to compute"),
+    ],
+)
+def test_a_change_makes_exactly_what_depends_on_it_stale(swept, capsys, change, line):
+    """Guidance of evaluation: images and scores. An evaluator: its scores. The learning rate: trained runs only."""
+    assert todo(swept, capsys, change) == line
+
+
+def test_the_store_is_a_function_of_the_sweep(swept, tmp_path):
+    """Made again from nothing, weights, records, images and scores are the same bits."""
+    assert debug_sweep(sweep_file(tmp_path), tmp_path / "store", "seed=1") == 0
+    same(tmp_path / "store", swept / "store")
+
+
+def test_generation_goes_on_where_it_stopped(copy, swept, capsys):
+    """Killed between two images: the finished ones stay, the missing ones are made, the set is the same."""
+    for folder in (copy / "store" / "images").iterdir():
+        (folder / "manifest.parquet").unlink()
+        kept, *lost = sorted(folder.glob("*.png"))
+        before = kept.stat().st_mtime_ns
+        for picture in lost:
+            picture.unlink()
+        (folder / ".half.png.1.tmp").write_bytes(b"half a picture")
+    assert "0 to train, 3 image sets" in todo(copy, capsys)
+    assert debug_sweep(sweep_file(copy), copy / "store") == 0
+    same(copy / "store", swept / "store")
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_a_picture_that_was_changed_is_not_scored(copy, capsys):
+    """An image that differs from its manifest is an error with the way out, not a score."""
+    shutil.rmtree(copy / "store" / "scores")
+    picture = next((copy / "store" / "images").glob("*/*-0.png"))
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    assert debug_sweep(sweep_file(copy), copy / "store") == 2
+    assert "not the image that was made" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_listed_retried_and_stops_nobody(tmp_path, monkeypatch, capsys):
+    """It has its reason, exit code 2, the others finish; the next sweep tries it again, and it alone."""
+    cases = [{"label": "Bad", "method": {"name": "stopped"}}, {"label": "Good", "method": {"name": "last"}}]
+    path = sweep_file(tmp_path, {"cases": cases, "grid": {"training.seed": [0]}})
+    monkeypatch.setenv("ALIGNBENCH_TEST_STOP", "2:RuntimeError")
+    assert debug_sweep(path, tmp_path / "store") == 2
+    said = capsys.readouterr().err
+    assert "Bad, seed 0 failed: training: RuntimeError: stopped on demand (log: " in said
+    _, costs = tables(tmp_path / "store")
+    assert costs["state"].tolist() == ["failed", "done"]
+    assert costs["reason"][0] == "training: RuntimeError: stopped on demand"
+    log = next((tmp_path / "store").glob("runs/stopped-*/log.txt")).read_text()
+    assert "RuntimeError: stopped on demand" in log
+
+    monkeypatch.delenv("ALIGNBENCH_TEST_STOP")
+    assert debug_sweep(path, tmp_path / "store") == 0
+    assert "2 runs: 1 to train, 1 image sets to make, 2 scores to compute" in capsys.readouterr().err
+    assert tables(tmp_path / "store")[1]["state"].tolist() == ["done", "done"]
+
+
+def test_an_evaluator_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    """Its scores are missing with a reason, the others' are made; a single bad image is not ok, with its error."""
+    evaluators = [{"name": "broken"}, {"name": "bright"}]
+    changes = {"cases": [{"label": "Base", "method": {"name": "base"}}], "evaluation": {"evaluators": evaluators}}
+    path = sweep_file(tmp_path, changes)
+    monkeypatch.setenv("ALIGNBENCH_TEST_BROKEN", "1")
+    assert debug_sweep(path, tmp_path / "store") == 2
+    assert "scoring: RuntimeError: the judge is ill" in capsys.readouterr().err
+    assert set(tables(tmp_path / "store")[0]["metric"]) == {"brightness"}
+
+    monkeypatch.delenv("ALIGNBENCH_TEST_BROKEN")
+    assert debug_sweep(path, tmp_path / "store") == 0
+    scores, costs = tables(tmp_path / "store")
+    assert costs["state"].tolist() == ["done"]
+    assert scores[scores["metric"] == "worth"]["ok"].tolist() == [True, False, True, True]
+
+
+def test_an_interrupted_training_goes_on_bitwise(tmp_path, monkeypatch, capsys):
+    """Ctrl-C in batch 2: exit code 130, nothing is recorded as failed; going on gives the undisturbed weights."""
+    changes = {"cases": [{"label": "S", "method": {"name": "stopped"}}], "grid": {"training.seed": [0]}}
+    for name in ("calm", "stopped"):
+        (tmp_path / name).mkdir()
+    calm, stopped = (sweep_file(tmp_path / name, changes) for name in ("calm", "stopped"))
+    assert debug_sweep(calm, tmp_path / "calm" / "store") == 0
+    monkeypatch.setenv("ALIGNBENCH_TEST_STOP", "2:KeyboardInterrupt")
+    assert debug_sweep(stopped, tmp_path / "stopped" / "store") == 130
+    assert "interrupted; run the same command again" in capsys.readouterr().err
+    assert tables(tmp_path / "stopped" / "store")[1]["state"].tolist() == ["planned"]
+    monkeypatch.delenv("ALIGNBENCH_TEST_STOP")
+    assert debug_sweep(stopped, tmp_path / "stopped" / "store") == 0
+    same(tmp_path / "calm" / "store", tmp_path / "stopped" / "store")
+
+
+def test_inputs_that_change_under_a_sweep_are_noticed(tmp_path):
+    """A worker that finds other prompts than the sweep was planned with does not file its work under the old id."""
+    from alignbench.experiment.document import read
+    from alignbench.experiment.plan import resolve
+    from alignbench.launch.local import launch
+    from alignbench.plugins import Registry
+    from alignbench.store.artefacts import Store
+
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a photo of a circle\n")
+    changes = {"base": {"prompts": str(prompts)}, "cases": [{"label": "Last", "method": {"name": "last"}}]}
+    plan = resolve(read(sweep_file(tmp_path, changes), seeds="0"), Registry([PLUGIN]))
+    prompts.write_text("a photo of a square\n")
+    (outcome,) = launch(plan, plan.cells, Store(tmp_path / "store"), launcher="debug", plugins=[PLUGIN])
+    assert outcome.state == "failed"
+    assert "changed since the sweep was started" in outcome.reason
+
+
+def test_one_run_in_the_foreground(swept, tmp_path, capsys):
+    """`alignbench run --method last` makes one run of the sweep and prints its scores; the sweep then has it."""
+    assert alignbench("run", sweep_file(tmp_path), "--method", "last", "seed=1", store=tmp_path / "store") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("brightness: ")
+    same(tmp_path / "store", swept / "store")
+    assert todo(tmp_path, capsys) == "3 runs: 1 to train, 2 image sets to make, 4 scores to compute"
+
+
+def test_report_and_status_of_a_finished_sweep(swept, capsys, tmp_path):
+    """`report` prints the table and names its files; `status` counts; both by the file and the same words."""
+    path = str(swept / "tiny.yaml")
+    assert alignbench("report", path, "--out", str(tmp_path), store=swept / "store", plugin=False) == 0
+    out = capsys.readouterr().out
+    assert "| Last" in out
+    assert "SUBSET" in out
+    assert {line.rpartition("/")[2] for line in out.splitlines() if line.startswith("written: ")} == {
+        path.name for path in tmp_path.iterdir()
+    }
+    assert alignbench("status", store=swept / "store", plugin=False) == 0
+    assert "3 done" in capsys.readouterr().out
+    assert alignbench("status", path, store=swept / "store", plugin=False) == 0
+    assert re.search(r"^Last, seed 1  last-\w+  done$", capsys.readouterr().out, re.MULTILINE)
+    assert alignbench("report", path, "training.batch=1", store=swept / "store", plugin=False) == 1
+    assert "was not run in" in capsys.readouterr().err
+
+
+def worker(folder: Path) -> int:
+    """The process that trains, makes or scores images of the run that trains."""
+    run, images = trainer(folder)
+    locks = (folder / "store" / "locks").glob("*.lock")
+    return next(json.loads(path.read_text())["pid"] for path in locks if run in path.name or images in path.name)
+
+
+STAGES = {
+    "training": "runs/{run}/checkpoints/step_*.pt",
+    "images": "images/{images}/*.png",
+    "scoring": "scores/{images}/*",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("how", ["ctrl-c", "kill -9 the worker", "kill -9 the sweep"])
+def test_whatever_is_killed_the_same_command_goes_on(swept, tmp_path, stage, how):
+    """Ctrl-C and kill -9 during training, generation and scoring: the rerun ends with the undisturbed store."""
+    sweep_file(tmp_path)
+    process = start(tmp_path)
+    until(tmp_path, "sweeps/*.json", process)
+    run, images = trainer(tmp_path)
+    until(tmp_path, STAGES[stage].format(run=run, images=images), process)
+    if how == "ctrl-c":
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+        assert (tmp_path / "said").read_text().splitlines()[-1].startswith("alignbench: interrupted")
+    elif how == "kill -9 the sweep":
+        process.kill()
+        process.wait()
+    else:
+        os.kill(worker(tmp_path), signal.SIGKILL)
+        assert process.wait(PATIENCE) == 2
+        assert "Last, seed 0 failed: the worker was killed while" in (tmp_path / "said").read_text()
+        assert tables(tmp_path / "store")[1]["state"].tolist() == ["done", "failed"]
+    assert start(tmp_path).wait(PATIENCE) == 0
+    assert tables(tmp_path / "store")[1]["state"].tolist() == ["done", "done"]
+    same(tmp_path / "store", swept / "store")
+
+
+@pytest.mark.slow
+def test_two_sweeps_at_once_share_the_work(swept, tmp_path):
+    """Both end well, every run is trained once, and the store is that of one sweep."""
+    sweep_file(tmp_path)
+    both = [start(tmp_path), start(tmp_path)]
+    assert [process.wait(PATIENCE) for process in both] == [0, 0]
+    same(tmp_path / "store", swept / "store")
+    assert list((tmp_path / "store" / "locks").iterdir()) == []

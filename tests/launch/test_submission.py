@@ -1,0 +1,288 @@
+"""What is asked of SLURM, and what is believed of it; tests/slurm runs the same against a real one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.tiny_sweep import PLUGIN, alignbench, sweep_file
+
+from alignbench.config import UserError
+from alignbench.experiment import resources
+from alignbench.experiment.document import read
+from alignbench.experiment.plan import Plan, resolve
+from alignbench.experiment.resources import Resources
+from alignbench.launch import slurm, status_table, submissions
+from alignbench.launch import submit as submit_module
+from alignbench.launch.pending import unfinished
+from alignbench.launch.slurm import arrays
+from alignbench.plugins import Registry
+from alignbench.store.artefacts import Store
+from alignbench.store.files import write, write_json
+from alignbench.store.stages import Stage
+
+
+def planned(folder: Path, **changes) -> Plan:
+    return resolve(read(sweep_file(folder, changes)), Registry([PLUGIN]))
+
+
+def ask(folder: Path, slurm_settings: dict, **changes) -> list[slurm.Array]:
+    plan = planned(folder, **changes)
+    return arrays(slurm_settings, unfinished(plan, plan.cells, Store(folder / "store")), plan.scored)
+
+
+def test_one_array_per_stage_and_a_predecessor_for_every_task(tmp_path):
+    """Training, generation and each evaluator: the i-th task of each works on the same run, and waits for it alone."""
+    found = ask(tmp_path, {})
+    assert [array.title for array in found] == [
+        "generate", "score bright", "score geneval",  # base trains nothing
+        "train", "generate", "score bright", "score geneval",
+    ]  # fmt: skip
+    train, generate, *scores = found[3:]
+    assert found[0].after is train.after is None
+    assert generate.after is train
+    assert all(score.after is generate for score in scores)
+    assert {tuple(cell.id for cell in array.cells) for array in found[3:]} == {tuple(c.id for c in train.cells)}
+    assert len(train.cells) == 2
+
+
+def test_only_what_is_missing_is_asked_for(tmp_path):
+    """With images there and one score missing, that evaluator's array is all there is, and waits for nothing."""
+    plan, store = planned(tmp_path), Store(tmp_path / "store")
+    for cell in plan.cells:
+        run = store.run(cell.id, cell.trains)
+        write(run.product, b"weights")
+        run.succeed()
+        write(store.images(cell.images).product, b"manifest")
+        for score in plan.scores[1:]:
+            write(store.scores(cell.images, score.file).product, b"scores")
+    (only,) = arrays({}, unfinished(plan, plan.cells, store), plan.scored)
+    assert (only.title, only.after, len(only.cells)) == ("score bright", None, 3)
+
+
+def test_rows_that_are_the_same_run_are_worked_on_once(tmp_path):
+    """Two labels of one content are one job each stage."""
+    twice = [{"label": name, "method": {"name": "base"}} for name in ("A", "B")]
+    assert [len(array.cells) for array in ask(tmp_path, {}, cases=twice)] == [1, 1, 1]
+
+
+def test_resources_are_laid_over_one_another(tmp_path):
+    """For all jobs, then by stage, backend, method (its training alone) and evaluator; the later one wins."""
+    settings = {
+        "partition": "gpu",
+        "time": 60,
+        "stages": {"train": {"gpus_per_node": 8}, "score": {"time": "00:10:00"}},
+        "backends": {"flux": {"mem": "64G"}},
+        "methods": {"last": {"nodes": 2, "parallel": "fsdp"}},
+        "evaluators": {"bright": {"partition": "cpu"}},
+    }
+    found = {array.title: array.resources for array in ask(tmp_path, settings)}
+    assert found["train"] == Resources(partition="gpu", time=60, gpus_per_node=8, mem="64G", nodes=2, parallel="fsdp")
+    assert found["train"].ranks == 16
+    assert found["generate"] == Resources(partition="gpu", time=60, mem="64G")
+    assert found["score bright"] == Resources(partition="cpu", time="00:10:00")
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"), [(90, 5400), ("10:30", 630), ("01:00:01", 3601), ("1-02:30", 95_400), ("1-00:00:05", 86_405)]
+)
+def test_a_time_is_read_as_slurm_reads_it(time, seconds):
+    """sbatch's forms of --time."""
+    assert Resources(time=time).seconds == seconds
+
+
+def test_a_job_that_would_be_told_to_save_at_its_start_is_refused(tmp_path):
+    """It would be queued again after every batch."""
+    with pytest.raises(UserError, match=r"slurm.time: generate: 1 is no longer than the 90 s .* lower signal"):
+        ask(tmp_path, {"time": 1})
+    assert ask(tmp_path, {"time": 1, "signal": 20})
+
+
+def test_methods_with_other_resources_are_arrays_of_their_own(tmp_path):
+    """A run's images still wait for that run."""
+    cases = [{"label": name, "method": {"name": name}} for name in ("last", "stopped")]
+    settings = {"methods": {"stopped": {"mem": "1G"}}}
+    found = [array for array in ask(tmp_path, settings, cases=cases) if array.stage is not Stage.SCORE]
+    assert [(a.title, a.cells[0].spec.label) for a in found] == [
+        ("train", "last"), ("generate", "last"), ("train", "stopped"), ("generate", "stopped"),
+    ]  # fmt: skip
+    assert [found.index(a.after) if a.after else None for a in found] == [None, 0, None, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"partiton": "gpu"}, r"slurm.partiton: .* did you mean 'partition'"),
+        ({"time": "an hour"}, r"slurm.time: "),
+        ({"gpus_per_node": -1}, r"slurm.gpus_per_node: expected a whole number >= 0"),
+        ({"methods": {"lats": {}}}, r"slurm.methods: there is no method 'lats'; did you mean 'last'"),
+        ({"evaluators": {"bright": {"memory": "1G"}}}, r"slurm.evaluators.bright.memory: "),
+        ({"stages": {"training": {}}}, r"slurm.stages: "),
+    ],
+)
+def test_a_mistake_in_what_is_asked_is_found_with_the_sweep(tmp_path, settings, line):
+    """Before anything is submitted, whichever launcher is chosen."""
+    with pytest.raises(UserError, match=line):
+        planned(tmp_path, slurm=settings)
+
+
+def test_what_a_cluster_file_says_beats_the_sweep(tmp_path):
+    """Key by key; and a mistake in it names the file."""
+    file = tmp_path / "a100.yaml"
+    file.write_text("partition: a100\nmethods: {last: {mem: 1G}}\n")
+    registry = Registry([PLUGIN])
+    own = {"partition": "gpu", "time": 5, "methods": {"last": {"nodes": 2}}}
+    assert resources.read(own, str(file), registry) == {
+        "partition": "a100", "time": 5, "methods": {"last": {"nodes": 2, "mem": "1G"}},
+    }  # fmt: skip
+    file.write_text("partitoin: a100\n")
+    with pytest.raises(UserError, match=r"a100.yaml: partitoin: "):
+        resources.read(own, str(file), registry)
+
+
+def test_resources_are_part_of_no_id(tmp_path):
+    """A sweep with another `slurm` is the same sweep: same runs, same manifest."""
+    one, other = planned(tmp_path), planned(tmp_path, slurm={"mem": "1G"})
+    assert one.document.manifest == other.document.manifest
+    assert [cell.id for cell in one.cells] == [cell.id for cell in other.cells]
+
+
+def test_what_is_under_way_is_not_handed_out_again_unless_more_is_wanted(tmp_path, monkeypatch):
+    """All of a row queued: nothing. A part of it, as when another sweep shares its run: the row, in its order."""
+    plan, store, asked = planned(tmp_path), Store(tmp_path / "store"), []
+
+    def submit(array, *words) -> None:
+        array.job = str(10 + len(asked))
+        asked.append(array.title)
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    monkeypatch.setattr(slurm, "cancel", lambda jobs: None)
+    monkeypatch.setattr(slurm, "live", lambda names: live)
+    live: dict[str, slurm.Live] = {}
+    assert submit_module.submit(plan, plan.cells, store, {}, [PLUGIN]) == 2 + 3 * 3
+    tickets = submissions.submissions(store)[0].tickets
+    live = {ticket.job: slurm.Live("PENDING", "Priority", 0, "") for ticket in tickets}
+    assert submit_module.submit(plan, plan.cells, store, {}, [PLUGIN]) == 0
+    asked.clear()
+    live = {ticket.job: job for ticket in tickets if ticket.stage == "train" for job in [live[ticket.job]]}
+    assert submit_module.submit(plan, plan.cells[1:], store, {}, [PLUGIN]) == 2 * 4
+    assert asked == ["train", "generate", "score bright", "score geneval"]
+
+
+def test_a_batch_that_does_not_divide_among_ranks_is_refused_before_submission(tmp_path, monkeypatch, capsys):
+    """Equal batches are what makes rows comparable: none is rounded to fit a node."""
+    monkeypatch.setattr(slurm, "check", lambda: None)
+    file = sweep_file(tmp_path, {"slurm": {"stages": {"train": {"gpus_per_node": 3}}}})
+    assert alignbench("sweep", file, "--launcher", "slurm", store=tmp_path / "store") == 1
+    assert "Last, seed 0: training.batch: 2 samples do not divide among 3 ranks" in capsys.readouterr().err
+
+
+def test_a_machine_without_slurm_says_what_to_do(tmp_path, monkeypatch, capsys):
+    """One line, and nothing is written."""
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+    assert alignbench("sweep", sweep_file(tmp_path), "--launcher", "slurm", store=tmp_path / "store") == 1
+    assert "there is no sbatch on this machine" in (told := capsys.readouterr().err)
+    assert "--launcher local" in told
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_batch_file_asks_for_it_and_holds_no_pickle(tmp_path, monkeypatch):
+    """submitit's file: array, dependency task by task, signal; a command that reads JSON; odd paths quoted."""
+    folder, tools = tmp_path / "it's a store; echo", tmp_path / "bin"
+    folder.mkdir()
+    tools.mkdir()
+    for name in ("sbatch", "srun"):
+        (tools / name).write_text("#!/bin/sh\necho Submitted batch job 7\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    train, generate = ask(tmp_path, {"time": 60, "mem": "2G"})[3:5]
+    train.job = "6"
+    slurm.submit(generate, folder, "alignbench-tiny", {"PYTHONPATH": "/a b"})
+    assert generate.job == "7"
+    text = (folder / "7_submission.sh").read_text()
+    for line in (
+        "#SBATCH --array=0-1%2", "#SBATCH --dependency=aftercorr:6", "#SBATCH --kill-on-invalid-dep=yes",
+        "#SBATCH --signal=USR2@90", "#SBATCH --time=60", "#SBATCH --mem=2G", "#SBATCH --requeue",
+        "export PYTHONPATH='/a b'",
+    ):  # fmt: skip
+        assert line in text.splitlines(), line
+    assert subprocess.run(["bash", "-n", folder / "7_submission.sh"], check=False).returncode == 0
+    assert not list(folder.glob("*.pkl"))
+
+
+# -- what others may have written -------------------------------------------------------------------------------------
+
+
+def record(store: Store, **changes) -> None:
+    ticket = {"job": "7_0", "stage": "train", "makes": ["last-1"], "run": "last-1", "progress": "/none"}
+    data = {"sweep": "tiny-1", "launcher": "slurm", "name": "alignbench-tiny", "options": {}, "submitted": time.time()}
+    data |= {"host": "login", "pid": 1, "tickets": [ticket | changes]}
+    write_json(store.root / "jobs" / f"tiny-{len(changes)}" / submissions.RECORD, data)
+
+
+def test_a_record_that_is_none_of_ours_is_passed_over(tmp_path):
+    """Words that would be handed to a shell tool, missing keys, no JSON: ignored, and the others are read."""
+    store = Store(tmp_path)
+    record(store)
+    record(store, job="7_0; rm -rf ~")
+    write_json(tmp_path / "jobs" / "half" / submissions.RECORD, {"sweep": "tiny-1"})
+    write(tmp_path / "jobs" / "broken" / submissions.RECORD, b"\x80\x04pickle")
+    assert [found.tickets[0].job for found in submissions.submissions(store, "tiny-1")] == ["7_0"]
+
+
+def test_what_is_shown_is_one_line_and_commands_no_terminal():
+    """A reason may hold what a judge or a file name said."""
+    row = status_table.Row("Last", "last-1", "failed", "", "", "", "a\nb\x1b[2J\u202ec")
+    line = status_table.table([row]).splitlines()[1]
+    assert line.endswith("a b [2J c")
+    assert "\x1b" not in line
+
+
+def test_exit_codes():
+    """0 all done, 2 something failed or was lost, else 3 while something is to come."""
+
+    def code(*states: str) -> int:
+        return status_table.exit_code([status_table.Row("", "", state, "", "", "", "") for state in states])
+
+    assert [code("done"), code("done", "queued"), code("queued", "failed"), code("stale"), code("planned")] == [
+        0, 3, 2, 2, 3,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_no_pickle_lies_in_a_store(tmp_path):
+    """A local sweep hands work over through a folder of its user's own."""
+    assert alignbench("sweep", sweep_file(tmp_path), "--only", "method=base", store=tmp_path / "store") == 0
+    assert not [path for path in (tmp_path / "store").rglob("*") if path.suffix in (".pkl", ".pickle")]
+    assert not list((tmp_path / "store" / "jobs").iterdir())
+
+
+@pytest.mark.parametrize("name", ["../x", "a'; echo foo", "x" * 300, "ä/ö", ".hidden", ""])
+def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
+    """A method's name becomes a folder's: it is checked where the plug-in is read, in one line."""
+    plugin = tmp_path / "odd.py"
+    plugin.write_text(f"from alignbench import AlignMethod\nclass Odd(AlignMethod):\n    name = {name!r}\n")
+    with pytest.raises(UserError, match=r"odd.py: Odd.name: .* becomes a part of file names"):
+        Registry([str(plugin)])
+
+
+@pytest.mark.parametrize("label", ["../x", "a'; echo foo", "x" * 300, "名前 ✓ é"])
+def test_a_rows_label_may_be_anything(tmp_path, label):
+    """It is shown, and names no file: ids come from content."""
+    (array, *_) = ask(tmp_path, {}, cases=[{"label": label, "method": {"name": "base"}}])
+    assert array.cells[0].spec.label == label
+    assert array.cells[0].id.startswith("base-")
+
+
+def test_a_job_without_stages_ends_at_once(tmp_path):
+    """What overhead is measured with: no torch is imported."""
+    file = tmp_path / "0.json"
+    file.write_text(json.dumps({"tasks": [{"stages": []}]}))
+    script = "import sys; from alignbench.run.slurm_job import main; "
+    script += f"sys.exit(main({str(file)!r}) or 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], env={"SLURM_ARRAY_TASK_ID": "0"}, check=False)
+    assert done.returncode == 0

@@ -1,0 +1,810 @@
+"""Claims about the report as a web page: what it says, what it holds, and what happens when somebody clicks."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from msgspec import structs
+from PIL import Image
+from scipy.stats import binomtest, kendalltau
+from support import photo_store
+from support.browser import Visit, browser, until
+from support.report_tables import TASKS, draw_pictures, results
+from test_report import with_runs
+
+from alignbench.reporting import report, tables
+from alignbench.reporting.analysis.comparison import analyse
+from alignbench.reporting.html import gallery, markdown, page
+from alignbench.reporting.table import Cell, Column, Table, escape
+from alignbench.store.manifest import ManifestNote
+
+NASTY = (
+    'a "quoted" | b `c`',
+    "</script><script>alert(1)</script>",
+    "<!-- <script> --> <img src=x onerror=alert(1)>",
+    "שלום עולם, a circle",
+    "emoji 🙂 \u202egnp.exe",
+    "$x^2$ \\frac{1}{2} 100 % & more_ _so_ *on*",
+    "'; -- ${7*7} {{x}}",
+    "",
+)
+
+
+class Reader(HTMLParser):
+    """What a reader sees: text outside of scripts and styles; and every element with its attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self._silent = 0
+        self.feed(text)
+        self.text = " ".join("".join(self.parts).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._silent += tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self._silent -= tag in ("script", "style")
+        self.parts.append(" " * (tag not in ("code", "strong", "em", "bdi")))
+
+    def handle_data(self, data):
+        if not self._silent:
+            self.parts.append(data)
+
+
+def built(given, out: Path) -> str:
+    """The page of a store; nothing else of its report."""
+    analysis = analyse(given.manifest, given.scores)
+    hacked = {label: tables.hacked(analysis, label) for label in analysis.trained}
+    sections = report.sections(given.manifest, given.costs, analysis)
+    return page.build(given, analysis, out / "out", sections=sections, hacked=hacked).read_text()
+
+
+def data_of(text: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+# ------------------------------------------------------------------------------------------------------ text and tables
+
+
+@pytest.mark.parametrize("text", [*NASTY, "a_b_c", "[x](y)", "[^1]", "# no heading", "- no list", "+1", "~x~", "a\\b"])
+def test_html_undoes_what_markdown_escapes(text):
+    """What ``table.escape`` writes for markdown, ``markup.inline`` reads: the reader sees the text, no element."""
+    shown = markdown.inline(escape(text))
+    assert "<" not in shown
+    assert html.unescape(shown) == " ".join(text.replace("\u202e", "").split())
+
+
+def test_our_markdown_becomes_html():
+    """Headings, lists, bold, italic, code, links and pictures; a paragraph all in bold is an alarm."""
+    named = lambda words, file: f"{words}:{file}"  # noqa: E731
+    text = "## A *b*\n\n- one **two**\n- `a<b` \\*\n\n**Mind\nthis.**\n\nsee [x](https://a.b/c) and [y](javascript:1)"
+    assert markdown.blocks(text, named) == (
+        "<h2>A <em>b</em></h2>\n<ul>\n<li>one <strong>two</strong></li>\n<li><code>a&lt;b</code> *</li>\n</ul>\n"
+        '<p class="alarm"><strong>Mind\nthis.</strong></p>\n'
+        '<p>see <a href="https://a.b/c" rel="noopener noreferrer">x</a> and [y](javascript:1)</p>'
+    )
+    assert markdown.blocks("![a](é-b.png)", named) == "a:é-b.png"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("<script>alert(1)</script>", "[y](javascript:1)", "[y](data:text/html,x)", "[y](//a.b)", "<https://a.b>"),
+        *("![y](../../secret.png)", "![y](https:x.png)", "| a |\n|---|\n| b |", "> a", "    a", "a\n---", "<!-- a -->"),
+    ],
+)
+def test_what_reports_are_not_written_in_is_text(text):
+    """HTML, links that lead neither to the web nor to an image beside the report, tables, quotes: one paragraph."""
+    shown = markdown.blocks(text, lambda words, file: "<img>")
+    assert shown.startswith("<p>")
+    assert shown.count("<") == 2
+    assert html.unescape(shown) == f"<p>{text.strip()}</p>"
+
+
+def test_a_heading_in_bold_is_no_alarm():
+    """Only a paragraph is one; a chapter's heading stays what the page looks for."""
+    assert markdown.blocks("## **a**\n\n**b** c **d**", str.join) == (
+        "<h2><strong>a</strong></h2>\n<p><strong>b</strong> c <strong>d</strong></p>"
+    )
+
+
+def test_a_table_is_one_for_those_who_do_not_see_it():
+    """Caption, headings of columns and rows; numbers to the right, intervals small, marks kept, absence in words."""
+    columns = [Column("method"), Column("score", "logit", True, "check", 2), Column("note")]
+    rows = [
+        [Cell("a<b", mark=" **(x)**"), Cell(1.234, 1.0, 2.0, bold=True), Cell("up", bold=True)],
+        [Cell("c"), Cell(1.0, 0.5, 1.5, mark="(=)"), Cell("")],
+        [Cell("d"), Cell(), Cell("free text")],
+    ]
+    text = Table(columns, rows).html("Of <all>")
+    assert "<caption>Of &lt;all&gt;</caption>" in text
+    assert '<th scope="row"><bdi>a&lt;b</bdi> <strong>(x)</strong></th>' in text
+    assert '<td class="number"><strong>1.23</strong> <small>[1.00, 2.00]</small></td>' in text
+    assert "</small> (=)</td>" in text
+    assert '<span aria-hidden="true">—</span><span class="sr">not measured</span>' in text
+    assert text.count('scope="col"') == 3
+    assert '<span class="sr">, higher is better</span>' in text
+
+
+def test_nothing_that_the_markdown_says_is_missing_in_the_page(tmp_path):
+    """Every word and number of the markdown is in the page, at least as often; so are the stamps."""
+    given = results(tmp_path, name="quickstart")
+    given.manifest = structs.replace(given.manifest, rehearsal=True, subset=60)
+    given.costs.loc[3, ["state", "reason"]] = ["failed", "loss is nan at step 7 | see log"]
+    given.costs["warning"] = "a hinge was closed"
+    given.scores.loc[given.scores.index[5], "score"] = np.nan
+    analysis = analyse(given.manifest, given.scores)
+    said = report.sections(given.manifest, given.costs, analysis, origins=["one machine", "another"])
+    text = page.build(given, analysis, tmp_path / "out", sections=said, hacked={}).read_text()
+    words = lambda text: pd.Series(re.findall(r"[\w.,%]*\w", text)).value_counts()  # noqa: E731
+    wanted = words(html.unescape(re.sub(r"\\(?=\W|_)|^\|[-| :]*$", "", report.markdown(said), flags=re.MULTILINE)))
+    found = words(Reader(text).text).reindex(wanted.index, fill_value=0)
+    assert wanted[found < wanted].to_dict() == {}
+    assert len(wanted) > 300
+    assert '<p class="stamp">REHEARSAL' in text
+    assert '<p class="stamp">SUBSET: the first 60 prompts</p>' in text
+
+
+def test_plots_stand_in_the_page_each_with_its_own_ids():
+    """Two SVGs that use the same ids: both are in the page, every id is there once, references follow, captions are
+    alternative texts."""
+    svg = '<?xml version="1.0"?><!DOCTYPE svg><svg><path id="p"/><use xlink:href="#p"/><g clip-path="url(#p)"/></svg>'
+    figures = [SimpleNamespace(name=name, title=name, caption="up & <down>", svg=svg, png=b"") for name in ("a.1", "b")]
+    [(_, text)] = page._plots(figures)
+    assert re.findall(r'\sid="([^"]*)"', text) == ["a-1-p", "b-p"]
+    assert re.findall(r"#([\w-]+)", text) == ["a-1-p", "a-1-p", "b-p", "b-p"]
+    assert "<?xml" not in text
+    assert text.count('aria-label="up &amp; &lt;down&gt;"') == 2
+
+
+def test_the_hacking_panel_says_what_rose_and_what_fell(tmp_path):
+    """A method whose training reward rose while others fell is named; the signs are the paired changes' verdicts."""
+    given = results(tmp_path)
+    analysis = analyse(given.manifest, given.scores)
+    [(name, text)] = page._panel(analysis, {label: tables.hacked(analysis, label) for label in analysis.trained})
+    rows = dict(zip(analysis.compared, re.findall(r"<tr.*?</tr>", text, re.DOTALL)[1:]))
+    assert name == page.PANEL
+    assert "pickscore, geneval, geneval_strict fell" in rows["ReFL"]
+    assert "fell" not in rows["LeapAlign"]
+    for label, row in rows.items():
+        verdicts = re.findall(r'<td class="(\w+)"><span aria-hidden="true">.</span> ([^<]*)', row)
+        assert [verdict for _, verdict in verdicts] == [c[label].verdict for c in analysis.changes.values()]
+        assert all((kind == "good") == (verdict == "up") for kind, verdict in verdicts)
+
+
+# ----------------------------------------------------------------------------------------------------- pictures, scores
+
+
+def test_disagreement_is_one_minus_the_mean_tau():
+    """Against SciPy, pair by pair, with ties, gaps, a score where lower is better and one that ranks nothing."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 4, (5, 6, 30)).astype(float)
+    values[rng.random(values.shape) < 0.15] = np.nan
+    values[:, :, 0] = np.nan
+    evaluators, signs = ["a", "a", "b", "c", "d"], [1, 1, -1, 1, 0]
+    found = gallery.disagreement(values, evaluators, signs)
+    for prompt in range(30):
+        taus = []
+        for one, other in [(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]:
+            x, y = signs[one] * values[one, :, prompt], signs[other] * values[other, :, prompt]
+            both = np.isfinite(x + y)
+            taus.append(kendalltau(x[both], y[both]).statistic if both.sum() > 1 else np.nan)
+        expected = 1 - np.nanmean(taus) if np.isfinite(taus).any() else np.nan
+        np.testing.assert_allclose(found[prompt], expected, atol=1e-12)
+    assert np.isnan(found[0])
+
+
+def test_evaluators_that_agree_and_that_do_not():
+    """0 where all rank alike, 2 where two rank oppositely, undefined with one evaluator or one method."""
+    up, down = np.arange(4.0)[:, None], -np.arange(4.0)[:, None]
+    assert gallery.disagreement(np.stack([up, up]), "ab", [1, 1]) == [0]
+    assert gallery.disagreement(np.stack([up, down]), "ab", [1, 1]) == [2]
+    assert gallery.disagreement(np.stack([up, down]), "ab", [1, -1]) == [0]
+    assert np.isnan(gallery.disagreement(np.stack([up, down]), "aa", [1, 1]))
+    assert np.isnan(gallery.disagreement(np.stack([up, up])[:, :1], "ab", [1, 1]))
+
+
+def test_the_scores_in_the_page_are_those_of_the_store(tmp_path):
+    """Means over the page's own scores are the report's means; an invalid score is absent."""
+    given = photo_store.make(tmp_path, prompts=6, images=2, side=32, labels=photo_store.LABELS[:3])
+    given.scores.loc[given.scores.index[0], "ok"] = False
+    data = data_of(built(given, tmp_path))
+    analysis = analyse(given.manifest, given.scores)
+    for measure, named in zip(analysis.measures, data["scores"]):
+        assert [len(flat) for flat in named] == [6 * 2 * 2] * 3
+        for label, flat in list(zip(data["methods"], named))[1:]:
+            mean = np.mean([value for value in flat if value is not None])
+            np.testing.assert_allclose(mean, analysis.means[measure][label].mean, atol=1e-4)
+    lost = data["scores"][data["measures"].index(next(m for m in data["measures"] if m["name"] == "geneval"))][0]
+    assert sum(value is None for value in lost) == 6 * 2 + 1  # base has no second training
+
+
+@pytest.mark.parametrize(
+    ("side", "kind", "size"), [(32, "PNG", 32), (64, "PNG", 64), (90, "WEBP", 90), (600, "WEBP", 256)]
+)
+def test_thumbnails(tmp_path, side, kind, size):
+    """Small pictures stay as they are, every pixel; larger ones are WebP of at most 256, and look the same."""
+    picture = photo_store.scene(3, 1, side)
+    picture.save(tmp_path / "a.png")
+    made = gallery.thumbnail(tmp_path / "a.png", 256)
+    with Image.open(io.BytesIO(made)) as found:
+        assert (found.format, found.size) == (kind, (size, size))
+        wanted = picture.resize((size, size), Image.Resampling.LANCZOS)
+        error = np.abs(np.asarray(found.convert("RGB"), float) - np.asarray(wanted, float)).mean()
+    assert error == 0 if kind == "PNG" else error < 6
+
+
+def test_a_picture_that_cannot_be_read_says_why(tmp_path):
+    """No file, no picture, half a picture: the cell's text is the reason; the reason names no folder."""
+    photo_store.scene(0, 0, 128).save(tmp_path / "half.png")
+    whole = (tmp_path / "half.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    assert gallery.thumbnail(tmp_path / "none.png", 256) == "the file is missing"
+    assert gallery.thumbnail(tmp_path / "half.png", 256) == gallery.UNREADABLE
+    assert gallery.thumbnail(tmp_path / "text.png", 256) == gallery.UNREADABLE
+
+
+def test_further_pictures_come_as_far_as_the_budget_allows(tmp_path, monkeypatch):
+    """The first layer is always there, as large as the budget allows; what is left out is said by seed and index."""
+    given = photo_store.make(tmp_path, prompts=4, images=2, side=300, labels=photo_store.LABELS[:2])
+    text = built(given, tmp_path)
+    assert "This page holds every picture, as thumbnails of at most 256 pixels." in text
+    layer = len(re.findall(r'id="t\d-0"', text))
+    assert layer == 4
+    monkeypatch.setattr(gallery, "BUDGET", 8 * 6000)
+    text = built(given, tmp_path)
+    assert re.search(
+        r"holds 1 of 4 sets.*at most (192|128) pixels.*Left out, for size: image 1 of seed 0; image 0", text
+    )
+    monkeypatch.setattr(gallery, "BUDGET", 1)
+    assert "at most 128 pixels" in built(given, tmp_path)
+
+
+def test_every_row_holds_its_own_methods_pictures(tmp_path):
+    """Line by line, the base64 of a row is the picture of that prompt by that method, as the store has it."""
+    given = results(tmp_path)
+    draw_pictures(tmp_path, given.manifest)
+    (tmp_path / "images/ReFL0/2.png").unlink()
+    text = built(given, tmp_path)
+    rows = dict(re.findall(r'<script type="text/plain" id="t0-(\d+)">(.*?)</script>', text, re.DOTALL))
+    methods, prompts = data_of(text)["methods"], data_of(text)["prompts"]
+    assert rows["2"].splitlines()[1] == "!the%20file%20is%20missing"
+    for number in (0, 2, 59):
+        for label, line in zip(methods, rows[str(number)].splitlines()):
+            if line.startswith("!"):
+                continue
+            encoded, file = line.split()
+            folder = f"{label}{-1 if label == 'base' else 0}"
+            assert file == f"{folder}/{int(prompts[number][0][1:])}.png"
+            shown = Image.open(io.BytesIO(base64.b64decode(encoded)))
+            np.testing.assert_array_equal(np.asarray(shown), np.asarray(Image.open(tmp_path / "images" / file)))
+
+
+def test_a_page_does_not_tell_of_folders_far_away(tmp_path):
+    """Originals are looked for beside the page only; no path of this machine is in it."""
+    given = results(tmp_path / "project/store")
+    analysis = analyse(given.manifest, given.scores)
+    for out, expected in (
+        ("project/outputs/x", "../../store/images"),
+        ("project/store/out", "../images"),
+        ("a/b/c", None),
+    ):
+        assert page._originals(given, tmp_path / out) == expected
+    text = page.build(given, analysis, tmp_path / "a/b/c", sections=[], hacked={}).read_text()
+    assert str(tmp_path) not in text
+
+
+def spoil(given, root) -> None:
+    """Nasty prompts, labels and reasons; a method with other prompts, one that failed, a picture that is none."""
+    renamed = {"ReFL": NASTY[1], "DRTune": 'x" onmouseover="alert(1)', "DanceGRPO": NASTY[3]}
+    notes = [ManifestNote({"a": NASTY[2]}, NASTY[0] + "\x00\ud800")]
+    plan = with_runs(given.manifest, lambda run: {"label": renamed.get(run.label, run.label), "notes": notes})
+    given.manifest = structs.replace(plan, cases=[renamed.get(label, label) for label in plan.cases])
+    given.scores["label"] = given.scores["label"].replace(renamed)
+    given.costs["label"] = given.costs["label"].replace(renamed)
+    given.costs.loc[given.costs["run"] == "DRTune-0", ["state", "reason"]] = ["failed", NASTY[1]]
+    given.scores.loc[::7, "score"] = np.nan
+    for path in sorted(root.glob("images/*/manifest.parquet")):
+        frame = pd.read_parquet(path)
+        frame["text"] = [NASTY[i % len(NASTY)] for i in range(len(frame))]
+        frame["tag"] = [NASTY[2] if i % 9 == 0 else tag for i, tag in enumerate(frame["tag"])]
+        if path.parent.name.startswith("LeapAlign"):
+            frame["prompt_id"] = "other" + frame["prompt_id"]
+        frame.to_parquet(path)
+    (root / "images/DRTune0/manifest.parquet").unlink()
+    (root / "images/DanceGRPO0/3.png").write_text("no picture")
+
+
+def test_no_text_becomes_markup(tmp_path):
+    """Hostile prompts, labels, tasks and reasons: the page has our scripts alone and no handler, and drops nothing."""
+    given = results(tmp_path)
+    draw_pictures(tmp_path, given.manifest)
+    spoil(given, tmp_path)
+    text = built(given, tmp_path)
+    reader = Reader(text)
+    scripts = [attributes.get("type") for tag, attributes in reader.elements if tag == "script"]
+    assert scripts.count(None) == 1
+    assert set(scripts) == {None, "application/json", "text/plain"}
+    assert not [name for _, attributes in reader.elements for name in attributes if name.startswith("on")]
+    assert "<img src=x" not in text
+    assert "failed: </script><script>alert(1)</script>" in reader.text
+    assert NASTY[0] in reader.text
+    assert len(data_of(text)["prompts"]) == 120  # the other method's prompts are rows of their own
+
+
+def test_an_empty_store_makes_a_page(tmp_path):
+    """Before anything ran there is a page, with every method and reason, and no picture."""
+    given = results(tmp_path)
+    given.scores = given.scores.iloc[:0]
+    given.costs = given.costs.assign(state="missing", reason="not made yet", images=np.nan)
+    text = built(given, tmp_path)
+    assert "The store has no pictures yet." in text
+    assert data_of(text)["prompts"] == []
+    assert Reader(text).text.count("not made yet") == 11
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path):
+    """No address of any host is in it; its policy lets it connect nowhere, and run no script but its own."""
+    given = results(tmp_path)
+    text = built(given, tmp_path)
+    assert not re.findall(r"(?:https?:)?//\w+\.\w+", re.sub(r'id="t\d.*', "", text))
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "connect-src" not in policy
+    assert not [tag for tag, _ in Reader(text).elements if tag in ("link", "iframe", "object", "base")][1:]
+
+
+# ------------------------------------------------------------------------------------------------- in a browser, slowly
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A page of five methods, two seeds, 24 prompts with two pictures each."""
+    root = tmp_path_factory.mktemp("page")
+    given = photo_store.make(root / "store", prompts=24, images=2, side=96, labels=photo_store.LABELS[:5])
+    return report.build(given, root / "outputs/made_up")[-1]
+
+
+@pytest.fixture
+def visit(chrome, made):
+    """Open the page; at the end nothing may have been complained of, and nothing requested from elsewhere."""
+    visits = []
+
+    def opened(fragment: str = "", path: Path = made, **context):
+        visits.append(Visit(chrome, path, fragment, **context))
+        return visits[-1].page
+
+    yield opened
+    for one in visits:
+        assert one.complaints == []
+        one.context.close()
+
+
+def names(web) -> list[str]:
+    """The rows' prompts. As text_content, here and below: a row that is not yet drawn has no inner_text."""
+    return web.locator("#rows h3").all_text_contents()
+
+
+def go(web, view: str) -> None:
+    """Change the view by its link; the address changes a moment later."""
+    web.locator(f".bar [data-view={view}]").click()
+    until(web, f"!byId('{view}').hidden")
+
+
+def shown_methods(web) -> list[str]:
+    """Of the first row, as soon as it is filled."""
+    until(web, "document.querySelector('.row figure') !== null")
+    return web.locator(".row").first.locator("figcaption > b").all_text_contents()
+
+
+@pytest.mark.slow
+def test_views_and_chapters(visit):
+    """Three views, one at a time; the contents lead to chapters; the back key returns."""
+    web = visit()
+    assert web.locator("main > .view:visible").count() == 1
+    web.click("text=Protocol")
+    assert web.locator("h2:has-text('Protocol')").is_visible()
+    go(web, "pictures")
+    assert web.locator("main > .view:visible").count() == 1
+    until(web, "document.activeElement.id === 'pictures-name'")
+    go(web, "blind")
+    assert web.locator("[aria-current=page]").inner_text() == "Blind A/B"
+    web.go_back()
+    until(web, "!byId('pictures').hidden && byId('blind').hidden")
+    go(web, "report")
+    assert web.locator("main > .view:visible").count() == 1
+
+
+@pytest.mark.slow
+def test_filters(visit):
+    """Task, words and methods choose what is shown; the count says so; nothing found says so; reset brings all back."""
+    web = visit("#pictures")
+    assert web.locator("#count").inner_text() == "24 of 24 prompts, 5 of 5 methods."
+    web.select_option("[name=task]", label="counting")
+    assert len(names(web)) == 4
+    assert set(web.locator(".meta > span:first-child").all_text_contents()) == {"counting"}
+    web.fill("[name=search]", "DESERT green")
+    assert web.locator("#count").inner_text().startswith("No prompt matches.")
+    web.fill("[name=search]", "pine  fog")
+    assert len(names(web)) == 4
+    web.uncheck("#shown >> text=ReFL")
+    assert shown_methods(web) == ["base", "DRaFT-LV", "DRTune", "LeapAlign"]
+    web.click("#controls >> text=Reset")
+    assert web.locator("#count").inner_text() == "24 of 24 prompts, 5 of 5 methods."
+    for box in web.locator("#shown input").all():
+        box.uncheck()
+    assert "No method is chosen." in web.locator("#count").inner_text()
+
+
+@pytest.mark.slow
+def test_an_evaluator_shows_its_scores_alone(visit, made):
+    """One evaluator: its score under each picture is the page's own, the best of the row is bold."""
+    web = visit("#pictures")
+    web.select_option("[name=evaluator]", label="pickscore [held-out]")
+    shown_methods(web)
+    row = web.locator(".row").first
+    assert set(row.locator("dt").all_text_contents()) == {"pickscore"}
+    data = data_of(made.read_text())
+    measure = [m["name"] for m in data["measures"]].index("pickscore")
+    expected = [data["scores"][measure][method][0] for method in range(5)]
+    found = [float(text.split("\n")[0].split(",")[0]) for text in row.locator("dd").all_text_contents()]
+    np.testing.assert_allclose(found, expected, atol=0.006)
+    assert row.locator("dd.best").count() == 1
+    web.select_option("[name=image]", label="1")
+    assert float(row.locator("dd").first.text_content().split(",")[0]) == pytest.approx(
+        data["scores"][measure][0][1], abs=0.006
+    )
+    web.select_option("[name=seed]", label="seed 1")
+    assert float(row.locator("dd").nth(1).text_content().split(",")[0]) == pytest.approx(
+        data["scores"][measure][1][3], abs=0.006
+    )
+
+
+@pytest.mark.slow
+def test_sorting(visit, made):
+    """Disagreement and gain come largest first, and the other way round; a random seed gives one order, another one
+    another."""
+    web = visit("#pictures")
+    data = data_of(made.read_text())
+    texts = [text for _, text, _ in data["prompts"]]
+    assert names(web) == texts
+    web.select_option("[name=sort]", "disagreement")
+    order = sorted(range(24), key=lambda prompt: -data["disagreement"][prompt])
+    assert names(web) == [texts[prompt] for prompt in order]
+    web.check("[name=reverse]")
+    assert [data["disagreement"][texts.index(name)] for name in names(web)] == sorted(data["disagreement"])
+    web.uncheck("[name=reverse]")
+    web.select_option("[name=sort]", "gain")
+    web.select_option("[name=method]", label="LeapAlign")
+    web.select_option("[name=by]", label="pickscore [held-out]")
+    flat = np.array(data["scores"][[m["name"] for m in data["measures"]].index("pickscore")], float).reshape(5, 24, -1)
+    gains = np.nanmean(flat[4], 1) - np.nanmean(flat[0], 1)
+    assert names(web) == [texts[prompt] for prompt in np.argsort(-gains, kind="stable")]
+    assert f"gain of LeapAlign +{gains.max():.2f}" in web.locator(".meta").first.text_content()
+    web.select_option("[name=sort]", "random")
+    first = names(web)
+    web.fill("[name=random]", "2")
+    assert sorted(names(web)) == sorted(first)
+    assert names(web) != first
+    web.fill("[name=random]", "1")
+    assert names(web) == first
+
+
+@pytest.mark.slow
+def test_a_view_can_be_linked(visit):
+    """What is chosen stands in the address; opened anew, the address gives the same view, enlarged pictures too."""
+    web = visit("#pictures")
+    web.select_option("[name=task]", label="colors")
+    web.select_option("[name=sort]", "gain")
+    web.select_option("[name=method]", label="DRTune")
+    web.check("[name=reverse]")
+    web.uncheck("#shown >> text=DRaFT-LV")
+    web.click(".row >> nth=1 >> .thumb >> nth=2")
+    until(web, "location.hash.includes('zoom=')")
+    address, expected = web.evaluate("location.hash"), names(web)
+    again = visit(address)
+    assert names(again) == expected
+    assert shown_methods(again) == ["base", "ReFL", "DRTune", "LeapAlign"]
+    assert again.locator("#zoom-name").inner_text() == web.locator("#zoom-name").inner_text() == "DRTune"
+    assert again.locator("#zoom-prompt").inner_text() == expected[1]
+    web.keyboard.press("Escape")
+    until(web, "!location.hash.includes('zoom=')")
+    assert visit("#pictures&task=%3Dnone&method=nobody&image=77&sort=up").locator("#rows h3").count() == 24
+
+
+@pytest.mark.slow
+def test_a_link_followed_at_once_after_a_choice_is_followed(visit):
+    """The address takes up a choice a moment later, and not where a link to another view came in between."""
+    web = visit("#pictures")
+    web.evaluate("""() => {
+      const timer = setTimeout, late = [];
+      window.setTimeout = (call) => late.push(call);
+      form.elements.sort.value = "gain";
+      form.elements.sort.dispatchEvent(new Event("input", { bubbles: true }));
+      document.querySelector(".bar [data-view=blind]").click();
+      late.forEach((call) => call());
+      window.setTimeout = timer;
+      if (!late.length) throw new Error("nothing was to be remembered");
+    }""")
+    until(web, "!byId('blind').hidden")
+    assert web.evaluate("location.hash") == "#blind"
+
+
+@pytest.mark.slow
+def test_a_picture_is_enlarged_and_walked_through_by_keys(visit):
+    """Enter enlarges; arrows walk through methods and prompts and round; F flickers; Escape returns the focus."""
+    web = visit("#pictures")
+    web.locator(".row >> nth=0 >> .thumb >> nth=1").focus()
+    web.keyboard.press("Enter")
+    name, prompt = web.locator("#zoom-name"), web.locator("#zoom-prompt")
+    assert web.evaluate("document.activeElement.id") == "zoom-name"
+    until(web, "document.querySelector('#zoom-picture').src.startsWith('file:')")  # the original, 96 pixels
+    assert web.evaluate("document.querySelector('#zoom-picture').naturalWidth") == 96
+    assert name.inner_text() == "ReFL"
+    web.keyboard.press("ArrowRight")
+    assert name.inner_text() == "DRaFT-LV"
+    web.keyboard.press("f")
+    assert name.inner_text() == "base"
+    assert web.locator("#flicker").get_attribute("aria-pressed") == "true"
+    web.keyboard.press("f")
+    assert name.inner_text() == "DRaFT-LV"
+    for _ in range(3):
+        web.keyboard.press("ArrowLeft")
+    assert name.inner_text() == "LeapAlign"
+    web.keyboard.press("ArrowUp")
+    assert prompt.inner_text() == names(web)[-1]
+    for _ in range(3):
+        web.keyboard.press("ArrowDown")
+    assert prompt.inner_text() == names(web)[2]
+    for _ in range(30):
+        web.keyboard.press("Tab")
+        assert web.evaluate("document.activeElement === document.body || zoom.contains(document.activeElement)")
+    web.keyboard.press("Escape")
+    assert web.locator("#zoom").is_hidden()
+    until(web, "document.activeElement.dataset.method === '4'")
+    web.keyboard.press("j")
+    assert web.evaluate("document.activeElement.dataset.prompt") == "3"
+    web.keyboard.press("k")
+    assert web.evaluate("document.activeElement.dataset.prompt") == "2"
+
+
+@pytest.mark.slow
+def test_only_rows_near_the_window_hold_pictures(visit):
+    """At most a few rows have pictures; scrolled to the end, the last has and the first has not, at the same height."""
+    web = visit("#pictures")
+    filled = "[...document.querySelectorAll('.row')].map((row) => row.querySelectorAll('img').length)"
+    until(web, f"{filled}[0] === 5")
+    assert web.evaluate(filled)[-1] == 0
+    web.evaluate("document.querySelector('.row:last-child').scrollIntoView()")
+    until(web, f"{filled}[23] === 5 && {filled}[0] === 0")
+    assert web.evaluate("document.querySelector('.row').offsetHeight") > 200
+
+
+@pytest.mark.slow
+def test_the_theme_follows_the_system_and_the_button(visit):
+    """Dark where the system is dark; the button turns it, and says so; ink and paper differ by 4.5 to 1 at least."""
+    paper = "getComputedStyle(document.body).backgroundColor"
+    bright, dark = visit(), visit(color_scheme="dark")
+    assert bright.evaluate(paper) != dark.evaluate(paper)
+    assert dark.locator("#theme").get_attribute("aria-pressed") == "true"
+    bright.click("#theme")
+    assert bright.evaluate(paper) == dark.evaluate(paper)
+    assert bright.locator("#theme").get_attribute("aria-pressed") == "true"
+    for web in (bright, visit()):
+        for selector in ("body", ".contents a", "small", ".panel .good", ".panel .bad", ".panel tr.bad > td", "a"):
+            assert contrast(web, selector) >= 4.5, selector
+
+
+def contrast(web, selector) -> float:
+    """WCAG 2.2's ratio of an element's text to the first background behind it that is not transparent."""
+    colors = web.evaluate(
+        """(selector) => {
+          let element = document.querySelector(selector);
+          const ink = getComputedStyle(element).color;
+          let paper;
+          do paper = getComputedStyle(element).backgroundColor;
+          while (/, 0\\)/.test(paper) && (element = element.parentElement));
+          return [ink, paper];
+        }""",
+        selector,
+    )
+    luminance = []
+    for color in colors:
+        channels = np.array([float(part) for part in re.findall(r"[\d.]+", color)[:3]]) / 255
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        luminance.append(float(linear @ [0.2126, 0.7152, 0.0722]))
+    return (max(luminance) + 0.05) / (min(luminance) + 0.05)
+
+
+@pytest.mark.slow
+def test_a_phone(visit):
+    """390 pixels wide: nothing is wider than the window, filters are folded, targets 40 pixels high, two columns."""
+    phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+    web = visit("#pictures", **phone)
+    width = "document.documentElement.scrollWidth"
+    assert web.evaluate(width) == 390
+    assert web.locator("#filter [name=task]").is_hidden()
+    web.tap("#controls summary")
+    assert web.locator("#filter [name=task]").is_visible()
+    small = """(selector) => [...document.querySelectorAll(selector)]
+      .filter((element) => element.offsetParent && element.offsetHeight < 40).map((element) => element.outerHTML)"""
+    assert (
+        web.evaluate(
+            small, "button, select, summary, label.button, input:not([type=checkbox], [type=file]), #shown label"
+        )
+        == []
+    )
+    edges = [web.locator(".thumb").nth(i).bounding_box()["x"] for i in range(4)]
+    assert len(set(edges)) == 2
+    web.tap(".thumb >> nth=1")
+    assert web.locator("#zoom-name").inner_text() == "ReFL"
+    assert web.evaluate("zoom.scrollWidth") <= 390
+    web.tap("#zoom-close")
+    go(web, "report")
+    assert web.evaluate(width) == 390
+    go(web, "blind")
+    web.tap("#setup button")
+    assert web.evaluate(width) == 390
+    assert web.evaluate(small, "#blind button, #blind .button") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wins", "count"), [(0, 1), (1, 1), (3, 10), (50, 100), (399, 400)])
+def test_the_win_rates_interval_is_wilsons(visit, wins, count):
+    """The script's interval is SciPy's; without a vote there is none; half wins lie between whole ones."""
+    web = visit()
+    expected = binomtest(wins, count).proportion_ci(method="wilson")
+    found = web.evaluate("([wins, count]) => wilson(wins, count)", [wins, count])
+    np.testing.assert_allclose(found, [wins / count, *expected], atol=1e-12)
+    assert web.evaluate("wilson(0, 0)") is None
+    assert web.evaluate("wilson(3.5, 10)")[0] == 0.35
+
+
+@pytest.mark.slow
+def test_a_blind_comparison(visit, made, tmp_path):
+    """Votes by keys and buttons, undone, skipped; names only in the result; the result is the count of the votes;
+    exported as CSV and JSON, kept over a reload, deleted, imported again."""
+    web = visit("#blind")
+    web.select_option("#setup [name=first]", label="LeapAlign")
+    web.select_option("#setup [name=second]", label="DRTune")
+    web.click("#setup button")
+    data = data_of(made.read_text())
+    prompts = {text: prompt for prompt, text, _ in data["prompts"]}
+    cast = []
+    for number, key in enumerate(["ArrowLeft", "ArrowRight", "t", "s", "ArrowDown", "ArrowLeft", "ArrowLeft"]):
+        assert web.locator("#progress").inner_text() == f"Pair {number + 1} of 24"
+        assert not {"LeapAlign", "DRTune"} & set(re.findall(r"[\w-]+", web.locator("#ballot").inner_text()))
+        cast.append((prompts[web.locator("#question").inner_text()], key))
+        web.keyboard.press(key)
+    web.keyboard.press("u")
+    cast.pop()
+    web.click("[data-vote=right]")
+    web.click("#undo")
+    assert web.locator("#votes").inner_text() == "5 votes, 1 skipped."
+    assert web.locator("#result").is_hidden()
+    with web.expect_download() as saved:
+        web.click("#save-csv")
+    saved.value.save_as(tmp_path / "votes.csv")
+    rows = list(csv.DictReader((tmp_path / "votes.csv").read_text().splitlines()))
+    words = {"ArrowLeft": "left", "ArrowRight": "right", "t": "tie", "ArrowDown": "tie", "s": "skip"}
+    assert [(row["prompt"], row["vote"]) for row in rows] == [(prompt, words[key]) for prompt, key in cast]
+    assert all({row["left"], row["right"]} == {"LeapAlign", "DRTune"} for row in rows)
+    with web.expect_download() as saved:
+        web.click("#save-json")
+    saved.value.save_as(tmp_path / "votes.json")
+    assert len(json.loads((tmp_path / "votes.json").read_text())["votes"]) == 6
+    web.click("#reveal")
+    cells = web.locator("#result tbody tr").inner_text().split()
+    wins, losses = (sum(row.get(row["vote"]) == label for row in rows) for label in ("LeapAlign", "DRTune"))
+    assert cells[:6] == ["LeapAlign", "DRTune", *map(str, (wins, 2, losses, 1))]
+    rate = (wins + 1) / 5
+    assert cells[6] == f"{rate:.3f}"
+    assert cells[7:] == [
+        "[{:.3f},".format(web.evaluate(f"wilson({wins + 1}, 5)")[1]),
+        "{:.3f}]".format(web.evaluate(f"wilson({wins + 1}, 5)")[2]),
+    ]
+    web.reload()
+    assert web.locator("#votes").inner_text() == "5 votes, 1 skipped."
+    web.click("#clear")
+    assert "No votes yet." in web.locator("#votes").inner_text()
+    web.set_input_files("#load", tmp_path / "votes.json")
+    until(web, "byId('votes').textContent.startsWith('6 votes read.')")
+    web.click("#reveal")
+    assert web.locator("#result tbody tr").inner_text().split() == cells
+    (tmp_path / "bad.json").write_text('{"votes": 3}')
+    web.set_input_files("#load", tmp_path / "bad.json")
+    until(web, "byId('votes').textContent.startsWith('This file holds no votes')")
+    (tmp_path / "other.json").write_text((tmp_path / "votes.json").read_text().replace(data["digest"], "0"))
+    web.set_input_files("#load", tmp_path / "other.json")
+    until(web, "byId('votes').textContent.startsWith('These votes are of another page')")
+    web.click("#clear")
+
+
+@pytest.mark.slow
+def test_sides_and_order_are_drawn_from_the_seed(visit):
+    """Every pair once; each side about as often; the same seed gives the same ballots, another one others."""
+    web = visit("#blind")
+    drawn = [web.evaluate(f"makeBallots([[1, 2], [0, 3]], '', {seed})") for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+    assert len({ballot["key"] for ballot in drawn[0]}) == len(drawn[0]) == 48
+    assert 10 < sum(ballot["left"] < ballot["right"] for ballot in drawn[0]) < 38
+    web.select_option("#setup [name=first]", label="every pair of methods")
+    web.select_option("#setup [name=task]", label="counting")
+    web.click("#setup button")
+    assert web.locator("#progress").inner_text() == "Pair 1 of 40"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["nasty", "empty", "without base"])
+def test_bad_input_in_the_browser(visit, tmp_path, what):
+    """Hostile texts, missing pictures, an empty store, no base: no script of theirs runs, no error, all views work."""
+    given = results(tmp_path)
+    draw_pictures(tmp_path, given.manifest)
+    if what == "nasty":
+        spoil(given, tmp_path)
+    if what == "empty":
+        given = results(tmp_path / "none")
+        given.scores, given.costs = given.scores.iloc[:0], given.costs.assign(state="missing", images=np.nan)
+    if what == "without base":
+        runs = [run for run in given.manifest.runs if run.label != "base"]
+        cases = [label for label in given.manifest.cases if label != "base"]
+        given.manifest = structs.replace(given.manifest, runs=runs, cases=cases)
+        given.scores = given.scores[given.scores["label"] != "base"]
+        given.costs = given.costs[given.costs["label"] != "base"]
+    built(given, tmp_path)
+    web = visit("#pictures", path=tmp_path / "out/made_up.html")
+    count = web.locator("#rows h3").count()
+    assert count == {"nasty": 120, "empty": 0, "without base": 60}[what]
+    if what == "nasty":
+        web.wait_for_selector(".thumb.absent")
+        assert "No picture: the run failed: </script>" in web.locator(".absent").first.text_content()
+        assert NASTY[1] in names(web)
+        web.fill("[name=search]", "</script>")
+        assert 0 < web.locator("#rows h3").count() < 120
+        until(web, "location.hash.includes('search=')")
+        web.reload()
+        assert web.input_value("[name=search]") == "</script>"
+        web.click("#controls >> text=Reset")
+    if count:
+        web.click("button.thumb >> nth=0")
+        for key in ("ArrowRight", "ArrowRight", "ArrowDown", "f", "Escape"):
+            web.keyboard.press(key)
+    for sort in ("disagreement", "random"):
+        web.select_option("[name=sort]", sort)
+    assert web.locator("option[value=gain]").count() == (what != "without base")
+    go(web, "blind")
+    web.click("#setup button")
+    web.keyboard.press("ArrowLeft")
+    web.click("#reveal")
+    go(web, "report")
+    assert web.locator("h1").inner_text()
+
+
+@pytest.mark.slow
+def test_tasks_of_the_made_up_store_are_all_offered(visit):
+    """Every task can be chosen, and no other."""
+    web = visit("#pictures")
+    offered = web.locator("#filter [name=task] option").all_inner_texts()
+    assert offered == ["all tasks", *(task.replace("_", " ") for task in TASKS)]

@@ -1,0 +1,491 @@
+"""Claims about tables, reports and picture grids, on a made-up store."""
+
+import csv
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from msgspec import structs
+from PIL import Image
+from support.report_tables import (
+    LABELS,
+    TASKS,
+    costs,
+    draw_pictures,
+    manifest,
+    page,
+    results,
+    row_of,
+    scores,
+    section,
+    stored,
+)
+
+from alignbench import cli
+from alignbench.reporting import disclosures, image_grid, report, tables
+from alignbench.reporting.analysis import stats
+from alignbench.reporting.analysis.comparison import Measure, analyse
+from alignbench.reporting.analysis.results import COSTS, Results
+from alignbench.reporting.table import Cell, Column, Table, escape, interval, number
+from alignbench.store import files
+from alignbench.store.manifest import UNTRAINED, Manifest, ManifestNote, write_manifest
+
+
+def with_runs(plan, change):
+    """The manifest with ``change(run)``, its new fields, in each of its runs."""
+    return structs.replace(plan, runs=[structs.replace(run, **change(run)) for run in plan.runs])
+
+
+def with_files(plan, file="scores/{images}/{evaluator}.parquet"):
+    """The manifest with a file and its evaluator's settings for every score."""
+
+    def filed(run, score):
+        own = {"file": file.format(images=run.images, evaluator=score.evaluator), "settings": {"name": score.evaluator}}
+        return structs.replace(score, **own)
+
+    return with_runs(plan, lambda run: {"scores": [filed(run, score) for score in run.scores]})
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_first_line_makes_the_report_again():
+    """The page begins with the two commands that make it from nothing."""
+    first = page(results()).splitlines()[0]
+    assert first == "Made by `alignbench sweep sweeps/made_up.yaml && alignbench report sweeps/made_up.yaml`"
+
+
+def test_every_method_has_its_row_and_every_measure_its_role():
+    """The table has methods in the sweep's order, the training reward first, then held-out scores, then checks."""
+    table = section(page(results()), "Results")
+    assert [line.split()[1] for line in table.splitlines()[4:10]] == list(LABELS)
+    header = table.splitlines()[2]
+    order = ["hpsv2.1, cosine ↑ [train]", "pickscore, logit ↑ [held-out]", "geneval, by task, fraction ↑ [check]"]
+    places = [header.index(title) for title in order]
+    assert places == sorted(places)
+
+
+def test_bold_needs_a_gain_that_survives_holm():
+    """The best mean is bold where its paired gain over base survives; where no method moved, nothing is."""
+    given = results()
+    table = section(page(given), "Results")
+    assert row_of(table, "LeapAlign").count("**") == 8
+    assert "**" not in row_of(table, "DanceGRPO")
+    given.scores["score"] = given.scores.groupby(["metric", "prompt_id", "index"])["score"].transform("mean")
+    assert "**0" not in section(page(given), "Results").split("Every cell")[0]
+
+
+def test_the_verdicts_are_those_of_the_paired_changes():
+    """Up, down and "cannot tell" follow the gains that were put in, and CSV and page agree."""
+    analysis = analyse(manifest(), scores(manifest()))
+    verdicts = {m.name: {k: v.verdict for k, v in found.items()} for m, found in analysis.changes.items()}
+    assert verdicts["hpsv2.1"]["ReFL"] == "up"
+    assert verdicts["pickscore"]["ReFL"] == "down"
+    assert verdicts["pickscore"]["LeapAlign"] == "up"
+    assert verdicts["pickscore"]["DanceGRPO"] == "cannot tell"
+
+
+def test_published_weights_are_compared_like_any_row():
+    """They are not base, though they stand first and train nothing; their change has the prompts' spread alone.
+
+    What is said of trained methods does not depend on them, but for Holm's count.
+    """
+    plan = manifest(labels=("ReFL", "base", "LeapAlign", "DRTune"))
+    first, *rest = [run for run in plan.runs if (run.label, run.seed) != ("ReFL", 1)]
+    published = plan.only([structs.replace(first, seed=UNTRAINED, published=True), *rest])
+    frame = scores(published)
+    mine = frame["label"] == "ReFL"
+    frame.loc[mine, "score"] += np.random.default_rng(1).normal(size=mine.sum())
+    given = analyse(published, frame)
+    without = structs.replace(plan, runs=rest, cases=["base", "LeapAlign", "DRTune"])
+    alone = analyse(without, frame[~mine])
+    assert (given.base, given.compared) == ("base", ["ReFL", "LeapAlign", "DRTune"])
+    for measure in given.measures:
+        data, changes = given.scores[measure], given.changes[measure]
+        strata = data.tags if measure.by_task else None
+        expected = stats.paired_difference(data.values["ReFL"], data.values["base"], strata)
+        assert changes["ReFL"].estimate == expected
+        assert all(alone.changes[measure][label].estimate == changes[label].estimate for label in alone.compared)
+
+
+def test_hybrid_inference_is_marked():
+    """A row whose last steps are the base model's has a dagger, a footnote and a line in the protocol; others none."""
+    given = results()
+    own = {"DRTune": {"tuned_steps": 5}}
+    given.manifest = with_runs(given.manifest, lambda run: {"protocol": run.protocol | own.get(run.label, {})})
+    text = page(given)
+    assert [label for label in LABELS if "†" in row_of(section(text, "Results"), label)] == ["DRTune"]
+    assert "† Hybrid inference: the row makes these steps, the base model the rest: DRTune, the first 5 of 8" in text
+    assert "- **but DRTune**: tuned steps = 5" in section(text, "Protocol")
+    assert "†" not in page(results())
+
+
+def test_moments_in_8_bits_are_marked():
+    """A row that was trained with them has a double dagger and a footnote, beside any other; the base has none."""
+    given = results()
+    for run in given.manifest.runs:
+        own = "8bit" if run.label in ("base", "DRTune") else "float32"
+        run.settings["training"]["optimizer"] = {"moments": own}
+    hybrid = {"DRTune": {"tuned_steps": 5}}
+    given.manifest = with_runs(given.manifest, lambda run: {"protocol": run.protocol | hybrid.get(run.label, {})})
+    text = page(given)
+    assert [label for label in LABELS if "‡" in row_of(section(text, "Results"), label)] == ["DRTune"]
+    assert "| DRTune † ‡" in text
+    assert "‡ AdamW with moments in 8 bits, which is not the optimizer of the papers: DRTune." in text
+    assert "‡" not in page(results())
+
+
+def test_a_reward_that_rises_while_the_rest_falls_is_flagged():
+    """A method whose training reward rose while held-out scores fell is named as hacking, in its row too."""
+    text = page(results())
+    assert "**REWARD HACKING, ReFL: the training reward rose while pickscore, geneval, by task and" in text
+    assert "LeapAlign: no reward hacking shown" in text
+    assert "(reward hacking)" in row_of(section(text, "Results"), "ReFL")
+    assert "(reward hacking)" not in row_of(section(text, "Results"), "LeapAlign")
+
+
+def test_the_sweeps_own_question_is_answered_from_the_numbers():
+    """The quickstart asks about LeapAlign; the answer follows the scores, yes as well as not shown."""
+    given = results(name="quickstart")
+    assert "[check]: **Yes**: better than ReFL, DRaFT-LV and DRTune." in page(given)
+    swap = {"LeapAlign": "DanceGRPO", "DanceGRPO": "LeapAlign"}
+    given.scores["label"] = given.scores["label"].replace(swap)
+    answer = section(page(given), "Does LeapAlign beat")
+    assert "**Yes**" not in answer
+    assert "worse than DRaFT-LV and DRTune" in answer
+
+
+def test_overrides_show_their_reason_once():
+    """An exception is printed with its reason and its methods, once, however many seeds carry it."""
+    given = results()
+    text = page(given)
+    assert text.count("four groups of four") == 1
+    assert "- DanceGRPO: training.batch = 16. four groups of four" in text
+    notes = [ManifestNote({"training.optimizer.lr": 1e-4}, "a small model")]
+    given.manifest = with_runs(given.manifest, lambda run: {"notes": notes})
+    assert section(page(given), "Overrides").count("all methods: training.optimizer.lr = 0.0001. a small model") == 1
+
+
+def test_settings_are_printed_as_resolved():
+    """What all runs share stands once, a method's own settings in its line; training seeds make no difference."""
+    text = section(page(results()), "Settings")
+    assert text.count("backend, name = flux, model = shapes") == 1
+    assert text.count("training, batch = 16, budget.images = 480") == 1
+    assert "- LeapAlign: name = leapalign, steps = 8" in text
+
+
+def test_a_subset_says_so():
+    """A quick look at a few prompts is marked as such at the head of the page, and asks the sweep's own questions."""
+    given = results(name="quickstart-SUBSET")
+    given.manifest = structs.replace(given.manifest, subset=60)
+    text = page(given)
+    assert text.splitlines()[4] == "**SUBSET: only the first 60 evaluation prompts.**"
+    assert "Does LeapAlign beat" in text
+
+
+def test_unequal_budgets_are_said():
+    """Equal images are stated as measured; if one method trained on fewer, the page says so."""
+    given = results()
+    assert "equal images: 480 per training run" in page(given)
+    given.costs.loc[given.costs["label"] == "ReFL", "images"] = 240
+    assert "**The numbers of training images differ**: ReFL 240, DRaFT-LV 480" in page(given)
+
+
+def test_one_seed_is_said():
+    """With one training seed the page says that the variance between trainings is unknown."""
+    assert "One training seed" in page(results(seeds=(0,)))
+    assert "One training seed" not in page(results(seeds=(0, 1, 2)))
+
+
+# ----------------------------------------------------------------------------------------------- what went wrong shows
+
+
+def test_a_failed_run_appears_with_its_reason():
+    """A run that failed is listed with its reason; its method says how many seeds are left, and keeps its row."""
+    given = results()
+    failed = given.costs["run"] == "LeapAlign-1"
+    given.costs.loc[failed, ["state", "reason"]] = ["failed", "loss is nan at step 7 | see log"]
+    given.scores = given.scores[given.scores["run"] != "LeapAlign-1"]
+    text = page(given)
+    assert "- LeapAlign, seed 1: **failed**: loss is nan at step 7 \\| see log" in text
+    assert "(1 of 2 seeds)" in row_of(section(text, "Results"), "LeapAlign")
+
+
+def test_a_method_without_any_score_keeps_its_row():
+    """A method whose every run failed shows dashes, not nothing and not zeros."""
+    given = results()
+    mine = given.costs["label"] == "DRTune"
+    given.costs.loc[mine, "state"] = "missing"
+    given.costs.loc[mine, given.costs.columns[given.costs.columns.get_loc("updates") :]] = np.nan
+    given.scores = given.scores[given.scores["label"] != "DRTune"]
+    text = page(given)
+    cells = row_of(section(text, "Results"), "DRTune").split("|")[2:-1]
+    assert {cell.strip() for cell in cells} == {"—"}
+    assert "- DRTune, seed 0: **missing**: no reason was recorded" in text
+    assert "not measured" in section(text, "Paired change")
+
+
+def test_an_invalid_score_does_not_vanish():
+    """A nan and a row that is not ok are left out in pairs and counted in the coverage; complete scores say so."""
+    given = results()
+    assert "Complete: every picture" in page(given)
+    mine = (given.scores["label"] == "ReFL") & (given.scores["metric"] == "pickscore") & (given.scores["seed"] == 0)
+    rows = given.scores.index[mine & (given.scores["prompt_id"] == "p0003")]
+    given.scores.loc[rows[0], "score"] = np.nan
+    given.scores.loc[rows[1], "ok"] = False
+    text = page(given)
+    assert "- pickscore, ReFL: 238 of 240 scores; prompts left out: 1 of the mean, 1 of the paired change" in text
+    assert "nan" not in text
+
+
+def test_an_empty_store_makes_a_report():
+    """Before anything ran the report has every row, no number, and lists every run as missing."""
+    given = results()
+    given.scores = given.scores.iloc[:0]
+    given.costs = given.costs.assign(state="missing", images=np.nan)
+    text = page(given)
+    assert "**No training run has finished.**" in text
+    assert text.count("**missing**") == 11
+    assert "nan" not in text
+
+
+def test_a_sweep_without_base_has_no_bold():
+    """Without an untrained method nothing can be shown to be better than it, and the page says so."""
+    text = page(results(labels=LABELS[1:]))
+    assert "no untrained method to compare with" in text
+    assert "**2" not in section(text, "Results")
+
+
+def test_rows_in_any_order_give_the_same_report():
+    """The report is a function of the scores, not of the order in which they were written."""
+    given = results()
+    expected = page(given)
+    given.scores = given.scores.sample(frac=1, random_state=0)
+    assert page(given) == expected
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("text", ["a|b", "`x`", "two\nlines", "<b>", "*bold*", "[link](x)", "\u202egnp", "\\"])
+def test_no_label_breaks_the_table(text):
+    """Pipes, code, line breaks, HTML, emphasis, links and direction marks in a label stay text in one cell."""
+    table = Table([Column("method"), Column("score")], [[Cell(text), Cell(1.0)]]).markdown()
+    assert len(table.splitlines()) == 3
+    row = table.splitlines()[2].replace("\\\\", "").replace("\\|", "")
+    assert row.count("|") == 3
+    assert "<b>" not in row
+    assert "\u202e" not in row
+
+
+def test_ordinary_names_are_left_alone():
+    """Names such as geneval_strict, roles in brackets, comparisons and signed numbers need no escape."""
+    for name in ("geneval_strict", "DRaFT-LV", "hpsv2.1 [train]", "emoji 🙂", "-0.1 [-0.2, +0.1]", "<0.001"):
+        assert escape(name) == name
+
+
+def test_numbers_are_shown_in_their_decimals():
+    """Fixed decimals, thousands separators, signs on changes; never -0.000, never nan."""
+    assert interval(0.28149, 0.2799, 0.2834) == "0.281 [0.280, 0.283]"
+    assert interval(-0.0001, -0.01, 0.01, 3, True) == "0.000 [-0.010, +0.010]"
+    assert interval(0.5, np.nan, np.nan) == "0.500 [unknown]"
+    assert number(123456, 0) == "123,456"
+    assert number(float("nan")) == interval(np.nan, 0, 1) == "—"
+
+
+def test_csv_keeps_every_digit_and_every_name():
+    """CSV is read back as written: ten digits, limits apart, quotes and line breaks in names, empty if unmeasured."""
+    name = 'a "quoted", name\nof two lines'
+    table = Table([Column("method"), Column("score")], [[Cell(name), Cell(1 / 3, 0.25, 0.5)], [Cell("b"), Cell()]])
+    rows = list(csv.reader(io.StringIO(table.csv())))
+    assert rows == [
+        ["method", "score", "score_lo", "score_hi"],
+        [name, "0.3333333333", "0.25", "0.5"],
+        ["b", "", "", ""],
+    ]
+
+
+def test_the_tidy_file_has_one_row_per_method_and_measure(tmp_path):
+    """pandas reads the CSV back: six methods by four measures and seven costs, and five gains over measures; base has
+    no change; roles are named, and what is known of the spread between trainings."""
+    report.build(results(tmp_path), tmp_path / "out")
+    frame = pd.read_csv(tmp_path / "out/made_up.csv", keep_default_na=False, na_values=[""])
+    assert len(frame) == 6 * (4 + 7) + 5
+    assert not frame.duplicated(["method", "metric"]).any()
+    measured = frame[~frame["role"].isin(["cost", "summary"])]
+    told = measured.groupby("method")["between_trainings"].unique().str.join("")
+    assert told.to_dict() == {label: "none" if label == "base" else "in se" for label in LABELS}
+    shares = measured[measured["method"] != "base"]
+    assert ((shares["improved"] > 0.5) == (shares["improved_verdict"] == "up")).mean() > 0.7
+    assert measured[measured["method"] == "base"]["change"].isna().all()
+    assert measured[measured["method"] != "base"]["p_holm"].notna().all()
+    assert (measured["lo"] <= measured["mean"]).all()
+    assert set(measured["prompts"]) == {60}
+
+
+# ------------------------------------------------------------------------------------------------------ files and speed
+
+
+def test_the_grid_has_a_row_per_method_and_a_column_per_prompt(tmp_path):
+    """Ten prompts of all tasks, six methods, 32 px pictures enlarged four times with their pixels intact."""
+    given = results(tmp_path)
+    draw_pictures(tmp_path, given.manifest)
+    paths = report.build(given, tmp_path / "out")
+    names = [path.name for path in paths]
+    assert names[:4] == ["made_up.md", "made_up.csv", "made_up.tex", "made_up-grid.png"]
+    assert names[-1] == "made_up.html"
+    with Image.open(paths[3]) as sheet:
+        side, gap = 128, image_grid.GAP
+        assert sheet.height == 2 * gap + image_grid.LINE * (1 + 3) + 6 * (side + gap)  # task, and three lines of prompt
+        left = sheet.width - 10 * (side + gap)
+        assert 50 < left < 150
+        assert (np.asarray(sheet)[-gap - side : -gap, left : left + side] == 30).all(2).any()
+    assert "(made_up-grid.png)" in paths[0].read_text()
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_page_alone_is_the_page_of_the_whole_report(tmp_path):
+    """``--format html`` gives the bytes that all formats give, grid included, and no other file; markdown without png
+    names no file that is not there."""
+    given = results(tmp_path)
+    draw_pictures(tmp_path, given.manifest)
+    whole = report.build(given, tmp_path / "out")[-1].read_bytes()
+    alone = report.build(given, tmp_path / "alone", ["html"])
+    assert list((tmp_path / "alone").iterdir()) == alone
+    assert b'<img class="grid"' in whole
+    assert alone[0].read_bytes() == whole
+    text, _ = report.build(given, tmp_path / "both", ["md", "html"])
+    assert "grid" not in text.read_text()
+
+
+def test_a_missing_picture_leaves_a_grey_tile(tmp_path):
+    """A method without pictures keeps its row in the grid."""
+    given = results(tmp_path)
+    draw_pictures(tmp_path, given.manifest)
+    for seed in (0, 1):
+        (tmp_path / f"images/ReFL{seed}/manifest.parquet").unlink()
+    with Image.open(report.build(given, tmp_path / "out", ["png"])[0]) as sheet:
+        row = np.asarray(sheet)[-5 * 132 : -5 * 132 + 128, -132:-4]
+    assert (row[:8] == 225).all()
+
+
+@pytest.mark.parametrize("prompt", ["a | b\n`c`", "emoji 🙂 and שלום", "x" * 300, "", "word " * 100])
+def test_any_prompt_can_stand_over_a_column(prompt):
+    """Pipes, line breaks, emoji, right-to-left text, endless words and nothing at all fit over a tile of the grid."""
+    sheet = image_grid.draw([(prompt[:20], [None, None])], [("task", prompt), ("", "b")])
+    assert (
+        sheet.height
+        <= 2 * image_grid.GAP + image_grid.LINE * (1 + image_grid.CAPTION_LINES) + image_grid.SMALLEST + image_grid.GAP
+    )
+
+
+def test_prompts_of_the_grid_are_chosen_by_rule():
+    """Every task is shown, as evenly as ten allow, and the order in which prompts come does not matter."""
+    prompts, tags = [f"p{i}" for i in range(60)], [TASKS[i % 6] for i in range(60)]
+    chosen = image_grid.choose(prompts, tags)
+    counts = pd.Series(tags, prompts)[chosen].value_counts()
+    assert len(set(chosen)) == 10
+    assert counts.min() == 1
+    assert counts.max() == 2
+    assert image_grid.choose(prompts[::-1], tags[::-1]) == chosen
+    assert image_grid.choose(["a"], [""]) == ["a"]
+
+
+@pytest.mark.slow
+def test_a_report_is_made_twice_alike(tmp_path):
+    """The same store gives the same bytes: the pages, the CSV and the pictures."""
+    given = results(tmp_path)
+    draw_pictures(tmp_path, given.manifest)
+    first = [path.read_bytes() for path in report.build(given, tmp_path / "a")]
+    assert [path.read_bytes() for path in report.build(given, tmp_path / "b")] == first
+
+
+def on_disk(root: Path, given: Results) -> Manifest:
+    """Write a store with what ``given`` has, and return its manifest."""
+    plan, frame = with_files(given.manifest), given.scores
+    draw_pictures(root, plan)
+    for run in plan.runs:
+        mine = frame[(frame["run"] == run.id)]
+        for score in run.scores:
+            part = mine[mine["evaluator"] == score.evaluator]
+            wide = part.pivot(index=["prompt_id", "tag", "index"], columns="metric", values="score").reset_index()
+            files.write_frame(root / score.file, wide.assign(ok=True, error=""))
+        folder = root / "runs" / run.id
+        files.write_json(folder / "status.json", {"state": "done"})
+        if run.trained:
+            row = given.costs[given.costs["run"] == run.id].iloc[0]
+            record = {name: [row[name]] for name in COSTS} | {"update": [29], "reward_mean": [0.25]}
+            files.write_frame(folder / "train.parquet", pd.DataFrame(record))
+            files.write(folder / "weights.safetensors", b"")
+        origin = {"alignbench": "0.1.0", "revision": None, "python": "3.11.9", "packages": {"torch": "2.15"}}
+        origin |= {"machine": "Linux x86_64, 2 cores", "devices": [], "processes": 1, "threads": 1}
+        files.write_json(folder / "provenance.json", origin)
+    write_manifest(root / "sweeps" / "made_up-1.json", plan)
+    return plan
+
+
+def test_a_store_on_disk_is_read(tmp_path):
+    """The page of a real store is the page of its frames."""
+    given = results(tmp_path)
+    plan = on_disk(tmp_path, given)
+    text = report.build(Results(tmp_path, plan), tmp_path / "out")[0].read_text()
+    assert text.count("- made with alignbench 0.1.0, Python 3.11.9, torch 2.15, Linux x86_64, 2 cores") == 1
+    assert "different software" not in text
+    assert section(text, "Results").startswith(section(page(given), "Results").rstrip())
+    assert section(text, "Paired change") == section(page(given), "Paired change")
+    assert "not in the numbers" not in text
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_report_stays_the_same_however_its_scores_were_read(tmp_path, writable, monkeypatch, capsys):
+    """The first, and the next from kept tables: byte for byte; of a read-only store as well, where none are kept."""
+    root = tmp_path / "store"
+    plan = on_disk(root, results(root))
+    expected = [path.read_bytes() for path in report.build(Results(root, plan), tmp_path / "a", ("md", "csv"))]
+    if not writable:
+        files.write(root / "tables", "a file where a folder would be: also root cannot write there")
+        monkeypatch.setattr(os, "access", lambda place, mode: False)
+    for _ in range(2):
+        words = ["made_up-1", "--store", str(root), "--format", "md,csv", "--out", str(tmp_path / "b")]
+        assert cli.main(["report", *words]) == 0
+        assert [(tmp_path / "b" / f"made_up.{kind}").read_bytes() for kind in ("md", "csv")] == expected
+        kept = sorted(path.name for path in root.glob("tables/made_up-1/*"))
+        names = ["scores.feather", "scores.json", "training.feather", "training.json"]
+        assert kept == (names if writable else [])
+        capsys.readouterr()
+
+
+def test_reports_need_no_torch():
+    """Importing the report, and every report module beside it, loads no torch."""
+    code = "import sys; from alignbench.reporting.report import _words as w; w('quickstart'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_large_sweep_is_quick():
+    """30 runs of 300 prompts x 4 images and four measures (144,000 scores) are a page within five seconds."""
+    plan = manifest(seeds=range(6))
+    large = stored(None, plan, scores(plan, 300, 4), costs(plan))
+    start = time.process_time()
+    page(large)
+    assert time.process_time() - start < 5
+
+
+def test_the_interval_of_a_share_ends_where_shares_end():
+    """Two prompts give a t-interval that reaches beyond 1; what is printed of a fraction stays within [0, 1]."""
+    wide = stats.mean_interval(np.array([0.75, 1.0])[:, None, None])
+    assert wide.lo < 0
+    assert wide.hi > 1
+    share, cosine = (tables.estimate_cell(wide, Measure("e", "m", unit=unit)) for unit in ("fraction", "cosine"))
+    assert (share.lo, share.hi) == (0, 1)
+    assert (cosine.lo, cosine.hi) == (wide.lo, wide.hi)
+
+
+def test_a_setting_that_an_override_switches_off_is_shown():
+    """``shift: null`` is a departure like any other."""
+    assert disclosures._flat({"method": {"shift": None}, "steps": 3}) == "method.shift = none, steps = 3"

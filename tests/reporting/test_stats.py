@@ -1,0 +1,290 @@
+"""Claims about means, intervals and corrections; simulations have seeds of their own and fixed tolerances."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.special import ndtr
+from scipy.stats import binomtest, trim_mean
+
+from alignbench.reporting.analysis import stats
+
+TASKS = np.repeat(np.arange(6), [4, 10, 7, 5, 12, 6])
+
+
+def crossed(rng, prompts, seeds, sd, runs=1, images=1):
+    """(runs, P, I, S) normal scores with variances of prompt, training seed and interaction; the true mean is zero."""
+    prompt = rng.normal(size=(runs, prompts, 1, 1)) * sd[0]
+    seed = rng.normal(size=(runs, 1, 1, seeds)) * sd[1]
+    return prompt + seed + rng.normal(size=(runs, prompts, images, seeds)) * sd[2]
+
+
+def coverage(sd, prompts=60, seeds=3, runs=500, strata=None):
+    data = crossed(np.random.default_rng(0), prompts, seeds, sd, runs)
+    found = [stats.mean_interval(values, strata, draws=1000) for values in data]
+    return np.mean([each.lo <= 0 <= each.hi for each in found])
+
+
+def test_a_constant_has_no_width():
+    """Equal scores everywhere give that score, with an interval of width zero."""
+    found = stats.mean_interval(np.full((44, 4, 3), 0.3), TASKS)
+    assert found[:3] == pytest.approx((0.3, 0.3, 0.3), abs=1e-12)
+    assert (found.prompts, found.seeds, found.dropped) == (44, 3, 0)
+
+
+def test_a_method_equals_itself_exactly():
+    """The paired difference of a method with itself is exactly zero, and so are both limits; p is one."""
+    values = np.random.default_rng(1).normal(size=(44, 4, 2))
+    assert stats.paired_difference(values, values, TASKS)[:4] == (0, 0, 0, 0)
+    assert stats.paired_difference(values, values).p == 1
+
+
+def test_a_constant_shift_is_certain():
+    """What differs by the same amount in every picture differs without doubt, however noisy the scores are."""
+    values = np.round(np.random.default_rng(1).normal(size=(44, 4, 2)), 2)
+    found = stats.paired_difference(values + 0.5, values)
+    assert found[:3] == pytest.approx((0.5, 0.5, 0.5))
+    assert found.p < 1e-6
+
+
+def test_by_task_is_the_mean_of_task_means():
+    """With strata the mean is the unweighted mean of the task means, whatever the tasks' sizes."""
+    values = np.random.default_rng(2).normal(size=(44, 4, 2)) + TASKS[:, None, None]
+    by_task = np.mean([values[task == TASKS].mean() for task in range(6)])
+    assert stats.mean_interval(values, TASKS).mean == pytest.approx(by_task)
+    assert stats.mean_interval(values).mean == pytest.approx(values.mean())
+
+
+def test_strata_take_the_differences_between_tasks_out():
+    """Tasks that differ widely, with nothing else varying, leave no uncertainty: every resample keeps every task."""
+    values = np.broadcast_to(TASKS[:, None, None], (44, 4, 2))
+    assert stats.mean_interval(values, TASKS).se == 0
+    assert stats.mean_interval(values).se > 0.1
+
+
+def test_a_task_without_scores_is_not_averaged_away():
+    """If one task has no valid score at all, the mean by task is nan rather than the mean of five."""
+    values = np.ones((44, 4, 2))
+    values[TASKS == 3] = np.nan
+    found = stats.mean_interval(values, TASKS)
+    assert np.isnan(found.mean)
+    assert found.dropped == 5
+
+
+@pytest.mark.parametrize(("seeds", "strata"), [(1, None), (1, TASKS), (2, TASKS), (5, None)])
+def test_bootstrap_agrees_with_the_closed_form(seeds, strata):
+    """The bootstrap's standard error is the closed two-level one within 4 %; with one seed, the clustered."""
+    values = crossed(np.random.default_rng(3), 44, seeds, (1, 0.5, 1), images=4)[0]
+    found = stats.mean_interval(values, strata)
+    assert found.se == pytest.approx(stats.two_level_se(values, strata), rel=0.04)
+    if seeds == 1:
+        assert stats.two_level_se(values, strata) == stats.clustered_se(values, strata)
+
+
+def test_clustered_error_is_that_of_the_prompt_means():
+    """On balanced data the clustered error is sd(prompt means) / sqrt(P); taking images as independent gives less."""
+    values = crossed(np.random.default_rng(4), 200, 1, (1, 0, 1), images=4)[0]
+    means = values.mean((1, 2))
+    assert stats.clustered_se(values) == pytest.approx(means.std(ddof=1) / np.sqrt(200))
+    assert stats.clustered_se(values) > 1.5 * values.std() / np.sqrt(values.size)
+
+
+def test_two_level_variance_is_unbiased():
+    """Over 2,000 simulated studies the mean squared two-level error is the true variance of the mean within 5 %."""
+    sd, prompts, seeds = (1, 0.3, 1), 30, 4
+    data = crossed(np.random.default_rng(5), prompts, seeds, sd, runs=2000)
+    true = sd[0] ** 2 / prompts + sd[1] ** 2 / seeds + sd[2] ** 2 / prompts / seeds
+    assert np.mean([stats.two_level_se(values) ** 2 for values in data]) == pytest.approx(true, rel=0.05)
+
+
+def test_the_interval_covers():
+    """Of 500 simulated studies with three seeds, 92 to 98 % of the 95 % intervals hold the true mean."""
+    assert 0.92 <= coverage((1, 0.15, 1)) <= 0.98
+
+
+def test_the_pool_is_the_mean_variance_between_seeds():
+    """Seeds that shift all scores by s, pooled over methods, have the mean of var(s) and the sum of the degrees of
+    freedom; one seed alone has no spread."""
+    shifts = np.random.default_rng(13).normal(size=(5, 4))
+    methods = [np.broadcast_to(shift, (44, 2, 4)) for shift in shifts]
+    pooled = stats.pool_seeds(methods, TASKS)
+    assert pooled == pytest.approx((shifts.var(1, ddof=1).mean(),) * 2 + (15,))
+    assert stats.pool_seeds([values[:, :, :1] for values in methods]) is None
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_the_pool_of_all_pairs_needs_no_pair(gaps):
+    """From the methods alone come the variances that all differences of two have; with gaps the pairs are made. The
+    degrees of freedom are (k - 1) (S - 1), and two methods with one seed have none."""
+    rng = np.random.default_rng(15)
+    methods = [crossed(rng, 44, 3, (1, 0.5, 1), images=2)[0] for _ in range(5)]
+    if gaps:
+        methods[1][3] = np.nan
+    pairs = stats.pool_seeds([a - b for a, b in itertools.combinations(methods, 2)], TASKS)
+    pooled = stats.pool_pairs(methods, TASKS)
+    assert pooled[:2] == pytest.approx(pairs[:2])
+    assert pooled.df == 8
+    assert stats.pool_pairs([values[:, :, :1] for values in methods]) is None
+
+
+def test_many_at_once_are_each_alone():
+    """Arrays of different gaps and seeds, in one call, have the estimates that each has in a call of its own."""
+    rng = np.random.default_rng(16)
+    arrays = [crossed(rng, 44, seeds, (1, 0.5, 1), images=2)[0] for seeds in (3, 1, 3, 3)]
+    arrays[2][5], arrays[3][:] = np.nan, np.nan
+    together = np.array(stats.mean_intervals(arrays, TASKS))
+    assert together == pytest.approx(np.array([stats.mean_interval(each, TASKS) for each in arrays]), nan_ok=True)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_the_larger_spread_of_trainings_counts(seeds):
+    """A pool that is larger than what the own seeds show widens the interval, to its own size; a smaller one does not
+    narrow it."""
+    values = np.random.default_rng(14).normal(size=(44, 2, seeds))
+    own, wide, same = (
+        stats.mean_interval(values, pooled=each)
+        for each in (None, stats.SeedSpread(0.5, 0.5, 5), stats.SeedSpread(0, 0, 5))
+    )
+    assert wide.se > 2 * own.se
+    assert wide.se == pytest.approx(np.sqrt(0.5 / seeds), rel=0.1)
+    assert same.se == own.se
+
+
+def test_pairing_is_sharper_than_not_pairing():
+    """A gain hidden by the spread of prompts is found by pairing: its error is that of the differences."""
+    rng = np.random.default_rng(7)
+    base = rng.normal(size=(100, 1, 1)) * 5 + rng.normal(size=(100, 4, 1)) * 0.1
+    better = base + 0.1 + rng.normal(size=(100, 4, 3)) * 0.1
+    assert stats.paired_difference(better, base).lo > 0
+    assert stats.mean_interval(better).se > 20 * stats.paired_difference(better, base).se
+
+
+def test_an_untrained_method_meets_every_seed():
+    """A baseline of one seed is paired with each seed of a method, as if it were repeated."""
+    rng = np.random.default_rng(8)
+    values, base = rng.normal(size=(44, 4, 3)), rng.normal(size=(44, 4, 1))
+    assert stats.paired_difference(values, base) == stats.paired_difference(values, np.repeat(base, 3, axis=2))
+
+
+def test_missing_scores_are_left_out_in_pairs():
+    """A picture without a score leaves its pair, a prompt without any leaves the difference and is counted, an empty
+    seed leaves it without taking prompts along."""
+    rng = np.random.default_rng(9)
+    values, base = rng.normal(size=(44, 4, 3)), rng.normal(size=(44, 4, 1))
+    base[0, 1] = np.nan  # one picture
+    values[1, :, 2] = np.nan  # one prompt under one seed
+    values[:, :, 1] = np.nan  # one training that failed
+    found = stats.paired_difference(values, base)
+    kept = np.r_[0, 2:44]
+    difference = (values - base)[np.ix_(kept, range(4), [0, 2])]
+    assert found.mean == pytest.approx(np.nanmean(difference, axis=1).mean())
+    assert (found.prompts, found.seeds, found.dropped) == (43, 2, 1)
+
+
+def test_order_does_not_matter():
+    """Permuting prompts (with their tasks), images and seeds changes neither mean nor error beyond resampling noise."""
+    rng = np.random.default_rng(10)
+    values = rng.normal(size=(44, 4, 3)) + TASKS[:, None, None]
+    order = rng.permutation(44)
+    moved = values[order][:, [2, 0, 3, 1]][:, :, [1, 2, 0]]
+    a, b = stats.mean_interval(values, TASKS), stats.mean_interval(moved, TASKS[order])
+    assert a.mean == pytest.approx(b.mean)
+    assert stats.two_level_se(values, TASKS) == pytest.approx(stats.two_level_se(moved, TASKS[order]))
+    assert (a.lo, a.hi) == pytest.approx((b.lo, b.hi), abs=0.05 * (a.hi - a.lo))
+
+
+def test_one_prompt_and_no_prompt_have_no_interval():
+    """One prompt has a mean and no spread; no prompt has neither; nobody divides by zero."""
+    one = stats.mean_interval(np.ones((1, 4, 2)))
+    assert one.mean == 1
+    assert np.isnan([one.lo, one.hi, one.se, one.p]).all()
+    assert np.isnan(stats.mean_interval(np.full((3, 4, 2), np.nan)).mean)
+    assert stats.mean_interval(np.empty((0, 0, 1))).prompts == 0
+
+
+def test_holm_by_hand():
+    """0.01, 0.04, 0.03, 0.005 of four: 0.005 * 4, 0.01 * 3, 0.03 * 2, and 0.04 * 1 raised to the 0.06 before it."""
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.5, 0.9, 0.7]) == pytest.approx([1, 1, 1])
+
+
+def test_holm_ignores_what_was_not_tested():
+    """nan stays nan and does not count as a comparison; nothing in, nothing out."""
+    assert stats.holm([0.01, np.nan, 0.04]) == pytest.approx([0.02, np.nan, 0.04], nan_ok=True)
+    assert stats.holm([]).size == 0
+
+
+def test_the_same_data_give_the_same_numbers():
+    """The bootstrap's draws come from a fixed seed: two calls agree to the bit, another seed differs a little."""
+    values = np.random.default_rng(11).normal(size=(44, 4, 3))
+    stats._prompt_weights.cache_clear()
+    first = stats.mean_interval(values)
+    stats._prompt_weights.cache_clear()
+    assert stats.mean_interval(values) == first
+    assert stats.mean_interval(values, seed=1).lo != first.lo
+
+
+# ------------------------------------------------------------------------------------------- improvement, midmean
+
+
+@pytest.mark.slow
+def test_the_probability_of_improvement_is_that_of_normal_data():
+    """Paired differences N(d, s): the share of pictures that win tends to Phi(d / s), on each side of one half."""
+    rng = np.random.default_rng(17)
+    base = rng.normal(size=(20000, 1, 1)) * 10
+    for shift in (-1.0, 0.0, 0.5):
+        better = base + rng.normal(shift, 2, size=base.shape)
+        found = stats.improvements([better], base)[0]
+        assert found.mean == pytest.approx(ndtr(shift / 2), abs=0.01)
+        assert found.lo < ndtr(shift / 2) < found.hi
+
+
+def test_improvement_is_symmetric_and_ties_count_half():
+    """P(X > Y) + P(Y > X) = 1; a method has probability one half against itself, with p = 1."""
+    rng = np.random.default_rng(18)
+    a, b = np.round(rng.normal(size=(2, 44, 2, 3)))
+    ahead, behind = stats.improvements([a], b, TASKS)[0], stats.improvements([b], a, TASKS)[0]
+    assert ahead.mean + behind.mean == pytest.approx(1)
+    assert (ahead.p, ahead.se) == pytest.approx((behind.p, behind.se))
+    assert stats.improvements([a], a)[0][:4] == (0.5, 0.5, 0.5, 0)
+    assert stats.improvements([a], a)[0].p == 1
+
+
+@pytest.mark.parametrize("prompts", [1, 3, 20])
+def test_winning_every_prompt_is_no_certainty(prompts):
+    """P wins of P prompts: the interval is Clopper and Pearson's, and p is no less than a sign test's 2^(1 - P)."""
+    found = stats.improvements([np.ones((prompts, 2, 1))], np.zeros((prompts, 2, 1)))[0]
+    if prompts == 1:  # no spread is known of a single prompt
+        assert np.isnan([found.lo, found.p]).all()
+        return
+    exact = binomtest(prompts, prompts).proportion_ci(method="exact")
+    assert (found.mean, found.lo, found.hi) == pytest.approx((1, exact.low, exact.high))
+    assert found.p == pytest.approx(2.0 ** (1 - prompts))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 12])
+def test_the_midmean_cuts_a_quarter_from_either_end(n):
+    """Weights sum to one and are symmetric; for n = 4 k it is the mean trimmed by k at either end; equal values weigh
+    alike, and the result is continuous where two values pass each other."""
+    values = np.random.default_rng(n).normal(size=n)
+    weights = stats.midmean_weights(values)
+    assert weights.sum() == pytest.approx(1)
+    assert stats.midmean_weights(-values) == pytest.approx(weights)
+    if n % 4 == 0:
+        assert weights @ values == pytest.approx(trim_mean(values, 0.25))
+    assert np.ptp(stats.midmean_weights(np.ones(n))) == 0
+
+
+@pytest.mark.parametrize("by_task", [(False,) * 5, (True,) * 5, (False, True, True, False, True)])
+def test_the_parts_of_a_midmean_have_its_mean(by_task):
+    """The mean of what prompts and seeds add is the interquartile mean of the measures' own means, by task or not; a
+    prompt that one measure lacks is left out of all."""
+    rng = np.random.default_rng(19)
+    gains = [rng.normal(size=(44, 2, 3)) + 0.3 * i for i in range(5)]
+    gains[2][7], gains[3][9, 0] = np.nan, np.nan
+    strata = TASKS if any(by_task) else None
+    kept = np.delete(np.arange(44), 7)
+    means = [stats.mean_interval(gain[kept], TASKS[kept] if each else None).mean for gain, each in zip(gains, by_task)]
+    found = stats.mean_interval(stats.interquartile_mean(gains, by_task, strata), strata)
+    assert found.mean == pytest.approx(stats.midmean_weights(means) @ means)
+    assert (found.prompts, found.seeds, found.dropped) == (43, 3, 1)

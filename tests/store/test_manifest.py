@@ -1,0 +1,198 @@
+"""A manifest is decoded once, whoever wrote it, and is written as it always was."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import structs
+from support.tiny_sweep import PLUGIN, alignbench, sweep_file
+
+from alignbench.config import UserError, settings
+from alignbench.experiment.cells import PlannedRun
+from alignbench.experiment.document import read
+from alignbench.experiment.plan import Plan, resolve
+from alignbench.plugins import Registry
+from alignbench.reporting import report
+from alignbench.reporting.analysis.results import Results
+from alignbench.store.artefacts import Store
+from alignbench.store.files import write_json
+from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun, plain, read_manifest, write_manifest
+
+MILESTONES = {"base": {"training": {"milestones": [1, 3]}}, "evaluation": {"milestone_prompts": 2}}
+EXCEPTION = {"match": {"method": "last"}, "set": {"training.optimizer.lr": 1e-4}, "reason": 'små, "but" enough'}
+RUN: dict[str, Any] = {"id": "last-1", "label": "Last", "method": "last", "seed": 0, "images": "i", "scores": []}
+
+
+def planned(folder: Path, **changes: Any) -> Plan:
+    return resolve(read(sweep_file(folder, changes)), Registry([PLUGIN]))
+
+
+def as_dictionaries(plan: Plan, plugins: list[str]) -> dict[str, Any]:
+    """The manifest as it was made before it had a type."""
+
+    def scores(cell: PlannedRun, images: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "evaluator": score.name,
+                "settings": score.settings,
+                "version": score.version,
+                "file": f"scores/{images}/{score.file}",
+                "metrics": score.metrics,
+                "role": score.role,
+                **({"base": score.base} if score.base else {}),
+            }
+            for score in plan.scored(cell)
+        ]
+
+    def run(cell: PlannedRun) -> dict[str, Any]:
+        milestones = [{"update": n, "images": images, "scores": scores(cell, images)} for n, images in cell.milestones]
+        return {
+            "id": cell.id,
+            "label": cell.spec.label,
+            "method": cell.spec.method["name"],
+            "seed": cell.seed,
+            "published": cell.published,
+            "settings": settings(cell.spec),
+            "protocol": settings(cell.protocol),
+            "notes": cell.notes,
+            "images": cell.images,
+            "scores": scores(cell, cell.images),
+            **({"milestones": milestones} if milestones else {}),
+        }
+
+    return {
+        "name": plan.document.name,
+        "sweep": plan.document.command,
+        "world": plan.cells[0].spec.backend.get("model"),
+        "training_evaluator": plan.training_evaluator,
+        "protocol": settings(plan.evaluation.protocol),
+        "subset": plan.evaluation.limit,
+        "milestone_prompts": plan.evaluation.milestone_prompts,
+        "rehearsal": plan.document.rehearsal,
+        "prompts": len(plan.prompts),
+        "cases": list(dict.fromkeys(cell.spec.label for cell in plan.cells)),
+        "runs": [run(cell) for cell in plan.cells],
+        "plugins": plugins,
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"evaluation": {"limit": None}, "overrides": [EXCEPTION]},
+        MILESTONES,
+        {"evaluation": {"evaluators": [{"name": "bright"}, {"name": "base_distance", "weights": "shapes"}]}},
+    ],
+    ids=["tiny", "overrides", "milestones", "paired"],
+)
+def test_the_file_is_what_it_was_before_it_had_a_type(tmp_path, changes):
+    """Byte for byte, and again after it was read: stores of all versions stay one."""
+    plan = planned(tmp_path, **changes)
+    write_json(tmp_path / "old.json", as_dictionaries(plan, [PLUGIN]))
+    write_manifest(tmp_path / "new.json", plan.manifest([PLUGIN]))
+    old = (tmp_path / "old.json").read_bytes()
+    assert (tmp_path / "new.json").read_bytes() == old
+    found = read_manifest(tmp_path / "old.json")
+    assert found == plan.manifest([PLUGIN])
+    write_manifest(tmp_path / "new.json", found)
+    assert (tmp_path / "new.json").read_bytes() == old
+
+
+def test_manifests_of_earlier_versions_have_defaults(copy):
+    """Without the keys that came later: one protocol for all runs, nothing published, no plug-ins; the report is the
+    same but for the command that names them."""
+    path = Store(copy / "store").manifests()[0]
+    today = read_manifest(path)
+    old = json.loads(path.read_text())
+    for key in ("world", "milestone_prompts", "rehearsal", "plugins"):
+        del old[key]
+    for run in old["runs"]:
+        del run["published"], run["protocol"]
+        for score in run["scores"]:
+            del score["settings"]
+    path.write_text(json.dumps(old))
+    found = read_manifest(path)
+    assert [run.protocol for run in found.runs] == [run.protocol for run in today.runs]
+    assert not any(run.published or run.imported or run.milestones for run in found.runs)
+    pages = [
+        report.build(Results(copy / "store", manifest), copy / "out", ["md"])[0].read_text().partition("\n")[2]
+        for manifest in (today, found)
+    ]
+    assert pages[0] == pages[1]
+
+
+def test_keys_that_nobody_knows_are_passed_over(tmp_path):
+    """A store that a later version wrote can be read, too."""
+    (tmp_path / "m.json").write_text(json.dumps({"name": "s", "later": 1, "runs": [RUN | {"later": {"a": [1]}}]}))
+    assert read_manifest(tmp_path / "m.json") == Manifest(name="s", runs=[ManifestRun(**RUN)])
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut off": b'{"name": "s", "runs": [{"id": "la',
+    "no object": b"[]",
+    "no runs": b'{"name": "s"}',
+    "a run without its id": json.dumps({"name": "s", "runs": [{"label": "Last"}]}).encode(),
+    "another type": json.dumps({"name": "s", "runs": [RUN | {"seed": "first"}]}).encode(),
+    "no text": b'{"name": "\xff\xfe", "runs": []}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_manifest_is_one_line_with_its_path(tmp_path, content):
+    """Never a traceback, and never a sweep without runs."""
+    path = tmp_path / "s.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"s\.json: is damaged, or not a manifest: .*run its sweep again$") as raised:
+        read_manifest(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_manifest_stops_what_needs_it_alone(copy, capsys):
+    """`status` and `report` of that sweep, and whatever looks through all of them, say the line; the list goes on."""
+    store = copy / "store"
+    (store / "sweeps" / "broken.json").write_text("{")
+    for words in (["status", "broken"], ["report", "broken"], ["compare", "Base", "Last"]):
+        assert alignbench(*words, store=store, plugin=False) == 1
+        assert "broken.json: is damaged" in capsys.readouterr().err
+    assert alignbench("status", store=store, plugin=False) == 0
+    said = capsys.readouterr()
+    assert "broken.json: is damaged" in said.err
+    assert "3 done" in said.out
+
+
+def test_what_every_reader_asks_of_a_run():
+    """Was it trained, what is it called, on which rewards: answered here, once."""
+    one = {"evaluator": {"name": "hpsv2"}, "margin": None, "weight": 1.0}
+    run = ManifestRun(**RUN, settings={"reward": one})
+    assert (run.trained, run.is_base, run.title, run.training) == (True, False, "Last, seed 0", "seed 0")
+    assert run.rewards == [one]
+    assert structs.replace(run, settings={"reward": [one, one]}).rewards == [one, one]
+    assert structs.replace(run, settings={}).rewards == []
+    base = structs.replace(run, seed=UNTRAINED)
+    assert (base.trained, base.is_base, base.title, base.training) == (False, True, "Last", "not trained")
+    published = structs.replace(base, published=True)
+    assert (published.trained, published.is_base, published.training) == (False, False, "training unknown")
+
+
+def test_a_thousand_runs_are_decoded_at_once(tmp_path):
+    """Into checked objects in less time than json takes to make dictionaries of them: milliseconds."""
+    manifest = planned(tmp_path).manifest()
+    many = [structs.replace(run, id=f"{run.id}{n}") for n in range(334) for run in manifest.runs]
+    content = json.dumps(plain(manifest.only(many))).encode()
+
+    def fastest(decode: Any) -> float:
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            decode(content)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert fastest(lambda content: msgspec.json.decode(content, type=Manifest)) < fastest(json.loads)

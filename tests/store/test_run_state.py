@@ -1,0 +1,153 @@
+"""One run has one state, whichever verb is asked."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from support.tiny_sweep import alignbench
+
+from alignbench.launch import slurm, status_table, submissions
+from alignbench.store.artefacts import Store
+from alignbench.store.files import write_json
+from alignbench.store.locks import Lock
+from alignbench.store.manifest import ManifestRun, read_manifest
+from alignbench.store.run_state import STATES, Job, Jobs, run_state
+
+PENDING = slurm.Live("PENDING", "Priority", 0, "1:00:00")
+
+
+@pytest.fixture
+def tiny(copy) -> tuple[Store, ManifestRun]:
+    """The finished tiny sweep, of which one run has lost its weights."""
+    store = Store(copy / "store")
+    run = read_manifest(store.manifests()[0]).by_seed["Last", 0]
+    shutil.rmtree(store.root / "runs" / run.id)
+    return store, run
+
+
+def record(store: Store, *made: str, launcher: str = "slurm") -> None:
+    """Put a job on record that makes these artefacts."""
+    ticket = {"job": "7_0", "stage": "train", "makes": list(made), "run": made[0], "progress": "/none"}
+    about = {"sweep": store.manifests()[0].stem, "launcher": launcher, "name": "alignbench-tiny", "options": {}}
+    about |= {"submitted": time.time(), "host": "login", "pid": 1, "tickets": [ticket]}
+    write_json(store.root / "jobs" / "tiny-1" / submissions.RECORD, about)
+
+
+def told(capsys, swept: Path, store: Store) -> dict[str, str]:
+    """Verb -> the state in which it says that the run is."""
+    name, found = store.manifests()[0].stem, {}
+    asked = {
+        "status": ((name,), r"^Last, seed 0 +\S+ +(\w+)"),
+        "plan": ((str(swept / "tiny.yaml"),), r"^Last, seed 0 +(\w+)"),
+        "report": (
+            (name, "--format", "md", "--out", str(store.root.parent / "out")),
+            r"^- Last, seed 0: \*\*(\w+)\*\*",
+        ),
+    }
+    for verb, (words, pattern) in asked.items():
+        alignbench(verb, *words, store=store.root, plugin=verb == "plan")
+        state = re.search(pattern, capsys.readouterr().out, re.MULTILINE)
+        found[verb] = state[1] if state else "done"  # the report names those alone that are not
+    return found
+
+
+@pytest.mark.parametrize(
+    ("state", "failed", "job", "live"),
+    [
+        ("planned", False, False, None),
+        ("failed", True, False, None),
+        ("queued", False, True, PENDING),
+        ("queued", True, True, PENDING),  # a retry
+        ("requeued", False, True, PENDING._replace(restarts=1)),
+        ("running", True, True, PENDING._replace(state="RUNNING")),
+        ("stale", False, True, None),
+    ],
+)
+def test_every_verb_says_the_same_state(tiny, swept, monkeypatch, capsys, state, failed, job, live):
+    """status, plan and report, of a run whose training has failed or not, and was handed out to SLURM or not."""
+    store, run = tiny
+    monkeypatch.setattr(slurm, "live", lambda names: {"7_0": live} if list(names) and live else {})
+    monkeypatch.setattr(slurm, "ended", lambda job: "TIMEOUT")
+    if failed:
+        run.weights(store).fail("loss is nan", "log.txt")
+    if job:
+        record(store, run.id)
+    assert told(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), state)
+
+
+def test_every_verb_says_that_a_run_is_being_made(tiny, swept, capsys):
+    """Somebody holds the lock of a missing part, whatever failed before."""
+    store, run = tiny
+    run.weights(store).fail("loss is nan", "log.txt")
+    lock = Lock(run.weights(store).lock)
+    assert lock.try_acquire()
+    assert told(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), "running")
+    lock.release()
+
+
+def test_every_verb_says_done_and_asks_nobody(copy, swept, monkeypatch, capsys):
+    """Where nothing is missing SLURM is not asked, even if it was to make all of it."""
+    store = Store(copy / "store")
+    record(store, read_manifest(store.manifests()[0]).by_seed["Last", 0].id)
+    monkeypatch.setattr(slurm, "live", lambda names: pytest.fail("was asked"))
+    assert told(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), "done")
+
+
+def test_slurm_is_asked_once_and_for_slurms_jobs_alone(tiny, monkeypatch):
+    """One question for all runs of a sweep; none for what a local launch left behind."""
+    store, run = tiny
+    asked = []
+    monkeypatch.setattr(slurm, "live", lambda names: asked.append(list(names)) or {})
+    monkeypatch.setattr(slurm, "ended", lambda job: "")
+    manifest = read_manifest(store.manifests()[0])
+    shutil.rmtree(store.root / "runs")
+    for launcher, names in (("slurm", ["alignbench-tiny"]), ("local", [])):
+        asked.clear()
+        record(store, run.id, launcher=launcher)
+        status_table.rows(store, manifest, submissions.submissions(store))
+        assert asked == [names]
+
+
+def test_a_failure_that_no_job_mends_is_told_before_those_that_wait(tiny):
+    """Weights wait in a queue, a score has failed and no job is to make it again: failed, lest it go unnoticed."""
+    store, run = tiny
+    run.weights(store).fail("an old failure", "log.txt")
+    score = run.artefacts(store)[-1]
+    score.product.unlink()
+    score.fail("no memory", "log.txt")
+    waiting = Job("7_0", "train", "/none", pending=True, reason="Dependency")
+    found = run_state(store, run, lambda: Jobs(live={run.id: waiting}))
+    assert (found.state, found.reason, found.at) == ("failed", "no memory", score)
+    found = run_state(store, run, lambda: Jobs(live={run.id: waiting, score.id: waiting}))
+    assert (found.state, found.reason, found.at) == ("queued", "waits for the stage before", run.weights(store))
+    assert [part.stage.kind for part in found.missing] == ["run", "scores"]
+
+
+def test_a_lost_job_says_how_it_ended(tiny):
+    """In SLURM's words, and what to do; a worker of a local sweep has no job that could be lost."""
+    store, run = tiny
+    found = run_state(store, run, lambda: Jobs(latest={run.id: Job("7_0", "train", "/none")}, ending=lambda job: "OOM"))
+    assert found.state == "stale"
+    assert found.reason == "job 7_0 has ended (OOM) without having made it; alignbench retry makes it"
+    found = run_state(store, run, lambda: Jobs(latest={run.id: Job("", "", "/none")}))
+    assert (found.state, found.reason) == ("planned", "not made yet: run")
+
+
+def test_done_is_that_nothing_is_missing(tiny):
+    """The quick look at a run agrees with the careful one, whichever of its files is taken away."""
+    store, run = tiny
+    other = read_manifest(store.manifests()[0]).by_seed["Last", 1]
+    paths = [part.product for part in other.artefacts(store)] + [other.weights(store).status]
+    assert run_state(store, other).state == "done"
+    for path in paths:
+        kept = path.read_bytes()
+        path.unlink()
+        found = run_state(store, other)
+        assert (found.state, found.missing) == ("planned", other.missing(store))
+        assert found.missing
+        path.write_bytes(kept)
+    assert {run_state(store, each).state for each in (run, other)} <= set(STATES)

@@ -1,0 +1,203 @@
+"""What the processes of tests/test_ranks.py do: ``python ranked.py WHAT FOLDER [words]``, with their environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WORDS = 16
+PATIENCE = 900  # seconds, for a machine that is busy with something else
+CASES = [("full", "leapalign"), ("lora", "leapalign"), ("lora", "dancegrpo")]
+HALVES = ("master", "stochastic")
+GUIDED = [
+    ("sd3", "stop"),
+    ("flux2", "full"),
+    ("sit", "full"),
+]  # other families, and the gradient of their second branch
+
+
+def together(what: str, folder: Path, *words: str, ranks: int = 2, expect: int = 0) -> list[Any]:
+    """Run ``what`` in ``ranks`` processes; what each noted."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "support.rank_process", what, str(folder), *words]
+    processes = []
+    for rank in range(ranks):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        said = (folder / f"{what}{rank}.log").open("w")
+        processes.append(subprocess.Popen(command, env=os.environ | shared | own, stdout=said, stderr=said))
+    try:
+        codes = [process.wait(PATIENCE) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [(folder / f"{what}{rank}.log").read_text() for rank in range(ranks)]
+    assert all((code == 0) is (expect == 0) for code in codes), "\n".join(logs)
+    notes = [folder / f"{what}{rank}.json" for rank in range(ranks)]
+    return [json.loads(path.read_text()) if path.exists() else None for path in notes]
+
+
+class Sent(TorchDispatchMode):
+    """Counts what goes from rank to rank, by the operation's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # first what it does with its parts
+        if op.namespace == "c10d":
+            self.counts[op.overloadpacket.__name__] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def note(what: str, folder: Path, said: Any) -> None:
+    (folder / f"{what}{os.environ.get('RANK', '0')}.json").write_text(json.dumps(said))
+
+
+def flow(folder: Path, tune: str, accelerator=None, dtype: str = "float32", guided: tuple[str, str] | None = None):
+    from alignbench.plugins import Registry
+    from alignbench.rehearsal.tiny_backends import backend
+
+    wanted: dict[str, Any] = {"name": "flux", "model": str(folder / "flux"), "max_sequence_length": WORDS}
+    if guided:
+        family, gradient = guided
+        wanted = {"name": family, **backend(family, folder), "guidance": 3.0, "negative_gradient": gradient}
+        if family == "sit":  # whose prompts are classes
+            (folder / "classes.txt").write_text("\n".join(f"prompt number {i}" for i in range(1000)))
+            wanted["classes"] = str(folder / "classes.txt")
+    made = Registry().make("backend", {**wanted, "size": 32, "dtype": dtype, "tune": tune, "lora_rank": 4}, "backend")
+    loaded = made.load(accelerator)
+    if tune == "lora":  # B is zero at first, and A then has no gradient
+        with torch.no_grad():
+            for i, p in enumerate(loaded.parameters()):
+                p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    return loaded
+
+
+def method(name: str):
+    from alignbench.methods.dancegrpo import DanceGRPO
+    from alignbench.methods.leapalign import LeapAlign
+
+    if name == "dancegrpo":
+        return DanceGRPO(steps=4, group=2, updates_per_rollout=2)
+    return LeapAlign(steps=4)
+
+
+def training(batches: int, **more):
+    from alignbench.experiment.spec import Budget, Optimizer, Training
+
+    optimizer = Optimizer(lr=1e-3, clip=0.5, ema=0.9, **more.pop("optimizer", {}))
+    given = {"batch": 4, "micro_batch": 2, "drift_every": 1, "checkpoint_every": 1, "optimizer": optimizer}
+    given |= {"milestones": (1,)}
+    return Training(budget=Budget(images=4 * batches), **given | more)
+
+
+def trained(
+    folder: Path, ranks, parallel: str, tune: str, name: str, kept: Path, batches: int = 2, guided=None,
+    dtype: str = "float32", **more,
+) -> dict:  # fmt: skip
+    """Records, and how often anything was gathered or scattered in each batch; checkpoints in ``kept``.
+
+    ``more``: settings of training.
+    """
+    from alignbench.analytic import PROMPTS, QuadraticReward
+    from alignbench.testing.method_contract import unclocked
+    from alignbench.training import loop, state
+
+    collectives: list[dict[str, int]] = []
+    advance = state.TrainState.advance
+
+    def counted(self, *args):
+        with Sent() as sent:
+            records = list(advance(self, *args))
+        collectives.append(sent.counts)
+        return iter(records)
+
+    model = flow(folder, tune, ranks.accelerator, dtype, guided)
+    parts = method(name), model, QuadraticReward(0.5), PROMPTS, training(batches, **more)
+    options = {"accelerator": ranks.accelerator, "checkpoints": kept, "milestones": kept, "sharded": parallel == "fsdp"}
+    state.TrainState.advance = counted
+    try:
+        records = list(loop.train(*parts, **options))
+    finally:
+        state.TrainState.advance = advance
+    return {"records": unclocked(records), "collectives": collectives}
+
+
+def halved(folder: Path, ranks, kind: str, kept: Path) -> list[dict]:
+    """Records of two batches with weights in bfloat16."""
+    options = {"dtype": "bfloat16", "optimizer": {"weights": kind}}
+    return trained(folder, ranks, "ddp", "full", "leapalign", kept, **options)["records"]
+
+
+def train(folder: Path) -> None:
+    """Every method, both ways to train it and both ways to share it; and one process's checkpoint, resumed."""
+    from alignbench.run.process_group import ProcessGroup
+
+    ranks, said = ProcessGroup(), {}
+    for tune, name in CASES:
+        for parallel in ("ddp", "fsdp"):
+            kept = folder / f"{tune}-{name}-{parallel}"
+            said[kept.name] = trained(folder, ranks, parallel, tune, name, kept)
+    for tune in ("full", "lora"):
+        said[f"{tune}-resumed"] = trained(folder, ranks, "fsdp", tune, "leapalign", folder / f"{tune}-stopped")
+    for batches in (1, 2):  # the second goes on where the first ended
+        trained(folder, ranks, "fsdp", "full", "leapalign", folder / "full-host", batches, ema_on_host=True)
+    for kind in HALVES:
+        said[kind] = halved(folder, ranks, kind, folder / f"{kind}-two")
+    said["sliced"] = trained(folder, ranks, "fsdp", "lora", "leapalign", folder / "sliced", reward_slice=1)
+    note("train", folder, said)
+    ranks.close()
+
+
+def guide(folder: Path) -> None:
+    """The other families, all weights trained in parts, with guidance."""
+    from alignbench.run.process_group import ProcessGroup
+
+    ranks, said = ProcessGroup(), {}
+    for guided in GUIDED:
+        kept = folder / f"{guided[0]}-fsdp"
+        said[guided[0]] = trained(folder, ranks, "fsdp", "full", "leapalign", kept, guided=guided)["records"]
+    note("guide", folder, said)
+    ranks.close()
+
+
+def execute(folder: Path, fails: str = "") -> None:
+    """The task in task.json. On the rank ``fails`` the second update falls over, where no other rank expects it."""
+    from alignbench import run
+    from alignbench.run import process_group
+    from alignbench.training import state
+
+    process_group.GRACE = 5.0
+    if fails and fails == os.environ["RANK"]:
+        descend = state.TrainState.descend
+
+        def falls(self):
+            if self.update == 1:
+                raise RuntimeError("fell over")
+            return descend(self)
+
+        state.TrainState.descend = falls
+    said = run.execute(json.loads((folder / "task.json").read_text()))
+    note("execute", folder, said)
+    sys.exit(said["state"] != "done")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,130 @@
+"""Made-up results with known effects, from which tests make reports."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageDraw
+
+from alignbench.reporting import report
+from alignbench.reporting.analysis.comparison import analyse
+from alignbench.reporting.analysis.results import Results
+from alignbench.store.manifest import UNTRAINED, Manifest
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+LABELS = ("base", "ReFL", "DRaFT-LV", "DRTune", "LeapAlign", "DanceGRPO")
+METRICS = (  # evaluator, role, name, unit, by task, level, spread
+    ("geneval", "check", "geneval", "fraction", True, 0.6, 0.1),
+    ("geneval", "check", "geneval_strict", "fraction", True, 0.5, 0.1),
+    ("hpsv2", "train", "hpsv2.1", "cosine", False, 0.28, 0.02),
+    ("pickscore", "held-out", "pickscore", "logit", False, 21.0, 1.0),
+)
+GAINS = {"ReFL": (1, -1), "DRaFT-LV": (0.5, 0.5), "DRTune": (0.5, 0.5), "LeapAlign": (1.5, 1.5), "DanceGRPO": (0, 0)}
+
+
+def manifest(seeds=(0, 1), labels=LABELS, name="made_up"):
+    entries = {}
+    for evaluator, role, metric, unit, by_task, *_ in METRICS:
+        entry = {"evaluator": evaluator, "version": "1", "role": role, "file": "", "metrics": []}
+        about = {"name": metric, "unit": unit, "higher_is_better": True, "by_task": by_task}
+        entries.setdefault(evaluator, entry)["metrics"].append(about)
+    runs = []
+    for label in labels:
+        for seed in [UNTRAINED] if label == "base" else seeds:
+            notes = [{"set": {"training.batch": 16}, "reason": "four groups of four"}] if label == "DanceGRPO" else []
+            run = {"id": f"{label}-{seed}".replace("\0", ""), "label": label, "method": label.lower(), "seed": seed}
+            shared = {"backend": {"name": "flux", "model": "shapes", "revision": None}}
+            training = {"batch": 16, "budget": {"images": 480, "nfe": None}, "seed": max(seed, 0)}
+            run["settings"] = {**shared, "method": {"name": label.lower(), "steps": 8}, "training": training}
+            runs.append({**run, "notes": notes, "images": f"{label}{seed}", "scores": list(entries.values())})
+    protocol = {
+        "prompts": "shapes/test",
+        "images_per_prompt": 2,
+        "steps": 8,
+        "guidance": 3.5,
+        "weights": "ema",
+        "size": 32,
+    }
+    about = {"name": name, "sweep": f"sweeps/{name}.yaml", "protocol": protocol}
+    plain = {**about, "training_evaluator": "hpsv2", "prompts": 60, "cases": list(labels), "runs": runs}
+    return msgspec.convert(plain, Manifest)
+
+
+def scores(plan, prompts=60, images=2):
+    """Scores with a common part for all methods; a method's gains, in spreads, are GAINS = (trained on, all others)."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for evaluator, role, metric, _, _, level, spread in METRICS:
+        common = level + spread * rng.normal(size=(prompts, images))
+        for run in plan.runs:
+            gain = GAINS.get(run.label, (0, 0))[role != "train"] * spread
+            noise = 0 if not run.trained else rng.normal(size=(prompts, images)) * spread
+            prompt, index = np.indices((prompts, images)).reshape(2, -1)
+            columns = {"label": run.label, "method": run.method, "seed": run.seed, "run": run.id}
+            columns |= {"evaluator": evaluator, "metric": metric, "prompt_id": [f"p{i:04d}" for i in prompt]}
+            columns |= {"tag": [TASKS[i % 6] for i in prompt], "index": index, "score": (common + gain + noise).ravel()}
+            frames.append(pd.DataFrame({**columns, "ok": True}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def costs(plan):
+    rows = []
+    for run in plan.runs:
+        row = {"label": run.label, "method": run.method, "seed": run.seed}
+        row |= {"run": run.id, "state": "done", "reason": ""}
+        work = int(run.trained)
+        row |= {"updates": 30 * work, "images": 480 * work, "nfe_forward": 9600 * work, "nfe_grad": 960 * work}
+        row |= {"decodes": 480 * work, "reward_calls": 480 * work, "seconds": 41.0 * work}
+        first, last = (0.25, 0.28) if work else (np.nan, np.nan)
+        rows.append(row | {"peak_memory_bytes": 2**29 * work, "reward_first": first, "reward_last": last})
+    return pd.DataFrame(rows)
+
+
+def results(folder=None, **options):
+    plan = manifest(**options)
+    return stored(folder, plan, scores(plan), costs(plan))
+
+
+def stored(folder, plan, scores, costs):
+    """The results of a store that has these scores and costs, whatever lies in ``folder``."""
+    found = Results(folder or "absent", plan)
+    found.scores, found.costs = scores, costs
+    return found
+
+
+def draw_pictures(root, plan, prompts=60):
+    """Image sets as the store keeps them: a disc whose colour is the method's."""
+    for number_, run in enumerate(plan.runs):
+        folder = root / "images" / run.images
+        folder.mkdir(parents=True)
+        rows = []
+        for prompt in range(prompts):
+            text = (
+                f"a photo of a {['red circle', 'blue square above a yellow triangle', 'four green stars'][prompt % 3]}"
+            )
+            row = {
+                "prompt_id": f"p{prompt:04d}",
+                "index": 0,
+                "tag": TASKS[prompt % 6],
+                "text": text,
+                "file": f"{prompt}.png",
+            }
+            rows.append(row)
+            picture = Image.new("RGB", (32, 32), (30, 30, 30))
+            color = tuple(np.random.default_rng((number_, prompt)).integers(60, 255, 3).tolist())
+            ImageDraw.Draw(picture).ellipse((6, 6, 6 + 2 * (number_ % 10) + 4, 24), fill=color)
+            picture.save(folder / f"{prompt}.png")
+        pd.DataFrame(rows).to_parquet(folder / "manifest.parquet")
+
+
+def page(given):
+    return report.markdown(report.sections(given.manifest, given.costs, analyse(given.manifest, given.scores)))
+
+
+def section(text, heading):
+    return text.split(f"\n## {heading}")[1].split("\n## ")[0]
+
+
+def row_of(table, label):
+    return next(line for line in table.splitlines() if line.startswith(f"| {label}"))
