@@ -28,23 +28,10 @@ BESIDE = {  # the folders beside the harness, and what they may import of it
     "reports": "reporting.table reports",
 }
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "open_clip", "torchvision"}
-LIGHT = ("cli", "launch", "run", "planning", "rehearsal", "experiment", "store", "reporting", "prompts", "official") + (
-    "evaluators",
-    "reports",
-)
-    "cli",
-    "launch",
-    "run",
-    "planning",
-    "rehearsal",
-    "experiment",
-    "store",
-    "reporting",
-    "prompts",
-    "evaluators",
-    "reports",
-    "official",
-]
+LIGHT = {  # packages behind help, lists, status and report
+    *("cli", "launch", "run", "planning", "rehearsal", "experiment", "store", "reporting"),
+    *("prompts", "official", "evaluators", "reports"),
+}
 LARGEST = 12  # files in a folder
 
 
