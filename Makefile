@@ -24,7 +24,7 @@ test-slurm: $(VENV)/.installed-dev
 
 # on one GPU
 test-gpu: $(VENV)/.installed-dev
-	$(BIN)/pytest -m gpu -rs tests/test_gpu.py
+	$(BIN)/pytest -m gpu -rs tests/gpu
 
 # on a CPU, in minutes: figures in benchmarks/results
 bench: $(VENV)/.installed-dev
