@@ -368,6 +368,7 @@ TWICE = [("dog", DOG), ("dog", CAT)]
         ("single_object", [("dog", 1)], [], [("dog", DOG)], (1, 1)),
         ("single_object", [("dog", 1)], [], [("dog", DOG, 0.3)], (0, 0)),
         ("single_object", [("dog", 1)], [], [*TWICE, ("cat", CAT)], (1, 0)),
+        ("single_object", [("dog", 1)], [], [("dog", DOG), ("cat", CAT)], (1, 1)),
         ("two_object", [("dog", 1), ("cat", 1)], [], [("dog", DOG), ("cat", CAT)], (1, 1)),
         ("two_object", [("dog", 1), ("cat", 1)], [], TWICE, (0, 0)),
         ("counting", [("dog", 2)], [("dog", 3)], TWICE, (1, 1)),

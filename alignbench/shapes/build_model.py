@@ -36,10 +36,12 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from alignbench.plugins import Registry
 from alignbench.shapes import ASSETS, MAX_TEXT
 from alignbench.shapes import checker as C
 from alignbench.shapes import scene as S
 
+GENEVAL = Registry().get("evaluator", "geneval", "alignbench.shapes.build")  # the evaluator that judges every sweep
 WORDS = ["a", "photo", "of", "and", "left", "right", "above", "below", "two", "three", "four"]
 WORDS += [*S.COLOURS, *S.SHAPES, *S.PLURALS.values()]
 SCHEDULER = {  # FLUX.1-dev's scheduler_config.json
@@ -339,7 +341,7 @@ def measure_autoencoder(model: AutoencoderKL, rng: np.random.Generator) -> None:
     model.register_to_config(shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4))
     y = model.decode(z).sample.clamp(-1, 1)
     images = to_numpy(y)
-    exact = np.mean([C.strict(i, m) for i, m in zip(images, metas, strict=True)])
+    exact = np.mean([GENEVAL.judge_shapes(C.detect(i), m)[1] for i, m in zip(images, metas, strict=True)])
     psnr = -10 * np.log10(((y - x) ** 2).mean().item() / 4)
     spread = z.flatten(2).std((0, 2)).tolist()
     print(
@@ -560,13 +562,15 @@ def geneval(images: np.ndarray, metas: list[dict]) -> dict:
     by_task = {t: [] for t in S.TASKS}
     exact, dirty, sides = [], [], []
     for image, meta in zip(images, metas, strict=True):
-        by_task[meta["tag"]].append(C.correct(image, meta))
-        exact.append(C.strict(image, meta))
-        dirty.append(C.junk(image) > 0)
+        components = C.detect(image)
+        official, strict = GENEVAL.judge_shapes(components, meta)
+        by_task[meta["tag"]].append(official)
+        exact.append(strict)
+        dirty.append(any(c.junk for c in components))
         if meta["tag"] == "position":
             bare = {"tag": "two_object", "include": [S.clause(c["class"]) for c in meta["include"]]}
-            if C.correct(image, bare):
-                sides.append(by_task["position"][-1])
+            if GENEVAL.judge_shapes(components, bare)[0]:
+                sides.append(official)
     tasks = {t: round(float(np.mean(v)), 3) for t, v in by_task.items() if v}
     out = {"overall": round(float(np.mean(list(tasks.values()))), 3), "strict": round(float(np.mean(exact)), 3)}
     out |= {"junk": round(float(np.mean(dirty)), 3), "side_given_both": round(float(np.mean(sides or [0])), 3)}

@@ -176,8 +176,8 @@ class Captions:
         return [self.items[i] for i in rng.choice(len(self.items), n, p=self.weight)]
 
     def describing(self, found: list[C.Detection]) -> list[int]:
-        """Candidates for true sentences about a picture; `exactly` decides."""
-        kinds, shades = [d.label for d in found], {d.color for d in found}
+        """Return candidates for true sentences about an image; the strict verdict decides."""
+        kinds, shades = [d.label for d in found], sorted({d.color for d in found})  # no set: its order is not fixed
         out = []
         if len(set(kinds)) == 1 and len(kinds) <= 4:
             include = S.clause(kinds[0], len(kinds))
@@ -186,7 +186,7 @@ class Captions:
             for a, b in itertools.permutations(found):
                 out += [S.sentence([S.clause(a.label), S.clause(b.label)])]
                 out += [S.sentence([S.clause(a.label, 1, a.color), S.clause(b.label, 1, b.color)])]
-                for r in C.relations(b.box, a.box):
+                for r in S.RELATIONS:
                     out += [S.sentence([S.clause(a.label), S.clause(b.label, 1, None, r)])]
                     out += [S.sentence([S.clause(a.label, 1, a.color), S.clause(b.label, 1, b.color, r)])]
         return [self.index[p] for p in out if p in self.index]
@@ -194,7 +194,7 @@ class Captions:
     def ask(self, rng, found: list[C.Detection], own: dict | None) -> tuple[list[int], list[bool]]:
         """PER_IMAGE captions about one picture and the checker's answers: its own, true ones, near misses, any."""
         asked = [self.index[own["prompt"]]] if own and own["prompt"] in self.index else []
-        true = [i for i in self.describing(found) if C.exactly(found, self.items[i])]
+        true = [i for i in self.describing(found) if self.strict(found, i)]
         rng.shuffle(true)
         asked += true[: PER_IMAGE // 2 - 1]
         source = [self.items[i] for i in asked] or self.draw(rng, 1)
@@ -203,13 +203,17 @@ class Captions:
             if near in self.index and len(asked) < PER_IMAGE - 1:
                 asked.append(self.index[near])
         asked += [self.index[m["prompt"]] for m in self.draw(rng, PER_IMAGE - len(asked))]
-        return asked, [C.exactly(found, self.items[i]) for i in asked]
+        return asked, [self.strict(found, i) for i in asked]
+
+    def strict(self, found: list[C.Detection], index: int) -> bool:
+        """Return the strict verdict on an image's components for the caption with this index."""
+        return B.GENEVAL.judge_shapes(found, self.items[index])[1]
 
 
 def cells(found: list[C.Detection]) -> np.ndarray:
     """Kind and colour of what is in each cell, [16, 2], 0 for nothing; NO_CELL everywhere if a component is junk."""
     out = np.zeros((4, 4, 2), int)
-    if any(d.score <= C.DETECT for d in found):
+    if any(d.junk for d in found):
         out[:] = NO_CELL
     else:
         for d in found:
@@ -223,7 +227,7 @@ def labelled(rng, captions: Captions, images: np.ndarray, metas: list) -> dict[s
     """Pictures (uint8 [B, 32, 32, 3]) with the checker's answers; `own` caption may be None."""
     asked, answers, inside = [], [], []
     for image, meta in zip(images, metas, strict=True):
-        found = C.check(image)
+        found = C.detect(image)
         a, b = captions.ask(rng, found, meta)
         asked.append(a)
         answers.append(b)
@@ -407,8 +411,8 @@ def judge(scorer, images: np.ndarray, metas: list) -> dict:
     ids = scorer.tokens([m["prompt"] for m in metas])
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     s = torch.cat([score(scorer, a, b) for a, b in zip(x.split(256), ids.split(256), strict=True)]).numpy()
-    truth = np.array([C.strict(i, m) for i, m in zip(images, metas, strict=True)])
-    lenient = np.array([C.correct(i, m) for i, m in zip(images, metas, strict=True)])
+    verdicts = [B.GENEVAL.judge_shapes(C.detect(i), m) for i, m in zip(images, metas, strict=True)]
+    lenient, truth = np.array(verdicts).T
     return {
         "auc": round(auc(s, truth), 3),
         "auc_lenient": round(auc(s, lenient), 3),
