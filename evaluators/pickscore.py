@@ -1,8 +1,8 @@
-"""PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569): exp(logit_scale) x cosine of a CLIP ViT-H-14's features.
+"""PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569): exp(logit_scale) times the cosine of CLIP ViT-H-14 features.
 
 Departures from the snippet in PickScore's README:
-1. Text features are computed prompt by prompt and cached; image i meets prompt i, never all against all.
-2. ``get_*_features`` returns an output object since transformers 5: its ``pooler_output`` is the projected feature.
+1. Text features are computed prompt by prompt and cached; image i is compared with prompt i alone.
+2. ``get_*_features`` returns an output object since transformers 5; its ``pooler_output`` is the projected feature.
 3. Images are resized with Pillow, as the official processor did; transformers 5's default resizes with torchvision.
 """
 
@@ -43,7 +43,7 @@ class PickScore(Evaluator):
 
     weights: str = "yuvalkirstain/PickScore_v1"
     revision: str | None = None
-    processor: str | None = None  # folder or hub id; None: beside the weights, or else LAION's, as in the README
+    processor: str | None = None  # folder or hub id; None: next to the weights, or else LAION's, as in the README
     reward_unit: Literal["logit", "cosine"] = "logit"
 
     @property
@@ -52,12 +52,12 @@ class PickScore(Evaluator):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the CLIPModel lies. UserError if nowhere."""
+        """Folder of the CLIPModel; UserError if it cannot be found."""
         return weights.locate(self.weights, "pickscore.weights", shapes="pickscore", revision=self.revision)
 
     @cached_property
     def processor_folder(self) -> Path:
-        """Where image preprocessing and tokenizer lie. UserError if nowhere."""
+        """Folder of image preprocessing and tokenizer; UserError if it cannot be found."""
         if self.processor is None and any((self.folder / name).exists() for name in clip.PROCESSOR_FILES):
             return self.folder
         return weights.locate(
@@ -65,11 +65,11 @@ class PickScore(Evaluator):
         )
 
     def files(self) -> list[Path]:
-        found = weights.model_files(self.folder, "pickscore.weights")
-        return sorted({*found, *clip.processor_files(self.processor_folder, "pickscore.processor")})
+        files = weights.model_files(self.folder, "pickscore.weights")
+        return sorted({*files, *clip.processor_files(self.processor_folder, "pickscore.processor")})
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row per image: the logit, after the official preprocessing."""
+        """Return one row per image: the logit, after the official preprocessing."""
 
         def batch(images: Sequence[Image], prompts: Sequence[Prompt]) -> Tensor:
             return self._clip.scale * self._clip.cosine(self._clip.official(images).to(device()), prompts)
@@ -78,7 +78,7 @@ class PickScore(Evaluator):
         return in_batches(batch, images, prompts, self.metrics[0].name)
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] -> (B,) scores in ``reward_unit``, differentiable."""
+        """Map (B, 3, H, W) pixels in [0, 1] to (B,) scores in ``reward_unit``; differentiable."""
         cosine = self._clip.cosine(self._clip.preprocess(check_range(pixels)), prompts)
         return cosine if self.reward_unit == "cosine" else self._clip.scale * cosine
 

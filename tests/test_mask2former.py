@@ -266,10 +266,13 @@ def spoilt(change):
             r"missing \['model.*mask_embedder.1.0.bias'\], un",
         ),
         (spoilt(lambda s: s.update(extra=torch.zeros(2))), r"missing nothing, unexpected \['extra'\]"),
-        (spoilt(lambda s: s.pop("panoptic_head.cls_embed.weight")), "no Mask2Former of mmdet .*class_predictor.weight"),
+        (spoilt(lambda s: s.pop("panoptic_head.cls_embed.weight")), "not mmdet's Mask2Former .*class_predictor.weight"),
         (spoilt(lambda s: s.update({"panoptic_head.cls_embed.weight": torch.zeros(134, 32)})), "knows 133 classes"),
-        (spoilt(lambda s: s.update({"panoptic_head.query_embed.weight": torch.zeros(3, 32)})), "no Mask2Former"),
-        ({"blip.weight": torch.zeros(2)}, "no Mask2Former of mmdet with a Swin"),
+        (
+            spoilt(lambda s: s.update({"panoptic_head.query_embed.weight": torch.zeros(3, 32)})),
+            "not mmdet's Mask2Former",
+        ),
+        ({"blip.weight": torch.zeros(2)}, "not mmdet's Mask2Former with a Swin"),
     ],
 )
 def test_another_checkpoint_is_one_clear_line(state, says, tmp_path):
