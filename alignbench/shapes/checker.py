@@ -33,7 +33,7 @@ class Detection(NamedTuple):
 
     @property
     def junk(self) -> bool:
-        """Whether no kind of shape explains the component."""
+        """True if no kind of shape explains the component."""
         return self.score <= DETECT
 
 
