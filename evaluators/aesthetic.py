@@ -1,7 +1,7 @@
 """LAION's aesthetic predictor v2 (Schuhmann et al. 2022, arXiv 2210.08402): a linear head on CLIP's image feature.
 
-The head is five linear layers without activations, on the unit feature of OpenAI's CLIP ViT-L/14. No prompt is read.
-Departure: images are prepared by the hub's ``CLIPProcessor``, whose centre crop lies up to one pixel beside that of
+The head has five linear layers without activations, on the unit feature of OpenAI's CLIP ViT-L/14. Prompts are ignored.
+Departure: images are prepared by the hub's ``CLIPProcessor``, whose centre crop differs by up to one pixel from that of
 OpenAI's package where the border is odd.
 """
 
@@ -29,7 +29,7 @@ HEAD = "~/.cache/alignbench/sac+logos+ava1-l14-linearMSE.pth"
 SOURCE = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
 )
-WIDTH = 768  # of the features that the head was trained on
+WIDTH = 768  # width of the features that the head was trained on
 
 
 class Aesthetic(Evaluator):
@@ -57,7 +57,7 @@ class Aesthetic(Evaluator):
 
     @cached_property
     def head(self) -> Path:
-        """The head's file. UserError if there is none."""
+        """The head's file; UserError if it does not exist."""
         return self.requirements()[0].path
 
     @cached_property
@@ -66,22 +66,22 @@ class Aesthetic(Evaluator):
         return self.requirements()[1].path
 
     def files(self) -> list[Path]:
-        found = weights.check([self.head], "aesthetic.weights")
-        found += weights.model_files(self.folder, "aesthetic.clip")
+        files = weights.check([self.head], "aesthetic.weights")
+        files += weights.model_files(self.folder, "aesthetic.clip")
         self._check_clip()
-        return list(dict.fromkeys([*found, *clip.processor_files(self.folder, "aesthetic.clip")]))
+        return list(dict.fromkeys([*files, *clip.processor_files(self.folder, "aesthetic.clip")]))
 
     def _check_clip(self) -> None:
-        """UserError for features that the head was not trained on: its scores would be plausible nonsense."""
+        """Raise UserError for features that the head was not trained on: scores would be plausible but wrong."""
         config = json.loads((self.folder / "config.json").read_text())
         width = config.get("projection_dim")
         activation = config.get("vision_config", {}).get("hidden_act", "quick_gelu")  # transformers' default
         if (width, activation) != (WIDTH, "quick_gelu"):
-            what = f"has {width} features with {activation}, the head reads {WIDTH} with quick_gelu"
+            what = f"has {width} features with {activation}, but the head reads {WIDTH} with quick_gelu"
             raise UserError(f"aesthetic.clip: {self.folder} {what}; choose openai/clip-vit-large-patch14")
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row per image, whatever its prompt."""
+        """Return one row per image, independent of its prompt."""
 
         def batch(images: Sequence[Image], prompts: Sequence[Prompt]) -> Tensor:
             return self._score(self._clip.official(images).to(device()))
@@ -89,7 +89,7 @@ class Aesthetic(Evaluator):
         return in_batches(batch, images, prompts, self.metrics[0].name)
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] -> (B,) scores, differentiable."""
+        """Map (B, 3, H, W) pixels in [0, 1] to (B,) scores; differentiable."""
         return self._score(self._clip.preprocess(check_range(pixels)))
 
     def _score(self, pixels: Tensor) -> Tensor:

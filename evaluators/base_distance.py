@@ -1,13 +1,13 @@
-"""How far a picture has moved from the base model's: the squared distance of unit CLIP features, |f - f_base|^2.
+"""Distance of an image from the base model's: the squared distance of their unit CLIP features, |f - f_base|^2.
 
-Both pictures have the same prompt, noise and sampler; 0 means that alignment changed nothing that CLIP sees. Method
+Both images have the same prompt, noise and sampler; 0 means that alignment changed nothing that CLIP sees. Method
 papers report this movement as an FID against the base model's samples (VGG-Flow). Differences from that:
-1. Paired, picture by picture: an FID compares two clouds of features and sees no picture that changed places within
-   them, nor what this prompt's picture became.
-2. No Gaussian is assumed, and no covariance is estimated: it works for few pictures; its mean has an interval.
-3. CLIP's features and not Inception's; the unit is |f - f_base|^2 = 2 (1 - cosine), from 0 to 4.
+1. Images are paired. An FID compares two clouds of features: it misses images that change places within them, and does
+   not tell what became of one prompt's image.
+2. No Gaussian is assumed and no covariance estimated: a few images are enough, and the mean has an interval.
+3. Features are CLIP's, not Inception's; the unit is |f - f_base|^2 = 2 (1 - cosine), from 0 to 4.
 
-Further away is neither better nor worse in itself: the column has no arrow, and no method wins in it.
+A larger distance is neither better nor worse in itself: the column has no arrow, and no method wins it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 class BaseDistance(Evaluator):
-    """How far a picture has moved from the base model's picture of the same prompt and noise, for CLIP's eyes.
+    """CLIP distance of an image from the base model's image of the same prompt and noise.
 
     ``weights``: a CLIPModel, or "shapes". ``base``: for `alignbench score` alone, the folder of the base model's
-    pictures; a sweep makes its own.
+    images; a sweep makes its own.
     """
 
     name: ClassVar[str] = "base_distance"
@@ -51,21 +51,21 @@ class BaseDistance(Evaluator):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the CLIPModel lies. UserError if nowhere."""
+        """Folder of the CLIPModel; UserError if it cannot be found."""
         return self.requirements()[0].path
 
     def files(self) -> list[Path]:
-        found = weights.model_files(self.folder, "base_distance.weights")
-        return sorted({*found, *clip.processor_files(self.folder, "base_distance.weights")})
+        files = weights.model_files(self.folder, "base_distance.weights")
+        return sorted({*files, *clip.processor_files(self.folder, "base_distance.weights")})
 
-    def score(  # type: ignore[override]  # paired: the harness hands the base model's pictures in
+    def score(  # type: ignore[override]  # paired: the harness passes the base model's images
         self, images: Sequence[Image], prompts: Sequence[Prompt], base: Sequence[Image]
     ) -> pd.DataFrame:
-        """One row per image: its squared distance from its partner in ``base``."""
+        """Return one row per image: its squared distance from its partner in ``base``."""
         import pandas as pd
 
-        apart = (self._clip.features(images) - self._clip.features(base)).square().sum(-1)
-        return pd.DataFrame({self.metrics[0].name: apart.tolist()}, dtype="float64")
+        distances = (self._clip.features(images) - self._clip.features(base)).square().sum(-1)
+        return pd.DataFrame({self.metrics[0].name: distances.tolist()}, dtype="float64")
 
     @cached_property
     def _clip(self) -> Clip:

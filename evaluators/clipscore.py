@@ -1,10 +1,10 @@
-"""CLIPScore (Hessel et al. 2021, arXiv 2104.08718): the cosine of OpenAI's CLIP ViT-L/14, image against prompt.
+"""CLIPScore (Hessel et al. 2021, arXiv 2104.08718): the cosine of image and prompt by OpenAI's CLIP ViT-L/14.
 
 Departures:
-1. The plain cosine, as papers on text-to-image training print it: the paper's max(0, 2.5 cos) is a rescaling of it.
-2. Preprocessing and tokens are those of the hub's ``CLIPProcessor``. Its centre crop lies up to one pixel beside that
-   of OpenAI's package where the border is odd, and its tokenizer does not unescape HTML.
-QuickGELU, which OpenAI's models need, is part of the hub's configuration and thereby kept.
+1. It is the plain cosine, as papers on text-to-image training print it; the paper's max(0, 2.5 cos) rescales it.
+2. Preprocessing and tokens are those of the hub's ``CLIPProcessor``. Its centre crop differs by up to one pixel from
+   that of OpenAI's package where the border is odd, and its tokenizer does not unescape HTML.
+QuickGELU, which OpenAI's models need, is part of the hub's configuration.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class CLIPScore(Evaluator):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the CLIPModel lies. UserError if nowhere."""
+        """Folder of the CLIPModel; UserError if it cannot be found."""
         return self.requirements()[0].path
 
     def files(self) -> list[Path]:
-        found = weights.model_files(self.folder, "clipscore.weights")
-        return sorted({*found, *clip.processor_files(self.folder, "clipscore.weights")})
+        files = weights.model_files(self.folder, "clipscore.weights")
+        return sorted({*files, *clip.processor_files(self.folder, "clipscore.weights")})
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row per image: the cosine, after the official preprocessing."""
+        """Return one row per image: the cosine, after the official preprocessing."""
 
         def batch(images: Sequence[Image], prompts: Sequence[Prompt]) -> Tensor:
             return self._clip.cosine(self._clip.official(images).to(device()), prompts)
@@ -64,7 +64,7 @@ class CLIPScore(Evaluator):
         return in_batches(batch, images, prompts, self.metrics[0].name)
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] -> (B,) cosines, differentiable."""
+        """Map (B, 3, H, W) pixels in [0, 1] to (B,) cosines; differentiable."""
         return self._clip.cosine(self._clip.preprocess(check_range(pixels)), prompts)
 
     @cached_property

@@ -1,9 +1,9 @@
-"""How different the pictures of one prompt are from one another: squared distances of CLIP features.
+"""Diversity of the images of one prompt: squared distances of their CLIP features.
 
-A picture's value is the mean of |f_i - f_j|^2 over the other pictures j of its prompt, for unit features f; the mean
-over pictures is the mean over ordered pairs ("CLIP diversity"). ``form: dreamsim`` halves it: sum_ij |e_i - e_j|^2 /
+An image's value is the mean of |f_i - f_j|^2 over the other images j of its prompt, for unit features f; the mean over
+images is the mean over ordered pairs ("CLIP diversity"). ``form: dreamsim`` halves it: sum_ij |e_i - e_j|^2 /
 (2 n (n - 1)), the form in which the authors of Adjoint Matching report DreamSim's variance. A reward that rises while
-this falls is the usual sign of a collapse onto one picture per prompt.
+this falls is the usual sign of a collapse onto one image per prompt.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Diversity(Evaluator):
-    """Of the pictures of one prompt; a prompt with a single picture has none. ``weights``: a CLIPModel, or "shapes"."""
+    """CLIP diversity of a prompt's images, undefined for a single one. ``weights``: a CLIPModel, or "shapes"."""
 
     name: ClassVar[str] = "diversity"
     seconds_per_image: ClassVar[float | None] = 0.02
@@ -45,31 +45,31 @@ class Diversity(Evaluator):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the CLIPModel lies. UserError if nowhere."""
+        """Folder of the CLIPModel; UserError if it cannot be found."""
         return self.requirements()[0].path
 
     def files(self) -> list[Path]:
-        found = weights.model_files(self.folder, "diversity.weights")
-        return sorted({*found, *clip.processor_files(self.folder, "diversity.weights")})
+        files = weights.model_files(self.folder, "diversity.weights")
+        return sorted({*files, *clip.processor_files(self.folder, "diversity.weights")})
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row per image: its mean squared distance from the others of its prompt among ``images``."""
+        """Return one row per image: its mean squared distance from the others of its prompt; nan if there are none."""
         import pandas as pd
 
         features = self.features(images)
         groups: defaultdict[str, list[int]] = defaultdict(list)
         for row, prompt in enumerate(prompts):
             groups[prompt.id].append(row)
-        found = [float("nan")] * len(images)
+        values = [float("nan")] * len(images)
         for rows in groups.values():
             if len(rows) > 1:
-                apart = (features[rows][:, None] - features[rows][None]).square().sum(-1).sum(1) / (len(rows) - 1)
-                for row, value in zip(rows, apart.tolist()):
-                    found[row] = value / (2 if self.form == "dreamsim" else 1)
-        return pd.DataFrame({self.metrics[0].name: found}, dtype="float64")
+                means = (features[rows][:, None] - features[rows][None]).square().sum(-1).sum(1) / (len(rows) - 1)
+                for row, value in zip(rows, means.tolist()):
+                    values[row] = value / (2 if self.form == "dreamsim" else 1)
+        return pd.DataFrame({self.metrics[0].name: values}, dtype="float64")
 
     def features(self, images: Sequence[Image]) -> Tensor:
-        """(B, D) unit features, in float64."""
+        """Return (B, D) unit features in float64."""
         return self._clip.features(images)
 
     @cached_property

@@ -1,9 +1,9 @@
 """HPSv2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine of an open_clip ViT-H-14's image and text features.
 
-An own port: the ``hpsv2`` package does not import on today's stack. ``engine: official`` scores with the package's
-code, in an environment of its own. Departures of the port from ``hpsv2.score``:
-1. ``antialias=True`` is pinned in the resize. The package leaves it to torchvision, whose default changed in 0.17, and
-   its scores with it.
+This is a port: the ``hpsv2`` package does not import on today's stack. ``engine: official`` scores with the package's
+code, in a separate environment. Departures of the port from ``hpsv2.score``:
+1. ``antialias=True`` is pinned in the resize. The package leaves it to torchvision, whose default, and so the scores,
+   changed in 0.17.
 2. fp32 everywhere; the package uses fp16 autocast on GPUs.
 3. Images without three channels are converted to RGB; the package crashes on RGBA.
 """
@@ -44,7 +44,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 class HPSv2(Evaluator):
     """HPSv2.1. ``weights``: a hub id, a folder with HPS_v2.1_compressed.pt, a .pt file, or "shapes".
 
-    An ``open_clip_config.json`` beside the weights names their architecture; without it ``architecture`` does.
+    An ``open_clip_config.json`` next to the weights defines their architecture; without one ``architecture`` does.
     """
 
     name: ClassVar[str] = "hpsv2"
@@ -56,10 +56,10 @@ class HPSv2(Evaluator):
     weights: str = "xswu/HPSv2"
     revision: str | None = None
     architecture: str = "ViT-H-14"
-    engine: Literal["alignbench", "official"] = "alignbench"  # official: tables only, it gives no gradient
+    engine: Literal["alignbench", "official"] = "alignbench"  # official: for tables only, without gradient
 
     @property
-    def differentiable(self) -> bool:  # type: ignore[override]  # the class's answer depends on a setting here
+    def differentiable(self) -> bool:  # type: ignore[override]  # depends on a setting here
         return self.engine == "alignbench"
 
     def requirements(self) -> list[Requirement]:
@@ -68,7 +68,7 @@ class HPSv2(Evaluator):
 
     @cached_property
     def checkpoint(self) -> Path:
-        """The weight file. UserError if there is none, or none that can be told to be HPSv2.1's."""
+        """The weight file; UserError if it cannot be found, or is not HPSv2.1's by its name."""
         path = self.requirements()[0].path
         if not path.is_dir():
             return path
@@ -81,7 +81,7 @@ class HPSv2(Evaluator):
         return weights.check([self.checkpoint, *[config] * config.exists()], "hpsv2.weights")
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row per image. The official resize works on tensors too, so this is ``reward`` on 8-bit pixels."""
+        """Return one row per image: ``reward`` of 8-bit pixels, since the official resize works on tensors too."""
         import torch
 
         def batch(images: Sequence[Image], prompts: Sequence[Prompt]) -> Tensor:
@@ -96,12 +96,12 @@ class HPSv2(Evaluator):
         return in_batches(batch, images, prompts, self.metrics[0].name)
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] -> (B,) cosines, differentiable."""
+        """Map (B, 3, H, W) pixels in [0, 1] to (B,) cosines; differentiable."""
         official.refuse_reward(self.name, self.engine)
         return self._cosine(self.preprocess(check_range(pixels)), prompts)
 
     def preprocess(self, pixels: Tensor) -> Tensor:
-        """HPSv2's ResizeMaxSize: longest side to the model's size (bicubic, antialiased), black borders; normalised."""
+        """Apply HPSv2's ResizeMaxSize (bicubic, antialiased, longest side to the model's, black borders); normalise."""
         from torchvision.transforms.functional import InterpolationMode as Mode
         from torchvision.transforms.functional import normalize, pad, resize
 
@@ -122,13 +122,13 @@ class HPSv2(Evaluator):
         return (image * text).sum(-1)
 
     def _text(self, prompt: str) -> Tensor:
-        """(D,) unit feature, computed once per prompt, on the CPU's side of the cache."""
+        """Return the prompt's (D,) unit feature, computed once and cached on the CPU."""
         import torch
 
         if prompt not in self._texts:
             model = self._model
             tokens = self._tokenizer(prompt).to(model.logit_scale.device)
-            end = int(tokens.argmax()) + 1  # attention is causal: the padding behind the end token reaches nothing
+            end = int(tokens.argmax()) + 1  # attention is causal: padding after the end token has no effect
             with torch.no_grad():
                 x = model.token_embedding(tokens[:, :end]) + model.positional_embedding[:end]
                 x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:end, :end]))[0, -1]
@@ -141,12 +141,12 @@ class HPSv2(Evaluator):
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        """open_clip's model configuration."""
+        """Model configuration in open_clip's form."""
         import open_clip
 
-        beside = self.checkpoint.with_name("open_clip_config.json")
-        if beside.exists():
-            config = json.loads(beside.read_text())
+        file = self.checkpoint.with_name("open_clip_config.json")
+        if file.exists():
+            config = json.loads(file.read_text())
             return config.get("model_cfg", config)
         config = open_clip.get_model_config(self.architecture)
         if config is None:
@@ -166,9 +166,9 @@ class HPSv2(Evaluator):
 
         self.files()
         state = weights.load(self.checkpoint, "hpsv2.weights")
-        with torch.device("meta"):  # to draw a billion random numbers that are then replaced takes seconds
+        with torch.device("meta"):  # skips seconds of drawing a billion random numbers to be replaced
             model = CLIP(**self._config)
         weights.fill(model, state.get("state_dict", state), self.checkpoint, "hpsv2.weights", assign=True)
         n = model.context_length
-        model.attn_mask = torch.full((n, n), float("-inf")).triu(1)  # causal; the one buffer that no checkpoint has
+        model.attn_mask = torch.full((n, n), float("-inf")).triu(1)  # causal; the only buffer missing from checkpoints
         return model.to(device()).float().eval().requires_grad_(False)

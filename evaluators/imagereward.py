@@ -1,10 +1,10 @@
-"""ImageReward (Xu et al. 2023, arXiv 2304.05977): BLIP reads the prompt with the image before it, a head scores.
+"""ImageReward (Xu et al. 2023, arXiv 2304.05977): BLIP's text encoder attends to the image; a head scores its output.
 
-An own port on transformers' BLIP: the ``image-reward`` package needs transformers <= 4.55. ``engine: official`` scores
-with the package's code, in an environment of its own. Departures of the port from ``ImageReward.score``:
-1. Image i meets prompt i in one batch; the package takes one image after another.
-2. Images become RGB before they are resized, not after: only pictures with a palette or with transparency differ.
-3. Weights are loaded strictly; the package passes over what is missing or unexpected.
+This is a port to transformers' BLIP: the ``image-reward`` package needs transformers <= 4.55. ``engine: official``
+scores with the package's code, in a separate environment. Departures of the port from ``ImageReward.score``:
+1. Images are scored in batches; the package takes one image after another.
+2. Images become RGB before they are resized, not after: only images with a palette or transparency differ.
+3. Weights are loaded strictly; the package ignores missing and unexpected tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CHECKPOINT, CONFIG = "ImageReward.pt", "med_config.json"
 TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json")
 SIDE, LIMIT = 224, 35  # pixels; tokens of a prompt that are read, start and end included
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
-SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, fixed in the package
+SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072  # the package's constants for raw scores
 HEAD = 64  # channels per attention head of the vision transformer: ViT-L has 16 heads for 1024 channels
 RENAMED = {  # BLIP's names -> transformers'
     "visual_encoder.cls_token": "visual_encoder.embeddings.class_embedding",
@@ -77,10 +77,10 @@ class ImageReward(Evaluator):
     weights: str = "THUDM/ImageReward"
     revision: str | None = None
     tokenizer: str = "google-bert/bert-base-uncased"  # a hub id or a folder with BERT's vocab.txt
-    engine: Literal["alignbench", "official"] = "alignbench"  # official: tables only, it gives no gradient
+    engine: Literal["alignbench", "official"] = "alignbench"  # official: for tables only, without gradient
 
     @property
-    def differentiable(self) -> bool:  # type: ignore[override]  # the class's answer depends on a setting here
+    def differentiable(self) -> bool:  # type: ignore[override]  # depends on a setting here
         return self.engine == "alignbench"
 
     def requirements(self) -> list[Requirement]:
@@ -92,7 +92,7 @@ class ImageReward(Evaluator):
 
     @cached_property
     def folder(self) -> Path:
-        """Where weights and configuration lie. UserError if nowhere."""
+        """Folder of weights and configuration; UserError if it cannot be found."""
         return self.requirements()[0].path
 
     @cached_property
@@ -101,30 +101,30 @@ class ImageReward(Evaluator):
         return self.requirements()[1].path
 
     def files(self) -> list[Path]:
-        found = weights.check([self.folder / CHECKPOINT, self.folder / CONFIG], "imagereward.weights")
+        files = weights.check([self.folder / CHECKPOINT, self.folder / CONFIG], "imagereward.weights")
         vocabulary, config = (self.tokenizer_folder / name for name in TOKENIZER_FILES)
-        return found + weights.check([vocabulary, *[config] * config.exists()], "imagereward.tokenizer")
+        return files + weights.check([vocabulary, *[config] * config.exists()], "imagereward.tokenizer")
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row per image: the standardised score, after the official preprocessing."""
+        """Return one row per image: the standardised score, after the official preprocessing."""
 
         def batch(images: Sequence[Image], prompts: Sequence[Prompt]) -> Tensor:
             return self._scores(self.prepare(images).to(device()), prompts)
 
         warn_of_cut(self.name, prompts, LIMIT, lambda text: len(self._tokenizer.tokenize(text)) + 2)
         if self.engine == "official":
-            beside = {"med_config": self.folder / CONFIG, "tokenizer": self.tokenizer_folder}
+            settings = {"med_config": self.folder / CONFIG, "tokenizer": self.tokenizer_folder}
             checkpoint = self.folder / CHECKPOINT
-            return official.score("imagereward", self.metrics[0].name, checkpoint, images, prompts, **beside)
+            return official.score("imagereward", self.metrics[0].name, checkpoint, images, prompts, **settings)
         return in_batches(batch, images, prompts, self.metrics[0].name)
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] -> (B,) standardised scores, differentiable."""
+        """Map (B, 3, H, W) pixels in [0, 1] to (B,) standardised scores; differentiable."""
         official.refuse_reward(self.name, self.engine)
         return self._scores(self.preprocess(check_range(pixels)), prompts)
 
     def prepare(self, images: Sequence[Image]) -> Tensor:
-        """Images -> preprocessed pixels, by Pillow as the package does it."""
+        """Preprocess images by Pillow, as the package does."""
         import torch
         from torchvision.transforms.functional import normalize
 
@@ -132,7 +132,7 @@ class ImageReward(Evaluator):
         return normalize(torch.stack([to_tensor(square) for square in squares]), MEAN, STD)
 
     def preprocess(self, pixels: Tensor) -> Tensor:
-        """The same steps on tensors: shortest edge (bicubic, antialiased), centre crop, normalisation."""
+        """Preprocess tensors in the same steps: shortest edge (bicubic, antialiased), centre crop, normalisation."""
         from torchvision.transforms.functional import normalize
 
         return normalize(_square(pixels.float()), MEAN, STD)
@@ -141,21 +141,21 @@ class ImageReward(Evaluator):
         import torch
 
         model = self._model.to(pixels.device)
-        seen = model["visual_encoder"](pixels).last_hidden_state
+        image = model["visual_encoder"](pixels).last_hidden_state
         settings = {"padding": "max_length", "truncation": True, "max_length": LIMIT, "return_tensors": "pt"}
         text = self._tokenizer([prompt.text for prompt in prompts], **settings).to(pixels.device)
-        read = model["text_encoder"](
+        states = model["text_encoder"](
             text.input_ids,
             attention_mask=text.attention_mask,
-            encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:-1], dtype=torch.long, device=seen.device),
+            encoder_hidden_states=image,
+            encoder_attention_mask=torch.ones(image.shape[:-1], dtype=torch.long, device=image.device),
         ).last_hidden_state
-        raw = model["mlp"]["layers"](read[:, 0])[:, 0]
+        raw = model["mlp"]["layers"](states[:, 0])[:, 0]
         return (raw - SCORE_MEAN) / SCORE_STD
 
     @cached_property
     def _tokenizer(self) -> Any:
-        """BERT's, with the two tokens that BLIP adds behind its vocabulary."""
+        """BERT's tokenizer, with the two tokens that BLIP appends to its vocabulary."""
         from transformers import BertTokenizer
 
         tokenizer = BertTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
@@ -186,7 +186,7 @@ class ImageReward(Evaluator):
 
 
 def _square(image: Any) -> Any:
-    """An image or a batch of pixels -> its middle square, SIDE wide."""
+    """Resize an image or a batch of pixels and crop the middle square, SIDE pixels wide."""
     from torchvision.transforms.functional import InterpolationMode as Mode
     from torchvision.transforms.functional import center_crop, resize
 
@@ -194,8 +194,8 @@ def _square(image: Any) -> Any:
 
 
 def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The official checkpoint under our parts' names, without what no score depends on."""
-    found = {}
+    """Return the official checkpoint under transformers' names, without unused tensors."""
+    renamed = {}
     for name, tensor in state.items():
         if name.startswith(UNUSED):
             continue
@@ -203,12 +203,12 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith("visual_encoder."):
             for old, new in RENAMED.items():
                 name = name.replace(old, new)
-        found[name] = tensor
-    return found
+        renamed[name] = tensor
+    return renamed
 
 
 def _text_config(official: Mapping[str, Any], vision_width: int) -> Any:
-    """med_config.json as transformers knows it; ``is_decoder`` is its word for cross-attention in every layer."""
+    """Return med_config.json as transformers' config; ``is_decoder`` is its word for cross-attention in every layer."""
     from transformers import BlipTextConfig
 
     known = {key: official[key] for key in TEXT_KEYS}
@@ -216,7 +216,7 @@ def _text_config(official: Mapping[str, Any], vision_width: int) -> Any:
 
 
 def _vision_config(state: Mapping[str, Tensor]) -> Any:
-    """The vision transformer's shape, read off its weights: ViT-L/16 for the official checkpoint."""
+    """Return the vision transformer's config, read off its weights: ViT-L/16 for the official checkpoint."""
     from transformers import BlipVisionConfig
 
     prefix = "visual_encoder.embeddings."

@@ -1,9 +1,9 @@
 """mmdet's Mask2Former (Cheng et al. 2022, arXiv 2112.01527) without mmdet: its checkpoint in transformers' classes.
 
-Image preparation and reading of the answer are those of mmdet 2.27.0, GenEval's own environment; transformers' image
-processor stretches images, pads nothing and gives every pixel to one object, so it has no part here. Departures:
-1. fp32 on the CPU too; the official script runs on GPUs only.
-2. cv2's bilinear resize is restated in numpy, to the bit: no OpenCV is needed.
+Pre- and postprocessing are those of mmdet 2.27.0, GenEval's environment; transformers' image processor is not used,
+since it stretches images, does not pad, and assigns every pixel to one object. Departures:
+1. It also runs on CPUs, in fp32; the official script runs on GPUs only.
+2. cv2's bilinear resize is reimplemented in numpy, bit for bit, so that OpenCV is not needed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-SCALE = (800, 1333)  # the shorter and the longer side that an image is resized to fit
-MULTIPLE, GREY = 32, 128  # of the sides after padding, right and below; what is padded with, before normalisation
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of red, green and blue
-ONE = 2048  # the fixed point of cv2's weights
-PER_IMAGE = 100  # pairs of query and class that are kept
-POINTS, LEVELS = 4, 3  # of the deformable attention: with them its tensors tell the number of heads
+SCALE = (800, 1333)  # largest shorter and longer side of resized images
+MULTIPLE, GREY = 32, 128  # sides are padded to this multiple, right and below, with this value before normalisation
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # for red, green and blue
+ONE = 2048  # cv2's weights are in fixed point, in units of 1 / ONE
+PER_IMAGE = 100  # number of pairs of query and class that are kept
+POINTS, LEVELS = 4, 3  # deformable attention's constants; with them its tensors give the number of heads
 
 
 class Detection(NamedTuple):
-    """One object: class, box (left, top, right, bottom) around its mask (H, W), confidence. It knows no colours."""
+    """Detected object: class, box (left, top, right, bottom) around its mask (H, W), confidence; no colour."""
 
     label: str
     box: tuple[float, float, float, float]
@@ -41,7 +41,7 @@ class Detection(NamedTuple):
     color: str | None = None
 
 
-class Found(NamedTuple):
+class Detections(NamedTuple):
     """The PER_IMAGE best pairs of query and class: class numbers, scores, boxes (n, 4) and masks (n, H, W)."""
 
     labels: Tensor
@@ -51,22 +51,22 @@ class Found(NamedTuple):
 
 
 class Mask2Former:
-    """The detector in ``checkpoint``. ``where``: the setting that an error names."""
+    """Detector with the weights in ``checkpoint``. ``where``: the setting that an error names."""
 
     def __init__(self, checkpoint: Path, where: str) -> None:
         self.model = load(checkpoint, where).to(device())
 
     def detect(self, image: np.ndarray, above: float = 0.0) -> list[Detection]:
-        """(H, W, 3) RGB in 8 bits -> its objects with a score above ``above``."""
+        """Return the objects with a score above ``above`` in an (H, W, 3) 8-bit RGB image."""
         import torch
 
         pixels, inside = prepare(image)
-        with torch.no_grad(), torch.random.fork_rng(devices=()):  # transformers 5.17 draws, and uses nothing of it
+        with torch.no_grad(), torch.random.fork_rng(devices=()):  # transformers 5.17 draws unused numbers
             answer = self.model(pixel_values=pixels.to(self.model.device))
             logits = answer.class_queries_logits[0], answer.masks_queries_logits[0]
-            found = read(*logits, padded=tuple(pixels.shape[-2:]), inside=inside, size=image.shape[:2])
-        keep = found.scores > above
-        labels, scores, boxes, masks = (part[keep].cpu().numpy() for part in found)
+            detections = read(*logits, padded=tuple(pixels.shape[-2:]), inside=inside, size=image.shape[:2])
+        keep = detections.scores > above
+        labels, scores, boxes, masks = (tensor[keep].cpu().numpy() for tensor in detections)
         rows = zip(labels.tolist(), scores.tolist(), boxes.tolist(), masks)
         return [Detection(CLASSES[label], tuple(box), score, mask) for label, score, box, mask in rows]
 
@@ -75,7 +75,7 @@ class Mask2Former:
 
 
 def prepare(image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
-    """(H, W, 3) RGB in 8 bits -> (1, 3, h, w) network input, and the height and width of the image in it."""
+    """Map an (H, W, 3) 8-bit RGB image to (1, 3, h, w) network input, and the image's height and width in it."""
     import numpy as np
     import torch
 
@@ -89,18 +89,18 @@ def prepare(image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """``cv2.resize(image, (width, height))`` of 8-bit images: bilinear, in fixed point, not antialiased."""
+    """Return ``cv2.resize(image, (width, height))`` of an 8-bit image: bilinear, in fixed point, not antialiased."""
     import numpy as np
 
     (rows, down), (columns, across) = _taps(image.shape[0], height), _taps(image.shape[1], width)
-    across[:, columns[0] == columns[1]] = [[ONE], [0]]  # cv2 does so beyond the left and right border only
+    across[:, columns[0] == columns[1]] = [[ONE], [0]]  # cv2 does this beyond the left and right border only
     wide = sum(image.astype(np.int32)[:, at] * weight[:, None] for at, weight in zip(columns, across))
     both = sum((weight[:, None, None] * (wide[at] >> 4)) >> 16 for at, weight in zip(rows, down))
     return ((both + 2) >> 2).astype(np.uint8)
 
 
 def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two of ``old`` pixels that each of ``new`` ones lies between (2, new), and their weights, parts of ONE."""
+    """Return the two of ``old`` pixels around each of ``new`` ones (2, new), and their weights in units of 1 / ONE."""
     import numpy as np
 
     at = ((np.arange(new) + 0.5) * (old / new) - 0.5).astype(np.float32)
@@ -115,10 +115,10 @@ def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
 
 def read(
     classes: Tensor, masks: Tensor, *, padded: tuple[int, ...], inside: tuple[int, int], size: tuple[int, ...]
-) -> Found:
-    """(Q, C + 1) class and (Q, h, w) mask logits -> the objects, with masks of the original ``size``.
+) -> Detections:
+    """Map (Q, C + 1) class and (Q, h, w) mask logits to detections, with masks of the original ``size``.
 
-    A query may appear under several classes. A score is the probability of the class times the mean probability of
+    A query may appear under several classes. Its score is the probability of the class times the mean probability of
     the pixels inside the mask.
     """
     from torch.nn.functional import interpolate
@@ -130,11 +130,11 @@ def read(
     logits = interpolate(logits, size, mode="bilinear", align_corners=False)[0][best // pairs.shape[1]]
     solid = (logits > 0).to(logits)
     certain = (logits.sigmoid() * solid).flatten(1).sum(1) / (solid.flatten(1).sum(1) + 1e-6)
-    return Found(best % pairs.shape[1], scores * certain, _boxes(solid.bool()), solid.bool())
+    return Detections(best % pairs.shape[1], scores * certain, _boxes(solid.bool()), solid.bool())
 
 
 def _boxes(masks: Tensor) -> Tensor:
-    """(n, H, W) masks -> (n, 4) boxes: first column and row, last ones plus one; zeros around nothing."""
+    """Map (n, H, W) masks to (n, 4) boxes: first column and row, last ones plus one; zeros for an empty mask."""
     import torch
 
     edges = []
@@ -191,15 +191,15 @@ UNUSED = {f"{BODY}.encoder.swin.layernorm.weight", f"{BODY}.encoder.swin.layerno
 
 
 def load(checkpoint: Path, where: str) -> Any:
-    """The frozen model with the checkpoint's weights, all of them. Its tensors say how large it is."""
+    """Return the frozen model, sized by the checkpoint's tensors, with all of its weights."""
     _check_name(checkpoint, where)
-    held = weights.load(checkpoint, where)
+    stored = weights.load(checkpoint, where)
     try:
-        state = convert(held.get("state_dict", held))
+        state = convert(stored.get("state_dict", stored))
         model, info = _fill(architecture(state), state)
     except (AttributeError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{where}: {checkpoint} is no Mask2Former of mmdet with a Swin: {reason}") from None
+        raise UserError(f"{where}: {checkpoint} is not mmdet's Mask2Former with a Swin: {reason}") from None
     missing, unexpected = sorted(set(info["missing_keys"]) - UNUSED), sorted(info["unexpected_keys"])
     if missing or unexpected:
         raise UserError(f"{where}: {checkpoint}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
@@ -207,33 +207,33 @@ def load(checkpoint: Path, where: str) -> Any:
 
 
 def _fill(config: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
-    """The model, and what was missing or unexpected. transformers' own report of it is left out."""
+    """Return the model and its missing and unexpected keys, without transformers' printed report of them."""
     from transformers import Mask2FormerForUniversalSegmentation
     from transformers.utils import logging
 
-    shown = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     settings: Any = {"config": config, "state_dict": dict(state), "output_loading_info": True}
     try:
         with weights.quiet():
-            loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(None, **settings)
-            return loaded
+            model_and_info: Any = Mask2FormerForUniversalSegmentation.from_pretrained(None, **settings)
+            return model_and_info
     finally:
-        logging.set_verbosity(shown)
+        logging.set_verbosity(verbosity)
 
 
 def _check_name(checkpoint: Path, where: str) -> None:
-    """OpenMMLab's names end with the first digits of the file's sha256: UserError if they are not this file's."""
+    """Raise UserError if the name ends, as OpenMMLab's do, with a sha256's first digits, and not with this file's."""
     named = re.search(r"-([0-9a-f]{8})\.pth$", checkpoint.name)
     with checkpoint.open("rb") as file:
         if named and not hashlib.file_digest(file, "sha256").hexdigest().startswith(named[1]):
             raise UserError(
-                f"{where}: {checkpoint} is damaged: its sha256 does not begin with {named[1]}; fetch it anew"
+                f"{where}: {checkpoint} is damaged: its sha256 does not begin with {named[1]}; download it again"
             )
 
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """mmdet's tensors, of 2.x or 3.x -> the same under the hub's names, in transformers' order of channels."""
+    """Return the tensors of mmdet 2.x or 3.x under the hub's names, in transformers' order of channels."""
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith("relative_position_index"):
@@ -245,7 +245,7 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """One tensor for query, key and value -> three, where transformers keeps three."""
+    """Split a joint tensor of query, key and value where transformers has three."""
     if ".qkv." in name:
         names = [name.replace("qkv", part) for part in ("query", "key", "value")]
     elif ".self_attn.in_proj_" in name:
@@ -256,12 +256,12 @@ def _split(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _merged(tensor: Tensor) -> Tensor:
-    """Four neighbours' channels as Swin has them: neighbour by neighbour, down first; mmdet's: channel by channel."""
+    """Reorder four neighbours' channels: mmdet's are channel by channel, Swin's neighbour by neighbour, down first."""
     return tensor.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2).contiguous()
 
 
 def architecture(state: Mapping[str, Tensor]) -> Any:
-    """The configuration of converted tensors. KeyError or ValueError if they are no Mask2Former's."""
+    """Return the configuration of converted tensors; raise KeyError or ValueError if they are not Mask2Former's."""
     from transformers import Mask2FormerConfig
 
     def count(pattern: str) -> int:
@@ -281,7 +281,7 @@ def architecture(state: Mapping[str, Tensor]) -> Any:
         "num_attention_heads": len(state[f"{deformable}.self_attn.attention_weights.bias"]) // (POINTS * LEVELS),
         "encoder_layers": count(rf"{pixels}\.encoder\.layers\.\d+\.fc1\.bias"),
         "encoder_feedforward_dim": len(state[f"{deformable}.fc1.bias"]),
-        "decoder_layers": count(rf"{queries}\.layers\.\d+\.fc1\.bias") + 1,  # transformers counts the queries, too
+        "decoder_layers": count(rf"{queries}\.layers\.\d+\.fc1\.bias") + 1,  # transformers counts the queries too
         "dim_feedforward": len(state[f"{queries}.layers.0.fc1.bias"]),
         "num_queries": len(state[f"{HEAD}.queries_features.weight"]),
     }

@@ -1,8 +1,8 @@
-"""PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569): exp(logit_scale) x cosine of a CLIP ViT-H-14's features.
+"""PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569): exp(logit_scale) times the cosine of CLIP ViT-H-14 features.
 
 Departures from the snippet in PickScore's README:
-1. Text features are computed prompt by prompt and cached; image i meets prompt i, never all against all.
-2. ``get_*_features`` returns an output object since transformers 5: its ``pooler_output`` is the projected feature.
+1. Text features are computed prompt by prompt and cached; image i is compared with prompt i alone.
+2. ``get_*_features`` returns an output object since transformers 5; its ``pooler_output`` is the projected feature.
 3. Images are resized with Pillow, as the official processor did; transformers 5's default resizes with torchvision.
 """
 
@@ -44,7 +44,7 @@ class PickScore(Evaluator):
 
     weights: str = "yuvalkirstain/PickScore_v1"
     revision: str | None = None
-    processor: str | None = None  # folder or hub id; None: beside the weights, or else LAION's, as in the README
+    processor: str | None = None  # folder or hub id; None: next to the weights, or else LAION's, as in the README
     reward_unit: Literal["logit", "cosine"] = "logit"
 
     @property
@@ -60,7 +60,7 @@ class PickScore(Evaluator):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the CLIPModel lies. UserError if nowhere."""
+        """Folder of the CLIPModel; UserError if it cannot be found."""
         return self.requirements()[0].path
 
     @cached_property
@@ -69,11 +69,11 @@ class PickScore(Evaluator):
         return self.requirements()[-1].path
 
     def files(self) -> list[Path]:
-        found = weights.model_files(self.folder, "pickscore.weights")
-        return sorted({*found, *clip.processor_files(self.processor_folder, "pickscore.processor")})
+        files = weights.model_files(self.folder, "pickscore.weights")
+        return sorted({*files, *clip.processor_files(self.processor_folder, "pickscore.processor")})
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row per image: the logit, after the official preprocessing."""
+        """Return one row per image: the logit, after the official preprocessing."""
 
         def batch(images: Sequence[Image], prompts: Sequence[Prompt]) -> Tensor:
             return self._clip.scale * self._clip.cosine(self._clip.official(images).to(device()), prompts)
@@ -82,7 +82,7 @@ class PickScore(Evaluator):
         return in_batches(batch, images, prompts, self.metrics[0].name)
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] -> (B,) scores in ``reward_unit``, differentiable."""
+        """Map (B, 3, H, W) pixels in [0, 1] to (B,) scores in ``reward_unit``; differentiable."""
         cosine = self._clip.cosine(self._clip.preprocess(check_range(pixels)), prompts)
         return cosine if self.reward_unit == "cosine" else self._clip.scale * cosine
 

@@ -1,15 +1,15 @@
-"""Three plain numbers that move when a reward is gamed: a grid at the patch period, saturation, brightness.
+"""Three image statistics that move when a reward is hacked: a grid at the patch period, saturation, brightness.
 
-Users of reward fine-tuning report pictures with fine grids (at the period of the tokens), with strong colours, and
-brighter pictures at an equal reward. No weights, and no opinion: no direction is better in itself.
+Users of reward fine-tuning report images with fine grids (at the period of the tokens), strong colours, and more
+brightness at an equal reward. The statistics need no weights, and neither direction is better in itself.
 
-- ``grid_energy``, from -1 to 1: of the luma's differences along rows, the power P at the frequencies (j / p, k / p),
-  j = 0 ... p - 1 down and k = 1 ... p / 2 across, of the patch period p, against the mean N of the two bins on either
-  side of each k: (P - N) / (P + N), summed over j and k before the division; the same along columns; the mean of both.
-  0: nothing particular at that period, as for noise or a smooth picture (of a small one a little less: few bins, and
-  a quotient); 1: all of it repeats with period p.
-  Differences, because a photograph's spectrum falls with the square of the frequency, and theirs is flat: so no k
-  outweighs the others.
+- ``grid_energy``, from -1 to 1, is the contrast (P - N) / (P + N) of two powers in the luma's differences along rows:
+  P at the frequencies (j / p, k / p), j = 0 ... p - 1 down and k = 1 ... p / 2 across, of the patch period p; N, the
+  mean of the two bins on either side of each k; both summed over j and k. It is averaged with the same along columns.
+  0: nothing special at that period, as for noise or a smooth image (slightly less for a small one, with few bins in
+  a quotient); 1: all power repeats with period p.
+  It takes differences because their spectrum is flat, so that no k outweighs the others, while a photograph's own
+  spectrum falls with the square of the frequency.
 - ``saturation``, 0 to 1: the mean over pixels of max(R, G, B) - min(R, G, B), the chroma of HSV.
 - ``brightness``, 0 to 1: the mean luma, 0.299 R + 0.587 G + 0.114 B (Rec. 601), of the stored values.
 """
@@ -36,9 +36,9 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class PictureStats(Evaluator):
-    """Grid at the patch period, saturation, brightness. ``patch``: pixels; None: the sweep's model's, or else 16.
+    """Grid at the patch period, saturation, brightness. ``patch``: pixels; None: that of the sweep's model, or else 16.
 
-    A picture with fewer than two periods along a side cannot be scored.
+    An image with fewer than two periods along a side cannot be scored.
     """
 
     name: ClassVar[str] = "picture_stats"
@@ -52,7 +52,7 @@ class PictureStats(Evaluator):
     patch: Annotated[int, Meta(ge=2)] | None = None
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row per image."""
+        """Return one row per image."""
         import numpy as np
         import pandas as pd
 
@@ -66,7 +66,7 @@ class PictureStats(Evaluator):
 
 
 def grid_energy(luma: NDArray[np.float64], patch: int) -> float:
-    """Of an (H, W) picture; nan if a side has fewer than two periods of ``patch`` pixels."""
+    """Return the grid energy of an (H, W) image; nan if a side has fewer than two periods of ``patch`` pixels."""
     return (_along_rows(luma, patch) + _along_rows(luma.T, patch)) / 2
 
 
@@ -76,15 +76,13 @@ def _along_rows(luma: NDArray[np.float64], patch: int) -> float:
     down, periods = (side // patch for side in luma.shape)
     if min(down, periods) < 2:
         return float("nan")
-    length = periods * patch  # whole periods: then the frequencies k / patch are bins of their own
+    length = periods * patch  # whole periods, so that each frequency k / patch is a bin
     whole = luma[: down * patch, :length]
     spectrum = np.fft.fft2(whole - np.roll(whole, 1, axis=1))
     power = np.square(np.abs(spectrum[::down])).sum(0)
     harmonics = periods * np.arange(1, patch // 2 + 1)
-    beside = [offset for offset in (1, 2) if 2 * offset <= max(periods - 1, 2)]  # no further than half-way to the next
+    offsets = [offset for offset in (1, 2) if 2 * offset <= max(periods - 1, 2)]  # at most half-way to the next
     at = power[harmonics].sum()
-    around = np.mean([power[(harmonics + sign * offset) % length].sum() for offset in beside for sign in (1, -1)])
-    total = at + around
-    return (
-        float((at - around) / total) if total > 1e-12 * length**2 else 0.0
-    )  # of an even picture only rounding is left
+    around = np.mean([power[(harmonics + sign * offset) % length].sum() for offset in offsets for sign in (1, -1)])
+    total = at + around  # rounding errors alone, if the image is uniform
+    return float((at - around) / total) if total > 1e-12 * length**2 else 0.0

@@ -1,16 +1,16 @@
-"""UnifiedReward (Wang et al. 2025, arXiv 2503.05236): a vision-language model is asked, and writes its scores.
+"""UnifiedReward (Wang et al. 2025, arXiv 2503.05236): a vision-language model writes scores in answer to a question.
 
-There is no one UnifiedReward score: papers ask different questions of different checkpoints. So the question is a
+UnifiedReward is more than one score: papers ask different questions of different checkpoints. So the question is a
 setting, and part of every metric's name; the checkpoint's revision is part of the version:
 - ``acs``: alignment, coherence and style, after a list of words (the UnifiedReward repository, for its 1.x models);
 - ``acs_2``: the same without that list (for its 2.0 models);
-- ``final``: one score for everything (the UnifiedReward repository, MixGRPO);
-- ``flowbp``: two questions of FlowBP's own, of pictures resized to 512 x 512, meant for the 7b-v1.5 checkpoint.
+- ``final``: one overall score (the UnifiedReward repository, MixGRPO);
+- ``flowbp``: FlowBP's two questions about images resized to 512 x 512, meant for the 7b-v1.5 checkpoint.
 UR-Align is the alignment score; UR-IQ of ``acs`` and ``acs_2`` is the mean of coherence and style.
 
 Departures from those repositories:
 1. Servers are sent PNG, not JPEG. Decoding is greedy; a checkpoint's repetition penalty stays in force.
-2. A number outside 1 to 5, or none, is a row without a score, and stays one: no stand-in enters a mean.
+2. A number outside 1 to 5, or no number, leaves a row without a score: no default value enters a mean.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ if TYPE_CHECKING:
     from alignbench.prompts import Prompt
 
 PROMPTS = Path(__file__).parent / "prompts"
-KEY = "UNIFIEDREWARD_API_KEY"  # environment variable: settings are stored, a secret must not be
+KEY = "UNIFIEDREWARD_API_KEY"  # environment variable, since settings are stored and a secret must not be
 TRIES, PATIENCE = 3, 2.0  # requests per answer; seconds before the second, doubled before the third
-LARGEST = 2**20  # bytes of an answer
+LARGEST = 2**20  # bytes of the largest answer
 IMAGE_TOKENS = ("<|image_pad|>", "<|video_pad|>")
 NUMBER = r"\s*(-?\d+(?:\.\d+)?)"
 
 
 class Question(NamedTuple):
-    """One thing asked about every image: a file of PROMPTS, and what stands before each score in the answer."""
+    """Question asked about every image: a file of PROMPTS, and the label before each score in the answer."""
 
     file: str
     scores: dict[str, str]  # part -> its label
 
 
 class Template(NamedTuple):
-    """What a metric's number means. ``metrics``: which parts each is the mean of."""
+    """Questions and the metrics made from their answers. ``metrics``: each is the mean of these parts."""
 
     questions: tuple[Question, ...]
     metrics: dict[str, tuple[str, ...]]
-    tokens: int  # of the longest answer
-    side: int | None = None  # images are resized to squares of it
+    tokens: int  # in the longest answer
+    side: int | None = None  # images are resized to squares of this side
 
 
 ACS = {part: f"{part.capitalize()} Score (1-5):" for part in ("alignment", "coherence", "style")}
@@ -88,40 +88,40 @@ TEMPLATES = {
 
 
 class Answer(NamedTuple):
-    """What the model wrote. ``cut``: it was not done when its tokens ran out."""
+    """Text that the model wrote. ``cut``: it reached the limit of tokens before its end."""
 
     text: str
     cut: bool = False
 
 
 class Unanswered(Exception):
-    """A question got no answer. The text says why."""
+    """No answer to a question; the text says why."""
 
 
 class Busy(Unanswered):
-    """No answer this time; another time there may be one."""
+    """No answer to a question for now; another try may succeed."""
 
 
 class UnifiedReward(Evaluator):
-    """UnifiedReward. ``weights``: a hub id or a folder of a Qwen-VL checkpoint; with ``server``, what it serves.
+    """UnifiedReward. ``weights``: hub id or folder of a Qwen-VL checkpoint; with ``server``, the one that it serves.
 
-    ``server``: an OpenAI-compatible one (vLLM, SGLang), as http://host:port. A key, if it asks for one, is read from
+    ``server``: an OpenAI-compatible server (vLLM, SGLang), as http://host:port. If it requires a key, it is read from
     the environment variable UNIFIEDREWARD_API_KEY. Besides the metrics, ``score`` gives the columns ``raw``, the
-    model's own words, and ``error``, why a row has no score.
+    model's text, and ``error``, the reason why a row has no score.
     """
 
     name: ClassVar[str] = "unifiedreward"
-    seconds_per_image: ClassVar[float | None] = 8.0  # some 300 words, one by one, of 7 B parameters
+    seconds_per_image: ClassVar[float | None] = 8.0  # some 300 words, one by one, by 7 B parameters
     gigabytes: ClassVar[float | None] = 16.6
 
     template: Literal["acs", "acs_2", "final", "flowbp"] = "acs"
     weights: str = "CodeGoat24/UnifiedReward-qwen-7b"
-    revision: str | None = None  # of the weights; needed with a server, which does not tell
+    revision: str | None = None  # revision of the weights; required with a server, which does not report it
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 on GPUs, else float32
-    max_new_tokens: int | None = None  # None: the template's
-    server: str | None = None  # None: the model runs here, one image after another
-    served_model: str = "UnifiedReward"  # the name under which the server offers it
-    concurrency: int = 16  # requests under way at once
+    max_new_tokens: int | None = None  # None: the template's limit
+    server: str | None = None  # None: run the model in this process, one image after another
+    served_model: str = "UnifiedReward"  # the model's name on the server
+    concurrency: int = 16  # simultaneous requests
     timeout: float = 120.0  # seconds for one answer
 
     def __post_init__(self) -> None:
@@ -142,9 +142,9 @@ class UnifiedReward(Evaluator):
 
     @cached_property
     def version(self) -> str:  # type: ignore[override]  # depends on the template and the checkpoint
-        """Of our code, the template and the checkpoint, as far as it has a revision."""
+        """Version of our code, the template, and the checkpoint's revision if known."""
         revision = self.revision
-        if revision is None and self.folder.parent.name == "snapshots":  # of the hub's cache
+        if revision is None and self.folder.parent.name == "snapshots":  # in the hub's cache
             revision = self.folder.name
         return "-".join(["1", self.template, *([re.sub(r"[^\w.]", "_", revision)[:12]] if revision else [])])
 
@@ -161,29 +161,29 @@ class UnifiedReward(Evaluator):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the checkpoint lies. UserError if nowhere."""
+        """Folder of the checkpoint; UserError if it cannot be found."""
         return self._checkpoint.path
 
     def files(self) -> list[Path]:
-        """The checkpoint's; with a server, whose weights ``weights`` and ``revision`` name, the questions alone."""
+        """Return the checkpoint's files; with a server, whose weights the settings name, the questions alone."""
         if self.server:
             return [question_file(question.file) for question in self._template.questions]
-        beside = [path for pattern in ("*.txt", "*.jinja") for path in self.folder.glob(pattern)]
-        found = weights.model_files(self.folder, "unifiedreward.weights")
+        texts = [path for pattern in ("*.txt", "*.jinja") for path in self.folder.glob(pattern)]
+        files = weights.model_files(self.folder, "unifiedreward.weights")
         kind = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
         if kind.startswith("llava"):
             what = f"{self.folder} is a {kind} checkpoint, which transformers cannot load"
             raise UserError(f"unifiedreward.weights: {what}; serve it (SGLang) and set server, or choose a qwen one")
-        return sorted({*found, *weights.check(beside, "unifiedreward.weights")})
+        return sorted({*files, *weights.check(texts, "unifiedreward.weights")})
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """UserError for a prompt that holds an image's token: the model would look for an image there."""
+        """Raise UserError for a prompt with an image token: the model would look for an image there."""
         for prompt in prompts:
             if token := next((token for token in IMAGE_TOKENS if token in prompt.text), None):
                 raise UserError(f"unifiedreward: the prompt '{prompt.text[:60]}' holds {token}, which marks an image")
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row per image: the metrics, then ``raw`` and ``error``. UserError if not one image was answered."""
+        """Return one row per image: the metrics, ``raw`` and ``error``; raise UserError if no image was answered."""
         import pandas as pd
 
         self.check(prompts)
@@ -195,7 +195,7 @@ class UnifiedReward(Evaluator):
         return frame
 
     def probe(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """Of a model here: the log-probabilities of five tokens as the first of its answer."""
+        """Return the log-probabilities of five tokens as the answer's first, if the model runs in this process."""
         import pandas as pd
         import torch
 
@@ -210,35 +210,35 @@ class UnifiedReward(Evaluator):
         return pd.DataFrame(rows, columns=[f"token {i}" for i in range(5)])
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] -> (B,) scores, the first metric's. Not differentiable: they are text."""
+        """Map (B, 3, H, W) pixels in [0, 1] to (B,) scores of the first metric; not differentiable."""
         images = [to_pil(image) for image in check_range(pixels)]
         return pixels.new_tensor(self.score(images, prompts)[self.metrics[0].name].to_numpy())
 
     def _answers(self, asked: Sequence[tuple[Image, str]]) -> Iterator[list[Answer | Unanswered]]:
-        """Per image, an answer to each question, or why there is none; in the order of the images."""
+        """Yield for each image, in order, an answer to each question, or the reason why there is none."""
         if not asked:
             return
         if self.server is None:
-            yield from (self._each(self._generate, *pair) for pair in asked)
+            yield from (self._ask(self._generate, *pair) for pair in asked)
             return
-        self._reach()
+        self._check_server()
         with ThreadPoolExecutor(self.concurrency) as pool:
-            yield from pool.map(lambda pair: self._each(self._request, *pair), asked)
+            yield from pool.map(lambda pair: self._ask(self._request, *pair), asked)
 
-    def _each(self, ask: Callable[[Image, str], Answer], image: Image, prompt: str) -> list[Answer | Unanswered]:
-        """The answers to all questions about one image."""
-        picture, side = image.convert("RGB"), self._template.side
-        picture = picture.resize((side, side)) if side else picture
+    def _ask(self, ask: Callable[[Image, str], Answer], image: Image, prompt: str) -> list[Answer | Unanswered]:
+        """Return the answers to all questions about one image."""
+        rgb, side = image.convert("RGB"), self._template.side
+        rgb = rgb.resize((side, side)) if side else rgb
         answers: list[Answer | Unanswered] = []
         for question in self._template.questions:
             try:
-                answers.append(ask(picture, text(question.file, prompt)))
+                answers.append(ask(rgb, text(question.file, prompt)))
             except Unanswered as error:
                 answers.append(error)
         return answers
 
     def _row(self, answers: Sequence[Answer | Unanswered]) -> list[float | str | None]:
-        """Metrics, raw answers, and what went wrong."""
+        """Return the metrics, the raw answers, and the errors."""
         parts: dict[str, float] = {}
         errors: list[str] = []
         for question, answer in zip(self._template.questions, answers):
@@ -250,15 +250,15 @@ class UnifiedReward(Evaluator):
                     parts[part] = parse(answer, label)
                 except ValueError as error:
                     errors.append(str(error))
-        said = [answer.text for answer in answers if isinstance(answer, Answer)]
+        texts = [answer.text for answer in answers if isinstance(answer, Answer)]
         means = (_mean([parts.get(name, float("nan")) for name in names]) for names in self._template.metrics.values())
-        return [*means, "\n\n".join(said) if said else None, "; ".join(errors) or None]
+        return [*means, "\n\n".join(texts) if texts else None, "; ".join(errors) or None]
 
     def _report(self, frame: pd.DataFrame) -> None:
-        """A warning that counts the rows without a score. UserError if not one model's answer came."""
+        """Warn with the number of rows without a score; raise UserError if the model gave no answer at all."""
         failed = frame[frame["error"].notna()]
         if len(frame) and frame["raw"].isna().all():
-            raise UserError(f"unifiedreward: not one of {len(frame)} images was answered: {failed['error'].iloc[0]}")
+            raise UserError(f"unifiedreward: none of {len(frame)} images was answered: {failed['error'].iloc[0]}")
         if len(failed):
             what = f"{len(failed)} of {len(frame)} images have no complete score"
             warnings.warn(f"unifiedreward: {what}; the first: {failed['error'].iloc[0]}", stacklevel=3)
@@ -269,12 +269,12 @@ class UnifiedReward(Evaluator):
 
     # -- a server -----------------------------------------------------------------------------------------------------
 
-    def _reach(self) -> None:
-        """UserError, with how to start it, if the server does not answer or does not offer the model."""
+    def _check_server(self) -> None:
+        """Raise UserError, with the command that starts it, unless the server answers and offers the model."""
         try:
             offered = [model["id"] for model in self._call("GET", "/v1/models")["data"]]
         except (Unanswered, KeyError, TypeError) as error:
-            reason = str(error) if isinstance(error, Unanswered) else "its list of models is not one"
+            reason = str(error) if isinstance(error, Unanswered) else "its list of models is malformed"
             start = f"vllm serve {self.weights} --revision {self.revision} --served-model-name {self.served_model}"
             raise UserError(f"unifiedreward.server: {self.server}: {reason}; start it with `{start}`") from None
         if self.served_model not in offered:
@@ -290,12 +290,12 @@ class UnifiedReward(Evaluator):
         answer = self._patiently("/v1/chat/completions", {**body, "temperature": 0, "max_tokens": self._tokens})
         with contextlib.suppress(KeyError, TypeError, ValueError):
             (choice,) = answer["choices"]
-            if isinstance(said := choice["message"]["content"], str):
-                return Answer(said, choice.get("finish_reason") == "length")
+            if isinstance(content := choice["message"]["content"], str):
+                return Answer(content, choice.get("finish_reason") == "length")
         raise Unanswered("the server's answer holds no text")
 
     def _patiently(self, path: str, body: dict[str, Any]) -> Any:
-        """What the server answers to ``body``, asked again where that may help."""
+        """Return the server's answer to ``body``; retry where that may help."""
         for i in range(TRIES):
             try:
                 return self._call("POST", path, body)
@@ -306,7 +306,7 @@ class UnifiedReward(Evaluator):
         raise AssertionError
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """One request. Unanswered says why there is no JSON; Busy, a kind of it, that it may work another time."""
+        """Send one request and return its JSON; raise Unanswered with the reason, or Busy if a retry may succeed."""
         url = urlsplit(str(self.server))
         secure = url.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -326,10 +326,10 @@ class UnifiedReward(Evaluator):
             connection.close()
         return _decoded(response.status, data)
 
-    # -- the model, here ----------------------------------------------------------------------------------------------
+    # -- the model in this process ------------------------------------------------------------------------------------
 
     def _inputs(self, image: Image, question: str) -> Any:
-        """What the model reads, on its device."""
+        """Return the model's inputs on its device."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         processor = self._processor
@@ -337,22 +337,22 @@ class UnifiedReward(Evaluator):
         side, size = settings.patch_size * settings.merge_size, settings.size
         limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
         height, width = smart_resize(image.height, image.width, factor=side, **limits)
-        picture = image.resize((width, height))  # by Pillow, as the repository does it
+        resized = image.resize((width, height))  # by Pillow, as in the repository
         content = [{"type": "image"}, {"type": "text", "text": question}]
         chat = processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        return processor(text=[chat], images=[picture], do_resize=False, return_tensors="pt").to(device())
+        return processor(text=[chat], images=[resized], do_resize=False, return_tensors="pt").to(device())
 
     def _generate(self, image: Image, question: str) -> Answer:
-        """One image at a time: padding a batch would change the numbers, and with them, now and then, a digit."""
+        """Answer for one image at a time: padding a batch would change logits and, at times, a digit."""
         import torch
 
         model, inputs = self._model.to(device()), self._inputs(image, question)
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         with torch.no_grad():
-            found = model.generate(**inputs, max_new_tokens=self._tokens, **greedy)
-        written = found[0, inputs["input_ids"].shape[1] :]
+            tokens = model.generate(**inputs, max_new_tokens=self._tokens, **greedy)
+        written = tokens[0, inputs["input_ids"].shape[1] :]
         cut = written[-1].item() not in _ends(model.generation_config.eos_token_id)
         return Answer(self._processor.decode(written, skip_special_tokens=True), cut)
 
@@ -378,19 +378,19 @@ def question_file(file: str) -> Path:
 
 
 def text(file: str, prompt: str) -> str:
-    """The question in ``file`` about an image made for ``prompt``."""
+    """Return the question in ``file`` about an image made for ``prompt``."""
     return question_file(file).read_text(encoding="utf-8").replace("{prompt}", prompt)
 
 
 def parse(answer: Answer, label: str) -> float:
-    """The number behind the first ``label``. ValueError if there is none from 1 to 5, or if it may lack digits."""
+    """Return the number from 1 to 5 after the first ``label``; raise ValueError if none, or if digits may be lost."""
     complete = re.sub(r"[\d.]+$", "", answer.text) if answer.cut else answer.text
-    found = re.search(re.escape(label) + NUMBER, complete, re.IGNORECASE)
-    if found is None:
+    match = re.search(re.escape(label) + NUMBER, complete, re.IGNORECASE)
+    if match is None:
         raise ValueError(f"the answer has no number behind '{label}'{', it was cut off' if answer.cut else ''}")
-    if not 1 <= float(found[1]) <= 5:
-        raise ValueError(f"'{label} {found[1]}' is not from 1 to 5")
-    return float(found[1])
+    if not 1 <= float(match[1]) <= 5:
+        raise ValueError(f"'{label} {match[1]}' is not from 1 to 5")
+    return float(match[1])
 
 
 def _ends(tokens: int | Sequence[int] | None) -> Sequence[int | None]:
@@ -402,7 +402,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The body, whose pieces may not drip in beyond the deadline."""
+    """Return the body; raise TimeoutError if pieces still arrive after the deadline."""
     data = b""
     while piece := response.read1(2**16):
         data += piece
@@ -416,13 +416,13 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
 
 
 def _decoded(status: int, data: bytes) -> Any:
-    said = " ".join(data.decode("utf-8", "replace").split())[:200]
-    said = said.replace(os.environ.get(KEY) or "\0", "***")  # some servers quote it back
+    quote = " ".join(data.decode("utf-8", "replace").split())[:200]
+    quote = quote.replace(os.environ.get(KEY) or "\0", "***")  # some servers repeat the key
     if status == 429 or status >= 500:
-        raise Busy(f"the server answers {status}: {said}")
+        raise Busy(f"the server answers {status}: {quote}")
     if status != 200:
-        raise Unanswered(f"the server answers {status}: {said}")
+        raise Unanswered(f"the server answers {status}: {quote}")
     try:
         return json.loads(data)
     except ValueError:
-        raise Unanswered(f"the server's answer is not JSON: {said}") from None
+        raise Unanswered(f"the server's answer is not JSON: {quote}") from None

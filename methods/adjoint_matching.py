@@ -2,10 +2,10 @@
 
 In alignbench's sign and time (t = 1 noise, v = noise - image) the memoryless process moves by -(2 v + x / (1 - t + h))
 per unit of time, with noise sigma = sqrt(2 (t + h) / (1 - t + h)); h, the step, keeps both finite at t = 1. Departures:
-1. The loss is a mean over trained steps, not a sum: how many there are does not change the learning rate's meaning.
-2. The reward is asked about the image that the last velocity predicts; a memoryless move to t = 0 without its noise
-   would leave some of the noise before it in the image.
-3. The reward enters by its loss: with a margin, images above it have no terminal cost.
+1. The loss is a mean over trained steps, not a sum: their number does not change the learning rate's meaning.
+2. The reward is computed on the image that the last velocity predicts; a memoryless move to t = 0 without its noise
+   would leave some of the earlier noise in the image.
+3. The reward enters through its loss: with a margin, images above it have no terminal cost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class AdjointMatching(Pathwise):
-    """Sampled memorylessly, the optimum is the base model's distribution times exp(lam R)."""
+    """Regression on the lean adjoint; sampled memorylessly, its optimum is the base distribution times exp(lam R)."""
 
     name: ClassVar[str] = "adjoint_matching"
     title: ClassVar[str] = "Adjoint Matching"
@@ -34,9 +34,9 @@ class AdjointMatching(Pathwise):
     stochastic: ClassVar[bool] = True
     steps: int = 40
     lam: float = 1000.0  # the reward's multiplier; the paper: 1000, 2500, 12500
-    late: int = 10  # the last steps, all of them trained
-    early: int = 10  # trained of the others, drawn anew for every batch
-    loss_clip: float | None = None  # a sample's loss of a step beyond it teaches nothing; the paper: 1.6 lam^2
+    late: int = 10  # number of last steps, all trained
+    early: int = 10  # number of other steps trained, drawn for each batch
+    loss_clip: float | None = None  # a sample's loss at a step has no gradient above it; the paper: 1.6 lam^2
     grid: Literal["uniform", "model"] = "uniform"  # sigmas of the rollout
 
     def check(self, batch: int, differentiable: bool) -> None:
@@ -48,7 +48,7 @@ class AdjointMatching(Pathwise):
         require(self.late + self.early > 0, "method.early", "no step would be trained", "choose 1 or more")
 
     def draw(self, rng: torch.Generator) -> list[int]:
-        """The trained steps: the last ones, and a part of the others."""
+        """Return the trained steps: the last ones, and some of the others."""
         others = self.steps - self.late
         return sorted(torch.randperm(others, generator=rng)[: self.early].tolist()) + list(range(others, self.steps))
 
@@ -63,7 +63,7 @@ class AdjointMatching(Pathwise):
 
     @torch.no_grad()
     def rollout(self, flow: Flow, batch: Batch, t: Tensor) -> list[Tensor]:
-        """x_0, ..., x_{N-1} of the memoryless process under the model as it is, and the predicted image."""
+        """Return x_0, ..., x_{N-1} of the memoryless process with the current model, and the predicted image."""
         x = [batch.noise]
         for i in range(self.steps - 1):
             h, kept = float(t[i] - t[i + 1]), float(1 - t[i + 1])
@@ -74,7 +74,7 @@ class AdjointMatching(Pathwise):
     def lean_adjoints(
         self, flow: Flow, batch: Batch, t: Tensor, x: list[Tensor], a: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """a_0, ..., a_{N-1}, from a_N through the base model's drift alone, and the base velocities on the way."""
+        """Return a_0, ..., a_{N-1}, from a_N = ``a`` through the base model's drift alone, and the base velocities."""
         adjoints, base = [], []
         for i in reversed(range(self.steps)):
             h, kept = float(t[i] - t[i + 1]), float(1 - t[i + 1])
@@ -91,17 +91,17 @@ class AdjointMatching(Pathwise):
         flow: Flow, batch: Batch, t: Tensor, kappa: list[int],
         x: list[Tensor], a: list[Tensor], base: list[Tensor], reward: Tensor,
     ) -> Iterator[Loss]:  # fmt: skip
-        """|2 (v - v_base) / sigma - sigma a|^2 per trained step: zero at v = v_base + sigma^2 a / 2."""
+        """Yield |2 (v - v_base) / sigma - sigma a|^2 per trained step: zero at v = v_base + sigma^2 a / 2."""
         for i in kappa:
             v = flow.velocity(x[i], t[i], batch.cond).to(x[i].dtype)
             miss = (2 / sigma(t, i)) * (v - base[i]) - sigma(t, i) * a[i]
-            each = miss.square().flatten(1).sum(1)
+            losses = miss.square().flatten(1).sum(1)
             if self.loss_clip is not None:
-                each = each.clamp(max=self.loss_clip)
-            yield Loss(each.mean() / len(kappa), {"reward": reward}, each.detach())
+                losses = losses.clamp(max=self.loss_clip)
+            yield Loss(losses.mean() / len(kappa), {"reward": reward}, losses.detach())
 
 
 def sigma(t: Tensor, i: int) -> float:
-    """Noise per square root of time: sqrt(2 (t + h) / (1 - t + h)), where 1 - t + h = 1 - t_next."""
+    """Return the noise per square root of time, sqrt(2 (t + h) / (1 - t + h)), where 1 - t + h = 1 - t_next."""
     h = float(t[i] - t[i + 1])
     return (2 * (float(t[i]) + h) / (1 - float(t[i]) + h)) ** 0.5

@@ -1,4 +1,4 @@
-"""The base model: train nothing. The row every other row is compared with."""
+"""The base model without training: the row that every other row is compared with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from alignbench.method import AlignMethod
 
 
 class Base(AlignMethod):
-    """The model as it came."""
+    """The model as released, without training."""
 
     name: ClassVar[str] = "base"
     title: ClassVar[str] = "Base model"

@@ -1,9 +1,9 @@
-"""Weights that somebody else trained and published, as a row of the table.
+"""Weights trained and published by others, as a row of the table.
 
-So the LeapAlign paper (arXiv 2604.15311) compares itself with ``xzyhku/flux_hpsv2.1_dancegrpo`` (DanceGRPO) and
-``tulvgengenr/MixGRPO``. Departures from a row that was trained here:
-1. No training costs and no training seeds: what was spent is not known, nor how much another training would differ.
-2. ``steps`` has no meaning, and is no part of the id.
+The LeapAlign paper (arXiv 2604.15311) compares itself with ``xzyhku/flux_hpsv2.1_dancegrpo`` (DanceGRPO) and
+``tulvgengenr/MixGRPO`` in this way. Departures from a row that is trained here:
+1. There are no training costs and no training seeds: the cost and the spread over training runs are unknown.
+2. ``steps`` has no meaning and is not part of the run id.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(AlignMethod):
-    """A published transformer, or published LoRA adapters, in place of training."""
+    """Published transformer, or published LoRA adapters, in place of training."""
 
     name: ClassVar[str] = "checkpoint"
     title: ClassVar[str] = "Published weights"
     trains: ClassVar[bool] = False
     weights: str  # type: ignore[misc]  # a hub id, a folder or a .safetensors file; keyword-only, as all settings are
-    revision: str | None = None  # of the hub id
+    revision: str | None = None  # revision of the hub id
     kind: Literal["transformer", "lora"] = "transformer"
-    subfolder: str | None = None  # of the hub id or the folder
+    subfolder: str | None = None  # subfolder of the hub id or the folder
 
     def requirements(self) -> list[Requirement]:
         return [requirement(self.weights, "method.weights", shapes="model", revision=self.revision)]

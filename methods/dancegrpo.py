@@ -1,11 +1,11 @@
-"""DanceGRPO: policy gradient over a stochastic sampler, relative to a group of images of one prompt (arXiv 2505.07818).
+"""DanceGRPO: policy gradient of a stochastic sampler, relative to a group of images of one prompt (arXiv 2505.07818).
 
 Defaults are the released FLUX.1-dev settings (finetune_flux_grpo.sh). Departures from the released code:
-1. Advantages are taken in float64 around the group's first reward, so that equal rewards give exactly zero; in fp32
+1. Advantages are computed in float64 around the group's first reward, so that equal rewards give exactly zero; in fp32
    rounding alone gives advantages of up to +-0.7.
 2. Initial noise is shared within a group, not across the prompts of a rank.
 3. The network sees sigma itself, not sigma truncated to a thousandth.
-4. The samples of an update go through the network together, in the rollout as in the update: the ratio starts at 1.
+4. The samples of an update form one batch of the network in the rollout too, so that the ratio starts at 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class DanceGRPO(GroupRelative):
-    """Every move is noisy, and a part of them, drawn for each sample by itself, is trained."""
+    """GRPO with noise on every move; each sample draws the moves that are trained."""
 
     name: ClassVar[str] = "dancegrpo"
     title: ClassVar[str] = "DanceGRPO"
@@ -35,18 +35,18 @@ class DanceGRPO(GroupRelative):
 
     def check(self, batch: int, differentiable: bool) -> None:
         super().check(batch, differentiable)
-        what = f"{self.timestep_fraction} of {self.steps - 1} moves is none or more than all"
+        what = f"{self.timestep_fraction} of {self.steps - 1} moves is less than one or more than all"
         require(1 <= self.trained <= self.steps - 1, "method.timestep_fraction", what, "choose more than 0, at most 1")
 
     @property
     def trained(self) -> int:
-        """Moves trained per sample."""
+        """Number of moves trained per sample."""
         return int((self.steps - 1) * self.timestep_fraction)
 
     def noisy(self, batch: Batch) -> range:
-        return range(self.steps)  # the last too, though the image is taken before its noise
+        return range(self.steps)  # includes the last, though the image is taken before its noise
 
     def moves(self, part: Batch, noisy: range) -> Tensor:
-        """Sample b's moves, in the order of its own permutation; the last move is left out."""
+        """Return each sample's moves in the order of its own permutation, without the last move."""
         order = torch.stack([torch.randperm(len(noisy) - 1, generator=rng) for rng in part.rngs])
         return order.T[: self.trained]

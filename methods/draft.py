@@ -1,6 +1,6 @@
-"""BPTT, DRaFT-K and DRaFT-LV: differentiate all or the last steps of the sampler (Clark et al. 2024, arXiv 2309.17400).
+"""BPTT, DRaFT-K, DRaFT-LV: differentiate all or the last steps of the sampler (Clark et al. 2024, arXiv 2309.17400).
 
-Flow-matching form of the LeapAlign paper (arXiv 2604.15311, appendix E). Departures from Clark et al.:
+These are the flow-matching forms of the LeapAlign paper (arXiv 2604.15311, appendix E). Departures from Clark et al.:
 1. The sampler is the flow's deterministic Euler, not DDIM with 50 steps.
 2. DRaFT-LV runs one backward per copy and adds the gradients: the same sum, with the memory of one network.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class DRaFTK(Pathwise):
-    """Exact back-propagation through the last k steps; k = steps is all of it."""
+    """Exact back-propagation through the last k steps of the sampler."""
 
     name: ClassVar[str] = "draft_k"
     title: ClassVar[str] = "DRaFT-K"
@@ -28,7 +28,7 @@ class DRaFTK(Pathwise):
 
     def check(self, batch: int, differentiable: bool) -> None:
         super().check(batch, differentiable)
-        what = f"cannot go back {self.k} steps of {self.steps}"
+        what = f"cannot back-propagate through {self.k} of {self.steps} steps"
         require(1 <= self.k <= self.steps, "method.k", what, f"choose 1 to {self.steps}")
 
     def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:
@@ -40,7 +40,7 @@ class DRaFTK(Pathwise):
 
 
 class BPTT(Pathwise):
-    """Back-propagation through the whole sampler, the reference: one step at a time in memory, the rest made again."""
+    """Exact back-propagation through the whole sampler, recomputing each step to hold one at a time in memory."""
 
     name: ClassVar[str] = "bptt"
     title: ClassVar[str] = "Back-propagation through time"
@@ -51,13 +51,13 @@ class BPTT(Pathwise):
 
 
 class DRaFTLV(Pathwise):
-    """DRaFT-1, and n re-noised copies of its image sent through the last step once more: lower variance."""
+    """DRaFT-1 with lower variance: n re-noised copies of its image also pass through the last step."""
 
     name: ClassVar[str] = "draft_lv"
     title: ClassVar[str] = "DRaFT-LV"
     paper: ClassVar[str] = "Clark et al. 2024, arXiv 2309.17400"
     n: int = 2  # re-noised copies
-    lv_reduction: Literal["sum", "mean"] = "sum"  # over the image and its copies; the paper adds the gradients
+    lv_reduction: Literal["sum", "mean"] = "sum"  # over the image and its copies; the paper sums
 
     def check(self, batch: int, differentiable: bool) -> None:
         super().check(batch, differentiable)
@@ -67,7 +67,7 @@ class DRaFTLV(Pathwise):
         yield self.losses(flow, reward, batch)
 
     def losses(self, flow: Flow, reward: Reward, batch: Batch) -> Iterator[Loss]:
-        """The real image's loss, then one per copy. The recorded reward is the real image's."""
+        """Yield the sampled image's loss, then one per copy; the recorded reward is that of the sampled image."""
         t, c = flow.sigmas(self.steps), batch.cond
         scale = 1.0 if self.lv_reduction == "sum" else 1.0 / (self.n + 1)
         last = t[self.steps - 1]

@@ -1,8 +1,8 @@
 """DRTune: train k steps through the additive path alone, and stop early (Wu et al. 2024, arXiv 2405.00760).
 
-Settings of the LeapAlign paper (arXiv 2604.15311, appendix E). Departures:
-1. When no trained step lies before the stop there would be nothing to train: the draw is then repeated. With the
-   default k, m and steps this never happens.
+Settings are those of the LeapAlign paper (arXiv 2604.15311, appendix E). Departures:
+1. A draw without a trained step before the stop would leave nothing to train, and is repeated. This never happens with
+   the default k, m and steps.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class DRTune(Pathwise):
-    """The network's input is always detached: gradients are sums of single steps, with no Jacobian of the network."""
+    """Gradient through k single steps: the network's input is detached, so that no Jacobian of the network enters."""
 
     name: ClassVar[str] = "drtune"
     title: ClassVar[str] = "DRTune"
     paper: ClassVar[str] = "Wu et al. 2024, arXiv 2405.00760"
     k: int = 2  # equally spaced trained steps
     m: int = 11  # the sampler stops at one of the last m steps, and predicts the image from there
-    draw_in_prefix: bool = False  # True: the k steps are drawn among the executed ones, as FlowBP does
+    draw_in_prefix: bool = False  # True: draw the k steps among the executed ones, as FlowBP does
 
     def check(self, batch: int, differentiable: bool) -> None:
         super().check(batch, differentiable)
@@ -38,7 +38,7 @@ class DRTune(Pathwise):
         require(1 <= self.k <= room, "method.k", what, f"choose 1 to {room}")
 
     def draw(self, rng: torch.Generator) -> tuple[set[int], int]:
-        """The trained steps and the step to stop at, counted from 0 at the noise."""
+        """Return the trained steps and the step to stop at; step 0 starts from the noise."""
         while True:
             stop = self.steps - randint(1, self.m, rng)
             length = stop + 1 if self.draw_in_prefix else self.steps

@@ -1,6 +1,6 @@
 """FlowBP-Sparse and -Bridge: a few steps of the sampler carry the gradient, rescaled to the whole (arXiv 2606.11075).
 
-Defaults are the released FLUX.1-dev settings; SD3.5-M's and FLUX.2-Klein-9B's stand beside them. Departures from the
+Defaults are the released FLUX.1-dev settings; comments give those for SD3.5-M and FLUX.2-Klein-9B. Departures from the
 released code:
 1. An active step is the sampler's own call, made with gradient; released: the step is forwarded a second time after
    the rollout. The gradient is the same, and k forwards are saved.
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 
 class FlowBP(Pathwise):
-    """What both share: which steps are active, how their gradients are scaled, and the path through them."""
+    """Base of both: choose the active steps, scale their gradients, and run the path through them."""
 
     k: int = 3  # active steps
-    late_bias: float = 2.0  # a step's chance to be active grows with its number to this power; Bridge: on each side
-    rescale: float = 1.0  # 1: active steps stand for the whole path, 0: for themselves
+    late_bias: float = 2.0  # exponent of the step's number in its weight to be active; Bridge: on each side
+    rescale: float = 1.0  # 1: active steps represent the whole path, 0: themselves
     tail: float = 1.0  # share of the steps, at the image's end, that may be active
 
     def check(self, batch: int, differentiable: bool) -> None:
         super().check(batch, differentiable)
-        require(0 < self.tail <= 1, "method.tail", f"{self.tail} is no share of the steps", "choose more than 0, to 1")
+        require(0 < self.tail <= 1, "method.tail", f"{self.tail} is not a share", "choose more than 0, at most 1")
         room = len(self.window)
         what = f"{self.k} active steps do not fit into {room}"
         require(1 <= self.k <= room, "method.k", what, f"choose 1 to {room}")
@@ -43,25 +43,25 @@ class FlowBP(Pathwise):
 
     @property
     def window(self) -> range:
-        """The steps that may be active; step 0 is the noise."""
+        """Steps that may be active; step 0 starts from the noise."""
         return range(self.steps - math.ceil(self.tail * self.steps - 1e-9), self.steps)
 
     def chosen(self, steps: range, n: int, first: int, rng: torch.Generator) -> set[int]:
-        """n of ``steps``, without replacement, with weights first^late_bias, (first + 1)^late_bias, ..."""
+        """Draw n of ``steps`` without replacement, with weights first^late_bias, (first + 1)^late_bias, ..."""
         if n == 0:
             return set()
         weights = torch.arange(first, first + len(steps), dtype=torch.float64) ** self.late_bias
         return {steps[i] for i in torch.multinomial(weights, n, generator=rng).tolist()}
 
     def rho(self, t: Tensor, active: set[int]) -> float:
-        """What active steps' gradients are multiplied by: 1 + rescale (all of the window / the active part - 1)."""
+        """Return the factor of active steps' gradients: 1 + rescale (length of the window / of active steps - 1)."""
         h = [float(t[i] - t[i + 1]) for i in range(self.steps)]
         return 1 + self.rescale * (sum(h[i] for i in self.window) / sum(h[i] for i in active) - 1)
 
     def path(self, flow: Flow, batch: Batch, active: set[int], bridge: int | None = None, alpha: float = 0.0) -> Tensor:
-        """x_N, bitwise the sampler's. Gradient reaches it through active velocities alone, and into their input at none
+        """Return x_N, bitwise the sampler's, with gradient through the active velocities alone.
 
-        but the step ``bridge``, where a share ``alpha`` of it does.
+        Their inputs are detached, except at the step ``bridge``, whose input takes a share ``alpha`` of the gradient.
         """
         t, c, x = flow.sigmas(self.steps), batch.cond, batch.noise
         rho = self.rho(t, active)
@@ -73,7 +73,7 @@ class FlowBP(Pathwise):
 
 
 class FlowBPSparse(FlowBP):
-    """k steps, each by itself: no gradient flows from one into another."""
+    """Gradient through k single steps: none flows from one step into another."""
 
     name: ClassVar[str] = "flowbp_sparse"  # SD3.5-M: k 4, late_bias 1, rescale 0.5; Klein: 4, 2, 0
     title: ClassVar[str] = "FlowBP-Sparse"
@@ -85,7 +85,7 @@ class FlowBPSparse(FlowBP):
 
 
 class FlowBPBridge(FlowBP):
-    """Steps before and after a random step j, and through j's input a share of the nested gradient between them."""
+    """FlowBP-Sparse around a random step j, with a share of the nested gradient through j's input."""
 
     name: ClassVar[str] = "flowbp_bridge"  # SD3.5-M: alpha 0.5, late_bias 4, rescale 0; Klein: 1, k 3, 4, 0.5
     title: ClassVar[str] = "FlowBP-Bridge"
@@ -99,7 +99,7 @@ class FlowBPBridge(FlowBP):
         require(0 <= self.alpha <= 1, "method.alpha", f"{self.alpha} is not a share", "choose 0 to 1")
 
     def draw(self, rng: torch.Generator) -> tuple[int, set[int]]:
-        """The step j, the later one of a uniform pair, and the active steps: some before it, it, and some after."""
+        """Return step j, the later of a uniform pair, and the active steps: j, and steps before and after it."""
         steps = self.window
         place = int(torch.randperm(len(steps), generator=rng)[:2].max())
         j, before, after = steps[place], steps[:place], steps[place + 1 :]

@@ -2,14 +2,14 @@
 
 Defaults are the released FLUX.1-dev settings (finetune_flux_grpo_MixGRPO.sh). MixGRPO-Flash is ``compress: 0.4``, and
 Flash* ``compress: 0.2`` with ``strategy: frozen``. Departures from the released code, beside DanceGRPO's:
-1. Every window is whole, and the last one ends before the last move; then it starts again at the noise. Released: a
-   window shrinks at the end, to a single move. In the paper's 300 batches the window never comes that far.
-2. The shortened rest has the paper's number of steps, on sigmas of the grid itself (the nearest to evenly spaced ones).
+1. Every window is whole and ends before the last move; after the last window it starts again at the noise. Released:
+   the window shrinks at the end, to a single move. In the paper's 300 batches the window never comes that far.
+2. The shortened rest has the paper's number of steps, on those sigmas of the grid that are nearest to even spacing.
    Released: one step fewer, on a new grid.
 3. The strategies that shorten the window's stay as it moves on ("decay", "exp_decay") are left out. With the released
    constants "exp_decay" first differs from "progressive" at batch 373, beyond the paper's 300.
-4. A step without noise draws none.
-5. The window's noise is Flow-SDE, as in the paper's first versions; later ones have coefficients-preserving sampling.
+4. A step without noise draws no random numbers.
+5. The window's noise is Flow-SDE, as in the paper's first versions; later ones use coefficients-preserving sampling.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class MixGRPO(GroupRelative):
-    """An SDE on the moves l, ..., l + window - 1, which are trained; the ODE before and after."""
+    """GRPO with an SDE on the moves l, ..., l + window - 1, which are trained, and the ODE before and after."""
 
     name: ClassVar[str] = "mixgrpo"
     title: ClassVar[str] = "MixGRPO"
@@ -41,23 +41,23 @@ class MixGRPO(GroupRelative):
     eta: float = 0.7
     updates_per_rollout: int = 4
     window: int = 4  # moves
-    strategy: Literal["progressive", "random", "frozen"] = "progressive"  # l moves on, is drawn, or stays at the noise
-    stride: int = 1  # progressive: moves by which l moves on ...
-    iters_per_window: int = 25  # ... after so many batches
-    compress: float = 1.0  # less than 1: DPM-Solver++ takes that share of the steps after the window
+    strategy: Literal["progressive", "random", "frozen"] = "progressive"  # l advances, is drawn, or stays at the noise
+    stride: int = 1  # progressive: number of moves by which l advances ...
+    iters_per_window: int = 25  # ... after this many batches
+    compress: float = 1.0  # below 1: DPM-Solver++ takes this share of the steps after the window
 
     def check(self, batch: int, differentiable: bool) -> None:
         super().check(batch, differentiable)
-        what = f"{self.window} moves are none, or more than the {self.steps - 1} before the last"
+        what = f"{self.window} moves are less than one, or more than the {self.steps - 1} before the last"
         require(1 <= self.window < self.steps, "method.window", what, f"choose 1 to {self.steps - 1}")
         for field in ("stride", "iters_per_window"):
             value = getattr(self, field)
-            require(value >= 1, f"method.{field}", f"{value} never moves on", "choose 1 or more, or strategy frozen")
-        what = f"{self.compress} is no share of the steps"
+            require(value >= 1, f"method.{field}", f"{value} never advances", "choose 1 or more, or strategy frozen")
+        what = f"{self.compress} is not a share"
         require(0 < self.compress <= 1, "method.compress", what, "choose more than 0, at most 1")
 
     def noisy(self, batch: Batch) -> range:
-        """The window: a function of the batch's number alone, or drawn."""
+        """Return the window: a function of the batch's number alone, or drawn."""
         last = self.steps - 1 - self.window
         if self.strategy == "random":
             first = randint(0, last, batch.step_rng)
@@ -77,17 +77,17 @@ class MixGRPO(GroupRelative):
 
 
 def thinned(t: Tensor, steps: int) -> Tensor:
-    """(steps + 1,) of the grid's sigmas, evenly spread over it with both ends."""
+    """Return (steps + 1,) of the grid's sigmas, evenly spread over it, with both ends."""
     return t[torch.linspace(0, len(t) - 1, steps + 1, dtype=torch.float64).round().long()]
 
 
 @torch.no_grad()
 def dpm_solver(flow: Flow, x: Tensor, t: Tensor, cond: Cond, before: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """DPM-Solver++(2M), arXiv 2211.01095, from t[0] to t[-1]; ``before``: an earlier sigma, and its predicted image.
+    """Integrate from t[0] to t[-1] by DPM-Solver++(2M), arXiv 2211.01095; ``before``: an earlier (sigma, x0hat).
 
-    x_next = x0hat + (t_next / t) (x - x0hat) is Euler's step. Here x0hat is first carried on by half a step, in
-    lambda = log((1 - t) / t), along the line through it and the previous one; but not in the step to t = 0, which has
-    infinite length in lambda.
+    x_next = x0hat + (t_next / t) (x - x0hat) is Euler's step. Here x0hat is first extrapolated by half a step in
+    lambda = log((1 - t) / t), along the line through it and the previous one; but not in the step to t = 0, whose
+    length in lambda is infinite.
     """
     for at, to in itertools.pairwise(t):
         predicted = x_0 = euler(x, flow.velocity(x, at, cond), at, 0.0)

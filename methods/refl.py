@@ -1,7 +1,7 @@
 """ReFL: reward the image that one late step predicts (Xu et al. 2023, arXiv 2304.05977).
 
-Flow-matching form of the LeapAlign paper (arXiv 2604.15311, appendix E). Departures from Xu et al.:
-1. No pre-training loss, as in their released script and in LeapAlign ("EMA is sufficient"): less anchored to the base.
+This is the flow-matching form of the LeapAlign paper (arXiv 2604.15311, appendix E). Departures from Xu et al.:
+1. No pre-training loss, as in their released script and in LeapAlign ("EMA is sufficient"): the anchor is weaker.
 2. The step is one of the last 11 of 25 flow steps, not of the last 10 of 40 diffusion steps.
 """
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class ReFL(Pathwise):
-    """One velocity with gradient, at a random late step; the sampler never runs beyond it."""
+    """Gradient through one velocity, at a random late step where the sampler stops."""
 
     name: ClassVar[str] = "refl"
     title: ClassVar[str] = "ReFL"
     paper: ClassVar[str] = "Xu et al. 2023, arXiv 2304.05977"
-    last_n: int = 11  # the step is drawn from the last this many
+    last_n: int = 11  # number of last steps from which the step is drawn
 
     def check(self, batch: int, differentiable: bool) -> None:
         super().check(batch, differentiable)
@@ -33,7 +33,7 @@ class ReFL(Pathwise):
         require(1 <= self.last_n <= self.steps, "method.last_n", what, f"choose 1 to {self.steps}")
 
     def draw(self, rng: torch.Generator) -> int:
-        """The trained step s: 0 is the first, steps - 1 the last."""
+        """Return the trained step s: 0 is the first, steps - 1 the last."""
         return self.steps - randint(1, self.last_n, rng)
 
     def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:

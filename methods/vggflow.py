@@ -1,14 +1,14 @@
 """VGG-Flow: match the velocity's change to the gradient of the value function (arXiv 2512.05116, NeurIPS 2025).
 
 The control problem is min integral of |v - v_base|^2 / (2 Rs) - R(x_N). Its optimum is v* = v_base + Rs G with G the
-gradient of the cost-to-go; G is guessed from the predicted image, -eta_t grad R(x0hat), and a value network may add the
-rest, nu. Defaults are the released settings of the Aesthetic run. Departures from the released code:
-1. No value network as the default (nu = 0). The option is a small network of our own, not a second text-to-image model;
+gradient of the cost-to-go. G is approximated from the predicted image by -eta_t grad R(x0hat); a value network may add
+the rest, nu. Defaults are the released settings of the Aesthetic run. Departures from the released code:
+1. No value network by default (nu = 0). The option is a small network of our own, not a second text-to-image model;
    its output is n = Rs nu, in units of velocity, so that its learning rate does not depend on Rs.
 2. Its consistency loss takes the value-gradient equation along the optimal path, dG/dtau = J_base^T G with tau = 1 - t:
-   one finite difference of 0.01 in t and one vector-Jacobian product, both of constants but for nu. Released: finite
+   one finite difference of 0.01 in t and one vector-Jacobian product, where all but nu is constant. Released: finite
    differences of two different definitions of the reward's gradient, with a step beyond the number format's precision.
-3. The quantile that clips reward gradients is of the whole batch, over all ranks, and averaged over batches.
+3. The quantile that clips reward gradients is that of the whole batch, over all ranks, averaged over batches.
 4. Trained steps are stratified over the steps between the first and the last one, and never coincide.
 """
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from alignbench.evaluator import Reward
     from alignbench.flow import Batch, Cond, Flow
 
-DT = 0.01  # of the finite difference along the path
-KEPT = 0.9  # of the running quantile, from batch to batch
+DT = 0.01  # step of the finite difference along the path
+KEPT = 0.9  # decay of the running quantile, from batch to batch
 
 
 class Visit(NamedTuple):
-    """A trained step: where the rollout was, and Rs times the clipped gradient of -R at the image predicted there."""
+    """Trained step: t and x of the rollout, and Rs times the clipped gradient of -R at the image predicted there."""
 
     t: Tensor
     x: Tensor
@@ -44,44 +44,42 @@ class Visit(NamedTuple):
 
 
 class VGGFlow(Pathwise):
-    """One regression per trained step; the reward's gradient reaches the model as a number, not through a graph."""
+    """Regression at each trained step; the reward's gradient is a constant target, not part of a graph."""
 
     name: ClassVar[str] = "vggflow"
     title: ClassVar[str] = "VGG-Flow"
     paper: ClassVar[str] = "arXiv 2512.05116, NeurIPS 2025"
     steps: int = 20
-    reward_scale: float = 1e4  # Rs: how far the reward may pull; its meaning depends on the reward's unit
+    reward_scale: float = 1e4  # Rs: the reward's strength; its meaning depends on the reward's unit
     eta_schedule: Literal["linear", "quadratic", "constant"] = (
         "linear"  # trust in the predicted image: 1 - t, its square, or 1
     )
-    timestep_fraction: float = 0.25  # of the steps, trained beside the last one
-    clip_quantile: float | None = 0.8  # of the reward gradients' norms, where they are clipped
+    timestep_fraction: float = 0.25  # share of the steps, trained in addition to the last one
+    clip_quantile: float | None = 0.8  # quantile of the reward gradients' norms at which they are clipped
     value_net: Literal["none", "small"] = "none"
-    width: int = 64  # of the value network
-    consistency: float = 1.0  # weight of its equation
-    boundary: float = 1.0  # weight of n = 0 at the image
+    width: int = 64  # channels of the value network
+    consistency: float = 1.0  # weight of its consistency loss
+    boundary: float = 1.0  # weight of its boundary loss, n = 0 at the image
 
     def check(self, batch: int, differentiable: bool) -> None:
         super().check(batch, differentiable)
         require(self.steps >= 2, "method.steps", "the first step is never trained", "choose 2 or more")
         require(
-            self.reward_scale > 0, "method.reward_scale", f"{self.reward_scale} pulls nowhere", "choose more than 0"
+            self.reward_scale > 0, "method.reward_scale", f"{self.reward_scale} has no effect", "choose more than 0"
         )
         what = f"{self.timestep_fraction} of {self.steps} steps do not fit between the first and the last"
         require(0 <= self.others <= self.steps - 2, "method.timestep_fraction", what, "choose another share")
         q = self.clip_quantile
-        require(
-            q is None or 0 < q <= 1, "method.clip_quantile", f"{q} is no quantile", "choose more than 0, to 1, or null"
-        )
-        require(self.width >= 1, "method.width", f"{self.width} channels are none", "choose 1 or more")
+        require(q is None or 0 < q <= 1, "method.clip_quantile", f"{q} is not a quantile", "choose up to 1, or null")
+        require(self.width >= 1, "method.width", f"{self.width} channels", "choose 1 or more")
 
     @property
     def others(self) -> int:
-        """Trained steps beside the last one."""
+        """Number of trained steps besides the last one."""
         return int(self.steps * self.timestep_fraction)
 
     def draw(self, rng: torch.Generator) -> list[int]:
-        """The trained steps: one of each stratum, and the last; never the first, which is pure noise."""
+        """Return the trained steps: one of each stratum, and the last; never the first, which is pure noise."""
         edges = [1 + i * (self.steps - 2) // max(1, self.others) for i in range(self.others + 1)]
         return [randint(a, b - 1, rng) for a, b in itertools.pairwise(edges)] + [self.steps - 1]
 
@@ -97,65 +95,65 @@ class VGGFlow(Pathwise):
                 scores, gradient = reward_gradient(flow, reward, batch, euler(x, v, t[i], 0.0))
                 visits.append(Visit(t[i], x, gradient))
             x = euler(x, v, t[i], t[i + 1])
-        assert scores is not None  # of the last step, whose predicted image is the sampler's
+        assert scores is not None  # they are the last step's, whose predicted image is the sampler's
         if self.clip_quantile is not None:
             norms = torch.cat([visit.gradient.flatten(1).norm(dim=1) for visit in visits])
-            self.move_limit(batch.step, (yield GatherBatch(norms)))
+            self.update_limit(batch.step, (yield GatherBatch(norms)))
         visits = [visit._replace(gradient=self.pull(visit.gradient)) for visit in visits]
         yield self.losses(flow, reward, batch, visits, x, reward.value(scores).mean())
 
     def losses(
         self, flow: Flow, reward: Reward, batch: Batch, visits: list[Visit], x_0: Tensor, value: Tensor
     ) -> Iterator[Loss]:
-        """|v - v*|^2 per trained step; with a value network its two losses too."""
+        """Yield |v - v*|^2 per trained step, and with a value network its two losses."""
         for visit in visits:
             n = self.rest(visit.x, visit.t, batch.cond) if self.value_net == "small" else None
             x = visit.x.detach().requires_grad_(n is not None)
             with torch.set_grad_enabled(n is not None):
                 base = flow.velocity(x, visit.t, batch.cond, reference=True)
             g = self.trust(visit.t) * visit.gradient + (0 if n is None else n.detach())
-            each = (flow.velocity(visit.x, visit.t, batch.cond) - (base + g).detach()).square().flatten(1).mean(1)
-            yield Loss(each.mean() / len(visits), {"reward": value}, each.detach())
+            losses = (flow.velocity(visit.x, visit.t, batch.cond) - (base + g).detach()).square().flatten(1).mean(1)
+            yield Loss(losses.mean() / len(visits), {"reward": value}, losses.detach())
             if n is not None:
                 (pulled,) = torch.autograd.grad(base, x, g.to(base.dtype))
-                yield self.consistent(flow, reward, batch, visit, n, base.detach() + g, pulled, len(visits))
+                yield self.consistency_loss(flow, reward, batch, visit, n, base.detach() + g, pulled, len(visits))
         if self.value_net == "small":
-            still = self.rest(x_0, torch.zeros((), dtype=x_0.dtype, device=x_0.device), batch.cond)
-            each = still.square().flatten(1).mean(1)
-            yield Loss(self.boundary * each.mean(), {"boundary": each.detach().mean()})
+            n = self.rest(x_0, torch.zeros((), dtype=x_0.dtype, device=x_0.device), batch.cond)
+            losses = n.square().flatten(1).mean(1)
+            yield Loss(self.boundary * losses.mean(), {"boundary": losses.detach().mean()})
 
-    def consistent(
+    def consistency_loss(
         self,
         flow: Flow, reward: Reward, batch: Batch, visit: Visit, n: Tensor, v: Tensor, pulled: Tensor, count: int,
     ) -> Loss:  # fmt: skip
-        """Squared residual of dG/dtau = J_base^T G along dx/dtau = -v*, times Rs^2, with gradient into n alone.
+        """Return Rs^2 times the squared residual of dG/dtau = J_base^T G along dx/dtau = -v*; only n has a gradient.
 
-        ``v``: v* there; ``pulled``: J_base^T of Rs G.
+        ``v``: v* at the visit; ``pulled``: J_base^T Rs G.
         """
         t, x, gradient = visit
         dt = min(DT, float(t))
-        there = euler(x, v, t, t - dt)
+        x_next = euler(x, v, t, t - dt)
         with torch.no_grad():
-            predicted = euler(there, flow.velocity(there, t - dt, batch.cond), t - dt, 0.0)
-        _, gradient_there = reward_gradient(flow, reward, batch, predicted)
+            predicted = euler(x_next, flow.velocity(x_next, t - dt, batch.cond), t - dt, 0.0)
+        _, gradient_next = reward_gradient(flow, reward, batch, predicted)
         g = self.trust(t) * gradient + n
-        g_there = self.trust(t - dt) * self.pull(gradient_there) + self.rest(there, t - dt, batch.cond)
-        each = ((g_there - g) / dt - pulled).square().flatten(1).mean(1)
-        return Loss(self.consistency * each.mean() / count, {"consistency": each.detach().mean()})
+        g_next = self.trust(t - dt) * self.pull(gradient_next) + self.rest(x_next, t - dt, batch.cond)
+        losses = ((g_next - g) / dt - pulled).square().flatten(1).mean(1)
+        return Loss(self.consistency * losses.mean() / count, {"consistency": losses.detach().mean()})
 
     def pull(self, gradient: Tensor) -> Tensor:
-        """Rs times each sample's gradient, which counts as no longer than the limit."""
+        """Return Rs times each sample's gradient, clipped to the limit."""
         if self.clip_quantile is None:
             return self.reward_scale * gradient
         norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)
-        shorter = (self.state["limit"] / norm).clamp(max=1)
-        return self.reward_scale * shorter.view(-1, *[1] * (gradient.ndim - 1)) * gradient
+        factor = (self.state["limit"] / norm).clamp(max=1)
+        return self.reward_scale * factor.view(-1, *[1] * (gradient.ndim - 1)) * gradient
 
     def trust(self, t: Tensor) -> Tensor:
-        """eta_t."""
+        """Return eta_t, the trust in the predicted image."""
         return {"linear": 1 - t, "quadratic": (1 - t) ** 2, "constant": torch.ones_like(t)}[self.eta_schedule]
 
-    # ---- the value network, and what is remembered between batches
+    # ---- the value network, and the state kept between batches
 
     def modules(self, flow: Flow) -> dict[str, nn.Module]:
         if self.value_net == "none":
@@ -166,7 +164,7 @@ class VGGFlow(Pathwise):
         return dict(self.nets)
 
     def rest(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """n = Rs nu, what the value network adds at (x, t)."""
+        """Return n = Rs nu, the value network's addition at (x, t)."""
         return self.nets["value"](x, t, cond)
 
     @cached_property
@@ -177,18 +175,18 @@ class VGGFlow(Pathwise):
     def state(self) -> dict[str, Any]:
         return {}
 
-    def move_limit(self, step: int, norms: Tensor) -> None:
-        """The running quantile follows batch ``step``, whose norms these are, once for all its micro-batches.
+    def update_limit(self, step: int, norms: Tensor) -> None:
+        """Update the running quantile by the norms of batch ``step``, once for all its micro-batches.
 
-        A closed hinge has no gradient, and does not count.
+        Zero norms, those of a closed hinge, do not count.
         """
-        alive = norms[norms > 0].double()
-        if self.state.get("step") == step or not len(alive):
+        positive = norms[norms > 0].double()
+        if self.state.get("step") == step or not len(positive):
             self.state.setdefault("limit", 0.0)
             return
-        now = torch.quantile(alive, self.clip_quantile or 1.0).item()
-        before = self.state.get("limit") or now
-        self.state.update(step=step, limit=KEPT * before + (1 - KEPT) * now)
+        new = torch.quantile(positive, self.clip_quantile or 1.0).item()
+        old = self.state.get("limit") or new
+        self.state.update(step=step, limit=KEPT * old + (1 - KEPT) * new)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.state)

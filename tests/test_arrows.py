@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STOREYS = (  # a package imports from itself and from the storeys above it; the contract is the root folder
-    "contract prompts shapes",
-    "official store",
+    "contract prompts",
+    "official shapes store",
     "experiment",
     "backends training evaluation reporting",
     "planning testing rehearsal",

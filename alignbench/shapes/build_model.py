@@ -1,12 +1,12 @@
 """Train the small FLUX of the shapes world: text encoders, autoencoder, flow, in diffusers' FluxPipeline layout.
 
-Two departures from plain pretraining give alignment something to repair:
-1. Caption noise. A picture is paired with a caption that one of its attributes contradicts with probability
-   `miss_rate`, so the base's errors are semantic (a wrong colour, count or side in a clean picture), not smears.
-2. The guidance embedding carries that probability: a sample trained at guidance g has fewer contradictions the larger
-   g is. Guidance then means adherence to the prompt, as in FLUX.1-dev, whose guidance is distilled.
-The text encoders are trained to name the attributes of the object each token belongs to, then frozen: binding and
-layout are what a flow of this size learns last, and it should not have to learn language too.
+Two departures from plain pretraining leave errors for alignment to repair:
+1. Caption noise. With probability `miss_rate` one attribute of an image contradicts its caption, so the base model's
+   errors are semantic (a wrong colour, count or side in a clean image), not smears.
+2. The guidance embedding carries that probability: contradictions are less frequent at higher guidance. Guidance then
+   means adherence to the prompt, as in FLUX.1-dev, whose guidance is distilled.
+The text encoders are trained to name the attributes of the object each token belongs to, then frozen: a flow of this
+size learns binding and layout last, and should not have to learn language too.
 """
 
 # mypy: ignore-errors
@@ -36,10 +36,12 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from alignbench.plugins import Registry
 from alignbench.shapes import ASSETS, MAX_TEXT
 from alignbench.shapes import checker as C
 from alignbench.shapes import scene as S
 
+GENEVAL = Registry().get("evaluator", "geneval", "alignbench.shapes.build")  # the evaluator that judges every sweep
 WORDS = ["a", "photo", "of", "and", "left", "right", "above", "below", "two", "three", "four"]
 WORDS += [*S.COLOURS, *S.SHAPES, *S.PLURALS.values()]
 SCHEDULER = {  # FLUX.1-dev's scheduler_config.json
@@ -54,7 +56,7 @@ SCHEDULER = {  # FLUX.1-dev's scheduler_config.json
 
 
 def replace_folder(folder: Path, fill) -> None:
-    """Call fill(temporary folder), then put it in place of `folder`: readers never see half of a checkpoint."""
+    """Call fill(temporary folder), then replace `folder` with it: readers never see half of a checkpoint."""
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -70,12 +72,12 @@ def replace_folder(folder: Path, fill) -> None:
 
 
 def prompts(work: Path) -> None:
-    """assets/prompts: three files of GenEval metadata."""
+    """Make assets/prompts: three files of GenEval metadata."""
     replace_folder(ASSETS / "prompts", S.write_prompts)
 
 
 def captions() -> tuple[list[dict], np.ndarray]:
-    """Every caption training may see, and how often: position and attributes most, as they are hardest."""
+    """Return the captions that training may see, with weights: largest for position and attributes, the hardest."""
     parts = S.splits()
     own, extra = parts["train"] + parts["spare"], S.auxiliary()
     share = dict(zip(S.TASKS, (0.05, 0.12, 0.10, 0.13, 0.14, 0.24), strict=True))
@@ -94,13 +96,13 @@ def captions() -> tuple[list[dict], np.ndarray]:
 
 
 def t5_tokenizer(folder: Path) -> None:
-    """A unigram vocabulary of whole words in T5TokenizerFast's layout."""
+    """Save a unigram vocabulary of whole words in T5TokenizerFast's layout."""
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((f"▁{w}", -2.0) for w in dict.fromkeys(WORDS))]
     T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=MAX_TEXT).save_pretrained(folder)
 
 
 def clip_tokenizer(folder: Path, words: list[str], length: int) -> None:
-    """A BPE vocabulary trained on the words until each is one token, in CLIPTokenizer's layout."""
+    """Train a BPE vocabulary until each word is one token; save it in CLIPTokenizer's layout."""
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
@@ -118,7 +120,7 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def _object(clause: dict | None, role: str | None) -> list[int]:
-    """[shape, colour, count, role] class numbers; 0 is none."""
+    """Return the class numbers [shape, colour, count, role]; 0 is none."""
     if clause is None:
         return [0, 0, 0, 0]
     colour = clause.get("color")
@@ -131,7 +133,7 @@ def _object(clause: dict | None, role: str | None) -> list[int]:
 
 
 def slots(meta: dict) -> list[list[int]]:
-    """The two objects of a sentence in the order it names them, [2][4]."""
+    """Return the two objects of a sentence in the order it names them, [2][4]."""
     first, second = meta["include"][0], (meta["include"] + [None])[1]
     if second and "position" in second:  # 'a photo of a B left of a A': include is [A, B]
         relation = second["position"][0]
@@ -140,7 +142,7 @@ def slots(meta: dict) -> list[list[int]]:
 
 
 def token_slots(meta: dict) -> np.ndarray:
-    """For each T5 token the attributes of the object whose phrase it is in, [MAX_TEXT, 4]; -1: no label."""
+    """Return for each T5 token the attributes of the object whose phrase it is in, [MAX_TEXT, 4]; -1: no label."""
     out = np.full((MAX_TEXT, 4), -1)
     objects, which, nouns = slots(meta), 0, set(S.SHAPES) | set(S.PLURALS.values())
     for i, word in enumerate(meta["prompt"].split()):
@@ -151,14 +153,14 @@ def token_slots(meta: dict) -> np.ndarray:
 
 
 class Heads(nn.Module):
-    """Linear read-outs of object attributes; n: how many objects."""
+    """Linear read-outs of the attributes of n objects."""
 
     def __init__(self, width: int, n: int):
         super().__init__()
         self.n, self.out = n, nn.Linear(width, n * sum(WIDTHS.values()))
 
     def loss(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [B, width], target [B, n, 4] (-1: ignored) -> cross entropy, share of exact rows [B]."""
+        """Map hidden [B, width] and target [B, n, 4] (-1: ignored) to the cross entropy and the exact rows [B, n]."""
         parts = self.out(hidden).view(len(hidden), self.n, -1).split(list(WIDTHS.values()), -1)
         loss = sum(
             F.cross_entropy(p.flatten(0, 1), target[..., k].flatten(), ignore_index=-1) for k, p in enumerate(parts)
@@ -168,7 +170,7 @@ class Heads(nn.Module):
 
 
 def build_text(folder: Path):
-    """Untrained encoders with their tokenizers, saved next to each other."""
+    """Return untrained encoders and their tokenizers, which are saved in `folder`."""
     t5_tokenizer(folder / "tokenizer_2")
     clip_tokenizer(folder / "tokenizer", WORDS, MAX_TEXT)
     clip_words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -206,7 +208,7 @@ def build_text(folder: Path):
 
 
 def load_text(folder: Path):
-    """(CLIP, its tokenizer, T5, its tokenizer), frozen."""
+    """Return (CLIP, its tokenizer, T5, its tokenizer), frozen."""
     clip = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval().requires_grad_(False)
     t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32).eval().requires_grad_(False)
     return (
@@ -218,13 +220,13 @@ def load_text(folder: Path):
 
 
 def tokens(tokenizer, texts: list[str]) -> Tensor:
-    """[B, MAX_TEXT] ids, padded as FluxPipeline pads."""
+    """Return [B, MAX_TEXT] ids, padded as FluxPipeline pads."""
     length = {"padding": "max_length", "max_length": MAX_TEXT, "truncation": True}
     return tokenizer(texts, return_tensors="pt", **length).input_ids
 
 
 def text(work: Path, steps: int = 1500) -> None:
-    """Pretrain both encoders on the training sentences; held-out sentences only measure."""
+    """Pretrain both encoders on the training sentences; measure on the held-out ones."""
     items, weight = captions()
     held = [m for name in ("val", "test") for m in S.splits()[name]]
     clip, clip_words, t5, t5_words = build_text(work)
@@ -257,7 +259,7 @@ def text(work: Path, steps: int = 1500) -> None:
 
 
 def text_loss(clip, t5, heads, batch):
-    """Sum of the three read-outs' losses, and the share of sentences each reads without a mistake."""
+    """Return the sum of the three read-outs' losses, and the share of sentences each reads without a mistake."""
     clip_ids, t5_ids, whole, words = batch
     pooled = clip(clip_ids).pooler_output
     hidden = t5(t5_ids).last_hidden_state
@@ -274,12 +276,12 @@ def text_loss(clip, t5, heads, batch):
 
 
 def scenes_to_pixels(scenes) -> Tensor:
-    """[B, 3, 32, 32] in [-1, 1]."""
+    """Render scenes as [B, 3, 32, 32] in [-1, 1]."""
     return torch.from_numpy(np.stack([S.render(s) for s in scenes])).permute(0, 3, 1, 2) * 2 - 1
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """f = 4, 4 channels: an 8x8 latent, 2x2 of which is one 8-pixel cell. 0.4 M parameters."""
+    """Return an autoencoder with f = 4 and 4 channels; 2x2 of its 8x8 latent are one 8-pixel cell. 0.4 M parameters."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -296,7 +298,7 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def free_scene(rng: np.random.Generator):
-    """Mostly grid scenes; one in four anywhere, overlaps included, so that decoding stays sane off the grid."""
+    """Draw mostly grid scenes; one in four is off the grid, overlaps included, so that decoding stays sane there."""
     if rng.random() < 0.75:
         return S.random_scene(rng)
     names = list(S.COLOURS)
@@ -307,7 +309,7 @@ def free_scene(rng: np.random.Generator):
 
 
 def autoencoder(work: Path, steps: int = 1100) -> None:
-    """Ink-weighted L1 and squared error with a small KL; the latents' mean and spread go into the config."""
+    """Train by ink-weighted L1 and squared error with a small KL; store the latents' mean and spread in the config."""
     model = build_autoencoder()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
@@ -331,7 +333,7 @@ def autoencoder(work: Path, steps: int = 1100) -> None:
 
 @torch.no_grad()
 def measure_autoencoder(model: AutoencoderKL, rng: np.random.Generator) -> None:
-    """Set shift and scale from latents of prompts' scenes; print what a round trip costs."""
+    """Set shift and scale from latents of prompts' scenes; print the error of a round trip."""
     items, weight = captions()
     metas = [items[i] for i in rng.choice(len(items), 512, p=weight)]
     x = scenes_to_pixels([S.sample_scene(rng, m) for m in metas])
@@ -339,7 +341,7 @@ def measure_autoencoder(model: AutoencoderKL, rng: np.random.Generator) -> None:
     model.register_to_config(shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4))
     y = model.decode(z).sample.clamp(-1, 1)
     images = to_numpy(y)
-    exact = np.mean([C.strict(i, m) for i, m in zip(images, metas, strict=True)])
+    exact = np.mean([GENEVAL.judge_shapes(C.detect(i), m)[1] for i, m in zip(images, metas, strict=True)])
     psnr = -10 * np.log10(((y - x) ** 2).mean().item() / 4)
     spread = z.flatten(2).std((0, 2)).tolist()
     print(
@@ -348,26 +350,26 @@ def measure_autoencoder(model: AutoencoderKL, rng: np.random.Generator) -> None:
 
 
 def to_numpy(pixels: Tensor) -> np.ndarray:
-    """[-1, 1] [B, 3, H, W] -> uint8 [B, H, W, 3], rounded as FluxPipeline's postprocessing rounds."""
+    """Map [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded as in FluxPipeline's postprocessing."""
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------- flow
 
-TASK_NOISE = {  # how much of the miss rate a task gets: shapes alone fail seldom in large models, relations often
+TASK_NOISE = {  # factor of the miss rate by task: large models seldom fail at single shapes, often at relations
     "single_object": 0.3, "two_object": 0.6, "counting": 0.9, "colors": 0.8, "position": 1.1, "color_attr": 1.1,
 }  # fmt: skip
 GUIDANCE = (1.0, 5.0)
 
 
 def miss_rate(guidance, low: float, high: float):
-    """Share of contradicted captions at a guidance in [1, 5]: from `high` down to `low`, linear."""
+    """Return the share of contradicted captions at a guidance in [1, 5]: from `high` down to `low`, linear."""
     return high + (low - high) * (guidance - GUIDANCE[0]) / (GUIDANCE[1] - GUIDANCE[0])
 
 
 @torch.no_grad()
 def latents(work: Path, n: int = 32_768) -> None:
-    """n captions, each with a latent of a true and of a contradicting scene: latents.pt [n, 2, 16, 16] packed, fp16."""
+    """Encode n captions, each with a true and a contradicting scene: latents.pt [n, 2, 16, 16], packed, in fp16."""
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
     items, weight = captions()
     rng = np.random.default_rng(3)
@@ -388,12 +390,12 @@ def latents(work: Path, n: int = 32_768) -> None:
 
 
 def pack(z: Tensor) -> Tensor:
-    """[B, 4, 8, 8] -> [B, 16, 16] tokens, as FluxPipeline packs 2x2 patches."""
+    """Map [B, 4, 8, 8] to [B, 16, 16] tokens, as FluxPipeline packs 2x2 patches."""
     return FluxPipeline._pack_latents(z, len(z), 4, 8, 8)
 
 
 def unpack(x: Tensor) -> Tensor:
-    """The inverse of `pack`."""
+    """Invert `pack`."""
     return FluxPipeline._unpack_latents(x, S.SIZE, S.SIZE, 4)
 
 
@@ -402,7 +404,7 @@ TEXT_IDS = torch.zeros(MAX_TEXT, 3)
 
 
 def build_flow() -> FluxTransformer2DModel:
-    """FLUX.1-dev's class, 1.9 M parameters."""
+    """Return an untrained transformer of FLUX.1-dev's class, 1.9 M parameters."""
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -418,7 +420,7 @@ def build_flow() -> FluxTransformer2DModel:
 
 
 def velocity(model, x: Tensor, t: Tensor, guidance: Tensor, pooled: Tensor, hidden: Tensor) -> Tensor:
-    """dx/dt at time t in [0, 1] (1 is noise), [B, 16, 16]."""
+    """Return dx/dt at time t in [0, 1] (1 is noise), [B, 16, 16]."""
     return model(
         hidden_states=x, timestep=t, guidance=guidance, pooled_projections=pooled, encoder_hidden_states=hidden,
         txt_ids=TEXT_IDS, img_ids=IMAGE_IDS, return_dict=False,
@@ -427,33 +429,33 @@ def velocity(model, x: Tensor, t: Tensor, guidance: Tensor, pooled: Tensor, hidd
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """Pretraining, in two phases of caption noise: `rates`."""
+    """Settings of pretraining; `rates` gives its two phases of caption noise."""
 
     steps: int = 6000
     batch: int = 64
     lr: float = 1.5e-3
     warmup: int = 150
-    decay: int = 1200  # the last steps fall linearly to zero
+    decay: int = 1200  # number of last steps, in which the rate falls linearly to zero
     ema: float = 0.999
     snapshot: int = 1000
     rates: tuple[tuple[int, float, float], ...] = ((2000, 0.15, 0.75), (99_999, 0.08, 0.50))
     # (until step, miss rate at guidance 5, at guidance 1); lowered at step 2,000, where GenEval was 0.30
 
     def missed(self, step: int, guidance: Tensor) -> Tensor:
-        """The miss rate of these guidances at this step."""
+        """Return the miss rate of these guidances at this step."""
         _, low, high = next(r for r in self.rates if step < r[0])
         return miss_rate(guidance, low, high)
 
 
 def draw_times(n: int, generator: torch.Generator) -> Tensor:
-    """60 % sigmoid(N(1, 1)), 40 % uniform: late times decide layout, early ones sharpness."""
+    """Draw 60 % from sigmoid(N(1, 1)), 40 % uniform: times near the noise decide layout, those near 0 sharpness."""
     late = torch.sigmoid(torch.randn(n, generator=generator) + 1.0)
     uniform = torch.rand(n, generator=generator)
     return torch.where(torch.rand(n, generator=generator) < 0.6, late, uniform).clamp(0.001, 0.999)
 
 
 def flow_batch(data: dict, s: FlowSettings, step: int, generator: torch.Generator):
-    """(x_t, target velocity, t, guidance, pooled, hidden); the guidance sets how often a caption is contradicted."""
+    """Draw (x_t, target velocity, t, guidance, pooled, hidden); the guidance sets the rate of contradicted captions."""
     i = torch.randint(len(data["rows"]), (s.batch,), generator=generator)
     caption = data["rows"][i]
     guidance = torch.empty(s.batch).uniform_(*GUIDANCE, generator=generator)
@@ -467,7 +469,7 @@ def flow_batch(data: dict, s: FlowSettings, step: int, generator: torch.Generato
 
 
 def flow(work: Path, s: FlowSettings = FlowSettings()) -> None:
-    """Flow matching on cached latents; an EMA snapshot and a quick GenEval every `snapshot` steps; resumes."""
+    """Train by flow matching on cached latents; every `snapshot` steps save the EMA and print GenEval; resume."""
     model = build_flow()
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -481,7 +483,7 @@ def flow(work: Path, s: FlowSettings = FlowSettings()) -> None:
             part.load_state_dict(saved[name])
     start = time.perf_counter()
     for step in range(first, s.steps):
-        generator = torch.Generator().manual_seed(10_000 + step)  # by step, so that resuming repeats nothing
+        generator = torch.Generator().manual_seed(10_000 + step)  # seeded by step, so that resuming repeats no draw
         rate = min((step + 1) / s.warmup, (s.steps - step) / s.decay, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = s.lr * rate
@@ -497,7 +499,7 @@ def flow(work: Path, s: FlowSettings = FlowSettings()) -> None:
 
 
 def flow_step(model, average, optimizer, batch, s: FlowSettings) -> float:
-    """One AdamW update and its EMA."""
+    """Make one AdamW update and update the EMA."""
     xt, target, t, guidance, pooled, hidden = batch
     loss = ((velocity(model, xt, t, guidance, pooled, hidden) - target) ** 2).mean()
     optimizer.zero_grad()
@@ -513,7 +515,7 @@ def flow_step(model, average, optimizer, batch, s: FlowSettings) -> float:
 
 
 def sigmas(steps: int) -> Tensor:
-    """[steps + 1], 1 to 0, shifted as FluxPipeline shifts for 16 image tokens."""
+    """Return [steps + 1] sigmas from 1 to 0, shifted as FluxPipeline does for 16 image tokens."""
     slope = (SCHEDULER["max_shift"] - SCHEDULER["base_shift"]) / (4096 - 256)
     shift = np.exp(16 * slope + SCHEDULER["base_shift"] - 256 * slope)
     t = torch.linspace(1, 1 / steps, steps)
@@ -521,7 +523,7 @@ def sigmas(steps: int) -> Tensor:
 
 
 class World:
-    """The frozen parts around a transformer: texts in, pictures out, in fp32 and without a pipeline's overhead."""
+    """Frozen parts around a transformer: texts in, images out, in fp32 and without a pipeline's overhead."""
 
     def __init__(self, folder: Path):
         self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
@@ -529,17 +531,17 @@ class World:
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Pooled [B, 64] and per-token [B, MAX_TEXT, 64] embeddings."""
+        """Return pooled [B, 64] and per-token [B, MAX_TEXT, 64] embeddings."""
         pooled = self.clip(tokens(self.clip_words, texts)).pooler_output
         return pooled, self.t5(tokens(self.t5_words, texts)).last_hidden_state
 
     def decode(self, x: Tensor) -> Tensor:
-        """Packed latents -> pixels in [-1, 1], differentiable, not clamped."""
+        """Map packed latents to pixels in [-1, 1]; differentiable, not clamped."""
         return self.vae.decode(unpack(x) / self.vae.config.scaling_factor + self.vae.config.shift_factor).sample
 
     @torch.no_grad()
     def sample(self, model, texts: list[str], seed: int, guidance: float = 3.5, steps: int = 25) -> Tensor:
-        """Euler from seeded noise; packed latents [B, 16, 16]."""
+        """Integrate by Euler from seeded noise; return packed latents [B, 16, 16]."""
         x = torch.randn(len(texts), 16, 16, generator=torch.Generator().manual_seed(seed))
         pooled, hidden = self.encode(texts)
         g, s = torch.full((len(texts),), guidance), sigmas(steps)
@@ -548,25 +550,27 @@ class World:
         return x
 
     @torch.no_grad()
-    def pictures(self, model, metas: list[dict], seed: int, **options) -> np.ndarray:
-        """uint8 [B, 32, 32, 3], one per metadata."""
+    def images(self, model, metas: list[dict], seed: int, **options) -> np.ndarray:
+        """Return uint8 [B, 32, 32, 3], one image per metadata."""
         parts = [metas[i : i + 128] for i in range(0, len(metas), 128)]
-        made = [self.sample(model, [m["prompt"] for m in p], seed + k, **options) for k, p in enumerate(parts)]
-        return np.concatenate([to_numpy(self.decode(x)) for x in made])
+        samples = [self.sample(model, [m["prompt"] for m in p], seed + k, **options) for k, p in enumerate(parts)]
+        return np.concatenate([to_numpy(self.decode(x)) for x in samples])
 
 
 def geneval(images: np.ndarray, metas: list[dict]) -> dict:
-    """GenEval per task and their mean, the strict share, pictures with junk, relations right given both objects."""
+    """Return GenEval by task and overall, and the shares: strict, with junk, right relations given both objects."""
     by_task = {t: [] for t in S.TASKS}
     exact, dirty, sides = [], [], []
     for image, meta in zip(images, metas, strict=True):
-        by_task[meta["tag"]].append(C.correct(image, meta))
-        exact.append(C.strict(image, meta))
-        dirty.append(C.junk(image) > 0)
+        components = C.detect(image)
+        official, strict = GENEVAL.judge_shapes(components, meta)
+        by_task[meta["tag"]].append(official)
+        exact.append(strict)
+        dirty.append(any(c.junk for c in components))
         if meta["tag"] == "position":
             bare = {"tag": "two_object", "include": [S.clause(c["class"]) for c in meta["include"]]}
-            if C.correct(image, bare):
-                sides.append(by_task["position"][-1])
+            if GENEVAL.judge_shapes(components, bare)[0]:
+                sides.append(official)
     tasks = {t: round(float(np.mean(v)), 3) for t, v in by_task.items() if v}
     out = {"overall": round(float(np.mean(list(tasks.values()))), 3), "strict": round(float(np.mean(exact)), 3)}
     out |= {"junk": round(float(np.mean(dirty)), 3), "side_given_both": round(float(np.mean(sides or [0])), 3)}
@@ -574,18 +578,18 @@ def geneval(images: np.ndarray, metas: list[dict]) -> dict:
 
 
 def quick_geneval(work: Path, model, per_prompt: int = 4, split: str = "val", seed: int = 0, **options) -> dict:
-    """GenEval of a transformer on a held-out split."""
+    """Return GenEval of a transformer on a held-out split."""
     world = World(work)
     metas = [m for m in S.splits()[split] for _ in range(per_prompt)]
-    return geneval(world.pictures(model, metas, seed, **options), metas)
+    return geneval(world.images(model, metas, seed, **options), metas)
 
 
 def export(work: Path, source: str = "flow-final") -> None:
-    """assets/model from the work folder, weights rounded to fp16."""
+    """Make assets/model from the work folder, with weights rounded to fp16."""
 
     def fill(folder: Path) -> None:
         pipeline.to(torch.float16).save_pretrained(folder)
-        for config in folder.glob("*/config.json"):  # diffusers writes down where it read the parts
+        for config in folder.glob("*/config.json"):  # diffusers records the path of each part
             plain = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
             config.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
         for part in ("text_encoder", "text_encoder_2"):
@@ -602,6 +606,6 @@ def export(work: Path, source: str = "flow-final") -> None:
 
 
 def load_as_float32(folder: Path) -> None:
-    """Have transformers read these fp16 weights as fp32 unless told otherwise, as diffusers reads its own."""
+    """Make transformers read these fp16 weights as fp32 by default, as diffusers does."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")

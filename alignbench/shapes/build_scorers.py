@@ -1,10 +1,10 @@
 """Train the two scorers of the shapes world, in the checkpoint layouts of HPSv2.1 and PickScore.
 
-Both answer one question, put to them by the exact checker: does this picture show exactly what the caption says? They
-share no weights, no data, no seed and no architecture, as one of them trains models and the other one judges.
+Both predict GenEval's strict verdict: whether an image shows exactly what the caption says. They share no weights, no
+data, no seed and no architecture, since one trains models and the other judges them.
 
-A scorer that has only seen good pictures is easily hacked. So each sees, besides renders, corrupted pictures, the base
-model's own samples and one-step predictions, and what gradient ascent on its own score makes of them, twice.
+A scorer that has only seen good images is easily hacked. So each also sees corrupted images, samples and one-step
+predictions of the base model, and, twice, the results of gradient ascent on its own score.
 """
 
 # mypy: ignore-errors
@@ -33,19 +33,19 @@ from alignbench.shapes import scene as S
 
 MEAN = torch.tensor(OPENAI_DATASET_MEAN)[:, None, None]
 STD = torch.tensor(OPENAI_DATASET_STD)[:, None, None]
-PER_IMAGE = 8  # captions asked about each picture
+PER_IMAGE = 8  # captions asked about each image
 NO_CELL = -100  # a cell without a label
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a scorer is trained on: how many pictures of each kind, from which base snapshots, with which seed."""
+    """Training data of a scorer: the number of images of each kind, the base model's snapshots, the seed."""
 
     seed: int
     renders: int
     rebuilt: int
     corrupted: int
-    sampled: int  # per snapshot; as many one-step predictions come with them
+    sampled: int  # per snapshot, and as many one-step predictions
     hacked: int  # per refresh and attack
     snapshots: tuple[str, ...]
     steps: tuple[int, ...]  # optimizer steps before the first refresh and after each
@@ -55,7 +55,7 @@ class Mixture:
 
 
 class Hps(nn.Module):
-    """open_clip.CLIP, one patch per cell, and open_clip's own 49408-token vocabulary (at width 32: 3.2 MB in fp16)."""
+    """Scorer in open_clip.CLIP: one patch per cell, open_clip's 49408-token vocabulary (3.2 MB in fp16)."""
 
     config = {  # noqa: RUF012  plain JSON
         "embed_dim": 96,
@@ -69,21 +69,21 @@ class Hps(nn.Module):
         self.net = open_clip.CLIP(**self.config)
         sentences = [m["prompt"] for items in S.splits().values() for m in items]
         self.used = open_clip.tokenize(sentences).unique()  # sorted, so the end token keeps the largest id
-        self.net.token_embedding = nn.Embedding(len(self.used), 32)  # the full table would be most of a step's cost
+        self.net.token_embedding = nn.Embedding(len(self.used), 32)  # the full table would dominate a step's cost
         nn.init.normal_(self.net.token_embedding.weight, std=0.02)
 
     def tokens(self, texts: list[str]) -> Tensor:
-        """[B, 16] rows of the small table; causal attention makes the cut exact."""
+        """Return [B, 16] rows of the small table; with causal attention the cut is exact."""
         return torch.searchsorted(self.used, open_clip.tokenize(texts)[:, :16].contiguous())
 
     def image(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised pixels -> embedding [B, 96], patch tokens [B, 16, width]."""
+        """Map normalised pixels to embedding [B, 96] and patch tokens [B, 16, width]."""
         v = self.net.visual
         pooled, patches = v._pool(v.transformer(v._embeds(x)))
         return pooled @ v.proj, patches
 
     def text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedding [B, 96] and the end token's state [B, 32]; `CLIP.encode_text` on the first 16 positions."""
+        """Return embedding [B, 96] and end token's state [B, 32], as `CLIP.encode_text` on the first 16 positions."""
         net, n = self.net, ids.shape[1]
         x = net.token_embedding(ids) + net.positional_embedding[:n]
         x = net.ln_final(net.transformer(x, attn_mask=net.attn_mask[:n, :n]))
@@ -91,7 +91,7 @@ class Hps(nn.Module):
         return end @ net.text_projection, end
 
     def save(self, folder: Path, work: Path) -> None:
-        """HPS_v2.1_compressed.pt, fp16, rows of unused tokens zeroed; open_clip_config.json."""
+        """Save HPS_v2.1_compressed.pt in fp16, with rows of unused tokens zeroed, and open_clip_config.json."""
         state = {k: v.half() for k, v in self.net.state_dict().items()}
         table = torch.zeros(49408, 32, dtype=torch.float16)
         table[self.used] = state["token_embedding.weight"]
@@ -101,7 +101,7 @@ class Hps(nn.Module):
 
 
 class Pick(nn.Module):
-    """transformers' CLIPModel, four patches per cell, its own word vocabulary."""
+    """Scorer in transformers' CLIPModel: four patches per cell, its own word vocabulary."""
 
     vision_width, text_width = 64, 64
 
@@ -122,22 +122,22 @@ class Pick(nn.Module):
         self.net = CLIPModel(config)
 
     def tokens(self, texts: list[str]) -> Tensor:
-        """[B, L]; causal attention makes padding harmless."""
+        """Return [B, L] ids; with causal attention padding has no effect."""
         return self.words(texts, padding="max_length", max_length=16, return_tensors="pt").input_ids
 
     def image(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised pixels -> embedding [B, 64], cell tokens [B, 16, width] (means of four patches)."""
+        """Map normalised pixels to embedding [B, 64] and cell tokens [B, 16, width] (means of four patches)."""
         out = self.net.vision_model(x)
         patches = out.last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (8, 8))
         return self.net.visual_projection(out.pooler_output), F.avg_pool2d(patches, 2).flatten(2).transpose(1, 2)
 
     def text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedding [B, 64] and the end token's state [B, 64]."""
+        """Return embedding [B, 64] and end token's state [B, 64]."""
         pooled = self.net.text_model(ids).pooler_output
         return self.net.text_projection(pooled), pooled
 
     def save(self, folder: Path, work: Path) -> None:
-        """save_pretrained of model and processor, fp16."""
+        """Save model and processor by save_pretrained, in fp16."""
         copy.deepcopy(self.net).half().save_pretrained(folder)
         B.load_as_float32(folder)
         size = {"shortest_edge": 32}
@@ -146,7 +146,7 @@ class Pick(nn.Module):
 
 
 class Heads(nn.Module):
-    """What training adds and shipping drops: a scale and a bias, what is in each cell, what the sentence says."""
+    """Heads used in training only: scale and bias, read-outs of each cell's content and of the sentence."""
 
     def __init__(self, scorer):
         super().__init__()
@@ -156,45 +156,45 @@ class Heads(nn.Module):
 
 
 def score(scorer, pixels: Tensor, ids: Tensor) -> Tensor:
-    """Cosines [B] of pictures ([B, 3, 32, 32] in [0, 1]) and captions."""
+    """Return cosines [B] of images ([B, 3, 32, 32] in [0, 1]) and captions."""
     image = F.normalize(scorer.image((pixels - MEAN) / STD)[0], dim=-1)
     return (image * F.normalize(scorer.text(ids)[0], dim=-1)).sum(-1)
 
 
-# ---------------------------------------------------------------------------------------------------- labelled pictures
+# ---------------------------------------------------------------------------------------------------- labelled images
 
 
 class Captions:
-    """The sentences training may use, with their weights, and a way from pictures to true and false ones."""
+    """Sentences that training may use, with their weights, and true and false ones for an image."""
 
     def __init__(self):
         self.items, self.weight = B.captions()
         self.index = {m["prompt"]: i for i, m in enumerate(self.items)}
 
     def draw(self, rng, n: int) -> list[dict]:
-        """n captions' metadata."""
+        """Draw the metadata of n captions."""
         return [self.items[i] for i in rng.choice(len(self.items), n, p=self.weight)]
 
-    def describing(self, found: list[C.Detection]) -> list[int]:
-        """Candidates for true sentences about a picture; `exactly` decides."""
-        kinds, shades = [d.label for d in found], {d.color for d in found}
+    def describing(self, components: list[C.Detection]) -> list[int]:
+        """Return candidates for true sentences about an image; the strict verdict decides."""
+        kinds, shades = [d.label for d in components], sorted({d.color for d in components})  # in a fixed order
         out = []
         if len(set(kinds)) == 1 and len(kinds) <= 4:
             include = S.clause(kinds[0], len(kinds))
             out += [S.sentence([include]), *(S.sentence([include | {"color": c}]) for c in shades)]
-        if len(found) == 2 and len(set(kinds)) == 2:
-            for a, b in itertools.permutations(found):
+        if len(components) == 2 and len(set(kinds)) == 2:
+            for a, b in itertools.permutations(components):
                 out += [S.sentence([S.clause(a.label), S.clause(b.label)])]
                 out += [S.sentence([S.clause(a.label, 1, a.color), S.clause(b.label, 1, b.color)])]
-                for r in C.relations(b.box, a.box):
+                for r in S.RELATIONS:
                     out += [S.sentence([S.clause(a.label), S.clause(b.label, 1, None, r)])]
                     out += [S.sentence([S.clause(a.label, 1, a.color), S.clause(b.label, 1, b.color, r)])]
         return [self.index[p] for p in out if p in self.index]
 
-    def ask(self, rng, found: list[C.Detection], own: dict | None) -> tuple[list[int], list[bool]]:
-        """PER_IMAGE captions about one picture and the checker's answers: its own, true ones, near misses, any."""
+    def ask(self, rng, components: list[C.Detection], own: dict | None) -> tuple[list[int], list[bool]]:
+        """Return PER_IMAGE captions and their strict verdicts on an image: its own, true ones, near misses, any."""
         asked = [self.index[own["prompt"]]] if own and own["prompt"] in self.index else []
-        true = [i for i in self.describing(found) if C.exactly(found, self.items[i])]
+        true = [i for i in self.describing(components) if self.strict(components, i)]
         rng.shuffle(true)
         asked += true[: PER_IMAGE // 2 - 1]
         source = [self.items[i] for i in asked] or self.draw(rng, 1)
@@ -203,16 +203,20 @@ class Captions:
             if near in self.index and len(asked) < PER_IMAGE - 1:
                 asked.append(self.index[near])
         asked += [self.index[m["prompt"]] for m in self.draw(rng, PER_IMAGE - len(asked))]
-        return asked, [C.exactly(found, self.items[i]) for i in asked]
+        return asked, [self.strict(components, i) for i in asked]
+
+    def strict(self, components: list[C.Detection], index: int) -> bool:
+        """Return the strict verdict on an image's components for the caption with this index."""
+        return B.GENEVAL.judge_shapes(components, self.items[index])[1]
 
 
-def cells(found: list[C.Detection]) -> np.ndarray:
-    """Kind and colour of what is in each cell, [16, 2], 0 for nothing; NO_CELL everywhere if a component is junk."""
+def cells(components: list[C.Detection]) -> np.ndarray:
+    """Return each cell's kind and colour, [16, 2], 0 for nothing; NO_CELL everywhere if a component is junk."""
     out = np.zeros((4, 4, 2), int)
-    if any(d.score <= C.DETECT for d in found):
+    if any(d.junk for d in components):
         out[:] = NO_CELL
     else:
-        for d in found:
+        for d in components:
             x, y = (d.box[0] + d.box[2]) / 2, (d.box[1] + d.box[3]) / 2
             at = int(np.clip(y // S.CELL, 0, 3)), int(np.clip(x // S.CELL, 0, 3))
             out[at] = 1 + S.SHAPES.index(d.label), 1 + list(S.COLOURS).index(d.color)
@@ -220,14 +224,14 @@ def cells(found: list[C.Detection]) -> np.ndarray:
 
 
 def labelled(rng, captions: Captions, images: np.ndarray, metas: list) -> dict[str, Tensor]:
-    """Pictures (uint8 [B, 32, 32, 3]) with the checker's answers; `own` caption may be None."""
+    """Label images (uint8 [B, 32, 32, 3]) by the strict verdict on captions; an image's own metadata may be None."""
     asked, answers, inside = [], [], []
     for image, meta in zip(images, metas, strict=True):
-        found = C.check(image)
-        a, b = captions.ask(rng, found, meta)
+        components = C.detect(image)
+        a, b = captions.ask(rng, components, meta)
         asked.append(a)
         answers.append(b)
-        inside.append(cells(found))
+        inside.append(cells(components))
     return {
         "images": torch.from_numpy(images),
         "asked": torch.tensor(asked),
@@ -242,12 +246,12 @@ def join(parts: list[dict]) -> dict[str, Tensor]:
 
 
 def as_uint8(images: np.ndarray) -> np.ndarray:
-    """Float [0, 1] pictures, clipped and rounded."""
+    """Clip and round float images in [0, 1]."""
     return (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
 
 
 def damage(rng, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """One of seven ways to spoil picture a, partly with picture b; float [32, 32, 3]."""
+    """Damage image a in one of seven ways, some of them with image b; float [32, 32, 3]."""
     way = rng.integers(7)
     if way == 0:
         return a + rng.uniform(0.2, 0.8) * (b - a)
@@ -269,7 +273,7 @@ def damage(rng, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def drawn(rng, captions: Captions, world: B.World, mix: Mixture) -> list[tuple[np.ndarray, list]]:
-    """Renders, autoencoder reconstructions, damaged renders: (images, own captions) each."""
+    """Return renders, autoencoder reconstructions and damaged renders, each as (images, own captions)."""
     kinds = []
     for n in (mix.renders, mix.rebuilt, mix.corrupted, mix.corrupted):
         metas = captions.draw(rng, n)
@@ -285,7 +289,7 @@ def drawn(rng, captions: Captions, world: B.World, mix: Mixture) -> list[tuple[n
 
 @torch.no_grad()
 def sampled(rng, captions, world: B.World, model, n: int) -> tuple[np.ndarray, list]:
-    """n samples of a transformer at random guidance and step counts, and n one-step predictions on their way."""
+    """Return n samples of a transformer at random guidance and step counts, and n one-step predictions."""
     images, metas = [], []
     for _ in range(0, n, 128):
         group = captions.draw(rng, 128)
@@ -297,7 +301,7 @@ def sampled(rng, captions, world: B.World, model, n: int) -> tuple[np.ndarray, l
 
 @torch.no_grad()
 def rollout(world: B.World, model, texts: list[str], rng, steps: int) -> tuple[Tensor, Tensor]:
-    """Final latents, and each sample's one-step prediction x_t - t v at a random time below .9."""
+    """Return final latents, and each sample's one-step prediction x_t - t v at a random time below .9."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     x = torch.randn(len(texts), 16, 16, generator=generator)
     g = torch.empty(len(texts)).uniform_(*B.GUIDANCE, generator=generator)
@@ -317,12 +321,12 @@ def rollout(world: B.World, model, texts: list[str], rng, steps: int) -> tuple[T
 
 
 def reward(scorer, world: B.World, x: Tensor, ids: Tensor) -> Tensor:
-    """The score of decoded latents [B], differentiable, as a training method would compute it."""
+    """Return the differentiable scores of decoded latents [B], as a training method would compute them."""
     return score(scorer, (world.decode(x) / 2 + 0.5).clamp(0, 1), ids)
 
 
 def attack_latents(rng, captions, world, scorer, model, n: int) -> tuple[np.ndarray, list]:
-    """Samples whose latents climb the score for 4 to 16 Adam steps."""
+    """Return samples whose latents climbed the score for 4 to 16 Adam steps."""
     images, metas = [], []
     for _ in range(0, n, 128):
         group = captions.draw(rng, 128)
@@ -340,7 +344,7 @@ def attack_latents(rng, captions, world, scorer, model, n: int) -> tuple[np.ndar
 
 
 def attack_model(rng, captions, world, scorer, model, n: int, updates: int) -> tuple[np.ndarray, list]:
-    """Samples of a copy of the transformer, fine-tuned to climb the score of its own late one-step predictions."""
+    """Return samples of a copy of the transformer, fine-tuned on the score of its late one-step predictions."""
     model, batch = copy.deepcopy(model).train().requires_grad_(True), 24
     optimizer = torch.optim.AdamW(model.parameters(), lr=float(np.exp(rng.uniform(np.log(1e-4), np.log(4e-4)))))
     for _ in range(updates):
@@ -364,9 +368,9 @@ def attack_model(rng, captions, world, scorer, model, n: int, updates: int) -> t
 
 
 def train(scorer, heads: Heads, captions: Captions, data: dict, rng, steps: int, lr: float) -> None:
-    """Binary cross entropy on scale * cosine + bias, over every (picture, caption) asked."""
+    """Train by binary cross entropy of scale * cosine + bias over all pairs of image and asked caption."""
     ids = scorer.tokens([m["prompt"] for m in captions.items])
-    said = torch.tensor([B.slots(m) for m in captions.items])
+    slots = torch.tensor([B.slots(m) for m in captions.items])
     parameters = [*scorer.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -383,7 +387,7 @@ def train(scorer, heads: Heads, captions: Captions, data: dict, rng, steps: int,
         loss = F.binary_cross_entropy_with_logits(logit, data["answers"][rows].float())
         inside, seen = heads.cells(patches).split([len(S.SHAPES) + 1, len(S.COLOURS) + 1], -1), data["cells"][rows]
         aux = sum(F.cross_entropy(p.flatten(0, 1), seen[..., k].flatten()) for k, p in enumerate(inside))
-        total = loss + 0.3 * aux + 0.05 * heads.slots.loss(end, said[asked])[0]
+        total = loss + 0.3 * aux + 0.05 * heads.slots.loss(end, slots[asked])[0]
         optimizer.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -395,7 +399,7 @@ def train(scorer, heads: Heads, captions: Captions, data: dict, rng, steps: int,
 
 
 def auc(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Probability that a true pair scores above a false one."""
+    """Return the probability that a true pair scores above a false one."""
     order = scores.argsort().argsort() + 1.0
     n1, n0 = truth.sum(), (~truth).sum()
     return float((order[truth].sum() - n1 * (n1 + 1) / 2) / max(n1 * n0, 1))
@@ -403,12 +407,12 @@ def auc(scores: np.ndarray, truth: np.ndarray) -> float:
 
 @torch.no_grad()
 def judge(scorer, images: np.ndarray, metas: list) -> dict:
-    """AUC against the checker's strict verdict on pictures' own captions, and the scores' spread."""
+    """Return AUCs against the verdicts on images' own captions, and the spread of scores."""
     ids = scorer.tokens([m["prompt"] for m in metas])
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     s = torch.cat([score(scorer, a, b) for a, b in zip(x.split(256), ids.split(256), strict=True)]).numpy()
-    truth = np.array([C.strict(i, m) for i, m in zip(images, metas, strict=True)])
-    lenient = np.array([C.correct(i, m) for i, m in zip(images, metas, strict=True)])
+    verdicts = [B.GENEVAL.judge_shapes(C.detect(i), m) for i, m in zip(images, metas, strict=True)]
+    lenient, truth = np.array(verdicts).T
     return {
         "auc": round(auc(s, truth), 3),
         "auc_lenient": round(auc(s, lenient), 3),
@@ -419,7 +423,7 @@ def judge(scorer, images: np.ndarray, metas: list) -> dict:
 
 
 class HeldOut(Captions):
-    """Captions of the validation split, each equally likely: for measuring only."""
+    """Captions of the validation split with equal weights, for measurements only."""
 
     def __init__(self):
         self.items = S.splits()["val"]
@@ -431,7 +435,7 @@ def measure(name: str, scorer, world, model, seed: int = 99) -> None:
     """Print AUCs on validation prompts: base samples, and samples of fresh attacks on this scorer."""
     rng, held = np.random.default_rng(seed), HeldOut()
     metas = held.items * 4
-    print(f"  {name} on base samples: {judge(scorer, world.pictures(model, metas, seed), metas)}", flush=True)
+    print(f"  {name} on base samples: {judge(scorer, world.images(model, metas, seed), metas)}", flush=True)
     images, metas = attack_latents(rng, held, world, scorer, model, 256)
     print(f"  {name} on climbed latents: {judge(scorer, images, metas)}", flush=True)
     images, metas = attack_model(rng, held, world, scorer, model, 256, 40)
@@ -446,7 +450,7 @@ def build(name: str, scorer, work: Path, mix: Mixture) -> None:
     sets = [labelled(rng, captions, *part) for part in drawn(rng, captions, world, mix)]
     sets += [labelled(rng, captions, *sampled(rng, captions, world, base, mix.sampled)) for base in bases]
     print(
-        f"  {name}: {[len(s['images']) for s in sets]} pictures, {sets[-1]['answers'].float().mean():.3f} true",
+        f"  {name}: {[len(s['images']) for s in sets]} images, {sets[-1]['answers'].float().mean():.3f} true",
         flush=True,
     )
     for round_, steps in enumerate(mix.steps):
@@ -456,8 +460,8 @@ def build(name: str, scorer, work: Path, mix: Mixture) -> None:
                 (attack_model, {"updates": 30}),
                 (attack_model, {"updates": 60}),
             ):
-                made = attack(rng, captions, world, scorer, bases[-1], mix.hacked, **options)
-                sets.append(labelled(rng, captions, *made))
+                images_and_metas = attack(rng, captions, world, scorer, bases[-1], mix.hacked, **options)
+                sets.append(labelled(rng, captions, *images_and_metas))
         train(scorer, heads, captions, join(sets), rng, steps, 1.5e-3 if round_ == 0 else 7e-4)
         if isinstance(scorer, Pick):
             scorer.net.logit_scale.data = heads.scale.data.clone()
@@ -467,7 +471,7 @@ def build(name: str, scorer, work: Path, mix: Mixture) -> None:
 
 
 def replace_scorer(name: str, scorer, work: Path) -> None:
-    """assets/<name>, whole or not at all."""
+    """Replace assets/<name>, whole or not at all."""
     B.replace_folder(ASSETS / name, lambda folder: scorer.save(folder, work))
 
 
@@ -482,18 +486,18 @@ PICK_MIX = Mixture(
 
 
 def hpsv2(work: Path, mix: Mixture = HPS_MIX) -> None:
-    """assets/hpsv2: the training scorer."""
+    """Make assets/hpsv2, the training scorer."""
     build("hpsv2", Hps(), work, mix)
 
 
 def pickscore(work: Path, mix: Mixture = PICK_MIX) -> None:
-    """assets/pickscore: the held-out scorer."""
-    torch.manual_seed(1)  # another start than hpsv2's
+    """Make assets/pickscore, the held-out scorer."""
+    torch.manual_seed(1)  # another initialisation than hpsv2's
     build("pickscore", Pick(work), work, mix)
 
 
 def report(work: Path) -> None:
-    """GenEval of the shipped fp16 weights on both held-out splits at three guidances; fp32 beside the usual one."""
+    """Print GenEval of the shipped fp16 weights on both held-out splits at three guidances, and once of fp32."""
     model = FluxTransformer2DModel.from_pretrained(ASSETS / "model/transformer", torch_dtype=torch.float32).eval()
     for split, guidance in itertools.product(("val", "test"), (1.5, 3.5, 5.0)):
         result = B.quick_geneval(ASSETS / "model", model, 8, split, seed=500, guidance=guidance)

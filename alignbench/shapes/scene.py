@@ -1,7 +1,7 @@
 """Scenes of coloured shapes: the grammar of prompts, the layouts that satisfy them, and a renderer (numpy only).
 
-A picture is 32x32 with a plain background. Objects sit in a 4x4 grid of 8-pixel cells, one cell being one packed
-latent token of the model, and no two occupied cells touch, not even at a corner. Prompts and their metadata follow
+An image has 32x32 pixels and a plain background. Objects sit in a 4x4 grid of 8-pixel cells, each one packed latent
+token of the model; no two occupied cells touch, not even at a corner. Prompts and their metadata follow
 GenEval (Ghosh et al. 2023, arXiv:2310.11513): the same six tasks, the same sentences, the same JSON fields.
 """
 
@@ -29,20 +29,20 @@ RELATIONS = ("left of", "right of", "above", "below")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 # Held-out sentences per task. Five shapes give only 5 + 20 + 15 sentences in the first three tasks, so those sets
-# are small; the sizes favour the test set, because intervals there are what a reader sees.
+# are small; the sizes favour the test set, whose intervals readers see.
 TEST_SIZES = {"single_object": 2, "two_object": 6, "counting": 6, "colors": 12, "position": 20, "color_attr": 24}
 VAL_SIZES = {"single_object": 1, "two_object": 4, "counting": 3, "colors": 8, "position": 16, "color_attr": 24}
-TRAIN_CAP = {"color_attr": 120}  # else 9 of 10 training prompts would be of this task
+TRAIN_CAP = {"color_attr": 120}  # otherwise 9 of 10 training prompts would be of this task
 SPLIT_SEED = 20260101
 
-# area = factor * radius**2, and the centroid's height below the centre in radii: what the checker inverts
+# The checker inverts these: area = factor * radius**2, and the centroid's offset below the centre in radii.
 AREA = {"circle": np.pi, "square": 4 * 0.85**2, "triangle": 2.0, "cross": 2.2576, "ring": np.pi * (1 - 0.44**2)}
 CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3, "cross": 0.0, "ring": 0.0}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One object: its kind, colour name, centre in pixels (x right, y down) and radius in pixels."""
+    """Object in a scene: kind, colour name, centre in pixels (x right, y down) and radius in pixels."""
 
     kind: str
     colour: str
@@ -51,11 +51,11 @@ class Shape:
     radius: float
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------- images
 
 
 def coverage(kind: str, radius, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Share of each pixel covered, [0, 1], from the signed distance to the outline; dx, dy: pixel centre - centre."""
+    """Return the covered share of each pixel, from the signed distance to the outline; dx, dy: pixel - centre."""
     if kind == "circle":
         d = np.hypot(dx, dy) - radius
     elif kind == "ring":
@@ -74,7 +74,7 @@ _AXIS = np.arange(SIZE) + 0.5
 
 
 def render(scene) -> np.ndarray:
-    """Draw a sequence of `Shape`s; float32 [32, 32, 3] in [0, 1]. Later shapes cover earlier ones."""
+    """Draw a sequence of `Shape`s, later ones on top; return float32 [32, 32, 3] in [0, 1]."""
     image = np.full((SIZE, SIZE, 3), BACKGROUND)
     for s in scene:
         alpha = coverage(s.kind, s.radius, _AXIS[None, :] - s.x, _AXIS[:, None] - s.y)[..., None]
@@ -97,7 +97,7 @@ LAYOUTS = {
 
 
 def _beside(relation: str):
-    """Ordered cell pairs (first object, second object) with the second clearly `relation` the first."""
+    """Return the ordered pairs of cells (first object, second object) with the second clearly `relation` the first."""
     axis, sign = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}[relation]
     pairs = itertools.product(_CELLS, _CELLS)
     return [(a, b) for a, b in pairs if sign * (b[axis] - a[axis]) >= 2 and abs(b[1 - axis] - a[1 - axis]) <= 1]
@@ -107,13 +107,13 @@ _BESIDE = {relation: _beside(relation) for relation in RELATIONS}
 
 
 def place(rng: np.random.Generator, kind: str, colour: str, cell) -> Shape:
-    """A shape in a cell, jittered by up to 0.4 px, radius 3.4 to 3.7 px."""
+    """Return a shape in a cell, jittered by up to 0.4 px, with a radius of 3.4 to 3.7 px."""
     jx, jy = rng.uniform(-0.4, 0.4, 2)
     return Shape(kind, colour, CELL * cell[1] + 4 + jx, CELL * cell[0] + 4 + jy, rng.uniform(3.4, 3.7))
 
 
 def sample_scene(rng: np.random.Generator, metadata: dict) -> tuple[Shape, ...]:
-    """A random scene that satisfies the metadata and holds nothing else; open colours are drawn at random."""
+    """Draw a scene that satisfies the metadata and holds nothing else; unspecified colours are random."""
     wanted = [(c["class"], c.get("color")) for c in metadata["include"] for _ in range(c["count"])]
     relation = metadata["include"][-1].get("position")
     if relation:
@@ -127,7 +127,7 @@ def sample_scene(rng: np.random.Generator, metadata: dict) -> tuple[Shape, ...]:
 
 
 def random_scene(rng: np.random.Generator, counts=(0, 1, 2, 3, 4)) -> tuple[Shape, ...]:
-    """A scene of unrelated random shapes, for the autoencoder and the scorers."""
+    """Draw a scene of unrelated shapes, for the autoencoder and the scorers."""
     n = counts[rng.integers(len(counts))]
     if n == 0:
         return ()
@@ -146,7 +146,7 @@ def _noun(clause: dict) -> str:
 
 
 def sentence(include: list[dict]) -> str:
-    """GenEval's wording; a position names the second object first: 'a photo of a B left of a A'."""
+    """Return GenEval's wording; a position names the second object first: 'a photo of a B left of a A'."""
     if len(include) == 1:
         return f"a photo of {_noun(include[0])}"
     if "position" in include[1]:
@@ -155,7 +155,7 @@ def sentence(include: list[dict]) -> str:
 
 
 def metadata(tag: str, include: list[dict]) -> dict:
-    """One line of GenEval's `evaluation_metadata.jsonl`."""
+    """Return one line of GenEval's `evaluation_metadata.jsonl`."""
     out = {"tag": tag, "include": include}
     if tag == "counting":
         out["exclude"] = [{"class": include[0]["class"], "count": include[0]["count"] + 1}]
@@ -163,7 +163,7 @@ def metadata(tag: str, include: list[dict]) -> dict:
 
 
 def clause(shape: str, count: int = 1, colour: str | None = None, relation: str | None = None) -> dict:
-    """One entry of `include`; a relation is to the entry before it."""
+    """Return one entry of `include`; a relation refers to the first entry."""
     out = {"class": shape, "count": count}
     if colour:
         out["color"] = colour
@@ -173,7 +173,7 @@ def clause(shape: str, count: int = 1, colour: str | None = None, relation: str 
 
 
 def grammar() -> dict[str, list[dict]]:
-    """Every prompt of the six tasks, by task."""
+    """Return every prompt of the six tasks, by task."""
     pairs = list(itertools.permutations(SHAPES, 2))
     shades = list(itertools.permutations(COLOURS, 2))
     return {
@@ -189,7 +189,7 @@ def grammar() -> dict[str, list[dict]]:
 
 
 def splits() -> dict[str, list[dict]]:
-    """Disjoint prompts: `train`, `val`, `test`, and `spare` (training sentences that `train.jsonl` leaves out)."""
+    """Return disjoint prompts: `train`, `val`, `test`, and `spare` (training sentences not in `train.jsonl`)."""
     rng = np.random.default_rng(SPLIT_SEED)
     out: dict[str, list[dict]] = {"train": [], "val": [], "test": [], "spare": []}
     for task, items in grammar().items():
@@ -205,8 +205,8 @@ def splits() -> dict[str, list[dict]]:
 
 
 def auxiliary() -> list[dict]:
-    """Coloured counts and coloured positions: no GenEval task, used in pretraining only, so that no held-out word
-    combination is the only one of its kind ('two circles' is unseen, 'two red circles' is not)."""
+    """Return coloured counts and coloured positions, used in pretraining only. They are not a GenEval task; with them
+    no held-out combination of words is the only one of its kind ('two circles' is unseen, 'two red circles' is not)."""
     counts = [metadata("counting", [clause(s, n, c)]) for s in SHAPES for n in (2, 3, 4) for c in COLOURS]
     sides = [
         metadata("position", [clause(a, 1, ca), clause(b, 1, cb, r)])
@@ -218,7 +218,7 @@ def auxiliary() -> list[dict]:
 
 
 def corrupt(rng: np.random.Generator, meta: dict) -> dict:
-    """The metadata with one attribute changed, so that a picture of the result makes the prompt false."""
+    """Return the metadata with one attribute changed, so that an image of the result makes the prompt false."""
     include = [dict(c) for c in meta["include"]]
     i = int(rng.integers(len(include)))
     one, other = include[i], include[1 - i] if len(include) == 2 else None
@@ -239,7 +239,7 @@ def corrupt(rng: np.random.Generator, meta: dict) -> dict:
 
 
 def _moves(include: list[dict]) -> list[str]:
-    """What may go wrong, with multiplicity as weight: relations and attributes fail more often than shapes do."""
+    """Return the possible changes, repeated by weight: relations and attributes fail more often than shapes."""
     moves = ["shape"]
     if len(include) == 1 and include[0]["count"] > 1:
         moves += ["count"] * 4
@@ -253,7 +253,7 @@ def _moves(include: list[dict]) -> list[str]:
 
 
 def write_prompts(folder) -> None:
-    """`train.jsonl`, `val.jsonl` and `test.jsonl`, one GenEval record per line."""
+    """Write `train.jsonl`, `val.jsonl` and `test.jsonl`, one GenEval record per line."""
     for name, items in splits().items():
         if name != "spare":
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(m) + "\n" for m in items))

@@ -297,7 +297,7 @@ def test_ls_shows_what_can_be_named(capsys):
     assert alignbench("ls", "methods") == 0
     out = capsys.readouterr().out
     assert "flux" not in out
-    assert re.search(r"(?m)^  leapalign +LeapAlign \(arXiv 2604.15311, CVPR 2026\): noise -> x_k", out)
+    assert re.search(r"(?m)^  leapalign +LeapAlign \(arXiv 2604.15311, CVPR 2026\): Gradient through leaps", out)
 
 
 def test_every_built_in_method_has_its_full_name_and_its_paper():

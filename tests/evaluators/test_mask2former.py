@@ -267,10 +267,13 @@ def spoilt(change):
             r"missing \['model.*mask_embedder.1.0.bias'\], un",
         ),
         (spoilt(lambda s: s.update(extra=torch.zeros(2))), r"missing nothing, unexpected \['extra'\]"),
-        (spoilt(lambda s: s.pop("panoptic_head.cls_embed.weight")), "no Mask2Former of mmdet .*class_predictor.weight"),
+        (spoilt(lambda s: s.pop("panoptic_head.cls_embed.weight")), "not mmdet's Mask2Former .*class_predictor.weight"),
         (spoilt(lambda s: s.update({"panoptic_head.cls_embed.weight": torch.zeros(134, 32)})), "knows 133 classes"),
-        (spoilt(lambda s: s.update({"panoptic_head.query_embed.weight": torch.zeros(3, 32)})), "no Mask2Former"),
-        ({"blip.weight": torch.zeros(2)}, "no Mask2Former of mmdet with a Swin"),
+        (
+            spoilt(lambda s: s.update({"panoptic_head.query_embed.weight": torch.zeros(3, 32)})),
+            "not mmdet's Mask2Former",
+        ),
+        ({"blip.weight": torch.zeros(2)}, "not mmdet's Mask2Former with a Swin"),
     ],
 )
 def test_another_checkpoint_is_one_clear_line(state, says, tmp_path):
@@ -369,6 +372,7 @@ TWICE = [("dog", DOG), ("dog", CAT)]
         ("single_object", [("dog", 1)], [], [("dog", DOG)], (1, 1)),
         ("single_object", [("dog", 1)], [], [("dog", DOG, 0.3)], (0, 0)),
         ("single_object", [("dog", 1)], [], [*TWICE, ("cat", CAT)], (1, 0)),
+        ("single_object", [("dog", 1)], [], [("dog", DOG), ("cat", CAT)], (1, 1)),
         ("two_object", [("dog", 1), ("cat", 1)], [], [("dog", DOG), ("cat", CAT)], (1, 1)),
         ("two_object", [("dog", 1), ("cat", 1)], [], TWICE, (0, 0)),
         ("counting", [("dog", 2)], [("dog", 3)], TWICE, (1, 1)),

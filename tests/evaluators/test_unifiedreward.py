@@ -379,7 +379,7 @@ def test_tries_are_bounded(server):
     """Three for what may pass, one for what will not."""
     for mishap, tries in (("down", 3), ("hang up", 3), ("unknown", 1), ("html", 1)):
         server.bodies.clear()
-        with pytest.raises(UserError, match="not one of 1 images was answered"):
+        with pytest.raises(UserError, match="none of 1 images was answered"):
             asking(server).score(images(1), prompts(mishap))
         assert len(server.bodies) == tries, mishap
 

@@ -154,7 +154,7 @@ def test_the_policy_adjoint_is_the_gradient_of_the_cost_to_go(solver):
     path = method.rollout(flow, batch, t)
     p = solved(flow, solver, batch.noise, t, batch.cond)[0].detach() - MU
     for i in reversed(range(N)):
-        p, _ = method.carried(flow, batch, t[i], t[i + 1], path[i], p)
+        p, _ = method.adjoint_step(flow, batch, t[i], t[i + 1], path[i], p)
         start = path[i][0].x.clone().requires_grad_()
         x, cost = solved(flow, solver, start, t[i:], batch.cond, lambda delta: 0.4 * delta.square().sum())
         (expected,) = torch.autograd.grad(cost + 0.5 * (x - MU).square().sum(), start)
@@ -180,7 +180,7 @@ def test_the_lean_adjoint_holds_the_control_fixed(solver):
         x = path[i][0].x.clone().requires_grad_()
         end, _ = solved(Held(N), solver, x, t[i : i + 2], batch.cond)
         (expected,) = torch.autograd.grad((end * p).sum(), x)
-        close(method.carried(flow, batch, t[i], t[i + 1], path[i], p)[0], expected)
+        close(method.adjoint_step(flow, batch, t[i], t[i + 1], path[i], p)[0], expected)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -455,7 +455,7 @@ def residual(flow, reward, nu, t, rs, monkeypatch, dt, eta="linear"):
     g = method.trust(t) * rs * slope + n
     (pulled,) = torch.autograd.grad(base, x_in, g)
     parts = (Visit(t, x, rs * slope), n, base.detach() + g, pulled, 1)
-    return method.consistent(flow, reward, batch, *parts).value.item()
+    return method.consistency_loss(flow, reward, batch, *parts).value.item()
 
 
 def test_without_a_base_velocity_a_linear_reward_needs_no_value_network(monkeypatch):
@@ -540,11 +540,11 @@ def test_reward_gradients_are_clipped_at_a_running_quantile():
     """
     method = VGGFlow(reward_scale=2.0)
     first, second = torch.arange(1.0, 12.0), torch.arange(11.0, 22.0)
-    method.move_limit(0, torch.cat([first, torch.zeros(50)]))
+    method.update_limit(0, torch.cat([first, torch.zeros(50)]))
     assert method.state["limit"] == pytest.approx(9.0)
-    method.move_limit(0, second)
+    method.update_limit(0, second)
     assert method.state["limit"] == pytest.approx(9.0), "asked again for the same batch, by another micro-batch"
-    method.move_limit(1, second)
+    method.update_limit(1, second)
     assert method.state["limit"] == pytest.approx(KEPT * 9 + (1 - KEPT) * 19)
     rows = 6 * torch.randn(40, 2, 3, generator=seeded("rows"), dtype=torch.float64)
     norms, pulled = rows.flatten(1).norm(dim=1), method.pull(rows)
@@ -552,7 +552,7 @@ def test_reward_gradients_are_clipped_at_a_running_quantile():
     close(pulled[norms < 10], 2 * rows[norms < 10])
     assert (method.pull(torch.zeros(1, 3)) == 0).all()
     blind = VGGFlow()
-    blind.move_limit(0, torch.zeros(5))
+    blind.update_limit(0, torch.zeros(5))
     assert (blind.pull(torch.zeros(1, 3)) == 0).all()
 
 
