@@ -6,7 +6,7 @@ What a plug-in author imports is here; the heavy modules load on first use, so t
 from importlib import import_module
 
 _HOME = {
-    "AlignMethod": "method", "Loss": "method", "Pool": "method",
+    "AlignMethod": "method", "Loss": "method", "GatherBatch": "method",
     "Evaluator": "evaluator", "Metric": "evaluator", "Reward": "evaluator", "Term": "evaluator",
     "Flow": "flow", "Batch": "flow", "Cond": "flow", "Prompt": "prompts", "UserError": "config",
 }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignbench import weights
 from alignbench.config import UserError
-from alignbench.evaluator import SCORED_AT_ONCE, as_rgb, device, each
+from alignbench.evaluator import SCORED_AT_ONCE, as_rgb, device, map_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,7 +66,7 @@ class Clip:
 
     def official(self, images: Sequence[Image]) -> Tensor:
         """Images -> preprocessed pixels, by Pillow as the official processors did."""
-        return self.image_processor(images=each(as_rgb, images), return_tensors="pt")["pixel_values"]
+        return self.image_processor(images=map_images(as_rgb, images), return_tensors="pt")["pixel_values"]
 
     def preprocess(self, pixels: Tensor) -> Tensor:
         """The processor's steps on tensors: shortest edge (bicubic, antialiased), centre crop, normalisation.
