@@ -252,7 +252,7 @@ def test_a_file_that_is_no_sweep(text, line, folder, capsys):
             "import nowhere_at_all\nfrom alignbench import AlignMethod\nclass M(AlignMethod):\n    name = 'last'\n",
             "nowhere",
         ),
-        ("from alignbench import AlignMethod\nclass M(AlignMethod):\n    name = 'refl'\n", "'refl' exists already in"),
+        ("from alignbench import AlignMethod\nclass M(AlignMethod):\n    name = 'refl'\n", "'refl' already exists in"),
     ],
 )
 def test_a_plugin_that_is_broken(source, line, folder, capsys):

@@ -19,7 +19,7 @@ from alignbench.method import GatherBatch, Loss, each_update
 from alignbench.methods.dancegrpo import DanceGRPO
 from alignbench.methods.flowgrpo import FlowGRPO
 from alignbench.methods.mixgrpo import MixGRPO, dpm_solver, thinned
-from alignbench.policy import divergence
+from alignbench.policy import kl_divergence
 from alignbench.testing import MethodContract
 from alignbench.testing.method_contract import descend
 from alignbench.training.batches import make_batch
@@ -321,7 +321,7 @@ def test_divergence_is_h_times_the_true_one():
     sig, h = torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.float64), 0.07
     s = (sig * math.sqrt(h)).view(4, 1, 1)
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, s), torch.distributions.Normal(base, s))
-    close(divergence(mean, base, sig), h * kl.mean((1, 2)))
+    close(kl_divergence(mean, base, sig), h * kl.mean((1, 2)))
 
 
 def test_kl_closed_form():

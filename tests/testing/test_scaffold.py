@@ -173,7 +173,7 @@ def test_settings(folder, capsys):
     """A method without defaults says what it needs; with it, it is checked; a setting that nobody has is a mistake."""
     (folder / "needy.py").write_text(NEEDY)
     assert call("check-method", "needy.py") == 1
-    assert "needy: 'strength' is missing; needy cannot do without it; set it with --settings" in capsys.readouterr().err
+    assert "needy: 'strength' is missing; needy needs it; set it with --settings" in capsys.readouterr().err
     assert call("check-method", "needy.py", "--settings", "strength=1.0") == 0
     assert capsys.readouterr().out.count("ok     ") == len(PROMISES)
     assert call("check-method", "needy.py", "--settings", "strenth=1.0") == 1
