@@ -17,7 +17,7 @@ from alignbench.methods.draft import BPTT
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.plugins import Registry
 from alignbench.testing import MethodContract
-from alignbench.testing.method_contract import descend
+from alignbench.testing.method_contract import backpropagate
 from alignbench.training.batches import make_batch
 
 
@@ -85,7 +85,7 @@ def test_any_number_of_leaps_rewards_the_samplers_own_image(leaps):
     """Bitwise."""
     flow, reward = make_flow(), RewardLog()
     batch = make_batch(flow, range(B))
-    descend(LeapAlign(steps=N, leaps=leaps), flow, reward, batch)
+    backpropagate(LeapAlign(steps=N, leaps=leaps), flow, reward, batch)
     assert torch.equal(reward.seen[0], integrate(flow, batch.noise, flow.sigmas(N), batch.cond))
 
 

@@ -19,7 +19,7 @@ from alignbench.methods.ode_adjoint import ODEAdjointMatching
 from alignbench.methods.vggflow import KEPT, VGGFlow, Visit
 from alignbench.networks import LatentNet
 from alignbench.testing import MethodContract
-from alignbench.testing.method_contract import descend, gradients_of
+from alignbench.testing.method_contract import backpropagate, gradients_of
 from alignbench.training.batches import make_batch
 from alignbench.training.meter import Meter, metered, metered_reward
 
@@ -104,7 +104,7 @@ def test_the_linear_quadratic_solution_is_stationary(a):
     end = (q.prod() * batch.noise + s * MU / beta) / (1 + s / beta)
     with torch.no_grad():
         flow.bias.copy_(p[:, None] * (end - MU) / beta)
-    losses = descend(ODEAdjointMatching(steps=N, k=N, beta=beta), flow, REWARD, batch)
+    losses = backpropagate(ODEAdjointMatching(steps=N, k=N, beta=beta), flow, REWARD, batch)
     assert max(loss.value.item() for loss in losses) < 1e-14
     assert flow.bias.grad.abs().max() < 1e-13
 
@@ -323,7 +323,7 @@ def test_the_loss_is_zero_at_the_optimum():
 def test_without_a_reward_the_base_model_is_optimal():
     """lam = 0: zero loss at the base model, though the path is noisy."""
     flow = as_base(make_flow())
-    losses = descend(
+    losses = backpropagate(
         AdjointMatching(steps=N, late=2, early=2, lam=0.0), Uniform.of(flow), REWARD, make_batch(flow, range(B))
     )
     assert all(loss.value == 0 for loss in losses)
@@ -350,14 +350,14 @@ def test_the_gradient_of_the_regression():
     x = method.rollout(flow, make_batch(flow, range(B)), t)
     close(x[-1], x[-2] - t[-2] * flow.velocity(x[-2], t[-2], batch.cond).detach())
     (adjoints, _) = method.lean_adjoints(flow, batch, t, x, 3.0 * (x[-1] - MU))
-    descend(method, flow, REWARD, batch)
+    backpropagate(method, flow, REWARD, batch)
     close(flow.bias.grad, torch.stack([-4 * a.mean(0) / N for a in adjoints]))
 
 
 def test_clipped_losses_teach_nothing():
     """Beyond ``loss_clip`` a sample's loss of a step has no gradient."""
     flow = Uniform.of(as_base(make_flow()))
-    losses = descend(
+    losses = backpropagate(
         AdjointMatching(steps=N, late=N, early=0, loss_clip=1e-9), flow, REWARD, make_batch(flow, range(B))
     )
     assert flow.bias.grad.abs().max() == 0
@@ -435,7 +435,7 @@ def test_vgg_with_a_linear_reward():
     method, flow = VGGAt(**FREE, eta_schedule="constant", reward_scale=0.5), as_base(make_flow())
     with torch.no_grad():
         flow.bias += -0.5 * C
-    losses = descend(method, flow, LINEAR, make_batch(flow, range(B)))
+    losses = backpropagate(method, flow, LINEAR, make_batch(flow, range(B)))
     assert max(loss.value.item() for loss in losses) < 1e-28
 
 
@@ -587,7 +587,7 @@ def test_costs_per_image(method, forward, grad, rewards):
     with torch.no_grad():
         flow.bias.normal_(generator=seeded("bias"))
     flow.A.requires_grad_()  # as in a real network, whose frozen parameters need no gradient but whose input does
-    descend(method, metered(flow, meter), metered_reward(REWARD, meter), make_batch(flow, range(2)))
+    backpropagate(method, metered(flow, meter), metered_reward(REWARD, meter), make_batch(flow, range(2)))
     counted = (meter.nfe_forward, meter.nfe_grad, meter.decodes, meter.reward_calls)
     assert counted == (2 * forward, 2 * grad, 2 * rewards, 2 * rewards)
 

@@ -27,7 +27,7 @@ from alignbench.methods.draft import BPTT, DRaFTK
 from alignbench.methods.flowbp import FlowBPBridge, FlowBPSparse
 from alignbench.methods.flowbp_lagrange import FlowBPLagrange, quadrature, spread
 from alignbench.testing import MethodContract
-from alignbench.testing.method_contract import descend, gradients_of
+from alignbench.testing.method_contract import backpropagate, gradients_of
 from alignbench.training.batches import make_batch
 from alignbench.training.meter import Meter, metered, metered_reward
 
@@ -83,7 +83,7 @@ def test_checkpointed_gradients_are_autograds_bitwise():
     for i in range(N):
         x = x + (t[i + 1] - t[i]) * plain.velocity(x, t[i], batch.cond)
     REWARD.loss(REWARD(x, batch.prompts)).mean().backward()
-    descend(BPTT(steps=N), flow, REWARD, make_batch(flow, range(B)))
+    backpropagate(BPTT(steps=N), flow, REWARD, make_batch(flow, range(B)))
     assert torch.equal(flow.bias.grad, plain.bias.grad)
 
 
@@ -310,7 +310,7 @@ def test_the_reward_sees_the_samplers_own_image(method):
     """Bitwise: neither the scaling of gradients nor the rebuilt path changes a value."""
     flow, reward = make_flow(), RewardLog()
     batch = make_batch(flow, range(B))
-    descend(method, flow, reward, batch)
+    backpropagate(method, flow, reward, batch)
     assert torch.equal(reward.seen[0], integrate(flow, batch.noise, flow.sigmas(N), batch.cond))
 
 
@@ -336,7 +336,7 @@ def test_hinge(method):
 def test_costs_per_image(method, forward, grad, again):
     """25 forwards in all, the active ones with gradient and made once; BPTT makes each of its 25 again backward."""
     flow, meter = AffineFlow(25), Meter()
-    descend(method, metered(flow, meter), metered_reward(REWARD, meter), make_batch(flow, range(2)))
+    backpropagate(method, metered(flow, meter), metered_reward(REWARD, meter), make_batch(flow, range(2)))
     counted = (meter.nfe_forward, meter.nfe_grad, meter.nfe_recomputed, meter.decodes, meter.reward_calls)
     assert counted == (2 * forward, 2 * grad, 2 * again, 2, 2)
     assert gradients_of(flow)[0].abs().sum() > 0

@@ -21,7 +21,7 @@ from alignbench.methods.flowgrpo import FlowGRPO
 from alignbench.methods.mixgrpo import MixGRPO, dpm_solver, thinned
 from alignbench.policy import kl_divergence
 from alignbench.testing import MethodContract
-from alignbench.testing.method_contract import descend
+from alignbench.testing.method_contract import backpropagate
 from alignbench.training.batches import make_batch
 from alignbench.training.meter import Meter, metered, metered_reward
 
@@ -275,7 +275,7 @@ def test_policy_gradient_closed_form(method):
         mean = x - h * v - sig**2 * h / (2 * t[i]) * (x + (1 - t[i]) * v)
         xi = ((path.states[b : b + 1, i + 1] - mean) / (sig * h.sqrt()))[0]
         expected[i] += a[b] * xi * h.sqrt() * kappa(t[i], sig) / (sig * flow.dim) / moves.numel()
-    descend(method, flow, REWARD, dataclasses.replace(make_batch(flow, range(2 * GROUP)), step=step))
+    backpropagate(method, flow, REWARD, dataclasses.replace(make_batch(flow, range(2 * GROUP)), step=step))
     torch.testing.assert_close(flow.bias.grad, expected.detach(), rtol=1e-9, atol=1e-12)
     assert flow.bias.grad[moves.unique()].abs().sum(1).min() > 0
 
@@ -328,7 +328,7 @@ def test_kl_closed_form():
     """For velocities that differ by b: KL = h^2 kappa^2 mean(b^2) / (2 sig^2), and beta times its gradient is added."""
     method = FlowGRPO(**SMALL, updates_per_rollout=1, beta=0.04)
     flow = make_flow()
-    losses = descend(method, flow, Constant(), make_batch(flow, range(2 * GROUP)))
+    losses = backpropagate(method, flow, Constant(), make_batch(flow, range(2 * GROUP)))
     t = flow.sigmas(N)
     h, sig = t[: N - 1] - t[1:N], method.levels(t)[: N - 1]
     scale = (h * kappa(t[: N - 1], sig) / sig).square()
@@ -342,7 +342,7 @@ def test_without_kl_the_base_model_is_never_called():
     """beta = 0: no call of the reference. beta > 0: as many as trained moves, without gradient, and the term pulls."""
     for beta, calls in ((0.0, 0), (0.04, FLOW.trained)):
         flow = CallLog(make_flow())
-        descend(FlowGRPO(**SMALL, updates_per_rollout=1, beta=beta), flow, REWARD, make_batch(flow, range(GROUP)))
+        backpropagate(FlowGRPO(**SMALL, updates_per_rollout=1, beta=beta), flow, REWARD, make_batch(flow, range(GROUP)))
         reference = [gradient for _, gradient, reference in flow.calls if reference]
         assert reference == [False] * calls
 

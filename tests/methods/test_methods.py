@@ -37,7 +37,7 @@ from alignbench.methods.drtune import DRTune
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.methods.refl import ReFL
 from alignbench.testing import MethodContract
-from alignbench.testing.method_contract import descend
+from alignbench.testing.method_contract import backpropagate
 from alignbench.training.batches import make_batch
 from alignbench.training.meter import Meter, Watch, metered, metered_reward
 
@@ -156,7 +156,7 @@ def test_leapalign_rewards_the_samplers_own_image(k, j):
     """The rewarded latent is the plain sampler's, bitwise: connectors and discount change no value."""
     flow, reward = make_flow(), RewardLog()
     batch = make_batch(flow, range(B))
-    descend(LeapAt(steps=N, at=(k, j)), flow, reward, batch)
+    backpropagate(LeapAt(steps=N, at=(k, j)), flow, reward, batch)
     assert torch.equal(reward.seen[0], integrate(flow, batch.noise, flow.sigmas(N), batch.cond))
 
 
@@ -176,7 +176,7 @@ def test_straight_trajectories_have_no_nested_gradient():
     for alpha in (0.0, 0.3, 1.0):
         flow = AffineFlow(N)
         flow.A.zero_()
-        (loss,) = descend(LeapAlign(steps=N, alpha=alpha), flow, REWARD, make_batch(flow, range(B)))
+        (loss,) = backpropagate(LeapAlign(steps=N, alpha=alpha), flow, REWARD, make_batch(flow, range(B)))
         assert loss.metrics["leap_miss_j"] < 1e-14
         assert loss.metrics["leap_miss_0"] < 1e-14
         assert loss.metrics["weight"] == pytest.approx(5.0, rel=1e-12)
@@ -188,7 +188,7 @@ def test_straight_trajectories_have_no_nested_gradient():
 @pytest.mark.parametrize("tau", [1e-3, 0.1, 10.0])
 def test_leapalign_weight_is_bounded_and_falls_with_distance(tau):
     """0 < w <= 1 / (2 tau), with equality once tau exceeds both distances."""
-    (loss,) = descend(LeapAt(steps=N, at=(1, 3), tau=tau), make_flow(), REWARD, make_batch(make_flow(), range(B)))
+    (loss,) = backpropagate(LeapAt(steps=N, at=(1, 3), tau=tau), make_flow(), REWARD, make_batch(make_flow(), range(B)))
     assert 0 < loss.metrics["weight"] <= 1 / (2 * tau) * (1 + 1e-12)
     if tau == 10.0:
         assert loss.metrics["weight"] == pytest.approx(1 / 20, rel=1e-12)

@@ -19,7 +19,7 @@ from alignbench.experiment.plan import resolve
 from alignbench.experiment.spec import Budget
 from alignbench.plugins import Registry
 from alignbench.prompts import load_prompts
-from alignbench.testing.method_contract import descend, unclocked
+from alignbench.testing.method_contract import backpropagate, unclocked
 from alignbench.training.batches import draw_batch
 from alignbench.training.loop import train
 
@@ -73,7 +73,7 @@ def test_every_method_trains_a_flux_in_bfloat16(cell, checkpointing, tiny):
     flow = Flux(model=str(tiny), max_sequence_length=16, **settings).load()
     method = REGISTRY.make("method", cell.spec.method, "method")
     batch = draw_batch(flow, PROMPTS, cell.spec.training, 0, range(24), torch.device("cpu"))
-    losses = descend(method, flow, Reward(Term(Quadratic(target=1.0))), batch)
+    losses = backpropagate(method, flow, Reward(Term(Quadratic(target=1.0))), batch)
     gradients = [p.grad for p in flow.parameters() if p.grad is not None]
     assert all(loss.value.isfinite() for loss in losses)
     assert all(g.isfinite().all() for g in gradients)

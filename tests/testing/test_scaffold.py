@@ -1,4 +1,4 @@
-"""The two commands for authors: what is written works as it is, and what is broken is said in a sentence."""
+"""The two commands for authors: the files written work as they are, and a broken promise is told in a sentence."""
 
 import subprocess
 import sys
@@ -106,17 +106,17 @@ def test_what_is_written_keeps_every_promise(folder, capsys):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("1x", "'1x' is no name for a file and a class; choose letters, digits and underscores"),
-        ("a-b", "'a-b' is no name"),
-        ("../a", "'../a' is no name"),
-        ("class", "'class' is no name"),
-        ("größe", "'größe' is no name"),
-        ("x" * 41, "is no name"),
-        ("leapalign", "there is a method 'leapalign' in "),
-        ("json", "'json' is a module that Python has already"),
-        ("pathwise", "the class would be called Pathwise, which is used already"),
-        ("mine", "mine.py: exists already; choose another name, or remove it"),
-        ("yours", "test_yours.py: exists already"),
+        ("1x", "'1x' cannot name a file and a class; choose at most 40 letters, digits and underscores"),
+        ("a-b", "'a-b' cannot name a file"),
+        ("../a", "'../a' cannot name a file"),
+        ("class", "'class' cannot name a file"),
+        ("größe", "'größe' cannot name a file"),
+        ("x" * 41, "cannot name a file"),
+        ("leapalign", "the method 'leapalign' already exists in "),
+        ("json", "Python already has a module 'json'"),
+        ("pathwise", "the class would be called Pathwise, which is already in use"),
+        ("mine", "mine.py: already exists; choose another name, or remove it"),
+        ("yours", "test_yours.py: already exists"),
     ],
 )
 def test_a_bad_name_is_refused_and_nothing_is_written(folder, capsys, name, line):
@@ -145,7 +145,7 @@ def test_broken_promises_are_sentences(folder, capsys):
     assert ": in the records loss is " in wrong[0]
     assert len(raising) == len(PROMISES)
     assert all(line.endswith(": RuntimeError: shapes (3,) and (4,) do not fit") for line in raising)
-    assert still == ["ok     It trains nothing, so that nothing else is promised"]
+    assert still == ["ok     It trains nothing, so nothing else is promised"]
     assert "Traceback" not in out
 
 
@@ -170,7 +170,7 @@ def test_a_traceback_is_there_when_asked_for(folder, capsys):
 
 
 def test_settings(folder, capsys):
-    """A method without defaults says what it needs; with it, it is checked; a setting that nobody has is a mistake."""
+    """A method without defaults says what it needs; with it, it is checked; a setting of no method is an error."""
     (folder / "needy.py").write_text(NEEDY)
     assert call("check-method", "needy.py") == 1
     assert "needy: 'strength' is missing; needy needs it; set it with --settings" in capsys.readouterr().err
@@ -191,7 +191,7 @@ def test_settings(folder, capsys):
             "import nowhere_at_all\nfrom alignbench import AlignMethod\nclass M(AlignMethod):\n    name = 'm'\n",
             "nowhere",
         ),
-        ("from alignbench import Evaluator\nclass M(Evaluator):\n    name = 'm'\n", "mine.py: no method in it"),
+        ("from alignbench import Evaluator\nclass M(Evaluator):\n    name = 'm'\n", "mine.py: has no method"),
     ],
 )
 def test_a_file_without_methods(folder, capsys, source, line):
