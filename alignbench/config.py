@@ -232,6 +232,7 @@ class _Loader(yaml.SafeLoader):
     """A loader of YAML 1.1 as people write it: ``1e-5`` is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return a mapping. Raise an error with the line for a key that is not text or is given twice."""
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor` may repeat

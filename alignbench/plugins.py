@@ -55,7 +55,7 @@ class Entry(NamedTuple):
 
     @property
     def about(self) -> str:
-        """One line for lists: ``LeapAlign (arXiv 2604.15311): first line of the docstring``, as far as given."""
+        """Line for lists: ``LeapAlign (arXiv 2604.15311): first line of the docstring``, as far as these are given."""
         head = f"{self.title or self.cls} ({self.paper})" if self.paper else self.title
         return ": ".join(filter(None, [head, self.doc]))
 

@@ -1,7 +1,7 @@
 """Official engines: the evaluators' original packages, each in its own environment, to verify or replace our ports.
 
 ``<engine>.py`` beside this file is a script for that environment, never imported: ``python -I hpsv2.py request.json``.
-The request is ``{"checkpoint": path, "images": [png paths], "prompts": [text], "output": path, ...}``. It writes the answer
+The request is ``{"checkpoint": path, "images": [png paths], "prompts": [text], "output": path, ...}``. It writes
 ``{"scores": [...], "versions": {package: version}}`` to ``output``. ``requirements-<engine>.txt`` pins its packages.
 
 An environment is a virtual environment that holds only the pinned packages (``pip install --no-deps``). Behind them it

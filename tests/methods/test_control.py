@@ -27,7 +27,7 @@ DIM = 3
 
 
 class Linear(Evaluator):
-    """R(x) = c . x."""
+    """The reward R(x) = c . x."""
 
     name = "linear"
     version = "1"
@@ -43,7 +43,7 @@ C = torch.tensor(Linear().c, dtype=torch.float64)
 
 
 class Scaled(AffineFlow):
-    """v_base = a x, without text; the trained model adds a bias per step."""
+    """The flow v_base = a x, without text; the trained model adds a bias per step."""
 
     def __init__(self, steps, a):
         super().__init__(steps)
@@ -54,7 +54,7 @@ class Scaled(AffineFlow):
 
 
 def as_base(flow):
-    """The flow with its present biases as the base model's too."""
+    """Return the flow with its present biases in the base model, too."""
     flow.base = flow.bias.detach().clone()
     return flow
 
@@ -72,7 +72,7 @@ def test_at_the_base_model_it_is_draft_k(k, beta, adjoint):
 
 
 def objective(flow, batch, beta):
-    """J = sum_i h_i beta / 2 |b_i|^2 - R(x_N), with the biases as an open-loop control, from a plain loop."""
+    """Return J = sum_i h_i beta / 2 |b_i|^2 - R(x_N), with the biases as an open-loop control, from a plain loop."""
     x, t, cost = batch.noise, flow.sigmas(N), 0.0
     for i, (at, to) in enumerate(itertools.pairwise(t)):
         x = x + (to - at) * flow.velocity(x, at, batch.cond)
@@ -118,7 +118,7 @@ class TwoFields(AffineFlow):
 
 
 def solved(flow, solver, x, t, cond, cost=None):
-    """The sampler from a plain loop: its end, and what ``cost(delta)`` adds up to, weighted by each call's share."""
+    """Sample in a plain loop. Return the end and the sum of ``cost(delta)``, weighted by each call's share."""
     total = 0.0
     for at, to in itertools.pairwise(t):
         calls, y, h = [], x, at - to
@@ -244,7 +244,7 @@ def test_early_steps_are_skipped_or_frozen():
 
 
 def lean(flow, steps, x, a):
-    """The lean adjoints of states ``x`` from a_N = ``a``, on the uniform grid."""
+    """Return the lean adjoints of states ``x`` from a_N = ``a``, on the uniform grid."""
     method = AdjointMatching(steps=steps, late=1, early=0)
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     batch = make_batch(flow, range(len(a)))
@@ -298,7 +298,7 @@ def test_the_memoryless_mean_is_flow_sdes():
 
 
 class Shifted(GaussianFlow):
-    """The optimum itself: v_base + sigma^2 a / 2 at every state it is asked about."""
+    """The optimum itself: v_base + sigma^2 a / 2 at every state."""
 
     def __init__(self, answers):
         super().__init__()
@@ -355,7 +355,7 @@ def test_the_gradient_of_the_regression():
 
 
 def test_clipped_losses_teach_nothing():
-    """Beyond ``loss_clip`` a sample's loss of a step has no gradient."""
+    """Above ``loss_clip``, a sample's loss at a step has no gradient."""
     flow = Uniform.of(as_base(make_flow()))
     losses = backpropagate(
         AdjointMatching(steps=N, late=N, early=0, loss_clip=1e-9), flow, REWARD, make_batch(flow, range(B))
@@ -440,7 +440,7 @@ def test_vgg_with_a_linear_reward():
 
 
 def residual(flow, reward, nu, t, rs, monkeypatch, dt, eta="linear"):
-    """Mean squared residual of the value-gradient equation for a given nu, at fixed states."""
+    """Return the mean squared residual of the value-gradient equation for a given nu, at fixed states."""
     monkeypatch.setattr(vgg_module, "DT", dt)
     method = VGGAt(**FREE, reward_scale=rs, eta_schedule=eta, value_net="small")
     monkeypatch.setattr(VGGAt, "rest", lambda self, x, t, cond: rs * nu(x, t))
@@ -501,7 +501,7 @@ def test_the_closed_loop_of_the_quadratic_problem():
 
 
 def test_each_network_has_its_own_loss():
-    """No gradient of the matching reaches the value network, none of its two losses the model."""
+    """The matching loss has no gradient in the value network, and the network's two losses have none in the model."""
     method = VGGAt(**FREE, value_net="small", reward_scale=0.3)
     flow = make_flow()
     for losses in each_update(method, flow, REWARD, make_batch(flow, range(B))):
@@ -534,7 +534,7 @@ def test_the_value_network_starts_at_zero():
 
 
 def test_reward_gradients_are_clipped_at_a_running_quantile():
-    """No sample's gradient counts as longer than the limit, which moves a tenth of the way to each batch's quantile.
+    """Gradients are clipped to the limit, which moves a tenth of the way to each batch's quantile.
 
     Closed hinges, whose gradient is zero, do not pull it down.
     """
@@ -581,7 +581,7 @@ def test_vgg_draws_strata():
     ids=lambda value: getattr(value, "name", None),
 )
 def test_costs_per_image(method, forward, grad, rewards):
-    """Forwards per image. Those that a vector-Jacobian product goes through count as with gradient, the base's too."""
+    """Forwards per image; those of a vector-Jacobian product count as with gradient, also in the base model."""
     grid = torch.linspace(1, 0, method.steps + 1, dtype=torch.float64) if isinstance(method, AdjointMatching) else None
     flow, meter = AffineFlow(method.steps, grid=grid), Meter()
     with torch.no_grad():
@@ -620,7 +620,7 @@ def test_defaults_are_the_papers():
     ],
 )
 def test_impossible_settings_are_refused(method, where):
-    """One line that says which setting, before anything runs."""
+    """Impossible settings are refused in one line that names the setting, before anything runs."""
     with pytest.raises(UserError, match=f"^{where}: .*; choose ") as caught:
         method.check(1, True)
     assert "\n" not in str(caught.value)

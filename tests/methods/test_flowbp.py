@@ -76,7 +76,7 @@ def test_bptt_closed_form():
 
 
 def test_checkpointed_gradients_are_autograds_bitwise():
-    """Recomputing every step backward gives the bits of a plain loop that keeps all of them."""
+    """Recomputing every step in the backward pass equals a plain loop that keeps all steps, bitwise."""
     flow, plain = make_flow(), make_flow()
     batch = make_batch(plain, range(B))
     x, t = batch.noise, plain.sigmas(N)
@@ -89,7 +89,7 @@ def test_checkpointed_gradients_are_autograds_bitwise():
 
 @pytest.mark.parametrize("steps", [3, 12])
 def test_bptt_keeps_one_step_at_a_time(steps):
-    """What autograd stores on the way forward does not grow with what a step computes: a latent per step, no more."""
+    """The forward pass stores one latent per step, however much a step computes."""
 
     class Wide(AffineFlow):
         def velocity(self, x, sigma, cond, *, reference=False):
@@ -110,7 +110,7 @@ def test_bptt_keeps_one_step_at_a_time(steps):
 
 
 def test_bptt_is_draft_of_all_steps():
-    """K = N."""
+    """DRaFT-K with K = N is full back-propagation."""
     close(gradient(BPTT(steps=N)), gradient(DRaFTK(steps=N, k=N)))
 
 
@@ -151,7 +151,7 @@ def test_the_window_is_what_stands_for_the_whole():
 
 
 def test_late_steps_are_active_more_often():
-    """A single active step i has the probability (i + 1)^b / sum; with b = 0 all are alike."""
+    """A single active step i has the probability (i + 1)^b / sum; with b = 0 all are equally likely."""
     for bias in (0.0, 2.0):
         method, rng = FlowBPSparse(steps=4, k=1, late_bias=bias), seeded(0)
         counts = torch.zeros(4)
@@ -232,7 +232,7 @@ def test_quadrature_is_exact_for_polynomials(n):
 
 
 def legs(path, k, j, method):
-    """[(first leg's), (second leg's)]: {step: (weight, is it active?, gradient scale)} and rho of each."""
+    """Return {step: (weight, active or not, gradient scale)} and rho of each of the two legs."""
     found = []
     for start, end in ((k, j), (j, path.flow.bias.shape[0])):
         steps = [start + i for i in spread(end - start, method.order)]
@@ -334,7 +334,7 @@ def test_hinge(method):
     ids=lambda value: getattr(value, "name", None),
 )
 def test_costs_per_image(method, forward, grad, again):
-    """25 forwards in all, the active ones with gradient and made once; BPTT makes each of its 25 again backward."""
+    """25 forwards in total, active ones with gradient and only once; BPTT repeats all its 25 in the backward pass."""
     flow, meter = AffineFlow(25), Meter()
     backpropagate(method, metered(flow, meter), metered_reward(REWARD, meter), make_batch(flow, range(2)))
     counted = (meter.nfe_forward, meter.nfe_grad, meter.nfe_recomputed, meter.decodes, meter.reward_calls)
@@ -374,7 +374,7 @@ def test_defaults_are_the_papers():
     ],
 )
 def test_impossible_settings_are_refused(method, where):
-    """One line that says which setting, before anything runs."""
+    """Impossible settings are refused in one line that names the setting, before anything runs."""
     with pytest.raises(UserError, match=f"^{where}: .*; choose ") as caught:
         method.check(1, True)
     assert "\n" not in str(caught.value)

@@ -43,7 +43,7 @@ from alignbench.training.meter import Meter, Watch, metered, metered_reward
 
 
 def full_bptt(steps=N):
-    """{i: -h_i lam_{i+1}} with lam_N = g(x_N), lam_i = (I - h_i A)^T lam_{i+1}."""
+    """Return {i: -h_i lam_{i+1}} with lam_N = g(x_N), lam_i = (I - h_i A)^T lam_{i+1}."""
     path, rows = Path(steps), {}
     lam = path.g
     for i in reversed(range(steps)):
@@ -307,7 +307,7 @@ def test_defaults_are_the_papers():
     ],
 )
 def test_impossible_settings_are_refused(method, batch, where):
-    """One line that says which setting, before anything runs."""
+    """Impossible settings are refused in one line that names the setting, before anything runs."""
     with pytest.raises(UserError, match=f"^{where}: .*; choose ") as caught:
         method.check(batch, True)
     assert "\n" not in str(caught.value)
@@ -331,7 +331,7 @@ def test_base_trains_nothing():
 
 
 class Unlawful(ReFL):
-    """ReFL with a mistake."""
+    """A ReFL that breaks a promise."""
 
     steps: int = 4
     last_n: int = 2
@@ -381,7 +381,7 @@ class LosesTheGraph(Unlawful):
 
 
 class Forgets(Unlawful):
-    """Keeps a count that no checkpoint knows of."""
+    """A method with a count that checkpoints do not hold."""
 
     @functools.cached_property
     def seen(self):
@@ -400,7 +400,7 @@ class GoesAroundTheMeter(Unlawful):
 
 
 class RemembersForEver(Unlawful):
-    """Keeps a count that outlives the run."""
+    """A method with a count that outlives the run."""
 
     seen: ClassVar[list[int]] = []
 

@@ -1,4 +1,4 @@
-"""Every method of the packaged sweep on the real (small) flow model, as far as seconds reach."""
+"""Every method of the packaged sweep on the real (small) flow model, within seconds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CELLS = [cell for cell in resolve(read(str(SWEEP)), REGISTRY).cells if cell.seed
 
 
 def run(cell: PlannedRun) -> tuple[list[dict], list[torch.Tensor]]:
-    """Two batches of the cell's training, from a freshly loaded model: records and weights."""
+    """Train on two batches with a freshly loaded model. Return records and weights."""
     spec = cell.spec
     flow = REGISTRY.make("backend", spec.backend, "backend").load()
     method = REGISTRY.make("method", spec.method, "method")
@@ -50,7 +50,7 @@ def _fields(training):
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.spec.label)
 def test_the_same_run_twice_is_bitwise_the_same(cell):
-    """Every weight and every record but the clock; and the weights have moved, by finite numbers."""
+    """All weights are equal, and all records but the times; the weights have changed, and are finite."""
     (records, weights), (again, same) = run(cell), run(cell)
     assert unclocked(records) == unclocked(again)
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))

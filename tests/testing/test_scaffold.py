@@ -75,7 +75,7 @@ def ran(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ["my_method", "x", "CamelCase", "a_name_of_forty_letters_as_many_as_allow"])
 def test_what_is_written_passes_ruff(folder, capsys, name):
-    """Lint with this project's rules and with ruff's own, and format at this project's length of lines."""
+    """The files pass this project's lint rules and ruff's own, and are formatted at this project's line length."""
     assert call("new-method", name) == 0
     said = capsys.readouterr().out
     assert f"written: {name}.py" in said
@@ -120,7 +120,7 @@ def test_what_is_written_keeps_every_promise(folder, capsys):
     ],
 )
 def test_a_bad_name_is_refused_and_nothing_is_written(folder, capsys, name, line):
-    """No identifier, a name that is taken, a file that is there: one line, and the folder is as it was."""
+    """A bad identifier, a taken name, an existing file: one line of error, and the folder stays as it is."""
     for file in ("mine.py", "test_yours.py"):
         (folder / file).write_text("mine")
     assert call("new-method", name) == 1
@@ -150,7 +150,7 @@ def test_broken_promises_are_sentences(folder, capsys):
 
 
 def sections(out: str) -> list[list[str]]:
-    """The lines below each method's name."""
+    """Return the lines below each method's name."""
     found: list[list[str]] = []
     for line in out.splitlines():
         if line.endswith(":") and " " not in line:
@@ -161,7 +161,7 @@ def sections(out: str) -> list[list[str]]:
 
 
 def test_a_traceback_is_there_when_asked_for(folder, capsys):
-    """``--traceback`` names the line of the author's file."""
+    """``--traceback`` shows the line of the author's file."""
     (folder / "broken.py").write_text(BROKEN)
     assert call("check-method", "broken.py", "--traceback") == 2
     out = capsys.readouterr().out
@@ -195,7 +195,7 @@ def test_settings(folder, capsys):
     ],
 )
 def test_a_file_without_methods(folder, capsys, source, line):
-    """No file, no class, a failing import, an evaluator alone: one line."""
+    """No file, no class, a failing import, only an evaluator: each is one line of error."""
     if source is not None:
         (folder / "mine.py").write_text(source)
     assert call("check-method", "mine.py") == 1
