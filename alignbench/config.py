@@ -25,13 +25,18 @@ class UserError(Exception):
 
 
 class Requirement(typing.NamedTuple):
-    """Files that have to be on this machine, and the command that fetches them."""
+    """Files that have to be on this machine, and the command that fetches them.
 
-    what: str  # a repository or a file
-    text: str = ""  # the error's text if they are absent
-    command: str = ""  # a shell command that fetches them
-    note: str = ""  # what to accept or to know before
-    found: Path | None = None  # the file or folder; None: absent
+    - ``what``: a repository or a file.
+    - ``text``: the error message if it is absent; ``command``: fetches it; ``note``: a licence to accept, or the like.
+    - ``found``: the file or folder; None if it is absent.
+    """
+
+    what: str
+    text: str = ""
+    command: str = ""
+    note: str = ""
+    found: Path | None = None
 
     @property
     def path(self) -> Path:

@@ -47,16 +47,25 @@ class Evaluator(Config):
 
     Subclasses set ``name``, ``version`` and ``metrics``, and define ``score``; ``reward`` too if the evaluator can be
     a training reward. Import heavy packages (torch, transformers) inside the methods: sweeps are checked without them.
+
+    - ``name``: chooses the evaluator in YAML.
+    - ``version``: that of model and preprocessing; part of every score's id.
+    - ``metrics``: the columns of ``score``, in order; the first one is the training reward.
+    - ``differentiable``: True if ``reward`` has a gradient.
+    - ``seconds_per_image``, ``gigabytes``: rough time and memory of the published weights on one GPU; for plans only.
+    - ``reward_range``: bounds of ``reward``; margins are checked against them.
+    - ``paired``: True if ``score`` compares with the base model's images; it then takes a third argument ``base``, and
+      the class has a setting ``base: str | None = None``.
     """
 
-    name: ClassVar[str]  # chosen by it in YAML
-    version: ClassVar[str]  # of model and preprocessing: part of every score's id
-    metrics: ClassVar[tuple[Metric, ...]]  # the columns of ``score``, in order; the first one is the reward
-    differentiable: ClassVar[bool] = False  # True: ``reward`` has a gradient
-    seconds_per_image: ClassVar[float | None] = None  # rough estimate, published weights on one GPU; for plans only
-    gigabytes: ClassVar[float | None] = None  # GPU memory of the published weights; for plans only
-    reward_range: ClassVar[tuple[float, float] | None] = None  # bounds of ``reward``, against which margins are checked
-    paired: ClassVar[bool] = False  # True: ``score(images, prompts, base)``, and a setting ``base: str | None = None``
+    name: ClassVar[str]
+    version: ClassVar[str]
+    metrics: ClassVar[tuple[Metric, ...]]
+    differentiable: ClassVar[bool] = False
+    seconds_per_image: ClassVar[float | None] = None
+    gigabytes: ClassVar[float | None] = None
+    reward_range: ClassVar[tuple[float, float] | None] = None
+    paired: ClassVar[bool] = False
 
     def files(self) -> list[Path]:
         """Return the weight and configuration files that determine the score; they are hashed into its id.

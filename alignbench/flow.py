@@ -84,14 +84,20 @@ class Batch:
 
     Prompts, noise and randomness are drawn from (seed, step, sample), hence the same for every method and however the
     batch is split.
+
+    - ``prompts``: B prompts; ``cond``: their conditioning.
+    - ``noise``: (B, ...) initial latents.
+    - ``rngs``: one generator per sample, so that a draw does not depend on how the batch was split.
+    - ``step_rng``: equal on all ranks and micro-batches, for choices that decide which network calls happen.
+    - ``step``: number of the batch, from 0.
     """
 
     prompts: Sequence[Prompt]
-    cond: Cond  # of the prompts
-    noise: Tensor  # (B, ...) initial latents
-    rngs: Sequence[torch.Generator]  # one per sample, so that a draw does not depend on how the batch was split
-    step_rng: torch.Generator  # equal on all ranks and micro-batches: for choices of which network calls happen
-    step: int  # batch number, from 0
+    cond: Cond
+    noise: Tensor
+    rngs: Sequence[torch.Generator]
+    step_rng: torch.Generator
+    step: int
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -120,11 +126,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A stochastic rollout of N steps, without gradient."""
+    """A stochastic rollout of N steps, without gradient.
 
-    states: Tensor  # (B, N + 1, ...) latents, noise first
-    log_prob: Tensor  # (B, N) of each move, as ``log_normal`` returns it; 0 for a move without noise
-    x_0: Tensor  # (B, ...) latents that the last velocity predicts, without the noise of the last move
+    - ``states``: (B, N + 1, ...) latents, noise first.
+    - ``log_prob``: (B, N) log-densities of the moves, as from ``log_normal``; 0 for a move without noise.
+    - ``x_0``: (B, ...) latents that the last velocity predicts, without the noise of the last move.
+    """
+
+    states: Tensor
+    log_prob: Tensor
+    x_0: Tensor
 
 
 def seeded(*key: int | str) -> torch.Generator:

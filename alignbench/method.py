@@ -49,14 +49,20 @@ class AlignMethod(Config):
 
     Subclasses set ``name`` and define ``loss``, or ``updates`` for several losses per batch. All randomness comes from
     the batch; all network calls go through ``flow.velocity``.
+
+    - ``name``: chooses the method in YAML.
+    - ``title``, ``paper``: full name and publication, for ``alignbench ls methods``.
+    - ``trains``: False for a method that trains nothing.
+    - ``stochastic``: True if it needs the score, which a timestep-distilled model does not have.
+    - ``steps``: sampler steps of the training rollout; the one setting that all methods share.
     """
 
-    name: ClassVar[str]  # chosen by it in YAML
-    title: ClassVar[str] = ""  # full name ...
-    paper: ClassVar[str] = ""  # ... and where it was published, for `alignbench ls methods`
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
     trains: ClassVar[bool] = True
-    stochastic: ClassVar[bool] = False  # needs the score, hence a velocity that no distillation has changed
-    steps: int = 25  # sampler steps of the training rollout
+    stochastic: ClassVar[bool] = False
+    steps: int = 25
 
     def check(self, batch: int, differentiable: bool) -> None:
         """Raise UserError for settings that cannot work. Called before any model is loaded.

@@ -25,11 +25,16 @@ if TYPE_CHECKING:
 
 
 class Schedule(NamedTuple):
-    """The grid and the noise with which one batch is sampled."""
+    """The grid and the noise with which one batch is sampled.
 
-    t: Tensor  # (N + 1,) sigmas, 1 -> 0
-    noisy: range  # the moves that draw noise
-    eta: Tensor  # (N,) noise of each move per square root of time; 0 for a step of the plain sampler
+    - ``t``: (N + 1,) sigmas from 1 to 0.
+    - ``noisy``: the moves that draw noise.
+    - ``eta``: (N,) noise of each move per square root of time; 0 for a step of the plain sampler.
+    """
+
+    t: Tensor
+    noisy: range
+    eta: Tensor
 
 
 class GroupRelative(AlignMethod):

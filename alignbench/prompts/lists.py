@@ -33,12 +33,17 @@ GENERATED = {"geneval/train": geneval.train, "geneval/test": geneval.test, "imag
 
 
 class Prompt(NamedTuple):
-    """One prompt with its id, text, task and metadata."""
+    """A prompt.
 
-    id: str  # from ``prompt_id``
+    - ``id``: from ``prompt_id``; ``text``: the prompt itself.
+    - ``tag``: its task, such as one of GenEval's six, or its style; may be empty.
+    - ``metadata``: the whole object on its line of a .jsonl file; None for other lists.
+    """
+
+    id: str
     text: str
-    tag: str = ""  # its task, such as one of GenEval's six, or its style
-    metadata: dict[str, Any] | None = None  # the whole object on its line of a .jsonl file
+    tag: str = ""
+    metadata: dict[str, Any] | None = None
 
 
 def prompt_id(text: str) -> str:

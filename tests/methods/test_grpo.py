@@ -120,7 +120,7 @@ def test_advantages_are_normalised_within_each_group():
 
 
 def test_several_rewards_are_normalised_each_and_then_summed():
-    """A = sum of w_m A_m, clipped at the end; a reward's shift and scale do not matter, and weights only by their ratio."""
+    """A = sum of w_m A_m, clipped at the end; a reward's shift and scale do not matter; weights only by their ratio."""
     rewards = torch.randn(2, 3, 12, generator=seeded(0), dtype=torch.float64)
     weights = torch.tensor([term.weight for term in TWO.terms], dtype=torch.float64)
     close(weights, torch.tensor([2 / 3, 1 / 3], dtype=torch.float64))
