@@ -220,7 +220,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(what, folder, capsys):
         (["-j"], "-j: its value N is missing"),
         (["--limit=2=3"], "--limit: '2=3' is not a whole number"),
         (["--plugin", "none.py"], "none.py: cannot be read: No such file"),
-        (["--plugin", "fine.txt"], "fine.txt:1: not Python"),
+        (["--plugin", "fine.txt"], "fine.txt:1: not valid Python"),
     ],
 )
 def test_a_mistake_on_the_command_line(words, line, folder, capsys):
