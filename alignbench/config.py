@@ -282,7 +282,7 @@ def load_yaml(path: Path, packaged: Mapping[str, Path] | None = None) -> dict[st
 
 def _load_yaml(path: Path, packaged: Mapping[str, Path], chain: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in chain:
-        raise UserError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in chain)}")
+        raise UserError(f"{path}: extends itself, via {' -> '.join(p.name for p in chain)}")
     data = parse_yaml(read_text(path), str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected settings (key: value), got {type(data).__name__}")

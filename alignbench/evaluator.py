@@ -199,7 +199,7 @@ def warn_of_cut(name: str, prompts: Sequence[Prompt], limit: int, tokens: Callab
     texts = list(dict.fromkeys(prompt.text for prompt in prompts))
     cut = [text for text in texts if tokens(text) > limit]
     if cut:
-        what = f"{len(cut)} of {len(texts)} prompts are longer than {limit} tokens, their ends are not read"
+        what = f"{len(cut)} of {len(texts)} prompts are longer than {limit} tokens; their ends are not read"
         warnings.warn(f"{name}: {what}; the first is '{cut[0][:60]}...'", stacklevel=3)
 
 
@@ -226,7 +226,7 @@ def without_tf32() -> Iterator[None]:
 def map_images(work: Callable[[Image], Image], images: Sequence[Image]) -> list[Image]:
     """Return ``work(image)`` for every image, in as many threads as torch may use.
 
-    For Pillow's operations, which release Python's lock.
+    For Pillow's operations, which release the GIL.
     """
     import torch
 

@@ -32,13 +32,13 @@ GATED = {  # repositories that ask for consent on their page before anything can
         (
             "black-forest-labs/FLUX.1-dev",
             "FLUX.1 [dev] non-commercial",
-            "`--exclude flux1-dev.safetensors` spares 24 GB that are not read",
+            "`--exclude flux1-dev.safetensors` saves 24 GB that are not read",
         ),
-        ("stabilityai/stable-diffusion-3-medium-diffusers", STABLE, f"{SINGLE} spares what is not read"),
-        ("stabilityai/stable-diffusion-3.5-medium", STABLE, f"{SINGLE} spares what is not read"),
-        ("stabilityai/stable-diffusion-3.5-large", STABLE, f"{SINGLE} spares what is not read"),
-        ("black-forest-labs/FLUX.2-klein-base-9B", BLACK_FOREST, f"{KLEIN} spares 18 GB that are not read"),
-        ("black-forest-labs/FLUX.2-klein-9B", BLACK_FOREST, f"{KLEIN} spares 18 GB that are not read"),
+        ("stabilityai/stable-diffusion-3-medium-diffusers", STABLE, f"{SINGLE} skips what is not read"),
+        ("stabilityai/stable-diffusion-3.5-medium", STABLE, f"{SINGLE} skips what is not read"),
+        ("stabilityai/stable-diffusion-3.5-large", STABLE, f"{SINGLE} skips what is not read"),
+        ("black-forest-labs/FLUX.2-klein-base-9B", BLACK_FOREST, f"{KLEIN} saves 18 GB that are not read"),
+        ("black-forest-labs/FLUX.2-klein-9B", BLACK_FOREST, f"{KLEIN} saves 18 GB that are not read"),
     )
 }
 BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's format before 1.6 (OpenMMLab)
@@ -169,7 +169,7 @@ def _shards(index: Path, where: str) -> set[Path]:
     try:
         return {index.parent / shard for shard in json.loads(index.read_text())["weight_map"].values()}
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{where}: {index} names no files of weights (weight_map); fetch it again") from None
+        raise UserError(f"{where}: {index} lists no weight files (weight_map); fetch it again") from None
 
 
 CONFIGS = ("config.json", "adapter_config.json")  # of a transformer, of peft's adapters

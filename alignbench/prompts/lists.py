@@ -141,7 +141,7 @@ def _checked(text: str, spot: str) -> str:
     if not text.strip():
         raise UserError(f"{spot}: the prompt is empty; remove the line")
     if text != text.strip():
-        raise UserError(f"{spot}: the prompt {text!r} has space around it; remove it")
+        raise UserError(f"{spot}: the prompt {text!r} has space at its start or end; remove it")
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
             name = {"\n": "a line break", "\t": "a tab"}.get(character, f"the control character U+{ord(character):04X}")
