@@ -51,31 +51,24 @@ class Flow(Protocol):
         ``x``: (B, ...) latents. ``sigma``: a number, a 0-dim tensor, or (B,) one per sample. ``reference``: evaluate
         the base model, as it was before training.
         """
-        ...
 
     def sigmas(self, steps: int) -> Tensor:
         """Return the sampler's grid: (steps + 1,) sigmas from 1 to 0, shifted as the model's own sampler does."""
-        ...
 
     def noise(self, n: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Return (n, ...) initial latents ~ N(0, I), sample i drawn on the CPU from ``generators[i]``."""
-        ...
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Return the text conditioning of B prompts."""
-        ...
 
     def decode(self, x0: Tensor) -> Tensor:
         """Return the pixels (B, 3, H, W) in [0, 1] of (B, ...) latents, differentiably."""
-        ...
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the parameters that are trained."""
-        ...
 
     def named_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         """Return the same parameters in the same order, each with the name under which it is saved."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -150,10 +143,9 @@ def randint(low: int, high: int, rng: torch.Generator) -> int:
 
 
 def euler(x: Tensor, v: Tensor, at: float | Tensor, to: float | Tensor) -> Tensor:
-    """Return x + (to - at) v: one Euler step from sigma ``at`` to sigma ``to``.
+    """Return x + (to - at) v: a sampler step, a leap over several, or with ``to`` = 0 the predicted image.
 
-    A sampler step, a leap over several of them, or with ``to`` = 0 the predicted image. ``at`` and ``to``: numbers, or
-    tensors that broadcast against ``x``.
+    ``at``, ``to``: sigmas; numbers, or tensors that broadcast against ``x``.
     """
     return x + (to - at) * v.to(x.dtype)  # in the latents' precision, whatever the network's
 

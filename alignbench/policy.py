@@ -72,12 +72,8 @@ class GroupRelative(AlignMethod):
         for field in ("clip", "advantage_clip"):
             value = getattr(self, field)
             require(value > 0, f"method.{field}", f"{value} leaves no gradient", "choose a positive number")
-        require(
-            self.beta >= 0,
-            "method.beta",
-            f"{self.beta} would reward moving away from the base model",
-            "choose 0 or more",
-        )
+        what = f"{self.beta} would reward moving away from the base model"
+        require(self.beta >= 0, "method.beta", what, "choose 0 or more")
 
     # ---- what a subclass chooses
 
