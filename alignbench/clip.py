@@ -1,4 +1,7 @@
-"""A frozen CLIP of transformers: official preprocessing for tables, a differentiable one for training, cached texts."""
+"""A frozen CLIP of transformers for evaluators, with the official preprocessing and a differentiable one.
+
+D is the size of the shared embedding space.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignbench import weights
 from alignbench.config import UserError
-from alignbench.evaluator import SCORED_AT_ONCE, as_rgb, device, each
+from alignbench.evaluator import SCORED_AT_ONCE, as_rgb, device, map_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,32 +23,29 @@ if TYPE_CHECKING:
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FILES = (*PROCESSOR_FILES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
-
-
-HUB_FILES = (
-    "preprocessor_config.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-)  # of OpenAI's repositories
+HUB_FILES = ("preprocessor_config.json", "tokenizer_config.json", "vocab.json", "merges.txt")  # OpenAI's repositories
 
 
 class Clip:
-    """The CLIPModel in ``folder``; image preprocessing and tokenizer in ``processor_folder``. Loaded at first use.
-
-    ``where``: the setting that an error names.
-    """
+    """A CLIPModel with its image processor and tokenizer, frozen, in float32, loaded at first use."""
 
     def __init__(self, folder: Path, processor_folder: Path, where: str) -> None:
+        """Take the model in ``folder``, image processor and tokenizer in ``processor_folder``.
+
+        ``where``: the setting that an error names.
+        """
         self.folder, self.processor_folder, self.where = folder, processor_folder, where
         self._texts: dict[str, Tensor] = {}  # unit features, computed once per prompt and kept on the CPU
 
     def images(self, pixels: Tensor) -> Tensor:
-        """(B, 3, h, w) preprocessed pixels -> (B, D) features of length one."""
+        """Return (B, D) image features of length one for (B, 3, h, w) preprocessed pixels, differentiably."""
         return _unit(self.model.to(pixels.device).get_image_features(pixel_values=pixels))
 
     def features(self, images: Sequence[Image]) -> Tensor:
-        """(B, D) unit features after the official preprocessing, in float64 on the CPU, without gradient."""
+        """Return (B, D) image features of length one, after the official preprocessing.
+
+        In float64 on the CPU, without gradient.
+        """
         import torch
 
         rows = [] if images else [torch.zeros(0, 1, dtype=torch.float64)]
@@ -57,7 +57,7 @@ class Clip:
         return torch.cat(rows)
 
     def cosine(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,) cosines of image i's features with prompt i's."""
+        """Return the (B,) cosines of image i and prompt i for (B, 3, h, w) preprocessed pixels, differentiably."""
         import torch
 
         image = self.images(pixels)
@@ -65,13 +65,14 @@ class Clip:
         return (image * text).sum(-1)
 
     def official(self, images: Sequence[Image]) -> Tensor:
-        """Images -> preprocessed pixels, by Pillow as the official processors did."""
-        return self.image_processor(images=each(as_rgb, images), return_tensors="pt")["pixel_values"]
+        """Return (B, 3, h, w) preprocessed pixels, resized with Pillow as by the official processors."""
+        return self.image_processor(images=map_images(as_rgb, images), return_tensors="pt")["pixel_values"]
 
     def preprocess(self, pixels: Tensor) -> Tensor:
-        """The processor's steps on tensors: shortest edge (bicubic, antialiased), centre crop, normalisation.
+        """Return (B, 3, h, w) preprocessed pixels for (B, 3, H, W) pixels in [0, 1], differentiably.
 
-        Pillow rounds to 8 bits after each of its two resize passes, this does not: normalised pixels differ by up to
+        The processor's steps on tensors: resize the shortest edge (bicubic, antialiased), crop the centre, normalise.
+        Unlike Pillow, it does not round to 8 bits after each of two resize passes: normalised pixels differ by up to
         about 0.14, on average by 0.004.
         """
         from torchvision.transforms.functional import InterpolationMode as Mode
@@ -86,16 +87,16 @@ class Clip:
 
     @cached_property
     def limit(self) -> int:
-        """Tokens of a prompt that are read, start and end included: the model's positions, 77 of OpenAI's."""
+        """Number of tokens of a prompt that are read, start and end included; 77 in OpenAI's models."""
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         return config.get("text_config", {}).get("max_position_embeddings", 77)  # transformers' default
 
     def tokens(self, text: str) -> int:
-        """The length of ``text`` in tokens, uncut, start and end included."""
+        """Return the length of ``text`` in tokens, not truncated, start and end included."""
         return len(self.tokenizer.tokenize(text)) + 2
 
     def text(self, prompt: str) -> Tensor:
-        """(D,) unit feature of a text."""
+        """Return the (D,) feature of a text, of length one, without gradient. Computed once per text."""
         import torch
 
         if prompt not in self._texts:
@@ -107,22 +108,26 @@ class Clip:
 
     @cached_property
     def scale(self) -> float:
+        """Factor of cosines in CLIP's logits."""
         return float(self.model.logit_scale.exp())
 
     @cached_property
     def image_processor(self) -> Any:
+        """Image processor of transformers, with Pillow as its backend."""
         from transformers import CLIPImageProcessorPil
 
         return CLIPImageProcessorPil.from_pretrained(self.processor_folder, local_files_only=True)
 
     @cached_property
     def tokenizer(self) -> Any:
+        """Tokenizer of transformers."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.processor_folder, local_files_only=True)
 
     @cached_property
     def model(self) -> Any:
+        """Model of transformers. Raises UserError if a weight is missing or left over."""
         import torch
         from transformers import CLIPModel
 
@@ -130,15 +135,21 @@ class Clip:
 
 
 def processor_files(folder: Path, where: str) -> list[Path]:
-    """What determines preprocessing and tokens. UserError if it is unreadable, or does not say how images are made."""
-    found = weights.check([folder / name for name in FILES if (folder / name).exists()], where)
-    if not any(path.name in PROCESSOR_FILES for path in found):
+    """Return the files in ``folder`` that determine preprocessing and tokens.
+
+    Raise UserError if one is unreadable, or if none says how images are prepared.
+    """
+    files = weights.check([folder / name for name in FILES if (folder / name).exists()], where)
+    if not any(path.name in PROCESSOR_FILES for path in files):
         raise UserError(f"{where}: {folder} has no {PROCESSOR_FILES[0]}, which says how images are prepared")
-    return found
+    return files
 
 
 def linear_head(width: int) -> Any:
-    """LAION's aesthetic predictor, which ImageReward took over: five linear layers with nothing between them."""
+    """Return LAION's aesthetic predictor, five linear layers without activations; ImageReward has the same head.
+
+    A ModuleDict whose ``layers`` map (B, width) features to (B, 1) scores. Weights are random until loaded.
+    """
     from torch.nn import Identity, Linear, ModuleDict, Sequential
 
     gap = Identity()  # dropout in training; it counts in the official names layers.{0,2,4,6,7}
@@ -147,7 +158,7 @@ def linear_head(width: int) -> Any:
 
 
 def _unit(features: Any) -> Tensor:
-    """(B, D) projected features of length one."""
+    """Return (B, D) projected features, scaled to length one."""
     import torch
 
     features = features if isinstance(features, torch.Tensor) else features.pooler_output

@@ -1,4 +1,8 @@
-"""Strict settings: unknown keys, wrong types and typos are errors that say where, what, and what instead."""
+"""Strict settings, and the errors that users see.
+
+Unknown keys, wrong types and typos are errors of one line that says where, what, and what instead. ``where`` arguments
+name the place for these errors, for instance ``sweeps/x.yaml: base.training``.
+"""
 
 from __future__ import annotations
 
@@ -17,59 +21,69 @@ import yaml
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its text is one clear line: where, what, what instead."""
+    """A mistake that the user can correct. Its text is one clear line: where, what, what instead."""
 
 
 class Requirement(typing.NamedTuple):
-    """Files that have to be on this machine, and the command that fetches them."""
+    """Files that have to be on this machine, and the command that fetches them.
 
-    what: str  # a repository, a file
-    text: str = ""  # what an error says if they are absent
+    - ``what``: a repository or a file.
+    - ``text``: the error message if it is absent; ``command``: fetches it; ``note``: a licence to accept, or the like.
+    - ``found``: the file or folder; None if it is absent.
+    """
+
+    what: str
+    text: str = ""
     command: str = ""
-    note: str = ""  # what to accept or to know before
-    found: Path | None = None  # where they lie; None: they are absent
+    note: str = ""
+    found: Path | None = None
 
     @property
     def path(self) -> Path:
-        """Return where they lie. Raise Missing if they are absent."""
+        """The file or folder. Raises Missing if it is absent."""
         if self.found is None:
             raise Missing(self.text, self)
         return self.found
 
 
 class Missing(UserError):
-    """A file that was never put on this machine. ``requirement``: what a command fetches; None if no command does."""
+    """A file that is not on this machine. ``requirement``: how to fetch it; None if no command does."""
 
     def __init__(self, text: str, requirement: Requirement | None = None) -> None:
+        """Make the error with this text."""
         super().__init__(text)
         self.requirement = requirement
 
 
 class Interrupted(Exception):
-    """Somebody asked for a stop. No failure: what is done is saved, and the same task goes on from there."""
+    """A stop was requested. Not a failure: progress is saved, and the task resumes from there."""
 
 
 def cache() -> Path:
-    """Where what is made once per machine is kept: $ALIGNBENCH_CACHE, or ~/.cache/alignbench."""
+    """Return the folder for files that are made once per machine: $ALIGNBENCH_CACHE, or ~/.cache/alignbench."""
     return Path(os.environ.get("ALIGNBENCH_CACHE") or "~/.cache/alignbench").expanduser().resolve()
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class _KeywordOnly(msgspec.StructMeta):
-    """msgspec's ``kw_only`` holds for one class, not for its subclasses; settings want it everywhere."""
+    """A metaclass that makes all fields keyword-only; msgspec's ``kw_only`` does not extend to subclasses."""
 
     def __new__(mcls, name: str, bases: tuple, namespace: dict, **kwargs: Any) -> type:
         return super().__new__(mcls, name, bases, namespace, **{"kw_only": True, **kwargs})
 
 
 class Config(msgspec.Struct, metaclass=_KeywordOnly, frozen=True, forbid_unknown_fields=True, dict=True):
-    """Base of everything a user can set. Frozen: a run's settings never change after they were hashed.
+    """Base class of all settings: each annotated field is one; ``ClassVar`` attributes are not.
 
-    ``dict=True`` lets subclasses keep a loaded model in a ``functools.cached_property``; only the fields are settings.
+    Frozen: settings never change after they were hashed into a run's id. Subclasses may keep a loaded model in a
+    ``functools.cached_property``; only the fields are settings.
     """
 
     def requirements(self) -> list[Requirement]:
-        """Return what has to be fetched once, there or absent. Raise UserError for a name that leads nowhere."""
+        """Return the files that have to be fetched once, present or absent.
+
+        Raise UserError for a name that is neither a file nor something that can be fetched.
+        """
         return []
 
 
@@ -77,13 +91,13 @@ C = TypeVar("C", bound=Config)
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Every field of ``config`` as plain data, defaults included, headed by its ``name`` when the class has one."""
+    """Return every field as plain data, defaults included; first the ``name``, if the class has one."""
     name = class_name(type(config))
     return ({"name": name} if name else {}) | msgspec.json.decode(msgspec.json.encode(config))
 
 
 def class_name(cls: type[Config]) -> str | None:
-    """The ``name`` by which a method, an evaluator or a backend is chosen in YAML; None for other settings."""
+    """Return the ``name`` by which a method, an evaluator or a backend is chosen in YAML; None for other settings."""
     name = getattr(cls, "name", None)
     return name if isinstance(name, str) else None
 
@@ -92,7 +106,10 @@ def class_name(cls: type[Config]) -> str | None:
 
 
 def decode(cls: type[C], data: Any, where: str) -> C:
-    """``data`` as ``cls``, strictly. ``where``: the place to name in errors, as in ``sweeps/x.yaml: base.training``."""
+    """Return plain ``data`` as an instance of ``cls``, strictly.
+
+    Raise UserError for an unknown or missing key, a wrong type, nan or inf.
+    """
     _check_finite(data, where)
     try:
         return msgspec.convert(data, cls)
@@ -103,14 +120,20 @@ def decode(cls: type[C], data: Any, where: str) -> C:
 
 
 def join(where: str, path: str) -> str:
-    """``sweeps/x.yaml: base`` and ``training.lr`` -> ``sweeps/x.yaml: base.training.lr``."""
+    """Return ``where`` extended by a dotted path: ``x.yaml: base`` and ``training.lr`` -> ``x.yaml: base.training.lr``.
+
+    An empty path returns ``where`` without its trailing colon.
+    """
     if not path:
         return where.rstrip(": ")
     return where + path if where.endswith((" ", ".")) or path.startswith("[") else f"{where}.{path}"
 
 
 def did_you_mean(word: str, known: Iterable[str], what: str = "known") -> str:
-    """The tail of an error about ``word``: the nearest known name, if near, and all of them."""
+    """Return the end of an error about ``word``: the nearest known name, if one is near, and the list of all.
+
+    ``what`` heads the list: ``; did you mean 'leapalign'? (methods: draft, leapalign, refl)``.
+    """
     known = list(known)
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     guess = f"; did you mean '{near[0]}'?" if near else ""
@@ -131,7 +154,7 @@ _WORDS = {
 
 
 def _explain(cls: type[Config], data: Any, where: str, message: str) -> str:
-    """msgspec's message as one line in our own words, with the full path and what would be right."""
+    """Return msgspec's message as one line in our own words, with the full path and what would be right."""
     at = _AT.search(message)
     path = at["path"].lstrip(".") if at else ""
     owner = _class_at(cls, path)
@@ -142,7 +165,7 @@ def _explain(cls: type[Config], data: Any, where: str, message: str) -> str:
         spot = join(where, f"{path}.{field}".lstrip("."))
         return f"{spot}: {title} has no such setting{did_you_mean(field, owner.__struct_fields__, 'settings')}"
     if missing := _MISSING.match(text):
-        return f"{join(where, path)}: '{missing['field']}' is missing; {title} cannot do without it"
+        return f"{join(where, path)}: '{missing['field']}' is missing; {title} needs it"
     text = re.sub(r"`([^`]*)`", lambda m: " or ".join(_WORDS.get(w, w) for w in m[1].split(" | ")), text)
     instead = _choices(cls, path) + _refused(cls, data, path)
     return f"{join(where, path)}: {text[0].lower()}{text[1:]}{_shown(data, path)}{instead}"
@@ -153,7 +176,7 @@ def _parts(path: str) -> list[str | int]:
 
 
 def _shown(data: Any, path: str) -> str:
-    """`` (0.5)``: the offending value, when it is short enough to help."""
+    """Return the offending value in brackets, `` (0.5)``, if it is short enough to help."""
     try:
         for part in _parts(path):
             data = data[part]
@@ -163,13 +186,13 @@ def _shown(data: Any, path: str) -> str:
 
 
 def _types_at(cls: type[Config], path: str) -> list[Any]:
-    """The types that the setting at ``path`` may have: union members apart, ``Annotated`` unwrapped."""
-    found: list[Any] = [cls]
+    """Return the types that the setting at ``path`` may have: union members one by one, ``Annotated`` unwrapped."""
+    allowed: list[Any] = [cls]
     for part in _parts(path):
-        owner = next((t for t in found if isinstance(t, type) and issubclass(t, Config)), None)
+        owner = next((t for t in allowed if isinstance(t, type) and issubclass(t, Config)), None)
         hints = typing.get_type_hints(owner) if owner else {}
-        found = list(_members(hints[part])) if part in hints else []
-    return found
+        allowed = list(_members(hints[part])) if part in hints else []
+    return allowed
 
 
 def _members(hint: Any) -> Iterator[Any]:
@@ -190,13 +213,13 @@ def _choices(cls: type[Config], path: str) -> str:
 
 
 def _refused(cls: type[Config], data: Any, path: str) -> str:
-    """Why a value that people try is none of them, if the class says so: ``refused``, {setting: {value: why}}."""
+    """Return why a plausible value is not allowed, if the class says so in ``refused``: {setting: {value: why}}."""
     reasons = getattr(cls, "refused", {}).get(path, {})
     return f" ({reasons[data[path]]})" if reasons and data[path] in reasons else ""
 
 
 def _check_finite(data: Any, where: str) -> None:
-    """nan and inf are valid YAML, valid floats, and never a setting."""
+    """Raise UserError for nan and inf, which are valid YAML and valid floats, but never a setting."""
     if isinstance(data, float) and not math.isfinite(data):
         raise UserError(f"{where}: {data} is not a number that can be used here")
     if isinstance(data, dict):
@@ -211,9 +234,10 @@ def _check_finite(data: Any, where: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people write it: ``1e-5`` is a number, and a key given twice is an error."""
+    """A loader of YAML 1.1 as people write it: ``1e-5`` is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return a mapping. Raise an error with the line for a key that is not text or is given twice."""
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor` may repeat
@@ -237,7 +261,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """``text`` as plain data. UserError with line number for a syntax error or a key given twice."""
+    """Return YAML ``text`` as plain data. Raise UserError with the line number for bad syntax or a key given twice."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -248,16 +272,17 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def load_yaml(path: Path, packaged: Mapping[str, Path] | None = None) -> dict[str, Any]:
-    """A YAML file of settings. What it ``extends`` is read first and overlaid, key by key.
+    """Return the settings in a YAML file, laid over those of the file that it ``extends``, key by key.
 
-    ``extends: other.yaml`` is relative to the file; ``extends: name`` is one of ``packaged``.
+    ``extends: other.yaml`` is relative to the file; ``extends: name`` is one of ``packaged``, {name: path}. Raise
+    UserError for a file that cannot be read, is not a mapping, or extends itself.
     """
     return _load_yaml(path, packaged or {}, ())
 
 
 def _load_yaml(path: Path, packaged: Mapping[str, Path], chain: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in chain:
-        raise UserError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in chain)}")
+        raise UserError(f"{path}: extends itself, via {' -> '.join(p.name for p in chain)}")
     data = parse_yaml(read_text(path), str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected settings (key: value), got {type(data).__name__}")
@@ -267,12 +292,12 @@ def _load_yaml(path: Path, packaged: Mapping[str, Path], chain: tuple[Path, ...]
     beside = path.parent / str(parent)
     if not beside.exists() and parent not in packaged:
         raise UserError(f"{path}: extends: there is no file {beside}{did_you_mean(parent, packaged, 'packaged')}")
-    found = beside if beside.exists() else packaged[parent]
-    return merge(_load_yaml(found, packaged, (*chain, path.resolve())), data)
+    extended = beside if beside.exists() else packaged[parent]
+    return merge(_load_yaml(extended, packaged, (*chain, path.resolve())), data)
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; UserError when that cannot be had."""
+    """Return the text of a UTF-8 file. Raise UserError if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -282,7 +307,7 @@ def read_text(path: Path) -> str:
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``, key by key; lists and single values are replaced whole."""
+    """Return ``top`` laid over ``base``, key by key at every depth; lists and single values are replaced whole."""
     out = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
@@ -294,7 +319,10 @@ def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """``training.batch=8`` -> ("training.batch", 8); the value is read as YAML."""
+    """Return path and value of ``training.batch=8``: ("training.batch", 8). The value is read as YAML.
+
+    Raise UserError for any other form.
+    """
     path, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+|\[\d+\])*", path):
         raise UserError(f"command line: {text!r} is not of the form path.to.setting=value")
@@ -302,7 +330,10 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def put(data: dict[str, Any], path: str, value: Any, where: str) -> dict[str, Any]:
-    """A copy of ``data`` with ``value`` at the dotted ``path`` (list items as ``cases[2]``)."""
+    """Return a copy of ``data`` with ``value`` at the dotted ``path`` (list items as ``cases[2]``).
+
+    Missing keys are made. Raise UserError if the path goes through a list item that does not exist or a single value.
+    """
     head, *rest = _parts(path)
     return _put(data, head, rest, value, where)
 
@@ -310,24 +341,24 @@ def put(data: dict[str, Any], path: str, value: Any, where: str) -> dict[str, An
 def _put(data: Any, head: str | int, rest: list[str | int], value: Any, where: str) -> Any:
     if isinstance(head, int):
         if not isinstance(data, list) or head >= len(data):
-            size = f"a list of {len(data)}" if isinstance(data, list) else "no list"
+            size = f"a list of {len(data)}" if isinstance(data, list) else "not a list"
             raise UserError(f"{where}: there is no item [{head}]; this is {size}")
         out: Any = list(data)
         inner = data[head]
     else:
         if not isinstance(data, dict):
-            raise UserError(f"{where}: '{head}' is no setting of {data!r}")
+            raise UserError(f"{where}: {data!r} has no setting '{head}'")
         out, inner = dict(data), data.get(head, {})
     out[head] = _put(inner, rest[0], rest[1:], value, where) if rest else value
     return out
 
 
 def pick(data: dict[str, Any], path: str) -> Any:
-    """The value at the dotted ``path``; KeyError when there is none."""
-    found: Any = data
+    """Return the value at the dotted ``path``. Raise KeyError if there is none."""
+    value: Any = data
     for part in _parts(path):
         try:
-            found = found[part]
+            value = value[part]
         except (TypeError, IndexError):
             raise KeyError(path) from None
-    return found
+    return value

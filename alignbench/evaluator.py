@@ -1,4 +1,7 @@
-"""Evaluators score images for tables; a Reward is an evaluator's differentiable side, as a training signal."""
+"""Evaluators, which score images for tables, and rewards, which use them as a training signal.
+
+Pixels are (B, 3, H, W) tensors in [0, 1]; images are PIL images of any size and mode.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,13 @@ if TYPE_CHECKING:
 
 
 class Metric(NamedTuple):
-    """One column of a table. ``by_task``: the unweighted mean of the task means (GenEval), not the mean over images.
+    """One column of a table.
 
-    ``higher_is_better``: None where neither direction is better in itself; then nothing wins and nothing loses.
+    ``name``: the column of the data frame that ``Evaluator.score`` returns; ``unit``: shown beside it.
+
+    ``higher_is_better``: None if neither direction is better in itself; then no row is called better or worse.
+
+    ``by_task``: True for the unweighted mean of the task means (GenEval); False for the mean over images.
     """
 
     name: str
@@ -32,55 +39,77 @@ class Metric(NamedTuple):
     by_task: bool = False
 
 
-TEXTS = ("raw", "error")  # columns of text that may stand behind the metrics: a judge's words, why there is no score
+TEXTS = ("raw", "error")  # optional text columns after the metrics: a judge's answer; why there is no score
 
 
 class Evaluator(Config):
-    """Scores (image, prompt) pairs with the official preprocessing. Heavy imports belong inside the methods."""
+    """A scorer of (image, prompt) pairs with the official preprocessing. Its fields are its settings.
+
+    Subclasses set ``name``, ``version`` and ``metrics``, and define ``score``; ``reward`` too if the evaluator can be
+    a training reward. Import heavy packages (torch, transformers) inside the methods: sweeps are checked without them.
+
+    - ``name``: chooses the evaluator in YAML.
+    - ``version``: that of model and preprocessing; part of every score's id.
+    - ``metrics``: the columns of ``score``, in order; the first one is the training reward.
+    - ``differentiable``: True if ``reward`` has a gradient.
+    - ``seconds_per_image``, ``gigabytes``: rough time and memory of the published weights on one GPU; for plans only.
+    - ``reward_range``: bounds of ``reward``; margins are checked against them.
+    - ``paired``: True if ``score`` compares with the base model's images; it then takes a third argument ``base``, and
+      the class has a setting ``base: str | None = None``.
+    """
 
     name: ClassVar[str]
-    version: ClassVar[str]  # of model and preprocessing: part of every score's id
+    version: ClassVar[str]
     metrics: ClassVar[tuple[Metric, ...]]
     differentiable: ClassVar[bool] = False
-    seconds_per_image: ClassVar[float | None] = None  # on one GPU with the published weights, roughly: for plans alone
-    gigabytes: ClassVar[float | None] = None  # of the published weights there, for plans too
-    reward_range: ClassVar[tuple[float, float] | None] = None  # that no ``reward`` leaves: margins are checked by it
-    paired: ClassVar[bool] = False  # True: ``score(images, prompts, base)``, and a setting ``base: str | None = None``
+    seconds_per_image: ClassVar[float | None] = None
+    gigabytes: ClassVar[float | None] = None
+    reward_range: ClassVar[tuple[float, float] | None] = None
+    paired: ClassVar[bool] = False
 
     def files(self) -> list[Path]:
-        """The weight and configuration files that determine the score. UserError if one is missing or unreadable."""
+        """Return the weight and configuration files that determine the score; they are hashed into its id.
+
+        Raise UserError if one is missing or unreadable.
+        """
         return []
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """UserError for the first prompt that this evaluator cannot score. Cheap: called before any model is loaded."""
+        """Raise UserError for the first prompt that cannot be scored. Cheap: called before any model is loaded."""
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row per image, one column per metric (by ``Metric.name``). NaN: this image could not be scored.
+        """Return one row per image and one column per metric, named by ``Metric.name``.
 
-        The columns of text in TEXTS may follow. A ``paired`` evaluator is handed a third sequence, ``base``: to each
-        image the base model's picture of the same prompt and noise.
+        NaN marks an image that could not be scored. The text columns of TEXTS may follow. All images of a prompt come
+        in one call. A ``paired`` evaluator gets a third sequence, ``base``: for each image, the base model's image for
+        the same prompt and noise.
         """
         raise NotImplementedError
 
     def probe(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """One row of numbers per image, for `alignbench doctor`: they change if a library changes what is computed.
+        """Return one row of numbers per image for `alignbench doctor`, which change if a library changes the scores.
 
-        The scores; an evaluator overrides this if its own are too coarse to show that. A paired one compares with the
-        next picture.
+        By default the scores; override it if they are too coarse to show a change. A paired evaluator compares each
+        image with the next one.
         """
         base = [[*images[1:], images[0]]] if self.paired else []
         return self.score(images, prompts, *base)[[metric.name for metric in self.metrics]]
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] -> (B,) scores: ``metrics[0]``, in its unit unless a setting names another.
+        """Return the (B,) values of ``metrics[0]`` for (B, 3, H, W) pixels in [0, 1].
 
-        Differentiable if the class says so.
+        In the metric's unit, unless a setting chooses another one. Differentiable with respect to ``pixels`` if the
+        class sets ``differentiable``.
         """
         raise NotImplementedError
 
 
 class Term(NamedTuple):
-    """One part of a training reward. ``margin``: of the hinge relu(margin - score); None: plain -score."""
+    """One evaluator in a training reward.
+
+    ``margin``: that of the hinge loss relu(margin - score); None: the loss is -score. ``weight``: relative to the
+    other terms.
+    """
 
     evaluator: Evaluator
     margin: float | None = None
@@ -88,42 +117,54 @@ class Term(NamedTuple):
 
 
 class Reward:
-    """A training reward: one evaluator or several (M), each with its hinge and its weight. Weights sum to one."""
+    """A training reward of one or more evaluators (M), each with a hinge and a weight.
 
-    at_once: int | None = None  # images that are decoded and differentiated at a time; None: all that there are
+    ``terms`` holds the terms with their weights divided by the sum, so that they sum to one. ``slice_size`` is the
+    number of images that are decoded and differentiated at a time; None: all images of the micro-batch.
+    """
+
+    slice_size: int | None = None
 
     def __init__(self, *terms: Term) -> None:
+        """Make a reward of these terms; their weights are normalised."""
         total = sum(term.weight for term in terms)
         self.terms = tuple(term._replace(weight=term.weight / total) for term in terms)
 
     @property
     def differentiable(self) -> bool:
+        """True if every evaluator has a gradient."""
         return all(term.evaluator.differentiable for term in self.terms)
 
     def __call__(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(M, B) scores of (B, 3, H, W) pixels: a row per evaluator, so that per-sample weights (B,) broadcast."""
+        """Return the (M, B) scores of (B, 3, H, W) pixels in [0, 1]: a row per evaluator.
+
+        Per-sample weights (B,) therefore broadcast.
+        """
         import torch
 
         return torch.stack([term.evaluator.reward(pixels, prompts) for term in self.terms])
 
     def value(self, scores: Tensor) -> Tensor:
-        """(M, B) scores -> (B,) weighted means: what is maximised when every hinge is open."""
+        """Return the (B,) weighted means of (M, B) scores, which training maximises while every hinge is open."""
         return sum(term.weight * score for term, score in zip(self.terms, scores, strict=True))  # type: ignore[return-value]
 
     def loss(self, scores: Tensor) -> Tensor:
-        """(M, B) scores -> (B,) weighted means of ``relu(margin - score)``, or of ``-score`` (LeapAlign eq. 11)."""
+        """Return the (B,) losses of (M, B) scores: weighted means of ``relu(margin - score)`` (LeapAlign eq. 11).
+
+        A term without a margin contributes ``-score``.
+        """
         parts = (-s if t.margin is None else (t.margin - s).relu() for t, s in zip(self.terms, scores, strict=True))
         return sum(term.weight * part for term, part in zip(self.terms, parts))  # type: ignore[return-value]
 
-    def closed(self, scores: Tensor) -> Tensor:
-        """(M, B) booleans: does this score teach nothing any more, because its hinge is closed?"""
+    def hinge_closed(self, scores: Tensor) -> Tensor:
+        """Return (M, B) booleans: True where the score has reached its margin, so that it has no gradient."""
         import torch
 
         margins = [float("inf") if term.margin is None else term.margin for term in self.terms]
         return scores >= torch.tensor(margins, dtype=scores.dtype, device=scores.device)[:, None]
 
 
-SCORED_AT_ONCE = {"cuda": 32, "cpu": 8}  # images per pass: what caches hold; no score depends on it beyond rounding
+SCORED_AT_ONCE = {"cuda": 32, "cpu": 8}  # images per forward pass, to fit caches; it changes scores by rounding only
 
 
 def in_batches(
@@ -132,7 +173,10 @@ def in_batches(
     prompts: Sequence[Prompt],
     column: str,
 ) -> pd.DataFrame:
-    """One row per image: ``score`` applied to batches of (images, prompts) without gradient, as column ``column``."""
+    """Return a data frame with one row per image and one column, ``column``: ``score`` applied batch by batch.
+
+    ``score``: maps b images and their b prompts to (b,) scores. It is called without gradient and without TF32.
+    """
     import pandas as pd
     import torch
 
@@ -140,7 +184,7 @@ def in_batches(
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
     rows: list[float] = []
     at_once = SCORED_AT_ONCE[device().type]
-    with torch.no_grad(), exact():
+    with torch.no_grad(), without_tf32():
         for start in range(0, len(images), at_once):
             part = slice(start, start + at_once)
             rows += score(images[part], prompts[part]).double().tolist()
@@ -148,24 +192,27 @@ def in_batches(
 
 
 def warn_of_cut(name: str, prompts: Sequence[Prompt], limit: int, tokens: Callable[[str], int]) -> None:
-    """One warning that counts the distinct prompts longer than the ``limit``, whose ends no score depends on."""
+    """Warn once if prompts are longer than ``limit`` tokens, so that their ends are not read; say how many.
+
+    ``name``: the evaluator, for the warning; ``tokens``: the length of a text in tokens.
+    """
     texts = list(dict.fromkeys(prompt.text for prompt in prompts))
     cut = [text for text in texts if tokens(text) > limit]
     if cut:
-        what = f"{len(cut)} of {len(texts)} prompts are longer than {limit} tokens, their ends are not read"
+        what = f"{len(cut)} of {len(texts)} prompts are longer than {limit} tokens; their ends are not read"
         warnings.warn(f"{name}: {what}; the first is '{cut[0][:60]}...'", stacklevel=3)
 
 
 def device() -> torch.device:
-    """Where images are scored: this process's GPU when there is one."""
+    """Return the device on which images are scored: this process's GPU if there is one, else the CPU."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
-def exact() -> Iterator[None]:
-    """No TF32, which GPUs use in convolutions unless told otherwise: a score must not depend on the machine."""
+def without_tf32() -> Iterator[None]:
+    """Turn TF32 off within a ``with`` block: GPUs use it in convolutions by default, and scores would depend on it."""
     import torch
 
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
@@ -176,34 +223,38 @@ def exact() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def each(work: Callable[[Image], Image], images: Sequence[Image]) -> list[Image]:
-    """``work`` of Pillow's on every image, in as many threads as torch may use: Pillow works outside Python's lock."""
+def map_images(work: Callable[[Image], Image], images: Sequence[Image]) -> list[Image]:
+    """Return ``work(image)`` for every image, in as many threads as torch may use.
+
+    For Pillow's operations, which release the GIL.
+    """
     import torch
 
-    apart = list({id(image): image for image in images}.values())  # reading one image in two threads would spoil it
-    threads = min(torch.get_num_threads(), len(apart))
+    distinct = list({id(image): image for image in images}.values())  # loading an image is not thread-safe
+    threads = min(torch.get_num_threads(), len(distinct))
     if threads <= 1:
         return [work(image) for image in images]
     with ThreadPoolExecutor(threads) as pool:
-        done = dict(zip(map(id, apart), pool.map(work, apart)))
+        done = dict(zip(map(id, distinct), pool.map(work, distinct)))
     return [done[id(image)] for image in images]
 
 
 def as_rgb(image: Image) -> Image:
+    """Return the image in mode RGB."""
     return image.convert("RGB")
 
 
 def to_tensor(image: Image, device: torch.device | str = "cpu") -> Tensor:
-    """Any PIL image -> (3, H, W) in [0, 1], as torchvision's ToTensor after ``convert("RGB")``."""
+    """Return a PIL image of any mode as (3, H, W) float32 in [0, 1], as torchvision's ToTensor gives it for RGB."""
     import numpy as np
     import torch
 
-    levels = torch.from_numpy(np.array(image.convert("RGB"))).to(device)  # a quarter of what floats would be
+    levels = torch.from_numpy(np.array(image.convert("RGB"))).to(device)  # bytes: a quarter of the transfer
     return levels.permute(2, 0, 1).float() / 255
 
 
 def check_range(pixels: Tensor) -> Tensor:
-    """``pixels``, proven to be on the scale [0, 1] (within rounding). ValueError otherwise."""
+    """Return ``pixels``. Raise ValueError unless they lie in [0, 1], within 0.01."""
     low, high = float(pixels.detach().amin()), float(pixels.detach().amax())
     if low < -0.01 or high > 1.01:
         raise ValueError(f"pixels must lie in [0, 1]; these lie in [{low:.3g}, {high:.3g}]")
@@ -211,7 +262,7 @@ def check_range(pixels: Tensor) -> Tensor:
 
 
 def to_pil(pixels: Tensor) -> Image:
-    """(3, H, W) in [0, 1] -> an 8-bit RGB image, rounded to nearest as diffusers does."""
+    """Return (3, H, W) pixels in [0, 1] as an 8-bit RGB image, rounded to nearest as in diffusers."""
     import torch
     from PIL import Image
 

@@ -1,6 +1,7 @@
-"""The one calling convention for every model, and the one integration that all methods differentiate.
+"""The calling convention of every model, and the integration that all methods differentiate.
 
-t = 1 is noise, t = 0 the image; v = noise - image; ``x_next = x + (sigma_next - sigma) * v``.
+t = 1 is noise and t = 0 the image; sigma is the same time. v = noise - image, hence
+``x_next = x + (sigma_next - sigma) * v``. B is the number of samples, N that of sampler steps.
 """
 
 from __future__ import annotations
@@ -23,83 +24,93 @@ from alignbench.prompts import Prompt
 
 @dataclass(frozen=True)
 class Cond:
-    """Text conditioning: named tensors that share the leading (sample) dimension B."""
+    """Text conditioning: named tensors with the samples as first dimension (B, ...)."""
 
     tensors: dict[str, Tensor]
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, index: slice | Tensor) -> Cond:
+        """Return the conditioning of some samples."""
         return Cond({name: t[index] for name, t in self.tensors.items()})
 
 
 class Flow(Protocol):
-    """A text-to-image flow model, or an analytic toy."""
+    """A text-to-image flow model, or an analytic toy.
+
+    A flow that is evaluated also has ``at(size=, guidance=)``, which returns the same weights at the image size
+    (pixels) and guidance of the evaluation. One that takes published weights has ``load_transformer`` and
+    ``load_lora``, each of the files that ``weights.published`` returns. A toy that is only trained needs none of these.
+    """
 
     def velocity(self, x: Tensor, sigma: float | Tensor, cond: Cond, *, reference: bool = False) -> Tensor:
-        """v(x, sigma, cond), shape of ``x``. ``sigma``: a number (also as a 0-dim tensor), or one per sample (B,).
+        """Return v(x, sigma, cond), of the shape of ``x``.
 
-        ``reference``: the base model, as it was before training.
+        ``x``: (B, ...) latents. ``sigma``: a number, a 0-dim tensor, or (B,) one per sample. ``reference``: evaluate
+        the base model, as it was before training.
         """
-        ...
 
     def sigmas(self, steps: int) -> Tensor:
-        """The sampler's grid, 1 -> 0: (steps + 1,) values, shifted as the model's own sampler shifts them."""
-        ...
+        """Return the sampler's grid: (steps + 1,) sigmas from 1 to 0, shifted as the model's own sampler does."""
 
     def noise(self, n: int, generators: Sequence[torch.Generator]) -> Tensor:
-        """n initial latents x_1 ~ N(0, I), sample i drawn on the CPU from ``generators[i]``."""
-        ...
+        """Return (n, ...) initial latents ~ N(0, I), sample i drawn on the CPU from ``generators[i]``."""
 
-    def encode(self, prompts: Sequence[str]) -> Cond: ...
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Return the text conditioning of B prompts."""
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Latents -> pixels (B, 3, H, W) in [0, 1], differentiable."""
-        ...
+        """Return the pixels (B, 3, H, W) in [0, 1] of (B, ...) latents, differentiably."""
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that are trained."""
-        ...
+        """Return the parameters that are trained."""
 
     def named_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
-        """The same parameters in the same order, each with the name it is saved under."""
-        ...
-
-    # A flow that is evaluated also has ``at(size=, guidance=)``: the same weights at evaluation's image size (pixels)
-    # and guidance. A toy that is only trained needs none. One that takes published weights has ``load_transformer`` and
-    # ``load_lora``, each of the files that ``weights.published`` gives.
+        """Return the same parameters in the same order, each with the name under which it is saved."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one loss sees: B samples whose prompts, noise and randomness the harness drew from (seed, step, sample)."""
+    """A micro-batch of B samples: the input of a loss.
+
+    Prompts, noise and randomness are drawn from (seed, step, sample), hence the same for every method and however the
+    batch is split.
+
+    - ``prompts``: B prompts; ``cond``: their conditioning.
+    - ``noise``: (B, ...) initial latents.
+    - ``rngs``: one generator per sample, so that a draw does not depend on how the batch was split.
+    - ``step_rng``: equal on all ranks and micro-batches, for choices that decide which network calls happen.
+    - ``step``: number of the batch, from 0.
+    """
 
     prompts: Sequence[Prompt]
     cond: Cond
-    noise: Tensor  # (B, ...) initial latents
-    rngs: Sequence[torch.Generator]  # one per sample, so that a draw does not depend on how the batch was split
-    step_rng: torch.Generator  # equal on all ranks and micro-batches: for choices of which network calls happen
-    step: int  # batch number, from 0
+    noise: Tensor
+    rngs: Sequence[torch.Generator]
+    step_rng: torch.Generator
+    step: int
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.prompts)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Fresh N(0, I) of ``x``'s shape, row i from sample i's own generator (on the CPU, then moved)."""
+        """Return fresh N(0, I) noise of the shape of ``x``, row i drawn on the CPU from sample i's generator."""
         rows = [torch.randn(x.shape[1:], generator=rng, dtype=x.dtype) for rng in self.rngs]
         return torch.stack(rows).to(x.device)
 
     def select(self, index: Tensor) -> Batch:
-        """The samples ``index``, each with its own generator (shared with this batch, not copied)."""
+        """Return the samples at ``index``, each with its own generator (shared with this batch, not copied)."""
         prompts = [self.prompts[i] for i in index.tolist()]
         rngs = [self.rngs[i] for i in index.tolist()]
         return Batch(prompts, self.cond[index], self.noise[index], rngs, self.step_rng, self.step)
 
     def grouped(self, size: int) -> Batch:
-        """As many samples, in groups of ``size`` that share prompt and noise: those of the group's first sample.
+        """Return as many samples in groups of ``size``, which share the prompt and the noise of the group's first one.
 
-        Each sample keeps its own generator. Whole groups do not depend on how the batch was split.
+        Each sample keeps its own generator. As long as groups are whole, they do not depend on how the batch was split.
         """
         first = torch.arange(len(self)) // size * size
         prompts = [self.prompts[i] for i in first.tolist()]
@@ -108,36 +119,46 @@ class Batch:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A stochastic rollout of N steps, without gradient."""
+    """A stochastic rollout of N steps, without gradient.
 
-    states: Tensor  # (B, N + 1, ...), noise first
-    log_prob: Tensor  # (B, N) of each move, as ``log_normal`` gives it; 0 for a move without noise
-    x_0: Tensor  # (B, ...) the image that the last velocity predicts, without the noise of the last move
+    - ``states``: (B, N + 1, ...) latents, noise first.
+    - ``log_prob``: (B, N) log-densities of the moves, as from ``log_normal``; 0 for a move without noise.
+    - ``x_0``: (B, ...) latents that the last velocity predicts, without the noise of the last move.
+    """
+
+    states: Tensor
+    log_prob: Tensor
+    x_0: Tensor
 
 
 def seeded(*key: int | str) -> torch.Generator:
-    """A CPU generator whose stream depends on ``key`` alone, whatever the device, rank or run before it."""
+    """Return a CPU generator whose stream depends on ``key`` alone, not on device, rank or earlier draws."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def randint(low: int, high: int, rng: torch.Generator) -> int:
-    """Uniform on low, ..., high: both ends included."""
+    """Draw an integer uniformly from low, ..., high, both ends included."""
     return int(torch.randint(low, high + 1, (), generator=rng))
 
 
 def euler(x: Tensor, v: Tensor, at: float | Tensor, to: float | Tensor) -> Tensor:
-    """From sigma ``at`` to sigma ``to`` in one go: a sampler step, a leap, or with to = 0 the predicted image."""
+    """Return x + (to - at) v: a sampler step, a leap over several, or with ``to`` = 0 the predicted image.
+
+    ``at``, ``to``: sigmas; numbers, or tensors that broadcast against ``x``.
+    """
     return x + (to - at) * v.to(x.dtype)  # in the latents' precision, whatever the network's
 
 
 def integrate(
     flow: Flow, x: Tensor, sigmas: Tensor, cond: Cond, *, grad: bool = False, reference: bool = False
 ) -> Tensor:
-    """The sampler: Euler from sigmas[0] to sigmas[-1]. Without ``grad`` the result is a constant; with it, exact BPTT.
+    """Return the latents at sigmas[-1]: the Euler sampler, started with ``x`` at sigmas[0].
 
-    The backward keeps one step at a time in memory, and makes every forward a second time for that.
-    A part of a rollout is a part of its grid: ``integrate(flow, x_k, sigmas[k : j + 1], cond)`` is x_j.
+    Part of a rollout is part of its grid: ``integrate(flow, x_k, sigmas[k : j + 1], cond)`` is x_j.
+
+    ``grad``: False: the result is a constant. True: exact back-propagation through all steps; the backward pass keeps
+    one step at a time in memory and repeats every forward for that. ``reference``: sample from the base model.
     """
 
     def step(x: Tensor, at: Tensor, to: Tensor) -> Tensor:
@@ -149,11 +170,14 @@ def integrate(
     return x if grad else x.detach()
 
 
-recomputing = ContextVar("recomputing", default=False)  # is this forward a repetition, made for a backward?
+recomputing = ContextVar("recomputing", default=False)  # True in a forward that is repeated for a backward pass
 
 
 def checkpointed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """``function(*arguments)`` with the same gradient, bitwise: its inside is not kept, but computed again backward."""
+    """Return ``function(*arguments)``, with the same gradient bitwise; its activations are recomputed, not kept.
+
+    While they are recomputed, ``recomputing`` is True.
+    """
     return checkpoint(
         *(function, *arguments), use_reentrant=False, preserve_rng_state=False,
         context_fn=lambda: (nullcontext(), _again()),
@@ -170,7 +194,7 @@ def _again() -> Iterator[None]:
 
 
 def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
-    """``value`` forward, exactly; the gradient goes to ``gradient`` alone (LeapAlign's latent connector)."""
+    """Return ``value``, exactly, whose gradient goes to ``gradient`` alone (the latent connector of LeapAlign)."""
     return value.detach() + (gradient - gradient.detach())  # the bracket is exactly zero, so nothing is rounded
 
 
@@ -180,9 +204,10 @@ def guided(
     guidance: float | Tensor,
     gradient: Literal["full", "stop"] = "full",
 ) -> Tensor:
-    """Classifier-free guidance, v_neg + guidance (v_pos - v_neg), of two evaluations of the network.
+    """Return v_neg + guidance (v_pos - v_neg): classifier-free guidance from two evaluations of the network.
 
-    ``gradient``: "full" goes through both. "stop": v_neg is a constant, so that v_pos's counts ``guidance`` times.
+    ``positive``, ``negative``: return (B, ...) velocities with and without the prompt. ``gradient``: "full": through
+    both. "stop": v_neg is a constant, so that the gradient of v_pos counts ``guidance`` times.
     """
     with nullcontext() if gradient == "full" else torch.no_grad():
         v_neg = evaluated(negative())
@@ -194,9 +219,9 @@ _counters: ContextVar[tuple[list[tuple[int, bool]], ...]] = ContextVar("_counter
 
 
 def evaluated(v: Tensor) -> Tensor:
-    """``v``, the output of one evaluation of the network; whoever counts them is told.
+    """Return ``v``, the output of one evaluation of the network, and count it.
 
-    A velocity that is one evaluation need not say so.
+    For velocities that take several evaluations; one that never calls this counts as a single evaluation.
     """
     for counter in _counters.get():
         counter.append((len(v), v.requires_grad))
@@ -204,7 +229,7 @@ def evaluated(v: Tensor) -> Tensor:
 
 
 def counted(velocity: Callable[..., Tensor], *arguments: Any, **named: Any) -> tuple[Tensor, list[tuple[int, bool]]]:
-    """A velocity, and the evaluations of the network that it took: of how many samples, and whether with gradient."""
+    """Return ``velocity(...)`` and the evaluations of the network behind it: (samples, with gradient) of each."""
     calls: list[tuple[int, bool]] = []
     token = _counters.set((*_counters.get(), calls))
     try:
@@ -215,17 +240,18 @@ def counted(velocity: Callable[..., Tensor], *arguments: Any, **named: Any) -> t
 
 
 def scale_grad(z: Tensor, factor: float) -> Tensor:
-    """``z`` forward, exactly; ``factor`` times its gradient backward."""
+    """Return ``z``, exactly, whose gradient is multiplied by ``factor``."""
     return z.detach() + factor * (z - z.detach())
 
 
 def sde_step(
     x: Tensor, v: Tensor, at: float | Tensor, to: float | Tensor, eta: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean (B, ...) and standard deviation (broadcastable) of one noisy move with the marginals of the flow.
+    """Return mean (B, ...) and standard deviation (broadcastable) of one noisy move with the marginals of the flow.
 
-    ``eta``: noise per square root of time; Dance-SDE: a constant. ``at``, ``to``, ``eta``: numbers, or (B,).
-    mean = x - h v + eta^2 h score / 2 with score = -(x + (1 - t) v) / t and h = at - to; eta = 0 is Euler.
+    mean = x - h v + eta^2 h score / 2 and std = eta sqrt(h), with score = -(x + (1 - t) v) / t, t = at, h = at - to.
+    With eta = 0 it is ``euler``. ``eta``: noise per square root of time; Dance-SDE (arXiv 2505.07818) has a constant.
+    ``at``, ``to``, ``eta``: numbers, or (B,) one per sample.
     """
     t, to, eta = (_column(s, x) for s in (at, to, eta))
     h, v = t - to, v.to(x.dtype)
@@ -234,9 +260,10 @@ def sde_step(
 
 
 def log_normal(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B,) log-density of N(mean, std^2) at ``x``, as a *mean* over the latent's dimensions, as all GRPO codes have it.
+    """Return the (B,) log-densities of N(mean, std^2) at ``x``, as a *mean* over the d dimensions of the latent.
 
-    A ratio of these is the d-th root of the true likelihood ratio; the usual clip range of 1e-4 is tuned to that.
+    The GRPO codes take this mean, too. A ratio of these densities is the d-th root of the true likelihood ratio; the
+    usual clip range of 1e-4 is tuned to that.
     """
     density = -(x - mean).square() / (2 * std.square()) - std.log() - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
@@ -244,9 +271,10 @@ def log_normal(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 @torch.no_grad()
 def integrate_sde(flow: Flow, batch: Batch, sigmas: Tensor, eta: float | Tensor) -> Trajectory:
-    """The stochastic sampler from ``batch.noise``, each sample's noise from its own generator.
+    """Sample from ``batch.noise`` with noisy moves; each sample's noise comes from its own generator.
 
-    ``eta``: of every step, or (N,) one for each; a step with 0 is the sampler's own Euler, and draws no noise.
+    ``sigmas``: (N + 1,) grid. ``eta``: a number for all steps, or (N,) one for each; see ``sde_step``. A step with
+    eta = 0 is a step of the plain Euler sampler and draws no noise.
     """
     x, states, log_prob = batch.noise, [batch.noise], []
     etas = torch.as_tensor(eta, dtype=torch.float64).expand(len(sigmas) - 1).tolist()
@@ -265,5 +293,5 @@ def integrate_sde(flow: Flow, batch: Batch, sigmas: Tensor, eta: float | Tensor)
 
 
 def _column(s: float | Tensor, x: Tensor) -> Tensor:
-    """A number or (B,) values, shaped to multiply ``x`` and in its precision."""
+    """Return a number or (B,) values, shaped to multiply ``x`` and in its precision."""
     return torch.as_tensor(s, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))

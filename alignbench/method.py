@@ -1,4 +1,4 @@
-"""The one thing a researcher subclasses."""
+"""What a researcher subclasses: ``AlignMethod``, and the losses that it returns."""
 
 from __future__ import annotations
 
@@ -16,106 +16,146 @@ if TYPE_CHECKING:
 
 
 class Loss(NamedTuple):
-    """``value``: scalar to minimise, a mean over the batch's samples. ``metrics``: numbers to record, not to train on.
+    """The loss of one micro-batch, with numbers to record.
 
-    The metric "reward" is the mean reward of the images; the record shows it as ``reward_mean``. Without it the record
-    has the mean over all images that the reward was asked about. ``each``: the samples' own losses (B,), without
-    gradient, from which an error says which sample went wrong.
+    ``value``: the scalar to minimise, a mean over the samples of the micro-batch.
+
+    ``metrics``: numbers to record; they are not trained on. The metric "reward" is the mean reward of the images, and
+    the record shows it as ``reward_mean``. Without it, the record has the mean over all images that were scored.
+
+    ``per_sample``: (B,) losses of the samples, without gradient; errors use them to say which sample went wrong.
     """
 
     value: Tensor
     metrics: dict[str, float | Tensor] = {}  # noqa: RUF012 - never mutated
-    each: Tensor | None = None
+    per_sample: Tensor | None = None
 
 
 class GatherBatch(NamedTuple):
-    """Yielded by ``updates``, comes back as the whole batch's values: ``everyone = yield Pool(values)``.
+    """A request from ``updates`` for the values of the whole batch: ``everyone = yield GatherBatch(values)``.
 
-    ``values``: (b,) of this micro-batch. Back come (B,), of all micro-batches and ranks in the order of the samples,
-    for what is a property of the batch: a standard deviation, a quantile.
+    ``values``: (b,) values of this micro-batch. The answer is (B,): those of all micro-batches and ranks, in the order
+    of the samples. Use it for properties of the batch, such as a standard deviation or a quantile.
     """
 
     values: Tensor
 
 
-Updates: TypeAlias = Iterator[Iterable[Loss] | GatherBatch]  # a generator, if it pools
+Updates: TypeAlias = Iterator[Iterable[Loss] | GatherBatch]  # a generator, if it yields GatherBatch
 
 
 class AlignMethod(Config):
-    """An alignment method: its fields are its hyperparameters. Define ``loss``, or ``updates`` for several losses."""
+    """An alignment method: its fields are its hyperparameters.
+
+    Subclasses set ``name`` and define ``loss``, or ``updates`` for several losses per batch. All randomness comes from
+    the batch; all network calls go through ``flow.velocity``.
+
+    - ``name``: chooses the method in YAML.
+    - ``title``, ``paper``: full name and publication, for ``alignbench ls methods``.
+    - ``trains``: False for a method that trains nothing.
+    - ``stochastic``: True if it needs the score, which a timestep-distilled model does not have.
+    - ``steps``: sampler steps of the training rollout; the one setting that all methods share.
+    """
 
     name: ClassVar[str]
-    title: ClassVar[str] = ""  # full name ...
-    paper: ClassVar[str] = ""  # ... and where it was published, for `alignbench ls methods`
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
     trains: ClassVar[bool] = True
-    stochastic: ClassVar[bool] = False  # needs the score, that is a velocity that no distillation has bent
-    steps: int = 25  # sampler steps of the training rollout
+    stochastic: ClassVar[bool] = False
+    steps: int = 25
 
     def check(self, batch: int, differentiable: bool) -> None:
-        """Raise UserError for settings that cannot work with ``batch`` samples per micro-batch and this reward."""
+        """Raise UserError for settings that cannot work. Called before any model is loaded.
+
+        ``batch``: samples per micro-batch. ``differentiable``: whether the reward has a gradient.
+        """
         require(self.steps >= 1, "method.steps", f"{self.steps} sampler steps are too few", "choose 1 or more")
 
     def files(self) -> list[Path]:
-        """Files that determine the trained weights beside the backend's and the reward's. UserError if unreadable."""
+        """Return further files that determine the trained weights, beside those of the backend and the reward.
+
+        They are hashed into the run's id. Raise UserError if one is missing or unreadable.
+        """
         return []
 
     def prepare(self, flow: Flow) -> None:
-        """Called once with the loaded model, before training, or before sampling if the method trains nothing."""
+        """Prepare ``flow``, once: after the model is loaded and before training.
+
+        For a method that trains nothing (``trains = False``), before sampling.
+        """
 
     def loss(self, flow: Flow, reward: Reward, batch: Batch) -> Loss:
+        """Return the loss of one micro-batch. Define this for one backward pass and one update per batch.
+
+        ``flow`` and ``reward`` count what is asked of them; ``batch`` holds the samples and their randomness.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines neither loss() nor updates()")
 
     def updates(self, flow: Flow, reward: Reward, batch: Batch) -> Updates:
-        """Outer: one optimizer update each. Inner: one backward each; gradients of the inner losses add up.
+        """Yield one iterable of losses per optimizer update. Define this for several updates or backward passes.
 
-        How many there are may depend on the settings and on ``batch.step_rng``, never on the samples. What stands
-        before the first yield (a rollout) sees the weights of before the first update.
+        Each loss of an iterable is back-propagated as it comes; their gradients add up. The number of updates and of
+        losses may depend on the settings and on ``batch.step_rng``, never on the samples. Code before the first yield
+        (a rollout) sees the weights as they were before the first update. The generator may also yield ``GatherBatch``.
         """
         yield (self.loss(flow, reward, batch) for _ in range(1))
 
     def modules(self, flow: Flow) -> dict[str, nn.Module]:
-        """Further networks to train (a value network): each its own parameter group and clip."""
+        """Return further networks to train, by name, such as a value network.
+
+        Each becomes its own parameter group, with its own gradient clipping.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes during training beside weights (a running quantile): tensors and plain data."""
+        """Return the state that changes during training beside weights, such as a running quantile.
+
+        Only tensors and plain data. It is saved with every checkpoint.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` gave, for an exact resume."""
+        """Restore the state that ``state_dict`` returned, so that a resumed run is exact."""
 
 
 class Pathwise(AlignMethod):
     """A method that differentiates the reward through the sampler; subclasses choose which path the gradient takes."""
 
     def check(self, batch: int, differentiable: bool) -> None:
+        """Raise UserError for settings that cannot work, and for a reward without a gradient."""
         super().check(batch, differentiable)
         why = f"{self.name} needs the gradient of the reward, and this evaluator has none"
         require(differentiable, "reward", why, "choose a differentiable evaluator, or a policy-gradient method")
 
 
 def reward_loss(flow: Flow, reward: Reward, batch: Batch, x_0: Tensor, weight: Tensor | float = 1.0) -> Loss:
-    """Mean over samples of ``weight`` (B,) times the reward's loss at the image of the latents ``x_0``."""
-    if reward.at_once is None or not x_0.requires_grad:
+    """Return the mean over samples of ``weight`` times the reward's loss at the images of ``x_0``.
+
+    ``x_0``: (B, ...) latents, decoded here. ``weight``: a number, or (B,) numbers. Decoder and reward run on
+    ``reward.slice_size`` samples at a time, with the same gradient.
+    """
+    if reward.slice_size is None or not x_0.requires_grad:
         scores = reward(flow.decode(x_0), batch.prompts)
-        own = reward.loss(scores)
-    else:  # a sample's loss depends on its own latents alone: value and gradient there are all that a backward needs
+        losses = reward.loss(scores)
+    else:  # a sample's loss depends on its own latents alone: a backward needs only its value and gradient there
         scores, gradient = reward_gradient(flow, reward, batch, x_0)
-        own = reward.loss(scores) + ((x_0 - x_0.detach()) * gradient).flatten(1).sum(1)  # adds a zero, and its gradient
-    each = weight * own
-    return Loss(each.mean(), {"reward": reward.value(scores).detach().mean()}, each.detach())
+        linear = ((x_0 - x_0.detach()) * gradient).flatten(1).sum(1)  # zero, but it has the gradient
+        losses = reward.loss(scores) + linear
+    weighted = weight * losses
+    return Loss(weighted.mean(), {"reward": reward.value(scores).detach().mean()}, weighted.detach())
 
 
 def reward_gradient(flow: Flow, reward: Reward, batch: Batch, x_0: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, B) scores at the latents ``x_0``, and the gradient there of each sample's own loss, of ``x_0``'s shape.
+    """Return the (M, B) scores at the latents ``x_0``, and the gradient of each sample's loss, of ``x_0``'s shape.
 
-    ``reward.at_once`` samples at a time, so that decoder and reward keep no more than these for their backward.
+    Decoder and reward run on ``reward.slice_size`` samples at a time, so that no more than these are kept in memory
+    for the backward pass. Both results are without gradient.
     """
     import torch
 
     scores: list[Tensor] = []
     gradients: list[Tensor] = []
-    rows = reward.at_once or len(x_0)
+    rows = reward.slice_size or len(x_0)
     for start in range(0, len(x_0), rows):
         part = slice(start, start + rows)
         x = x_0[part].detach().requires_grad_()
@@ -126,15 +166,16 @@ def reward_gradient(flow: Flow, reward: Reward, batch: Batch, x_0: Tensor) -> tu
 
 
 def require(holds: bool, where: str, what: str, instead: str) -> None:
-    """Raise UserError("where: what; what instead") unless the settings hold."""
+    """Raise UserError("where: what; instead") unless ``holds``."""
     if not holds:
         raise UserError(f"{where}: {what}; {instead}")
 
 
 def each_update(method: AlignMethod, flow: Flow, reward: Reward, batch: Batch) -> Iterator[Iterable[Loss]]:
-    """The updates that a method makes of one batch, alone on one rank: what it pools comes back as it is.
+    """Yield the updates that a method makes of one batch, on one rank and without the training loop.
 
-    Its further networks, if it has any, are made first, as training makes them.
+    For tests: the batch is one micro-batch, so a ``GatherBatch`` is answered with its own values. Further networks are
+    made before the first update, as in training, with seed 0.
     """
     import torch
 
@@ -152,7 +193,7 @@ def each_update(method: AlignMethod, flow: Flow, reward: Reward, batch: Batch) -
 
 
 def resume(updates: Updates, answer: Tensor) -> Iterable[Loss] | GatherBatch | None:
-    """What comes after a ``Pool`` has been answered; None if nothing does."""
+    """Answer a ``GatherBatch`` and return what the generator yields next; None if it ends."""
     try:
         return cast("Generator[Any, Any, Any]", updates).send(answer)
     except StopIteration:

@@ -1,8 +1,8 @@
-"""What can be named in a sweep: built-in methods, evaluators and backends, plug-in files, and installed packages.
+"""The registry of names that a sweep can use: built-in classes, plug-in files, and installed packages.
 
-Names are read from source text, so that listing them imports nothing; only what a sweep uses is imported. A class is
-found if it stands at the top of its file, has ``name = "..."`` in its body, and derives from ``AlignMethod`` or
-``Evaluator``, directly or through another class that does.
+Names are read from source text, so that listing them imports nothing; only the classes that a sweep uses are imported.
+A class is found if it stands at the top level of its file, has ``name = "..."`` in its body, and derives from
+``AlignMethod`` or ``Evaluator``, directly or through another class that does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from alignbench.config import Config, UserError, class_name, decode, did_you_mea
 
 Kind = Literal["method", "evaluator", "backend"]
 GROUP = "alignbench.plugins"  # entry points of installed packages: each names a module
-BUILT_IN: dict[str, Kind | None] = {  # package -> what a class derived from Config itself is there
+BUILT_IN: dict[str, Kind | None] = {  # package -> kind of the classes that derive from Config directly
     "alignbench.methods": None,
     "alignbench.evaluators": None,
     "alignbench.backends": "backend",
@@ -41,29 +41,33 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 class Entry(NamedTuple):
-    """A class that a sweep can name, as its source text shows it."""
+    """A class that a sweep can name, as read from its source text."""
 
     kind: Kind
     name: str
-    cls: str
+    cls: str  # name of the class
     doc: str  # first line of the docstring
-    path: Path
-    module: str  # to import; a plug-in file's is made up from its content
-    plugin: bool  # not shipped with alignbench: its source is part of what a run's id hashes
+    path: Path  # of the file that defines it
+    module: str  # to import; for a plug-in file, a name made from its content
+    plugin: bool  # True: not shipped with alignbench, so its source is hashed into a run's id
     title: str = ""  # full name of a method ...
     paper: str = ""  # ... and where it was published
 
     @property
     def about(self) -> str:
-        """``LeapAlign (arXiv 2604.15311): first line of the docstring``, or what there is of it."""
+        """Line for lists: ``LeapAlign (arXiv 2604.15311): first line of the docstring``, as far as these are given."""
         head = f"{self.title or self.cls} ({self.paper})" if self.paper else self.title
         return ": ".join(filter(None, [head, self.doc]))
 
 
 class Registry:
-    """Everything that can be named. ``plugins``: paths of plug-in files. UserError for one that is broken."""
+    """All classes that can be named, in ``entries``: (kind, name) -> Entry."""
 
     def __init__(self, plugins: Sequence[str] = ()) -> None:
+        """Read the built-in files, the installed packages, and the plug-in files at these paths.
+
+        Raise UserError for a file that cannot be parsed, has no such class, or reuses a name.
+        """
         self.plugins = [str(Path(path).resolve()) for path in plugins]
         self.entries: dict[tuple[str, str], Entry] = {}
         kinds: dict[str, Kind] = dict(ROOTS)  # class name -> kind, growing as classes are found
@@ -72,33 +76,34 @@ class Registry:
         for point in entry_points(group=GROUP):
             self._add(_scan(_module_file(point.value), point.value, True, kinds))
         for path in map(Path, self.plugins):
-            found = list(_scan(path, f"alignbench_plugin_{path.stem}_{digest(path)[:8]}", True, kinds))
-            if not found:
+            entries = list(_scan(path, f"alignbench_plugin_{path.stem}_{digest(path)[:8]}", True, kinds))
+            if not entries:
                 raise UserError(f"{path}: no class in it derives from AlignMethod or Evaluator and sets name = '...'")
-            self._add(found)
+            self._add(entries)
 
     def _add(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             if not NAME.fullmatch(entry.name):
-                what = f"{entry.cls}.name: {entry.name[:80]!r} becomes a part of file names"
+                what = f"{entry.cls}.name: {entry.name[:80]!r} becomes part of file names"
                 raise UserError(f"{entry.path}: {what}; use at most 64 letters, digits, '_', '-' and '.'")
             known = self.entries.setdefault((entry.kind, entry.name), entry)
             if known is not entry:
-                taken = f"the {entry.kind} '{entry.name}' exists already in {known.path}"
+                taken = f"the {entry.kind} '{entry.name}' already exists in {known.path}"
                 raise UserError(f"{entry.path}: {taken}; choose another name")
 
     def names(self, kind: Kind) -> list[str]:
+        """Return all names of a kind, sorted."""
         return sorted(name for k, name in self.entries if k == kind)
 
     def entry(self, kind: Kind, name: Any, where: str) -> Entry:
-        """UserError, with the nearest name and all of them, if there is none of that name."""
+        """Return the entry of this name. Raise UserError, with the nearest name and all of them, if there is none."""
         if (kind, name) not in self.entries:
             known = did_you_mean(str(name), self.names(kind), f"{kind}s")
             raise UserError(f"{where}: there is no {kind} '{name}'{known}")
         return self.entries[kind, name]
 
     def get(self, kind: Kind, name: str, where: str) -> type[Config]:
-        """The class: its module is imported now. UserError if that fails."""
+        """Import and return the class of this name. Raise UserError if there is none or if the import fails."""
         entry = self.entry(kind, name, where)
         cls = getattr(_import(entry), entry.cls)
         if class_name(cls) != name or not issubclass(cls, Config):
@@ -106,30 +111,31 @@ class Registry:
         return cls
 
     def make(self, kind: Kind, plain: Any, where: str) -> Any:
-        """``{name: ..., field: ...}`` as an instance, strictly."""
+        """Return ``{name: ..., field: ...}`` as an instance, strictly. Raise UserError as ``config.decode`` does."""
         if not isinstance(plain, dict) or "name" not in plain:
             raise UserError(f"{where}: expected settings with a 'name'{did_you_mean('', self.names(kind), f'{kind}s')}")
         cls = self.get(kind, plain["name"], f"{where}.name")
         return decode(cls, {key: value for key, value in plain.items() if key != "name"}, where)
 
     def source(self, kind: Kind, name: str) -> str | None:
-        """sha256 of the file that defines a plug-in's class; None for built-ins, whose revision is recorded instead."""
+        """Return the sha256 of the file that defines a plug-in; None for built-ins: their revision is recorded."""
         entry = self.entries[kind, name]
         return digest(entry.path) if entry.plugin else None
 
 
 class Builder:
-    """A maker of methods, backends and evaluators that builds equal settings once: who asks again shares the object.
+    """A registry that builds equal settings only once: later calls share the object.
 
-    What is shared is for questions. A method may remember what it saw, so that one that runs is a copy, or a new one.
+    Shared objects are for reading settings and for checks. A method may keep state, so a run needs its own instance.
     """
 
     def __init__(self, registry: Registry) -> None:
+        """Build with ``registry``."""
         self.registry = registry
         self._built: dict[str, Any] = {}
 
     def make(self, kind: Kind, plain: Any, where: str) -> Any:
-        """Return what ``Registry.make`` would build."""
+        """Return the instance that ``Registry.make`` would build; equal settings give the same object."""
         key = f"{kind} {plain!r}"
         if key not in self._built:
             made = self.registry.make(kind, plain, where)
@@ -138,7 +144,7 @@ class Builder:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a small file."""
+    """Return the sha256 of a text file. Raise UserError if it cannot be read."""
     return hashlib.sha256(read_text(path).encode()).hexdigest()
 
 
@@ -157,11 +163,11 @@ def _module_file(module: str) -> Path:
 
 
 def _scan(path: Path, module: str, plugin: bool, kinds: dict[str, Kind], plain: Kind | None = None) -> Iterator[Entry]:
-    """The entries that a file defines, from its syntax tree. ``plain``: what a class derived from Config itself is."""
+    """Yield the entries that a file defines. ``plain``: the kind of classes that derive from Config directly."""
     try:
         tree = ast.parse(read_text(path))
     except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: not Python: {error.msg}") from None
+        raise UserError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from None
     local = dict(kinds) | ({"Config": plain} if plain else {})
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):

@@ -1,7 +1,9 @@
-"""What the policy-gradient methods share: groups, advantages, the clipped surrogate, and the loss of one noisy move.
+"""The common part of policy-gradient methods: groups, advantages, the clipped surrogate, the loss of one noisy move.
 
-Sample a group of images of one prompt with some moves of the sampler noisy, compare their rewards, and make the moves
-that led to the better ones more likely. A subclass says which moves are noisy and which of them are trained.
+Sample a group of images of one prompt with noise in some moves of the sampler, compare their rewards, and make the
+moves that led to better images more likely. A subclass says which moves are noisy and which of them are trained.
+
+Letters: B samples of a micro-batch, N sampler steps, M rewards, b samples of one update. A move is one sampler step.
 """
 
 from __future__ import annotations
@@ -23,30 +25,39 @@ if TYPE_CHECKING:
 
 
 class Schedule(NamedTuple):
-    """How one batch is sampled."""
+    """The grid and the noise with which one batch is sampled.
 
-    t: Tensor  # (N + 1,) sigmas, 1 -> 0
-    noisy: range  # the moves that draw noise
-    eta: Tensor  # (N,) noise of each move per square root of time; 0 for a step of the plain sampler
+    - ``t``: (N + 1,) sigmas from 1 to 0.
+    - ``noisy``: the moves that draw noise.
+    - ``eta``: (N,) noise of each move per square root of time; 0 for a step of the plain sampler.
+    """
+
+    t: Tensor
+    noisy: range
+    eta: Tensor
 
 
 class GroupRelative(AlignMethod):
-    """GRPO on a flow: a policy gradient whose baseline is the mean reward of the images of the same prompt."""
+    """GRPO on a flow: a policy gradient whose baseline is the mean reward of the images of the same prompt.
+
+    Subclasses override ``noisy`` and ``moves``, and rarely ``unit``, ``rollout`` or ``gain``.
+    """
 
     stochastic: ClassVar[bool] = True
     group: int = 12  # images per prompt
-    same_noise: bool = True  # do the images of a group start from the same noise?
+    same_noise: bool = True  # True: the images of a group start from the same noise
     sde: Literal["dance", "flow"] = "dance"  # noise per square root of time: eta, or eta sqrt(t / (1 - t))
     eta: float = 0.3
     shift: float | None = 3.0  # of the training grid, t = shift u / (1 + (shift - 1) u); None: the model's own grid
     updates_per_rollout: int = 1  # each from its share of every group
-    std: Literal["group", "batch"] = "group"  # whose deviation is the unit of the advantages
-    aggregate: Literal["advantage", "reward"] = "advantage"  # of several rewards: normalise and sum, or sum first
+    std: Literal["group", "batch"] = "group"  # the rewards whose standard deviation is the unit of advantages
+    aggregate: Literal["advantage", "reward"] = "advantage"  # several rewards: normalise, then sum; or sum first
     advantage_clip: float = 5.0
-    clip: float = 1e-4  # of the ratio
+    clip: float = 1e-4  # range of the likelihood ratio: 1 - clip to 1 + clip
     beta: float = 0.0  # weight of the KL divergence from the base model; 0: the base model is never called
 
     def check(self, batch: int, differentiable: bool) -> None:
+        """Raise UserError unless micro-batches are whole groups, groups split evenly, and there is noise to learn."""
         super().check(batch, differentiable)
         require(self.steps >= 2, "method.steps", "the last move is never trained", "choose 2 or more")
         require(self.group >= 2, "method.group", "a group of 1 has nothing to compare", "choose 2 or more")
@@ -61,24 +72,28 @@ class GroupRelative(AlignMethod):
         for field in ("clip", "advantage_clip"):
             value = getattr(self, field)
             require(value > 0, f"method.{field}", f"{value} leaves no gradient", "choose a positive number")
-        require(self.beta >= 0, "method.beta", f"{self.beta} would drive the model away", "choose 0 or more")
+        what = f"{self.beta} would reward moving away from the base model"
+        require(self.beta >= 0, "method.beta", what, "choose 0 or more")
 
     # ---- what a subclass chooses
 
     def noisy(self, batch: Batch) -> range:
-        """The noisy moves. The last one ends at sigma 0, where its likelihood is far too sharp to learn from."""
+        """Return the moves that draw noise; by default all but the last.
+
+        The last one ends at sigma 0, where its likelihood is far too sharp to learn from.
+        """
         return range(self.steps - 1)
 
     def moves(self, part: Batch, noisy: range) -> Tensor:
-        """(k, B) moves to train, a loss for each row. Here: all noisy ones, in order."""
+        """Return (k, B) moves to train: one loss per row, one move per sample in it. By default all noisy moves."""
         return torch.tensor(noisy)[:, None].expand(-1, len(part))
 
     def unit(self, rewards: Tensor) -> Tensor:
-        """Deviation along the last dimension, in which rewards are measured."""
+        """Return the unit of advantages: the standard deviation of ``rewards`` along the last dimension, kept as 1."""
         return rewards.std(-1, keepdim=True) + 1e-8
 
     def rollout(self, flow: Flow, part: Batch, schedule: Schedule) -> Trajectory:
-        """States and likelihoods up to the last noisy move at least, and the image."""
+        """Sample ``part``. Return states and likelihoods up to the last noisy move at least, and the final latents."""
         return integrate_sde(flow, part, schedule.t, schedule.eta)
 
     # ---- one batch
@@ -86,41 +101,46 @@ class GroupRelative(AlignMethod):
     def updates(
         self, flow: Flow, reward: Reward, batch: Batch
     ) -> Generator[Iterable[Loss] | GatherBatch, Tensor, None]:
+        """Sample and score the groups once, then yield the losses of ``updates_per_rollout`` updates."""
         schedule = self.schedule(flow, batch)
         parts = self.parts(batch)
         paths = [self.rollout(flow, part, schedule) for part in parts]
         with torch.no_grad():
             scores = [reward(flow.decode(path.x_0), part.prompts) for part, path in zip(parts, paths)]
         rewards, weights = self.rewards(reward, scores)
-        everyone = (yield from pooled(rewards)) if self.std == "batch" else None
+        everyone = (yield from gather_rewards(rewards)) if self.std == "batch" else None
         advantages = self.advantages(rewards, weights, everyone).unflatten(1, (len(parts), -1))
         for u, (part, path) in enumerate(zip(parts, paths)):
             yield self.losses(flow, part, path, schedule, advantages[:, u].flatten())
 
     def schedule(self, flow: Flow, batch: Batch) -> Schedule:
+        """Return grid, noisy moves and noise levels for ``batch``; moves that are not noisy have level 0."""
         t, noisy = self.grid(flow), self.noisy(batch)
         eta = torch.zeros(self.steps, dtype=torch.float64)
         eta[noisy.start : noisy.stop] = self.levels(t)[noisy.start : noisy.stop]
         return Schedule(t, noisy, eta)
 
     def grid(self, flow: Flow) -> Tensor:
-        """(N + 1,) sigmas, 1 -> 0."""
+        """Return the (N + 1,) sigmas of the training grid, from 1 to 0, shifted by ``shift``."""
         if self.shift is None:
             return flow.sigmas(self.steps)
         u = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def levels(self, t: Tensor) -> Tensor:
-        """(N,) noise of each move, were it noisy. Flow-SDE would be infinite at t = 1: its 1 - t is then the next's."""
+        """Return (N,) noise levels eta of the moves on the grid ``t``, as if all were noisy.
+
+        Flow-SDE (arXiv 2505.05470) would be infinite at t = 1; there, 1 - t is taken from the next move.
+        """
         at = t[:-1].double()
         if self.sde == "dance":
             return torch.full_like(at, self.eta)
         return self.eta * (at / (1 - torch.where(at < 1, at, at[1]))).sqrt()
 
     def parts(self, batch: Batch) -> list[Batch]:
-        """The samples of each update: the same share of every group.
+        """Return the samples of each update: the same share of every group.
 
-        They go through the network together, in the rollout as in the update, so that the ratio starts at exactly 1.
+        They pass through the network together, in the rollout as in the update, so that the ratio starts at exactly 1.
         """
         grouped = batch.grouped(self.group)
         if not self.same_noise:
@@ -131,7 +151,10 @@ class GroupRelative(AlignMethod):
     # ---- advantages
 
     def rewards(self, reward: Reward, scores: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(M, b) scores of each part -> (M, groups, group) rewards to normalise, (M,) weights of the results."""
+        """Return (M, groups, group) rewards to normalise, and (M,) weights with which their advantages are summed.
+
+        ``scores``: (M, b) scores of each update's samples. With ``aggregate`` "reward", M is 1 in both results.
+        """
         weights = torch.tensor([term.weight for term in reward.terms], dtype=torch.float64)
         if self.aggregate == "reward":
             scores, weights = [reward.value(score)[None] for score in scores], torch.ones(1, dtype=torch.float64)
@@ -139,10 +162,11 @@ class GroupRelative(AlignMethod):
         return torch.stack([score.unflatten(1, (-1, share)) for score in scores], 2).flatten(2), weights
 
     def advantages(self, rewards: Tensor, weights: Tensor, everyone: Tensor | None = None) -> Tensor:
-        """(M, groups, group) rewards -> (groups, group): differences from the group's mean, in units, summed, clipped.
+        """Return (groups, group) advantages: differences from the group's mean in units of ``unit``, summed, clipped.
 
-        In float64 around the group's first reward: equal rewards give exactly zero, where in fp32 rounding alone gives
-        up to +-0.7. ``everyone``: (M, 1, B) rewards of the whole batch, if their deviation is the unit.
+        ``rewards``: (M, groups, group); ``weights``: (M,), for the sum over M. ``everyone``: (M, 1, B) rewards of the
+        whole batch, if their deviation is the unit. Computed in float64 relative to the group's first reward, so that
+        equal rewards give exactly zero; rounding in fp32 alone would give up to +-0.7.
         """
         r = rewards.double() - rewards.double()[..., :1]
         a = (r - r.mean(-1, keepdim=True)) / self.unit(r if everyone is None else everyone)
@@ -154,7 +178,11 @@ class GroupRelative(AlignMethod):
     def losses(
         self, flow: Flow, part: Batch, path: Trajectory, schedule: Schedule, advantage: Tensor
     ) -> Iterator[Loss]:
-        """One loss per row of ``moves``; their sum is a mean over samples and trained moves."""
+        """Yield one loss per row of ``moves``; their sum is a mean over samples and trained moves.
+
+        ``path``: the rollout of ``part``; ``advantage``: (b,) advantages of its samples. Metrics: "ratio_off", the mean
+        of |ratio - 1|; "clipped", the fraction of ratios outside the clip range; "kl", if ``beta`` is positive.
+        """
         rows, advantage = torch.arange(len(part)), advantage.to(path.log_prob)
         moves = self.moves(part, schedule.noisy)
         for i in moves:
@@ -162,7 +190,7 @@ class GroupRelative(AlignMethod):
             x, x_next = path.states[rows, i], path.states[rows, i + 1]
             mean, std = sde_step(x, flow.velocity(x, at, part.cond), at, to, eta)
             ratio = (log_normal(x_next, mean, std) - path.log_prob[rows, i]).exp()
-            each = -self.gain(advantage, ratio)
+            loss = -self.gain(advantage, ratio)
             off = (ratio.detach() - 1).abs()
             metrics: dict[str, float | Tensor] = {
                 "ratio_off": off.mean(),
@@ -171,18 +199,18 @@ class GroupRelative(AlignMethod):
             if self.beta > 0:
                 with torch.no_grad():
                     base, _ = sde_step(x, flow.velocity(x, at, part.cond, reference=True), at, to, eta)
-                kl = divergence(mean, base, eta)
-                each = each + self.beta * kl
+                kl = kl_divergence(mean, base, eta)
+                loss = loss + self.beta * kl
                 metrics["kl"] = kl.detach().mean()
-            yield Loss(each.mean() / len(moves), metrics)
+            yield Loss(loss.mean() / len(moves), metrics)
 
     def gain(self, advantage: Tensor, ratio: Tensor) -> Tensor:
-        """(B,) clipped surrogate to maximise: once a ratio has moved far enough the good way, it has no gradient."""
+        """Return the (b,) clipped surrogate to maximise (PPO): no gradient once a ratio moved far the good way."""
         return torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - self.clip, 1 + self.clip))
 
 
-def pooled(rewards: Tensor) -> Generator[GatherBatch, Tensor, Tensor]:
-    """(M, groups, group) rewards of this micro-batch -> (M, 1, B) of the whole batch, in float64."""
+def gather_rewards(rewards: Tensor) -> Generator[GatherBatch, Tensor, Tensor]:
+    """Gather (M, groups, group) rewards of this micro-batch; return (M, 1, B) of the whole batch, in float64."""
     rows = []
     for row in rewards.double():
         everyone = yield GatherBatch(row.flatten())
@@ -190,9 +218,10 @@ def pooled(rewards: Tensor) -> Generator[GatherBatch, Tensor, Tensor]:
     return torch.stack(rows)[:, None]
 
 
-def divergence(mean: Tensor, base: Tensor, eta: Tensor) -> Tensor:
-    """(B,) KL divergence of a move from the base model's, as Flow-GRPO has it: a mean over the latent's dimensions.
+def kl_divergence(mean: Tensor, base: Tensor, eta: Tensor) -> Tensor:
+    """Return the (B,) KL divergences of moves from the base model's, as in Flow-GRPO (arXiv 2505.05470).
 
-    Its deviation is eta without the square root of the step h, so this is h times the true divergence.
+    ``mean``, ``base``: (B, ...) means of the two moves. A mean over the latent's dimensions, with deviation eta in
+    place of eta sqrt(h), where h is the length of the step; so this is h times the true divergence, per dimension.
     """
     return (mean - base).square().flatten(1).mean(1) / (2 * eta.square())

@@ -1,6 +1,7 @@
-"""Weight files: where a name leads (packaged world, folder, file, hub cache), and whether they can be read.
+"""Weight files: finding them by name (packaged, folder, file, hub cache), checking and loading them.
 
-Everything is checked by headers, without torch, so that a broken file is found before any model is loaded.
+Checks read headers only, without torch, so that a broken file is found before any model is loaded. ``where`` arguments
+name the setting in errors.
 """
 
 from __future__ import annotations
@@ -31,37 +32,38 @@ GATED = {  # repositories that ask for consent on their page before anything can
         (
             "black-forest-labs/FLUX.1-dev",
             "FLUX.1 [dev] non-commercial",
-            "`--exclude flux1-dev.safetensors` spares 24 GB that are not read",
+            "`--exclude flux1-dev.safetensors` saves 24 GB that are not read",
         ),
-        ("stabilityai/stable-diffusion-3-medium-diffusers", STABLE, f"{SINGLE} spares what is not read"),
-        ("stabilityai/stable-diffusion-3.5-medium", STABLE, f"{SINGLE} spares what is not read"),
-        ("stabilityai/stable-diffusion-3.5-large", STABLE, f"{SINGLE} spares what is not read"),
-        ("black-forest-labs/FLUX.2-klein-base-9B", BLACK_FOREST, f"{KLEIN} spares 18 GB that are not read"),
-        ("black-forest-labs/FLUX.2-klein-9B", BLACK_FOREST, f"{KLEIN} spares 18 GB that are not read"),
+        ("stabilityai/stable-diffusion-3-medium-diffusers", STABLE, f"{SINGLE} skips what is not read"),
+        ("stabilityai/stable-diffusion-3.5-medium", STABLE, f"{SINGLE} skips what is not read"),
+        ("stabilityai/stable-diffusion-3.5-large", STABLE, f"{SINGLE} skips what is not read"),
+        ("black-forest-labs/FLUX.2-klein-base-9B", BLACK_FOREST, f"{KLEIN} saves 18 GB that are not read"),
+        ("black-forest-labs/FLUX.2-klein-9B", BLACK_FOREST, f"{KLEIN} saves 18 GB that are not read"),
     )
 }
-BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6, and OpenMMLab's files do
+BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's format before 1.6 (OpenMMLab)
 
 
 def absent(config: Config) -> list[Requirement]:
-    """Return what ``config`` requires and this machine does not have."""
-    return [each for each in config.requirements() if each.found is None]
+    """Return the requirements of ``config`` that are not on this machine."""
+    return [required for required in config.requirements() if required.found is None]
 
 
 def locate(
     name: str, where: str, *, shapes: str | None = None, revision: str | None = None, files: Sequence[str] = ()
 ) -> Path:
-    """Return the folder or file that ``name`` means, as for ``requirement``. Raise UserError if it is not there."""
+    """Return the folder or file that ``name`` means; arguments as for ``requirement``. Raise UserError if absent."""
     return requirement(name, where, shapes=shapes, revision=revision, files=files).path
 
 
 def requirement(
     name: str, where: str, *, shapes: str | None = None, revision: str | None = None, files: Sequence[str] = ()
 ) -> Requirement:
-    """Look for what ``name`` means: the alias "shapes" (its folder ``shapes``), a path, or a hub id.
+    """Return the requirement that ``name`` stands for: a path, a hub id, or the alias "shapes".
 
-    A hub id must already be in the hub's cache: nothing downloads gigabytes unasked. ``files``: what of it is read,
-    where the repository holds much else. UserError for a name that is none of these.
+    ``shapes``: the packaged folder or file that the alias means; None: there is no alias. A hub id is looked up in the
+    hub's cache and never downloaded; ``revision``: of it; ``files``: those to fetch, if the repository holds much else.
+    Raise UserError for a name that is none of these.
     """
     path = SHAPES / shapes if name == "shapes" and shapes else Path(name).expanduser()
     if path.exists():
@@ -89,9 +91,12 @@ def _cached(repository: str, revision: str | None) -> Path | None:
 
 
 def check(files: Iterable[Path], where: str) -> list[Path]:
-    """``files``, sorted, each proven readable as what its suffix says. UserError for the first that is not."""
-    found = sorted(files)
-    for path in found:
+    """Return ``files``, sorted. Raise UserError for the first that is missing or not what its suffix says.
+
+    .json files are parsed; .safetensors, .pt, .pth and .bin files are checked for truncation; others must not be empty.
+    """
+    ordered = sorted(files)
+    for path in ordered:
         try:
             _CHECKS.get(path.suffix, _readable)(path)
         except FileNotFoundError:
@@ -99,7 +104,7 @@ def check(files: Iterable[Path], where: str) -> list[Path]:
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{where}: {path} cannot be read: {reason}") from None
-    return found
+    return ordered
 
 
 def _readable(path: Path) -> None:
@@ -114,7 +119,7 @@ def _json(path: Path) -> None:
 
 
 def _safetensors(path: Path) -> None:
-    """The header is complete, and the file is as long as the header says."""
+    """Raise ValueError unless the header is complete and the file is as long as the header says."""
     _readable(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -128,9 +133,9 @@ def _safetensors(path: Path) -> None:
 
 
 def _torch_zip(path: Path) -> None:
-    """A torch.save file is a zip archive, whose directory stands at the end: a truncated one has none.
+    """Raise ValueError for a truncated torch.save file: a zip archive has its directory at the end.
 
-    One in the format before that has a first line to know it by, and nothing at its end.
+    The format before torch 1.6 is known by its first bytes; its end shows nothing.
     """
     _readable(path)
     with path.open("rb") as file:
@@ -147,7 +152,10 @@ _CHECKS = {".json": _json, ".safetensors": _safetensors, ".pt": _torch_zip, ".pt
 
 
 def model_files(folder: Path, where: str) -> list[Path]:
-    """Configuration and weights of one transformers or diffusers folder, every shard that an index names included."""
+    """Return configuration and weights of one transformers or diffusers folder, checked.
+
+    Every shard that an index names is included. Raise UserError if there are no weights, or a file cannot be read.
+    """
     weights = {path for path in folder.glob("*.safetensors") if ".fp16" not in path.name} or set(folder.glob("*.bin"))
     for index in check(folder.glob("*.index.json"), where):
         weights |= _shards(index, where)
@@ -157,33 +165,34 @@ def model_files(folder: Path, where: str) -> list[Path]:
 
 
 def _shards(index: Path, where: str) -> set[Path]:
-    """The files that an index names. UserError if it is none."""
+    """Return the files that an index names. Raise UserError if it names none."""
     try:
         return {index.parent / shard for shard in json.loads(index.read_text())["weight_map"].values()}
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{where}: {index} names no files of weights (weight_map); fetch it again") from None
+        raise UserError(f"{where}: {index} lists no weight files (weight_map); fetch it again") from None
 
 
 CONFIGS = ("config.json", "adapter_config.json")  # of a transformer, of peft's adapters
 
 
 def published(name: str, where: str, *, revision: str | None = None, subfolder: str | None = None) -> list[Path]:
-    """One network's safetensors (a file, or the one file or the shards of a folder) with its configuration, checked.
+    """Return the safetensors files of one network with its configuration, checked.
 
-    ``name``: as for ``locate``. UserError for none, for several, and for what cannot be read.
+    ``name``: as for ``locate``; a file, or a folder with the one file or the shards of a network. ``subfolder``: below
+    it. Raise UserError for no network, for several, and for a file that cannot be read.
     """
     place = locate(name, where, shapes="model", revision=revision)
     if subfolder is not None:
         place /= subfolder
     folder = place.parent if place.is_file() else place
-    found = {place} if place.is_file() else _one_network(place, where)
-    if odd := [path.name for path in found if path.suffix != ".safetensors"]:
-        raise UserError(f"{where}: {odd[0]} is no safetensors file; convert it, nothing else is read")
-    return check(found | {folder / config for config in CONFIGS if (folder / config).is_file()}, where)
+    weights = {place} if place.is_file() else _one_network(place, where)
+    if odd := [path.name for path in weights if path.suffix != ".safetensors"]:
+        raise UserError(f"{where}: {odd[0]} is not a safetensors file; convert it, nothing else is read")
+    return check(weights | {folder / config for config in CONFIGS if (folder / config).is_file()}, where)
 
 
 def _one_network(folder: Path, where: str) -> set[Path]:
-    """The weights of a folder that holds those of one network."""
+    """Return the weight files in a folder. Raise UserError unless they are those of exactly one network."""
     indices = check(folder.glob("*.safetensors.index.json"), where)
     shards = set[Path]().union(*(_shards(index, where) for index in indices))
     alone = set(folder.glob("*.safetensors")) - shards
@@ -198,11 +207,12 @@ def _one_network(folder: Path, where: str) -> set[Path]:
 
 
 def load(path: Path, where: str, device: str = "cpu") -> dict[str, Any]:
-    """What a torch.save file holds: tensors and plain data. UserError if it holds objects, which could run code.
+    """Return the content of a torch.save file: tensors and plain data.
 
-    On the ``device`` "meta", tensors have shapes and no numbers, and are not read.
+    ``device``: where tensors go; on "meta" they have shapes but no data, and are not read.
 
-    The environment variable TRUST, set to the file's sha256, says that this very file may.
+    Raise UserError if the file holds other objects, since loading them can run code. Setting the environment variable
+    ALIGNBENCH_TRUST to the file's sha256 allows it for this one file.
     """
     import torch
 
@@ -218,7 +228,10 @@ def load(path: Path, where: str, device: str = "cpu") -> dict[str, Any]:
 
 
 def fill(model: Any, state: Mapping[str, Any], path: Path, where: str, assign: bool = False) -> None:
-    """``model.load_state_dict(state)``. UserError that names what is missing, unexpected, or of another shape."""
+    """Load ``state`` into ``model``. Raise UserError that names missing, unexpected and misshapen entries.
+
+    ``path``: the file of ``state``, for the error. ``assign``: as in ``load_state_dict``.
+    """
     try:
         model.load_state_dict(state, assign=assign)
     except RuntimeError as error:
@@ -226,18 +239,21 @@ def fill(model: Any, state: Mapping[str, Any], path: Path, where: str, assign: b
 
 
 def pretrained(cls: Any, folder: Path, where: str, dtype: Any) -> Any:
-    """A frozen transformers model, every weight from ``folder``. UserError if one is missing or left over."""
+    """Return a frozen transformers model of class ``cls`` in evaluation mode, with every weight from ``folder``.
+
+    Raise UserError if a weight is missing or left over.
+    """
     with quiet():
-        model, found = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-    wrong = {what: sorted(found[what]) for what in ("missing_keys", "unexpected_keys") if found[what]}
-    if wrong:  # transformers itself would go on with random weights
+        model, info = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    wrong = {what: sorted(info[what]) for what in ("missing_keys", "unexpected_keys") if info[what]}
+    if wrong:  # transformers would continue with random weights
         raise UserError(f"{where}: {folder} does not hold this model: {wrong}")
     return model.eval().requires_grad_(False)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Load without the libraries' progress bars, which would bury our own."""
+    """Hide the progress bars of diffusers and transformers within a ``with`` block; they would bury our own."""
     from diffusers.utils import logging as diffusers
     from transformers.utils import logging as transformers
 
@@ -252,7 +268,7 @@ def quiet() -> Iterator[None]:
 
 
 def copy_parameters(into: Mapping[str, Tensor], stored: dict[str, Tensor], where: Path) -> None:
-    """In place. UserError unless names and shapes are the same."""
+    """Copy ``stored`` into the tensors of ``into``, in place. Raise UserError unless names and shapes are equal."""
     import torch
 
     check_shapes(into, stored, where)
@@ -262,11 +278,9 @@ def copy_parameters(into: Mapping[str, Tensor], stored: dict[str, Tensor], where
 
 
 def check_shapes(into: Mapping[str, Tensor], stored: Mapping[str, Tensor], where: Path) -> None:
-    """UserError unless names and shapes are the same."""
-    shapes = {name: tuple(p.shape) for name, p in into.items()}
-    found = {name: tuple(t.shape) for name, t in stored.items()}
-    if odd := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
-        detail = (
-            f"{odd[0]} is {found.get(odd[0], 'absent')} in the file and {shapes.get(odd[0], 'absent')} in the model"
-        )
+    """Raise UserError unless names and shapes are equal. ``where``: the file, for the error."""
+    model = {name: tuple(p.shape) for name, p in into.items()}
+    file = {name: tuple(t.shape) for name, t in stored.items()}
+    if odd := sorted(name for name in model.keys() | file.keys() if model.get(name) != file.get(name)):
+        detail = f"{odd[0]} is {file.get(odd[0], 'absent')} in the file and {model.get(odd[0], 'absent')} in the model"
         raise UserError(f"{where}: {len(odd)} parameters do not fit the model ({detail}); is it the same backend?")

@@ -24,8 +24,8 @@ from alignbench.evaluator import (
     as_rgb,
     check_range,
     device,
-    each,
     in_batches,
+    map_images,
     to_tensor,
     warn_of_cut,
 )
@@ -85,7 +85,7 @@ class HPSv2(Evaluator):
         import torch
 
         def batch(images: Sequence[Image], prompts: Sequence[Prompt]) -> Tensor:
-            pixels = [self.preprocess(to_tensor(image, device())[None]) for image in each(as_rgb, images)]
+            pixels = [self.preprocess(to_tensor(image, device())[None]) for image in map_images(as_rgb, images)]
             return self._cosine(torch.cat(pixels), prompts)
 
         warn_of_cut(

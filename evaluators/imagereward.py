@@ -25,8 +25,8 @@ from alignbench.evaluator import (
     as_rgb,
     check_range,
     device,
-    each,
     in_batches,
+    map_images,
     to_tensor,
     warn_of_cut,
 )
@@ -128,7 +128,7 @@ class ImageReward(Evaluator):
         import torch
         from torchvision.transforms.functional import normalize
 
-        squares = each(lambda image: _square(as_rgb(image)), images)
+        squares = map_images(lambda image: _square(as_rgb(image)), images)
         return normalize(torch.stack([to_tensor(square) for square in squares]), MEAN, STD)
 
     def preprocess(self, pixels: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Official engines: evaluators' own packages, each in an environment of its own, to prove or replace our ports.
+"""Official engines: the evaluators' original packages, each in its own environment, to verify or replace our ports.
 
-``<engine>.py`` beside this file is a script of that environment, never imported: ``python -I hpsv2.py request.json``,
-where the request is ``{"checkpoint": path, "images": [png paths], "prompts": [text], "output": path, ...}``. It writes
+``<engine>.py`` beside this file is a script for that environment, never imported: ``python -I hpsv2.py request.json``.
+The request is ``{"checkpoint": path, "images": [png paths], "prompts": [text], "output": path, ...}``. It writes
 ``{"scores": [...], "versions": {package: version}}`` to ``output``. ``requirements-<engine>.txt`` pins its packages.
 
-An environment is a virtual environment that holds the pinned packages alone (``pip install --no-deps``) and sees those
-of the running one behind them, so that torch is shared and an old transformers shadows the new one.
+An environment is a virtual environment that holds only the pinned packages (``pip install --no-deps``). Behind them it
+sees the packages of the running environment, so that torch is shared and an old transformers shadows the new one.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ SUFFIX = "-official"  # of an environment's name: hpsv2-official runs hpsv2.py
 
 
 def environments() -> dict[str, Path | None]:
-    """Every environment that can be installed, by name, and where it lies; None: not installed."""
+    """Return the folder of every environment that can be installed, by name; None: not installed."""
     engines = sorted(path.stem.removeprefix("requirements-") for path in HERE.glob("requirements-*.txt"))
     return {engine + SUFFIX: _folder(engine) if _python(engine).exists() else None for engine in engines}
 
 
 def install(name: str, progress: Callable[[str], Any] = print) -> Path:
-    """Make the environment ``name``, whole or not at all, unless it is there. Returns its folder."""
+    """Install the environment ``name`` unless it is there, completely or not at all. Return its folder.
+
+    ``progress``: called with lines of text. Raise UserError for an unknown name, or if pip fails.
+    """
     known = environments()
     if name not in known:
         raise UserError(f"--install: there is no environment '{name}'{did_you_mean(name, known, 'environments')}")
@@ -50,7 +53,7 @@ def install(name: str, progress: Callable[[str], Any] = print) -> Path:
         return folder
     engine = name.removesuffix(SUFFIX)
     folder = _folder(engine)
-    shutil.rmtree(folder, ignore_errors=True)  # one whose interpreter is gone
+    shutil.rmtree(folder, ignore_errors=True)  # left over, without an interpreter
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as temporary:
         made = Path(temporary) / "made"
@@ -67,9 +70,10 @@ def install(name: str, progress: Callable[[str], Any] = print) -> Path:
 def score(
     engine: str, column: str, checkpoint: Path, images: Sequence[Image], prompts: Sequence[Prompt], **more: Any
 ) -> pd.DataFrame:
-    """One row per image: the official package's score of it and its prompt. ``more``: further entries of the request.
+    """Return a data frame with one row per image and one column, ``column``: the official package's scores.
 
-    Loading the official model is part of every call.
+    ``checkpoint``: the weights; ``more``: further entries of the request. Every call starts the engine and loads the
+    official model. Raise UserError if the environment is not installed or the engine fails.
     """
     import pandas as pd
 
@@ -87,13 +91,16 @@ def score(
 
 
 def refuse_reward(name: str, engine: str) -> None:
-    """UserError if the evaluator ``name``, asked for a training reward, is set to its official engine."""
+    """Raise UserError if the evaluator ``name`` is set to its official engine, which has no training reward."""
     if engine == "official":
         raise UserError(f"{name}.engine: 'official' gives no training reward; choose alignbench")
 
 
 def run(engine: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What the engine's script answers to ``request``; both files are written to ``folder``."""
+    """Run the engine's script on ``request`` and return its answer; both files are written to ``folder``.
+
+    Raise UserError if the environment is not installed or the script fails.
+    """
     python = _python(engine)
     if not python.exists():
         name = engine + SUFFIX
@@ -115,7 +122,7 @@ def _make(folder: Path, requirements: Path, progress: Callable[[str], Any]) -> N
 
 
 def _call(command: Sequence[Any], where: str) -> None:
-    """Run it to its end, offline as far as the hub goes. UserError with its last words if it fails."""
+    """Run a command without access to the hub. Raise UserError with the last line of its output if it fails."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
@@ -124,7 +131,7 @@ def _call(command: Sequence[Any], where: str) -> None:
 
 
 def _shared() -> list[str]:
-    """The running environment's package folders, in its own order."""
+    """Return the package folders of the running environment, in its order."""
     return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
 
 
@@ -133,7 +140,7 @@ def _requirements(engine: str) -> Path:
 
 
 def _folder(engine: str) -> Path:
-    """Where the environment lies. Its name hashes what it is made of: another torch or pin is another environment."""
+    """Return the folder of an environment, whose name hashes Python's version, the shared folders and the pins."""
     content = "\n".join([sys.version, *_shared(), _requirements(engine).read_text(encoding="utf-8")])
     key = hashlib.sha256(content.encode()).hexdigest()[:8]
     return cache() / "environments" / f"{engine}{SUFFIX}-{key}"

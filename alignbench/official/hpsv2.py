@@ -1,8 +1,8 @@
-"""hpsv2's own ``score``, in the environment hpsv2-official: ``python -I hpsv2.py request.json``.
+"""The ``score`` function of hpsv2, in the environment hpsv2-official: ``python -I hpsv2.py request.json``.
 
-The package's code runs unmodified but for two detours: it downloads LAION's 3.9 GB ViT-H-14 only to overwrite it with
-the checkpoint, and reads the checkpoint anew for every prompt. Neither changes a score. On a GPU its autocast is fp16.
-An ``open_clip_config.json`` beside the checkpoint names another architecture than ViT-H-14.
+The package's code runs unmodified, except that two steps are skipped which change no score: it downloads LAION's 3.9 GB
+ViT-H-14 only to overwrite it with the checkpoint, and it reads the checkpoint again for every prompt. On a GPU it uses
+fp16 autocast. An ``open_clip_config.json`` beside the checkpoint replaces the architecture ViT-H-14.
 """
 
 import functools
@@ -17,7 +17,7 @@ from hpsv2.src.open_clip import factory
 
 
 def prepare(checkpoint: Path) -> None:
-    """Before the first score: the architecture, and the two detours."""
+    """Set the architecture, and skip the download and the repeated reading of the checkpoint."""
     beside = checkpoint.with_name("open_clip_config.json")
     if beside.exists():
         config = json.loads(beside.read_text())
@@ -28,6 +28,7 @@ def prepare(checkpoint: Path) -> None:
 
 
 def main(request: dict) -> None:
+    """Score the request's images and write the answer."""
     prepare(Path(request["checkpoint"]))
     pairs = zip(request["prompts"], request["images"])
     scores = [img_score.score(image, prompt, cp=request["checkpoint"])[0] for prompt, image in pairs]

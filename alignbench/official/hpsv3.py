@@ -1,10 +1,10 @@
-"""HPSv3's own inferencer, in the environment hpsv3-official: ``python -I hpsv3.py request.json``.
+"""The inferencer of HPSv3, in the environment hpsv3-official: ``python -I hpsv3.py request.json``.
 
-The request also names ``base`` (a folder with Qwen2-VL's configuration, tokenizer and preprocessing), ``dtype``
-("bfloat16", as the package is set up, or "float32": the same model widened after loading), ``batch`` (images per
-pass) and ``differentiable`` (the package's tensor path). The package's scoring code runs unmodified. Around it: what
-only its training loop imports is absent; the base model's weights, which the checkpoint replaces one and all, are not
-read; the head's input is made float32 on CPUs too, where the package asks only CUDA for it.
+The request also has ``base`` (a folder with Qwen2-VL's configuration, tokenizer and preprocessing), ``dtype``
+("bfloat16", the package's default, or "float32": the same model, upcast after loading), ``batch`` (images per forward
+pass) and ``differentiable`` (use the package's tensor path). The package's scoring code runs unmodified, but packages
+that only its training loop imports are replaced by empty modules; the base model's weights are not read, since the
+checkpoint replaces all of them; and the head's input is float32 on CPUs, too, as the package makes it on CUDA.
 """
 
 import json
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.trainer  # it asks which packages there are, hence before they are made up below
+import transformers.trainer  # it looks for packages, so import it before the empty modules below
 import yaml
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 
 def absent(name: str, **names: Any) -> None:
-    """An empty module ``name``, but for ``names``."""
+    """Put an empty module ``name`` in place, with only ``names`` in it."""
     sys.modules[name] = types.ModuleType(name)
     vars(sys.modules[name]).update(names)
 
@@ -38,7 +38,7 @@ from hpsv3.train import Qwen2VLRewardModelBT  # noqa: E402
 
 
 def from_config(path: str, torch_dtype: torch.dtype, attn_implementation: str, **settings: Any) -> Any:
-    """The package's model, with random weights."""
+    """Return the package's model with random weights."""
     for unused in ("cache_dir", "revision", "device_map", "quantization_config", "use_cache"):
         settings.pop(unused)
     config = transformers.AutoConfig.from_pretrained(path)
@@ -48,7 +48,7 @@ def from_config(path: str, torch_dtype: torch.dtype, attn_implementation: str, *
 
 
 def load(request: dict, device: str) -> Any:
-    """The package's inferencer, with its own configuration but for the base model's place and the device."""
+    """Return the package's inferencer, with its own configuration except for the base model's folder and the device."""
     Qwen2VLRewardModelBT.from_pretrained = from_config
     changes = {"model_name_or_path": request["base"]}
     if device == "cpu":
@@ -65,11 +65,12 @@ def load(request: dict, device: str) -> Any:
 
 
 def read(path: str, differentiable: bool) -> Any:
-    """What the inferencer takes: the path, or for its tensor path (3, H, W) in 0..255."""
+    """Return an image as the inferencer takes it: its path, or (3, H, W) in 0 to 255 for the tensor path."""
     return pil_to_tensor(Image.open(path).convert("RGB")).float() if differentiable else path
 
 
 def main(request: dict) -> None:
+    """Score the request's images and write the answer."""
     inferencer = load(request, "cuda" if torch.cuda.is_available() else "cpu")
     images = [read(path, request["differentiable"]) for path in request["images"]]
     prompts, size = request["prompts"], request["batch"]

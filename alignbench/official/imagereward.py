@@ -1,9 +1,9 @@
-"""ImageReward's own ``score``, in the environment imagereward-official: ``python -I imagereward.py request.json``.
+"""ImageReward's ``score``, in the environment imagereward-official: ``python -I imagereward.py request.json``.
 
-The request also names ``med_config`` (the file) and ``tokenizer`` (a folder with BERT's vocab.txt). The package's
-scoring code runs unmodified. Around it: its training loop is not imported (it pulls diffusers and datasets), and its
-fixed name 'bert-base-uncased' is made to mean that folder. A checkpoint that is no ViT-L/16 gets a vision transformer
-of its own shape, with 64 channels per head as ViT-L has.
+The request also has ``med_config`` (a file) and ``tokenizer`` (a folder with BERT's vocab.txt). The package's scoring
+code runs unmodified, but its training loop, which needs diffusers and datasets, is not imported, and the name
+'bert-base-uncased', which it has hard-coded, leads to that folder. A checkpoint other than ViT-L/16 gets a vision
+transformer of its own shape, with 64 channels per head as in ViT-L.
 """
 
 import json
@@ -24,7 +24,7 @@ from ImageReward.models.BLIP.vit import VisionTransformer  # noqa: E402
 
 
 def fit(checkpoint: str) -> None:
-    """Make the package build what the checkpoint holds, where that is not its ViT-L/16."""
+    """Make the package build the checkpoint's vision transformer, if that is not its ViT-L/16."""
     state = torch.load(checkpoint, map_location="cpu", mmap=True)
     width = state["blip.visual_encoder.cls_token"].shape[-1]
     depth = len({name.split(".")[3] for name in state if name.startswith("blip.visual_encoder.blocks.")})
@@ -34,19 +34,20 @@ def fit(checkpoint: str) -> None:
 
 
 def load(request: dict) -> Any:
-    """The package's own loader, in a folder where its tokenizer's fixed name leads to the request's tokenizer."""
+    """Return the model, loaded in a folder where 'bert-base-uncased' leads to the request's tokenizer."""
     request = {key: os.path.abspath(request[key]) for key in ("checkpoint", "med_config", "tokenizer")}
     fit(request["checkpoint"])
-    here = Path.cwd()
+    before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(request["tokenizer"], Path(folder) / "bert-base-uncased")
         os.chdir(folder)
         model = ImageReward.load(request["checkpoint"], med_config=request["med_config"])
-        os.chdir(here)
+        os.chdir(before)
     return model
 
 
 def main(request: dict) -> None:
+    """Score the request's images and write the answer."""
     model = load(request)
     with torch.no_grad():
         scores = [model.score(prompt, image) for prompt, image in zip(request["prompts"], request["images"])]

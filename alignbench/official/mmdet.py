@@ -1,11 +1,12 @@
-"""mmdet's own Mask2Former on the CPU, in the environment mmdet-official: ``python -I mmdet.py request.json``.
+"""The Mask2Former of mmdet on the CPU, in the environment mmdet-official: ``python -I mmdet.py request.json``.
 
-mmdet 3.3.0 is the newest that installs beside today's torch; GenEval names 2.27.0. Its networks and its reading of the
-answer are the same; image preparation is set to that of 2.27.0: resized in 8 bits, padded with grey before
-normalisation (3.3.0 resizes in floats and pads with zeros after it). mmcv's compiled operators are not needed: on the
-CPU it computes deformable attention in PyTorch. The size of the networks is the checkpoint's.
+mmdet 3.3.0 is the newest version that installs beside today's torch; GenEval requires 2.27.0. Networks and
+post-processing are the same in both. Image preparation is set to that of 2.27.0: resized in 8 bits and padded with grey
+before normalisation (3.3.0 resizes in floats and pads with zeros after it). mmcv's compiled operators are not needed,
+since it computes deformable attention in PyTorch on the CPU. The sizes of the networks are read from the checkpoint.
 
-``scores`` holds the scores of each image; ``arrays`` names a file per image with what mmdet saw and found.
+In the answer, ``scores`` holds the detections' scores of each image, and ``arrays`` a file per image with the network's
+inputs and outputs and the detections.
 """
 
 import json
@@ -21,9 +22,10 @@ import torch
 
 
 class Absent(types.ModuleType):
-    """mmcv's compiled operators: imported by name, never called."""
+    """A module in place of mmcv's compiled operators, which are imported by name and never called."""
 
     def __getattr__(self, name: str) -> Any:
+        """Return None for every operator."""
         if name.startswith("__"):
             raise AttributeError(name)
         return None
@@ -44,14 +46,15 @@ CONFIG = ".mim/configs/mask2former/mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coc
 
 @TRANSFORMS.register_module()
 class PadGrey(BaseTransform):
-    """2.27.0's Pad(size_divisor=32, pad_val=(128, 128, 128)): 3.x's own takes the padding for a part of the image."""
+    """The Pad(size_divisor=32, pad_val=(128, 128, 128)) of 2.27.0; that of 3.x counts padding as part of the image."""
 
     def transform(self, results: dict) -> dict:
+        """Pad the image, and leave its recorded size as it is."""
         return {**results, "img": mmcv.impad_to_multiple(results["img"], 32, pad_val=(128, 128, 128))}
 
 
 def configuration(state: dict) -> Config:
-    """The packaged configuration of Mask2Former with Swin-S, with the checkpoint's sizes."""
+    """Return the packaged configuration of Mask2Former with Swin-S, with the checkpoint's sizes."""
     config = Config.fromfile(Path(mmdet.__file__).parent / CONFIG)
 
     def count(pattern: str, at: int) -> int:
@@ -79,7 +82,7 @@ def configuration(state: dict) -> Config:
 
 
 def detector(checkpoint: str) -> Any:
-    """mmdet's model with every tensor of the checkpoint in it."""
+    """Return mmdet's model with every tensor of the checkpoint loaded."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     model = init_detector(configuration(state), checkpoint, palette="coco", device="cpu")
     model.load_state_dict(state)  # strictly: init_detector only warns
@@ -87,6 +90,7 @@ def detector(checkpoint: str) -> Any:
 
 
 def main(request: dict) -> None:
+    """Detect objects in the request's images and write the answer."""
     model = detector(request["checkpoint"])
     seen: dict[str, torch.Tensor] = {}
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.update(pixels=inputs[0]))
@@ -95,11 +99,11 @@ def main(request: dict) -> None:
     )
     scores, arrays = [], []
     for number, image in enumerate(request["images"]):
-        found = inference_detector(model, image).pred_instances
-        parts = {"labels": found.labels, "scores": found.scores, "boxes": found.bboxes, "masks": found.masks}
+        objects = inference_detector(model, image).pred_instances
+        parts = {"labels": objects.labels, "scores": objects.scores, "boxes": objects.bboxes, "masks": objects.masks}
         arrays.append(str(Path(request["output"]).with_name(f"{number}.npz")))
         np.savez(arrays[-1], **{name: part.numpy() for name, part in {**seen, **parts}.items()})
-        scores.append(found.scores.tolist())
+        scores.append(objects.scores.tolist())
     versions = {name: version(name) for name in ("mmdet", "mmcv-lite", "mmengine", "torch", "opencv-python-headless")}
     Path(request["output"]).write_text(json.dumps({"scores": scores, "arrays": arrays, "versions": versions}))
 

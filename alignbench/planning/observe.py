@@ -116,7 +116,7 @@ def watch(method: AlignMethod, training: Training, terms: int, steps: range, neg
     for step in steps:
         flow, meter = Probe(GaussianFlow(), negative), Meter()
         toys = [Term(Quadratic()) for _ in range(terms)]
-        reward = metered_reward(Reward(*toys), meter, at_once=training.reward_slice)
+        reward = metered_reward(Reward(*toys), meter, slice_size=training.reward_slice)
         batch = draw_batch(flow, PROMPTS, training, step, range(size), torch.device("cpu"))
         updates = backwards = 0
         for losses in each_update(method, metered(flow, meter), reward, batch):

@@ -1,4 +1,9 @@
-"""Prompts: lists of them, public sets by name, and GenEval's generator."""
+"""Prompts: lists in files, packaged and public sets by name, and GenEval's generator.
+
+A list is named by a path (``.txt``: one prompt per line; ``.jsonl``: one object per line), as a packaged list
+("shapes/train", "shapes/val", "shapes/test"), as a generated one ("geneval/train", "geneval/test", "imagenet/classes"),
+or as a public set ("hpdv2/test", "drawbench", ...). ``alignbench ls prompts`` shows all names.
+"""
 
 from alignbench.prompts.lists import (
     BYTES,

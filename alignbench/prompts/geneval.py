@@ -1,9 +1,10 @@
 """GenEval's prompts (Ghosh et al. 2023, arXiv 2310.11513): its 553 test prompts, and 50,000 to train on.
 
-A line is the official form: task, what the picture must include, what it must not, and the prompt. No file is shipped:
-the test list is drawn as the official generator draws it and must have the official file's sha256; the training list,
-in the proportions of Flow-GRPO (arXiv 2505.05470), is drawn from ``random.random`` alone, the same in every Python.
-Departure: Flow-GRPO's own training file was shuffled without a seed, so this is another draw of the same kind.
+A line has the official form: the task, the objects that the image must include, those that it must exclude, and the
+prompt. No file is shipped. The test list is drawn as the official generator draws it, and its sha256 must be that of
+the official file. The training list, in the proportions of Flow-GRPO (arXiv 2505.05470), is drawn with
+``random.random`` only, hence the same in every version of Python. Departure: Flow-GRPO's own training file was shuffled
+without a seed, so this is another draw of the same kind.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from alignbench.config import UserError
 
-CLASSES = tuple(  # COCO's, in its order, as GenEval names them
+CLASSES = tuple(  # of COCO, in its order, under GenEval's names
     """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,
 bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,
 snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,
@@ -29,7 +30,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 PROPORTIONS = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 N, C = len(CLASSES), len(COLORS)
-POOL = {  # how many different prompts of a task there are
+POOL = {  # number of different prompts of each task
     "position": N * (N - 1) * len(RELATIONS),
     "counting": N * len(NUMBERS),
     "color_attr": (N - 1) * (N - 2) * C * (C - 1),
@@ -46,7 +47,10 @@ Two = Callable[[int], tuple[int, int]]  # n -> two different ones of range(n)
 
 
 def test() -> list[Line]:
-    """The official test list. UserError if this numpy draws other numbers than the official generator's."""
+    """Return the 553 lines of the official test list.
+
+    Raise UserError if the installed numpy draws other numbers than the official generator did.
+    """
     import numpy as np
 
     rng: Any = np.random.default_rng(OFFICIAL_SEED)
@@ -63,9 +67,9 @@ def test() -> list[Line]:
 
 
 def train(count: int = TRAIN, seed: int = SEED) -> list[Line]:
-    """``count`` lines in Flow-GRPO's proportions, shuffled; none is a test prompt.
+    """Return ``count`` lines in Flow-GRPO's proportions, shuffled, without the test prompts.
 
-    A task's prompts are all different where there are enough of them, else each is drawn by itself.
+    The prompts of a task are all different if it has enough of them; otherwise they are drawn with replacement.
     """
     rng, lines = random.Random(seed), list[Line]()
     for task, share in shares(count).items():
@@ -75,7 +79,7 @@ def train(count: int = TRAIN, seed: int = SEED) -> list[Line]:
 
 
 def shares(count: int) -> dict[str, int]:
-    """``count`` divided in PROPORTIONS by largest remainders."""
+    """Return the number of lines of each task: ``count`` divided in PROPORTIONS by largest remainders."""
     exact = {task: count * weight / sum(PROPORTIONS.values()) for task, weight in PROPORTIONS.items()}
     whole = {task: int(share) for task, share in exact.items()}
     for task in sorted(exact, key=lambda task: whole[task] - exact[task])[: count - sum(whole.values())]:
@@ -117,7 +121,7 @@ def _counting(one: One, two: Two) -> Line:
 
 
 def _colors(one: One, two: Two) -> Line:
-    a, color = 1 + one(N - 1), COLORS[one(C)]  # from 1: there are no coloured persons
+    a, color = 1 + one(N - 1), COLORS[one(C)]  # from 1: persons have no colour
     return _line("colors", [_thing(a, color=color)], f"{_a(color)} {CLASSES[a]}")
 
 

@@ -1,8 +1,8 @@
-"""Prompts: where they come from, and what makes a list of them unusable.
+"""Lists of prompts: finding, reading and checking them.
 
-GenEval's lists (alignbench/geneval.py) and that of ImageNet's classes are made when asked for. Two file forms:
-``.txt`` (a prompt per line) and ``.jsonl`` (an object per line with "prompt", and "tag" for its task; the whole object
-is kept as metadata, as GenEval's lines are).
+Two file formats: ``.txt`` (one prompt per line) and ``.jsonl`` (one object per line with "prompt", and optionally "tag"
+for its task; the whole object is kept as metadata). GenEval's lists and that of ImageNet's classes are generated on
+demand.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from alignbench.prompts.public import SETS
 
 SHAPES = Path(__file__).parents[1] / "shapes" / "assets" / "prompts"
 SPLITS = ("train", "val", "test")
-CLASSES = 1000  # of ImageNet
+CLASSES = 1000  # classes of ImageNet
 
 
 def classes() -> list[dict[str, Any]]:
-    """A prompt for every class of ImageNet: its index."""
+    """Return a prompt for every class of ImageNet: its index, as text."""
     return [{"prompt": str(index), "tag": ""} for index in range(CLASSES)]
 
 
@@ -33,7 +33,12 @@ GENERATED = {"geneval/train": geneval.train, "geneval/test": geneval.test, "imag
 
 
 class Prompt(NamedTuple):
-    """One prompt. ``tag``: its task (GenEval's six, or a style). ``metadata``: its line in a .jsonl file, all of it."""
+    """A prompt.
+
+    - ``id``: from ``prompt_id``; ``text``: the prompt itself.
+    - ``tag``: its task, such as one of GenEval's six, or its style; may be empty.
+    - ``metadata``: the whole object on its line of a .jsonl file; None for other lists.
+    """
 
     id: str
     text: str
@@ -42,14 +47,15 @@ class Prompt(NamedTuple):
 
 
 def prompt_id(text: str) -> str:
-    """The same for the same text, wherever it stands."""
+    """Return the id of a prompt: twelve hex digits of the sha256 of its text."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def locate(name: str, where: str) -> Path:
-    """The file that ``name`` means: "shapes/train", "shapes/val", "shapes/test", a public set's, or a path.
+    """Return the file that ``name`` means: that of a packaged list, of a public set, or the path itself.
 
-    Those that are made on demand, "geneval/train", "geneval/test" and "imagenet/classes", lie in no file: their name.
+    A list that is generated on demand has no file; its name is returned as a path. ``where``: the setting to name in
+    errors. Raise UserError for a name that means nothing, and Missing for a public set that is not on this machine.
     """
     if name in SETS and not Path(name).exists():
         return public.cached(SETS[name], where)
@@ -64,14 +70,17 @@ def locate(name: str, where: str) -> Path:
         return SHAPES / f"{split}.jsonl"
     if Path(name).suffix not in (".txt", ".jsonl"):
         raise UserError(
-            f"{where}: '{name}' is no prompt file; give a .txt or .jsonl file, shapes/train, /val, /test, "
+            f"{where}: '{name}' is not a prompt file; give a .txt or .jsonl file, shapes/train, /val, /test, "
             f"{', '.join([*GENERATED, *SETS])}"
         )
     return Path(name)
 
 
 def load_prompts(name: str, where: str = "prompts") -> list[Prompt]:
-    """The prompts of a file or packaged list, in order. UserError (``file:line: what``) for the first unusable line."""
+    """Return the prompts of the list ``name``, in order.
+
+    Raise UserError ("file:line: ...") for the first line that is empty, malformed or repeated, and as ``locate`` does.
+    """
     if name in SETS and not Path(name).exists():
         return [Prompt(prompt_id(text), _checked(text, name), tag) for text, tag in public.rows(name, where)]
     path = locate(name, where)
@@ -83,7 +92,7 @@ def load_prompts(name: str, where: str = "prompts") -> list[Prompt]:
 
 @functools.cache
 def _generate(name: str) -> tuple[Prompt, ...]:
-    """A prompt may stand more than once in a training list: that is its weight there."""
+    """Return a generated list. A prompt may occur more than once in a training list: that is its weight there."""
     return tuple(Prompt(prompt_id(line["prompt"]), line["prompt"], line["tag"], line) for line in GENERATED[name]())
 
 
@@ -109,7 +118,10 @@ def _from_text(line: str, spot: str) -> Prompt:
 
 
 def parse_prompt(line: str, spot: str) -> Prompt:
-    """A line of a .jsonl file. ``spot``: where it stands, for errors."""
+    """Return the prompt on a line of a .jsonl file. Raise UserError for a line that is unusable.
+
+    ``spot``: file and line number, for errors.
+    """
     if not line.strip():
         raise UserError(f"{spot}: the line is empty; remove it")
     try:
@@ -129,7 +141,7 @@ def _checked(text: str, spot: str) -> str:
     if not text.strip():
         raise UserError(f"{spot}: the prompt is empty; remove the line")
     if text != text.strip():
-        raise UserError(f"{spot}: the prompt {text!r} has space around it; remove it")
+        raise UserError(f"{spot}: the prompt {text!r} has space at its start or end; remove it")
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
             name = {"\n": "a line break", "\t": "a tab"}.get(character, f"the control character U+{ord(character):04X}")
@@ -138,16 +150,17 @@ def _checked(text: str, spot: str) -> str:
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """sha256 of all that training and scoring see of a prompt list, in order."""
+    """Return the sha256 of a list: texts, tags and metadata, in order; all that training and scoring see of it."""
     plain = json.dumps([prompt[1:] for prompt in prompts], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def check_vocabulary(prompts: Sequence[Prompt], name: str, tokenizers: Sequence[Path], where: str = "prompts") -> None:
-    """UserError for the first prompt with a piece that a text encoder's own tokenizer does not know. Loads no model.
+    """Raise UserError for the first prompt that the model's text encoders cannot read in full. Loads no model.
 
-    ``tokenizers``: ``tokenizer.json`` files. One that reads bytes can spell every text, so that a model with such an
-    encoder (FLUX.1's CLIP) is never without the whole prompt, though another of its encoders (T5) knows no '{' or '~'.
+    ``name``: of the list; ``tokenizers``: the encoders' ``tokenizer.json`` files. A byte-level tokenizer can represent
+    every text. If a model has one (FLUX.1's CLIP), no prompt is refused, although another encoder (T5) may lack tokens
+    for '{' or '~'.
     """
     if any(_reads_bytes(file) for file in tokenizers):
         return
@@ -166,13 +179,13 @@ BYTES = 256
 
 
 def _reads_bytes(file: Path) -> bool:
-    """Is there a token for each of the 256 characters that byte-level tokenizers write bytes with?"""
+    """Return whether a tokenizer has a token for each of the 256 characters that stand for bytes."""
     vocabulary = json.loads(read_text(file))["model"].get("vocab")
     return isinstance(vocabulary, dict) and sum(len(token) == 1 for token in vocabulary) >= BYTES
 
 
 def _unknown_pieces(file: Path) -> Callable[[str], str]:
-    """text -> its first piece that becomes the unknown token, or ""."""
+    """Return a function: text -> its first piece that becomes the unknown token, or ""."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))

@@ -1,7 +1,7 @@
-"""Public prompt sets by name, read from the hub's cache: none is shipped whose licence does not allow it.
+"""Public prompt sets by name, read from the hub's cache. None is shipped, since some licences do not allow it.
 
-Every list is a function of one file of one dataset repository; what is drawn from it is drawn with a fixed seed. The
-content of the list, not its name, is part of every id.
+Every list is a function of one file of one dataset repository; random draws have a fixed seed. The content of the list,
+not its name, is part of every id.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Rows = Iterable[tuple[str, str]]  # text, tag
 
 
 class PromptSet(NamedTuple):
-    """``file`` of the hub dataset ``repository``; ``parse``: its text -> prompts with their tags; ``licence``: told."""
+    """A list of prompts in one file of a hub dataset."""
 
-    repository: str
+    repository: str  # hub id of the dataset
     file: str
-    size: int
-    parse: Callable[[str], Rows]
-    licence: str
+    size: int  # number of prompts
+    parse: Callable[[str], Rows]  # text of the file -> prompts with their tags
+    licence: str  # as stated by the dataset; shown before it is fetched
     about: str
 
 
 def hpdv2(text: str) -> Rows:
-    """test.json: a list of objects with "prompt"; blocks of 100 by style, the order of the 400 is the file's."""
+    """Return the 400 prompts of HPDv2's test.json, in its order; its four blocks of 100 are styles, without tags."""
     return ((item["prompt"], "") for item in json.loads(text))
 
 
@@ -41,9 +41,11 @@ HPDV2_TRAIN = 50_000
 
 
 def hpdv2_train(text: str) -> Rows:
-    """train.json: a list of comparisons with "prompt": 50,000 of its distinct prompts, drawn with seed 0 from those in
-    the order of their text that hold no control and no Chinese character, which FLUX.1's T5 cannot read. The LeapAlign
-    paper samples as many and does not say which; the code that it builds on drops Chinese ones too."""
+    """Return 50,000 distinct prompts of HPDv2's train.json, drawn with a fixed seed from the sorted prompts.
+
+    Prompts with control or Chinese characters, which FLUX.1's T5 cannot read, are left out. The LeapAlign paper samples
+    as many and does not say which; the code on which it builds leaves out Chinese ones, too.
+    """
     distinct = sorted({" ".join(item["prompt"].split()) for item in json.loads(text)})
     readable = [prompt for prompt in distinct if prompt and not any(map(_unreadable, prompt))]
     chosen = random.Random("hpdv2 train").sample(readable, HPDV2_TRAIN)
@@ -58,8 +60,10 @@ def _unreadable(character: str) -> bool:
 
 
 def mjhq_500(text: str) -> Rows:
-    """meta_data.json: {image: {"category", "prompt"}}: 50 of each of the ten categories, drawn with seed 0 from the
-    distinct prompts in the order of their text. The LeapAlign paper holds out 500 and does not say which."""
+    """Yield 50 distinct prompts of each of the ten categories of MJHQ-30K's meta_data.json, with the category as tag.
+
+    Drawn with a fixed seed from the sorted prompts. The LeapAlign paper holds out 500 and does not say which.
+    """
     by_category: dict[str, set[str]] = {}
     for item in json.loads(text).values():
         by_category.setdefault(item["category"], set()).add(item["prompt"].strip())
@@ -72,8 +76,10 @@ MJHQ_TRAIN = 25_000
 
 
 def mjhq_train(text: str) -> Rows:
-    """meta_data.json: 25,000 of the distinct readable prompts that ``mjhq_500`` leaves, drawn with seed 0. The
-    LeapAlign paper trains on all 29,500 that are left; how many of them are distinct is not stated."""
+    """Return 25,000 distinct readable prompts of MJHQ-30K that are not in ``mjhq_500``, drawn with a fixed seed.
+
+    The LeapAlign paper trains on all 29,500 that are left; it does not say how many of them are distinct.
+    """
     held_out = {" ".join(prompt.split()) for prompt, _ in mjhq_500(text)}
     distinct = sorted({" ".join(item["prompt"].split()) for item in json.loads(text).values()})
     left = [prompt for prompt in distinct if prompt and prompt not in held_out and not any(map(_unreadable, prompt))]
@@ -82,12 +88,12 @@ def mjhq_train(text: str) -> Rows:
 
 
 def drawbench(text: str) -> Rows:
-    """drawbench.json of the HPDv2 benchmark: a list of texts, without DrawBench's categories."""
+    """Return the prompts in drawbench.json of the HPDv2 benchmark, which has no categories."""
     return ((prompt, "") for prompt in json.loads(text))
 
 
 def parti(text: str) -> Rows:
-    """PartiPrompts.tsv: Prompt, Category, Challenge, Note; no quoting."""
+    """Return the prompts of PartiPrompts.tsv, with their category as tag."""
     rows = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
     return ((row["Prompt"], row["Category"]) for row in rows)
 
@@ -114,7 +120,10 @@ SETS = {
 
 
 def rows(name: str, where: str) -> list[tuple[str, str]]:
-    """(text, tag) of the set's prompts; repeated texts once. UserError with the command that gets a missing file."""
+    """Return (text, tag) of every prompt of a set, without repetitions.
+
+    Raise Missing, with the command that fetches it, for a file that is absent; UserError for one of other content.
+    """
     path = cached(SETS[name], where)
     stat = path.stat()
     return _rows(name, path, (stat.st_size, stat.st_mtime_ns), where)
@@ -122,19 +131,19 @@ def rows(name: str, where: str) -> list[tuple[str, str]]:
 
 @functools.lru_cache(maxsize=4)  # a sweep asks for the same lists once per run, and one of them lies in a large file
 def _rows(name: str, path: Path, state: tuple[int, int], where: str) -> list[tuple[str, str]]:
-    """``state``: of the file, so that a changed one is read again."""
+    """Read a set. ``state``: size and modification time, so that a changed file is read again."""
     chosen = SETS[name]
     try:
-        found = list(dict.fromkeys((" ".join(text.split()), tag) for text, tag in chosen.parse(read_text(path))))
+        prompts = list(dict.fromkeys((" ".join(text.split()), tag) for text, tag in chosen.parse(read_text(path))))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{where}: {path} is not the {chosen.file} of {chosen.repository} ({error!r})") from None
-    if abs(len(found) - chosen.size) > chosen.size // 100:  # a repeated line or two is the set's own
-        raise UserError(f"{where}: {path} has {len(found)} prompts instead of {chosen.size}; fetch it again")
-    return found
+    if abs(len(prompts) - chosen.size) > chosen.size // 100:  # the sets themselves repeat a line or two
+        raise UserError(f"{where}: {path} has {len(prompts)} prompts instead of {chosen.size}; fetch it again")
+    return prompts
 
 
 def cached(chosen: PromptSet, where: str) -> Path:
-    """The file in the hub's cache. Nothing is downloaded unasked."""
+    """Return a set's file in the hub's cache. Raise Missing if it is not there; nothing is downloaded."""
     from huggingface_hub import hf_hub_download
 
     what, licence = f"{chosen.file} of {chosen.repository}", f"licence: {chosen.licence}"

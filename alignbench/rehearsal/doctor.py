@@ -22,7 +22,7 @@ import msgspec
 
 from alignbench import official, weights
 from alignbench.config import Missing, UserError, cache
-from alignbench.evaluator import Evaluator, exact
+from alignbench.evaluator import Evaluator, without_tf32
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt
 from alignbench.rehearsal import tiny_evaluators
@@ -186,7 +186,7 @@ def golden_evaluator(registry: Registry, name: str) -> Any:
 
 def probed(evaluator: Any) -> dict[str, list[float]]:
     """What the evaluator makes of the golden pictures, column by column, in full precision."""
-    with warnings.catch_warnings(), exact():
+    with warnings.catch_warnings(), without_tf32():
         warnings.simplefilter("ignore")  # of prompts that are cut: some are made to be
         frame = evaluator.probe(golden_pictures(), golden_prompts())
     return {str(name): [float(value) for value in frame[name]] for name in frame}
@@ -314,7 +314,7 @@ def _original(registry: Registry, anchor: Anchor, settings: dict[str, Any]) -> A
 def _scores(evaluator: Any, files: Sequence[Path], prompt: str) -> list[float]:
     from PIL import Image
 
-    with exact():
+    with without_tf32():
         frame = evaluator.score([Image.open(file) for file in files], [Prompt(prompt, prompt)] * len(files))
     return frame[evaluator.metrics[0].name].tolist()
 

@@ -1,4 +1,10 @@
-"""Contract tests for methods and evaluators: subclass one, name your class, run pytest."""
+"""Contract tests for methods and evaluators, and the analytic flows that they use.
+
+Subclass a contract in a test file, set what it tests, and run pytest::
+
+    class TestMine(MethodContract):
+        method = Mine(steps=8)
+"""
 
 from alignbench.analytic import AffineFlow, CallLog, GaussianFlow, Quadratic, QuadraticReward, Toy
 from alignbench.testing.evaluator_contract import EvaluatorContract

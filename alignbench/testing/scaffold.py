@@ -1,4 +1,4 @@
-"""For authors of methods: a first file to start from, and what the harness relies on, checked promise by promise."""
+"""Commands for authors of methods: write a first file, and check promise by promise what training relies on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from alignbench.config import UserError, did_you_mean, parse_assignment
 from alignbench.plugins import Registry
 
-LONGEST = 40  # letters of a name, so that the lines that hold it stay short
+LONGEST = 40  # letters of a name, so that lines with it stay short
 METHOD = '''\
 """CLASS: the idea in one sentence (authors, title, arXiv id).
 
@@ -55,9 +55,9 @@ class CLASS(Pathwise):
         return reward_loss(flow, reward, batch, x_0)
 '''
 TEST = '''\
-"""CLASS keeps what training relies on. Add your own: closed forms, special cases."""
+"""CLASS keeps its promises. Add tests of closed forms and special cases."""
 
-from alignbench.testing.method_contract import MethodContract
+from alignbench.testing import MethodContract
 
 from NAME import CLASS
 
@@ -68,15 +68,18 @@ class TestCLASS(MethodContract):
 
 
 def new_method(name: str, folder: Path) -> list[Path]:
-    """Write ``NAME.py`` and ``test_NAME.py``, which pass as they are. UserError, and no file, for a bad name."""
+    """Write ``NAME.py`` and ``test_NAME.py``, a working method and its test, into ``folder``. Return their paths.
+
+    Raise UserError, and write nothing, if the name is not an identifier or is taken, or if a file exists.
+    """
     cls = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
     _check_name(name, cls)
     files = {f"{name}.py": METHOD, f"test_{name}.py": TEST}
     for file in files:
         if (folder / file).exists():
-            raise UserError(f"{folder / file}: exists already; choose another name, or remove it")
+            raise UserError(f"{folder / file}: already exists; choose another name, or remove it")
     if importlib.util.find_spec(name) is not None:
-        raise UserError(f"NAME: '{name}' is a module that Python has already; choose another name")
+        raise UserError(f"NAME: Python already has a module '{name}'; choose another name")
     for file, text in files.items():
         try:
             (folder / file).write_text(text.replace("CLASS", cls).replace("NAME", name), encoding="utf-8")
@@ -87,39 +90,45 @@ def new_method(name: str, folder: Path) -> list[Path]:
 
 def _check_name(name: str, cls: str) -> None:
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or keyword.iskeyword(name) or len(name) > LONGEST:
-        what = f"'{name}' is no name for a file and a class"
-        raise UserError(f"NAME: {what}; choose letters, digits and underscores, as in my_method")
+        what = f"'{name}' cannot name a file and a class"
+        raise UserError(f"NAME: {what}; choose at most {LONGEST} letters, digits and underscores, as in my_method")
     known = Registry()
     if name in known.names("method"):
-        raise UserError(f"NAME: there is a method '{name}' in {known.entry('method', name, '').path}; choose another")
+        raise UserError(
+            f"NAME: the method '{name}' already exists in {known.entry('method', name, '').path}; choose another name"
+        )
     if cls in re.findall(r"\w+", METHOD.replace("CLASS", "")) or keyword.iskeyword(cls):
-        raise UserError(f"NAME: the class would be called {cls}, which is used already; choose another name")
+        raise UserError(f"NAME: the class would be called {cls}, which is already in use; choose another name")
 
 
 class Verdict(NamedTuple):
-    """Of one promise. ``reason``: why it is broken, in a sentence; empty if it is kept."""
+    """The result for one promise."""
 
-    promise: str
-    reason: str = ""
+    promise: str  # as a sentence
+    reason: str = ""  # why it is broken, as a sentence; empty if it is kept
     details: str = ""  # the traceback
 
     def __str__(self) -> str:
+        """Return the line that ``check-method`` prints."""
         return f"FAILED {self.promise}: {self.reason}" if self.reason else f"ok     {self.promise}"
 
 
 def check_methods(path: str, assignments: Sequence[str] = ()) -> Iterator[tuple[str, Iterator[Verdict]]]:
-    """Of every method in a plug-in file, with settings as ``steps=5``: a title, and the verdicts as they come."""
+    """Yield the name of every method in the plug-in file ``path``, with an iterator of its verdicts.
+
+    ``assignments``: settings, such as ``steps=5``. Raise UserError if the file has no method, or no method the setting.
+    """
     registry, own = Registry([path]), Path(path).resolve()
     names = [entry.name for entry in registry.entries.values() if entry.kind == "method" and entry.path == own]
     if not names:
-        raise UserError(f"{path}: no method in it; a class that derives from AlignMethod and sets name = '...'")
+        raise UserError(f"{path}: has no method: no class derives from AlignMethod and sets name = '...'")
     settings = dict(parse_assignment(assignment) for assignment in assignments)
     fields = {name: registry.get("method", name, path).__struct_fields__ for name in names}
     known = sorted(set().union(*fields.values()))
     for odd in settings.keys() - set(known):
         raise UserError(f"--settings {odd}: no method of {path} has it{did_you_mean(odd, known, 'settings')}")
     made = [_made(registry, name, {k: v for k, v in settings.items() if k in fields[name]}) for name in names]
-    for method in made:  # only now: a mistake in what was asked means that nothing is run
+    for method in made:  # only now: nothing is run if the request is wrong
         yield method.name, _verdicts(method)
 
 
@@ -132,7 +141,7 @@ def _made(registry: Registry, name: str, settings: dict[str, Any]) -> Any:
 
 def _verdicts(method: Any) -> Iterator[Verdict]:
     if not method.trains:
-        yield Verdict("It trains nothing, so that nothing else is promised")
+        yield Verdict("It trains nothing, so nothing else is promised")
         return
     from alignbench.testing import MethodContract
 

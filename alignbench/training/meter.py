@@ -133,9 +133,9 @@ class MeteredFlow:
 class MeteredReward(Reward):
     """A reward that counts, and stops the run at the first score that is not a number."""
 
-    def __init__(self, reward: Reward, meter: Meter, watch: Watch, at_once: int | None) -> None:
+    def __init__(self, reward: Reward, meter: Meter, watch: Watch, slice_size: int | None) -> None:
         super().__init__(*reward.terms)
-        self.at_once = at_once
+        self.slice_size = slice_size
         self._reward, self._meter, self._watch = reward, meter, watch
 
     def __call__(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -144,7 +144,7 @@ class MeteredReward(Reward):
         for term, row in zip(self.terms, scores.tolist(), strict=True):
             self._require_finite(term.evaluator.name, prompts, row)
         seen = scores.detach()
-        self._watch.scores.append((seen, self.value(seen), self.closed(seen)))
+        self._watch.scores.append((seen, self.value(seen), self.hinge_closed(seen)))
         return scores
 
     def _require_finite(self, evaluator: str, prompts: Sequence[Prompt], row: list[float]) -> None:
@@ -164,6 +164,6 @@ def metered(flow: Flow, meter: Meter, watch: Watch | None = None) -> Flow:
     return MeteredFlow(flow, meter, watch or Watch())
 
 
-def metered_reward(reward: Reward, meter: Meter, watch: Watch | None = None, at_once: int | None = None) -> Reward:
-    """``reward``, counting into ``meter`` and refusing scores that are not finite; ``at_once``: as in ``Reward``."""
-    return MeteredReward(reward, meter, watch or Watch(), at_once)
+def metered_reward(reward: Reward, meter: Meter, watch: Watch | None = None, slice_size: int | None = None) -> Reward:
+    """``reward``, counting into ``meter`` and refusing scores that are not finite; ``slice_size``: as in ``Reward``."""
+    return MeteredReward(reward, meter, watch or Watch(), slice_size)

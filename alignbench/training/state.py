@@ -360,7 +360,7 @@ def require_finite_loss(loss: Loss, batch: Batch) -> None:
     """UserError, with the samples and their values where they are known."""
     if torch.isfinite(loss.value):
         return
-    each = [] if loss.each is None or len(loss.each) != len(batch) else loss.each.tolist()
+    each = [] if loss.per_sample is None or len(loss.per_sample) != len(batch) else loss.per_sample.tolist()
     bad = [f"{x} for prompt {p.id!r}" for p, x in zip(batch.prompts, each) if not math.isfinite(x)]
     told = f" ({', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''})" if bad else ""
     raise UserError(f"the loss is {loss.value.item()}{told}; lower optimizer.lr, or look at the reward")

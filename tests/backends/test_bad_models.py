@@ -68,7 +68,7 @@ def cut(path: Path) -> None:
         (lambda f: cut(f / SHARDS[0]), rf"{SHARDS[0]} cannot be read: truncated: \d+ bytes instead of \d+$"),
         (
             lambda f: (f / INDEX).write_text("{}"),
-            r"index.json names no files of weights \(weight_map\); fetch it again$",
+            r"index.json lists no weight files \(weight_map\); fetch it again$",
         ),
         (lambda f: (f / "config.json").unlink(), r"config.json is missing$"),
     ],

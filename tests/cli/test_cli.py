@@ -220,7 +220,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(what, folder, capsys):
         (["-j"], "-j: its value N is missing"),
         (["--limit=2=3"], "--limit: '2=3' is not a whole number"),
         (["--plugin", "none.py"], "none.py: cannot be read: No such file"),
-        (["--plugin", "fine.txt"], "fine.txt:1: not Python"),
+        (["--plugin", "fine.txt"], "fine.txt:1: not valid Python"),
     ],
 )
 def test_a_mistake_on_the_command_line(words, line, folder, capsys):
@@ -252,7 +252,7 @@ def test_a_file_that_is_no_sweep(text, line, folder, capsys):
             "import nowhere_at_all\nfrom alignbench import AlignMethod\nclass M(AlignMethod):\n    name = 'last'\n",
             "nowhere",
         ),
-        ("from alignbench import AlignMethod\nclass M(AlignMethod):\n    name = 'refl'\n", "'refl' exists already in"),
+        ("from alignbench import AlignMethod\nclass M(AlignMethod):\n    name = 'refl'\n", "'refl' already exists in"),
     ],
 )
 def test_a_plugin_that_is_broken(source, line, folder, capsys):

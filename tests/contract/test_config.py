@@ -56,7 +56,7 @@ def test_a_whole_number_is_a_float() -> None:
 
 
 def test_settings_are_complete_and_named() -> None:
-    """What is written down includes every default, and the name by which the class is chosen."""
+    """Settings as plain data include every default, and the name by which the class is chosen."""
     plain = settings(decode(Outer, {"count": 3}, ""))
     assert plain["name"] == "outer"
     assert plain["inner"] == {"lr": 1e-5, "betas": [0.9, 0.999], "warmup": 0}
@@ -89,7 +89,7 @@ def test_bad_yaml_names_file_and_line(text: str, line: str) -> None:
 
 
 def test_a_file_can_extend_another(tmp_path) -> None:
-    """``extends`` overlays key by key, relative to the file; lists are replaced, and a circle is an error."""
+    """``extends`` overlays key by key, relative to the file; lists are replaced, and a cycle is an error."""
     (tmp_path / "a.yaml").write_text("x: {p: 1, q: 2}\ny: [1, 2]")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\nx: {q: 3}\ny: [4]")
     assert load_yaml(tmp_path / "b.yaml") == {"x": {"p": 1, "q": 3}, "y": [4]}
@@ -128,7 +128,7 @@ def test_dotted_assignments() -> None:
 
 
 def test_merge_keeps_what_is_not_named() -> None:
-    """Overlaying goes into nested settings and leaves its arguments alone."""
+    """Merging goes into nested settings and does not change its arguments."""
     base = {"a": {"x": 1, "y": 2}}
     assert merge(base, {"a": {"y": 3}, "b": 4}) == {"a": {"x": 1, "y": 3}, "b": 4}
     assert base == {"a": {"x": 1, "y": 2}}

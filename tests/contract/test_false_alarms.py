@@ -1,7 +1,6 @@
-"""What a table of the report calls different, in worlds where nothing is; and whether its intervals hold the truth.
+"""False alarms of the report's tables in simulated sweeps without differences, and the coverage of its intervals.
 
-All simulated studies of a test share one seed, so that it says the same every time; the observed rates stand in its
-docstring and, with `pytest -rP`, on the screen.
+All simulated studies of a test share one seed, so results are reproducible. `pytest -rP` prints the observed rates.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ MEASURES = (
 TASK = np.arange(PROMPTS) % 6
 
 
-def null_world(rng, seeds, trainings):
-    """Base and five methods whose trainings move all scores about, on average by nothing; two scores and a check.
+def null_sweep(rng, seeds, spread):
+    """Return a sweep of base and five methods with two scores and a check, in which nothing differs on average.
 
-    Prompts are correlated: over methods (one prompt is hard for all), over measures, and within a task. Everything but
-    the trainings has the tails of a t distribution with three degrees of freedom. ``trainings``: the standard deviation
-    of what a training does to all of a method's scores.
+    Prompts are correlated: over methods (one prompt is hard for all), over measures, and within a task. All effects but
+    those of the training runs have the tails of a t distribution with three degrees of freedom. ``spread``: the
+    standard deviation of the effect of a training run on all of a method's scores.
     """
     labels = ["base", *(f"method {i}" for i in range(METHODS))]
     tail = lambda *shape: rng.standard_t(3, size=shape)  # noqa: E731
     prompt, task = tail(PROMPTS, 1, 1), rng.normal(size=6)[TASK][:, None, None]
-    moved = {label: rng.normal(size=(1, 1, seeds)) * trainings for label in labels}
+    moved = {label: rng.normal(size=(1, 1, seeds)) * spread for label in labels}
     found = {}
     for measure in MEASURES:
         common = prompt + task + tail(PROMPTS, 1, 1) + tail(PROMPTS, 2, 1)  # its prompts, and their noise
         values = {"base": common + 0.7 * tail(PROMPTS, 2, 1)}
         for label in labels[1:]:
-            own = 0.5 * tail(PROMPTS, 1, 1) + moved[label] + rng.normal(size=(1, 1, seeds)) * trainings / 2
+            own = 0.5 * tail(PROMPTS, 1, 1) + moved[label] + rng.normal(size=(1, 1, seeds)) * spread / 2
             values[label] = common + own + 0.7 * tail(PROMPTS, 2, seeds)
         if measure.by_task:
             values = {label: (each > 0).astype(float) for label, each in values.items()}
@@ -49,7 +48,7 @@ def null_world(rng, seeds, trainings):
 
 
 def alarms(analysis):
-    """Of each column of the report's tables: is anything in it called different?"""
+    """Return, for each column of the report's tables, whether anything in it is called different."""
     tables = {"change": analysis.changes, "improved": analysis.improved, "gain": {"": analysis.gains}}
     said = {
         f"{name} {getattr(measure, 'name', '')}".strip(): [comparison.verdict for comparison in column.values()]
@@ -66,22 +65,22 @@ def alarms(analysis):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seeds", "trainings"), [(1, 0.0), (2, 0.3), (3, 0.3), (5, 0.3), (3, 0.0)])
-def test_five_in_a_hundred_tables_call_anything_different(seeds, trainings):
-    """Nothing differs, and in at most 5 % of 1,000 sweeps has a column of the report a bold mean, an "up" or a "down".
+@pytest.mark.parametrize(("seeds", "spread"), [(1, 0.0), (2, 0.3), (3, 0.3), (5, 0.3), (3, 0.0)])
+def test_five_in_a_hundred_tables_call_anything_different(seeds, spread):
+    """Without differences, a column has a bold mean, an "up" or a "down" in at most 5 % of 1,000 sweeps.
 
-    (Within two standard errors of a simulated rate: 6.4 %. The table of improvements counts as a whole, too.) One seed
-    can only keep this where trainings do not differ; what it does not know, the report says.
+    (The bound is 6.4 %: two standard errors of a simulated rate above 5 %. The table of improvements also counts as a
+    whole.) With one seed, this holds only if training runs do not differ; the report states that limit.
     """
-    found = [alarms(null_world(np.random.default_rng((1, i)), seeds, trainings)) for i in range(STUDIES)]
+    found = [alarms(null_sweep(np.random.default_rng((1, i)), seeds, spread)) for i in range(STUDIES)]
     rates = {name: np.mean([each[name] for each in found]) for name in found[0]}
-    print(f"{seeds} seeds, trainings {trainings}:", ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items()))
+    print(f"{seeds} seeds, spread {spread}:", ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items()))
     assert max(rates.values()) <= LIMIT
     assert rates["improved"] > 0.005  # else nothing was tested
 
 
 def studies(seeds, sd, heavy):
-    """(6000, P, 1, S) scores whose true mean is zero: variances of prompt, training seed and interaction."""
+    """Return (6000, P, 1, S) scores with true mean zero; ``sd``: deviations of prompt, training seed, interaction."""
     rng = np.random.default_rng((2, seeds))
     draw = (
         (lambda *shape: rng.standard_t(3, size=shape) / np.sqrt(3))
@@ -108,8 +107,11 @@ def studies(seeds, sd, heavy):
     ],
 )
 def test_intervals_cover(sd, seeds, heavy, strata):
-    """Of 6,000 studies, 93 to 97 % of the 95 % intervals hold the truth: one seed with prompts alone varying, and three
-    or five seeds of five methods that are alike in how much their trainings differ (their spread is pooled)."""
+    """In 6,000 studies, 93 to 97 % of the 95 % intervals hold the truth.
+
+    With one seed if only prompts vary, and with three or five seeds if the training runs of all five methods vary alike
+    (their spread is pooled).
+    """
     values = studies(seeds, sd, heavy)
     inside = []
     for first in range(0, len(values), METHODS):
@@ -132,7 +134,7 @@ def test_intervals_cover(sd, seeds, heavy, strata):
     ],
 )
 def test_a_method_on_its_own_covers_less(sd, seeds, lowest):
-    """Without other methods to pool with, few seeds cover what the module's first page says."""
+    """Without other methods to pool with, intervals from few seeds cover less, as ``stats`` documents."""
     found = stats.mean_intervals(list(studies(seeds, sd, False)), draws=1000)
     assert lowest <= np.mean([each.lo <= 0 <= each.hi for each in found]) <= 0.985
 
@@ -140,8 +142,7 @@ def test_a_method_on_its_own_covers_less(sd, seeds, lowest):
 @pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "lowest"), [(2, 0.75), (3, 0.83), (5, 0.88)])
 def test_an_outlier_among_methods_covers_less(seeds, lowest):
-    """A method whose trainings differ, where no other's do, is covered as the module's first page says; others are
-    covered too well."""
+    """A method whose training runs vary while no other's do is covered less, as ``stats`` documents; others more."""
     odd, others = studies(seeds, (0.7, 0.5, 1), False), studies(seeds, (0.7, 0, 1), False)
     inside = []
     for i in range(0, len(odd) - 4, 3):
@@ -153,12 +154,12 @@ def test_an_outlier_among_methods_covers_less(seeds, lowest):
     assert min(rest) > 0.96
 
 
-# ------------------------------------------------------------------------------------------- the two further statistics
+# -- the two further statistics ---------------------------------------------------------------------------------------
 
 
 def test_a_table_of_improvements_is_one_family():
-    """Holm's correction is over all methods and measures of the table: 15 p-values, the least times 15."""
-    analysis = null_world(np.random.default_rng(0), 3, 0.3)
+    """Holm's correction covers all methods and measures of the table: the least of 15 p-values is multiplied by 15."""
+    analysis = null_sweep(np.random.default_rng(0), 3, 0.3)
     cells = [cell for column in analysis.improved.values() for cell in column.values()]
     assert len(cells) == 15
     least = min(cells, key=lambda cell: cell.estimate.p)
@@ -166,9 +167,10 @@ def test_a_table_of_improvements_is_one_family():
 
 
 def test_a_gain_counts_in_the_spread_of_base():
-    """Shifting a method by k standard deviations of base's prompts, in each measure that was not trained on, is a gain
-    of k, whatever the measures' units; the training reward has no part in it, and a falling score is a gain where less
-    is better."""
+    """A shift by k standard deviations of base's prompts, in each measure that was not trained on, is a gain of k.
+
+    Units do not matter, the training reward does not count, and a falling score is a gain where lower is better.
+    """
     rng = np.random.default_rng(1)
     names = [
         Measure("t", "t", role="train"),

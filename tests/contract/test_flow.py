@@ -22,7 +22,7 @@ from alignbench.training.batches import make_batch
 
 
 def test_a_sampler_is_its_parts():
-    """Integrating to step k and on from there equals integrating through, bitwise; no step is no change."""
+    """Integrating to step k and on from there equals integrating in one go, bitwise; zero steps change nothing."""
     flow, batch = AffineFlow(6), make_batch(AffineFlow(6), range(4))
     t = flow.sigmas(6)
     through = integrate(flow, batch.noise, t, batch.cond)
@@ -33,7 +33,7 @@ def test_a_sampler_is_its_parts():
 
 
 def test_integration_keeps_a_graph_only_when_asked():
-    """Without ``grad`` the result is a constant even when its start was not."""
+    """Without ``grad`` the result is a constant, even if its start is not."""
     flow, batch = AffineFlow(3), make_batch(AffineFlow(3), range(2))
     start = batch.noise.clone().requires_grad_()
     assert not integrate(flow, start, flow.sigmas(3), batch.cond).requires_grad
@@ -50,7 +50,7 @@ def test_euler_keeps_the_latents_precision():
 
 
 def test_straight_through_is_exact():
-    """The value is the first's to the last bit, where (a + (b - a)) is not; the gradient is the second's alone."""
+    """The value is bitwise that of the first, unlike a + (b - a); the gradient is that of the second alone."""
     value = torch.randn(1000, generator=seeded(0), requires_grad=True)
     other = (1e3 * torch.randn(1000, generator=seeded(1))).requires_grad_()
     joined = straight_through(value, other)
@@ -110,7 +110,7 @@ VARIANCES = {
 
 
 def noise_level(kind: str, t: float, first: float) -> float:
-    """The SDE's noise per square root of time: Dance-SDE is constant, Flow-SDE replaces t = 1 by the grid's next."""
+    """Return the noise per square root of time: constant for Dance-SDE; for Flow-SDE, t = 1 becomes the next sigma."""
     return {"ode": 0.0, "dance": 0.3, "flow": 0.7 * math.sqrt(t / (1 - (t if t < 1 else first)))}[kind]
 
 
@@ -191,7 +191,7 @@ def test_groups_share_prompt_and_noise_but_not_randomness():
 
 
 def test_seeded_depends_on_the_whole_key():
-    """Equal keys give equal streams, any other key another."""
+    """Equal keys give equal streams; any other key gives another stream."""
     keys = [("noise", 0, 1, 2), ("noise", 0, 2, 1), ("noise", 0, 12), ("step", 0, 1, 2), ("noise", 1, 1, 2)]
     draws = [torch.rand((), generator=seeded(*key)).item() for key in keys]
     assert len(set(draws)) == len(keys)

@@ -1,4 +1,4 @@
-"""Claims about names and prompts that are markup somewhere, and about stores with gaps, in every format of a report."""
+"""Names and prompts that look like markup, and stores with gaps, in every format of a report."""
 
 import csv
 import io
@@ -55,8 +55,10 @@ def test_no_name_is_markup_in_any_format(tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_latex_has_no_special_character_left(name):
-    """Every special character stands escaped, nothing but ASCII and Latin letters remains, brackets and stars cannot be
-    arguments of a row's end, and braces are balanced."""
+    """Every special character is escaped, only ASCII and Latin letters remain, and braces are balanced.
+
+    Brackets and stars cannot become arguments of a row's end.
+    """
     shown = tex(name)
     bare = re.sub(r"\\text\w+\{\}|\\[%_&#${}]|\{[\[\]*]\}|-\{\}|\$\\\w+\$", "", shown)
     assert not re.search(r"[\\%_&#$^~{}\[\]*<>|\"]", bare)
@@ -65,8 +67,7 @@ def test_latex_has_no_special_character_left(name):
 
 
 def test_latex_shows_what_markdown_shows():
-    """Means, intervals, bold, marks and arrows: the same numbers, a minus that is no hyphen, a dash where nothing was
-    measured."""
+    """Means, intervals, bold, marks and arrows are the same; minus signs are not hyphens; missing values are dashes."""
     columns = [Column("m_1"), Column("score", "cosine", True, "train", 2), Column("change", signed=True, decimals=1)]
     rows = [[Cell("a"), Cell(1.5, -1, 2, bold=True, mark="(=)"), Cell(-0.26)], [Cell("b"), Cell(), Cell(0.26)]]
     lines = Table(columns, rows).latex().splitlines()
@@ -77,14 +78,16 @@ def test_latex_shows_what_markdown_shows():
 
 
 def test_numbers_are_no_formulas():
-    """Negative numbers stay numbers in the CSV, printed ones too; text that a spreadsheet would run gets a quote."""
+    """Negative numbers stay numbers in the CSV, also as text; text that a spreadsheet would execute gets a quote."""
     table = Table([Column("=x"), Column("y")], [[Cell("-0.30"), Cell(-0.3)], [Cell("-a"), Cell("a=b")]])
     assert table.csv() == "'=x,y\n-0.30,-0.3\n'-a,a=b\n"
 
 
 def test_different_prompts_are_paired_where_both_have_them():
-    """A method that was scored on other prompts keeps its own mean; its change rests on the common ones, and the page
-    says how many were left out."""
+    """A method that was scored on other prompts keeps its own mean; its change uses the common prompts only.
+
+    The page says how many prompts were left out.
+    """
     given = results()
     frame = given.scores
     number = frame["prompt_id"].str[1:].astype(int)
@@ -101,8 +104,10 @@ def test_different_prompts_are_paired_where_both_have_them():
 
 
 def test_gaps_leave_no_hole_in_the_page(tmp_path):
-    """Scores that are nan, a missing seed, a method with nothing, a measure with nothing, an evaluator without a file:
-    every format is made, no number is nan, and what is missing is named."""
+    """Every format is made, no number is nan, and everything that is missing is named.
+
+    The gaps: scores that are nan, a missing seed, a method and a measure without scores, an evaluator without a file.
+    """
     given = results(tmp_path)
     frame, plan = given.scores, given.manifest
     frame.loc[frame.index[::7], "score"] = np.nan
@@ -121,7 +126,7 @@ def test_gaps_leave_no_hole_in_the_page(tmp_path):
 
 @pytest.mark.parametrize("kind", ["nothing", "no folder"])
 def test_a_store_where_nothing_is_done_has_a_report(tmp_path, kind):
-    """Before anything is made every format exists, with every run listed as missing."""
+    """Before anything has run, every format can be made, with every run listed as missing."""
     plan = with_files(manifest())
     root = tmp_path / "store"
     if kind == "nothing":
@@ -133,7 +138,7 @@ def test_a_store_where_nothing_is_done_has_a_report(tmp_path, kind):
 
 
 def test_a_damaged_score_file_is_named(tmp_path):
-    """A file that is no parquet is an error with its path, not a traceback and not a missing score."""
+    """A file that is not parquet is an error with its path, neither a traceback nor a missing score."""
     plan = with_files(manifest(), "scores/x.parquet")
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores/x.parquet").write_bytes(b"no parquet")

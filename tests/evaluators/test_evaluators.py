@@ -493,7 +493,7 @@ def test_the_hinge_is_closed_above_the_margin(hps):
     loss = reward.loss(scores)
     torch.testing.assert_close(loss, torch.tensor([0.35, 0.0]))
     assert torch.autograd.grad(loss.sum(), scores)[0].tolist() == [[-1, 0]]
-    assert reward.closed(scores).tolist() == [[False, True]]
+    assert reward.hinge_closed(scores).tolist() == [[False, True]]
     assert Reward(Term(hps)).loss(scores).tolist() == (-scores[0]).tolist()
 
 

@@ -266,7 +266,7 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
     """A method's name becomes a folder's: it is checked where the plug-in is read, in one line."""
     plugin = tmp_path / "odd.py"
     plugin.write_text(f"from alignbench import AlignMethod\nclass Odd(AlignMethod):\n    name = {name!r}\n")
-    with pytest.raises(UserError, match=r"odd.py: Odd.name: .* becomes a part of file names"):
+    with pytest.raises(UserError, match=r"odd.py: Odd.name: .* becomes part of file names"):
         Registry([str(plugin)])
 
 

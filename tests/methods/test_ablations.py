@@ -17,12 +17,12 @@ from alignbench.methods.draft import BPTT
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.plugins import Registry
 from alignbench.testing import MethodContract
-from alignbench.testing.method_contract import descend
+from alignbench.testing.method_contract import backpropagate
 from alignbench.training.batches import make_batch
 
 
 class LeapAt(LeapAlign):
-    """LeapAlign with given starts of its leaps."""
+    """LeapAlign whose leaps start at given steps."""
 
     at: tuple[int, ...] = (0, 1)
 
@@ -31,7 +31,7 @@ class LeapAt(LeapAlign):
 
 
 def leaps(path, starts):
-    """[(d (B, 1), x_end - leap)]: how far each leap from the real latent misses the next real latent."""
+    """Return [(d (B, 1), x_end - leap)]: how far each leap from the real latent misses the next real latent."""
     ends = [*starts[1:], N]
     reached = [path.x[k] - (path.t[k] - path.t[j]) * path.v[k] for k, j in zip(starts, ends)]
     return [(path.x[j] - leap).abs().mean(1, keepdim=True) for leap, j in zip(reached, ends)]
@@ -82,10 +82,10 @@ def test_three_leaps_in_three_steps_are_exact():
 
 @pytest.mark.parametrize("leaps", [1, 2, 3])
 def test_any_number_of_leaps_rewards_the_samplers_own_image(leaps):
-    """Bitwise."""
+    """The rewarded latent is the plain sampler's, bitwise."""
     flow, reward = make_flow(), RewardLog()
     batch = make_batch(flow, range(B))
-    descend(LeapAlign(steps=N, leaps=leaps), flow, reward, batch)
+    backpropagate(LeapAlign(steps=N, leaps=leaps), flow, reward, batch)
     assert torch.equal(reward.seen[0], integrate(flow, batch.noise, flow.sigmas(N), batch.cond))
 
 
@@ -225,7 +225,7 @@ def test_the_table_of_margins_is_yaml(tmp_path):
     ],
 )
 def test_impossible_ablations_are_refused(method, where):
-    """One line that says which setting."""
+    """Impossible settings are refused in one line that names the setting."""
     with pytest.raises(UserError, match=f"^{where}: .*; choose ") as caught:
         method.check(1, True)
     assert "\n" not in str(caught.value)

@@ -19,7 +19,7 @@ from alignbench.methods.ode_adjoint import ODEAdjointMatching
 from alignbench.methods.vggflow import KEPT, VGGFlow, Visit
 from alignbench.networks import LatentNet
 from alignbench.testing import MethodContract
-from alignbench.testing.method_contract import descend, gradients_of
+from alignbench.testing.method_contract import backpropagate, gradients_of
 from alignbench.training.batches import make_batch
 from alignbench.training.meter import Meter, metered, metered_reward
 
@@ -27,7 +27,7 @@ DIM = 3
 
 
 class Linear(Evaluator):
-    """R(x) = c . x."""
+    """The reward R(x) = c . x."""
 
     name = "linear"
     version = "1"
@@ -43,7 +43,7 @@ C = torch.tensor(Linear().c, dtype=torch.float64)
 
 
 class Scaled(AffineFlow):
-    """v_base = a x, without text; the trained model adds a bias per step."""
+    """The flow v_base = a x, without text; the trained model adds a bias per step."""
 
     def __init__(self, steps, a):
         super().__init__(steps)
@@ -54,7 +54,7 @@ class Scaled(AffineFlow):
 
 
 def as_base(flow):
-    """The flow with its present biases as the base model's too."""
+    """Return the flow with its present biases in the base model, too."""
     flow.base = flow.bias.detach().clone()
     return flow
 
@@ -72,7 +72,7 @@ def test_at_the_base_model_it_is_draft_k(k, beta, adjoint):
 
 
 def objective(flow, batch, beta):
-    """J = sum_i h_i beta / 2 |b_i|^2 - R(x_N), with the biases as an open-loop control, from a plain loop."""
+    """Return J = sum_i h_i beta / 2 |b_i|^2 - R(x_N), with the biases as an open-loop control, from a plain loop."""
     x, t, cost = batch.noise, flow.sigmas(N), 0.0
     for i, (at, to) in enumerate(itertools.pairwise(t)):
         x = x + (to - at) * flow.velocity(x, at, batch.cond)
@@ -104,7 +104,7 @@ def test_the_linear_quadratic_solution_is_stationary(a):
     end = (q.prod() * batch.noise + s * MU / beta) / (1 + s / beta)
     with torch.no_grad():
         flow.bias.copy_(p[:, None] * (end - MU) / beta)
-    losses = descend(ODEAdjointMatching(steps=N, k=N, beta=beta), flow, REWARD, batch)
+    losses = backpropagate(ODEAdjointMatching(steps=N, k=N, beta=beta), flow, REWARD, batch)
     assert max(loss.value.item() for loss in losses) < 1e-14
     assert flow.bias.grad.abs().max() < 1e-13
 
@@ -118,7 +118,7 @@ class TwoFields(AffineFlow):
 
 
 def solved(flow, solver, x, t, cond, cost=None):
-    """The sampler from a plain loop: its end, and what ``cost(delta)`` adds up to, weighted by each call's share."""
+    """Sample in a plain loop. Return the end and the sum of ``cost(delta)``, weighted by each call's share."""
     total = 0.0
     for at, to in itertools.pairwise(t):
         calls, y, h = [], x, at - to
@@ -244,7 +244,7 @@ def test_early_steps_are_skipped_or_frozen():
 
 
 def lean(flow, steps, x, a):
-    """The lean adjoints of states ``x`` from a_N = ``a``, on the uniform grid."""
+    """Return the lean adjoints of states ``x`` from a_N = ``a``, on the uniform grid."""
     method = AdjointMatching(steps=steps, late=1, early=0)
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     batch = make_batch(flow, range(len(a)))
@@ -298,7 +298,7 @@ def test_the_memoryless_mean_is_flow_sdes():
 
 
 class Shifted(GaussianFlow):
-    """The optimum itself: v_base + sigma^2 a / 2 at every state it is asked about."""
+    """The optimum itself: v_base + sigma^2 a / 2 at every state."""
 
     def __init__(self, answers):
         super().__init__()
@@ -323,7 +323,7 @@ def test_the_loss_is_zero_at_the_optimum():
 def test_without_a_reward_the_base_model_is_optimal():
     """lam = 0: zero loss at the base model, though the path is noisy."""
     flow = as_base(make_flow())
-    losses = descend(
+    losses = backpropagate(
         AdjointMatching(steps=N, late=2, early=2, lam=0.0), Uniform.of(flow), REWARD, make_batch(flow, range(B))
     )
     assert all(loss.value == 0 for loss in losses)
@@ -350,14 +350,14 @@ def test_the_gradient_of_the_regression():
     x = method.rollout(flow, make_batch(flow, range(B)), t)
     close(x[-1], x[-2] - t[-2] * flow.velocity(x[-2], t[-2], batch.cond).detach())
     (adjoints, _) = method.lean_adjoints(flow, batch, t, x, 3.0 * (x[-1] - MU))
-    descend(method, flow, REWARD, batch)
+    backpropagate(method, flow, REWARD, batch)
     close(flow.bias.grad, torch.stack([-4 * a.mean(0) / N for a in adjoints]))
 
 
 def test_clipped_losses_teach_nothing():
-    """Beyond ``loss_clip`` a sample's loss of a step has no gradient."""
+    """Above ``loss_clip``, a sample's loss at a step has no gradient."""
     flow = Uniform.of(as_base(make_flow()))
-    losses = descend(
+    losses = backpropagate(
         AdjointMatching(steps=N, late=N, early=0, loss_clip=1e-9), flow, REWARD, make_batch(flow, range(B))
     )
     assert flow.bias.grad.abs().max() == 0
@@ -435,12 +435,12 @@ def test_vgg_with_a_linear_reward():
     method, flow = VGGAt(**FREE, eta_schedule="constant", reward_scale=0.5), as_base(make_flow())
     with torch.no_grad():
         flow.bias += -0.5 * C
-    losses = descend(method, flow, LINEAR, make_batch(flow, range(B)))
+    losses = backpropagate(method, flow, LINEAR, make_batch(flow, range(B)))
     assert max(loss.value.item() for loss in losses) < 1e-28
 
 
 def residual(flow, reward, nu, t, rs, monkeypatch, dt, eta="linear"):
-    """Mean squared residual of the value-gradient equation for a given nu, at fixed states."""
+    """Return the mean squared residual of the value-gradient equation for a given nu, at fixed states."""
     monkeypatch.setattr(vgg_module, "DT", dt)
     method = VGGAt(**FREE, reward_scale=rs, eta_schedule=eta, value_net="small")
     monkeypatch.setattr(VGGAt, "rest", lambda self, x, t, cond: rs * nu(x, t))
@@ -501,7 +501,7 @@ def test_the_closed_loop_of_the_quadratic_problem():
 
 
 def test_each_network_has_its_own_loss():
-    """No gradient of the matching reaches the value network, none of its two losses the model."""
+    """The matching loss has no gradient in the value network, and the network's two losses have none in the model."""
     method = VGGAt(**FREE, value_net="small", reward_scale=0.3)
     flow = make_flow()
     for losses in each_update(method, flow, REWARD, make_batch(flow, range(B))):
@@ -534,7 +534,7 @@ def test_the_value_network_starts_at_zero():
 
 
 def test_reward_gradients_are_clipped_at_a_running_quantile():
-    """No sample's gradient counts as longer than the limit, which moves a tenth of the way to each batch's quantile.
+    """Gradients are clipped to the limit, which moves a tenth of the way to each batch's quantile.
 
     Closed hinges, whose gradient is zero, do not pull it down.
     """
@@ -581,13 +581,13 @@ def test_vgg_draws_strata():
     ids=lambda value: getattr(value, "name", None),
 )
 def test_costs_per_image(method, forward, grad, rewards):
-    """Forwards per image. Those that a vector-Jacobian product goes through count as with gradient, the base's too."""
+    """Forwards per image; those of a vector-Jacobian product count as with gradient, also in the base model."""
     grid = torch.linspace(1, 0, method.steps + 1, dtype=torch.float64) if isinstance(method, AdjointMatching) else None
     flow, meter = AffineFlow(method.steps, grid=grid), Meter()
     with torch.no_grad():
         flow.bias.normal_(generator=seeded("bias"))
     flow.A.requires_grad_()  # as in a real network, whose frozen parameters need no gradient but whose input does
-    descend(method, metered(flow, meter), metered_reward(REWARD, meter), make_batch(flow, range(2)))
+    backpropagate(method, metered(flow, meter), metered_reward(REWARD, meter), make_batch(flow, range(2)))
     counted = (meter.nfe_forward, meter.nfe_grad, meter.decodes, meter.reward_calls)
     assert counted == (2 * forward, 2 * grad, 2 * rewards, 2 * rewards)
 
@@ -620,7 +620,7 @@ def test_defaults_are_the_papers():
     ],
 )
 def test_impossible_settings_are_refused(method, where):
-    """One line that says which setting, before anything runs."""
+    """Impossible settings are refused in one line that names the setting, before anything runs."""
     with pytest.raises(UserError, match=f"^{where}: .*; choose ") as caught:
         method.check(1, True)
     assert "\n" not in str(caught.value)

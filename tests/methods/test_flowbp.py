@@ -27,7 +27,7 @@ from alignbench.methods.draft import BPTT, DRaFTK
 from alignbench.methods.flowbp import FlowBPBridge, FlowBPSparse
 from alignbench.methods.flowbp_lagrange import FlowBPLagrange, quadrature, spread
 from alignbench.testing import MethodContract
-from alignbench.testing.method_contract import descend, gradients_of
+from alignbench.testing.method_contract import backpropagate, gradients_of
 from alignbench.training.batches import make_batch
 from alignbench.training.meter import Meter, metered, metered_reward
 
@@ -76,20 +76,20 @@ def test_bptt_closed_form():
 
 
 def test_checkpointed_gradients_are_autograds_bitwise():
-    """Recomputing every step backward gives the bits of a plain loop that keeps all of them."""
+    """Recomputing every step in the backward pass equals a plain loop that keeps all steps, bitwise."""
     flow, plain = make_flow(), make_flow()
     batch = make_batch(plain, range(B))
     x, t = batch.noise, plain.sigmas(N)
     for i in range(N):
         x = x + (t[i + 1] - t[i]) * plain.velocity(x, t[i], batch.cond)
     REWARD.loss(REWARD(x, batch.prompts)).mean().backward()
-    descend(BPTT(steps=N), flow, REWARD, make_batch(flow, range(B)))
+    backpropagate(BPTT(steps=N), flow, REWARD, make_batch(flow, range(B)))
     assert torch.equal(flow.bias.grad, plain.bias.grad)
 
 
 @pytest.mark.parametrize("steps", [3, 12])
 def test_bptt_keeps_one_step_at_a_time(steps):
-    """What autograd stores on the way forward does not grow with what a step computes: a latent per step, no more."""
+    """The forward pass stores one latent per step, however much a step computes."""
 
     class Wide(AffineFlow):
         def velocity(self, x, sigma, cond, *, reference=False):
@@ -110,7 +110,7 @@ def test_bptt_keeps_one_step_at_a_time(steps):
 
 
 def test_bptt_is_draft_of_all_steps():
-    """K = N."""
+    """DRaFT-K with K = N is full back-propagation."""
     close(gradient(BPTT(steps=N)), gradient(DRaFTK(steps=N, k=N)))
 
 
@@ -151,7 +151,7 @@ def test_the_window_is_what_stands_for_the_whole():
 
 
 def test_late_steps_are_active_more_often():
-    """A single active step i has the probability (i + 1)^b / sum; with b = 0 all are alike."""
+    """A single active step i has the probability (i + 1)^b / sum; with b = 0 all are equally likely."""
     for bias in (0.0, 2.0):
         method, rng = FlowBPSparse(steps=4, k=1, late_bias=bias), seeded(0)
         counts = torch.zeros(4)
@@ -232,7 +232,7 @@ def test_quadrature_is_exact_for_polynomials(n):
 
 
 def legs(path, k, j, method):
-    """[(first leg's), (second leg's)]: {step: (weight, is it active?, gradient scale)} and rho of each."""
+    """Return {step: (weight, active or not, gradient scale)} and rho of each of the two legs."""
     found = []
     for start, end in ((k, j), (j, path.flow.bias.shape[0])):
         steps = [start + i for i in spread(end - start, method.order)]
@@ -310,7 +310,7 @@ def test_the_reward_sees_the_samplers_own_image(method):
     """Bitwise: neither the scaling of gradients nor the rebuilt path changes a value."""
     flow, reward = make_flow(), RewardLog()
     batch = make_batch(flow, range(B))
-    descend(method, flow, reward, batch)
+    backpropagate(method, flow, reward, batch)
     assert torch.equal(reward.seen[0], integrate(flow, batch.noise, flow.sigmas(N), batch.cond))
 
 
@@ -334,9 +334,9 @@ def test_hinge(method):
     ids=lambda value: getattr(value, "name", None),
 )
 def test_costs_per_image(method, forward, grad, again):
-    """25 forwards in all, the active ones with gradient and made once; BPTT makes each of its 25 again backward."""
+    """25 forwards in total, active ones with gradient and only once; BPTT repeats all its 25 in the backward pass."""
     flow, meter = AffineFlow(25), Meter()
-    descend(method, metered(flow, meter), metered_reward(REWARD, meter), make_batch(flow, range(2)))
+    backpropagate(method, metered(flow, meter), metered_reward(REWARD, meter), make_batch(flow, range(2)))
     counted = (meter.nfe_forward, meter.nfe_grad, meter.nfe_recomputed, meter.decodes, meter.reward_calls)
     assert counted == (2 * forward, 2 * grad, 2 * again, 2, 2)
     assert gradients_of(flow)[0].abs().sum() > 0
@@ -374,7 +374,7 @@ def test_defaults_are_the_papers():
     ],
 )
 def test_impossible_settings_are_refused(method, where):
-    """One line that says which setting, before anything runs."""
+    """Impossible settings are refused in one line that names the setting, before anything runs."""
     with pytest.raises(UserError, match=f"^{where}: .*; choose ") as caught:
         method.check(1, True)
     assert "\n" not in str(caught.value)

@@ -19,9 +19,9 @@ from alignbench.method import GatherBatch, Loss, each_update
 from alignbench.methods.dancegrpo import DanceGRPO
 from alignbench.methods.flowgrpo import FlowGRPO
 from alignbench.methods.mixgrpo import MixGRPO, dpm_solver, thinned
-from alignbench.policy import divergence
+from alignbench.policy import kl_divergence
 from alignbench.testing import MethodContract
-from alignbench.testing.method_contract import descend
+from alignbench.testing.method_contract import backpropagate
 from alignbench.training.batches import make_batch
 from alignbench.training.meter import Meter, metered, metered_reward
 
@@ -36,7 +36,7 @@ FLASH = MixGRPO(**SMALL, updates_per_rollout=1, window=2, strategy="frozen", com
 
 
 class Constant(QuadraticReward):
-    """A reward that finds all images equally good."""
+    """A reward that gives all images the same score."""
 
     def __call__(self, pixels, prompts):
         return torch.full((1, len(pixels)), 0.3)
@@ -60,7 +60,7 @@ class MLPFlow(AffineFlow):
 
 
 def make_flow(steps=N):
-    """An affine flow that has been trained: its biases are not zero, those of its base are."""
+    """Return an affine flow whose biases are not zero, as after training; those of its base model are."""
     flow = AffineFlow(steps)
     with torch.no_grad():
         flow.bias.normal_(generator=seeded("bias", steps))
@@ -72,7 +72,7 @@ def close(actual, expected):
 
 
 def total_gradient(method, flow, reward=REWARD, samples=2 * GROUP):
-    """Gradient of the mean over a rollout's updates, without a step between them."""
+    """Return the gradient of the mean over a rollout's updates, without an optimizer step between them."""
     updates = list(each_update(method, flow, reward, make_batch(flow, range(samples))))
     for loss in itertools.chain.from_iterable(updates):
         (loss.value / len(updates)).backward()
@@ -93,7 +93,7 @@ ONE = torch.ones(1)
 
 
 def advantages(method, rewards, everyone=None):
-    """Those of one reward."""
+    """Return the advantages of one reward."""
     return method.advantages(rewards[None], ONE, everyone)
 
 
@@ -101,7 +101,7 @@ def advantages(method, rewards, everyone=None):
 @pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 27.123456789])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_have_exactly_zero_advantage(method, value, dtype):
-    """To the last bit, also where the mean of twelve equal numbers is not that number."""
+    """Equal rewards give exactly zero, even where the rounded mean of twelve equal numbers is not that number."""
     rewards = torch.full((2, 12), value, dtype=dtype)
     everyone = rewards.double().view(1, 1, -1) if method.std == "batch" else None
     assert (advantages(method, rewards, everyone) == 0).all()
@@ -120,7 +120,7 @@ def test_advantages_are_normalised_within_each_group():
 
 
 def test_several_rewards_are_normalised_each_and_then_summed():
-    """A = sum of w_m A_m, clipped at the end; no reward's shift or scale matters; weights count by their ratios."""
+    """A = sum of w_m A_m, clipped at the end; a reward's shift and scale do not matter; weights only by their ratio."""
     rewards = torch.randn(2, 3, 12, generator=seeded(0), dtype=torch.float64)
     weights = torch.tensor([term.weight for term in TWO.terms], dtype=torch.float64)
     close(weights, torch.tensor([2 / 3, 1 / 3], dtype=torch.float64))
@@ -163,7 +163,7 @@ def test_flow_grpo_measures_rewards_in_units_of_the_whole_batch():
 
 
 def test_equal_rewards_give_no_policy_gradient():
-    """A group whose images score the same teaches nothing, exactly."""
+    """A group whose images all have the same score has exactly zero gradient."""
     for method in (DANCE, FLOW, MIX, FLASH):
         assert total_gradient(method, make_flow(), Constant()).abs().max() == 0
 
@@ -240,7 +240,7 @@ def test_log_prob_of_the_rollout_is_that_of_its_noise(method):
     [(2.0, 1.001, 0.0), (2.0, 0.999, 2.0), (-2.0, 0.999, 0.0), (-2.0, 1.001, -2.0), (2.0, 1.0, 2.0), (-2.0, 1.0, -2.0)],
 )
 def test_clipping_stops_only_what_has_moved_the_right_way(advantage, ratio, slope):
-    """Gradient A while the ratio is inside, or on the wrong side; zero once it is outside on the right side."""
+    """The gradient is A while the ratio is inside or on the wrong side; zero once it is outside on the right side."""
     rho = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
     DanceGRPO().gain(torch.tensor([advantage], dtype=torch.float64), rho).sum().backward()
     assert rho.grad.item() == slope
@@ -275,13 +275,13 @@ def test_policy_gradient_closed_form(method):
         mean = x - h * v - sig**2 * h / (2 * t[i]) * (x + (1 - t[i]) * v)
         xi = ((path.states[b : b + 1, i + 1] - mean) / (sig * h.sqrt()))[0]
         expected[i] += a[b] * xi * h.sqrt() * kappa(t[i], sig) / (sig * flow.dim) / moves.numel()
-    descend(method, flow, REWARD, dataclasses.replace(make_batch(flow, range(2 * GROUP)), step=step))
+    backpropagate(method, flow, REWARD, dataclasses.replace(make_batch(flow, range(2 * GROUP)), step=step))
     torch.testing.assert_close(flow.bias.grad, expected.detach(), rtol=1e-9, atol=1e-12)
     assert flow.bias.grad[moves.unique()].abs().sum(1).min() > 0
 
 
 def test_the_last_move_is_never_trained():
-    """Nothing is learnt from the move to sigma = 0: the last step's bias keeps a zero gradient, others do not."""
+    """The move to sigma = 0 is not trained: the gradient of the last step's bias is zero, those of others are not."""
     whole = MixGRPO(**SMALL, updates_per_rollout=1, window=N - 1)
     for method in (DanceGRPO(**SMALL, updates_per_rollout=1, timestep_fraction=1.0), FLOW, whole):
         gradient = total_gradient(method, make_flow())
@@ -321,14 +321,14 @@ def test_divergence_is_h_times_the_true_one():
     sig, h = torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.float64), 0.07
     s = (sig * math.sqrt(h)).view(4, 1, 1)
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, s), torch.distributions.Normal(base, s))
-    close(divergence(mean, base, sig), h * kl.mean((1, 2)))
+    close(kl_divergence(mean, base, sig), h * kl.mean((1, 2)))
 
 
 def test_kl_closed_form():
     """For velocities that differ by b: KL = h^2 kappa^2 mean(b^2) / (2 sig^2), and beta times its gradient is added."""
     method = FlowGRPO(**SMALL, updates_per_rollout=1, beta=0.04)
     flow = make_flow()
-    losses = descend(method, flow, Constant(), make_batch(flow, range(2 * GROUP)))
+    losses = backpropagate(method, flow, Constant(), make_batch(flow, range(2 * GROUP)))
     t = flow.sigmas(N)
     h, sig = t[: N - 1] - t[1:N], method.levels(t)[: N - 1]
     scale = (h * kappa(t[: N - 1], sig) / sig).square()
@@ -342,7 +342,7 @@ def test_without_kl_the_base_model_is_never_called():
     """beta = 0: no call of the reference. beta > 0: as many as trained moves, without gradient, and the term pulls."""
     for beta, calls in ((0.0, 0), (0.04, FLOW.trained)):
         flow = CallLog(make_flow())
-        descend(FlowGRPO(**SMALL, updates_per_rollout=1, beta=beta), flow, REWARD, make_batch(flow, range(GROUP)))
+        backpropagate(FlowGRPO(**SMALL, updates_per_rollout=1, beta=beta), flow, REWARD, make_batch(flow, range(GROUP)))
         reference = [gradient for _, gradient, reference in flow.calls if reference]
         assert reference == [False] * calls
 
@@ -458,7 +458,7 @@ def test_a_window_over_all_moves_with_dance_sde_is_dance_grpo():
 
 
 def errors(solver, end, steps):
-    """Largest error from the noise z to t = end, for each number of steps, on data N(1/2, 1/4 I).
+    """Return the largest error from the noise z to t = end, for each number of steps, on data N(1/2, 1/4 I).
 
     The exact latent is (1 - t) / 2 + sqrt((1 - t)^2 / 4 + t^2) z.
     """
@@ -472,7 +472,7 @@ def errors(solver, end, steps):
 
 
 def test_dpm_solver_is_of_second_order():
-    """From the noise on, twice the steps make a quarter of the error, where Euler's is halved.
+    """Starting from noise, twice the steps give a quarter of the error, where Euler's is halved.
 
     Up to the image too it is a tenth of Euler's; lambda is infinite there, and the error falls as log(N) / N^2.
     """
@@ -529,7 +529,7 @@ def test_a_thinned_grid_keeps_its_ends():
 def test_flash_shortens_only_what_comes_after_the_window():
     """States and likelihoods up to the window's end are those without compression, bitwise; the image is near.
 
-    The solver goes on from the window's last prediction.
+    The solver continues from the window's last prediction.
     """
     flow = GaussianFlow()
     batch = make_batch(flow, range(12))
@@ -626,7 +626,7 @@ def test_defaults_are_the_papers():
     ],
 )
 def test_impossible_settings_are_refused(method, batch, where):
-    """One line that says which setting, before anything runs."""
+    """Impossible settings are refused in one line that names the setting, before anything runs."""
     with pytest.raises(UserError, match=f"^{where}: .*; choose ") as caught:
         method.check(batch, True)
     assert "\n" not in str(caught.value)

@@ -37,13 +37,13 @@ from alignbench.methods.drtune import DRTune
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.methods.refl import ReFL
 from alignbench.testing import MethodContract
-from alignbench.testing.method_contract import descend
+from alignbench.testing.method_contract import backpropagate
 from alignbench.training.batches import make_batch
 from alignbench.training.meter import Meter, Watch, metered, metered_reward
 
 
 def full_bptt(steps=N):
-    """{i: -h_i lam_{i+1}} with lam_N = g(x_N), lam_i = (I - h_i A)^T lam_{i+1}."""
+    """Return {i: -h_i lam_{i+1}} with lam_N = g(x_N), lam_i = (I - h_i A)^T lam_{i+1}."""
     path, rows = Path(steps), {}
     lam = path.g
     for i in reversed(range(steps)):
@@ -156,7 +156,7 @@ def test_leapalign_rewards_the_samplers_own_image(k, j):
     """The rewarded latent is the plain sampler's, bitwise: connectors and discount change no value."""
     flow, reward = make_flow(), RewardLog()
     batch = make_batch(flow, range(B))
-    descend(LeapAt(steps=N, at=(k, j)), flow, reward, batch)
+    backpropagate(LeapAt(steps=N, at=(k, j)), flow, reward, batch)
     assert torch.equal(reward.seen[0], integrate(flow, batch.noise, flow.sigmas(N), batch.cond))
 
 
@@ -176,7 +176,7 @@ def test_straight_trajectories_have_no_nested_gradient():
     for alpha in (0.0, 0.3, 1.0):
         flow = AffineFlow(N)
         flow.A.zero_()
-        (loss,) = descend(LeapAlign(steps=N, alpha=alpha), flow, REWARD, make_batch(flow, range(B)))
+        (loss,) = backpropagate(LeapAlign(steps=N, alpha=alpha), flow, REWARD, make_batch(flow, range(B)))
         assert loss.metrics["leap_miss_j"] < 1e-14
         assert loss.metrics["leap_miss_0"] < 1e-14
         assert loss.metrics["weight"] == pytest.approx(5.0, rel=1e-12)
@@ -188,7 +188,7 @@ def test_straight_trajectories_have_no_nested_gradient():
 @pytest.mark.parametrize("tau", [1e-3, 0.1, 10.0])
 def test_leapalign_weight_is_bounded_and_falls_with_distance(tau):
     """0 < w <= 1 / (2 tau), with equality once tau exceeds both distances."""
-    (loss,) = descend(LeapAt(steps=N, at=(1, 3), tau=tau), make_flow(), REWARD, make_batch(make_flow(), range(B)))
+    (loss,) = backpropagate(LeapAt(steps=N, at=(1, 3), tau=tau), make_flow(), REWARD, make_batch(make_flow(), range(B)))
     assert 0 < loss.metrics["weight"] <= 1 / (2 * tau) * (1 + 1e-12)
     if tau == 10.0:
         assert loss.metrics["weight"] == pytest.approx(1 / 20, rel=1e-12)
@@ -307,7 +307,7 @@ def test_defaults_are_the_papers():
     ],
 )
 def test_impossible_settings_are_refused(method, batch, where):
-    """One line that says which setting, before anything runs."""
+    """Impossible settings are refused in one line that names the setting, before anything runs."""
     with pytest.raises(UserError, match=f"^{where}: .*; choose ") as caught:
         method.check(batch, True)
     assert "\n" not in str(caught.value)
@@ -331,7 +331,7 @@ def test_base_trains_nothing():
 
 
 class Unlawful(ReFL):
-    """ReFL with a mistake."""
+    """A ReFL that breaks a promise."""
 
     steps: int = 4
     last_n: int = 2
@@ -381,7 +381,7 @@ class LosesTheGraph(Unlawful):
 
 
 class Forgets(Unlawful):
-    """Keeps a count that no checkpoint knows of."""
+    """A method with a count that checkpoints do not hold."""
 
     @functools.cached_property
     def seen(self):
@@ -400,7 +400,7 @@ class GoesAroundTheMeter(Unlawful):
 
 
 class RemembersForEver(Unlawful):
-    """Keeps a count that outlives the run."""
+    """A method with a count that outlives the run."""
 
     seen: ClassVar[list[int]] = []
 

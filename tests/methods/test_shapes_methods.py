@@ -1,4 +1,4 @@
-"""Every method of the packaged sweep on the real (small) flow model, as far as seconds reach."""
+"""Every method of the packaged sweep on the real (small) flow model, within seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alignbench.experiment.plan import resolve
 from alignbench.experiment.spec import Budget
 from alignbench.plugins import Registry
 from alignbench.prompts import load_prompts
-from alignbench.testing.method_contract import descend, unclocked
+from alignbench.testing.method_contract import backpropagate, unclocked
 from alignbench.training.batches import draw_batch
 from alignbench.training.loop import train
 
@@ -29,7 +29,7 @@ CELLS = [cell for cell in resolve(read(str(SWEEP)), REGISTRY).cells if cell.seed
 
 
 def run(cell: PlannedRun) -> tuple[list[dict], list[torch.Tensor]]:
-    """Two batches of the cell's training, from a freshly loaded model: records and weights."""
+    """Train on two batches with a freshly loaded model. Return records and weights."""
     spec = cell.spec
     flow = REGISTRY.make("backend", spec.backend, "backend").load()
     method = REGISTRY.make("method", spec.method, "method")
@@ -50,7 +50,7 @@ def _fields(training):
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.spec.label)
 def test_the_same_run_twice_is_bitwise_the_same(cell):
-    """Every weight and every record but the clock; and the weights have moved, by finite numbers."""
+    """All weights are equal, and all records but the times; the weights have changed, and are finite."""
     (records, weights), (again, same) = run(cell), run(cell)
     assert unclocked(records) == unclocked(again)
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
@@ -73,7 +73,7 @@ def test_every_method_trains_a_flux_in_bfloat16(cell, checkpointing, tiny):
     flow = Flux(model=str(tiny), max_sequence_length=16, **settings).load()
     method = REGISTRY.make("method", cell.spec.method, "method")
     batch = draw_batch(flow, PROMPTS, cell.spec.training, 0, range(24), torch.device("cpu"))
-    losses = descend(method, flow, Reward(Term(Quadratic(target=1.0))), batch)
+    losses = backpropagate(method, flow, Reward(Term(Quadratic(target=1.0))), batch)
     gradients = [p.grad for p in flow.parameters() if p.grad is not None]
     assert all(loss.value.isfinite() for loss in losses)
     assert all(g.isfinite().all() for g in gradients)

@@ -9,7 +9,7 @@ from alignbench.flow import seeded
 from alignbench.methods.drtune import DRTune
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.methods.refl import ReFL
-from alignbench.testing.method_contract import descend, gradients_of
+from alignbench.testing.method_contract import backpropagate, gradients_of
 from alignbench.training.batches import make_batch
 
 N, B, MU = 5, 3, 1.0
@@ -67,7 +67,7 @@ def make_flow(steps=N):
 def gradient(method, reward=REWARD, flow=None):
     """(N, dim) gradient of the bias."""
     flow = flow or make_flow(method.steps)
-    descend(method, flow, reward, make_batch(flow, range(B)))
+    backpropagate(method, flow, reward, make_batch(flow, range(B)))
     return gradients_of(flow)[0]
 
 

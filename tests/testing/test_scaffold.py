@@ -1,4 +1,4 @@
-"""The two commands for authors: what is written works as it is, and what is broken is said in a sentence."""
+"""The two commands for authors: the files written work as they are, and a broken promise is told in a sentence."""
 
 import subprocess
 import sys
@@ -75,7 +75,7 @@ def ran(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ["my_method", "x", "CamelCase", "a_name_of_forty_letters_as_many_as_allow"])
 def test_what_is_written_passes_ruff(folder, capsys, name):
-    """Lint with this project's rules and with ruff's own, and format at this project's length of lines."""
+    """The files pass this project's lint rules and ruff's own, and are formatted at this project's line length."""
     assert call("new-method", name) == 0
     said = capsys.readouterr().out
     assert f"written: {name}.py" in said
@@ -106,21 +106,21 @@ def test_what_is_written_keeps_every_promise(folder, capsys):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("1x", "'1x' is no name for a file and a class; choose letters, digits and underscores"),
-        ("a-b", "'a-b' is no name"),
-        ("../a", "'../a' is no name"),
-        ("class", "'class' is no name"),
-        ("größe", "'größe' is no name"),
-        ("x" * 41, "is no name"),
-        ("leapalign", "there is a method 'leapalign' in "),
-        ("json", "'json' is a module that Python has already"),
-        ("pathwise", "the class would be called Pathwise, which is used already"),
-        ("mine", "mine.py: exists already; choose another name, or remove it"),
-        ("yours", "test_yours.py: exists already"),
+        ("1x", "'1x' cannot name a file and a class; choose at most 40 letters, digits and underscores"),
+        ("a-b", "'a-b' cannot name a file"),
+        ("../a", "'../a' cannot name a file"),
+        ("class", "'class' cannot name a file"),
+        ("größe", "'größe' cannot name a file"),
+        ("x" * 41, "cannot name a file"),
+        ("leapalign", "the method 'leapalign' already exists in "),
+        ("json", "Python already has a module 'json'"),
+        ("pathwise", "the class would be called Pathwise, which is already in use"),
+        ("mine", "mine.py: already exists; choose another name, or remove it"),
+        ("yours", "test_yours.py: already exists"),
     ],
 )
 def test_a_bad_name_is_refused_and_nothing_is_written(folder, capsys, name, line):
-    """No identifier, a name that is taken, a file that is there: one line, and the folder is as it was."""
+    """A bad identifier, a taken name, an existing file: one line of error, and the folder stays as it is."""
     for file in ("mine.py", "test_yours.py"):
         (folder / file).write_text("mine")
     assert call("new-method", name) == 1
@@ -145,12 +145,12 @@ def test_broken_promises_are_sentences(folder, capsys):
     assert ": in the records loss is " in wrong[0]
     assert len(raising) == len(PROMISES)
     assert all(line.endswith(": RuntimeError: shapes (3,) and (4,) do not fit") for line in raising)
-    assert still == ["ok     It trains nothing, so that nothing else is promised"]
+    assert still == ["ok     It trains nothing, so nothing else is promised"]
     assert "Traceback" not in out
 
 
 def sections(out: str) -> list[list[str]]:
-    """The lines below each method's name."""
+    """Return the lines below each method's name."""
     found: list[list[str]] = []
     for line in out.splitlines():
         if line.endswith(":") and " " not in line:
@@ -161,7 +161,7 @@ def sections(out: str) -> list[list[str]]:
 
 
 def test_a_traceback_is_there_when_asked_for(folder, capsys):
-    """``--traceback`` names the line of the author's file."""
+    """``--traceback`` shows the line of the author's file."""
     (folder / "broken.py").write_text(BROKEN)
     assert call("check-method", "broken.py", "--traceback") == 2
     out = capsys.readouterr().out
@@ -170,10 +170,10 @@ def test_a_traceback_is_there_when_asked_for(folder, capsys):
 
 
 def test_settings(folder, capsys):
-    """A method without defaults says what it needs; with it, it is checked; a setting that nobody has is a mistake."""
+    """A method without defaults says what it needs; with it, it is checked; a setting of no method is an error."""
     (folder / "needy.py").write_text(NEEDY)
     assert call("check-method", "needy.py") == 1
-    assert "needy: 'strength' is missing; needy cannot do without it; set it with --settings" in capsys.readouterr().err
+    assert "needy: 'strength' is missing; needy needs it; set it with --settings" in capsys.readouterr().err
     assert call("check-method", "needy.py", "--settings", "strength=1.0") == 0
     assert capsys.readouterr().out.count("ok     ") == len(PROMISES)
     assert call("check-method", "needy.py", "--settings", "strenth=1.0") == 1
@@ -191,11 +191,11 @@ def test_settings(folder, capsys):
             "import nowhere_at_all\nfrom alignbench import AlignMethod\nclass M(AlignMethod):\n    name = 'm'\n",
             "nowhere",
         ),
-        ("from alignbench import Evaluator\nclass M(Evaluator):\n    name = 'm'\n", "mine.py: no method in it"),
+        ("from alignbench import Evaluator\nclass M(Evaluator):\n    name = 'm'\n", "mine.py: has no method"),
     ],
 )
 def test_a_file_without_methods(folder, capsys, source, line):
-    """No file, no class, a failing import, an evaluator alone: one line."""
+    """No file, no class, a failing import, only an evaluator: each is one line of error."""
     if source is not None:
         (folder / "mine.py").write_text(source)
     assert call("check-method", "mine.py") == 1

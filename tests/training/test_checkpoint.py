@@ -342,7 +342,7 @@ def test_wrong_names_are_one_clear_line(published, tmp_path):
     with pytest.raises(UserError, match=r"has no weights"):
         Checkpoint(weights=str(published), subfolder="none").files()
     (tmp_path / "model.bin").write_bytes(b"weights")
-    with pytest.raises(UserError, match=r"model.bin is no safetensors file"):
+    with pytest.raises(UserError, match=r"model.bin is not a safetensors file"):
         Checkpoint(weights=str(tmp_path / "model.bin")).files()
     shutil.copytree(published / "shards", tmp_path / "shards")
     next((tmp_path / "shards").glob("*-00002-*")).unlink()

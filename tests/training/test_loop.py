@@ -351,7 +351,7 @@ def test_several_rewards_add_up():
 
 @pytest.mark.parametrize("micro", [None, 4, 2])
 def test_what_micro_batches_pool_is_the_whole_batch(micro):
-    """``yield Pool(values)`` gives back the values of all samples in their order, twice in a row too."""
+    """``yield GatherBatch(values)`` gives back the values of all samples in their order, twice in a row too."""
 
     class Pools(OneStep):
         seen: ClassVar[list] = []

@@ -39,10 +39,10 @@ class Mirrored(Quadratic):
     name: ClassVar[str] = "mirrored"
 
 
-def two_rewards(at_once=None):
+def two_rewards(slice_size=None):
     """Two evaluators, of which one has a hinge that some images have closed."""
     reward = Reward(Term(Quadratic(target=1.0), -2.0, 2.0), Term(Mirrored(target=-1.0)))
-    reward.at_once = at_once
+    reward.slice_size = slice_size
     return reward
 
 
@@ -56,9 +56,9 @@ def test_slices_train_the_same_model(name):
     Records hold rewards, hinges, gradient norms and where on the path they arise, and what the meter counted.
     """
     ends = []
-    for at_once in (None, 1, 3):
+    for slice_size in (None, 1, 3):
         method = Registry().make("method", {"name": name}, "method")  # some remember what they saw
-        training = settings(batches=3, reward_slice=at_once)
+        training = settings(batches=3, reward_slice=slice_size)
         flow, records = run(method, training, flow=AffineFlow(method.steps), reward=two_rewards())
         ends.append((flow.bias.detach(), records))
     (whole, expected), *sliced = ends
@@ -83,13 +83,13 @@ def test_a_closed_hinge_has_no_gradient_in_slices():
     batch = make_batch(flow, range(4))
     weight = torch.tensor([1.0, 2.0, 0.0, 3.0], dtype=torch.float64)
     found = []
-    for at_once in (None, 1):
+    for slice_size in (None, 1):
         reward = Reward(Term(Quadratic(), -2.0))
-        reward.at_once = at_once
+        reward.slice_size = slice_size
         x = batch.noise.clone().requires_grad_()
         loss = reward_loss(flow, reward, batch, x, weight)
         loss.value.backward()
-        found.append((loss.value.detach(), loss.each, loss.metrics["reward"], x.grad))
+        found.append((loss.value.detach(), loss.per_sample, loss.metrics["reward"], x.grad))
     for whole, sliced in zip(*found, strict=True):
         torch.testing.assert_close(sliced, whole, rtol=1e-12, atol=0)
     each, gradient = found[1][1], found[1][3]
@@ -109,9 +109,9 @@ def test_slices_of_a_real_decoder_and_reward(shapes):
     """fp32, through decoder and two CLIPs, away from the clamp: gradients of all weights to 1e-5 of their norm."""
     flow, found = shapes.flow, []
     batch = make_batch(flow, range(3))
-    for at_once in (None, 1):
+    for slice_size in (None, 1):
         reward = Reward(*shapes.terms)
-        reward.at_once = at_once
+        reward.slice_size = slice_size
         for p in flow.parameters():
             p.grad = None
         v = flow.velocity(batch.noise, 1.0, batch.cond)
@@ -153,13 +153,13 @@ class Held:
 def test_decoder_and_reward_keep_one_slice(shapes, ask):
     """What autograd keeps at its peak grows with the batch, and not at all if the reward is sliced."""
     peak = {}
-    for at_once, size in itertools.product((None, 1), (1, 4)):
+    for slice_size, size in itertools.product((None, 1), (1, 4)):
         batch, kept = make_batch(shapes.flow, range(size)), Kept()
         reward = Reward(*shapes.terms)
-        reward.at_once = at_once
+        reward.slice_size = slice_size
         with saved_tensors_hooks(kept.pack, kept.unpack):
             ask(shapes.flow, reward, batch, batch.noise.clone().requires_grad_())
-        peak[at_once, size] = kept.peak
+        peak[slice_size, size] = kept.peak
     assert peak[None, 4] > 3.5 * peak[None, 1]
     assert peak[1, 4] < 1.02 * peak[1, 1]
     assert peak[1, 1] < 1.02 * peak[None, 1]
