@@ -102,10 +102,10 @@ def check_room(session: RunSession) -> None:
 
 def _follow(session: RunSession, records: Iterable[dict[str, Any]]) -> None:
     """Train: consume the records, and tell how far they are."""
-    from alignbench.training.state import spent
+    from alignbench.training.state import budget_share
 
     for record in _tracked(session, records):
-        share = spent(session.spec.training.budget, record, session.accelerator.num_processes)
+        share = budget_share(session.spec.training.budget, record, session.accelerator.num_processes)
         shown = f", reward {record['reward_mean']:.3f}" if "reward_mean" in record else ""
         shown += ", every hinge closed" if record.get("hinge_closed") == 1 else ""
         session.progress("training", share, f"update {record['update'] + 1}{shown}")

@@ -26,7 +26,7 @@ from alignbench.prompts import Prompt, load_prompts
 from alignbench.rehearsal.tiny_backends import backend
 from alignbench.store.artefacts import Store
 from alignbench.store.files import read_json
-from alignbench.training.batches import drawn, prompt_index
+from alignbench.training.batches import prompt_index, prompts_within_budget
 
 pytestmark = pytest.mark.slow  # whole models, several times
 
@@ -112,7 +112,7 @@ def test_what_an_embedding_depends_on_has_its_own_folder(small, tmp_path):
 def test_prompts_that_can_be_drawn(budget):
     """All that the batches of the budget draw, and of a small budget nothing else."""
     prompts = [Prompt(str(i), f"prompt {i}") for i in range(20)]
-    found = drawn(prompts, Training(budget=Budget(**budget), batch=2, seed=3))
+    found = prompts_within_budget(prompts, Training(budget=Budget(**budget), batch=2, seed=3))
     batches = {"images": 3, "updates": budget.get("updates")}.get(next(iter(budget)))
     few = {prompts[prompt_index(3, n, 20)] for n in range(2 * batches)} if batches else set(prompts)
     assert set(found) == few
@@ -139,14 +139,15 @@ def test_a_sweep_is_the_same_bit_by_bit(swept, stored):
 
 
 def test_a_sweep_encodes_only_what_it_needs_and_once(stored, loads, tmp_path):
-    """Eight drawn prompts of each seed, four of evaluation, the empty one; run again with other pictures, none."""
+    """Each seed's eight prompts, evaluation's four, and the empty one; run again with other images, none."""
     (folder,) = stored.joinpath("embeddings").iterdir()
     found = set(stored_embeddings.Stored(folder, CPU).rows)
     plan = resolve(read(sweep_file(tmp_path, STORED)), Registry([PLUGIN]))
     wanted = {"", *(prompt.text for prompt in plan.prompts)}
     for cell in plan.cells:
         if cell.trains:
-            wanted |= {prompt.text for prompt in drawn(load_prompts(cell.spec.prompts), cell.spec.training)}
+            prompts = prompts_within_budget(load_prompts(cell.spec.prompts), cell.spec.training)
+            wanted |= {prompt.text for prompt in prompts}
     assert found == wanted
     assert len(found) > 4 + 1 + 8
     more = STORED | {"evaluation": {"protocol": {"steps": 1}}}

@@ -116,22 +116,22 @@ def test_backwards_add_up_in_float32(kind):
     flow.bias.data = flow.bias.data.float()
     weights = Weights(flow, kind)
     plain = nn.Parameter(torch.zeros(STEPS, 3, dtype=torch.bfloat16))
-    weights.begin()
+    weights.start_update()
     for n in range(512):
         if n:
-            weights.widen()
+            weights.upcast_gradients()
         flow.bias.sum().backward()
         plain.sum().backward()
         if n == 0 and kind == "stochastic":
             assert flow.bias.grad.dtype == torch.bfloat16
-    weights.hand_over()
-    (held,) = weights.held.values()
-    assert (held.grad == 512).all()
-    assert held.grad.dtype == torch.float32
+    weights.gradients_to_masters()
+    (master,) = weights.parameters.values()
+    assert (master.grad == 512).all()
+    assert master.grad.dtype == torch.float32
     assert (plain.grad == 256).all()
-    held.grad = None
-    weights.begin()
-    assert held.grad_dtype == (torch.bfloat16 if kind == "stochastic" else torch.float32)
+    master.grad = None
+    weights.start_update()
+    assert master.grad_dtype == (torch.bfloat16 if kind == "stochastic" else torch.float32)
 
 
 def test_the_norm_of_gradients_in_bfloat16():

@@ -18,7 +18,7 @@ from alignbench.plugins import Registry
 from alignbench.testing.method_contract import unclocked
 from alignbench.training.adamw import AdamW
 from alignbench.training.checkpoint import FINAL, load_records
-from alignbench.training.quantization import BLOCK, SMALL, dequantize, levels, quantised
+from alignbench.training.quantization import BLOCK, SMALL, dequantize, levels, quantize
 
 CPU = torch.device("cpu")
 NAMED = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -30,7 +30,7 @@ def large(rng, *shape):
 
 
 def back(x, signed):
-    return dequantize(*quantised(x, signed), signed, x)
+    return dequantize(*quantize(x, signed), signed, x)
 
 
 @pytest.mark.parametrize(("signed", "count"), [(True, 256), (False, 255)])
@@ -68,7 +68,7 @@ def test_a_number_becomes_the_nearest_level(signed):
 def test_any_shape_is_taken():
     """A last block that is not full, and zeros, which stay zero; and shape and type come back."""
     x = large(torch.Generator().manual_seed(0), 7, 11, 13).double()
-    codes, scale = quantised(x, True)
+    codes, scale = quantize(x, True)
     assert codes.shape == (4, BLOCK)
     assert scale.shape == (4, 1)
     found = back(x, True)
@@ -85,7 +85,7 @@ def test_no_second_moment_becomes_zero():
     level at zero for the second moment it would move by thousands of it.
     """
     weight = nn.Parameter(torch.zeros(SMALL))
-    optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight=True)
+    optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight_bit=True)
     gradient = torch.full((SMALL,), 1e-4)
     gradient[0] = 1.0
     for g in (gradient, torch.zeros(SMALL)):
@@ -101,7 +101,7 @@ def test_the_first_step_is_adamws():
     start, gradients = torch.randn(2, SMALL, generator=rng), torch.randn(2, 2, SMALL, generator=rng)
     theirs, ours = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     reference = torch.optim.AdamW([theirs], **NAMED)
-    optimizer = AdamW([{"params": [ours]}], **NAMED, seed=0, eight=True)
+    optimizer = AdamW([{"params": [ours]}], **NAMED, seed=0, eight_bit=True)
     for step, gradient in enumerate(gradients):
         before = theirs.detach().clone(), ours.detach().clone()
         for p, each in ((theirs, reference), (ours, optimizer)):
@@ -122,7 +122,7 @@ def test_a_quadratic_has_the_same_minimum():
     curvature = 10 ** (2 * torch.rand(SMALL, generator=rng) - 1)
     for eight in (False, True):
         weight = nn.Parameter(torch.zeros(SMALL))
-        optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight=eight)
+        optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight_bit=eight)
         for n in range(600):
             optimizer.param_groups[0]["lr"] = NAMED["lr"] * (0.1 if n >= 400 else 1)
             weight.grad = curvature * (weight.detach() - target)
@@ -135,7 +135,7 @@ def test_bytes_of_the_moments():
     found = {}
     for size in (SMALL - 1, SMALL, 4 * SMALL):
         weight = nn.Parameter(torch.zeros(size))
-        optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight=True)
+        optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight_bit=True)
         weight.grad = torch.ones(size)
         optimizer.step()
         state = optimizer.state_dict()["state"][0]
