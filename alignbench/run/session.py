@@ -129,7 +129,8 @@ class RunSession:
             source, device = self.registry.source("backend", backend.name), self.accelerator.device
             return stored_embeddings.prepare(self.store, backend, source, device, texts, self.progress, self.may_stop)
 
-        return stored_embeddings.Stored(self.store.embeddings / self.group.broadcast(prepare), self.accelerator.device)
+        folder = self.store.embeddings / self.group.broadcast(prepare)
+        return stored_embeddings.StoredEmbeddings(folder, self.accelerator.device)
 
     # -- making an artefact -------------------------------------------------------------------------------------------
 

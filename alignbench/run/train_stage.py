@@ -56,7 +56,7 @@ def _embeddings(session: RunSession, backend: Any) -> str | None:
     from alignbench.backends import stored_embeddings
 
     source, device = session.registry.source("backend", backend.name), session.accelerator.device
-    return stored_embeddings.name(backend, source, device) if stores_embeddings(backend) else None
+    return stored_embeddings.folder_name(backend, source, device) if stores_embeddings(backend) else None
 
 
 def make_weights(session: RunSession, lock: Lock) -> dict[str, Any]:

@@ -282,7 +282,7 @@ def test_published_weights_take_the_place_of_the_models(load, tmp_path):
 def test_a_small_transformer_costs_what_torch_counts(load, family, small):
     """Forward FLOPs, parameters, adapters and text encoders exactly; two branches are two forwards."""
     flow, made = load(), FAMILIES[family](**small[family])
-    measures = made.measures
+    measures = made.cost_model
     assert measures.transformer.parameters == sum(p.numel() for p in flow.transformer.parameters())
     pipeline = made._pipeline()
     encoders = [getattr(pipeline, part) for part in made.models if part.startswith("text_encoder")]
@@ -381,7 +381,7 @@ def test_files_need_no_torch(small, family):
     """The check of every file imports neither torch nor diffusers; the registry knows the backend by its name."""
     code = f"""import sys; from alignbench.plugins import Registry
 backend = Registry().make("backend", {{"name": {family!r}, "model": {small[family]["model"]!r}, "size": 32}}, "")
-assert backend.files() and backend.measures and backend.deterministic is None
+assert backend.files() and backend.cost_model and backend.deterministic is None
 assert not {{"torch", "diffusers"}} & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", code], check=True)
 

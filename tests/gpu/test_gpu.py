@@ -208,7 +208,7 @@ def test_stored_embeddings_are_computed_ones_and_leave_no_encoder_behind(folder,
     name = stored_embeddings.prepare(Store(tmp_path), made, None, device, texts, lambda *_: None, lambda: None)
     assert torch.cuda.memory_allocated() == before
     flow = load(folder)
-    ours = stored_embeddings.Stored(tmp_path / "embeddings" / name, flow.device)(texts).tensors
+    ours = stored_embeddings.StoredEmbeddings(tmp_path / "embeddings" / name, flow.device)(texts).tensors
     theirs = flow.encode(texts).tensors
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 

@@ -269,7 +269,8 @@ def test_the_average_on_the_host_is_no_part_of_the_plans_memory():
         training = structs.replace(cell.spec.training, ema_on_host=host)
         changed = dataclasses.replace(cell, spec=structs.replace(cell.spec, training=training))
         found.append(estimate(changed, plan.sweep.evaluation, plan.evaluators, GPUS["h100"]).memory)
-    assert found[0] - found[1] == 4 * Registry().make("backend", cell.spec.backend, "b").measures.transformer.parameters
+    backend = Registry().make("backend", cell.spec.backend, "b")
+    assert found[0] - found[1] == 4 * backend.cost_model.transformer.parameters
 
 
 @pytest.fixture
