@@ -313,7 +313,7 @@ class TrainState:
         return state, None
 
     def check_fit(self, state: Record, path: Path) -> None:
-        """Raise UserError or KeyError unless ``load_state`` will succeed: it must not stop half-way."""
+        """Raise UserError or KeyError unless ``load_state`` will succeed: it must not stop halfway."""
         check_shapes(self.parameters, state["flow"], path)
         check_shapes({} if self.ema is None else self.parameters, dict(zip(self.parameters, state["ema"] or ())), path)
         for name, module in self.modules.items():

@@ -1,4 +1,4 @@
-"""What the backends with guidance in two branches promise, each on a small random model of its family."""
+"""The promises of backends with guidance in two branches, each on a small random model of its family."""
 
 import shutil
 import subprocess
@@ -342,7 +342,7 @@ def test_a_broken_folder_is_one_clear_line(tmp_path, small, family, change, says
 
 @pytest.mark.parametrize("family", PIPELINES)
 def test_a_missing_shard_is_named(tmp_path, small, family):
-    """Of an index that names two."""
+    """An index that names two shards, one of which is missing, is refused."""
     shutil.copytree(small[family]["model"], tmp_path / "copy")
     folder = tmp_path / "copy" / "transformer"
     index = {"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "of-2.safetensors"}}
@@ -425,7 +425,7 @@ class TestMethods(MethodContract):
         return Reward(Term(Quadratic(target=1.0)))
 
     def test_one_batch_equals_its_micro_batches(self) -> None:
-        """Of float32 and a random network no more than this: loss and norm of the gradient agree to a hundredth."""
+        """In float32 with a random network: the loss and the gradient's norm agree to a hundredth."""
         (whole, *_), (split, *_) = self.run(self.flow(), 1), self.run(self.flow(), 1, self.micro)
         for name in ("loss", "grad_norm"):
             assert split[name] == pytest.approx(whole[name], rel=1e-2, abs=1e-6)

@@ -29,9 +29,9 @@ from typing import ClassVar
 from alignbench.backends.flux import Flux
 
 class Plain(Flux):
-    \"\"\"FLUX whose costs nobody wrote down.\"\"\"
+    \"\"\"FLUX without cost formulas.\"\"\"
     name: ClassVar[str] = "plain"
-    measures: ClassVar = None
+    cost_model: ClassVar = None
 """
 BROKEN = SAME + "\n    def outline(self):\n        raise ValueError('of the plug-in')\n"
 UNABLE = SAME + "\n    outline: ClassVar = None\n"

@@ -200,7 +200,7 @@ def test_guidance_leaves_the_fourth_channel_alone(make):
 
 
 def test_guidance_counts_two_evaluations(make):
-    """Of each of two samples; without guidance one."""
+    """Two evaluations per sample, and one without guidance."""
     for guidance, count in ((GUIDANCE, 4), (1.0, 2)):
         flow, meter = make(guidance=guidance).load(), Meter()
         with torch.no_grad():
@@ -277,7 +277,7 @@ def test_what_is_loaded_is_written_again(make, state):
 
 
 def test_a_folder_with_the_checkpoint_is_the_same(make, folder):
-    """Whether the file or its folder is named."""
+    """Naming the file or its folder gives the same files and model."""
     assert make(model=str(folder)).files() == make().files()
 
 
@@ -322,7 +322,7 @@ def test_every_class_is_a_prompt_of_imagenet_classes(make):
 
 
 def test_prompts_that_are_no_classes_are_refused_before_anything_is_loaded(make, tmp_path):
-    """Of training and of evaluation, with their line, when the sweep is read."""
+    """Training and evaluation prompts are checked, with their line, when the sweep is read."""
     plain = {"name": "sit", **{k: v for k, v in msgspec.to_builtins(make()).items() if k in ("model", "vae", "heads")}}
     plain |= {"size": 32, "max_sequence_length": None}
     lists = {"prompts": "imagenet/classes"}
@@ -369,7 +369,7 @@ def without(name):
     ],
 )
 def test_another_checkpoint_is_one_clear_line(make, state, tmp_path, change, says):
-    """What is missing, left over or of another shape; before anything is loaded."""
+    """A tensor that is missing, unexpected or of another shape is named before anything is loaded."""
     torch.save(change(state), tmp_path / "other.pt")
     with pytest.raises(UserError, match=says) as error:
         make(model=str(tmp_path / "other.pt")).files()
@@ -469,7 +469,7 @@ class TestTwoMethods(MethodContract):
         return Reward(Term(Quadratic(target=1.0)))
 
     def test_one_batch_equals_its_micro_batches(self) -> None:
-        """Of float32 and a random network no more than this: loss and norm of the gradient agree to a hundredth."""
+        """In float32 with a random network: the loss and the gradient's norm agree to a hundredth."""
         (whole, *_), (split, *_) = self.run(self.flow(), 1), self.run(self.flow(), 1, self.micro)
         for name in ("loss", "grad_norm"):
             assert split[name] == pytest.approx(whole[name], rel=1e-2, abs=1e-6)

@@ -57,7 +57,7 @@ def prepare(store, made, texts, progress=lambda *_: None, may_stop=lambda: None)
 
 @pytest.fixture
 def loads(monkeypatch):
-    """What pipelines are loaded without, one entry each."""
+    """The parts that pipelines are loaded without, one entry per pipeline."""
     seen, load = [], PipelineBackend._pipeline
     monkeypatch.setattr(
         PipelineBackend, "_pipeline", lambda self, without=(): seen.append(without) or load(self, without)
@@ -66,7 +66,7 @@ def loads(monkeypatch):
 
 
 def test_stored_embeddings_are_the_encoders_bit_by_bit(small, tmp_path, monkeypatch):
-    """Of every family, in several files, in any order and company; the transformer's answer to them, too."""
+    """The same for every family, in several files, in any order and batch; so are the transformer's outputs."""
     monkeypatch.setattr(stored_embeddings, "FILE_BYTES", 2**13)
     made, store = small(), Store(tmp_path)
     folder = store.embeddings / prepare(store, made, TEXTS)
@@ -131,7 +131,7 @@ def stored(tmp_path_factory):
 
 
 def test_a_sweep_is_the_same_bit_by_bit(swept, stored):
-    """Ids, weights, records, pictures and scores are those of the sweep that computes its embeddings."""
+    """Ids, weights, records, images and scores are those of the sweep that computes its embeddings."""
     for kind in ("runs", "images", "scores"):
         ours, theirs = ({path.name for path in (store / kind).iterdir()} for store in (stored, swept / "store"))
         assert ours == theirs
@@ -179,7 +179,7 @@ def test_the_plan_counts_them(tmp_path, capsys):
 
 
 def test_two_ranks_share_what_one_encodes(stored, tmp_path):
-    """Two processes make one run: the first encodes, the second reads that; pictures of one process's weights are its.
+    """Two processes make one run: the first encodes, the second reads that; images of one process's weights are its.
 
     Weights of two ranks are rounded otherwise.
     """
@@ -199,8 +199,8 @@ def test_two_ranks_share_what_one_encodes(stored, tmp_path):
     shutil.copy(stored / "runs" / cell.id / "weights.safetensors", store.run(cell.id, True).product)
     shutil.rmtree(store.images(cell.images).folder)
     rank_process.together("execute", tmp_path)
-    pictures = {path.name: path.read_bytes() for path in store.images(cell.images).folder.glob("*.png")}
-    assert pictures == {path.name: path.read_bytes() for path in (stored / "images" / cell.images).glob("*.png")}
+    images = {path.name: path.read_bytes() for path in store.images(cell.images).folder.glob("*.png")}
+    assert images == {path.name: path.read_bytes() for path in (stored / "images" / cell.images).glob("*.png")}
 
 
 # -- disks and kills ---------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def process(store: Path, *words: str) -> subprocess.Popen:
 
 
 def test_killed_while_writing_and_gone_on_with(tmp_path):
-    """kill -9 leaves whole files and a half one that nobody reads; the next attempt adds what is missing."""
+    """kill -9 leaves whole files and a partial one that is never read; the next attempt adds what is missing."""
     first = process(tmp_path, "hang")
     while not list(tmp_path.glob("embeddings/*/.x*")):
         assert first.poll() is None

@@ -1,4 +1,4 @@
-"""What holds on CPUs holds on a GPU: bfloat16's velocities and gradients, determinism, resuming, scores, memory.
+"""Properties that also hold on a GPU: bfloat16's velocities and gradients, determinism, resuming, scores, memory.
 
 Small random models, the shapes world, and nothing else; `make test-gpu`.
 """
@@ -129,7 +129,7 @@ def test_the_velocity_in_bfloat16_is_as_near_to_float32_as_the_pipelines(folder,
 
 
 def gradient(flow, method, batch) -> torch.Tensor:
-    """Of the method's loss, all parameters in one."""
+    """Return the gradient of the method's loss, all parameters in one tensor."""
     for parameter in flow.parameters():
         parameter.grad = None
     batch.step_rng.manual_seed(0)

@@ -70,7 +70,7 @@ def perturbed(module):
 
 @pytest.fixture(scope="module")
 def tuned(folder):
-    """A pipeline whose transformer somebody has trained."""
+    """A pipeline whose transformer has been trained."""
     pipe = pipeline(folder)
     perturbed(pipe.transformer)
     return pipe
@@ -384,7 +384,7 @@ def planned(folder, changes, *words, plugin=PLUGIN):
 
 
 def test_a_sweep_of_base_checkpoint_and_hybrid(tmp_path, capsys):
-    """Through the command line: pictures differ, the report compares all rows with base and shows the departure."""
+    """Through the command line: images differ, the report compares all rows with base and shows the departure."""
     weights = perturbed(pipeline(Flux(model="shapes").folder).transformer)
     weights.save_pretrained(tmp_path / "weights")
     cases = [published_row(tmp_path / "weights"), SWEEP["cases"][0], published_row(tmp_path / "weights", "Hybrid")]

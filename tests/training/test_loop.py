@@ -476,7 +476,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_its_sample():
-    """Where a loss tells the samples' own, the error has the prompt and the value."""
+    """The error has the prompt and its value if the loss reports those of samples."""
 
     class Broken(Blackbox):
         def loss(self, flow, reward, batch):
@@ -547,7 +547,7 @@ def test_what_a_method_prepares_is_where_training_starts(tmp_path):
 
 
 def test_records_of_a_resumed_run_are_only_the_new_ones(tmp_path):
-    """What the checkpoint covers is not yielded again; once done, nothing is, and the final weights are there."""
+    """Records that the checkpoint covers are not yielded again; once done, none are, and the final weights exist."""
     _, first = run(LEAP, settings(batches=2), tmp_path)
     _, rest = run(LEAP, settings(batches=5), tmp_path)
     assert [r["step"] for r in first + rest] == list(range(5))
@@ -710,7 +710,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("reason", MISFITS)
 def test_a_checkpoint_that_does_not_fit_changes_nothing(reason, tmp_path, capsys):
-    """Of another model, optimizer or version: named, no weight is taken from it, and training starts from the start."""
+    """A checkpoint of another model, optimizer or version is named, and training starts from the beginning."""
     _, undisturbed = run(LEAP, folder=tmp_path / "whole")
     state = newest(tmp_path / "whole")
     state |= {"flow": {"bias": state["flow"]["bias"] + 1}} | MISFITS[reason](state)

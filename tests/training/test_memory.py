@@ -1,4 +1,4 @@
-"""What saves memory changes no gradient beyond rounding, and does save memory."""
+"""Settings that save memory change no gradient beyond rounding, and do save memory."""
 
 import dataclasses
 import itertools
@@ -151,7 +151,7 @@ class Held:
 
 @pytest.mark.parametrize("ask", [reward_loss, reward_gradient])
 def test_decoder_and_reward_keep_one_slice(shapes, ask):
-    """What autograd keeps at its peak grows with the batch, and not at all if the reward is sliced."""
+    """The peak of what autograd saves grows with the batch, and not at all if the reward is sliced."""
     peak = {}
     for at_once, size in itertools.product((None, 1), (1, 4)):
         batch, kept = make_batch(shapes.flow, range(size)), Kept()
@@ -166,7 +166,7 @@ def test_decoder_and_reward_keep_one_slice(shapes, ask):
 
 
 def test_no_slices_leave_every_id_as_it_was(tmp_path, monkeypatch):
-    """What is hashed of a run that sets none has no such word."""
+    """The hash of a run without slices has no such key."""
     hashed = []
     monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     for training in ({}, {"reward_slice": 1}):

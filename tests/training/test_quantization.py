@@ -51,7 +51,7 @@ def test_every_decade_has_half_the_levels_of_the_one_above(signed, count):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_a_number_becomes_the_nearest_level(signed):
-    """Of its block's scale: no other is nearer. The largest of a block stays as it is, if it is positive."""
+    """No other level of its block's scale is nearer. The largest of a block stays as it is, if it is positive."""
     x = large(torch.Generator().manual_seed(0), 16, BLOCK)
     x = x if signed else x.abs()
     scale = x.abs().amax(1, keepdim=True)
@@ -81,8 +81,8 @@ def test_any_shape_is_taken():
 
 
 def test_no_second_moment_becomes_zero():
-    """What is 1e-4 of its block's largest gradient, and then has none, moves by less than lr in the next update; with a
-    level at zero for the second moment it would move by thousands of it.
+    """A weight whose gradient is 1e-4 of its block's largest, and then zero, moves by less than lr in the next update;
+    with a level at zero for the second moment it would move by thousands of it.
     """
     weight = nn.Parameter(torch.zeros(SMALL))
     optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight_bit=True)
@@ -177,7 +177,7 @@ def test_blocks_are_of_whole_tensors():
 
 
 def test_float32_leaves_every_id_as_it_was(tmp_path, monkeypatch):
-    """What is hashed of a run has the word only where it is not float32."""
+    """The hash of a run has the key only if it is not float32."""
     hashed = []
     monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     for training in ({}, {"optimizer": {"moments": "8bit"}}):
