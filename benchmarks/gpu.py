@@ -39,7 +39,7 @@ from msgspec import structs
 from alignbench.backends.cost.formulas import Model
 from alignbench.backends.cost.published_configs import FLUX_1_DEV
 from alignbench.backends.flux import Flux, FluxFlow
-from alignbench.backends.pipeline import Text
+from alignbench.backends.pipeline import PromptEncoder
 from alignbench.evaluation.images import generate
 from alignbench.evaluator import Reward, Term
 from alignbench.evaluators.hpsv2 import HPSv2
@@ -190,7 +190,7 @@ def randomised(module: Any, scale: float = 0.02) -> Any:
     return module
 
 
-class RandomText(Text):
+class RandomText(PromptEncoder):
     """Random text states in the encoders' place, the same for the same prompt."""
 
     def __init__(self, shape: dict[str, Any], words: int, device: torch.device) -> None:
@@ -219,7 +219,7 @@ def random_judge(config: dict[str, Any] | None, device: torch.device) -> HPSv2:
 
 def with_adapters(it: World) -> World:
     """LoRA put on as for training, but with a B that has learnt something: a zero would have no gradient behind it."""
-    it.settings.open(it.pipeline)
+    it.settings.prepare(it.pipeline)
     flow = FluxFlow(it.pipeline, it.settings, it.flow._text, it.device)
     with torch.no_grad():
         for name, parameter in flow.named_parameters():

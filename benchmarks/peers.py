@@ -227,7 +227,7 @@ class Ours:
     def step(self) -> None:
         self.run.step = STEP
         self.run.records.clear()
-        list(self.run.advance(self.flow, self.reward, self.prompts))
+        list(self.run.train_batch(self.flow, self.reward, self.prompts))
 
     @property
     def gradients(self) -> list[Tensor]:

@@ -164,7 +164,7 @@ def step(name: str, flow: Any, batch: int, pairs: int) -> dict[str, Any]:
         def work() -> None:
             run.step = 1
             run.records.clear()
-            list(run.advance(flow, reward, prompts))
+            list(run.train_batch(flow, reward, prompts))
 
         return work
 
@@ -179,8 +179,8 @@ def step(name: str, flow: Any, batch: int, pairs: int) -> dict[str, Any]:
         for call in calls:
             call.again()
         for _ in range(updates):
-            run.synchronise()
-            run.descend()
+            run.synchronize_gradients()
+            run.optimizer_step()
 
     found = compare(make(flow, reward, run), alone, pairs)
     nfe = {key: counts[f"nfe_{key}"] / batch for key in ("forward", "grad", "recomputed")}

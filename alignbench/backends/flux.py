@@ -1,7 +1,7 @@
-"""FLUX.1 (dev, schnell, all models in their layout) as a Flow: ``FluxPipeline``'s arithmetic, opened for gradients.
+"""FLUX.1 (dev, schnell, all models in their layout) as a Flow: ``FluxPipeline``'s arithmetic, with gradients.
 
 Latents are packed: (B, tokens, channels), fp32. For a 1024 px image of FLUX.1-dev that is (B, 4096, 64).
-The arithmetic follows diffusers' ``FluxPipeline.__call__``; a test holds the two together to 1e-5.
+The arithmetic follows diffusers' ``FluxPipeline.__call__``; a test checks that they agree to 1e-5.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from alignbench.backends.pipeline import (
     Pipeline,
     PipelineBackend,
     PipelineFlow,
-    Text,
+    PromptEncoder,
     pack,
     token_ids,
     unpack,
@@ -37,7 +37,7 @@ HUB = "black-forest-labs/FLUX.1-dev"
 
 
 class Flux(PipelineBackend):
-    """A FluxPipeline folder or hub id, and how it is trained. ``size``, ``guidance``: of training, not evaluation."""
+    """A FluxPipeline folder or hub id, and how it is trained. ``size``, ``guidance``: for training only."""
 
     name: ClassVar[str] = "flux"
     pipeline: ClassVar[str] = "FluxPipeline"
@@ -55,32 +55,32 @@ class Flux(PipelineBackend):
 
     @property
     def text_tokens(self) -> int:
-        """T5 tokens of a prompt."""
+        """T5 tokens per prompt."""
         config = {}
         if not weights.absent(self):
-            with suppress(OSError):  # the tokenizer's own default
+            with suppress(OSError):  # then the tokenizer has its default length
                 config = json.loads((self.folder / "tokenizer_2" / "tokenizer_config.json").read_text())
         return min(self.max_sequence_length, config.get("model_max_length", self.max_sequence_length))
 
     @property
     def deterministic(self) -> str | None:
-        """Why this model gives no score, hence no SDE; None where it does. Read from its configuration alone."""
+        """Why the model's velocity gives no score, hence no SDE; None if it does. Read from its configuration alone."""
         transformer, scheduler = self.read("transformer"), self.read("scheduler", "scheduler_config.json")
         if transformer.get("guidance_embeds") or scheduler.get("use_dynamic_shifting"):
             return None
         return f"{self.model} is distilled to few steps, as FLUX.1-schnell is: its velocity gives no score"
 
-    def text(self, pipeline: Pipeline, device: torch.device) -> FluxText:
-        return FluxText(pipeline, self.max_sequence_length, device)
+    def text(self, pipeline: Pipeline, device: torch.device) -> FluxPromptEncoder:
+        return FluxPromptEncoder(pipeline, self.max_sequence_length, device)
 
-    def flow(self, pipeline: Pipeline, text: Text, device: torch.device) -> FluxFlow:
+    def flow(self, pipeline: Pipeline, text: PromptEncoder, device: torch.device) -> FluxFlow:
         return FluxFlow(pipeline, self, text, device)
 
 
 class FluxFlow(PipelineFlow):
     """A loaded FluxPipeline as a ``Flow``. Its guidance is an input of the network."""
 
-    def __init__(self, pipeline: Pipeline, settings: Flux, text: Text, device: torch.device) -> None:
+    def __init__(self, pipeline: Pipeline, settings: Flux, text: PromptEncoder, device: torch.device) -> None:
         super().__init__(pipeline, settings, text, device)
         self._ids = lru_cache(self._make_ids)
 
@@ -93,7 +93,7 @@ class FluxFlow(PipelineFlow):
         text = cond.tensors["text"]
         return network(
             hidden_states=x,
-            timestep=time * 1000 / 1000,  # FluxPipeline's own rounding: the embedding multiplies by 1000 again
+            timestep=time * 1000 / 1000,  # as FluxPipeline rounds it: the embedding multiplies by 1000 again
             guidance=guidance,
             pooled_projections=cond.tensors["pooled"],
             encoder_hidden_states=text,
@@ -103,7 +103,7 @@ class FluxFlow(PipelineFlow):
         )[0]
 
     def sigmas(self, steps: int) -> Tensor:
-        """FluxPipeline's grid: linspace(1, 1/N, N), shifted by token count as the scheduler's config says, then 0."""
+        """Return FluxPipeline's grid: linspace(1, 1/N, N), shifted by token count as the scheduler says, then 0."""
         import numpy as np
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -114,7 +114,7 @@ class FluxFlow(PipelineFlow):
         return scheduler.sigmas
 
     def noise(self, n: int, generators: Sequence[torch.Generator]) -> Tensor:
-        """n packed latents ~ N(0, I), sample i from ``generators[i]``: FluxPipeline's own draw from CPU generators."""
+        """Return n packed latents ~ N(0, I), sample i from ``generators[i]``, as FluxPipeline draws them on the CPU."""
         import torch
 
         channels, side = self.transformer.config.in_channels // 4, 2 * self.grid
@@ -122,12 +122,12 @@ class FluxFlow(PipelineFlow):
         return pack(torch.stack(rows)).to(self.device)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Packed latents -> pixels (B, 3, size, size) in [0, 1], fp32, differentiable."""
+        """Decode packed latents to pixels (B, 3, size, size) in [0, 1], fp32, differentiable."""
         config = self.vae.config
         return self._pixels(unpack(x0, self.grid) / config.scaling_factor + config.shift_factor)
 
     def _make_ids(self, grid: int, words: int) -> Tensor:
-        """(words + grid^2, 3) positions: zeros for text, (0, row, column) for image tokens."""
+        """Return positions (words + grid^2, 3): zeros for text, (0, row, column) for image tokens."""
         import torch
 
         axis = torch.arange(grid, dtype=torch.float32)
@@ -135,8 +135,8 @@ class FluxFlow(PipelineFlow):
         return torch.cat([torch.zeros(words, 3), image.reshape(-1, 3)]).to(self.device)
 
 
-class FluxText(Text):
-    """T5 states "text" (L, D), 4 MB of FLUX.1-dev in bfloat16, and CLIP's "pooled" (P)."""
+class FluxPromptEncoder(PromptEncoder):
+    """Encoder to T5 states "text" (L, D), 4 MB for FLUX.1-dev in bfloat16, and CLIP's "pooled" (P)."""
 
     def __init__(self, pipeline: Pipeline, length: int, device: torch.device) -> None:
         super().__init__(device)

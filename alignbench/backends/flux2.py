@@ -1,7 +1,7 @@
-"""FLUX.2 [klein] as a Flow: ``Flux2KleinPipeline``'s arithmetic, opened for gradients.
+"""FLUX.2 [klein] as a Flow: ``Flux2KleinPipeline``'s arithmetic, with gradients.
 
 Latents are packed: (B, tokens, channels), fp32. For a 512 px image that is (B, 1024, 128).
-The arithmetic follows diffusers' ``Flux2KleinPipeline.__call__``; a test holds the two together to 1e-5. Departure: the
+The arithmetic follows diffusers' ``Flux2KleinPipeline.__call__``; a test checks that they agree to 1e-5. Departure: the
 branches of guidance are combined in fp32. The distilled models have one branch, whatever the guidance.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from alignbench import weights
 from alignbench.backends.cost.published_configs import FLUX_2_KLEIN_4B, FLUX_2_KLEIN_9B
 from alignbench.backends.kernels import Network
-from alignbench.backends.pipeline import GuidedBackend, Pipeline, PipelineFlow, Text
+from alignbench.backends.pipeline import GuidedBackend, Pipeline, PipelineFlow, PromptEncoder
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 HUB = "black-forest-labs/FLUX.2-klein"
 PUBLISHED = {f"{HUB}-base-4B": FLUX_2_KLEIN_4B, f"{HUB}-base-9B": FLUX_2_KLEIN_9B}
 DISTILLED = {f"{HUB}-4B": FLUX_2_KLEIN_4B, f"{HUB}-9B": FLUX_2_KLEIN_9B}
-LAYERS = (9, 18, 27)  # of Qwen3, whose states the transformer reads
-SINGLE_BLOCKS = 24  # of klein 9B; 4B has 20
+LAYERS = (9, 18, 27)  # of Qwen3: their hidden states condition the transformer
+SINGLE_BLOCKS = 24  # in klein 9B; 4B has 20
 
 
 class Flux2(GuidedBackend):
-    """A Flux2KleinPipeline folder or hub id. ``size``, ``guidance``: of training, not evaluation."""
+    """A Flux2KleinPipeline folder or hub id, and how it is trained. ``size``, ``guidance``: for training only."""
 
     name: ClassVar[str] = "flux2"
     pipeline: ClassVar[str] = "Flux2KleinPipeline"
@@ -43,24 +43,24 @@ class Flux2(GuidedBackend):
 
     model: str = f"{HUB}-base-9B"  # or a folder
     size: int = 512  # pixels, square, during training (FlowBP)
-    guidance: float = 4.0  # classifier-free, where above 1; the pipeline's and FlowBP's
+    guidance: float = 4.0  # classifier-free if above 1; the pipeline's and FlowBP's value
     max_sequence_length: int = 512  # tokens of Qwen3, its chat template included
     lora_targets: tuple[str, ...] = (  # the attention of both streams, and their feed-forward layers
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
-        # of the single blocks, where both are one; "attn.to_out" alone would mean a list of the double ones too
+        # single blocks fuse both; "attn.to_out" alone would also match a ModuleList of the double blocks
         *("attn.to_qkv_mlp_proj", *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(SINGLE_BLOCKS))),
     )
 
     @property
     def text_tokens(self) -> int:
-        """Of a prompt."""
+        """Tokens per prompt."""
         return self.max_sequence_length
 
     @property
     def distilled(self) -> bool:
-        """To few steps. As ``model_index.json`` says; of a published model that is not there, its name."""
+        """True for a model distilled to few steps: by ``model_index.json`` or, before it is fetched, by its name."""
         return self.model in DISTILLED if weights.absent(self) else bool(self.index.get("is_distilled"))
 
     def branches(self, guidance: float) -> int:
@@ -68,20 +68,20 @@ class Flux2(GuidedBackend):
 
     @property
     def deterministic(self) -> str | None:
-        """Why this model gives no score, hence no SDE; None where it does. Read from its configuration alone."""
+        """Why the model's velocity gives no score, hence no SDE; None if it does. Read from its configuration alone."""
         return f"{self.model} is distilled to few steps: its velocity gives no score" if self.distilled else None
 
-    def text(self, pipeline: Pipeline, device: torch.device) -> Flux2Text:
-        return Flux2Text(pipeline, self.max_sequence_length, device)
+    def text(self, pipeline: Pipeline, device: torch.device) -> Flux2PromptEncoder:
+        return Flux2PromptEncoder(pipeline, self.max_sequence_length, device)
 
-    def flow(self, pipeline: Pipeline, text: Text, device: torch.device) -> Flux2Flow:
+    def flow(self, pipeline: Pipeline, text: PromptEncoder, device: torch.device) -> Flux2Flow:
         return Flux2Flow(pipeline, self, text, device)
 
 
 class Flux2Flow(PipelineFlow):
     """A loaded Flux2KleinPipeline as a ``Flow``."""
 
-    def __init__(self, pipeline: Pipeline, settings: Flux2, text: Text, device: torch.device) -> None:
+    def __init__(self, pipeline: Pipeline, settings: Flux2, text: PromptEncoder, device: torch.device) -> None:
         super().__init__(pipeline, settings, text, device)
         self._ids = lru_cache(self._make_ids)
 
@@ -89,7 +89,7 @@ class Flux2Flow(PipelineFlow):
         text = cond.tensors["text"]
         return network(
             hidden_states=x,
-            timestep=time * 1000 / 1000,  # the pipeline's own rounding: the network multiplies by 1000 again
+            timestep=time * 1000 / 1000,  # as the pipeline rounds it: the network multiplies by 1000 again
             encoder_hidden_states=text,
             txt_ids=self._ids(0, text.shape[1]),
             img_ids=self._ids(self.grid, 0),
@@ -97,7 +97,7 @@ class Flux2Flow(PipelineFlow):
         )[0]
 
     def sigmas(self, steps: int) -> Tensor:
-        """The pipeline's grid: linspace(1, 1/N, N), shifted by the numbers of tokens and of steps, then 0."""
+        """Return the pipeline's grid: linspace(1, 1/N, N), shifted by the numbers of tokens and steps, then 0."""
         import numpy as np
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
@@ -107,7 +107,7 @@ class Flux2Flow(PipelineFlow):
         return scheduler.sigmas
 
     def noise(self, n: int, generators: Sequence[torch.Generator]) -> Tensor:
-        """n packed latents ~ N(0, I), sample i from ``generators[i]``: the pipeline's own draw from CPU generators."""
+        """Return n packed latents ~ N(0, I), sample i from ``generators[i]``, as the pipeline draws them on the CPU."""
         import torch
 
         shape = self.transformer.config.in_channels, self.grid, self.grid
@@ -115,13 +115,13 @@ class Flux2Flow(PipelineFlow):
         return torch.stack(rows).flatten(2).transpose(1, 2).contiguous().to(self.device)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Packed latents -> pixels (B, 3, size, size) in [0, 1], fp32, differentiable."""
-        norm = self.vae.bn  # of the autoencoder: its statistics, never updated
+        """Decode packed latents to pixels (B, 3, size, size) in [0, 1], fp32, differentiable."""
+        norm = self.vae.bn  # only its stored statistics are used
         std = (norm.running_var + self.vae.config.batch_norm_eps).sqrt().to(x0)
         return self._pixels(unpatch(x0 * std + norm.running_mean.to(x0), self.grid))
 
     def _make_ids(self, grid: int, words: int) -> Tensor:
-        """(words + grid^2, 4) positions: (0, 0, 0, i) for text, (0, row, column, 0) for image tokens."""
+        """Return positions (words + grid^2, 4): (0, 0, 0, i) for text, (0, row, column, 0) for image tokens."""
         import torch
 
         one = torch.zeros(1, dtype=torch.int64)
@@ -130,26 +130,26 @@ class Flux2Flow(PipelineFlow):
         return torch.cat([text, image]).to(self.device)
 
 
-class Flux2Text(Text):
-    """Three layers of Qwen3's states side by side, "text" (L, 3D): 12.6 MB a prompt of klein 9B in bfloat16."""
+class Flux2PromptEncoder(PromptEncoder):
+    """Encoder to "text" (L, 3D), the states of three Qwen3 layers: 12.6 MB per prompt for klein 9B in bfloat16."""
 
     def __init__(self, pipeline: Pipeline, length: int, device: torch.device) -> None:
-        super().__init__(device, kept=1024)
+        super().__init__(device, cached=1024)
         self.qwen, self.tokenizer, self.length = pipeline.text_encoder, pipeline.tokenizer, length
 
     def encode_one(self, prompt: str) -> dict[str, Tensor]:
         import torch
 
-        turn = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": prompt}]
         chat = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         inputs = self.tokenizer(
-            self.tokenizer.apply_chat_template(turn, **chat),
+            self.tokenizer.apply_chat_template(messages, **chat),
             padding="max_length",
             max_length=self.length,
             truncation=True,
             return_tensors="pt",
         ).to(self.device)
-        with torch.no_grad():  # without the head, whose logits nobody reads
+        with torch.no_grad():  # without the language head, whose logits are not needed
             states = self.qwen.model(
                 input_ids=inputs.input_ids,
                 attention_mask=inputs.attention_mask,
@@ -160,7 +160,7 @@ class Flux2Text(Text):
 
 
 def unpatch(tokens: Tensor, grid: int) -> Tensor:
-    """(B, grid^2, 4C) -> (B, C, 2 grid, 2 grid): a token's channels are those of a 2 x 2 patch, channel by channel."""
+    """Turn tokens, each a 2 x 2 patch channel by channel, into latents: (B, grid^2, 4C) -> (B, C, 2 grid, 2 grid)."""
     b, _, channels = tokens.shape
     z = tokens.transpose(1, 2).reshape(b, channels // 4, 2, 2, grid, grid).permute(0, 1, 4, 2, 5, 3)
     return z.reshape(b, channels // 4, 2 * grid, 2 * grid)

@@ -1,4 +1,4 @@
-"""Compiled blocks and attention kernels of a network."""
+"""Compilation and attention kernels of a transformer's blocks, checked before the model is loaded."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ from alignbench.config import UserError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
+Network = Any  # a transformer or one of its modules, whose attributes type checkers cannot see
+COMPILER = "inductor"
+VARIANTS = 64  # per block: with and without gradient and adapters, for every batch and image size; torch's default is 8
 
-Network = Any  # its transformer
 
-
-def _blocks(transformer: Network) -> list[Network]:
+def transformer_blocks(transformer: Network) -> list[Network]:
     return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
 
 
-COMPILER = "inductor"
-VARIANTS = 64  # of a block: with and without gradient and adapters, of every batch and image size; torch's own: 8
-
-
 def check_compiler(device: torch.device) -> None:
-    """UserError if what torch.compile runs is not here: it says so itself, but once the model is loaded."""
+    """Raise UserError if torch.compile lacks its compiler, which torch would report only once the model is loaded."""
     kind, variable, names = ("C", "CC", "gcc clang") if device.type == "cuda" else ("C++", "CXX", "g++ clang++")
     wanted = shlex.split(os.environ.get(variable, ""))[:1] or names.split()
     if COMPILER == "inductor" and not any(map(shutil.which, wanted)):
@@ -34,21 +31,21 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"backend.compile: {what}; install one, or choose false")
 
 
-def _compile(transformer: Network) -> None:
-    """Each kind of block once, for the very shapes that come.
+def compile_blocks(transformer: Network) -> None:
+    """Compile each kind of block once for every set of input shapes.
 
-    With adapters and without (the base model) are two of its variants, both kept: going from one to the other, as every
-    look at the drift does, compiles nothing again, and both are rounded alike.
+    Blocks with adapters and without (the base model) are separate variants that are both kept: switching between them,
+    as every measurement of the drift does, recompiles nothing, and both round alike.
     """
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-    for block in _blocks(transformer):
+    for block in transformer_blocks(transformer):
         block.compile(fullgraph=True, dynamic=False, backend=COMPILER)
 
 
 def check_attention(name: str, backend: str, dispatches: bool) -> None:
-    """UserError for a kernel that diffusers does not know, whose package is missing, or that cannot be chosen."""
+    """Raise UserError for a kernel that diffusers does not know, lacks the package for, or cannot set here."""
     if name == "native":
         return
     if not dispatches:
@@ -65,10 +62,10 @@ def check_attention(name: str, backend: str, dispatches: bool) -> None:
 
 
 def try_attention(name: str, dtype: torch.dtype, head: int, device: torch.device) -> None:
-    """UserError unless the kernel gives values and gradients on ``device``, for heads of ``head`` channels.
+    """Raise UserError unless the kernel gives values and gradients on ``device``, for heads of ``head`` channels.
 
-    On a GPU torch's own choice must be a fused kernel: the plain one keeps every score, with FLUX.1-dev 84 GB for one
-    image of 720 px.
+    On a GPU torch's own choice must be a fused kernel: the plain one keeps every attention score, 84 GB for one image
+    of FLUX.1-dev at 720 px.
     """
     import torch
     from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
@@ -82,24 +79,24 @@ def try_attention(name: str, dtype: torch.dtype, head: int, device: torch.device
     try:
         with fused, attention_backend(name):
             dispatch_attention_fn(x, x, x).sum().backward()
-    except Exception as error:  # every package refuses in its own way
+    except Exception as error:  # packages raise errors of many kinds
         where = f"{device.type}, for {str(dtype).removeprefix('torch.')} and heads of {head} channels"
         instead = "choose backend.dtype: float32" if native else "choose native"
         raise UserError(f"backend.attention: {name} does not work on {where} ({_line(error)}); {instead}") from error
 
 
-def _attend(transformer: Network, name: str) -> None:
-    """By one kernel from now on, and no other model by it: diffusers would make it everybody's."""
+def set_attention(transformer: Network, name: str) -> None:
+    """Set the attention kernel of one transformer alone: diffusers would set it for every model."""
     from diffusers.models.attention_dispatch import attention_backend
     from diffusers.utils import logging
 
-    said = logging.get_verbosity()
-    logging.set_verbosity_error()  # that it is an experimental feature
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # hide the warning that the feature is experimental
     try:
         with attention_backend("native"):
             transformer.set_attention_backend(name)
     finally:
-        logging.set_verbosity(said)
+        logging.set_verbosity(verbosity)
 
 
 def _line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""LoRA adapters from a file in diffusers' or peft's layout, strictly: no name is ignored, no strength is guessed."""
+"""LoRA adapters from a file in diffusers' or peft's layout, read strictly: no name is ignored, no scale is guessed."""
 
 from __future__ import annotations
 
@@ -20,40 +20,41 @@ METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's configuration
 
 
 def read_lora(files: Sequence[Path], layers: Mapping[str, torch.nn.Module]) -> dict[str, Tensor]:
-    """``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight`` in float32, B times the adapter's strength.
+    """Return ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight`` in float32, B multiplied by the adapter's scale.
 
-    ``layers``: the model's modules by name. UserError for a name or a shape that does not fit them.
+    ``layers``: the model's modules by name. UserError for a name or shape that does not fit them.
     """
     path = next(file for file in files if file.suffix == ".safetensors")
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         config = _config(files, file.metadata() or {})
-    found: dict[str, dict[str, Tensor]] = {}
+    adapters: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = NAME.fullmatch(name)
         if match is None or not hasattr(layers.get(match["layer"]), "in_features"):
-            raise UserError(f"{path}: {name} is no lora_A, lora_B or alpha of a linear layer of the model")
-        found.setdefault(match["layer"], {})[match["part"]] = tensor.float()
-    ready = {}
-    for layer, parts in found.items():
-        a, b = _fitting(path, layer, parts, layers[layer])
-        ready[f"{layer}.lora_A.weight"] = a
-        ready[f"{layer}.lora_B.weight"] = b * _strength(layer, len(a), parts.get("alpha"), config)
-    return ready
+            raise UserError(f"{path}: {name} is not a lora_A, lora_B or alpha of a linear layer of the model")
+        adapters.setdefault(match["layer"], {})[match["part"]] = tensor.float()
+    scaled = {}
+    for layer, parts in adapters.items():
+        a, b = _check_pair(path, layer, parts, layers[layer])
+        scaled[f"{layer}.lora_A.weight"] = a
+        scaled[f"{layer}.lora_B.weight"] = b * _scale(layer, len(a), parts.get("alpha"), config)
+    return scaled
 
 
 def _config(files: Sequence[Path], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """peft's configuration of the adapters: of the file beside them, or of the header; empty where there is neither."""
+    """Return peft's configuration, from the file beside the adapters or from their header; {} if there is neither."""
     beside = next((file for file in files if file.name == "adapter_config.json"), None)
     if beside is not None:
         return json.loads(beside.read_text())
     return {key.removeprefix("transformer."): value for key, value in json.loads(metadata.get(METADATA, "{}")).items()}
 
 
-def _fitting(path: Path, layer: str, parts: Mapping[str, Tensor], module: Any) -> tuple[Tensor, Tensor]:
+def _check_pair(path: Path, layer: str, parts: Mapping[str, Tensor], module: Any) -> tuple[Tensor, Tensor]:
+    """Return A and B. UserError if one is missing, or does not fit the layer."""
     for part in ("lora_A.weight", "lora_B.weight"):
         if part not in parts:
-            raise UserError(f"{path}: {layer}.{part} is missing, its other half is there")
+            raise UserError(f"{path}: {layer}.{part} is missing, although its counterpart is there")
     a, b = parts["lora_A.weight"], parts["lora_B.weight"]
     wanted = (len(a), module.in_features), (module.out_features, len(a))
     if (a.shape, b.shape) != wanted:
@@ -64,8 +65,8 @@ def _fitting(path: Path, layer: str, parts: Mapping[str, Tensor], module: Any) -
     return a, b
 
 
-def _strength(layer: str, rank: int, alpha: Tensor | None, config: Mapping[str, Any]) -> float:
-    """The factor before B A: alpha / rank, and one where nothing says what alpha is, as in diffusers."""
+def _scale(layer: str, rank: int, alpha: Tensor | None, config: Mapping[str, Any]) -> float:
+    """Return the factor of B A: alpha / rank, or 1 if alpha is not given anywhere, as in diffusers."""
     patterns = config.get("alpha_pattern") or {}
     listed = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", layer)), None)
     known = config.get("lora_alpha", rank) if listed is None else listed

@@ -1,11 +1,11 @@
-"""Stable Diffusion 3 and 3.5 as a Flow: ``StableDiffusion3Pipeline``'s arithmetic, opened for gradients.
+"""Stable Diffusion 3 and 3.5 as a Flow: ``StableDiffusion3Pipeline``'s arithmetic, with gradients.
 
 Latents are packed: (B, tokens, channels), fp32, as FLUX.1's are. For a 512 px image that is (B, 1024, 64).
-The arithmetic follows diffusers' ``StableDiffusion3Pipeline.__call__``; a test holds the two together to 1e-5.
+The arithmetic follows diffusers' ``StableDiffusion3Pipeline.__call__``; a test checks that they agree to 1e-5.
 Departures:
-1. The branches of guidance are two calls, not one of twice the batch, so that each can have a gradient of its own; they
-   are combined in fp32.
-2. No skip-layer guidance.
+1. The branches of guidance are two calls rather than one with twice the batch, so that each can have its own gradient;
+   they are combined in fp32.
+2. There is no skip-layer guidance.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from alignbench.backends.pipeline import (
     GuidedBackend,
     Pipeline,
     PipelineFlow,
-    Text,
+    PromptEncoder,
     pack,
     token_ids,
     unpack,
@@ -39,14 +39,14 @@ CLIP_TOKENS = 77
 
 
 class SD3(GuidedBackend):
-    """A StableDiffusion3Pipeline folder or hub id. ``size``, ``guidance``, ``spacing``: of training, not evaluation."""
+    """A StableDiffusion3Pipeline folder or hub id. ``size``, ``guidance`` and ``spacing`` are for training only."""
 
     name: ClassVar[str] = "sd3"
     pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
     network: ClassVar[str] = "SD3Transformer2DModel"
     models: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")  # T5: zeros in its place
+    optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")  # T5: zeros take its place
     published: ClassVar = {
         "stabilityai/stable-diffusion-3-medium-diffusers": SD3_MEDIUM,
         "stabilityai/stable-diffusion-3.5-medium": SD3_5_MEDIUM,
@@ -56,47 +56,48 @@ class SD3(GuidedBackend):
 
     model: str = "stabilityai/stable-diffusion-3.5-medium"  # or a folder
     size: int = 512  # pixels, square, during training (LeapAlign appendix B, FlowBP)
-    guidance: float = 4.5  # classifier-free, where above 1; SD3.5-medium's model card
+    guidance: float = 4.5  # classifier-free if above 1; the value of SD3.5-medium's model card
     max_sequence_length: int = 256  # T5 tokens
-    spacing: Literal["pipeline", "linear"] = "pipeline"  # before the shift, to 1 / 1000; or to 1 / steps, as FlowBP's
+    spacing: Literal["pipeline", "linear"] = "pipeline"  # before the shift: to 1 / 1000, or 1 / steps as in FlowBP
     lora_targets: tuple[str, ...] = TWO_STREAMS
 
     def check_size(self, size: int, where: str) -> None:
-        """UserError unless ``size`` pixels are a whole number of tokens, and the model knows as many positions."""
+        """Raise UserError unless ``size`` pixels are a whole number of tokens within the model's positions."""
         super().check_size(size, where)
         tokens = self.read("transformer")["pos_embed_max_size"]
-        most = tokens * 2 ** len(self.read("vae")["block_out_channels"])
-        if size > most:
-            raise UserError(f"{where}: {size} pixels are more than this model's {tokens} positions; at most {most}")
+        largest = tokens * 2 ** len(self.read("vae")["block_out_channels"])
+        if size > largest:
+            raise UserError(f"{where}: {size} pixels exceed this model's {tokens} positions; choose at most {largest}")
 
     @property
     def text_tokens(self) -> int:
-        """CLIP's and T5's tokens of a prompt."""
+        """Tokens per prompt: CLIP's and T5's."""
         return CLIP_TOKENS + self.max_sequence_length
 
     @property
     def deterministic(self) -> str | None:
-        """Why this model gives no score, hence no SDE; None where it does. Its name says so, and no file."""
+        """Why the model's velocity gives no score, hence no SDE; None if it does. Only the model's name tells."""
         if "turbo" not in Path(self.model).name:
             return None
         return f"{self.model} is distilled to few steps, as SD3.5-large-turbo is: its velocity gives no score"
 
-    def text(self, pipeline: Pipeline, device: torch.device) -> SD3Text:
-        return SD3Text(pipeline, self.max_sequence_length, self.read("transformer")["joint_attention_dim"], device)
+    def text(self, pipeline: Pipeline, device: torch.device) -> SD3PromptEncoder:
+        width = self.read("transformer")["joint_attention_dim"]
+        return SD3PromptEncoder(pipeline, self.max_sequence_length, width, device)
 
-    def flow(self, pipeline: Pipeline, text: Text, device: torch.device) -> SD3Flow:
+    def flow(self, pipeline: Pipeline, text: PromptEncoder, device: torch.device) -> SD3Flow:
         return SD3Flow(pipeline, self, text, device)
 
 
 class SD3Flow(PipelineFlow):
     """A loaded StableDiffusion3Pipeline as a ``Flow``."""
 
-    def __init__(self, pipeline: Pipeline, settings: SD3, text: Text, device: torch.device) -> None:
+    def __init__(self, pipeline: Pipeline, settings: SD3, text: PromptEncoder, device: torch.device) -> None:
         super().__init__(pipeline, settings, text, device)
         self._spacing = settings.spacing
 
     def at(self, *, size: int | None = None, guidance: float | None = None) -> Self:
-        """The same model at another image size or guidance, for evaluation, which has the pipeline's own grid."""
+        """Return the same model at another size or guidance, for evaluation, and with the pipeline's own grid."""
         view = super().at(size=size, guidance=guidance)
         view._spacing = "pipeline"
         return view
@@ -112,7 +113,7 @@ class SD3Flow(PipelineFlow):
         return pack(v)
 
     def sigmas(self, steps: int) -> Tensor:
-        """The scheduler's own grid, or linspace(1, 1/N, N), shifted as its config says, then 0."""
+        """Return the scheduler's own grid or linspace(1, 1/N, N), shifted as its config says, then 0."""
         import numpy as np
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
@@ -129,20 +130,20 @@ class SD3Flow(PipelineFlow):
         return scheduler.sigmas
 
     def noise(self, n: int, generators: Sequence[torch.Generator]) -> Tensor:
-        """n packed latents ~ N(0, I), sample i from ``generators[i]``: the pipeline's own draw from CPU generators."""
+        """Return n packed latents ~ N(0, I), sample i from ``generators[i]``, as the pipeline draws them on the CPU."""
         import torch
 
         shape = self.transformer.config.in_channels, 2 * self.grid, 2 * self.grid
         return pack(torch.stack([torch.randn(shape, generator=generators[i]) for i in range(n)])).to(self.device)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Packed latents -> pixels (B, 3, size, size) in [0, 1], fp32, differentiable."""
+        """Decode packed latents to pixels (B, 3, size, size) in [0, 1], fp32, differentiable."""
         config = self.vae.config
         return self._pixels(unpack(x0, self.grid) / config.scaling_factor + config.shift_factor)
 
 
-class SD3Text(Text):
-    """The states of both CLIPs side by side, then T5's, "text" (L, D); both CLIPs' projections "pooled" (P)."""
+class SD3PromptEncoder(PromptEncoder):
+    """Encoder to "text" (L, D), both CLIPs' concatenated states followed by T5's, and CLIP projections "pooled" (P)."""
 
     def __init__(self, pipeline: Pipeline, length: int, width: int, device: torch.device) -> None:
         super().__init__(device)
@@ -154,7 +155,7 @@ class SD3Text(Text):
         import torch
         from torch.nn.functional import pad
 
-        words = self.clips[0][0].model_max_length  # the pipeline cuts for both CLIPs where the first one's ends
+        words = self.clips[0][0].model_max_length  # the pipeline truncates for both CLIPs at the first one's length
         with torch.no_grad():
             clips = [
                 encoder(token_ids(tokenizer, prompt, words, self.device), output_hidden_states=True)

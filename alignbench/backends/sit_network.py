@@ -1,8 +1,8 @@
-"""SiT's network: a DiT with adaLN-zero blocks, under the names that its official checkpoint has.
+"""SiT's network: a DiT with adaLN-zero blocks, with the names of its official checkpoint.
 
 Written from the arithmetic of github.com/willisma/SiT, models.py at a87098c3. Departures:
-1. The table of positions is a buffer: it is never trained, whatever is.
-2. No label is ever dropped: that belongs to pretraining, and the official code does it whenever the network is in
+1. The position embedding is a buffer, and never trained.
+2. Labels are never dropped: that belongs to pretraining, but the official code does it whenever the network is in
    training mode.
 """
 
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 PATCH = 2
-WAVES = 256  # numbers of the sinusoidal embedding of t
+TIME_CHANNELS = 256  # of the sinusoidal embedding of t
 PERIOD = 10000
 
 
 class SiTNetwork(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """(z, t, label) -> image - noise, at z = t image + (1 - t) noise: SiT's own time and sign."""
+    """The network (z, t, label) -> image - noise, at z = t image + (1 - t) noise: SiT's own time and sign."""
 
     _supports_gradient_checkpointing = True
 
@@ -41,10 +41,10 @@ class SiTNetwork(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         out = (2 if learn_sigma else 1) * channels
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, PATCH, PATCH)})
-        mlp = nn.Sequential(nn.Linear(WAVES, width), nn.SiLU(), nn.Linear(width, width))
+        mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
         self.t_embedder = nn.ModuleDict({"mlp": mlp})
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, width)})  # the last: no class
-        self.register_buffer("pos_embed", positions(side, width)[None])
+        self.register_buffer("pos_embed", position_embedding(side, width)[None])
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
         self.final_layer = nn.ModuleDict(
             {"linear": nn.Linear(width, PATCH**2 * out), "adaLN_modulation": _ada(width, 2)}
@@ -53,15 +53,15 @@ class SiTNetwork(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @property
     def transformer_blocks(self) -> nn.ModuleList:
-        """The blocks, by diffusers' name."""
+        """The blocks, under diffusers' name."""
         return self.blocks
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """``z`` (B, C, 2 side, 2 side), ``t`` and ``label`` (B,) -> the shape of ``z``.
+        """Return image - noise in the shape of ``z`` (B, C, 2 side, 2 side); ``t`` and ``label``: (B,).
 
-        Where a variance was learnt beside the velocity (learn_sigma), it is dropped.
+        A variance learnt beside the velocity (learn_sigma) is dropped.
         """
-        c = self.t_embedder["mlp"](waves(t)) + self.y_embedder["embedding_table"](label)
+        c = self.t_embedder["mlp"](time_embedding(t)) + self.y_embedder["embedding_table"](label)
         x = self.x_embedder["proj"](z).flatten(2).transpose(1, 2) + self.pos_embed
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -69,14 +69,14 @@ class SiTNetwork(ModelMixin, ConfigMixin, PeftAdapterMixin):
             else:
                 x = block(x, c)
         shift, scale = self.final_layer["adaLN_modulation"](c)[:, None].chunk(2, -1)
-        tokens = self.final_layer["linear"](modulated(x, shift, scale))
+        tokens = self.final_layer["linear"](modulate(x, shift, scale))
         b, channels, height, width = z.shape
         v = tokens.view(b, height // PATCH, width // PATCH, PATCH, PATCH, -1).permute(0, 5, 1, 3, 2, 4)
         return v.reshape(b, -1, height, width)[:, :channels]
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward layer; shift, scale and gate of both come from t and label."""
+    """Attention and a feed-forward layer; t and label give shift, scale and gate of both."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -86,12 +86,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)[:, None].chunk(6, -1)
-        x = x + gate * self.attn(modulated(x, shift, scale))
-        return x + gate_mlp * self.mlp(modulated(x, shift_mlp, scale_mlp))
+        x = x + gate * self.attn(modulate(x, shift, scale))
+        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
 class Attention(nn.Module):
-    """Of ``heads`` heads, with one layer for queries, keys and values."""
+    """Self-attention of ``heads`` heads, with one layer for queries, keys and values."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -112,8 +112,8 @@ class FeedForward(nn.Module):
         return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
 
 
-class Parts(nn.Module):
-    """What takes a pipeline's place: SiT has none of diffusers'."""
+class SiTPipeline(nn.Module):
+    """The transformer and autoencoder, in the place of a diffusers pipeline, which SiT lacks."""
 
     scheduler = None  # its grid is linear
 
@@ -126,21 +126,21 @@ def _ada(width: int, parts: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-def waves(t: Tensor) -> Tensor:
-    """(B,) -> (B, WAVES): cosines, then sines, of t at falling frequencies; t itself is not multiplied by 1000."""
+def time_embedding(t: Tensor) -> Tensor:
+    """Embed t (B,) as cosines, then sines, at falling frequencies: (B, TIME_CHANNELS). t is not multiplied by 1000."""
     frequencies = torch.exp(
-        -math.log(PERIOD) * torch.arange(WAVES // 2, dtype=torch.float32, device=t.device) * 2 / WAVES
+        -math.log(PERIOD) * torch.arange(TIME_CHANNELS // 2, dtype=torch.float32, device=t.device) * 2 / TIME_CHANNELS
     )
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def positions(side: int, width: int) -> Tensor:
-    """(side^2, width): sines, then cosines, of the column, then of the row; in a quarter of the width each."""
+def position_embedding(side: int, width: int) -> Tensor:
+    """Return (side^2, width): sines and cosines of the column, then of the row, a quarter of the width each."""
     frequencies = PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) * 4 / width)
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], -1)

@@ -93,7 +93,7 @@ class Pieces(NamedTuple):
         return CostEstimate(
             generate=images * flops / self.rate / HOUR,
             score=images * sum(map(seconds, self.evaluators)) / HOUR,
-            memory=memory + model.transformer.block(tokens, self.itemsize),
+            memory=memory + model.transformer.block_bytes(tokens, self.itemsize),
             pictures=images * protocol.size**2 * PNG,
         )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec.structs import replace
 
-from alignbench.backends.cost.counted import counted
+from alignbench.backends.cost.counted import count_model
 from alignbench.backends.cost.formulas import Model
 from alignbench.config import UserError
 from alignbench.experiment.ids import build
@@ -66,7 +66,7 @@ class Memory(NamedTuple):
 
 def measures(backend: Any) -> Any:
     """Return a ``cost.Model``, or what torch counts in its place (``counted``). UserError if neither is known."""
-    found = getattr(backend, "measures", None) or counted(backend)
+    found = getattr(backend, "cost_model", None) or count_model(backend)
     if found is None:
         raise UserError(f"the measures of backend {backend.name} are not known")
     return found
@@ -99,7 +99,7 @@ def memory(training: Training, parts: Parts, model: Model, usage: Usage) -> Memo
     tokens, checkpointing = model.tokens(backend.size, backend.text_tokens), backend.gradient_checkpointing
     network, trained = model.transformer.parameters, trained_parameters(backend, model)
     compared = training.drift_every is not None or usage.reference > 0
-    decoder = usage.decoded * model.decoder.kept(backend.size, item, checkpointing)
+    decoder = usage.decoded * model.decoder.activation_bytes(backend.size, item, checkpointing)
     alone = optimizer.weights == "stochastic"
     once = size == training.batch and round(usage.backwards * size) <= 1
     casts = network * 2 * (tune_all and item == 2 and optimizer.weights == "float32")
@@ -112,8 +112,8 @@ def memory(training: Training, parts: Parts, model: Model, usage: Usage) -> Memo
         base=network * item * (tune_all and compared),
         casts=casts,
         rewards=sum(held(term.evaluator) for term in parts.rewards),
-        graphs=usage.live * model.transformer.kept(tokens, item, checkpointing),
-        work=max(model.transformer.block(tokens, item), decoder),
+        graphs=usage.live * model.transformer.activation_bytes(tokens, item, checkpointing),
+        work=max(model.transformer.block_bytes(tokens, item), decoder),
         update=4 * trained * whole_at_once - casts,
         size=size,
     )

@@ -119,17 +119,18 @@ class RunSession:
     def _stored_text(self, backend: Any) -> Any:
         """Return what encodes prompts by the store's embeddings. One rank makes those that this task may ask for."""
         from alignbench.backends import stored_embeddings
-        from alignbench.training.batches import drawn
+        from alignbench.training.batches import prompts_within_budget
 
         def prepare() -> str:
             prompts = [*self.end.prompts]
             if self.task.trains and not self.run.done:
-                prompts += drawn(load_prompts(self.spec.prompts), self.spec.training)
+                prompts += prompts_within_budget(load_prompts(self.spec.prompts), self.spec.training)
             texts = ["", *(prompt.text for prompt in prompts)]  # the empty one: of guidance in two branches
             source, device = self.registry.source("backend", backend.name), self.accelerator.device
             return stored_embeddings.prepare(self.store, backend, source, device, texts, self.progress, self.may_stop)
 
-        return stored_embeddings.Stored(self.store.embeddings / self.group.broadcast(prepare), self.accelerator.device)
+        folder = self.store.embeddings / self.group.broadcast(prepare)
+        return stored_embeddings.StoredEmbeddings(folder, self.accelerator.device)
 
     # -- making an artefact -------------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ def _embeddings(session: RunSession, backend: Any) -> str | None:
     from alignbench.backends import stored_embeddings
 
     source, device = session.registry.source("backend", backend.name), session.accelerator.device
-    return stored_embeddings.name(backend, source, device) if stores_embeddings(backend) else None
+    return stored_embeddings.folder_name(backend, source, device) if stores_embeddings(backend) else None
 
 
 def make_weights(session: RunSession, lock: Lock) -> dict[str, Any]:
@@ -102,10 +102,10 @@ def check_room(session: RunSession) -> None:
 
 def _follow(session: RunSession, records: Iterable[dict[str, Any]]) -> None:
     """Train: consume the records, and tell how far they are."""
-    from alignbench.training.state import spent
+    from alignbench.training.state import budget_share
 
     for record in _tracked(session, records):
-        share = spent(session.spec.training.budget, record, session.accelerator.num_processes)
+        share = budget_share(session.spec.training.budget, record, session.accelerator.num_processes)
         shown = f", reward {record['reward_mean']:.3f}" if "reward_mean" in record else ""
         shown += ", every hinge closed" if record.get("hinge_closed") == 1 else ""
         session.progress("training", share, f"update {record['update'] + 1}{shown}")

@@ -1,4 +1,4 @@
-"""torch's AdamW, one tensor at a time in float32: for weights in bfloat16 alone, and for moments in 8 bits."""
+"""torch's AdamW, one tensor at a time in float32: for bfloat16 weights without masters, and for moments in 8 bits."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from torch.optim.adamw import adamw
 
 from alignbench.flow import seeded
 from alignbench.training.precision import stochastic_round, upcast
-from alignbench.training.quantization import SMALL, dequantize, quantised
+from alignbench.training.quantization import SMALL, dequantize, quantize
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the moments, by torch's names
 
 
 class AdamW(torch.optim.Optimizer):
-    """Weights in bfloat16 are updated in float32 and rounded stochastically; others as by ``torch.optim.AdamW``.
+    """AdamW that updates bfloat16 weights in float32 and rounds them stochastically; others as ``torch.optim.AdamW``.
 
-    Update u of weight tensor i is rounded by a generator on its device, from (``seed``, u, i): two runs on the same
-    kind of device are bitwise equal, and a resumed one needs no generator's state.
+    Update u of weight tensor i is rounded with a generator on its device, seeded by (``seed``, u, i): two runs on the
+    same kind of device are bitwise equal, and a resumed run needs no generator state.
 
-    ``eight``: between updates the moments of tensors of 4,096 numbers and more are kept in 8 bits (``blockwise``).
+    ``eight_bit``: between updates, the moments of tensors with at least 4,096 elements are kept in 8 bits
+    (``quantization``).
     """
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float,
-        weight_decay: float, seed: int, eight: bool = False,
+        weight_decay: float, seed: int, eight_bit: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.seed, self.eight = seed, eight
+        self.seed, self.eight_bit = seed, eight_bit
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure
@@ -53,8 +54,8 @@ class AdamW(torch.optim.Optimizer):
             beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
         for name, moment in moments.items():
-            if self.eight and p.numel() >= SMALL:
-                state[name], state[f"{name}_scale"] = quantised(moment, SIGNED[name])
+            if self.eight_bit and p.numel() >= SMALL:
+                state[name], state[f"{name}_scale"] = quantize(moment, SIGNED[name])
             else:
                 state[name] = moment
         if p.dtype == torch.bfloat16:
@@ -63,16 +64,16 @@ class AdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _moment(state: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:
-        """In the type of ``weight``; zero at first."""
+        """Return a moment in the dtype of ``weight``; zeros before the first update."""
         if name not in state:
             return torch.zeros_like(weight)
         scale = state.get(f"{name}_scale")
         return state[name] if scale is None else dequantize(state[name], scale, SIGNED[name], weight)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer``'s, which would also cast the moments to the type of the weights."""
+        """Load a state without casting the moments to the dtype of the weights, as ``torch.optim.Optimizer`` would."""
         super().load_state_dict(state_dict | {"state": {}})
-        everything = list(itertools.chain(*(group["params"] for group in self.param_groups)))
+        parameters = list(itertools.chain(*(group["params"] for group in self.param_groups)))
         for i, values in state_dict["state"].items():
-            p = everything[i]
+            p = parameters[i]
             self.state[p] = {name: t if name == "step" else t.to(p.device) for name, t in values.items()}

@@ -1,4 +1,4 @@
-"""Batches of prompts and noise that depend on seed, step and sample alone."""
+"""Batches of prompts and noise that depend only on seed, step and sample."""
 
 from __future__ import annotations
 
@@ -16,16 +16,13 @@ from alignbench.prompts import Prompt
 
 
 def make_batch(flow: Flow, samples: Sequence[int], step: int = 0, seed: int = 0) -> Batch:
-    """The batch that training would draw: samples ``samples`` of global batch ``step``."""
+    """Return the batch that training would draw: ``samples`` of global batch ``step``, on the CPU."""
     training = Training(budget=Budget(updates=1), batch=len(PROMPTS), seed=seed)
     return draw_batch(flow, PROMPTS, training, step, samples, torch.device("cpu"))
 
 
-# ---- batches
-
-
-def shares(training: Training, accelerator: Accelerator) -> list[range]:
-    """This rank's samples of every global batch, by micro-batch. UserError if they do not divide."""
+def micro_batches(training: Training, accelerator: Accelerator) -> list[range]:
+    """Return the samples of a global batch that each micro-batch of this rank has. UserError if they do not divide."""
     ranks, batch = accelerator.num_processes, training.batch
     if batch < 1 or batch % ranks:
         raise UserError(f"training.batch: {batch} samples do not divide among {ranks} ranks; choose a multiple")
@@ -40,18 +37,18 @@ def shares(training: Training, accelerator: Accelerator) -> list[range]:
 def draw_batch(
     flow: Flow, prompts: Sequence[Prompt], training: Training, step: int, samples: Sequence[int], device: torch.device
 ) -> Batch:
-    """Samples ``samples`` of global batch ``step``, each with a noise and a generator of its own."""
+    """Return ``samples`` of global batch ``step``, each with its own noise and generator."""
     seed = training.seed
-    chosen = [prompts[prompt_index(seed, step * training.batch + i, len(prompts))] for i in samples]
+    drawn = [prompts[prompt_index(seed, step * training.batch + i, len(prompts))] for i in samples]
     noise = flow.noise(len(samples), [seeded("noise", seed, step, i) for i in samples]).to(device)
     with torch.no_grad():
-        cond = flow.encode([prompt.text for prompt in chosen])
+        cond = flow.encode([prompt.text for prompt in drawn])
     rngs = [seeded("sample", seed, step, i) for i in samples]
-    return Batch(chosen, cond, noise, rngs, seeded("step", seed, step), step)
+    return Batch(drawn, cond, noise, rngs, seeded("step", seed, step), step)
 
 
-def drawn(prompts: Sequence[Prompt], training: Training) -> list[Prompt]:
-    """Those of ``prompts`` that batches can draw before the budget is spent; all, where it counts something else."""
+def prompts_within_budget(prompts: Sequence[Prompt], training: Training) -> list[Prompt]:
+    """Return the prompts that a budget of images or updates lets batches draw; all for a budget of another kind."""
     budget, batch = training.budget, training.batch
     batches = budget.updates or -(-(budget.images or 0) // batch)  # each makes at least one update
     samples = min(batches * batch or len(prompts), len(prompts))
@@ -59,9 +56,9 @@ def drawn(prompts: Sequence[Prompt], training: Training) -> list[Prompt]:
 
 
 def prompt_index(seed: int, n: int, count: int) -> int:
-    """Which of ``count`` prompts the run's n-th sample gets: every epoch a new permutation, nothing to remember."""
-    epoch, place = divmod(n, count)
-    return _permutation(seed, epoch, count)[place]
+    """Return which of ``count`` prompts the run's n-th sample gets: every epoch is a new permutation."""
+    epoch, position = divmod(n, count)
+    return _permutation(seed, epoch, count)[position]
 
 
 @functools.lru_cache(maxsize=2)  # a batch spans at most a few epochs; recomputing one is cheap

@@ -1,8 +1,8 @@
-"""Files that are whole or absent: resumable training states, and final weights.
+"""Checkpoints: resumable training states, and final weights, each file whole or absent.
 
-The last few states are kept, each named by its batch and its hash: what a disk damages is noticed, and the one before
-it serves. Nothing here unpickles objects: states hold tensors and plain data (``weights_only``), weights are
-safetensors.
+The last few states are kept, each named by its batch and its hash: a state that the disk damaged is noticed, and the
+one before it is used. Nothing here unpickles objects: states hold tensors and plain data (``weights_only``), weights
+are safetensors.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from safetensors.torch import load_file, save_file
 
 from alignbench.config import UserError
 from alignbench.store.files import flush, write
+from alignbench.weights import copy_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from alignbench.flow import Flow
-from alignbench.weights import copy_parameters
 
-FINAL = "final.safetensors"  # in a run's checkpoint folder once training is over
-STATE = re.compile(r"step_(\d+)-([0-9a-f]{16})\.pt")  # beside it: batches done, head of the content's sha256
+FINAL = "final.safetensors"  # in a run's checkpoint folder, once training is finished
+STATE = re.compile(r"step_(\d+)-([0-9a-f]{16})\.pt")  # batches done, first digits of the content's sha256
 
 
 def _replace(path: Path, content: Callable[[Path], object]) -> None:
-    """``store.write``, for libraries that report a full disk in their own way. UserError if the disk does not take it.
+    """Write a file as ``store.files.write`` does. UserError also for a full disk that torch or safetensors reports.
 
-    A file has one writer, so temporary files of that name are a killed writer's, and removed.
+    A file has one writer, so temporary files of its name come from a killed writer, and are removed.
     """
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        left.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
     try:
         write(path, content)
-    except (RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a disk that is full
+    except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
         why = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be written ({why}); free space there, or choose another store") from error
 
 
-class _Hashed:
-    """A file to write to that hashes what passes, before a disk can damage it."""
+class _HashingFile:
+    """A writable file that hashes what is written, before the disk can damage it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.flush = file, file.flush
@@ -56,10 +56,10 @@ class _Hashed:
         return self.file.write(data)
 
 
-def states(folder: Path) -> list[Path]:
-    """The folder's training states, whole or damaged, the latest batch first."""
-    found = [path for path in folder.glob("step_*.pt") if STATE.fullmatch(path.name)]
-    return sorted(found, key=_batches, reverse=True)
+def saved_states(folder: Path) -> list[Path]:
+    """Return the folder's training states, whole or damaged, the latest batch first."""
+    paths = [path for path in folder.glob("step_*.pt") if STATE.fullmatch(path.name)]
+    return sorted(paths, key=_batches, reverse=True)
 
 
 def _batches(path: Path) -> int:
@@ -69,30 +69,32 @@ def _batches(path: Path) -> int:
 
 
 def save_state(folder: Path, state: dict[str, Any], keep: int = 1) -> Path:
-    """Add a training state, then remove all but the last ``keep``. ``state``: "step", tensors and plain data.
+    """Add a training state, then remove all but the last ``keep``; return its path.
 
-    One rename makes it appear, whole and under its hash: there is no moment at which a kill leaves no valid state.
+    ``state``: "step", tensors and plain data. One rename makes the file appear, complete and under its hash, so that a
+    kill always leaves a valid state.
     """
     fresh, digest = folder / "step.new", ""
 
     def content(path: Path) -> None:
         nonlocal digest
         with path.open("wb") as file:
-            hashed = _Hashed(file)
-            torch.save(state, hashed)  # type: ignore[arg-type]  # of a file it needs no more than these methods
+            hashed = _HashingFile(file)
+            torch.save(state, hashed)  # type: ignore[arg-type]  # it needs only these methods of a file
             digest = hashed.sha256.hexdigest()[:16]
 
     _replace(fresh, content)
     path = fresh.replace(folder / f"step_{state['step']:06}-{digest}.pt")
     flush(folder)
-    earlier = [other for other in states(folder) if _batches(other) < state["step"]]
-    for other in set(states(folder)) - {path, *earlier[: keep - 1]}:  # a later one: damaged, or it had been resumed
+    earlier = [other for other in saved_states(folder) if _batches(other) < state["step"]]
+    # a later state is damaged, or training was resumed from one before it
+    for other in set(saved_states(folder)) - {path, *earlier[: keep - 1]}:
         other.unlink(missing_ok=True)
     return path
 
 
 def read_state(path: Path, *, verify: bool = True, mapped: bool = True) -> dict[str, Any]:
-    """A training state on the CPU, read or ``mapped``. UserError if it is damaged (where ``verify``) or unreadable."""
+    """Return a training state on the CPU, read or ``mapped``. UserError if unreadable or (with ``verify``) damaged."""
     match = STATE.fullmatch(path.name)
     assert match
     try:
@@ -103,31 +105,31 @@ def read_state(path: Path, *, verify: bool = True, mapped: bool = True) -> dict[
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UserError:
         raise
-    except Exception as error:  # torch raises many kinds for what it does not take
+    except Exception as error:  # torch raises many kinds of errors for files that it cannot read
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({line[:80]})") from error
 
 
 def load_records(folder: Path) -> list[dict[str, Any]]:
-    """The records of every update up to the folder's last training state; [] where there is none.
+    """Return the records of every update up to the folder's last training state; [] if there is none.
 
-    UserError if that one is damaged: an earlier one's records would be too few.
+    UserError if that state is damaged: an earlier one would lack records.
     """
-    found = states(folder)
-    return read_state(found[0])["records"] if found else []
+    paths = saved_states(folder)
+    return read_state(paths[0])["records"] if paths else []
 
 
 def save_weights(named: Mapping[str, Tensor], path: Path, ema: Sequence[Tensor] | None = None) -> None:
-    """The trained parameters, as they are ("last.<name>") and averaged ("ema.<name>", in the same order)."""
+    """Write the trained parameters as "last.<name>", and their averages (in the same order) as "ema.<name>"."""
     tensors = {f"last.{name}": p.detach() for name, p in named.items()}
     if ema is not None:
-        tensors |= {f"ema.{name}": average for name, average in zip(named, ema, strict=True)}
+        tensors |= {f"ema.{name}": mean for name, mean in zip(named, ema, strict=True)}
     contiguous = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
     _replace(path, lambda temporary: save_file(contiguous, temporary))
 
 
 def load_weights(flow: Flow, path: Path, which: str = "ema") -> None:
-    """Put trained weights into ``flow``: "ema" or "last". UserError if the file does not have exactly these."""
+    """Copy trained weights, "ema" or "last", into ``flow``. UserError unless names and shapes match exactly."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

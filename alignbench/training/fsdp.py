@@ -1,8 +1,8 @@
-"""FSDP2: every rank keeps a part of each weight, and gathers the whole once per update, not once per network call.
+"""FSDP2: every rank keeps a shard of each weight, and gathers all of it once per update, not once per network call.
 
-torch's own ``fully_shard`` and not accelerate's plug-in around it, which wraps model and optimizer in one ``prepare``:
-here the optimizer is the loop's own, several backward passes make an update, and what a forward gathered stays until
-that update's step. accelerate still makes the process group. All that is used is public since torch 2.7.
+This uses torch's own ``fully_shard`` rather than accelerate's plug-in, which wraps model and optimizer in one
+``prepare``: here the optimizer belongs to the loop, an update may take several backward passes, and gathered weights
+stay until its optimizer step. accelerate still makes the process group. Everything used is public since torch 2.7.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from alignbench.config import UserError
 
 
 class Shards:
-    """The networks of a flow, in parts: of the weights' own type in their parts, of the computation's once gathered."""
+    """A flow's sharded networks. Shards have the dtype of the weights, gathered weights that of the computation."""
 
     def __init__(self, flow: Any, accelerator: Accelerator) -> None:
         if not hasattr(flow, "shard"):
             raise UserError("parallel: fsdp needs a backend with shard(); choose ddp")
         self._mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         self._trained: list[Any] = []  # FSDPModules
-        flow.shard(self.split)
+        flow.shard(self.shard)
 
-    def split(self, network: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype, trained: bool) -> None:
-        """Keep a part of ``network``. ``blocks``: its modules that are gathered at a time.
+    def shard(self, network: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype, trained: bool) -> None:
+        """Shard ``network`` in place. ``blocks``: the modules that are gathered one at a time.
 
-        Of a network that is not trained, each block is given up again after its use.
+        Blocks of a network that is not trained are resharded after each use.
         """
-        # inputs stay as they are: a sigma in bfloat16 would be another one
+        # inputs are not cast: a sigma rounded to bfloat16 would be another sigma
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in (*blocks, network):
             fully_shard(module, mesh=self._mesh, reshard_after_forward=not trained, mp_policy=policy)
@@ -44,19 +44,19 @@ class Shards:
         if trained:
             network.set_reshard_after_backward(False)  # type: ignore[operator]  # fully_shard made it an FSDPModule
 
-    def give_up(self) -> None:
-        """Free what was gathered: the next network call gathers the weights as they then are."""
+    def reshard(self) -> None:
+        """Free the gathered weights: the next network call gathers the updated ones."""
         for module in self._trained:
             module.reshard()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing memory; all of a tensor that is not in parts."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor, sharing memory; an unsharded tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor, keep: bool) -> Tensor | None:
-    """All of a tensor. One in parts is gathered by all ranks together, for those that ``keep`` it, in host memory."""
+def full_tensor(tensor: Tensor, keep: bool) -> Tensor | None:
+    """Return all of a tensor. All ranks gather a sharded one together; those that ``keep`` it get it in host memory."""
     if not isinstance(tensor, DTensor):
         return tensor
     gathered = tensor.full_tensor()
@@ -64,38 +64,38 @@ def whole(tensor: Tensor, keep: bool) -> Tensor | None:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor``, which is whole, as ``like`` is kept: in parts or not. No rank waits for another."""
+    """Return an unsharded ``tensor``, sharded as ``like`` is. Needs no communication between ranks."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def as_part(part: Tensor, like: Tensor) -> Tensor:
-    """``part`` of a tensor as ``local`` gives it, on any device, in its place among the ranks' again."""
-    if not isinstance(like, DTensor) or isinstance(part, DTensor):
-        return part
+def from_local(shard: Tensor, like: Tensor) -> Tensor:
+    """Return the sharded tensor of which ``shard``, on any device, is this rank's; the inverse of ``local_tensor``."""
+    if not isinstance(like, DTensor) or isinstance(shard, DTensor):
+        return shard
     mesh, placements = like.device_mesh, like.placements
     return DTensor.from_local(
-        part.to(like.device), mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+        shard.to(like.device), mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
-def average(gradients: Iterable[Tensor], accelerator: Accelerator, largest: int = 2**25) -> None:
-    """Replace each by its mean over ranks, in place; a collective takes many at a time, up to ``largest`` numbers."""
+def average_gradients(gradients: Iterable[Tensor], accelerator: Accelerator, largest: int = 2**25) -> None:
+    """Replace gradients by their means over ranks, in place; one collective takes up to ``largest`` elements."""
     bucket: list[Tensor] = []
     for gradient in gradients:
         if bucket and (
             gradient.dtype != bucket[0].dtype or sum(map(Tensor.numel, bucket)) + gradient.numel() > largest
         ):
-            _average(bucket, accelerator)
+            _average_bucket(bucket, accelerator)
             bucket = []
         bucket.append(gradient)
     if bucket:
-        _average(bucket, accelerator)
+        _average_bucket(bucket, accelerator)
 
 
-def _average(bucket: list[Tensor], accelerator: Accelerator) -> None:
+def _average_bucket(bucket: list[Tensor], accelerator: Accelerator) -> None:
     flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in bucket]), "mean")
     assert isinstance(flat, Tensor)
-    for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
-        gradient.copy_(part.view_as(gradient))
+    for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
+        gradient.copy_(mean.view_as(gradient))

@@ -1,4 +1,4 @@
-"""Cost is measured, not declared: wrappers around the flow and the reward count what a method does."""
+"""Costs, measured and not declared: wrappers around the flow and the reward count what a method does."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Meter:
     """
 
     nfe_forward: int = 0  # network forwards without gradient
-    nfe_grad: int = 0  # network forwards that a backward can go through
-    nfe_recomputed: int = 0  # forwards made a second time for a backward, to save memory: not NFE, but time
+    nfe_grad: int = 0  # network forwards with gradient
+    nfe_recomputed: int = 0  # forwards repeated in a backward to save memory: they take time, but are not NFE
     decodes: int = 0
     reward_calls: int = 0
     images: int = 0  # training images sampled
-    seconds: float = 0.0  # of wall clock, in training batches alone
+    seconds: float = 0.0  # wall-clock time of training batches alone
     peak_memory_bytes: int = 0  # of the accelerator; on a CPU, of the whole process
 
     def state_dict(self) -> dict[str, int | float]:
@@ -47,8 +47,8 @@ class Meter:
         for name, value in state.items():
             setattr(self, name, value)
 
-    def see_memory(self, device: torch.device) -> None:
-        """Raise the recorded peak to what was used by now."""
+    def update_peak_memory(self, device: torch.device) -> None:
+        """Raise the recorded peak to that of the process so far."""
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
         else:
@@ -58,21 +58,21 @@ class Meter:
 
 
 class Watch:
-    """What every method's record has for free: rewards, closed hinges, and where on the path the gradient arises."""
+    """Diagnostics that every method's records get: rewards, closed hinges, and where on the path gradients arise."""
 
     def __init__(self) -> None:
         self.scores: list[tuple[Tensor, Tensor, Tensor]] = []  # (M, B) scores, (B,) values, (M, B) closed, of a batch
         self.gradients: list[tuple[Tensor, Tensor]] = []  # sigma (B,), norm of dL/dv (B,), of an update
-        self.hinged = False  # did the method ask for the loss, and with it the hinge? Policy gradients do not
-        self.backward = False  # is this the harness's backward, and not a gradient that a method takes for itself?
+        self.hinged = False  # True once the method used the loss, and so the hinge; policy gradients do not
+        self.backward = False  # True in the harness's backward, as opposed to gradients that a method takes itself
 
-    def see_gradient(self, sigma: float | Tensor, gradient: Tensor) -> None:
+    def add_gradient(self, sigma: float | Tensor, gradient: Tensor) -> None:
         if self.backward:
             norms = gradient.detach().flatten(1).norm(dim=1)
             self.gradients.append((torch.as_tensor(sigma).to(norms).expand(len(norms)), norms))
 
     def gradient_sums(self) -> dict[str, float]:
-        """Sum over samples of |dL/dv|, by fifths of the path; forgets them."""
+        """Return the sum over samples of |dL/dv| for each fifth of the path, and clear the gradients."""
         sums = torch.zeros(FIFTHS, dtype=torch.float64)
         for sigma, norms in self.gradients:
             fifth = (sigma * FIFTHS - 1e-6).ceil().long().clamp(1, FIFTHS) - 1  # a rounded 0.6 belongs below
@@ -81,7 +81,7 @@ class Watch:
         return dict(zip(GRAD_SHARES, sums.tolist(), strict=True))
 
     def reward_means(self, reward: Reward) -> dict[str, float]:
-        """Means over all images scored in this batch so far; nothing if there are none."""
+        """Return means over all images scored in this batch so far; {} if there are none."""
         if not self.scores:
             return {}
         scores, values, closed = (torch.cat(parts, -1).double() for parts in zip(*self.scores))
@@ -104,7 +104,7 @@ GRAD_SHARES = tuple(f"grad_share_{i / FIFTHS:.1f}_{(i + 1) / FIFTHS:.1f}" for i 
 
 
 class MeteredFlow:
-    """A flow that counts. Everything but ``velocity`` and ``decode`` is the flow's own."""
+    """A flow that counts its calls. Everything but ``velocity`` and ``decode`` is passed through."""
 
     def __init__(self, flow: Flow, meter: Meter, watch: Watch) -> None:
         self._flow, self._meter, self._watch = flow, meter, watch
@@ -122,7 +122,7 @@ class MeteredFlow:
             else:
                 self._meter.nfe_forward += rows
         if v.requires_grad and not recomputing.get():
-            v.register_hook(functools.partial(self._watch.see_gradient, sigma))
+            v.register_hook(functools.partial(self._watch.add_gradient, sigma))
         return v
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class MeteredFlow:
 
 
 class MeteredReward(Reward):
-    """A reward that counts, and stops the run at the first score that is not a number."""
+    """A reward that counts its calls, and raises UserError at the first score that is not finite."""
 
     def __init__(self, reward: Reward, meter: Meter, watch: Watch, slice_size: int | None) -> None:
         super().__init__(*reward.terms)
@@ -143,8 +143,8 @@ class MeteredReward(Reward):
         self._meter.reward_calls += scores.shape[1]
         for term, row in zip(self.terms, scores.tolist(), strict=True):
             self._require_finite(term.evaluator.name, prompts, row)
-        seen = scores.detach()
-        self._watch.scores.append((seen, self.value(seen), self.hinge_closed(seen)))
+        detached = scores.detach()
+        self._watch.scores.append((detached, self.value(detached), self.hinge_closed(detached)))
         return scores
 
     def _require_finite(self, evaluator: str, prompts: Sequence[Prompt], row: list[float]) -> None:
@@ -160,10 +160,10 @@ class MeteredReward(Reward):
 
 
 def metered(flow: Flow, meter: Meter, watch: Watch | None = None) -> Flow:
-    """``flow``, counting into ``meter``: a method that is handed this cannot forget to."""
+    """Return ``flow``, counting its calls in ``meter``."""
     return MeteredFlow(flow, meter, watch or Watch())
 
 
 def metered_reward(reward: Reward, meter: Meter, watch: Watch | None = None, slice_size: int | None = None) -> Reward:
-    """``reward``, counting into ``meter`` and refusing scores that are not finite; ``slice_size``: as in ``Reward``."""
+    """Return ``reward``, counting in ``meter`` and refusing non-finite scores; ``slice_size``: as in ``Reward``."""
     return MeteredReward(reward, meter, watch or Watch(), slice_size)

@@ -1,4 +1,4 @@
-"""The state of a training run: parameters, optimizer, EMA and records, and what one update does to them."""
+"""The state of a training run: parameters, optimizer, EMA and records; how a batch changes it; saving and resuming."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from alignbench.method import AlignMethod, GatherBatch, Loss, Updates, resume
 from alignbench.prompts import Prompt
 from alignbench.store.artefacts import milestone_file
 from alignbench.training.adamw import AdamW
-from alignbench.training.batches import draw_batch, shares
-from alignbench.training.checkpoint import read_state, save_state, save_weights, states
-from alignbench.training.ema import Average
-from alignbench.training.fsdp import Shards, as_part, average, shard_like, whole
+from alignbench.training.batches import draw_batch, micro_batches
+from alignbench.training.checkpoint import read_state, save_state, save_weights, saved_states
+from alignbench.training.ema import EMA
+from alignbench.training.fsdp import Shards, average_gradients, from_local, full_tensor, shard_like
 from alignbench.training.meter import GRAD_SHARES, Meter, Watch
 from alignbench.training.precision import Weights, total_norm
 from alignbench.weights import check_shapes, copy_parameters
@@ -38,11 +38,8 @@ T = TypeVar("T")
 Record = dict[str, Any]
 
 
-# ---- a run
-
-
 class TrainState:
-    """Weights, optimizer, average, meter and counters: all that a checkpoint holds."""
+    """Weights, optimizer, EMA, meter and counters: all that a checkpoint holds."""
 
     def __init__(
         self,
@@ -57,43 +54,44 @@ class TrainState:
         self.flow, self.milestones = flow, milestones
         self.shards = Shards(flow, accelerator) if sharded and accelerator.num_processes > 1 else None
         self.weights = Weights(flow, training.optimizer.weights)
-        self.parameters = self.weights.held
-        with torch.random.fork_rng(devices=[]):  # modules draw their first weights from torch's global generator
+        self.parameters = self.weights.parameters
+        with torch.random.fork_rng(devices=[]):  # modules draw their initial weights from torch's global generator
             torch.manual_seed(seeded("modules", training.seed).initial_seed())
             self.modules = {name: module.to(accelerator.device) for name, module in method.modules(flow).items()}
         self.groups = {"flow": list(self.parameters.values())}
         self.groups |= {name: list(module.parameters()) for name, module in self.modules.items()}
         settings = training.optimizer
-        self.optimizer = self.made_optimizer()
+        self.optimizer = self.make_optimizer()
         self.ema = None
         if settings.ema is not None:
-            self.ema = Average(self.groups["flow"], settings.ema, training.ema_on_host)
+            self.ema = EMA(self.groups["flow"], settings.ema, training.ema_on_host)
         self.meter, self.watch = Meter(), Watch()
         self.step = self.update = 0  # batches and optimizer updates done
-        self.drift: float | None = None  # from the base model, at the last look
+        self.drift: float | None = None  # from the base model, when it was last measured
         self.records: list[Record] = []
 
-    def made_optimizer(self) -> torch.optim.Optimizer:
+    def make_optimizer(self) -> torch.optim.Optimizer:
         settings, groups = self.training.optimizer, [{"params": group} for group in self.groups.values()]
         lr, betas, eps, decay = settings.lr, settings.betas, settings.eps, settings.weight_decay
-        eight = settings.moments == "8bit"
-        if eight or settings.weights == "stochastic":
-            return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, seed=self.training.seed, eight=eight)
-        fused = self.accelerator.device.type == "cuda" or None  # others make temporary tensors as large as all weights
+        eight_bit = settings.moments == "8bit"
+        if eight_bit or settings.weights == "stochastic":
+            seed = self.training.seed
+            return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, seed=seed, eight_bit=eight_bit)
+        fused = self.accelerator.device.type == "cuda" or None  # else temporaries as large as all weights
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=fused)
 
     @property
     def finished(self) -> bool:
-        """Is the budget spent? Only asked between batches."""
+        """Return whether the budget is spent. Valid only between batches."""
         last = self.records[-1] if self.records else {}
-        return spent(self.training.budget, last, self.accelerator.num_processes) >= 1
+        return budget_share(self.training.budget, last, self.accelerator.num_processes) >= 1
 
-    def advance(self, flow: Flow, reward: Reward, prompts: Sequence[Prompt]) -> Iterator[Record]:
-        """One global batch: as many updates as the method makes of it, micro-batches in step with one another."""
-        self.look_at_drift(prompts)
+    def train_batch(self, flow: Flow, reward: Reward, prompts: Sequence[Prompt]) -> Iterator[Record]:
+        """Train on one global batch, all micro-batches in step; yield a record per update that the method makes."""
+        self.measure_drift(prompts)
         before = self.update
         started = time.perf_counter()
-        parts, device = shares(self.training, self.accelerator), self.accelerator.device
+        parts, device = micro_batches(self.training, self.accelerator), self.accelerator.device
         batches = [draw_batch(flow, prompts, self.training, self.step, samples, device) for samples in parts]
         updates = [self.method.updates(flow, reward, batch) for batch in batches]
         self.meter.images += sum(map(len, batches))
@@ -101,44 +99,44 @@ class TrainState:
         self.watch.scores.clear()
         while (losses := self.next_update(updates)) is not None:
             self.optimizer.zero_grad()
-            self.weights.begin()
-            sums = self.together(functools.partial(self.backward, losses, batches, reward))
-            metrics, norms = self.average(sums), self.synchronise()
-            self.require_finite(norms)
-            lr = self.descend()
-            self.meter.see_memory(self.accelerator.device)
+            self.weights.start_update()
+            sums = self.on_all_ranks(functools.partial(self.backward, losses, batches, reward))
+            metrics, norms = self.average_over_ranks(sums), self.synchronize_gradients()
+            self.require_finite_norms(norms)
+            lr = self.optimizer_step()
+            self.meter.update_peak_memory(self.accelerator.device)
             now = time.perf_counter()
             self.meter.seconds, started = self.meter.seconds + now - started, now
-            place = {"step": self.step - 1, "update": self.update - 1}
-            record = {**place, **metrics, **norms, "drift": self.drift, "lr": lr, **self.costs()}
+            counters = {"step": self.step - 1, "update": self.update - 1}
+            record = {**counters, **metrics, **norms, "drift": self.drift, "lr": lr, **self.costs()}
             self.records.append(record)
             if self.milestones is not None and self.update in self.training.milestones:
                 self.save_weights(self.milestones / milestone_file(self.update))
-                started = time.perf_counter()  # keeping weights is no part of a method's time
+                started = time.perf_counter()  # saving weights does not count as the method's time
             yield record
         if self.update == before:
             raise self.error(f"method {self.method.name} made no update of a whole batch; yield at least one")
 
     def next_update(self, updates: Sequence[Updates]) -> Sequence[Iterable[Loss]] | None:
-        """The losses of the next update, by micro-batch. What the micro-batches pool before it is exchanged."""
+        """Return the next update's losses, by micro-batch, or None after the last. Answers every GatherBatch."""
         answer = None
         while True:
-            asked = self.together(functools.partial(self.resumed, updates, answer))
-            if not isinstance(asked[0], GatherBatch):
-                return None if asked[0] is None else asked
-            answer = self.accelerator.gather(torch.cat([pool.values for pool in asked]))
+            requests = self.on_all_ranks(functools.partial(self.next_requests, updates, answer))
+            if not isinstance(requests[0], GatherBatch):
+                return None if requests[0] is None else requests
+            answer = self.accelerator.gather(torch.cat([request.values for request in requests]))
 
-    def resumed(self, updates: Sequence[Updates], answer: Tensor | None) -> list[Any]:
-        """What every micro-batch asks for next: the same kind of thing, or None once all are through."""
-        asked = [next(part, None) if answer is None else resume(part, answer) for part in updates]
-        if len({GatherBatch if isinstance(item, GatherBatch) else item is None for item in asked}) > 1:
+    def next_requests(self, updates: Sequence[Updates], answer: Tensor | None) -> list[Any]:
+        """Return what each micro-batch yields next: all losses, all GatherBatch, or None once all have finished."""
+        requests = [next(part, None) if answer is None else resume(part, answer) for part in updates]
+        if len({GatherBatch if isinstance(item, GatherBatch) else item is None for item in requests}) > 1:
             raise UserError(f"method {self.method.name} makes different updates of different micro-batches")
-        return asked
+        return requests
 
-    def look_at_drift(self, prompts: Sequence[Prompt]) -> None:
-        """How far the model has moved: |v - v_base|^2 / |v_base|^2 over four steps of the same four samples.
+    def measure_drift(self, prompts: Sequence[Prompt]) -> None:
+        """Measure how far the model has moved: |v - v_base|^2 / |v_base|^2 over four steps of the same four samples.
 
-        Every ``drift_every`` batches; records in between repeat the last look. Neither NFE nor seconds count it.
+        Done every ``drift_every`` batches; records in between repeat the last value. NFE and seconds exclude it.
         """
         every = self.training.drift_every
         if every is None or self.step % every:
@@ -157,14 +155,14 @@ class TrainState:
         self.drift = moved / base
 
     def backward(self, losses: Sequence[Iterable[Loss]], batches: Sequence[Batch], reward: Reward) -> dict[str, float]:
-        """Gradients of one update, summed over micro-batches; their losses and metrics, weighted by samples."""
+        """Sum the gradients of one update over micro-batches; return their losses and metrics, weighted by samples."""
         total, mean, first = 0.0, defaultdict[str, Mean](Mean), True
         for inner, batch in zip(losses, batches):
             weight = len(batch) / sum(map(len, batches))
             for loss in inner:
                 require_finite_loss(loss, batch)
                 if not first:
-                    self.weights.widen()
+                    self.weights.upcast_gradients()
                 first = False
                 self.watch.backward = True
                 self.accelerator.backward(loss.value * weight)
@@ -175,26 +173,25 @@ class TrainState:
         named = {"reward_mean" if name == "reward" else name: m.value for name, m in mean.items()}
         return {"loss": total, **self.watch.reward_means(reward), **named, **self.watch.gradient_sums()}
 
-    def average(self, sums: dict[str, float]) -> dict[str, float]:
-        """Means over ranks; of the gradient's sums, shares."""
+    def average_over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
+        """Return means over ranks; the gradient's sums become shares."""
         values = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.accelerator.device)
         means = dict(zip(sums, self.accelerator.reduce(values, "mean").tolist()))
         total = sum(means[name] for name in GRAD_SHARES) or 1.0
         return {name: mean / total if name in GRAD_SHARES else mean for name, mean in means.items()}
 
-    def synchronise(self) -> dict[str, float]:
-        """Average gradients over ranks, clip each group by its own norm; the norms before clipping."""
+    def synchronize_gradients(self) -> dict[str, float]:
+        """Average gradients over ranks and clip each group by its own norm; return the norms before clipping."""
         norms = {}
-        self.weights.hand_over()
+        self.weights.gradients_to_masters()
         for name, group in self.groups.items():
             for p in group:
                 if p.grad is None:  # so that all ranks reduce the same list
                     p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
             gradients = [p.grad for p in group if p.grad is not None]
-            if self.accelerator.num_processes > 1 and not (
-                name == "flow" and self.shards
-            ):  # FSDP2 has averaged its own
-                average(gradients, self.accelerator)
+            averaged = name == "flow" and self.shards  # by FSDP2
+            if self.accelerator.num_processes > 1 and not averaged:
+                average_gradients(gradients, self.accelerator)
             norm = total_norm(gradients)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if self.training.optimizer.clip is not None:
@@ -202,73 +199,73 @@ class TrainState:
             norms["grad_norm" if name == "flow" else f"grad_norm_{name}"] = norm.item()
         return norms
 
-    def require_finite(self, norms: dict[str, float]) -> None:
-        """The same verdict on every rank: gradients have been averaged."""
+    def require_finite_norms(self, norms: dict[str, float]) -> None:
+        """Raise UserError for a norm that is not finite: on every rank, as gradients have been averaged."""
         for name, value in norms.items():
             if not math.isfinite(value):
                 raise self.error(f"{name} is {value}; lower optimizer.lr, or look at the reward")
 
-    def descend(self) -> float:
-        """One optimizer update, then the average follows; the learning rate used."""
+    def optimizer_step(self) -> float:
+        """Update the weights, then their EMA; return the learning rate used."""
         settings = self.training.optimizer
         lr = settings.lr * min(1.0, (self.update + 1) / max(1, settings.warmup))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.ema is not None:
-            self.ema.wait()  # for what it still reads
+            self.ema.wait()  # it may still read the weights
         self.optimizer.step()
-        self.weights.follow()
+        self.weights.masters_to_network()
         self.update += 1
         if self.shards is not None:
-            self.shards.give_up()
+            self.shards.reshard()
         if self.ema is not None:
-            self.ema.follow()
+            self.ema.update()
         return lr
 
     def costs(self) -> dict[str, int | float]:
-        """Totals over ranks; seconds and memory: of the rank with most."""
+        """Return totals over ranks; for seconds and memory, the maximum over ranks."""
         names, largest = list(self.meter.state_dict()), {"seconds", "peak_memory_bytes"}
         values = torch.tensor(list(self.meter.state_dict().values()), dtype=torch.float64)
         rows = self.accelerator.gather(values.to(self.accelerator.device)[None])
         total = {name: (column.max() if name in largest else column.sum()) for name, column in zip(names, rows.T)}
         return {name: value.item() if name == "seconds" else int(value) for name, value in total.items()}
 
-    def together(self, work: Callable[[], T]) -> T:
-        """``work()`` on every rank. A failure on one ends all of them, rather than leaving the others to wait."""
+    def on_all_ranks(self, work: Callable[[], T]) -> T:
+        """Return ``work()``, called on every rank. A failure on one raises on all, so that none is left waiting."""
         result, failure = None, None
         try:
             result = work()
-        except Exception as error:  # any: it is raised again below
+        except Exception as error:  # raised again below
             failure = error
         failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
         if self.accelerator.reduce(failed, "sum") == 0:
             return result  # type: ignore[return-value]  # None only if that is what work() gave
-        said = None if failure is None else str(failure) if isinstance(failure, UserError) else repr(failure)
-        reasons = [f"rank {n}: {why}" for n, why in enumerate(gather_object([said])) if why is not None]
+        reason = None if failure is None else str(failure) if isinstance(failure, UserError) else repr(failure)
+        reasons = [f"rank {n}: {why}" for n, why in enumerate(gather_object([reason])) if why is not None]
         if failure is None:
             raise self.error(f"another rank failed ({reasons[0]})")
         raise self.error(str(failure)) if isinstance(failure, UserError) else failure
 
-    def anywhere(self, asked: Callable[[], bool]) -> bool:
-        """Does any rank say yes? The same answer on all of them, whose signals may not come in the same batch."""
-        yes = torch.tensor(float(self.together(asked)), device=self.accelerator.device)
-        return self.accelerator.reduce(yes, "sum").item() > 0
+    def any_rank(self, condition: Callable[[], bool]) -> bool:
+        """Return whether ``condition()`` holds on any rank: the same on all, whose signals may arrive batches apart."""
+        holds = torch.tensor(float(self.on_all_ranks(condition)), device=self.accelerator.device)
+        return self.accelerator.reduce(holds, "sum").item() > 0
 
     def error(self, what: str) -> UserError:
-        """``what``, with the place in training where it happened."""
+        """Return a UserError that says at which step and update ``what`` happened."""
         return UserError(f"training, step {self.step - 1}, update {self.update}: {what}")
 
-    # ---- saved and resumed
+    # ---- saving and resuming
 
     def save(self, folder: Path) -> None:
-        """Add a checkpoint. Written by the first rank alone; it is the same however many there are."""
+        """Add a checkpoint. The main process writes it, and its content does not depend on the number of ranks."""
         moments = self.optimizer.state_dict()
-        moments["state"] = {i: self.whole(values) for i, values in moments["state"].items()}
+        moments["state"] = {i: self.gather_shards(values) for i, values in moments["state"].items()}
         state = {
             "step": self.step,
             "update": self.update,
-            "flow": self.whole(self.parameters),
-            "ema": self.whole_ema(),
+            "flow": self.gather_shards(self.parameters),
+            "ema": self.gather_ema(),
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizer": moments,
             "method": self.method.state_dict(),
@@ -277,45 +274,46 @@ class TrainState:
         if self.accelerator.is_main_process:
             save_state(folder, state, self.training.keep)
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Of every rank's parts; only on the first rank."""
-        return {name: whole(t.detach(), self.accelerator.is_main_process) for name, t in tensors.items()}
+    def gather_shards(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return full tensors; in the place of sharded ones, None on all but the main process."""
+        return {name: full_tensor(t.detach(), self.accelerator.is_main_process) for name, t in tensors.items()}
 
-    def whole_ema(self) -> list[Any] | None:
+    def gather_ema(self) -> list[Any] | None:
+        """Return the EMA's full tensors, as ``gather_shards`` does; None without an EMA."""
         if self.ema is None:
             return None
-        kept = zip(self.ema.tensors, self.groups["flow"])
-        return [whole(as_part(t, p), self.accelerator.is_main_process) for t, p in kept]
+        pairs = zip(self.ema.tensors, self.groups["flow"])
+        return [full_tensor(from_local(t, p), self.accelerator.is_main_process) for t, p in pairs]
 
     def resume(self, folder: Path) -> None:
-        """Continue from the last checkpoint that is whole and fits; from the start if there is none.
+        """Resume from the last checkpoint that is intact and fits; start from the beginning if there is none.
 
-        One that does not serve is named on stderr.
+        Unusable checkpoints are named on stderr.
         """
-        (found,) = broadcast_object_list([states(folder)])  # the first rank's, should a shared disk not agree
-        for path in found:
-            state, reason = self.readable(path)
-            reasons = [told for told in gather_object([reason]) if told is not None]
+        (paths,) = broadcast_object_list([saved_states(folder)])  # the main process's, in case a shared disk disagrees
+        for path in paths:
+            state, reason = self.try_read(path)
+            reasons = [other for other in gather_object([reason]) if other is not None]
             if not reasons:
                 assert state is not None
-                self.take_up(state, path)
+                self.load_state(state, path)
                 return
             if self.accelerator.is_main_process:
-                instead = "training starts from the beginning" if path == found[-1] else "the one before it is tried"
+                instead = "training starts from the beginning" if path == paths[-1] else "the one before it is tried"
                 print(f"alignbench: {reasons[0]}; {instead}", file=sys.stderr, flush=True)
 
-    def readable(self, path: Path) -> tuple[Record | None, str | None]:
-        """The state in ``path``, or why it cannot be resumed from. The first rank verifies its hash for all."""
+    def try_read(self, path: Path) -> tuple[Record | None, str | None]:
+        """Return the state in ``path``, or why it is unusable. The main process verifies its hash for all ranks."""
         try:
-            mapped = self.accelerator.device.type != "cpu"  # where tensors are copied; else they would stay in the file
+            mapped = self.accelerator.device.type != "cpu"  # on a CPU mapped tensors would stay in the file
             state = read_state(path, verify=self.accelerator.is_main_process, mapped=mapped)
             self.check_fit(state, path)
-        except (UserError, KeyError) as error:  # a key that is absent: of another version of this program
+        except (UserError, KeyError) as error:  # a key is missing if another version of this program wrote it
             return None, str(error) if isinstance(error, UserError) else f"{path}: has no {error}"
         return state, None
 
     def check_fit(self, state: Record, path: Path) -> None:
-        """UserError or KeyError unless ``take_up`` can take the state: it must not stop half-way."""
+        """Raise UserError or KeyError unless ``load_state`` will succeed: it must not stop halfway."""
         check_shapes(self.parameters, state["flow"], path)
         check_shapes({} if self.ema is None else self.parameters, dict(zip(self.parameters, state["ema"] or ())), path)
         for name, module in self.modules.items():
@@ -326,48 +324,49 @@ class TrainState:
         for name in ("step", "update", "method", "records"):
             state[name]
 
-    def take_up(self, state: Record, path: Path) -> None:
+    def load_state(self, state: Record, path: Path) -> None:
+        """Replace everything that a checkpoint holds by ``state``, read from ``path``."""
         flow = {name: shard_like(t, self.parameters[name]) for name, t in state["flow"].items()}
         copy_parameters(self.parameters, flow, path)
-        self.weights.follow()
+        self.weights.masters_to_network()
         if self.ema is not None:
             ema = zip(state["ema"], self.groups["flow"], strict=True)
-            self.ema.restart([shard_like(t, p).to(p.device) for t, p in ema])
+            self.ema.reset([shard_like(t, p).to(p.device) for t, p in ema])
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
-        everything = list(itertools.chain(*self.groups.values()))
+        parameters = list(itertools.chain(*self.groups.values()))
         for i, values in state["optimizer"]["state"].items():
-            values |= {name: shard_like(t, everything[i]) for name, t in values.items() if name != "step"}
+            values |= {name: shard_like(t, parameters[i]) for name, t in values.items() if name != "step"}
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state["method"])
         self.step, self.update, self.records = state["step"], state["update"], state["records"]
         self.drift = self.records[-1]["drift"] if self.records else None
-        if self.accelerator.is_main_process and self.records:  # totals over ranks continue in the first one
+        if self.accelerator.is_main_process and self.records:  # totals over ranks continue in the main process
             self.meter.load_state_dict({name: self.records[-1][name] for name in self.meter.state_dict()})
 
     def save_weights(self, path: Path) -> None:
-        """The trained weights and their average, as they are now."""
-        weights, ema = self.whole(self.parameters), self.whole_ema()
+        """Save the trained weights and their EMA, as they are now."""
+        weights, ema = self.gather_shards(self.parameters), self.gather_ema()
 
         def write() -> None:
             if self.accelerator.is_main_process:
                 save_weights(weights, path, ema)
 
-        self.together(write)
+        self.on_all_ranks(write)
 
 
 def require_finite_loss(loss: Loss, batch: Batch) -> None:
-    """UserError, with the samples and their values where they are known."""
+    """Raise UserError for a loss that is not finite, with the samples' values if they are known."""
     if torch.isfinite(loss.value):
         return
-    each = [] if loss.per_sample is None or len(loss.per_sample) != len(batch) else loss.per_sample.tolist()
-    bad = [f"{x} for prompt {p.id!r}" for p, x in zip(batch.prompts, each) if not math.isfinite(x)]
-    told = f" ({', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''})" if bad else ""
-    raise UserError(f"the loss is {loss.value.item()}{told}; lower optimizer.lr, or look at the reward")
+    values = [] if loss.per_sample is None or len(loss.per_sample) != len(batch) else loss.per_sample.tolist()
+    bad = [f"{x} for prompt {p.id!r}" for p, x in zip(batch.prompts, values) if not math.isfinite(x)]
+    listed = f" ({', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''})" if bad else ""
+    raise UserError(f"the loss is {loss.value.item()}{listed}; lower optimizer.lr, or look at the reward")
 
 
 class Mean:
-    """A weighted mean, as it grows."""
+    """A running weighted mean."""
 
     def __init__(self) -> None:
         self.total = self.weight = 0.0
@@ -380,8 +379,8 @@ class Mean:
         return self.total / self.weight
 
 
-def spent(budget: Budget, costs: Record, ranks: int = 1) -> float:
-    """Share of ``budget`` that a record's totals have used up: 1 or more means that training ends."""
+def budget_share(budget: Budget, costs: Record, ranks: int = 1) -> float:
+    """Return the share of ``budget`` that a record's totals have used: training ends at 1 or more."""
     used = {
         "images": costs.get("images", 0),
         "nfe": costs.get("nfe_forward", 0) + costs.get("nfe_grad", 0),

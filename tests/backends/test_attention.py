@@ -83,7 +83,7 @@ def test_the_kernel_that_was_asked_for_is_used(load):
 
 
 def test_the_environments_choice_is_not_ours(load, monkeypatch):
-    """What diffusers would take from a variable of the environment is no part of a run's settings."""
+    """A run ignores the environment variable from which diffusers would choose its kernel."""
     from diffusers.models.attention_dispatch import attention_backend
 
     with attention_backend("_native_math"):
@@ -137,7 +137,7 @@ def test_other_families_have_torchs_alone(tmp_path, family):
 
 
 def test_runs_by_torchs_choice_keep_their_ids(tmp_path, monkeypatch):
-    """What is hashed has no such word unless another kernel is asked for, which rounds otherwise; the base's too."""
+    """The hash has no such key unless another kernel is chosen, which rounds differently; so has the base's."""
     hashed = []
     monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     for changes in ({}, {"attention": "_native_math"}):

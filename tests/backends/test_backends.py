@@ -1,4 +1,4 @@
-"""What the backends with guidance in two branches promise, each on a small random model of its family."""
+"""The promises of backends with guidance in two branches, each on a small random model of its family."""
 
 import shutil
 import subprocess
@@ -282,7 +282,7 @@ def test_published_weights_take_the_place_of_the_models(load, tmp_path):
 def test_a_small_transformer_costs_what_torch_counts(load, family, small):
     """Forward FLOPs, parameters, adapters and text encoders exactly; two branches are two forwards."""
     flow, made = load(), FAMILIES[family](**small[family])
-    measures = made.measures
+    measures = made.cost_model
     assert measures.transformer.parameters == sum(p.numel() for p in flow.transformer.parameters())
     pipeline = made._pipeline()
     encoders = [getattr(pipeline, part) for part in made.models if part.startswith("text_encoder")]
@@ -342,7 +342,7 @@ def test_a_broken_folder_is_one_clear_line(tmp_path, small, family, change, says
 
 @pytest.mark.parametrize("family", PIPELINES)
 def test_a_missing_shard_is_named(tmp_path, small, family):
-    """Of an index that names two."""
+    """An index that names two shards, one of which is missing, is refused."""
     shutil.copytree(small[family]["model"], tmp_path / "copy")
     folder = tmp_path / "copy" / "transformer"
     index = {"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "of-2.safetensors"}}
@@ -381,7 +381,7 @@ def test_files_need_no_torch(small, family):
     """The check of every file imports neither torch nor diffusers; the registry knows the backend by its name."""
     code = f"""import sys; from alignbench.plugins import Registry
 backend = Registry().make("backend", {{"name": {family!r}, "model": {small[family]["model"]!r}, "size": 32}}, "")
-assert backend.files() and backend.measures and backend.deterministic is None
+assert backend.files() and backend.cost_model and backend.deterministic is None
 assert not {{"torch", "diffusers"}} & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -425,7 +425,7 @@ class TestMethods(MethodContract):
         return Reward(Term(Quadratic(target=1.0)))
 
     def test_one_batch_equals_its_micro_batches(self) -> None:
-        """Of float32 and a random network no more than this: loss and norm of the gradient agree to a hundredth."""
+        """In float32 with a random network: the loss and the gradient's norm agree to a hundredth."""
         (whole, *_), (split, *_) = self.run(self.flow(), 1), self.run(self.flow(), 1, self.micro)
         for name in ("loss", "grad_norm"):
             assert split[name] == pytest.approx(whole[name], rel=1e-2, abs=1e-6)

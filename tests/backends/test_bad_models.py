@@ -1,6 +1,4 @@
-"""What somebody sees who names a model that cannot be used: one line of the command line, before a model is loaded;
-and pictures that are no pictures are not written.
-"""
+"""Unusable models give one line before they are loaded; images that are not finite are not written."""
 
 import json
 import re
@@ -91,7 +89,7 @@ def test_a_folder_that_is_not_whole(tmp_path, capsys, model, spoil, words):
     ],
 )
 def test_another_familys_folder(tmp_path, capsys, asked, given, cls):
-    """What it holds, what was needed, and which backend reads it."""
+    """The error says what the folder holds, what was needed, and which backend reads it."""
     folder = SHAPES if given == "flux" else backend(given, tmp_path)["model"]
     line = told(capsys, tmp_path, of(name=asked, model=str(folder)))
     assert re.search(rf"holds a {cls}; {asked} needs a \w+; choose backend.name: {given}$", line)
@@ -104,7 +102,7 @@ def test_a_pipeline_of_no_backend(tmp_path, capsys, model):
 
 
 def test_a_size_without_whole_tokens(tmp_path, capsys):
-    """Of training and of evaluation."""
+    """Training and evaluation sizes are both checked."""
     line = told(capsys, tmp_path, of(size=36))
     assert line.endswith("backend.size: 36 pixels are not a multiple of 8, the side of this model's tokens")
     line = told(capsys, tmp_path, {"evaluation": {"protocol": {"size": 36}}})
@@ -112,7 +110,7 @@ def test_a_size_without_whole_tokens(tmp_path, capsys):
 
 
 def test_float16(tmp_path, capsys):
-    """What there is instead, and why it is not there."""
+    """The error says what to use instead, and why float16 is missing."""
     line = told(capsys, tmp_path, of(dtype="float16"))
     assert re.search(r"base.backend.dtype: .*'float16'.*; choose one of float32, bfloat16 \(float16 ends at", line)
     assert "float16 ends" not in told(capsys, tmp_path, of(dtype="float8"))
@@ -131,7 +129,7 @@ def test_no_compiler(tmp_path, capsys, monkeypatch, compiler):
     assert re.search(pattern, read_json(status)["reason"])
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- images ------------------------------------------------------------------------------------------------------------
 
 
 def overflow(folder: Path, part: str, name: str) -> None:
@@ -150,7 +148,7 @@ def overflow(folder: Path, part: str, name: str) -> None:
     ],
 )
 def test_no_black_picture_is_written(tmp_path, capsys, part, name, words):
-    """Weights that overflow: generation fails with the prompt and the place, and there is no picture."""
+    """Weights that overflow: generation fails with the prompt and the place, and no image is written."""
     folder = shutil.copytree(SHAPES, tmp_path / "model")
     overflow(folder, part, name)
     path = sweep_file(tmp_path, of(model=str(folder)))
@@ -163,7 +161,7 @@ def test_no_black_picture_is_written(tmp_path, capsys, part, name, words):
 
 
 def test_the_image_and_the_step_are_the_right_ones():
-    """Of a pass with several pictures, the one that overflows and the step after which it is not finite."""
+    """Of a pass with several images, the one that overflows and the step after which it is not finite."""
 
     class Overflows(GaussianFlow):
         def at(self, **_):

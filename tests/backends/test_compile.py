@@ -63,7 +63,7 @@ def test_parts_of_compiled_blocks_are_refused(load, traced):
 
 
 def test_uncompiled_runs_keep_their_ids(tmp_path, monkeypatch):
-    """What is hashed has no such word unless blocks are compiled, which rounds otherwise; the base model's too."""
+    """The hash has no such key unless blocks are compiled, which rounds differently; so has the base model's."""
     hashed = []
     monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     for changes in ({}, {"compile": True}):

@@ -10,7 +10,7 @@ import torch
 from support.tiny_sweep import PLUGIN, sweep_file
 
 from alignbench.backends.cost import formulas
-from alignbench.backends.cost.counted import Counted, Outline, counted
+from alignbench.backends.cost.counted import CountedModel, Outline, count_model
 from alignbench.backends.cost.formulas import GPUS, Model
 from alignbench.backends.cost.published_configs import FLUX_1_DEV
 from alignbench.backends.flux import Flux, FluxFlow
@@ -29,9 +29,9 @@ from typing import ClassVar
 from alignbench.backends.flux import Flux
 
 class Plain(Flux):
-    \"\"\"FLUX whose costs nobody wrote down.\"\"\"
+    \"\"\"FLUX without cost formulas.\"\"\"
     name: ClassVar[str] = "plain"
-    measures: ClassVar = None
+    cost_model: ClassVar = None
 """
 BROKEN = SAME + "\n    def outline(self):\n        raise ValueError('of the plug-in')\n"
 UNABLE = SAME + "\n    outline: ClassVar = None\n"
@@ -56,11 +56,11 @@ def dev() -> Outline:
 
 
 def test_flux_1_dev_is_counted_as_it_is_computed(monkeypatch):
-    """Parameters, FLOPs of an evaluation, of its backward and of a decode equal the arithmetic to the last digit; the
-    bytes that are kept without checkpointing are within 3 % of it, and those of a checkpointed evaluation within 1 %.
+    """Parameters, FLOPs of an evaluation, of its backward and of a decode equal the formulas to the last digit;
+    the bytes saved without checkpointing are within 3 % of them, and those of a checkpointed evaluation within 1 %.
     """
     monkeypatch.setattr(Flux, "check_size", lambda *_: None)  # there is no configuration to check it by
-    found, known = Counted(dev, "bfloat16"), Model.read(FLUX_1_DEV)
+    found, known = CountedModel(dev, "bfloat16"), Model.read(FLUX_1_DEV)
     network, expected = found.transformer, known.transformer
     assert network.parameters == expected.parameters
     assert network.adapters(Flux().lora_targets, 32) == expected.adapters(Flux().lora_targets, 32)
@@ -71,11 +71,12 @@ def test_flux_1_dev_is_counted_as_it_is_computed(monkeypatch):
         expected.backward(tokens, full) for full in (True, False)
     ]
     assert found.decoder.forward(size) == known.decoder.forward(size)
-    assert network.kept(shape, 2, False) == pytest.approx(expected.kept(tokens, 2, False), rel=0.03)
-    assert network.kept(shape, 2, True) == pytest.approx(expected.kept(tokens, 2, True), rel=0.01)
-    assert network.block(shape, 2) == pytest.approx(expected.block(tokens, 2), rel=0.03)
-    assert found.decoder.kept(size, 2, False) == pytest.approx(known.decoder.kept(size, 2, False), rel=0.03)
-    assert found.decoder.kept(size, 2, True) == pytest.approx(known.decoder.kept(size, 2, True), rel=0.15)
+    assert network.block_bytes(shape, 2) == pytest.approx(expected.block_bytes(tokens, 2), rel=0.03)
+    for checkpointing, rel, rel_decoder in ((False, 0.03, 0.03), (True, 0.01, 0.15)):
+        saved = expected.activation_bytes(tokens, 2, checkpointing)
+        assert network.activation_bytes(shape, 2, checkpointing) == pytest.approx(saved, rel=rel)
+        saved = known.decoder.activation_bytes(size, 2, checkpointing)
+        assert found.decoder.activation_bytes(size, 2, checkpointing) == pytest.approx(saved, rel=rel_decoder)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_every_pipeline_is_counted_as_it_is_computed(family, embeddings, folder)
     """
     settings = {**tiny_backends.backend(family, folder), "name": family, "size": 32, "embeddings": embeddings}
     backend = Registry().make("backend", settings, "backend")
-    found, known = counted(backend), backend.measures
+    found, known = count_model(backend), backend.cost_model
     shape, tokens = found.tokens(backend.size, 0), known.tokens(backend.size, backend.text_tokens)
     assert found.transformer.parameters == known.transformer.parameters
     assert found.transformer.text == known.transformer.text
@@ -153,5 +154,5 @@ def test_what_cannot_be_counted_is_said(tmp_path, plugin, why):
 )
 def test_arithmetic_is_for_what_it_was_written_for(part, setting):
     """A part of another class than those known has none, rather than another's."""
-    assert formulas.known(FLUX_1_DEV)
-    assert not formulas.known({**FLUX_1_DEV, part: {**FLUX_1_DEV[part], setting: "Another"}})
+    assert formulas.has_formulas(FLUX_1_DEV)
+    assert not formulas.has_formulas({**FLUX_1_DEV, part: {**FLUX_1_DEV[part], setting: "Another"}})

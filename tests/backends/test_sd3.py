@@ -118,7 +118,7 @@ def test_the_published_text_encoders_are_counted():
 def test_a_size_beyond_the_positions_is_one_clear_line(folders):
     """The table of positions ends: what the largest size is."""
     with pytest.raises(
-        UserError, match=r"backend\.size: 128 pixels are more than this model's 24 positions; at most 96"
+        UserError, match=r"backend\.size: 128 pixels exceed this model's 24 positions; choose at most 96"
     ):
         SD3(model=str(folders["sd3.5"]), size=128).files()
 

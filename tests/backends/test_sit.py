@@ -16,8 +16,8 @@ from alignbench.backends import sit
 from alignbench.backends.cost.formulas import Model
 from alignbench.backends.cost.published_configs import SIT_XL_2
 from alignbench.backends.pipeline import pack, unpack
-from alignbench.backends.sit import CHECKPOINT, SiT, expected
-from alignbench.backends.sit_network import SiTNetwork, positions
+from alignbench.backends.sit import CHECKPOINT, SiT, expected_shapes
+from alignbench.backends.sit_network import SiTNetwork, position_embedding
 from alignbench.config import UserError
 from alignbench.evaluator import Reward, Term
 from alignbench.experiment.document import read
@@ -179,7 +179,7 @@ def test_the_grid_is_linear(make):
 def test_positions_are_those_of_the_official_table():
     """Columns before rows, sines before cosines, as numpy's meshgrid with x first has them."""
     side, width = 3, 16
-    table = positions(side, width)
+    table = position_embedding(side, width)
     for token, i in ((0, 0), (1, 0), (5, 3), (7, 2)):
         row, column, frequency = token // side, token % side, 10000 ** (-i / 4)
         expected = [f(place * frequency) for place in (column, row) for f in (math.sin, math.cos)]
@@ -200,7 +200,7 @@ def test_guidance_leaves_the_fourth_channel_alone(make):
 
 
 def test_guidance_counts_two_evaluations(make):
-    """Of each of two samples; without guidance one."""
+    """Two evaluations per sample, and one without guidance."""
     for guidance, count in ((GUIDANCE, 4), (1.0, 2)):
         flow, meter = make(guidance=guidance).load(), Meter()
         with torch.no_grad():
@@ -241,8 +241,8 @@ def test_the_full_size_has_the_official_names_and_parameters():
     tokens = measures.tokens(256, 0)
     assert round(measures.transformer.forward(tokens) / 2e9, 2) == 118.62  # multiply-adds; DiT's paper: 118.64 Gflops
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    assert shapes == expected(config)
-    assert sit.architecture(shapes, None, "") == config
+    assert shapes == expected_shapes(config)
+    assert sit.infer_config(shapes, None, "") == config
 
 
 def test_the_label_is_never_dropped(make):
@@ -277,7 +277,7 @@ def test_what_is_loaded_is_written_again(make, state):
 
 
 def test_a_folder_with_the_checkpoint_is_the_same(make, folder):
-    """Whether the file or its folder is named."""
+    """Naming the file or its folder gives the same files and model."""
     assert make(model=str(folder)).files() == make().files()
 
 
@@ -299,7 +299,7 @@ def test_a_prompt_is_a_class(make, tmp_path):
     assert [plain.label(text) for text in ("0", "207", "class 207", "999", "")] == [0, 207, 207, 999, 1000]
     assert [named.label(text) for text in ("animal 5", "5", "class 5")] == [5, 5, 5]
     for text in ("1000", "-1", "a red circle", "class", "Class 3", "2 07", "²", "animal 5"):
-        with pytest.raises(UserError, match=r"is no class of this model; write 0 to 999"):
+        with pytest.raises(UserError, match=r"is not a class of this model; write 0 to 999"):
             plain.label(text)
     with pytest.raises(UserError, match=r"did you mean 'animal 5'\?"):
         named.label("animall 5")
@@ -308,7 +308,7 @@ def test_a_prompt_is_a_class(make, tmp_path):
     assert named.files()[-1] == tmp_path / "names.txt"
     flow = plain.load()
     assert torch.equal(flow.encode(["207", "class 3"]).tensors["class"].argmax(1), LABELS)
-    with pytest.raises(UserError, match="is no class"):
+    with pytest.raises(UserError, match="is not a class"):
         flow.encode(["a red circle"])
 
 
@@ -322,15 +322,15 @@ def test_every_class_is_a_prompt_of_imagenet_classes(make):
 
 
 def test_prompts_that_are_no_classes_are_refused_before_anything_is_loaded(make, tmp_path):
-    """Of training and of evaluation, with their line, when the sweep is read."""
+    """Training and evaluation prompts are checked, with their line, when the sweep is read."""
     plain = {"name": "sit", **{k: v for k, v in msgspec.to_builtins(make()).items() if k in ("model", "vae", "heads")}}
     plain |= {"size": 32, "max_sequence_length": None}
     lists = {"prompts": "imagenet/classes"}
     good = {"base": {"backend": plain, **lists}, "evaluation": {"protocol": lists, "evaluators": [{"name": "bright"}]}}
     for change, says in (
         ({}, None),
-        ({"base": {"prompts": "shapes/train"}}, r"train\.jsonl:1: .* is no class"),
-        ({"evaluation": {"protocol": {"prompts": "shapes/test"}}}, r"test\.jsonl:1: .* is no class"),
+        ({"base": {"prompts": "shapes/train"}}, r"train\.jsonl:1: .* is not a class"),
+        ({"evaluation": {"protocol": {"prompts": "shapes/test"}}}, r"test\.jsonl:1: .* is not a class"),
     ):
         path = Path(sweep_file(tmp_path, merged(good, change)))
         path.write_text(path.read_text().replace("    max_sequence_length: null\n", ""))
@@ -359,17 +359,17 @@ def without(name):
     ("change", "says"),
     [
         (without("blocks.1.attn.proj.bias"), r"missing: blocks\.1\.attn\.proj\.bias; sit needs a SiT of patch size 2"),
-        (without("pos_embed"), "is no checkpoint of SiT: 'pos_embed' is missing"),
+        (without("pos_embed"), "is not a checkpoint of SiT: 'pos_embed' is missing"),
         (lambda s: s | {"projectors.0.weight": s["pos_embed"]}, r"unexpected: projectors\.0\.weight"),
         (lambda s: s | {"blocks.0.mlp.fc1.bias": s["pos_embed"][0]}, r"of another shape: blocks\.0\.mlp\.fc1\.bias"),
         (lambda s: s | {"x_embedder.proj.weight": torch.zeros(32, 4, 4, 4)}, "a SiT of patch size 4"),
-        (lambda s: {"ema": 0.9999}, "holds no tensors by name"),
-        (lambda s: s["pos_embed"], "holds no tensors by name"),
-        (lambda s: {}, "is no checkpoint of SiT: 'x_embedder.proj.weight' is missing"),
+        (lambda s: {"ema": 0.9999}, "does not hold tensors by name"),
+        (lambda s: s["pos_embed"], "does not hold tensors by name"),
+        (lambda s: {}, "is not a checkpoint of SiT: 'x_embedder.proj.weight' is missing"),
     ],
 )
 def test_another_checkpoint_is_one_clear_line(make, state, tmp_path, change, says):
-    """What is missing, left over or of another shape; before anything is loaded."""
+    """A tensor that is missing, unexpected or of another shape is named before anything is loaded."""
     torch.save(change(state), tmp_path / "other.pt")
     with pytest.raises(UserError, match=says) as error:
         make(model=str(tmp_path / "other.pt")).files()
@@ -386,8 +386,8 @@ def test_wrong_settings_are_one_clear_line(make, folder, tmp_path):
     (tmp_path / "vae/config.json").write_text(config.replace('"latent_channels": 4', '"latent_channels": 16'))
     for settings, says in (
         ({"size": 64}, r"backend\.size: 64 pixels; this checkpoint has positions for 32"),
-        ({"heads": None}, "how many heads 32 channels have is not known; set backend.heads"),
-        ({"heads": 5}, "how many heads 32 channels have is not known"),
+        ({"heads": None}, "the number of heads for 32 channels is unknown; set backend.heads"),
+        ({"heads": 5}, "the number of heads for 32 channels is unknown"),
         ({"model": str(tmp_path / "short.pt")}, "truncated"),
         ({"model": str(tmp_path / "DiT-XL-2-256x256.pt")}, "a DiT predicts noise; sit needs a SiT"),
         ({"model": str(tmp_path / CHECKPOINT)}, re.escape("download.find_model('SiT-XL-2-256x256.pt')")),
@@ -469,7 +469,7 @@ class TestTwoMethods(MethodContract):
         return Reward(Term(Quadratic(target=1.0)))
 
     def test_one_batch_equals_its_micro_batches(self) -> None:
-        """Of float32 and a random network no more than this: loss and norm of the gradient agree to a hundredth."""
+        """In float32 with a random network: the loss and the gradient's norm agree to a hundredth."""
         (whole, *_), (split, *_) = self.run(self.flow(), 1), self.run(self.flow(), 1, self.micro)
         for name in ("loss", "grad_norm"):
             assert split[name] == pytest.approx(whole[name], rel=1e-2, abs=1e-6)

@@ -26,7 +26,7 @@ from alignbench.prompts import Prompt, load_prompts
 from alignbench.rehearsal.tiny_backends import backend
 from alignbench.store.artefacts import Store
 from alignbench.store.files import read_json
-from alignbench.training.batches import drawn, prompt_index
+from alignbench.training.batches import prompt_index, prompts_within_budget
 
 pytestmark = pytest.mark.slow  # whole models, several times
 
@@ -57,7 +57,7 @@ def prepare(store, made, texts, progress=lambda *_: None, may_stop=lambda: None)
 
 @pytest.fixture
 def loads(monkeypatch):
-    """What pipelines are loaded without, one entry each."""
+    """The parts that pipelines are loaded without, one entry per pipeline."""
     seen, load = [], PipelineBackend._pipeline
     monkeypatch.setattr(
         PipelineBackend, "_pipeline", lambda self, without=(): seen.append(without) or load(self, without)
@@ -66,12 +66,12 @@ def loads(monkeypatch):
 
 
 def test_stored_embeddings_are_the_encoders_bit_by_bit(small, tmp_path, monkeypatch):
-    """Of every family, in several files, in any order and company; the transformer's answer to them, too."""
-    monkeypatch.setattr(stored_embeddings, "SHARD", 2**13)
+    """The same for every family, in several files, in any order and batch; so are the transformer's outputs."""
+    monkeypatch.setattr(stored_embeddings, "FILE_BYTES", 2**13)
     made, store = small(), Store(tmp_path)
     folder = store.embeddings / prepare(store, made, TEXTS)
     assert len(list(folder.glob("*.safetensors"))) > 1
-    whole, alone = made.load(), made.load(text=stored_embeddings.Stored(folder, CPU))
+    whole, alone = made.load(), made.load(text=stored_embeddings.StoredEmbeddings(folder, CPU))
     for texts in (TEXTS, TEXTS[::-1], TEXTS[2:3] * 3):
         ours, theirs = alone.encode(texts).tensors, whole.encode(texts).tensors
         assert ours.keys() == theirs.keys()
@@ -85,8 +85,8 @@ def test_stored_embeddings_are_the_encoders_bit_by_bit(small, tmp_path, monkeypa
 def test_no_encoder_is_beside_the_transformer(small, tmp_path, loads):
     """The encoders are loaded once, without transformer and autoencoder; these then without the encoders."""
     made, store = small(), Store(tmp_path)
-    text = stored_embeddings.Stored(store.embeddings / prepare(store, made, TEXTS), CPU)
-    pipeline, _ = made.ready(None, text)
+    text = stored_embeddings.StoredEmbeddings(store.embeddings / prepare(store, made, TEXTS), CPU)
+    pipeline, _ = made.load_pipeline(None, text)
     assert [getattr(pipeline, part) for part in (*made.encoders, *made.tokenizers)] == [None] * 2 * len(made.encoders)
     prepare(store, made, TEXTS[::-1])  # all there
     prepare(store, small(guidance=1.0, tune="lora", gradient_checkpointing=True), TEXTS)  # what no embedding depends on
@@ -96,14 +96,14 @@ def test_no_encoder_is_beside_the_transformer(small, tmp_path, loads):
 def test_what_an_embedding_depends_on_has_its_own_folder(small, tmp_path):
     """Files, dtype, tokens, device: another folder for each; the size of an image is none of them."""
     made, source = small(), Registry().source("backend", small().name)
-    names = {stored_embeddings.name(made, source, CPU)}
+    names = {stored_embeddings.folder_name(made, source, CPU)}
     names |= {
-        stored_embeddings.name(changed, source, CPU)
+        stored_embeddings.folder_name(changed, source, CPU)
         for changed in (small(dtype="float32"), small(max_sequence_length=8))
     }
     names |= {
-        stored_embeddings.name(made, "a plug-in's digest", CPU),
-        stored_embeddings.name(small(size=64), source, CPU),
+        stored_embeddings.folder_name(made, "a plug-in's digest", CPU),
+        stored_embeddings.folder_name(small(size=64), source, CPU),
     }
     assert len(names) == 4
 
@@ -112,7 +112,7 @@ def test_what_an_embedding_depends_on_has_its_own_folder(small, tmp_path):
 def test_prompts_that_can_be_drawn(budget):
     """All that the batches of the budget draw, and of a small budget nothing else."""
     prompts = [Prompt(str(i), f"prompt {i}") for i in range(20)]
-    found = drawn(prompts, Training(budget=Budget(**budget), batch=2, seed=3))
+    found = prompts_within_budget(prompts, Training(budget=Budget(**budget), batch=2, seed=3))
     batches = {"images": 3, "updates": budget.get("updates")}.get(next(iter(budget)))
     few = {prompts[prompt_index(3, n, 20)] for n in range(2 * batches)} if batches else set(prompts)
     assert set(found) == few
@@ -131,7 +131,7 @@ def stored(tmp_path_factory):
 
 
 def test_a_sweep_is_the_same_bit_by_bit(swept, stored):
-    """Ids, weights, records, pictures and scores are those of the sweep that computes its embeddings."""
+    """Ids, weights, records, images and scores are those of the sweep that computes its embeddings."""
     for kind in ("runs", "images", "scores"):
         ours, theirs = ({path.name for path in (store / kind).iterdir()} for store in (stored, swept / "store"))
         assert ours == theirs
@@ -139,14 +139,15 @@ def test_a_sweep_is_the_same_bit_by_bit(swept, stored):
 
 
 def test_a_sweep_encodes_only_what_it_needs_and_once(stored, loads, tmp_path):
-    """Eight drawn prompts of each seed, four of evaluation, the empty one; run again with other pictures, none."""
+    """Each seed's eight prompts, evaluation's four, and the empty one; run again with other images, none."""
     (folder,) = stored.joinpath("embeddings").iterdir()
-    found = set(stored_embeddings.Stored(folder, CPU).rows)
+    found = set(stored_embeddings.StoredEmbeddings(folder, CPU).rows)
     plan = resolve(read(sweep_file(tmp_path, STORED)), Registry([PLUGIN]))
     wanted = {"", *(prompt.text for prompt in plan.prompts)}
     for cell in plan.cells:
         if cell.trains:
-            wanted |= {prompt.text for prompt in drawn(load_prompts(cell.spec.prompts), cell.spec.training)}
+            prompts = prompts_within_budget(load_prompts(cell.spec.prompts), cell.spec.training)
+            wanted |= {prompt.text for prompt in prompts}
     assert found == wanted
     assert len(found) > 4 + 1 + 8
     more = STORED | {"evaluation": {"protocol": {"steps": 1}}}
@@ -178,7 +179,7 @@ def test_the_plan_counts_them(tmp_path, capsys):
 
 
 def test_two_ranks_share_what_one_encodes(stored, tmp_path):
-    """Two processes make one run: the first encodes, the second reads that; pictures of one process's weights are its.
+    """Two processes make one run: the first encodes, the second reads that; images of one process's weights are its.
 
     Weights of two ranks are rounded otherwise.
     """
@@ -190,16 +191,16 @@ def test_two_ranks_share_what_one_encodes(stored, tmp_path):
     rank_process.together("execute", tmp_path)
     assert store.run(cell.id, True).done
     (folder,) = store.embeddings.iterdir()
-    theirs = stored_embeddings.Stored(stored / "embeddings" / folder.name, CPU)
-    ours = stored_embeddings.Stored(folder, CPU)
+    theirs = stored_embeddings.StoredEmbeddings(stored / "embeddings" / folder.name, CPU)
+    ours = stored_embeddings.StoredEmbeddings(folder, CPU)
     assert not theirs.missing(list(ours.rows))
     texts = list(ours.rows)
     assert torch.equal(ours(texts).tensors["text"], theirs(texts).tensors["text"])
     shutil.copy(stored / "runs" / cell.id / "weights.safetensors", store.run(cell.id, True).product)
     shutil.rmtree(store.images(cell.images).folder)
     rank_process.together("execute", tmp_path)
-    pictures = {path.name: path.read_bytes() for path in store.images(cell.images).folder.glob("*.png")}
-    assert pictures == {path.name: path.read_bytes() for path in (stored / "images" / cell.images).glob("*.png")}
+    images = {path.name: path.read_bytes() for path in store.images(cell.images).folder.glob("*.png")}
+    assert images == {path.name: path.read_bytes() for path in (stored / "images" / cell.images).glob("*.png")}
 
 
 # -- disks and kills ---------------------------------------------------------------------------------------------------
@@ -210,10 +211,10 @@ def test_a_damaged_row_is_told(one):
     made, store, folder = one
     (path,) = folder.glob("*.safetensors")
     data = bytearray(path.read_bytes())
-    before = stored_embeddings.Stored(folder, CPU)([TEXTS[1]]).tensors["text"]
+    before = stored_embeddings.StoredEmbeddings(folder, CPU)([TEXTS[1]]).tensors["text"]
     data[-1] ^= 1  # of the last row of the last tensor
     path.write_bytes(data)
-    text = stored_embeddings.Stored(folder, CPU)
+    text = stored_embeddings.StoredEmbeddings(folder, CPU)
     assert torch.equal(text([TEXTS[1]]).tensors["text"], before)
     with pytest.raises(UserError, match=r"\.safetensors: damaged \(its content has changed .*\); delete it and run"):
         text([TEXTS[-1]])
@@ -222,7 +223,7 @@ def test_a_damaged_row_is_told(one):
         prepare(store, made, TEXTS)
     path.unlink()
     prepare(store, made, TEXTS)
-    assert torch.equal(stored_embeddings.Stored(folder, CPU)([TEXTS[1]]).tensors["text"], before)
+    assert torch.equal(stored_embeddings.StoredEmbeddings(folder, CPU)([TEXTS[1]]).tensors["text"], before)
 
 
 def test_a_prompt_that_nobody_named_is_told(one):
@@ -230,7 +231,7 @@ def test_a_prompt_that_nobody_named_is_told(one):
     with pytest.raises(
         UserError, match=r"no embedding of the prompt 'a cat', .*; choose backend.embeddings: computed$"
     ):
-        stored_embeddings.Stored(one[2], CPU)(["a cat"])
+        stored_embeddings.StoredEmbeddings(one[2], CPU)(["a cat"])
 
 
 def test_too_small_a_disk_is_told_before_anything_is_written(one, monkeypatch):
@@ -246,19 +247,19 @@ def test_too_small_a_disk_is_told_before_anything_is_written(one, monkeypatch):
 def test_asked_to_stop_it_keeps_what_is_written(one, monkeypatch):
     """Stopped after the first file: that one is whole, and the next attempt encodes the others alone."""
     made, store, folder = one
-    monkeypatch.setattr(stored_embeddings, "SHARD", 1)
+    monkeypatch.setattr(stored_embeddings, "FILE_BYTES", 1)
 
     def stop():
         raise KeyboardInterrupt
 
-    before = len(stored_embeddings.Stored(folder, CPU).rows)
+    before = len(stored_embeddings.StoredEmbeddings(folder, CPU).rows)
     with pytest.raises(KeyboardInterrupt):
         prepare(store, made, ["x", "y", "z"], may_stop=stop)
-    assert stored_embeddings.Stored(folder, CPU).missing(["x", "y", "z"]) == ["y", "z"]
+    assert stored_embeddings.StoredEmbeddings(folder, CPU).missing(["x", "y", "z"]) == ["y", "z"]
     shares = []
     prepare(store, made, ["x", "y", "z"], progress=lambda _, share: shares.append(share))
     assert shares == [None, 0.5, 1.0]
-    assert len(stored_embeddings.Stored(folder, CPU).rows) == before + 3
+    assert len(stored_embeddings.StoredEmbeddings(folder, CPU).rows) == before + 3
 
 
 SCRIPT = """
@@ -271,7 +272,7 @@ SCRIPT = """
     from alignbench.store.files import Store
 
     store, hang = Path(sys.argv[1]), len(sys.argv) > 2
-    embeddings.SHARD = 2**14
+    embeddings.FILE_BYTES = 2**14
     save = embeddings.save
     def slow(*arguments):
         print("writing", flush=True)
@@ -292,7 +293,7 @@ def process(store: Path, *words: str) -> subprocess.Popen:
 
 
 def test_killed_while_writing_and_gone_on_with(tmp_path):
-    """kill -9 leaves whole files and a half one that nobody reads; the next attempt adds what is missing."""
+    """kill -9 leaves whole files and a partial one that is never read; the next attempt adds what is missing."""
     first = process(tmp_path, "hang")
     while not list(tmp_path.glob("embeddings/*/.x*")):
         assert first.poll() is None
@@ -304,7 +305,7 @@ def test_killed_while_writing_and_gone_on_with(tmp_path):
     said, _ = process(tmp_path).communicate()
     assert said.splitlines()[-1] == folder.name
     assert all(path.read_bytes() == content for path, content in kept.items())
-    assert len(stored_embeddings.Stored(folder, CPU).rows) == 40
+    assert len(stored_embeddings.StoredEmbeddings(folder, CPU).rows) == 40
     assert not list(folder.glob(".*"))
 
 

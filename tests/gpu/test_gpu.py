@@ -1,4 +1,4 @@
-"""What holds on CPUs holds on a GPU: bfloat16's velocities and gradients, determinism, resuming, scores, memory.
+"""Properties that also hold on a GPU: bfloat16's velocities and gradients, determinism, resuming, scores, memory.
 
 Small random models, the shapes world, and nothing else; `make test-gpu`.
 """
@@ -34,7 +34,7 @@ from alignbench.testing.evaluator_contract import picture
 from alignbench.testing.method_contract import unclocked
 from alignbench.training.batches import draw_batch
 from alignbench.training.checkpoint import FINAL, load_records
-from alignbench.training.ema import Average
+from alignbench.training.ema import EMA
 from alignbench.training.loop import train
 
 pytestmark = [
@@ -129,7 +129,7 @@ def test_the_velocity_in_bfloat16_is_as_near_to_float32_as_the_pipelines(folder,
 
 
 def gradient(flow, method, batch) -> torch.Tensor:
-    """Of the method's loss, all parameters in one."""
+    """Return the gradient of the method's loss, all parameters in one tensor."""
     for parameter in flow.parameters():
         parameter.grad = None
     batch.step_rng.manual_seed(0)
@@ -208,7 +208,7 @@ def test_stored_embeddings_are_computed_ones_and_leave_no_encoder_behind(folder,
     name = stored_embeddings.prepare(Store(tmp_path), made, None, device, texts, lambda *_: None, lambda: None)
     assert torch.cuda.memory_allocated() == before
     flow = load(folder)
-    ours = stored_embeddings.Stored(tmp_path / "embeddings" / name, flow.device)(texts).tensors
+    ours = stored_embeddings.StoredEmbeddings(tmp_path / "embeddings" / name, flow.device)(texts).tensors
     theirs = flow.encode(texts).tensors
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -299,7 +299,7 @@ def test_the_average_follows_on_a_stream_of_its_own():
     rng = torch.Generator("cuda").manual_seed(0)
     weights = [torch.randn(shape, device="cuda", generator=rng) for shape in ((2048, 2048), (7,), (3, 5))]
     weights.append(weights[0].bfloat16())
-    busy, average = torch.randn(4096, 4096, device="cuda"), Average(weights, 0.9, on_host=True)
+    busy, average = torch.randn(4096, 4096, device="cuda"), EMA(weights, 0.9, on_host=True)
     expected = [w.float().cpu() for w in weights]
     for _ in range(3):
         average.wait()
@@ -307,7 +307,7 @@ def test_the_average_follows_on_a_stream_of_its_own():
             busy = (busy @ busy).clamp(-1, 1)
         for w in weights:
             w.mul_(0.5).add_(1)
-        average.follow()
+        average.update()
         for mean, w in zip(expected, weights):
             mean.lerp_(w.float().cpu(), 1 - 0.9)
     assert all(torch.equal(a, b) for a, b in zip(average.tensors, expected, strict=True))

@@ -66,8 +66,11 @@ def test_flux_1_dev_has_its_parameters():
 def test_attention_and_block_checkpointing_take_the_memory_that_was_counted():
     """At 720 px: 0.89 GB per evaluation with checkpointing, 23.3 without, 0.44 for a block; 6.2 per decode, or 3.8."""
     tokens = DEV.tokens(720, 512)
-    found = [DEV.transformer.kept(tokens, 2, checkpointing) for checkpointing in (True, False)]
-    found += [DEV.transformer.block(tokens, 2), *(DEV.decoder.kept(720, 2, each) for each in (False, True))]
+    found = [DEV.transformer.activation_bytes(tokens, 2, checkpointing) for checkpointing in (True, False)]
+    found += [
+        DEV.transformer.block_bytes(tokens, 2),
+        *(DEV.decoder.activation_bytes(720, 2, each) for each in (False, True)),
+    ]
     assert [round(count / 1e9, 2) for count in found] == [0.89, 23.28, 0.44, 6.2, 3.78]
 
 
@@ -123,7 +126,7 @@ def test_adapters_have_the_parameters_that_peft_makes():
     """LoRA on the default layers of the shapes model, exactly."""
     backend = Registry().make("backend", {"name": "flux", "model": "shapes", "size": 32, "tune": "lora"}, "backend")
     made = sum(parameter.numel() for parameter in backend.load().parameters())
-    assert made == backend.measures.transformer.adapters(backend.lora_targets, backend.lora_rank)
+    assert made == backend.cost_model.transformer.adapters(backend.lora_targets, backend.lora_rank)
 
 
 # -- how often a method calls the network ------------------------------------------------------------------------------

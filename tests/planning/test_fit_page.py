@@ -163,7 +163,7 @@ def test_a_run_holds_what_is_computed(kind, moments):
     optimizer = Optimizer(weights=kind, moments=moments)
     training = Training(budget=Budget(updates=1), batch=1, drift_every=None, optimizer=optimizer)
     run = TrainState(LeapAlign(steps=3), flow, training, Accelerator(cpu=True))
-    list(run.advance(flow, QuadraticReward(0.5), PROMPTS))
+    list(run.train_batch(flow, QuadraticReward(0.5), PROMPTS))
     held = {id(p): p for p in (*flow.parameters(), *run.parameters.values())}.values()
     tensors = [*held, *(p.grad for p in held if p.grad is not None), *run.ema.tensors]
     tensors += [t for state in run.optimizer.state.values() for name, t in state.items() if name != "step"]

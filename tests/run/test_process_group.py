@@ -19,7 +19,7 @@ from alignbench.plugins import Registry
 from alignbench.run import execute
 from alignbench.run.process_group import ProcessGroup
 from alignbench.store.artefacts import Store, milestone_file
-from alignbench.training.checkpoint import FINAL, read_state, states
+from alignbench.training.checkpoint import FINAL, read_state, saved_states
 
 CASES = rank_process.CASES
 
@@ -118,9 +118,9 @@ def test_a_checkpoint_does_not_know_how_many_ranks_wrote_it(both, tune):
     same_weights(folder / f"{tune}-stopped", folder / case)
     kept = folder / f"{tune}-back"
     shutil.copytree(folder / f"{case}-fsdp", kept)
-    states(kept)[0].unlink()
+    saved_states(kept)[0].unlink()
     (kept / FINAL).unlink()
-    assert read_state(states(kept)[0])["step"] == 1
+    assert read_state(saved_states(kept)[0])["step"] == 1
     near(
         rank_process.trained(folder, ProcessGroup(), "ddp", tune, "leapalign", kept)["records"],
         alone[case]["records"][1:],

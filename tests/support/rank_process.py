@@ -120,22 +120,22 @@ def trained(
     from alignbench.training import loop, state
 
     collectives: list[dict[str, int]] = []
-    advance = state.TrainState.advance
+    train_batch = state.TrainState.train_batch
 
     def counted(self, *args):
         with Sent() as sent:
-            records = list(advance(self, *args))
+            records = list(train_batch(self, *args))
         collectives.append(sent.counts)
         return iter(records)
 
     model = flow(folder, tune, ranks.accelerator, dtype, guided)
     parts = method(name), model, QuadraticReward(0.5), PROMPTS, training(batches, **more)
     options = {"accelerator": ranks.accelerator, "checkpoints": kept, "milestones": kept, "sharded": parallel == "fsdp"}
-    state.TrainState.advance = counted
+    state.TrainState.train_batch = counted
     try:
         records = list(loop.train(*parts, **options))
     finally:
-        state.TrainState.advance = advance
+        state.TrainState.train_batch = train_batch
     return {"records": unclocked(records), "collectives": collectives}
 
 
@@ -185,14 +185,14 @@ def execute(folder: Path, fails: str = "") -> None:
 
     process_group.GRACE = 5.0
     if fails and fails == os.environ["RANK"]:
-        descend = state.TrainState.descend
+        optimizer_step = state.TrainState.optimizer_step
 
         def falls(self):
             if self.update == 1:
                 raise RuntimeError("fell over")
-            return descend(self)
+            return optimizer_step(self)
 
-        state.TrainState.descend = falls
+        state.TrainState.optimizer_step = falls
     said = run.execute(json.loads((folder / "task.json").read_text()))
     note("execute", folder, said)
     sys.exit(said["state"] != "done")

@@ -16,7 +16,7 @@ from alignbench.training import loop
 from alignbench.training.checkpoint import (
     FINAL,
     read_state,
-    states,
+    saved_states,
 )
 
 PROCESSES = multiprocessing.get_context("forkserver")  # real processes, but torch is imported once for all of them
@@ -52,7 +52,7 @@ def run(method, training=None, folder=None, flow=None, reward=None, **more):
 
 def newest(folder):
     """The folder's last training state."""
-    return read_state(states(folder)[0])
+    return read_state(saved_states(folder)[0])
 
 
 def same_run(folder, flow, undisturbed, records):

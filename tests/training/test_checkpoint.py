@@ -70,7 +70,7 @@ def perturbed(module):
 
 @pytest.fixture(scope="module")
 def tuned(folder):
-    """A pipeline whose transformer somebody has trained."""
+    """A pipeline whose transformer has been trained."""
     pipe = pipeline(folder)
     perturbed(pipe.transformer)
     return pipe
@@ -260,14 +260,14 @@ Q = "transformer_blocks.0.attn.to_q"
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (lambda s: s.pop(f"{Q}.lora_A.weight"), rf"{Q}.lora_A.weight is missing, its other half is there"),
+        (lambda s: s.pop(f"{Q}.lora_A.weight"), rf"{Q}.lora_A.weight is missing, although its counterpart is there"),
         (
             lambda s: s.update({f"{Q}.lora_A.weight": torch.ones(4, 5)}),
             r"to_q: lora_A \(4, 5\) and lora_B \(32, 4\) do",
         ),
-        (lambda s: s.update({f"{Q}.lora_magnitude_vector": torch.ones(32)}), "lora_magnitude_vector is no lora_A"),
-        (lambda s: s.update({"text_encoder.q.lora_A.weight": torch.ones(4, 5)}), "text_encoder.q.lora_A.weight is no"),
-        (lambda s: s.update({"norm_out.norm.lora_A.weight": torch.ones(4, 5)}), "norm_out.norm.lora_A.weight is no"),
+        (lambda s: s.update({f"{Q}.lora_magnitude_vector": torch.ones(32)}), "lora_magnitude_vector is not a lora_A"),
+        (lambda s: s.update({"text_encoder.q.lora_A.weight": torch.ones(4, 5)}), "text_encoder.q.lora_A.weight is not"),
+        (lambda s: s.update({"norm_out.norm.lora_A.weight": torch.ones(4, 5)}), "norm_out.norm.lora_A.weight is not"),
     ],
 )
 def test_adapters_that_do_not_fit_are_named(folder, tmp_path, change, line):
@@ -284,7 +284,7 @@ def test_adapters_that_do_not_fit_are_named(folder, tmp_path, change, line):
 def test_one_kind_is_not_taken_for_the_other(folder, published, tmp_path):
     """A transformer has no adapters, and adapters are no transformer."""
     adapted(folder).transformer.save_lora_adapter(tmp_path)
-    with pytest.raises(UserError, match="is no lora_A, lora_B or alpha"):
+    with pytest.raises(UserError, match="is not a lora_A, lora_B or alpha"):
         Checkpoint(weights=str(published / "single"), kind="lora").prepare(load(folder))
     with pytest.raises(UserError, match="parameters do not fit the model"):
         Checkpoint(weights=str(tmp_path)).prepare(load(folder))
@@ -384,7 +384,7 @@ def planned(folder, changes, *words, plugin=PLUGIN):
 
 
 def test_a_sweep_of_base_checkpoint_and_hybrid(tmp_path, capsys):
-    """Through the command line: pictures differ, the report compares all rows with base and shows the departure."""
+    """Through the command line: images differ, the report compares all rows with base and shows the departure."""
     weights = perturbed(pipeline(Flux(model="shapes").folder).transformer)
     weights.save_pretrained(tmp_path / "weights")
     cases = [published_row(tmp_path / "weights"), SWEEP["cases"][0], published_row(tmp_path / "weights", "Hybrid")]

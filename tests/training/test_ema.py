@@ -10,7 +10,7 @@ from support.training_runs import GRPO, LEAP, STEPS, CtrlC, run, settings
 
 from alignbench.analytic import AffineFlow
 from alignbench.training.checkpoint import FINAL
-from alignbench.training.ema import Average
+from alignbench.training.ema import EMA
 
 KINDS = ("float32", "master", "stochastic")
 
@@ -18,13 +18,13 @@ KINDS = ("float32", "master", "stochastic")
 @pytest.fixture
 def late(monkeypatch):
     """A thread that has not begun while the loop goes on, unless the loop waits for it."""
-    lerp = Average._lerp
+    lerp = EMA._lerp
 
     def slowly(self, *arguments):
         time.sleep(0.02)
         lerp(self, *arguments)
 
-    monkeypatch.setattr(Average, "_lerp", slowly)
+    monkeypatch.setattr(EMA, "_lerp", slowly)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,17 +46,17 @@ def test_an_average_that_comes_late_is_the_same(kind, method, tmp_path):
 
 def test_nobody_waits_for_it(monkeypatch):
     """The computation goes on while the thread is held up; who reads the average waits for it."""
-    held, lerp = threading.Event(), Average._lerp
+    held, lerp = threading.Event(), EMA._lerp
 
     def until_told(self, *arguments):
         assert held.wait(60)
         lerp(self, *arguments)
 
-    monkeypatch.setattr(Average, "_lerp", until_told)
+    monkeypatch.setattr(EMA, "_lerp", until_told)
     weight = torch.zeros(3)
-    average = Average([weight], 0.75, on_host=True)
+    average = EMA([weight], 0.75, on_host=True)
     weight += 4
-    average.follow()
+    average.update()
     assert average._tensors[0].tolist() == [0, 0, 0]
     held.set()
     assert average.tensors[0].tolist() == [1, 1, 1]
@@ -72,7 +72,7 @@ def test_what_goes_wrong_in_the_thread_ends_the_run(folder, tmp_path, monkeypatc
         if len(calls) == 3:
             raise MemoryError("no room for the average")
 
-    monkeypatch.setattr(Average, "_lerp", fails)
+    monkeypatch.setattr(EMA, "_lerp", fails)
     with pytest.raises(MemoryError, match="no room for the average"):
         run(LEAP, settings(3, ema_on_host=True), tmp_path if folder else None)
     assert not (tmp_path / FINAL).exists()

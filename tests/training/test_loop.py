@@ -42,10 +42,10 @@ from alignbench.training.checkpoint import (
     read_state,
     save_state,
     save_weights,
-    states,
+    saved_states,
 )
 from alignbench.training.meter import FIFTHS, GRAD_SHARES, Meter, metered
-from alignbench.training.state import TrainState, spent
+from alignbench.training.state import TrainState, budget_share
 
 METHODS = [
     ReFL(steps=STEPS, last_n=2),
@@ -107,7 +107,7 @@ def test_micro_batches_share_the_step_generator():
 def test_ranks_share_one_global_batch(ranks):
     """Rank r of n has the r-th contiguous share: together they are the single process's batch."""
     every = [
-        batches_module.shares(settings(), SimpleNamespace(num_processes=ranks, process_index=rank))
+        batches_module.micro_batches(settings(), SimpleNamespace(num_processes=ranks, process_index=rank))
         for rank in range(ranks)
     ]
     assert [i for parts in every for part in parts for i in part] == list(range(BATCH))
@@ -154,7 +154,7 @@ def test_average_follows_every_update(method, tmp_path):
     training = settings(batches=3, optimizer={"ema": 0.9})
     run_ = TrainState(method, flow, training, Accelerator(cpu=True))
     for _ in range(3):
-        for _ in run_.advance(flow, QuadraticReward(), PROMPTS):
+        for _ in run_.train_batch(flow, QuadraticReward(), PROMPTS):
             weights.append(flow.bias.detach().clone())
     expected = base
     for w in weights:
@@ -177,7 +177,7 @@ def test_groups_are_clipped_by_themselves():
         flow.bias.grad = torch.full_like(flow.bias, 50 / flow.bias.numel() ** 0.5)
         net.weight.grad = torch.tensor([[0.3, 0.4]]).double()
         net.bias.grad = None
-        norms = run_.synchronise()
+        norms = run_.synchronize_gradients()
         assert norms == pytest.approx({"grad_norm": 50.0, "grad_norm_value": 0.5})
         assert (flow.bias.grad.norm().item(), net.weight.grad.norm().item()) == pytest.approx(expected, rel=1e-6)
         assert len(run_.ema.tensors) == 1  # the flow's alone
@@ -225,8 +225,8 @@ def test_a_budget_of_seconds():
     _, records = run(LEAP, settings(budget=Budget(gpu_seconds=0.05)))
     assert records[-1]["seconds"] >= 0.05
     assert all(record["seconds"] < 0.05 for record in records[:-1])  # none, if this machine is slow
-    assert spent(Budget(gpu_seconds=10.0), {"seconds": 5.0}, ranks=2) == 1
-    assert spent(Budget(updates=4), {}) == 0
+    assert budget_share(Budget(gpu_seconds=10.0), {"seconds": 5.0}, ranks=2) == 1
+    assert budget_share(Budget(updates=4), {}) == 0
 
 
 def test_modules_start_from_the_seed():
@@ -308,7 +308,7 @@ def test_drift_closed_form():
     _, records = run(LEAP, training, flow=flow)
     drifts = [r["drift"] for r in records]
     assert drifts[0] == drifts[1] == 0 < drifts[2] == drifts[3] < drifts[4]
-    (run_ := TrainState(LEAP, flow, training, Accelerator(cpu=True))).look_at_drift(PROMPTS)
+    (run_ := TrainState(LEAP, flow, training, Accelerator(cpu=True))).measure_drift(PROMPTS)
     batch = batches_module.draw_batch(flow, PROMPTS, training, 0, range(4), torch.device("cpu"))
     x, moved, base = batch.noise, 0.0, 0.0
     for i, (at, to) in enumerate(itertools.pairwise(flow.sigmas(STEPS))):
@@ -398,7 +398,7 @@ def test_micro_batches_must_do_the_same():
 def test_batches_that_do_not_divide_are_refused(changes, ranks, where):
     """A global batch is equal shares of the ranks, a micro-batch part of a share."""
     with pytest.raises(UserError, match=rf"^{where}: .*; choose "):
-        batches_module.shares(settings(**changes), SimpleNamespace(num_processes=ranks, process_index=0))
+        batches_module.micro_batches(settings(**changes), SimpleNamespace(num_processes=ranks, process_index=0))
 
 
 def test_a_method_is_checked_before_it_runs():
@@ -476,7 +476,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_its_sample():
-    """Where a loss tells the samples' own, the error has the prompt and the value."""
+    """The error has the prompt and its value if the loss reports those of samples."""
 
     class Broken(Blackbox):
         def loss(self, flow, reward, batch):
@@ -502,7 +502,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(UserError, match=r"step 0.*grad_norm is (nan|inf)"):
         run(Steep(), folder=tmp_path, flow=flow)
     assert flow.bias.abs().max() == 0
-    assert states(tmp_path) == []
+    assert saved_states(tmp_path) == []
 
 
 # ---- what a stopped run loses
@@ -547,7 +547,7 @@ def test_what_a_method_prepares_is_where_training_starts(tmp_path):
 
 
 def test_records_of_a_resumed_run_are_only_the_new_ones(tmp_path):
-    """What the checkpoint covers is not yielded again; once done, nothing is, and the final weights are there."""
+    """Records that the checkpoint covers are not yielded again; once done, none are, and the final weights exist."""
     _, first = run(LEAP, settings(batches=2), tmp_path)
     _, rest = run(LEAP, settings(batches=5), tmp_path)
     assert [r["step"] for r in first + rest] == list(range(5))
@@ -619,8 +619,8 @@ def test_kill_9_and_resume(tmp_path):
     flow, rest = run(LEAP, training, tmp_path / "resumed")
     assert len(kept) + len(rest) == 25
     same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
-    assert names(tmp_path / "resumed") == [FINAL, *(path.name for path in reversed(states(tmp_path / "resumed")))]
-    assert [read_state(path)["step"] for path in states(tmp_path / "resumed")] == [25, 24]
+    assert names(tmp_path / "resumed") == [FINAL, *(path.name for path in reversed(saved_states(tmp_path / "resumed")))]
+    assert [read_state(path)["step"] for path in saved_states(tmp_path / "resumed")] == [25, 24]
 
 
 # ---- what is on the disk
@@ -670,7 +670,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, tmp_path, caps
     """It is named in one line, and the run ends as if undisturbed, bitwise; no damaged file is left."""
     _, undisturbed = run(LEAP, folder=tmp_path / "whole")
     run(LEAP, settings(batches=4), tmp_path / "resumed")
-    newest_one, _ = states(tmp_path / "resumed")
+    newest_one, _ = saved_states(tmp_path / "resumed")
     damage(newest_one)
     with pytest.raises(UserError, match="a damaged checkpoint"):
         load_records(tmp_path / "resumed")
@@ -681,14 +681,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, tmp_path, caps
     assert line.endswith("the one before it is tried")
     assert [r["step"] for r in records] == [3, 4, 5]
     same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
-    assert [read_state(path)["step"] for path in states(tmp_path / "resumed")] == [6, 5]
+    assert [read_state(path)["step"] for path in saved_states(tmp_path / "resumed")] == [6, 5]
 
 
 def test_where_every_checkpoint_is_damaged_training_starts_again(tmp_path, capsys):
     """Each is named, and the run ends as if undisturbed, bitwise."""
     _, undisturbed = run(LEAP, folder=tmp_path / "whole")
     run(LEAP, settings(batches=4), tmp_path / "resumed")
-    for path, damage in zip(states(tmp_path / "resumed"), DAMAGES.values()):
+    for path, damage in zip(saved_states(tmp_path / "resumed"), DAMAGES.values()):
         damage(path)
     flow, records = run(LEAP, folder=tmp_path / "resumed")
     lines = capsys.readouterr().err.splitlines()
@@ -710,7 +710,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("reason", MISFITS)
 def test_a_checkpoint_that_does_not_fit_changes_nothing(reason, tmp_path, capsys):
-    """Of another model, optimizer or version: named, no weight is taken from it, and training starts from the start."""
+    """A checkpoint of another model, optimizer or version is named, and training starts from the beginning."""
     _, undisturbed = run(LEAP, folder=tmp_path / "whole")
     state = newest(tmp_path / "whole")
     state |= {"flow": {"bias": state["flow"]["bias"] + 1}} | MISFITS[reason](state)
@@ -729,7 +729,7 @@ def test_the_last_states_are_kept(keep, tmp_path):
     left = tmp_path / ".step.new.12345.tmp"
     for batches in (2, 5):
         run(LEAP, settings(batches=batches, keep=keep), tmp_path)
-        assert [read_state(path)["step"] for path in states(tmp_path)] == [*range(batches, 0, -1)][:keep]
+        assert [read_state(path)["step"] for path in saved_states(tmp_path)] == [*range(batches, 0, -1)][:keep]
         assert not left.exists()
         left.write_bytes(b"half")
         (tmp_path / "step.new").write_bytes(b"whole, but killed before it had its name")
@@ -772,7 +772,7 @@ def test_a_disk_that_cannot_be_written_is_one_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(state.value) + str(weights.value)
     assert load_records(tmp_path) == [1]
-    assert names(tmp_path) == ["file", *(path.name for path in states(tmp_path))]
+    assert names(tmp_path) == ["file", *(path.name for path in saved_states(tmp_path))]
 
 
 def test_a_checkpoint_holds_no_code(tmp_path):

@@ -1,4 +1,4 @@
-"""What saves memory changes no gradient beyond rounding, and does save memory."""
+"""Settings that save memory change no gradient beyond rounding, and do save memory."""
 
 import dataclasses
 import itertools
@@ -151,7 +151,7 @@ class Held:
 
 @pytest.mark.parametrize("ask", [reward_loss, reward_gradient])
 def test_decoder_and_reward_keep_one_slice(shapes, ask):
-    """What autograd keeps at its peak grows with the batch, and not at all if the reward is sliced."""
+    """The peak of what autograd saves grows with the batch, and not at all if the reward is sliced."""
     peak = {}
     for slice_size, size in itertools.product((None, 1), (1, 4)):
         batch, kept = make_batch(shapes.flow, range(size)), Kept()
@@ -166,7 +166,7 @@ def test_decoder_and_reward_keep_one_slice(shapes, ask):
 
 
 def test_no_slices_leave_every_id_as_it_was(tmp_path, monkeypatch):
-    """What is hashed of a run that sets none has no such word."""
+    """The hash of a run without slices has no such key."""
     hashed = []
     monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     for training in ({}, {"reward_slice": 1}):
@@ -269,7 +269,8 @@ def test_the_average_on_the_host_is_no_part_of_the_plans_memory():
         training = structs.replace(cell.spec.training, ema_on_host=host)
         changed = dataclasses.replace(cell, spec=structs.replace(cell.spec, training=training))
         found.append(estimate(changed, plan.sweep.evaluation, plan.evaluators, GPUS["h100"]).memory)
-    assert found[0] - found[1] == 4 * Registry().make("backend", cell.spec.backend, "b").measures.transformer.parameters
+    backend = Registry().make("backend", cell.spec.backend, "b")
+    assert found[0] - found[1] == 4 * backend.cost_model.transformer.parameters
 
 
 @pytest.fixture

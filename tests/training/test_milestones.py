@@ -1,4 +1,4 @@
-"""Milestones: weights kept on the way, and their pictures and scores, as whole as those of the end."""
+"""Milestones: weights kept on the way, and their images and scores, as complete as the final ones."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_milestones_that_cannot_be_are_refused(milestones, budget, said):
 
 
 def test_no_milestones_leave_every_id_as_it_was(tmp_path, monkeypatch):
-    """What is hashed of a run without milestones has no such word, so ids of earlier stores stand; with them it has."""
+    """The hash of a run without milestones has no such key, so that ids of earlier stores stand; with them it has."""
     hashed = []
     monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     for changes in ({}, MILESTONES):
@@ -165,11 +165,11 @@ def test_milestones_outlive_kill_9(tmp_path):
     assert not list((tmp_path / "resumed").glob(".*.tmp"))
 
 
-# -- pictures and scores -----------------------------------------------------------------------------------------------
+# -- images and scores -------------------------------------------------------------------------------------------------
 
 
 def test_every_milestone_has_its_pictures_and_scores(swept):
-    """The first prompts' pictures of the milestones' own weights, and a row of scores each; nothing beyond the end."""
+    """The first prompts' images of the milestones' own weights, and a row of scores each; nothing beyond the end."""
     run, root = trained(swept), swept / "store"
     end = pd.read_parquet(root / "images" / run.images / "manifest.parquet")
     for part in run.milestones[:2]:
@@ -204,7 +204,7 @@ def test_a_milestone_beyond_the_end_is_said_and_not_missing(swept, capsys):
 
 
 def test_a_missing_milestone_is_made_again(swept, tmp_path, capsys):
-    """Its pictures alone: status says what is open, the same command makes the same bytes, and nothing is trained."""
+    """Its images alone: status says what is open, the same command makes the same bytes, and nothing is trained."""
     shutil.copytree(swept, tmp_path / "copy")
     folder, run = tmp_path / "copy", trained(swept)
     shutil.rmtree(folder / "store" / "images" / run.milestones[0].images)
@@ -219,7 +219,7 @@ def test_a_missing_milestone_is_made_again(swept, tmp_path, capsys):
 
 
 def test_lost_weights_of_a_milestone_are_an_error_with_their_name(swept, tmp_path, capsys):
-    """Not a milestone that was never reached: the run came that far."""
+    """The run had reached this milestone, so it is an error that its weights are missing."""
     shutil.copytree(swept, tmp_path / "copy")
     folder, run = tmp_path / "copy", trained(swept)
     shutil.rmtree(folder / "store" / "images" / run.milestones[0].images)
@@ -235,7 +235,7 @@ def test_gc_keeps_what_milestones_have(swept, capsys):
 
 
 def test_a_rerun_compares_milestones(swept, tmp_path, capsys):
-    """Their weights, pictures and scores are made again and are the same."""
+    """Their weights, images and scores are made again and are the same."""
     assert (
         alignbench("rerun", trained(swept).id, "--into", str(tmp_path / "again"), store=swept / "store", plugin=False)
         == 0
@@ -246,7 +246,7 @@ def test_a_rerun_compares_milestones(swept, tmp_path, capsys):
 
 
 def test_a_plan_counts_milestones(tmp_path):
-    """Two milestones of half the prompts double pictures and scores, and triple the weights; one beyond adds none."""
+    """Two milestones of half the prompts double images and scores, and triple the weights; one beyond adds none."""
     found = []
     for milestones in ([], [1, 3, 9]):
         changes = {"base": {"training": {"milestones": milestones}}, "evaluation": {"milestone_prompts": 2}}
@@ -293,7 +293,7 @@ def undisturbed(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["training", "images", "scoring"])
 def test_a_sweep_with_milestones_goes_on_after_kill_9(undisturbed, tmp_path, stage):
-    """Killed at a milestone's weights, pictures or scores: the same command ends with an undisturbed store."""
+    """Killed at a milestone's weights, images or scores: the same command ends with an undisturbed store."""
     sweep_file(tmp_path, MILESTONES)
     process = start(tmp_path)
     until(tmp_path, "sweeps/*.json", process)

@@ -42,7 +42,7 @@ def test_what_bfloat16_represents_is_not_rounded():
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("k", [1, 1000, 2**15, 2**16 - 1])
 def test_the_probability_is_exact(k, sign, monkeypatch):
-    """Of the 65,536 draws exactly k take 1 + k / 65536 ulp away from zero, the others towards it."""
+    """Exactly k of the 65,536 draws take 1 + k / 65536 ulp away from zero, the others towards it."""
     monkeypatch.setattr(torch, "randint", lambda high, *_, **named: torch.arange(high, dtype=named["dtype"]))
     x = torch.full((2**16,), sign * (1 + k * 2.0**-23))
     found = stochastic_round(x, torch.Generator())
@@ -116,26 +116,26 @@ def test_backwards_add_up_in_float32(kind):
     flow.bias.data = flow.bias.data.float()
     weights = Weights(flow, kind)
     plain = nn.Parameter(torch.zeros(STEPS, 3, dtype=torch.bfloat16))
-    weights.begin()
+    weights.start_update()
     for n in range(512):
         if n:
-            weights.widen()
+            weights.upcast_gradients()
         flow.bias.sum().backward()
         plain.sum().backward()
         if n == 0 and kind == "stochastic":
             assert flow.bias.grad.dtype == torch.bfloat16
-    weights.hand_over()
-    (held,) = weights.held.values()
-    assert (held.grad == 512).all()
-    assert held.grad.dtype == torch.float32
+    weights.gradients_to_masters()
+    (master,) = weights.parameters.values()
+    assert (master.grad == 512).all()
+    assert master.grad.dtype == torch.float32
     assert (plain.grad == 256).all()
-    held.grad = None
-    weights.begin()
-    assert held.grad_dtype == (torch.bfloat16 if kind == "stochastic" else torch.float32)
+    master.grad = None
+    weights.start_update()
+    assert master.grad_dtype == (torch.bfloat16 if kind == "stochastic" else torch.float32)
 
 
 def test_the_norm_of_gradients_in_bfloat16():
-    """Of thousands of them, to float32's precision, which bfloat16 has not by far."""
+    """The norm of thousands of gradients has float32's precision, far beyond bfloat16's."""
     gradients = [torch.full((1000,), 0.1).bfloat16(), torch.full((7,), 3.0)]
     exact = torch.cat([g.double() for g in gradients]).norm()
     assert total_norm(gradients).item() == pytest.approx(exact.item(), rel=1e-6)
@@ -268,7 +268,7 @@ def test_parts_are_masters_already():
 
 
 def test_float32_leaves_every_id_as_it_was(tmp_path, monkeypatch):
-    """What is hashed of a run has the word only where it is not float32."""
+    """The hash of a run has the key only if it is not float32."""
     hashed = []
     monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     backend = {"dtype": "bfloat16"}

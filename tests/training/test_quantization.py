@@ -18,7 +18,7 @@ from alignbench.plugins import Registry
 from alignbench.testing.method_contract import unclocked
 from alignbench.training.adamw import AdamW
 from alignbench.training.checkpoint import FINAL, load_records
-from alignbench.training.quantization import BLOCK, SMALL, dequantize, levels, quantised
+from alignbench.training.quantization import BLOCK, SMALL, dequantize, levels, quantize
 
 CPU = torch.device("cpu")
 NAMED = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -30,7 +30,7 @@ def large(rng, *shape):
 
 
 def back(x, signed):
-    return dequantize(*quantised(x, signed), signed, x)
+    return dequantize(*quantize(x, signed), signed, x)
 
 
 @pytest.mark.parametrize(("signed", "count"), [(True, 256), (False, 255)])
@@ -51,7 +51,7 @@ def test_every_decade_has_half_the_levels_of_the_one_above(signed, count):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_a_number_becomes_the_nearest_level(signed):
-    """Of its block's scale: no other is nearer. The largest of a block stays as it is, if it is positive."""
+    """No other level of its block's scale is nearer. The largest of a block stays as it is, if it is positive."""
     x = large(torch.Generator().manual_seed(0), 16, BLOCK)
     x = x if signed else x.abs()
     scale = x.abs().amax(1, keepdim=True)
@@ -68,7 +68,7 @@ def test_a_number_becomes_the_nearest_level(signed):
 def test_any_shape_is_taken():
     """A last block that is not full, and zeros, which stay zero; and shape and type come back."""
     x = large(torch.Generator().manual_seed(0), 7, 11, 13).double()
-    codes, scale = quantised(x, True)
+    codes, scale = quantize(x, True)
     assert codes.shape == (4, BLOCK)
     assert scale.shape == (4, 1)
     found = back(x, True)
@@ -81,11 +81,11 @@ def test_any_shape_is_taken():
 
 
 def test_no_second_moment_becomes_zero():
-    """What is 1e-4 of its block's largest gradient, and then has none, moves by less than lr in the next update; with a
-    level at zero for the second moment it would move by thousands of it.
+    """A weight whose gradient is 1e-4 of its block's largest, and then zero, moves by less than lr in the next update;
+    with a level at zero for the second moment it would move by thousands of it.
     """
     weight = nn.Parameter(torch.zeros(SMALL))
-    optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight=True)
+    optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight_bit=True)
     gradient = torch.full((SMALL,), 1e-4)
     gradient[0] = 1.0
     for g in (gradient, torch.zeros(SMALL)):
@@ -101,7 +101,7 @@ def test_the_first_step_is_adamws():
     start, gradients = torch.randn(2, SMALL, generator=rng), torch.randn(2, 2, SMALL, generator=rng)
     theirs, ours = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     reference = torch.optim.AdamW([theirs], **NAMED)
-    optimizer = AdamW([{"params": [ours]}], **NAMED, seed=0, eight=True)
+    optimizer = AdamW([{"params": [ours]}], **NAMED, seed=0, eight_bit=True)
     for step, gradient in enumerate(gradients):
         before = theirs.detach().clone(), ours.detach().clone()
         for p, each in ((theirs, reference), (ours, optimizer)):
@@ -122,7 +122,7 @@ def test_a_quadratic_has_the_same_minimum():
     curvature = 10 ** (2 * torch.rand(SMALL, generator=rng) - 1)
     for eight in (False, True):
         weight = nn.Parameter(torch.zeros(SMALL))
-        optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight=eight)
+        optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight_bit=eight)
         for n in range(600):
             optimizer.param_groups[0]["lr"] = NAMED["lr"] * (0.1 if n >= 400 else 1)
             weight.grad = curvature * (weight.detach() - target)
@@ -135,7 +135,7 @@ def test_bytes_of_the_moments():
     found = {}
     for size in (SMALL - 1, SMALL, 4 * SMALL):
         weight = nn.Parameter(torch.zeros(size))
-        optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight=True)
+        optimizer = AdamW([{"params": [weight]}], **NAMED, seed=0, eight_bit=True)
         weight.grad = torch.ones(size)
         optimizer.step()
         state = optimizer.state_dict()["state"][0]
@@ -177,7 +177,7 @@ def test_blocks_are_of_whole_tensors():
 
 
 def test_float32_leaves_every_id_as_it_was(tmp_path, monkeypatch):
-    """What is hashed of a run has the word only where it is not float32."""
+    """The hash of a run has the key only if it is not float32."""
     hashed = []
     monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     for training in ({}, {"optimizer": {"moments": "8bit"}}):

@@ -1,7 +1,7 @@
-"""What a model costs, by arithmetic on its configuration alone: parameters, FLOPs, bytes.
+"""The cost of a model, by formulas from its configuration alone: parameters, FLOPs, bytes.
 
-A multiply-add is two FLOPs. Only matrix products, attention and convolutions are counted, as torch's FlopCounterMode
-does. Nothing here loads a model or imports torch.
+A multiply-add is two FLOPs. As in torch's FlopCounterMode, only matrix products, attention and convolutions count.
+Nothing here loads a model or imports torch.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 TIME_CHANNELS = 256  # of the sinusoidal embedding of t and of guidance
-FLASH_BACKWARD = 2.5  # FLOPs of attention's backward per FLOP of its forward: the scores are computed once more
-KEPT_RESNET = 8.4  # feature maps that autograd keeps of a decoder's residual block
-# The same at the peak of a checkpointed backward, of the largest stage alone. Measured with FLUX.1-dev on one H200: 9.9
-# at 512 px, 9.4 at 720 px, 9.1 at 1024 px, 9.6 with 16 images of 720 px. On a CPU it is 8.5: seven are the graph of the
-# stage's blocks, one that of what follows them, the rest gradients. What a GPU has beside, cuDNN seems to work in.
+FLASH_BACKWARD = 2.5  # FLOPs of attention's backward per FLOP of its forward: the scores are recomputed
+SAVED_RESNET = 8.4  # feature maps that autograd saves for a decoder's residual block
+# The same at the peak of a checkpointed backward, for the largest stage alone. Measured with FLUX.1-dev on one H200:
+# 9.9 at 512 px, 9.4 at 720 px, 9.1 at 1024 px, 9.6 with 16 images of 720 px. On a CPU it is 8.5: seven for the graph of
+# the stage's blocks, one for that of later layers, the rest for gradients. The excess on a GPU seems to be cuDNN's
+# workspace.
 PEAK_RESNET = 9.5
 
 Rows = Literal["image", "text", "both", "sample"]
 
 
 class Linear(NamedTuple):
-    """A layer of a transformer by its name. ``rows``: what it is applied to, once each."""
+    """A linear layer of a transformer, by its name. ``rows``: the tokens that it is applied to, or once per sample."""
 
     name: str
     n_in: int
@@ -36,7 +37,7 @@ class Linear(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Of one sample."""
+    """Numbers of tokens in one sample."""
 
     image: int
     text: int
@@ -49,7 +50,7 @@ class Tokens(NamedTuple):
         return 1 if linear.rows == "sample" else getattr(self, linear.rows)
 
 
-STREAMS: tuple[tuple[Rows, tuple[str, ...], str], ...] = (  # of a double block: attention and feed-forward, by name
+STREAMS: tuple[tuple[Rows, tuple[str, ...], str], ...] = (  # of a double block: attention and feed-forward layers
     ("image", ("to_q", "to_k", "to_v", "to_out.0"), "ff"),
     ("text", ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"), "ff_context"),
 )
@@ -57,21 +58,21 @@ STREAMS: tuple[tuple[Rows, tuple[str, ...], str], ...] = (  # of a double block:
 
 @dataclass(frozen=True)
 class Transformer:
-    """``double`` blocks with a stream each for image and text, then ``single`` ones with one for both."""
+    """A transformer: ``double`` blocks, with a stream each for image and text, then ``single`` ones with one stream."""
 
     double: int
     single: int
     heads: int
-    head: int  # channels of one
-    channels: int  # of an image token
-    text: int  # width of the text states
+    head: int  # channels per head
+    channels: int  # per image token
+    text: int  # width of the text encoder's states
 
     @property
     def width(self) -> int:
         return self.heads * self.head
 
     def linears(self) -> list[Linear]:
-        """Every linear layer, by the name that diffusers gives it."""
+        """Return every linear layer, with the name that diffusers gives it."""
         raise NotImplementedError
 
     @property
@@ -84,58 +85,60 @@ class Transformer:
         return sum(linear.parameters for linear in self.linears()) + self.norms
 
     def adapters(self, targets: Sequence[str], rank: int) -> int:
-        """Parameters of LoRA adapters on the layers that peft finds for ``targets``."""
-        return sum(rank * (linear.n_in + linear.n_out) for linear in self.linears() if meant(linear.name, targets))
+        """Return the parameters of LoRA adapters on the layers that peft finds for ``targets``."""
+        return sum(rank * (linear.n_in + linear.n_out) for linear in self.linears() if is_target(linear.name, targets))
 
     def products(self, tokens: Tokens) -> int:
-        """FLOPs of the linear layers, forward, one sample."""
+        """Return the FLOPs of the linear layers in one sample's forward."""
         return sum(2 * linear.n_in * linear.n_out * tokens.rows(linear) for linear in self.linears())
 
     def attention(self, tokens: Tokens) -> int:
-        """FLOPs of queries times keys and of weights times values, forward, one sample."""
+        """Return the FLOPs of attention in one sample's forward: queries by keys, and weights by values."""
         return (self.double + self.single) * 4 * tokens.both**2 * self.width
 
     def forward(self, tokens: Tokens) -> float:
+        """Return the FLOPs of one sample's forward."""
         return float(self.products(tokens) + self.attention(tokens))
 
     def backward(self, tokens: Tokens, full: bool) -> float:
-        """With gradients of all weights, or (LoRA) of activations alone; the adapters' own are left out."""
+        """Return the FLOPs of a backward to all weights (``full``), or to activations alone (LoRA without adapters)."""
         return (2 if full else 1) * self.products(tokens) + FLASH_BACKWARD * self.attention(tokens)
 
-    def kept(self, tokens: Tokens, itemsize: int, checkpointing: bool) -> float:
-        """Bytes that autograd keeps of one forward of one sample."""
+    def activation_bytes(self, tokens: Tokens, itemsize: int, checkpointing: bool) -> float:
+        """Return the bytes that autograd saves in one sample's forward."""
         if checkpointing:
             return (self.double + self.single) * tokens.both * self.width * itemsize
-        return self.graph(tokens) * self.width * itemsize
+        return self.saved_vectors(tokens) * self.width * itemsize
 
-    def graph(self, tokens: Tokens) -> float:
-        """What autograd keeps of all blocks for the backward, in numbers per channel of the width.
+    def saved_vectors(self, tokens: Tokens) -> float:
+        """Return how many vectors of length ``width`` autograd saves in all blocks.
 
-        Counted in one block's graph in bfloat16 with flash attention.
+        Counted in one block's graph, in bfloat16 with flash attention.
         """
         raise NotImplementedError
 
-    def block(self, tokens: Tokens, itemsize: int) -> float:
-        """Bytes of one block at work, one sample."""
-        return self.graph(tokens) / (self.double + self.single) * self.width * itemsize
+    def block_bytes(self, tokens: Tokens, itemsize: int) -> float:
+        """Return the bytes that one block takes while it computes one sample."""
+        return self.saved_vectors(tokens) / (self.double + self.single) * self.width * itemsize
 
 
-def meant(name: str, targets: Sequence[str]) -> bool:
+def is_target(name: str, targets: Sequence[str]) -> bool:
+    """Return whether peft puts an adapter on the layer ``name``."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 @dataclass(frozen=True)
 class FluxTransformer(Transformer):
-    """A FluxTransformer2DModel."""
+    """FLUX.1's FluxTransformer2DModel."""
 
     pooled: int
     guidance: bool
 
-    KEPT_DOUBLE, KEPT_SINGLE = 28.2, 25.2
+    SAVED_DOUBLE, SAVED_SINGLE = 28.2, 25.2  # vectors per token and block
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> FluxTransformer:
-        """From ``transformer/config.json``; what is not in it has diffusers' default."""
+        """Read ``transformer/config.json``; missing entries have diffusers' defaults."""
         return cls(
             config.get("num_layers", 19),
             config.get("num_single_layers", 38),
@@ -175,16 +178,16 @@ class FluxTransformer(Transformer):
             found.append(Linear(f"{block}.proj_out", 5 * d, d, "both"))
         return found
 
-    def graph(self, tokens: Tokens) -> float:
-        return (self.double * self.KEPT_DOUBLE + self.single * self.KEPT_SINGLE) * tokens.both
+    def saved_vectors(self, tokens: Tokens) -> float:
+        return (self.double * self.SAVED_DOUBLE + self.single * self.SAVED_SINGLE) * tokens.both
 
-    def block(self, tokens: Tokens, itemsize: int) -> float:
-        return self.KEPT_DOUBLE * tokens.both * self.width * itemsize
+    def block_bytes(self, tokens: Tokens, itemsize: int) -> float:
+        return self.SAVED_DOUBLE * tokens.both * self.width * itemsize
 
 
 @dataclass(frozen=True)
 class SD3Transformer(Transformer):
-    """An SD3Transformer2DModel: its first ``dual`` blocks attend within the image too; the last drops the text."""
+    """An SD3Transformer2DModel. Its first ``dual`` blocks also attend within the image; its last drops the text."""
 
     pooled: int
     dual: int
@@ -192,7 +195,7 @@ class SD3Transformer(Transformer):
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> SD3Transformer:
-        """From ``transformer/config.json``; what is not in it has diffusers' default."""
+        """Read ``transformer/config.json``; missing entries have diffusers' defaults."""
         return cls(
             config.get("num_layers", 18),
             0,
@@ -226,9 +229,9 @@ class SD3Transformer(Transformer):
             found.append(Linear(f"{block}.norm1.linear", d, (9 if dual else 6) * d, "sample"))
             found.append(Linear(f"{block}.norm1_context.linear", d, (2 if last else 6) * d, "sample"))
             for rows, names, ff in STREAMS:
-                kept = names[:3] if last and rows == "text" else names
-                found += (Linear(f"{block}.attn.{name}", d, d, rows) for name in kept)
-                if kept == names:
+                used = names[:3] if last and rows == "text" else names
+                found += (Linear(f"{block}.attn.{name}", d, d, rows) for name in used)
+                if used == names:
                     found.append(Linear(f"{block}.{ff}.net.0.proj", d, 4 * d, rows))
                     found.append(Linear(f"{block}.{ff}.net.2", 4 * d, d, rows))
             if dual:
@@ -238,21 +241,21 @@ class SD3Transformer(Transformer):
     def attention(self, tokens: Tokens) -> int:
         return super().attention(tokens) + self.dual * 4 * tokens.image**2 * self.width
 
-    def graph(self, tokens: Tokens) -> float:
+    def saved_vectors(self, tokens: Tokens) -> float:
         both, alone = (29.1, 14.1) if self.qk_norm else (21.1, 6.0)
         return self.double * both * tokens.both + self.dual * alone * tokens.image
 
 
 @dataclass(frozen=True)
 class Flux2Transformer(Transformer):
-    """A Flux2Transformer2DModel: no biases, one modulation for all blocks, gated feed-forward layers."""
+    """A Flux2Transformer2DModel: no biases, one modulation shared by all blocks, gated feed-forward layers."""
 
     mlp: int  # width of the feed-forward layers
     guidance: bool
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Flux2Transformer:
-        """From ``transformer/config.json``; what is not in it has diffusers' default."""
+        """Read ``transformer/config.json``; missing entries have diffusers' defaults."""
         heads, head = config.get("num_attention_heads", 48), config.get("attention_head_dim", 128)
         return cls(
             config.get("num_layers", 8),
@@ -290,20 +293,20 @@ class Flux2Transformer(Transformer):
             found.append(Linear(f"{block}.to_out", d + self.mlp, d, "both"))
         return [linear._replace(bias=False) for linear in found]
 
-    def graph(self, tokens: Tokens) -> float:
+    def saved_vectors(self, tokens: Tokens) -> float:
         return (self.double * 32.1 + self.single * 31.1) * tokens.both
 
 
 @dataclass(frozen=True)
 class SiTTransformer(Transformer):
-    """A SiTNetwork: one stream, of image tokens alone, and a label."""
+    """A SiTNetwork: one stream of image tokens, conditioned on a label."""
 
     classes: int
-    out: int  # channels of an output token
+    out: int  # channels per output token
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> SiTTransformer:
-        """From a configuration as SIT_XL_2's."""
+        """Read a configuration such as SIT_XL_2's."""
         heads, token = config["heads"], 4 * config["channels"]
         out = 2 * token if config["learn_sigma"] else token
         return cls(0, config["depth"], heads, config["width"] // heads, token, 0, config["classes"], out)
@@ -336,7 +339,7 @@ class SiTTransformer(Transformer):
             ]
         return found
 
-    def graph(self, tokens: Tokens) -> float:
+    def saved_vectors(self, tokens: Tokens) -> float:
         return self.single * 24.1 * tokens.image
 
 
@@ -349,7 +352,7 @@ TRANSFORMERS: dict[str, Callable[[Mapping[str, Any]], Transformer]] = {
 
 
 class Decoder(NamedTuple):
-    """The decoder of an AutoencoderKL or an AutoencoderKLFlux2. ``widths``: of its blocks, the image's side first."""
+    """The decoder of an AutoencoderKL or AutoencoderKLFlux2. ``widths``: channels per stage, the image's side first."""
 
     widths: tuple[int, ...]
     layers: int
@@ -358,7 +361,7 @@ class Decoder(NamedTuple):
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Decoder:
-        """From ``vae/config.json``."""
+        """Read ``vae/config.json``."""
         widths = tuple(config.get("decoder_block_out_channels") or config["block_out_channels"])
         return cls(
             widths,
@@ -369,21 +372,21 @@ class Decoder(NamedTuple):
 
     @property
     def scale(self) -> int:
-        """Pixels along the side of a transformer's token: the decoder's factor, times two of packing."""
+        """Pixels along a token's side: the decoder's factor, times two for packing."""
         return 2 ** len(self.widths)
 
     def resnets(self, size: int) -> list[tuple[int, int, int]]:
-        """(channels in, channels out, positions) of every residual block, for an image of ``size`` pixels."""
+        """Return (channels in, channels out, positions) of every residual block for an image of ``size`` pixels."""
         deep, place = self.widths[-1], (size // (self.scale // 2)) ** 2
-        found, before = [(deep, deep, place)] * 2, deep
+        blocks, before = [(deep, deep, place)] * 2, deep
         for i, width in enumerate(reversed(self.widths)):
-            found += [(before if n == 0 else width, width, place * 4**i) for n in range(self.layers + 1)]
+            blocks += [(before if n == 0 else width, width, place * 4**i) for n in range(self.layers + 1)]
             before = width
-        return found
+        return blocks
 
     @property
     def parameters(self) -> int:
-        """Of the whole autoencoder, about: the encoder has a block less in every stage."""
+        """Parameters of the whole autoencoder, about: the encoder has one block less in every stage."""
         deep = self.widths[-1]
         blocks = [9 * (n_in + n_out) * n_out for n_in, n_out, _ in self.resnets(self.scale // 2)]
         resized = sum(9 * width * width for width in self.widths[1:])
@@ -392,41 +395,41 @@ class Decoder(NamedTuple):
         )
 
     def forward(self, size: int) -> float:
-        """FLOPs of one image."""
+        """Return the FLOPs of decoding one image."""
         deep, place, pixels = self.widths[-1], (size // (self.scale // 2)) ** 2, size**2
         total = 2 * 9 * self.latent * deep * place + 2 * 9 * self.widths[0] * 3 * pixels
-        for n_in, n_out, here in self.resnets(size):
-            total += 2 * 9 * (n_in + n_out) * n_out * here + (2 * n_in * n_out * here if n_in != n_out else 0)
-        for i, width in enumerate(list(reversed(self.widths))[:-1]):  # the upsampled map goes through a convolution
+        for n_in, n_out, positions in self.resnets(size):
+            total += 2 * 9 * (n_in + n_out) * n_out * positions + (2 * n_in * n_out * positions if n_in != n_out else 0)
+        for i, width in enumerate(list(reversed(self.widths))[:-1]):  # a convolution follows each upsampling
             total += 2 * 9 * width * width * place * 4 ** (i + 1)
         if self.attends:
             total += 4 * 2 * deep * deep * place + 4 * place**2 * deep
         return float(total)
 
-    def kept(self, size: int, itemsize: int, checkpointing: bool) -> float:
-        """Bytes that autograd keeps of one decoded image; with checkpointing of its largest stage, at work."""
+    def activation_bytes(self, size: int, itemsize: int, checkpointing: bool) -> float:
+        """Return the bytes that autograd saves for one decoded image; checkpointed, the largest stage's at its peak."""
         stages: dict[int, int] = {}
-        for _, n_out, here in self.resnets(size):
-            stages[here] = stages.get(here, 0) + n_out * here
-        maps = PEAK_RESNET * max(stages.values()) if checkpointing else KEPT_RESNET * sum(stages.values())
+        for _, n_out, positions in self.resnets(size):
+            stages[positions] = stages.get(positions, 0) + n_out * positions
+        maps = PEAK_RESNET * max(stages.values()) if checkpointing else SAVED_RESNET * sum(stages.values())
         return maps * itemsize
 
 
-TEXT_ENCODERS = {"t5": "t5", "qwen3": "qwen3", "clip_text_model": "clip"}  # a model_type's reader
+TEXT_ENCODERS = {"t5": "t5", "qwen3": "qwen3", "clip_text_model": "clip"}  # model_type -> reader
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLFlux2")
 
 
 class TextEncoder(NamedTuple):
-    """A T5 encoder, a CLIP text model or a Qwen3, as far as its cost goes."""
+    """The cost of a T5 encoder, CLIP text model or Qwen3."""
 
-    parameters: int  # all of them
-    applied: int  # of matrices, to every token
+    parameters: int
+    applied: int  # parameters of matrices that multiply every token
     width: int  # of attention
     layers: int
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> TextEncoder:
-        """From its ``config.json``."""
+        """Read the encoder's ``config.json``."""
         return getattr(cls, TEXT_ENCODERS[config["model_type"]])(config)
 
     @classmethod
@@ -456,12 +459,12 @@ class TextEncoder(NamedTuple):
         return cls(layers * (block + 2 * d + 2 * head) + d + words, layers * block, inner, layers)
 
     def forward(self, tokens: int) -> float:
-        """FLOPs of one prompt."""
+        """Return the FLOPs of one prompt."""
         return 2.0 * self.applied * tokens + 4.0 * self.layers * tokens**2 * self.width
 
 
-def known(configs: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Return whether ``Model.read`` has arithmetic for each of these parts."""
+def has_formulas(configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether ``Model.read`` has formulas for each of these parts."""
     encoders = [config.get("model_type") for part, config in configs.items() if part.startswith("text_encoder")]
     return (
         configs["transformer"].get("_class_name", "FluxTransformer2DModel") in TRANSFORMERS
@@ -471,7 +474,7 @@ def known(configs: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 class Model(NamedTuple):
-    """A pipeline: what a plan has to know of it."""
+    """The cost of a pipeline's parts, for plans."""
 
     transformer: Transformer
     decoder: Decoder
@@ -479,12 +482,13 @@ class Model(NamedTuple):
 
     @classmethod
     def read(cls, configs: Mapping[str, Mapping[str, Any]]) -> Model:
-        """From the ``config.json`` of each part."""
+        """Read the ``config.json`` of each part."""
         read = TRANSFORMERS[configs["transformer"].get("_class_name", "FluxTransformer2DModel")]
         encoders = [TextEncoder.read(config) for part, config in configs.items() if part.startswith("text_encoder")]
         return cls(read(configs["transformer"]), Decoder.read(configs["vae"]), tuple(encoders))
 
     def tokens(self, size: int, text: int) -> Tokens:
+        """Return the tokens of a ``size`` px image with a prompt of ``text`` tokens."""
         return Tokens((size // self.decoder.scale) ** 2, text)
 
     @property
@@ -493,12 +497,12 @@ class Model(NamedTuple):
         return sum(encoder.parameters for encoder in self.encoders) + self.decoder.parameters
 
     def encode(self, text: int) -> float:
-        """FLOPs of one prompt of ``text`` tokens, at most: a CLIP reads fewer."""
+        """Return at most the FLOPs of one prompt of ``text`` tokens: a CLIP reads fewer."""
         return sum(encoder.forward(text) for encoder in self.encoders)
 
 
 class GPU(NamedTuple):
-    """What a plan assumes of a GPU: sustained TFLOP/s with bfloat16 and with float32, and gigabytes."""
+    """A GPU as plans assume it: sustained TFLOP/s in bfloat16 and float32, and memory in GB."""
 
     name: str
     bfloat16: float

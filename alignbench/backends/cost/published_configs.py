@@ -1,4 +1,4 @@
-"""Shapes of published models, from their configuration files, for the cost model."""
+"""Configurations of published models, for plans before any of their files is fetched."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ CLIP_BIG_G = {**CLIP_L, "hidden_size": 1280, "intermediate_size": 5120, "num_hid
 
 
 def _sd3(**transformer: Any) -> dict[str, dict[str, Any]]:
-    """A Stable Diffusion 3 whose transformer differs from SD3-medium's in these settings."""
-    usual = {
+    """Return a Stable Diffusion 3 whose transformer differs from SD3-medium's in these settings."""
+    default = {
         "_class_name": "SD3Transformer2DModel",
         "num_layers": 24,
         "num_attention_heads": 24,
@@ -58,7 +58,7 @@ def _sd3(**transformer: Any) -> dict[str, dict[str, Any]]:
         "pooled_projection_dim": 2048,
     }
     clips = {"text_encoder": CLIP_L | PROJECTED, "text_encoder_2": CLIP_BIG_G | PROJECTED}
-    return {"transformer": usual | transformer, "vae": VAE_16, **clips, "text_encoder_3": T5_XXL}
+    return {"transformer": default | transformer, "vae": VAE_16, **clips, "text_encoder_3": T5_XXL}
 
 
 SD3_MEDIUM = _sd3()
@@ -67,6 +67,7 @@ SD3_5_LARGE = _sd3(num_layers=38, num_attention_heads=38, qk_norm="rms_norm")
 
 
 def _klein(double: int, single: int, heads: int, qwen: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a FLUX.2 [klein] with these blocks, heads and text encoder."""
     transformer = {
         "_class_name": "Flux2Transformer2DModel",
         "num_layers": double,
@@ -77,17 +78,15 @@ def _klein(double: int, single: int, heads: int, qwen: dict[str, Any]) -> dict[s
         "joint_attention_dim": 3 * qwen["hidden_size"],
         "guidance_embeds": False,
     }
-    usual = {"model_type": "qwen3", "vocab_size": 151936, "num_hidden_layers": 36, "head_dim": 128}
-    usual |= {"num_attention_heads": 32, "num_key_value_heads": 8}
-    return {"transformer": transformer, "vae": {**VAE_16, "latent_channels": 32}, "text_encoder": usual | qwen}
+    encoder = {"model_type": "qwen3", "vocab_size": 151936, "num_hidden_layers": 36, "head_dim": 128}
+    encoder |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+    return {"transformer": transformer, "vae": {**VAE_16, "latent_channels": 32}, "text_encoder": encoder | qwen}
 
 
-FLUX_2_KLEIN_4B = _klein(
-    5, 20, 24, {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}
-)  # with Qwen3-4B
-FLUX_2_KLEIN_9B = _klein(
-    8, 24, 32, {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
-)  # with Qwen3-8B
+QWEN3_4B = {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}
+QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+FLUX_2_KLEIN_4B = _klein(5, 20, 24, QWEN3_4B)
+FLUX_2_KLEIN_9B = _klein(8, 24, 32, QWEN3_8B)
 
 VAE_4: dict[str, Any] = {**VAE_16, "latent_channels": 4}  # sd-vae-ft-mse and -ema
 
