@@ -59,13 +59,13 @@ def ls(kind: str | None, plugin: Sequence[str]) -> int:
 def validate(request: Request) -> int:
     """Check a sweep file with its plug-ins, weights, prompts and store. Makes nothing."""
     from alignbench.experiment.plan import completed, draft, missing
-    from alignbench.planning.plan_page import shopping
+    from alignbench.planning.plan_page import describe_missing
 
     request.store()
     drafted = draft(request.document(), request.registry())
     gaps = missing(drafted)
     if len(gaps) > 1:  # one is told with its place, as for every other mistake
-        print("\n".join(shopping(gaps)), file=sys.stderr)
+        print("\n".join(describe_missing(gaps)), file=sys.stderr)
         return USAGE
     plan = warned(completed(drafted))
     evaluators = ", ".join(score.name for score in plan.scores)

@@ -25,7 +25,7 @@ from alignbench.experiment.document import read, sweeps
 from alignbench.experiment.plan import draft, resolve
 from alignbench.experiment.spec import Budget, Training
 from alignbench.planning.estimate import CostEstimate, estimate
-from alignbench.planning.observe import Probe, watch_once
+from alignbench.planning.observe import Probe, observe_cached
 from alignbench.planning.plan_page import about
 from alignbench.plugins import Registry
 from alignbench.rehearsal.doctor import DEFAULTS
@@ -135,7 +135,7 @@ def test_predicted_evaluations_are_the_metered_ones(name):
     method = Registry().make("method", {"name": name}, "method")
     group = getattr(method, "group", 1)
     training = Training(budget=Budget(images=3 * 2 * group), batch=2 * group, micro_batch=group, drift_every=None)
-    usage = watch_once(method, training, 1)
+    usage = observe_cached(method, training, 1)
     records = list(
         train(method, AffineFlow(method.steps), QuadraticReward(), PROMPTS, training, accelerator=Accelerator(cpu=True))
     )
@@ -155,7 +155,7 @@ def test_predicted_evaluations_are_the_metered_ones(name):
 def test_graphs_alive_at_once(name, live):
     """A graph that a backward went through, or that is made again, takes no memory beside the next."""
     method = Registry().make("method", {"name": name}, "method")
-    assert watch_once(method, Training(budget=Budget(updates=2), batch=2), 1).mean.live == live
+    assert observe_cached(method, Training(budget=Budget(updates=2), batch=2), 1).mean.live == live
 
 
 @pytest.mark.parametrize(("budget", "batches"), [({"updates": 7}, 3), ({"nfe": 1201}, 5), ({"images": 25}, 3)])
@@ -163,7 +163,7 @@ def test_budgets_last_as_long_as_training_makes_them(budget, batches):
     """Three updates and 12 x 25 evaluations a batch: the one in which the budget ends is made to its end."""
     method = Registry().make("method", {"name": "dancegrpo"}, "method")
     training = Training(budget=Budget(**budget), batch=12, drift_every=None)
-    assert watch_once(method, training, 1).batches(training, 1.0) == batches
+    assert observe_cached(method, training, 1).batches(training, 1.0) == batches
 
 
 def test_a_plan_agrees_with_the_run(tmp_path):
@@ -179,7 +179,7 @@ def test_a_plan_agrees_with_the_run(tmp_path):
     assert [round(found.images * each) for each in found.usage[:2]] == [row["nfe_forward"], row["nfe_grad"]]
     assert found.weights == data_bytes(tmp_path / "store" / "runs" / cell.id / "weights.safetensors")
     made = sum(file.stat().st_size for file in (tmp_path / "store" / "images" / cell.images).glob("*.png"))
-    assert 0.2 < found.pictures / made < 5
+    assert 0.2 < found.image_files / made < 5
     assert 0 < found.memory < 1e9
     assert 0 < found.train < 0.01
 
@@ -231,12 +231,12 @@ def test_every_packaged_sweep_has_a_plan(name, nothing):
     found = [estimate(cell, plan.sweep.evaluation, plan.evaluators, GPUS["h100"]) for cell in plan.cells]
     for cell, each in zip(plan.cells, found):
         assert not each.unknown
-        figures = [each.train, each.generate, each.score, each.memory, each.weights, each.pictures]
+        figures = [each.train, each.generate, each.score, each.memory, each.weights, each.image_files]
         assert all(math.isfinite(figure) and figure >= 0 for figure in figures)
         assert min(each.train, each.images, each.usage.grad if each.usage else 0) > 0 or not cell.trains
     said = " ".join(re.findall(r"(?m)^# ?(.*)", sweeps()[name].read_text()))
     sums = [sum(each.train for each in found), sum(each.generate + each.score for each in found)]
-    sums.append(sum(each.weights + each.pictures for each in found) / 1e9)
+    sums.append(sum(each.weights + each.image_files for each in found) / 1e9)
     pattern = r"about: (\S+) H100-hours of training[^,]*, (\S+) of evaluation, (\S+) GB of disk"
     assert re.findall(pattern, said) in ([], [tuple(map(about, sums))])
     assert name in ("quickstart", "shapes", "shapes_curves", "shapes_methods") or re.search(pattern, said)
@@ -424,7 +424,7 @@ def test_a_constant_branch_costs_no_backward():
         Registry().make("method", {"name": "leapalign"}, "method"),
         Training(budget=Budget(updates=1), batch=2),
     )
-    plain, full, stop = (watch_once(method, training, 1, each).mean for each in (None, "full", "stop"))
+    plain, full, stop = (observe_cached(method, training, 1, each).mean for each in (None, "full", "stop"))
     assert (plain.forward, plain.grad, plain.live) == (23, 2, 2)
     assert (full.forward, full.grad, full.live) == (46, 4, 4)
     assert (stop.forward, stop.grad, stop.live) == (48, 2, 2)
@@ -438,6 +438,6 @@ def test_a_plan_of_guided_training_agrees_with_the_meter():
         flow = Probe(GaussianFlow(), negative)
         reward = QuadraticReward()
         record = list(train(method, flow, reward, PROMPTS, training, accelerator=Accelerator(cpu=True)))[-1]
-        usage = watch_once(method, training, 1, negative).mean
+        usage = observe_cached(method, training, 1, negative).mean
         predicted = [round(4 * each) for each in usage[:3]]
         assert predicted == [record[column] for column in ("nfe_forward", "nfe_grad", "nfe_recomputed")]

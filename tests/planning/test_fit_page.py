@@ -22,7 +22,7 @@ from alignbench.experiment.document import read
 from alignbench.experiment.plan import resolve
 from alignbench.experiment.spec import Budget, Optimizer, RunSpec, Training
 from alignbench.methods.leapalign import LeapAlign
-from alignbench.planning.fit_page import ALONE, Group, check_room, page, remedies
+from alignbench.planning.fit_page import SINGLE_GPU, Group, check_room, page, remedies
 from alignbench.planning.memory import Memory, training_memory
 from alignbench.plugins import Registry
 from alignbench.run import Task, train_stage
@@ -82,7 +82,7 @@ def memory(*arguments, ranks: int = 1, parallel: str = "ddp", **settings) -> Mem
 
 def states(found: Memory) -> float:
     """Bytes for each trained weight of FLUX.1-dev."""
-    return (found.trained + found.optimizer + found.average) / PARAMETERS
+    return (found.trained + found.optimizer + found.ema) / PARAMETERS
 
 
 @pytest.mark.parametrize(("method", "size", "batch", "peak"), MEASURED)
@@ -102,7 +102,7 @@ def test_stored_embeddings_leave_the_text_encoders_out():
 def test_the_largest_batch_is_the_measured_one():
     """On that card 16 fit and 24 do not; what is called the largest fits, and one more does not."""
     found = memory(LEAPALIGN, 64)
-    largest = found.largest(CARD + TEXT)
+    largest = found.largest_micro_batch(CARD + TEXT)
     assert 16 <= largest < 24
     assert found._replace(size=largest).peak <= CARD + TEXT < found._replace(size=largest + 1).peak
 
@@ -111,7 +111,7 @@ def test_full_training_is_more_than_one_gpu_has():
     """Weights, gradients and AdamW alone are 16 bytes a parameter; with no room for them not one image fits."""
     found = memory(tune="full")
     assert found.trained + found.optimizer == 16 * Model.read(FLUX_1_DEV).transformer.parameters
-    assert found.largest(141e9) == 0
+    assert found.largest_micro_batch(141e9) == 0
 
 
 LEAST = {"weights": "stochastic", "moments": "8bit", "ema_on_host": True}
@@ -124,10 +124,10 @@ def test_all_weights_fit_one_card():
     found = memory(tune="full", training=LEAST)
     assert states(found) == 6 + 8 / 256
     assert found.trained + found.optimizer == pytest.approx(71.4e9, rel=0.01)
-    assert found.casts == found.average == 0
+    assert found.casts == found.ema == 0
     assert found.fixed == found.trained + found.optimizer + found.frozen + found.rewards
     assert found.peak < 0.8 * 141e9
-    assert memory(tune="full", training=LEAST | {"ema_on_host": False}).average == 4 * PARAMETERS
+    assert memory(tune="full", training=LEAST | {"ema_on_host": False}).ema == 4 * PARAMETERS
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_fsdp_divides_what_is_trained(ranks, gigabytes):
     80 GB have room for four images each.
     """
     alone, found = (memory(LEAPALIGN, 4 * n, tune="full", ranks=n, parallel="fsdp") for n in (1, ranks))
-    assert (found.trained + found.optimizer + found.average) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    assert (found.trained + found.optimizer + found.ema) / 1e9 == pytest.approx(gigabytes, rel=0.01)
     assert found.casts / 1e9 == pytest.approx(23.8, rel=0.01)
     assert (found.frozen, found.graphs, found.size) == (alone.frozen, alone.graphs, 4)
     assert found.peak < 80e9 or ranks == 8
@@ -258,11 +258,11 @@ def test_only_what_surely_does_not_fit_is_refused():
     """
     asked, registry = spec(LEAPALIGN, 16), Registry()
     peak = int(training_memory(asked, registry).peak)
-    assert check_room(asked, registry, ALONE, peak + 1, peak + 1) == ""
-    assert "training.micro_batch=1 saves 83 GB" in check_room(asked, registry, ALONE, peak // 2, peak)
-    assert "are free" in check_room(asked, registry, ALONE, int(0.92 * peak), int(0.92 * peak))
+    assert check_room(asked, registry, SINGLE_GPU, peak + 1, peak + 1) == ""
+    assert "training.micro_batch=1 saves 83 GB" in check_room(asked, registry, SINGLE_GPU, peak // 2, peak)
+    assert "are free" in check_room(asked, registry, SINGLE_GPU, int(0.92 * peak), int(0.92 * peak))
     with pytest.raises(UserError, match=r"needs about 130 GB .* has 80 GB; .*, training.micro_batch=1 saves 83 GB"):
-        check_room(asked, registry, ALONE, 80 * 10**9, 80 * 10**9)
+        check_room(asked, registry, SINGLE_GPU, 80 * 10**9, 80 * 10**9)
     asked = spec(LEAPALIGN, 16, tune="full")
     told = check_room(asked, registry, Group(2, "fsdp"), 80 * 10**9, 80 * 10**9)
     assert told.startswith("training needs about")

@@ -254,7 +254,7 @@ def test_a_plan_counts_milestones(tmp_path):
         cell = next(cell for cell in plan.cells if cell.trains)
         found.append(estimate(cell, plan.evaluation, plan.evaluators, GPUS["h100"]))
     without, with_ = found
-    assert (with_.pictures, with_.weights) == (2 * without.pictures, 3 * without.weights)
+    assert (with_.image_files, with_.weights) == (2 * without.image_files, 3 * without.weights)
     assert with_.generate == pytest.approx(2 * without.generate)
     assert (with_.train, with_.images, with_.state) == (without.train, without.images, without.state)
 
