@@ -83,7 +83,7 @@ def plan(request: Request, only: Sequence[str], gpu: str) -> int:
     The exit code is 1 as long as something is missing.
     """
     from alignbench.experiment.plan import completed, draft, missing
-    from alignbench.launch import status_table, submissions
+    from alignbench.launch import submissions
     from alignbench.planning.plan_page import gpu_named, page
 
     assumed, store = gpu_named(gpu), request.store()
@@ -91,8 +91,8 @@ def plan(request: Request, only: Sequence[str], gpu: str) -> int:
     gaps = missing(drafted)
     plan = None if gaps else warned(completed(drafted))
     cells = selected(plan or drafted, only)
-    handed_out = status_table.handed_out(submissions.submissions(store, Path(drafted.document.manifest).stem))
-    print(page(drafted, plan, cells, store, assumed, gaps, handed_out))
+    jobs = submissions.known_jobs(submissions.read(store, Path(drafted.document.manifest).stem))
+    print(page(drafted, plan, cells, store, assumed, gaps, jobs))
     if plan is not None:
         print(summary(store, plan, cells))
     return USAGE if gaps else DONE

@@ -59,9 +59,7 @@ def _ticks(method: AlignMethod, step: int) -> dict[str, bool]:
     trained = gradient.abs().sum(1).nonzero().flatten().tolist()
     return {
         "Early Steps": min(trained) < method.steps / 2,
-        "Nested Gradient": not torch.allclose(
-            gradient, _gradient(method, unlinked, step)
-        ),
+        "Nested Gradient": not torch.allclose(gradient, _gradient(method, unlinked, step)),
         "Leap Trajectory": _leaps(method, step, [i for i in trained if i < flow.last]),
         "Multi-Step": len(trained) > 1,
     }

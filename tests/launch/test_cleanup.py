@@ -126,8 +126,8 @@ def test_what_is_being_made_is_left_alone(copy):
     assert names(store.root) == sorted(set(expected) - left)
     gone = {item.what for item in cleanup.delete(store, listed)}  # it began after the list was made
     assert gone == set(expected) - left
-    record = read_json(folder / submissions.RECORD) or {}
-    write_json(folder / submissions.RECORD, record | {"pid": 2**22 + 1})
+    record = read_json(folder / submissions.FILE) or {}
+    write_json(folder / submissions.FILE, record | {"pid": 2**22 + 1})
     assert names(store.root) == sorted([*left, "jobs mine"])
 
 
@@ -153,4 +153,4 @@ def test_a_manifest_that_cannot_be_read_stops_everything(copy):
 
 def test_sizes_are_told():
     """In units that people read."""
-    assert [cleanup.shown(size) for size in (12, 1500, 2.5e9)] == ["12 B", "1.5 kB", "2.5 GB"]
+    assert [cleanup.human_size(size) for size in (12, 1500, 2.5e9)] == ["12 B", "1.5 kB", "2.5 GB"]

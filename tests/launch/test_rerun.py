@@ -40,7 +40,7 @@ def test_a_run_made_again_is_the_same(copy, capsys):
     assert sorted(path for path in store.rglob("*") if path.is_file()) == before
     made = copy / "again" / "runs" / name
     assert json.loads((made / "provenance.json").read_text())["plugins"][0]["sha256"]
-    with pytest.raises(UserError, match="there is something in it"):
+    with pytest.raises(UserError, match="is not empty"):
         next(iter(rerun.rerun(Store(store), name, copy / "again")))
 
 
@@ -60,7 +60,7 @@ def test_every_difference_is_told_with_its_size(copy):
     store, other = Store(copy / "store"), Store(copy / "other")
     shutil.copytree(store.root, other.root)
     name = trained(store.root)
-    ((run, *_),) = rerun.recorded(store, name)
+    ((run, *_),) = rerun.recorded_runs(store, name)
     assert [v.differs for v in rerun.compare(store, other, run)] == [""] * 5
     path = other.root / "runs" / name / "weights.safetensors"
     weights = load_file(path)
@@ -88,7 +88,7 @@ def test_every_difference_is_told_with_its_size(copy):
     write_frame(file, scores.iloc[1:])
     assert any("4 rows, now 3" in v.differs for v in rerun.compare(store, other, run))
     file.unlink()
-    assert any(v.differs == "they were not made" for v in rerun.compare(store, other, run))
+    assert any(v.differs == "not made" for v in rerun.compare(store, other, run))
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_code_that_changed_is_told_and_the_copy_of_the_old_used(copy, capfd):
     made = json.loads((copy / "again" / "runs" / name / "provenance.json").read_text())
     assert (made["code"], made["snapshot"]) == (digest, kept.name)
     shutil.rmtree(kept)
-    assert rerun.elsewhere(store, name)[0].endswith("the store has no copy of that: using this")
+    assert rerun.original_code(store, name)[0].endswith("the store has no copy of the former: using the latter")
 
 
 def test_what_differs_around_a_run_is_named(copy):

@@ -162,13 +162,13 @@ def test_what_is_under_way_is_not_handed_out_again_unless_more_is_wanted(tmp_pat
     monkeypatch.setattr(slurm, "submit", submit)
     monkeypatch.setattr(slurm, "cancel", lambda jobs: None)
     monkeypatch.setattr(slurm, "live", lambda names: live)
-    live: dict[str, slurm.Live] = {}
+    live: dict[str, slurm.LiveJob] = {}
     assert submit_module.submit(plan, plan.cells, store, {}, [PLUGIN]) == 2 + 3 * 3
-    tickets = submissions.submissions(store)[0].tickets
-    live = {ticket.job: slurm.Live("PENDING", "Priority", 0, "") for ticket in tickets}
+    jobs = submissions.read(store)[0].jobs
+    live = {job.job: slurm.LiveJob("PENDING", "Priority", 0, "") for job in jobs}
     assert submit_module.submit(plan, plan.cells, store, {}, [PLUGIN]) == 0
     asked.clear()
-    live = {ticket.job: job for ticket in tickets if ticket.stage == "train" for job in [live[ticket.job]]}
+    live = {job.job: live[job.job] for job in jobs if job.stage == "train"}
     assert submit_module.submit(plan, plan.cells[1:], store, {}, [PLUGIN]) == 2 * 4
     assert asked == ["train", "generate", "score bright", "score geneval"]
 
@@ -218,10 +218,10 @@ def test_the_batch_file_asks_for_it_and_holds_no_pickle(tmp_path, monkeypatch):
 
 
 def record(store: Store, **changes) -> None:
-    ticket = {"job": "7_0", "stage": "train", "makes": ["last-1"], "run": "last-1", "progress": "/none"}
+    entry = {"job": "7_0", "stage": "train", "makes": ["last-1"], "run": "last-1", "progress": "/none"}
     data = {"sweep": "tiny-1", "launcher": "slurm", "name": "alignbench-tiny", "options": {}, "submitted": time.time()}
-    data |= {"host": "login", "pid": 1, "tickets": [ticket | changes]}
-    write_json(store.root / "jobs" / f"tiny-{len(changes)}" / submissions.RECORD, data)
+    data |= {"host": "login", "pid": 1, "tickets": [entry | changes]}
+    write_json(store.root / "jobs" / f"tiny-{len(changes)}" / submissions.FILE, data)
 
 
 def test_a_record_that_is_none_of_ours_is_passed_over(tmp_path):
@@ -229,9 +229,9 @@ def test_a_record_that_is_none_of_ours_is_passed_over(tmp_path):
     store = Store(tmp_path)
     record(store)
     record(store, job="7_0; rm -rf ~")
-    write_json(tmp_path / "jobs" / "half" / submissions.RECORD, {"sweep": "tiny-1"})
-    write(tmp_path / "jobs" / "broken" / submissions.RECORD, b"\x80\x04pickle")
-    assert [found.tickets[0].job for found in submissions.submissions(store, "tiny-1")] == ["7_0"]
+    write_json(tmp_path / "jobs" / "half" / submissions.FILE, {"sweep": "tiny-1"})
+    write(tmp_path / "jobs" / "broken" / submissions.FILE, b"\x80\x04pickle")
+    assert [submission.jobs[0].job for submission in submissions.read(store, "tiny-1")] == ["7_0"]
 
 
 def test_what_is_shown_is_one_line_and_commands_no_terminal():
