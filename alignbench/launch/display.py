@@ -69,6 +69,7 @@ def progress_text(report: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Return a time as text, as in ``1 h 05 min``, ``5 min 02 s`` or ``7 s``."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
@@ -108,10 +109,12 @@ class Display:
         return (ended + sum(job.share() for job in self.running)) / len(self.queue)
 
     def left(self) -> str:
+        """Return the estimated time left for the whole queue, as text."""
         share, elapsed = self.share(), time.time() - self.started
         return f"about {duration(elapsed / share - elapsed)} left" if share > 0.01 else "time left not known yet"
 
     def refresh(self) -> None:
+        """Update the bars; without a terminal, log a line if the last one is PLAIN_EVERY seconds old."""
         if self.bars is not None:
             for job in self.running:
                 self.bars.update(self._rows[id(job)], completed=job.share(), note=job.note())

@@ -31,6 +31,7 @@ POLL = 0.2  # seconds
 
 
 def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
@@ -74,10 +75,10 @@ def launch(
     submissions.write(folder, Path(plan.document.manifest).stem, launcher, entries)
     # submitit's files hold pickles: they go to a private folder, never to a store that others can write to
     with tempfile.TemporaryDirectory(prefix="alignbench-") as private:
-        work = LocalLaunch(plan, store, Path(private), queue, jobs, threads, gpus, list(plugins), track)
+        local_launch = LocalLaunch(plan, store, Path(private), queue, jobs, threads, gpus, list(plugins), track)
         try:
             with show(queue, len(cells)) as display:
-                outcomes += (work.debug if launcher == "debug" else work.local)(display)
+                outcomes += (local_launch.run_here if launcher == "debug" else local_launch.run_workers)(display)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return outcomes
@@ -110,7 +111,7 @@ class LocalLaunch:
             **({} if self.code else {"plugins": [str(Path(path).resolve()) for path in self.plugins]}),
         )  # fmt: skip
 
-    def debug(self, display: Display) -> list[Outcome]:
+    def run_here(self, display: Display) -> list[Outcome]:
         """Run the queue one by one in this process."""
         import submitit
 
@@ -124,7 +125,7 @@ class LocalLaunch:
             display.end(job, outcomes[-1])
         return outcomes
 
-    def local(self, display: Display) -> list[Outcome]:
+    def run_workers(self, display: Display) -> list[Outcome]:
         """Run the queue in at most ``jobs`` worker processes at a time; the next starts when one ends."""
         self.code = take(self.store.root, self.plugins)
         waiting, running = list(self.queue), list[Job]()

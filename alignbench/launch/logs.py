@@ -1,4 +1,4 @@
-"""What the jobs of a run have written: its log, or what SLURM kept of jobs that ended before they could open it."""
+"""Logs of runs: the run's log files, or what SLURM kept of jobs that ended before they could open one."""
 
 from __future__ import annotations
 

@@ -44,6 +44,7 @@ class Array:
 
     @property
     def title(self) -> str:
+        """The stage and, when scoring, the evaluator, as in ``score hpsv2``."""
         return f"{self.stage.verb} {self.evaluator}".strip()
 
     def stages(self, cell: PlannedRun) -> list[Stage]:

@@ -145,6 +145,7 @@ def shard(whole: Memory, backend: Any, model: Model, ranks: int) -> Memory:
 
 
 def trained_parameters(backend: Any, model: Model) -> int:
+    """Return the number of trained parameters: all of the transformer's, or its LoRA adapters'."""
     transformer = model.transformer
     full = backend.tune == "full"
     return transformer.parameters if full else transformer.adapters(backend.lora_targets, backend.lora_rank)
