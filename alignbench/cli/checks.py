@@ -59,13 +59,13 @@ def ls(kind: str | None, plugin: Sequence[str]) -> int:
 def validate(request: Request) -> int:
     """Check a sweep file with its plug-ins, weights, prompts and store. Makes nothing."""
     from alignbench.experiment.plan import completed, draft, missing
-    from alignbench.planning.plan_page import shopping
+    from alignbench.planning.plan_page import describe_missing
 
     request.store()
     drafted = draft(request.document(), request.registry())
     gaps = missing(drafted)
     if len(gaps) > 1:  # one is told with its place, as for every other mistake
-        print("\n".join(shopping(gaps)), file=sys.stderr)
+        print("\n".join(describe_missing(gaps)), file=sys.stderr)
         return USAGE
     plan = warned(completed(drafted))
     evaluators = ", ".join(score.name for score in plan.scores)
@@ -83,7 +83,7 @@ def plan(request: Request, only: Sequence[str], gpu: str) -> int:
     The exit code is 1 as long as something is missing.
     """
     from alignbench.experiment.plan import completed, draft, missing
-    from alignbench.launch import status_table, submissions
+    from alignbench.launch import submissions
     from alignbench.planning.plan_page import gpu_named, page
 
     assumed, store = gpu_named(gpu), request.store()
@@ -91,8 +91,8 @@ def plan(request: Request, only: Sequence[str], gpu: str) -> int:
     gaps = missing(drafted)
     plan = None if gaps else warned(completed(drafted))
     cells = selected(plan or drafted, only)
-    handed_out = status_table.handed_out(submissions.submissions(store, Path(drafted.document.manifest).stem))
-    print(page(drafted, plan, cells, store, assumed, gaps, handed_out))
+    jobs = submissions.known_jobs(submissions.read(store, Path(drafted.document.manifest).stem))
+    print(page(drafted, plan, cells, store, assumed, gaps, jobs))
     if plan is not None:
         print(summary(store, plan, cells))
     return USAGE if gaps else DONE

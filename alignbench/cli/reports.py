@@ -58,7 +58,7 @@ def _end() -> None:
 @uncollected
 def report(request: Request, out: str | None, formats: str | None) -> int:
     """Print a sweep's table from what the store has, and write it in every format: tables, web page, image grid."""
-    from alignbench.launch import status_table, submissions
+    from alignbench.launch import submissions
     from alignbench.reporting.analysis.results import Results
     from alignbench.reporting.report import FORMATS, build, check_formats
     from alignbench.store.artefacts import Store
@@ -68,7 +68,7 @@ def report(request: Request, out: str | None, formats: str | None) -> int:
     store = Store(request.folder)  # may be read-only
     store.check_folder()
     name, manifest = request.manifest(store)
-    results = Results(store.root, manifest, status_table.handed_out(submissions.submissions(store, name)), sweep=name)
+    results = Results(store.root, manifest, submissions.known_jobs(submissions.read(store, name)), sweep=name)
     paths = build(results, Path(out or f"outputs/{manifest.name}"), chosen)
     if "md" in chosen:
         print(paths[0].read_text(encoding="utf-8"))

@@ -106,7 +106,7 @@ def status(request: Request) -> int:
     store = request.store()
     if request.words:
         name, manifest = request.manifest(store)
-        rows = status_table.rows(store, manifest, submissions.submissions(store, name))
+        rows = status_table.rows(store, manifest, submissions.read(store, name))
         print(status_table.table(rows))
         return status_table.exit_code(rows)
     for path in store.manifests():
@@ -115,7 +115,7 @@ def status(request: Request) -> int:
         except UserError as error:  # of one sweep; the others are shown
             print(error, file=sys.stderr)
             continue
-        rows = status_table.rows(store, manifest, submissions.submissions(store, path.stem))
+        rows = status_table.rows(store, manifest, submissions.read(store, path.stem))
         print(f"{path.stem}: {status_table.summary(rows)}  (alignbench report {manifest.sweep or path.stem})")
     if not store.manifests():
         print(f"no sweep was run in {store.root} yet; try: alignbench sweep quickstart")
@@ -128,9 +128,9 @@ def status(request: Request) -> int:
 @STORE
 def logs(run: str, follow: bool, store: str) -> int:
     """Print what a run's jobs have written. RUN is a folder below the store's runs/, or how its name begins."""
-    from alignbench.launch import status_table
+    from alignbench.launch.logs import read
 
-    for text in status_table.log(usable_store(store), run, follow):
+    for text in read(usable_store(store), run, follow):
         print(text, end="", flush=True)
     return DONE
 
@@ -144,9 +144,9 @@ def cancel(request: Request, only: Sequence[str]) -> int:
 
     store = request.store()
     name, _ = request.manifest(store)
-    coming = submissions.under_way(submissions.submissions(store, name))
+    live = submissions.live_jobs(submissions.read(store, name))
     chosen = {cell.id for cell in selected(request.plan(), only)} if only else None
-    ended = sorted({ticket.job for ticket, _ in coming.values() if chosen is None or ticket.run in chosen})
+    ended = sorted({job.job for job, _ in live.values() if chosen is None or job.run in chosen})
     slurm.cancel(ended)
     print(f"{len(ended)} jobs cancelled" if ended else "no job of this sweep is queued or running on a cluster")
     return DONE
@@ -167,7 +167,7 @@ def retry(
 
     store = request.store()
     name, manifest = request.manifest(store)
-    records = submissions.submissions(store, name)
+    records = submissions.read(store, name)
     latest = next((record for record in records if record.launcher == "slurm"), None)
     plan = request.plan()
     again = {row.id for row in status_table.rows(store, manifest, records) if row.state in LOST}
@@ -196,11 +196,11 @@ def rerun(run: str, into: str | None, store: str) -> int:
     from alignbench.store.artefacts import Store
 
     place = Store(store)
-    remark, copy = rerun.elsewhere(place, run)
+    remark, copy = rerun.original_code(place, run)
     if remark:
         print(remark, flush=True)
     if copy:
-        return rerun.again_with(copy, ["rerun", run, "--store", store, *(["--into", into] if into else [])])
+        return rerun.run_with(copy, ["rerun", run, "--store", store, *(["--into", into] if into else [])])
     code = DONE
     for said in rerun.rerun(place, run, Path(into) if into else None):
         print(said, flush=True)
@@ -219,11 +219,11 @@ def gc(yes: bool, store: str) -> int:
     place = Store(store)
     items = cleanup.unused(place)
     for item in items:
-        print(f"{cleanup.shown(item.size):>9}  {item.what}: {item.why}")
+        print(f"{cleanup.human_size(item.size):>9}  {item.what}: {item.why}")
     if not items:
         print(f"{place.root}: there is nothing to delete")
         return DONE
-    what = f"{len(items)} items, {cleanup.shown(sum(item.size for item in items))}"
+    what = f"{len(items)} items, {cleanup.human_size(sum(item.size for item in items))}"
     if not yes and not sys.stdin.isatty():
         print(f"{what}; nothing was deleted: say --yes, or answer on a terminal")
         return DONE
@@ -304,7 +304,7 @@ def _submit(
     name = Path(plan.document.manifest).stem
     if wait:
         status_table.follow(store, shown, name)
-    rows = status_table.rows(store, shown, submissions.submissions(store, name))
+    rows = status_table.rows(store, shown, submissions.read(store, name))
     for row in rows:
         if row.state in LOST:
             print(f"alignbench: {row.title} {row.state}: {row.reason}", file=sys.stderr)

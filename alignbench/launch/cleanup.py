@@ -1,4 +1,4 @@
-"""What a store holds and no sweep refers to any more: found, and deleted if asked. What is being made is left alone."""
+"""Cleanup of a store: what no sweep refers to any more is listed, and deleted on request; active work is kept."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from alignbench.store.locks import Lock, alive, locks_held
 from alignbench.store.manifest import Manifest, read_manifest
 from alignbench.store.stages import Stage
 
-SETTLED = 3600.0  # seconds after which a half-written file's writer is gone
+SETTLED = 3600.0  # seconds after which the writer of a half-written file is presumed dead
+UNREFERENCED = "no sweep refers to it"
 
 
 class Item(NamedTuple):
-    """``paths`` go together; ``lock``: is held while they are deleted."""
+    """Paths that can be deleted together, and why; ``lock`` is held while they are deleted."""
 
     what: str
     paths: list[Path]
@@ -30,45 +31,45 @@ class Item(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Total size in bytes."""
         files = (file for path in self.paths for file in ([path] if path.is_file() else path.rglob("*")))
         return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
 
 
 def unused(store: Store) -> list[Item]:
-    """Everything that could go. UserError if a manifest cannot be read: then nobody knows what it refers to."""
+    """Return everything that can be deleted. Raise UserError if a manifest cannot be read: its needs are unknown."""
     manifests = [_read(path) for path in store.manifests()]
-    parts = [part for manifest in manifests for run in manifest.runs for part in run.artefacts(store)]
-    live = [record for record in submissions.submissions(store) if _live(record)]
-    kept = {part.id for part in parts} | {id for record in live for ticket in record.tickets for id in ticket.makes}
-    found = [*_runs(store, kept), *_images(store, kept), *_scores(store, kept)]
-    found += [
-        Item(f"checkpoints of {part.id}", [part.folder / "checkpoints"], "the run is finished", part.lock)
-        for part in {part.lock: part for part in parts}.values()
-        if part.stage is Stage.TRAIN and part.done and (part.folder / "checkpoints").is_dir()
+    artefacts = [artefact for manifest in manifests for run in manifest.runs for artefact in run.artefacts(store)]
+    live = [record for record in submissions.read(store) if _live(record)]
+    kept = {artefact.id for artefact in artefacts} | {id for record in live for job in record.jobs for id in job.makes}
+    items = [*_runs(store, kept), *_images(store, kept), *_scores(store, kept)]
+    items += [
+        Item(f"checkpoints of {run.id}", [run.folder / "checkpoints"], "the run is finished", run.lock)
+        for run in {artefact.lock: artefact for artefact in artefacts}.values()
+        if run.stage is Stage.TRAIN and run.done and (run.folder / "checkpoints").is_dir()
     ]
-    gone = [path for item in found for path in item.paths]
-    if not live and not locks_held(store.root):  # else a worker may just be starting from one
-        found += _snapshots(store, gone)
-        found += _embeddings(store, gone)
+    gone = [path for item in items for path in item.paths]
+    if not live and not locks_held(store.root):  # otherwise a worker may just be starting from one
+        items += _snapshots(store, gone)
+        items += _embeddings(store, gone)
     sweeps = {path.stem for path in store.manifests()}
-    found += _launches(store, sweeps, live)
-    found += [
+    items += _launches(store, sweeps, live)
+    items += [
         Item(f"tables {folder.name}", [folder], "its sweep is gone")
         for folder in _folders(store.tables)
         if folder.name not in sweeps
     ]
-    found += _reruns(store)
-    found += _halves(store, [*gone, *(path for item in found for path in item.paths)])
-    return [item for item in found if item.lock is None or not Lock(item.lock).held]
+    items += _reruns(store)
+    items += _half_written(store, [*gone, *(path for item in items for path in item.paths)])
+    return [item for item in items if item.lock is None or not Lock(item.lock).held]
 
 
 def delete(store: Store, items: Iterable[Item]) -> Iterator[Item]:
-    """Delete those of ``items`` that are unused still; yields each one that is gone."""
-    still = {item.what for item in unused(store)}
+    """Delete those of ``items`` that are still unused, and yield each deleted one."""
+    still_unused = {item.what for item in unused(store)}
     for item in items:
         lock = Lock(item.lock) if item.lock else None
-        if item.what not in still or (lock and not lock.try_acquire()):
+        if item.what not in still_unused or (lock and not lock.try_acquire()):
             continue
         try:
             for path in item.paths:
@@ -85,7 +86,7 @@ def _read(path: Path) -> Manifest:
     try:
         return read_manifest(path)
     except UserError:
-        what = "cannot be read, so what it needs is not known; mend or delete it first"
+        what = "cannot be read, so what it needs is not known; repair or delete it first"
         raise UserError(f"{path}: {what}") from None
 
 
@@ -93,25 +94,22 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
 
 
-NOBODY = "no sweep refers to it"
-
-
 def _runs(store: Store, kept: set[str]) -> Iterator[Item]:
     for folder in _folders(store.root / "runs"):
         if folder.name not in kept:
             curves = store.root / trackers.FOLDER / folder.name
             paths = [folder, *([curves] if curves.exists() else [])]
-            yield Item(f"run {folder.name}", paths, NOBODY, store.run(folder.name, True).lock)
+            yield Item(f"run {folder.name}", paths, UNREFERENCED, store.run(folder.name, True).lock)
 
 
 def _images(store: Store, kept: set[str]) -> Iterator[Item]:
     for folder in _folders(store.root / "images"):
         if folder.name not in kept:
-            yield Item(f"images {folder.name}", [folder], NOBODY, store.images(folder.name).lock)
+            yield Item(f"images {folder.name}", [folder], UNREFERENCED, store.images(folder.name).lock)
 
 
 def _scores(store: Store, kept: set[str]) -> Iterator[Item]:
-    """A score's table, what made it, a failure's record, and the parts of one that was not finished."""
+    """Yield the files of each unused score: its table, its provenance, the record of a failure, unfinished pieces."""
     for folder in _folders(store.root / "scores"):
         files: dict[str, list[Path]] = {}
         for path in sorted(folder.glob("[!.]*")):
@@ -119,13 +117,13 @@ def _scores(store: Store, kept: set[str]) -> Iterator[Item]:
         for stem, paths in files.items():
             if f"{folder.name}/{stem}" not in kept:
                 lock = store.scores(folder.name, f"{stem}.parquet").lock
-                yield Item(f"scores {folder.name}/{stem}", paths, NOBODY, lock)
+                yield Item(f"scores {folder.name}/{stem}", paths, UNREFERENCED, lock)
         if not any(folder.iterdir()):
             yield Item(f"scores {folder.name}", [folder], "it is empty")
 
 
 def _snapshots(store: Store, gone: list[Path]) -> Iterator[Item]:
-    """Copies of code with which nothing that stays was made, and from which no job was submitted."""
+    """Yield the code snapshots that made nothing of what is kept, and that no submitted job uses."""
     records = [*(store.root / "runs").glob(f"*/{provenance.FILE}"), *(store.root / "images").glob("*/protocol.json")]
     records += (store.root / "scores").glob("*/*.json")
     kept = [path for path in records if not any(path == other or path.is_relative_to(other) for other in gone)]
@@ -133,31 +131,31 @@ def _snapshots(store: Store, gone: list[Path]) -> Iterator[Item]:
     texts = [path.read_bytes() for path in kept]
     for folder in _folders(store.root / code_snapshot.CODE):
         if not any(folder.name.encode() in text for text in texts):
-            yield Item(f"code {folder.name}", [folder], "nothing that is here was made with it")
+            yield Item(f"code {folder.name}", [folder], "nothing in this store was made with it")
 
 
 def _embeddings(store: Store, gone: list[Path]) -> Iterator[Item]:
-    """Prompts' embeddings that no run which stays was made with: they can be computed again."""
+    """Yield the prompt embeddings that no kept run was made with; they can be computed again."""
     records = [path for path in (store.root / "runs").glob(f"*/{provenance.FILE}") if path.parent not in gone]
     texts = [path.read_bytes() for path in records]
     for folder in _folders(store.embeddings):
         if not any(folder.name.encode() in text for text in texts):
-            yield Item(f"embeddings {folder.name}", [folder], "no run that is here was made with them")
+            yield Item(f"embeddings {folder.name}", [folder], "no run in this store was made with them")
 
 
 def _live(record: submissions.Submission) -> bool:
-    """Is a launch under way? One of which that cannot be known is."""
+    """Return whether a launch is still active; if that cannot be known, assume that it is."""
     if record.launcher != "slurm":
         return record.host != socket.gethostname() or alive(record.pid)
     try:
-        return bool({ticket.job for ticket in record.tickets} & slurm.live([record.name]).keys())
-    except (UserError, OSError):  # this machine cannot ask
+        return bool({job.job for job in record.jobs} & slurm.live([record.name]).keys())
+    except (UserError, OSError):  # this machine cannot ask SLURM
         return True
 
 
 def _launches(store: Store, sweeps: set[str], live: list[submissions.Submission]) -> Iterator[Item]:
-    """Empty folders of launches, and those of ended launches of a sweep that is gone."""
-    records = {record.folder.resolve(): record for record in submissions.submissions(store)}
+    """Yield the folders of launches that are empty, or whose launch has ended and whose sweep is gone."""
+    records = {record.folder.resolve(): record for record in submissions.read(store)}
     for folder in _folders(store.root / "jobs"):
         record = records.get(folder.resolve())
         if not any(folder.iterdir()):
@@ -169,19 +167,19 @@ def _launches(store: Store, sweeps: set[str], live: list[submissions.Submission]
 def _reruns(store: Store) -> Iterator[Item]:
     for folder in _folders(store.root / "reruns"):
         if not locks_held(folder):
-            yield Item(f"rerun {folder.name}", [folder], NOBODY)
+            yield Item(f"rerun {folder.name}", [folder], UNREFERENCED)
 
 
-def _halves(store: Store, gone: list[Path]) -> Iterator[Item]:
-    """Half-written files and folders whose writer was killed."""
+def _half_written(store: Store, gone: list[Path]) -> Iterator[Item]:
+    """Yield half-written files and folders whose writer was killed."""
     for path in sorted(store.root.rglob(".*.tmp")):
         inside = any(path.is_relative_to(other) for other in gone)
         if not inside and time.time() - path.lstat().st_mtime > SETTLED:
             yield Item(f"half {path.relative_to(store.root)}", [path], "its writer is gone")
 
 
-def shown(size: float) -> str:
-    """``1.5 GB``."""
+def human_size(size: float) -> str:
+    """Return a number of bytes as text, as in ``1.5 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

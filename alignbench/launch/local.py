@@ -1,6 +1,4 @@
-"""Runs as submitit jobs: ``slurm`` (arrays, and this process ends), ``local`` (worker processes, a few at a time) or
-``debug`` (in this process, one by one).
-"""
+"""Launch of runs on this machine, as submitit jobs: ``local`` in worker processes, ``debug`` one by one in this one."""
 
 from __future__ import annotations
 
@@ -19,10 +17,9 @@ from typing import Any
 from alignbench.config import UserError, did_you_mean
 from alignbench.experiment.cells import PlannedRun
 from alignbench.experiment.plan import Plan
-from alignbench.launch import slurm
-from alignbench.launch import submissions as records
-from alignbench.launch.display import Display, show
-from alignbench.launch.pending import Job, Outcome, new_folder, task, unfinished
+from alignbench.launch import slurm, submissions
+from alignbench.launch.display import Display, Job, Outcome, show
+from alignbench.launch.pending import new_folder, task, unfinished
 from alignbench.launch.submissions import JobEntry
 from alignbench.run import execute
 from alignbench.run.code_snapshot import Snapshot, take
@@ -34,6 +31,7 @@ POLL = 0.2  # seconds
 
 
 def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
@@ -41,7 +39,7 @@ def cores() -> int:
 
 
 def check_launcher(name: str) -> None:
-    """UserError unless there is such a launcher, and it works on this machine."""
+    """Raise UserError unless the launcher exists and works on this machine."""
     if name not in LAUNCHERS:
         raise UserError(f"--launcher: there is no launcher '{name}'{did_you_mean(name, LAUNCHERS, 'launchers')}")
     if name == "slurm":
@@ -58,44 +56,48 @@ def launch(
     plugins: Sequence[str] = (),
     track: Sequence[str] = (),
 ) -> list[Outcome]:
-    """Make what is missing of ``cells``, here. A run that fails is reported and does not stop the others."""
-    works = unfinished(plan, cells, store)
+    """Make what is missing of ``cells`` on this machine. A run that fails is reported and does not stop the others."""
     folder = new_folder(plan, store)
-    queue = [Job(cell, list(todo), folder / f"{cell.id}-{n}.json") for n, (cell, todo) in enumerate(works)]
-    busy = {id(job.cell) for job in queue}
-    outcomes = [Outcome(cell, "done") for cell in cells if id(cell) not in busy]
+    queue = [
+        Job(run.cell, list(run.missing), folder / f"{run.cell.id}-{n}.json")
+        for n, run in enumerate(unfinished(plan, cells, store))
+    ]
+    queued = {id(job.cell) for job in queue}
+    outcomes = [Outcome(cell, "done") for cell in cells if id(cell) not in queued]
     if not queue:
         return outcomes
     gpus = _gpus() if launcher == "local" else []
     jobs = min(jobs or len(gpus) or cores(), len(queue)) if launcher == "local" else 1
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
-    tickets = [JobEntry("", "", [part.id for part in job.todo], job.cell.id, str(job.progress)) for job in queue]
-    records.write(folder, Path(plan.document.manifest).stem, launcher, tickets)
-    # submitit's files hold pickles: in a folder of this user's own, never in a store that others can write to
+    entries = [
+        JobEntry("", "", [artefact.id for artefact in job.missing], job.cell.id, str(job.progress)) for job in queue
+    ]
+    submissions.write(folder, Path(plan.document.manifest).stem, launcher, entries)
+    # submitit's files hold pickles: they go to a private folder, never to a store that others can write to
     with tempfile.TemporaryDirectory(prefix="alignbench-") as private:
-        work = Launch(plan, store, Path(private), queue, jobs, threads, gpus, list(plugins), track)
+        local_launch = LocalLaunch(plan, store, Path(private), queue, jobs, threads, gpus, list(plugins), track)
         try:
             with show(queue, len(cells)) as display:
-                outcomes += (work.debug if launcher == "debug" else work.local)(display)
+                outcomes += (local_launch.run_here if launcher == "debug" else local_launch.run_workers)(display)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return outcomes
 
 
 @dataclass
-class Launch:
-    """The queue of one sweep."""
+class LocalLaunch:
+    """One launch of a sweep on this machine."""
 
     plan: Plan
     store: Store
     folder: Path  # submitit's files
     queue: list[Job]
-    jobs: int
-    threads: int
-    gpus: list[int]
+    jobs: int  # worker processes at a time
+    threads: int  # of each worker
+    gpus: list[int]  # numbers of the GPUs to share out, one per worker
     plugins: list[str]
     track: Sequence[str]
-    code: Snapshot | None = None  # what workers run; None: this process's own modules
+    code: Snapshot | None = None  # the code that workers run; None: the modules of this process
 
     def task(self, job: Job, launcher: int | None) -> dict[str, Any]:
         return task(
@@ -109,8 +111,8 @@ class Launch:
             **({} if self.code else {"plugins": [str(Path(path).resolve()) for path in self.plugins]}),
         )  # fmt: skip
 
-    def debug(self, display: Display) -> list[Outcome]:
-        """One by one in this process."""
+    def run_here(self, display: Display) -> list[Outcome]:
+        """Run the queue one by one in this process."""
         import submitit
 
         executor = submitit.DebugExecutor(self.folder)
@@ -123,8 +125,8 @@ class Launch:
             display.end(job, outcomes[-1])
         return outcomes
 
-    def local(self, display: Display) -> list[Outcome]:
-        """At most ``jobs`` worker processes at a time; the next starts when one ends."""
+    def run_workers(self, display: Display) -> list[Outcome]:
+        """Run the queue in at most ``jobs`` worker processes at a time; the next starts when one ends."""
         self.code = take(self.store.root, self.plugins)
         waiting, running = list(self.queue), list[Job]()
         outcomes = []
@@ -151,14 +153,14 @@ class Launch:
         import submitit
 
         executor = submitit.LocalExecutor(self.folder)
-        mine = [self.gpus[job.slot % len(self.gpus)]] if self.gpus else []
-        executor.update_parameters(timeout_min=FOREVER, gpus_per_node=len(mine), visible_gpus=mine)
+        gpus = [self.gpus[job.slot % len(self.gpus)]] if self.gpus else []
+        executor.update_parameters(timeout_min=FOREVER, gpus_per_node=len(gpus), visible_gpus=gpus)
         variables = {"OMP_NUM_THREADS": str(self.threads), **(self.code.environment() if self.code else {})}
         with _environment(**variables), _child_output(self.folder / "submitit.log"):
             job.handle = executor.submit(execute, self.task(job, os.getpid()))
 
     def _collect(self, job: Job) -> Outcome:
-        """What a finished worker said, or that it ended without a word."""
+        """Return the outcome of a finished worker, also of one that was killed or could not start."""
         paths, log = job.handle.paths, self.store.root / "runs" / job.cell.id / "log.txt"
         if not paths.result_pickle.exists():
             reason = f"the worker was killed while {job.read()['stage']}: kill -9, or out of memory"
@@ -167,7 +169,7 @@ class Launch:
         if error is None:
             return settle(job, job.handle.result(), str(log))
         lines = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", str(error), re.MULTILINE) or ["no reason given"]
-        with suppress(OSError):  # submitit's own files go when the sweep ends
+        with suppress(OSError):  # submitit's files are deleted when the launch ends
             log.parent.mkdir(parents=True, exist_ok=True)
             log.open("a").write(str(error))
         reason = f"the worker could not start: {lines[-1][:300]}"
@@ -175,17 +177,17 @@ class Launch:
 
 
 def settle(job: Job, result: dict[str, Any], log: str) -> Outcome:
-    """The outcome of a worker; a failure that it could not put on record itself is recorded here."""
-    missing = [part for part in job.todo if not part.done]
+    """Return the outcome of a worker. A failure that it could not record itself is recorded here."""
+    missing = [artefact for artefact in job.missing if not artefact.done]
     if not missing:
         return Outcome(job.cell, "done")
-    if result["state"] == "failed" and all(part.failure is None for part in missing):
+    if result["state"] == "failed" and all(artefact.failure is None for artefact in missing):
         missing[0].fail(result["reason"], log)
     return Outcome(job.cell, result["state"], result["reason"])
 
 
 def cancel(running: Sequence[Job]) -> None:
-    """Interrupt the workers and wait until they are gone: submitit's controller kills those that do not end in time."""
+    """Interrupt the workers and wait until they end; submitit's controller kills those that do not end in time."""
     for job in running:
         job.handle.cancel()
     deadline = time.time() + 10
@@ -194,7 +196,7 @@ def cancel(running: Sequence[Job]) -> None:
 
 
 def _gpus() -> list[int]:
-    """Numbers of the GPUs that this process may use; a worker gets one of them."""
+    """Return the numbers of the GPUs that this process may use; each worker gets one."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -219,7 +221,10 @@ def _environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def _child_output(log: Path) -> Iterator[None]:
-    """Children started meanwhile write to ``log``: submitit's controller would print a traceback at every Ctrl-C."""
+    """Redirect the output of children started meanwhile to ``log``.
+
+    Otherwise submitit's controller would print a traceback at every Ctrl-C.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""A sweep as SLURM job arrays: one per stage and resource shape, each task waiting for its own predecessor alone.
+"""A sweep as SLURM job arrays: one per stage and set of resources; each task waits only for its own predecessor.
 
 submitit writes the batch files and submits them. Their command is ``python -m alignbench.run.slurm_job``, which reads
-its task from JSON: a store is shared, and a pickle in it would be code that anybody with write access can put there.
+its task from JSON: a store is shared, and with a pickle anyone with write access could plant code in it.
 """
 
 from __future__ import annotations
@@ -20,114 +20,108 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignbench.config import UserError
-from alignbench.store.artefacts import Artefact
+from alignbench.experiment.resources import LARGEST, Resources, resources
 from alignbench.store.stages import Stage
 
 if TYPE_CHECKING:
     from alignbench.experiment.cells import PlannedRun
     from alignbench.experiment.roles import Score
-from alignbench.experiment.resources import LARGEST, Resources, resources
-
-
-class PendingRun(NamedTuple):
-    """A cell with what of it is missing."""
-
-    cell: PlannedRun
-    todo: Sequence[Artefact]
+    from alignbench.launch.pending import PendingRun
 
 
 @dataclass
 class Array:
-    """Jobs of one stage. Task i works on ``cells[i]``, once task i of ``after`` has succeeded."""
+    """A job array of one stage. Task i works on ``cells[i]`` once task i of ``after`` has succeeded."""
 
     stage: Stage
     cells: list[PlannedRun]
     resources: Resources
     after: Array | None = None
     evaluator: str = ""
-    files: Sequence[str] = ()  # of its scores, below their image sets
-    job: str = ""  # SLURM's id, once submitted
+    files: Sequence[str] = ()  # its score files, relative to the folders of their image sets
+    job: str = ""  # SLURM's job id, once submitted
     number: int = 0
 
     @property
     def title(self) -> str:
+        """The stage and, when scoring, the evaluator, as in ``score hpsv2``."""
         return f"{self.stage.verb} {self.evaluator}".strip()
 
     def stages(self, cell: PlannedRun) -> list[Stage]:
-        """Return what the job of ``cell`` does."""
+        """Return the stages that the job of ``cell`` runs."""
         untrained = self.stage is Stage.GENERATE and not cell.trains
         return [Stage.TRAIN, Stage.GENERATE] if untrained else [self.stage]
 
 
 @dataclass
 class _Chain:
-    """Cells that go through the same stages with the same resources."""
+    """Runs that go through the same stages with the same resources."""
 
     train: Resources | None
     generate: Resources | None
-    works: list[PendingRun]
+    runs: list[PendingRun]
 
 
 def arrays(
-    slurm: dict[str, Any], works: Iterable[PendingRun], scored: Callable[[PlannedRun], Sequence[Score]]
+    slurm: dict[str, Any], pending: Iterable[PendingRun], scored: Callable[[PlannedRun], Sequence[Score]]
 ) -> list[Array]:
-    """All that is missing, predecessors first. Rows that share weights and images are worked on once.
+    """Return the arrays that make all that is missing, predecessors first. Rows that share a run are made once.
 
-    ``scored``: the evaluators of a cell, in the same order for all.
+    ``scored``: returns the evaluators of a cell, in the same order for all cells.
     """
-    found: list[Array] = []
-    for chain in _chains(slurm, works):
-        for start in range(0, len(chain.works), LARGEST):
-            found += _arrays_of(slurm, chain, chain.works[start : start + LARGEST], scored)
-    for number, array in enumerate(found):
+    made: list[Array] = []
+    for chain in _chains(slurm, pending):
+        for start in range(0, len(chain.runs), LARGEST):
+            made += _arrays_of(slurm, chain, chain.runs[start : start + LARGEST], scored)
+    for number, array in enumerate(made):
         array.number = number
-    return found
+    return made
 
 
-def _chains(slurm: dict[str, Any], works: Iterable[PendingRun]) -> list[_Chain]:
+def _chains(slurm: dict[str, Any], pending: Iterable[PendingRun]) -> list[_Chain]:
     chains: list[_Chain] = []
     seen = set[tuple[str, str]]()
-    for work in works:
-        if (work.cell.id, work.cell.images) in seen:
+    for run in pending:
+        if (run.cell.id, run.cell.images) in seen:
             continue
-        seen.add((work.cell.id, work.cell.images))
-        stages = {part.stage for part in work.todo}
-        if not work.cell.trains and Stage.TRAIN in stages:  # the job that makes the images puts it on record
+        seen.add((run.cell.id, run.cell.images))
+        stages = {artefact.stage for artefact in run.missing}
+        if not run.cell.trains and Stage.TRAIN in stages:  # recorded by the job that generates the images
             stages = stages - {Stage.TRAIN} | {Stage.GENERATE}
         train, generate = (
-            resources(slurm, stage, work.cell) if stage in stages else None for stage in (Stage.TRAIN, Stage.GENERATE)
+            resources(slurm, stage, run.cell) if stage in stages else None for stage in (Stage.TRAIN, Stage.GENERATE)
         )
         chain = next((c for c in chains if (c.train, c.generate) == (train, generate)), None)
         if chain is None:
             chains.append(chain := _Chain(train, generate, []))
-        chain.works.append(work)
+        chain.runs.append(run)
     return chains
 
 
 def _arrays_of(
-    slurm: dict[str, Any], chain: _Chain, works: Sequence[PendingRun], scored: Callable[[PlannedRun], Sequence[Score]]
+    slurm: dict[str, Any], chain: _Chain, runs: Sequence[PendingRun], scored: Callable[[PlannedRun], Sequence[Score]]
 ) -> Iterator[Array]:
-    cells = [work.cell for work in works]
+    cells = [run.cell for run in runs]
     last = None
-    for stage, wanted in ((Stage.TRAIN, chain.train), (Stage.GENERATE, chain.generate)):
-        if wanted is not None:
-            yield (last := Array(stage, cells, wanted, last))
+    for stage, requested in ((Stage.TRAIN, chain.train), (Stage.GENERATE, chain.generate)):
+        if requested is not None:
+            yield (last := Array(stage, cells, requested, last))
     for column in zip(*(scored(cell) for cell in cells)):
-        pairs = [(work.cell, score) for work, score in zip(works, column) if _lacks(work, score)]
-        if pairs:  # all of them wherever images are missing: then tasks of both arrays correspond
+        pairs = [(run.cell, score) for run, score in zip(runs, column) if _lacks(run, score)]
+        if pairs:  # where images are missing, so are all scores: then the tasks of both arrays correspond
             (first, score), files = pairs[0], [score.file for _, score in pairs]
-            asked = resources(slurm, Stage.SCORE, first, score.name)
-            yield Array(Stage.SCORE, [cell for cell, _ in pairs], asked, last, score.name, files)
+            requested = resources(slurm, Stage.SCORE, first, score.name)
+            yield Array(Stage.SCORE, [cell for cell, _ in pairs], requested, last, score.name, files)
 
 
-def _lacks(work: PendingRun, score: Score) -> bool:
-    sets = [work.cell.images, *(images for _, images in work.cell.milestones)]
+def _lacks(run: PendingRun, score: Score) -> bool:
+    sets = [run.cell.images, *(images for _, images in run.cell.milestones)]
     names = {f"{images}/{score.file.removesuffix('.parquet')}" for images in sets}
-    return any(part.id in names for part in work.todo)
+    return any(artefact.id in names for artefact in run.missing)
 
 
 def check() -> None:
-    """UserError unless jobs can be submitted from here."""
+    """Raise UserError unless jobs can be submitted from this machine."""
     if missing := [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]:
         raise UserError(
             f"--launcher slurm: there is no {missing[0]} on this machine; start it on a login node of a SLURM cluster, "
@@ -136,14 +130,14 @@ def check() -> None:
 
 
 def submit(array: Array, folder: Path, name: str, environment: dict[str, str]) -> None:
-    """Hand an array to SLURM; its id is noted in it. ``environment``: of its jobs, beside the one of this process.
+    """Submit an array to SLURM and set its ``job``. ``environment``: variables added to this process' environment.
 
-    UserError with SLURM's own words if it is refused.
+    Raise UserError with SLURM's own message if it is refused.
     """
     import submitit
 
     if "%" in str(folder):
-        raise UserError(f"{folder}: SLURM would read the % as a pattern; choose a store without one in its path")
+        raise UserError(f"{folder}: SLURM would read the % as a pattern; choose a store without % in its path")
     executor = submitit.SlurmExecutor(folder)
     extra: dict[str, Any] = {"chdir": os.getcwd(), "requeue": True}
     if array.after is not None:
@@ -155,11 +149,11 @@ def submit(array: Array, folder: Path, name: str, environment: dict[str, str]) -
         **array.resources.options(),
     )
     executor.parameters["map_count"] = len(array.cells)
-    # until Python listens to it, the signal of the time limit would end the task
+    # the signal sent before the time limit would end the task until Python handles it
     words = ["bash", "-c", 'trap "" USR2; exec "$@"', "job"]
     words += [sys.executable, "-P", "-u", "-m", "alignbench.run.slurm_job", str(folder / f"{array.number}.json")]
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, and raises it
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, and also raises it
             array.job = executor._submit_command(shlex.join(words)).job_id
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"SLURM refused the jobs that {array.title}: {_refusal(str(error))}") from None
@@ -171,22 +165,25 @@ def _refusal(text: str) -> str:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """End them. Unknown and finished ones are no error."""
+    """Cancel jobs. Unknown and finished ones are ignored."""
     if jobs:
         subprocess.run(["scancel", *jobs], capture_output=True, check=False)
 
 
-class Live(NamedTuple):
-    """A job that has not ended."""
+class LiveJob(NamedTuple):
+    """A SLURM job that has not ended."""
 
     state: str  # PENDING, RUNNING, COMPLETING, ...
     reason: str  # why it waits
     restarts: int
-    left: str  # of its time, as SLURM prints it
+    left: str  # time left, as SLURM prints it
 
 
-def live(names: Iterable[str]) -> dict[str, Live]:
-    """``12_3`` -> of every job called one of ``names`` that has not ended. UserError if SLURM does not answer."""
+def live(names: Iterable[str]) -> dict[str, LiveJob]:
+    """Return the jobs with one of these names that have not ended, by id (``12_3``).
+
+    Raise UserError if SLURM does not answer.
+    """
     chosen = sorted(set(names))
     if not chosen or shutil.which("squeue") is None:
         return {}
@@ -195,15 +192,15 @@ def live(names: Iterable[str]) -> dict[str, Live]:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"SLURM does not answer: {_refusal(done.stderr)}; try again")
-    found = {}
+    jobs = {}
     for line in done.stdout.splitlines():
         array, task, state, restarts, left, reason = (part.strip() for part in line.split("|", 5))
-        found[f"{array}_{task}"] = Live(state, reason, int(restarts or 0), left)
-    return found
+        jobs[f"{array}_{task}"] = LiveJob(state, reason, int(restarts or 0), left)
+    return jobs
 
 
-def ended(job: str) -> str:
-    """How a job ended, in SLURM's words (``TIMEOUT``), as far as it remembers."""
+def final_state(job: str) -> str:
+    """Return how a job ended, in SLURM's words (``TIMEOUT``); "" if SLURM does not know."""
     if shutil.which("sacct") is None:
         return ""
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Submission of a sweep to SLURM."""
+"""Submission of a sweep to SLURM: which arrays, their tasks, and the record of the jobs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 from alignbench.experiment.cells import PlannedRun
 from alignbench.experiment.plan import Plan
 from alignbench.experiment.spec import check_parts, check_ranks
-from alignbench.launch import slurm
-from alignbench.launch import submissions as records
+from alignbench.launch import slurm, submissions
 from alignbench.launch.pending import new_folder, task, unfinished
 from alignbench.launch.submissions import JobEntry
 from alignbench.run.code_snapshot import Snapshot, take
@@ -28,15 +27,17 @@ def submit(
     plugins: Sequence[str],
     track: Sequence[str] = (),
 ) -> int:
-    """Hand all that is missing, and not under way already, to SLURM; how many jobs that makes.
+    """Submit all that is missing and not already queued or running, and return the number of jobs.
 
-    UserError if SLURM refuses one: those submitted before it by this call are cancelled.
+    Raise UserError if SLURM refuses an array; the arrays that this call has already submitted are cancelled.
     """
-    coming = records.under_way(records.submissions(store))
-    # a row of which one part is under way and another is not is handed out whole: then each part waits for what it
-    # needs, and whoever comes second to a part finds it made, or its lock held
-    works = [work for work in unfinished(plan, cells, store) if any(part.id not in coming for part in work.todo)]
-    arrays = slurm.arrays(options, works, plan.scored)
+    live = submissions.live_jobs(submissions.read(store))
+    # a run of which only some artefacts are under way is submitted whole: each job then waits for what it needs, and
+    # the second job to reach an artefact finds it made, or its lock held
+    pending = [
+        run for run in unfinished(plan, cells, store) if any(artefact.id not in live for artefact in run.missing)
+    ]
+    arrays = slurm.arrays(options, pending, plan.scored)
     for array in arrays:
         if array.stage is Stage.TRAIN:
             for cell in array.cells:
@@ -47,14 +48,14 @@ def submit(
         return 0
     code = take(store.root, plugins)
     folder, name = new_folder(plan, store), f"alignbench-{plan.document.name}"
-    tickets: list[JobEntry] = []
+    jobs: list[JobEntry] = []
     try:
         for array in arrays:
             _write_tasks(plan, store, array, folder, code, track)
             slurm.submit(array, folder, name, code.environment())
-            tickets += _tickets(store, array, folder)
-            records.write(folder, Path(plan.document.manifest).stem, "slurm", tickets, name, options)
-    except BaseException:  # a half of the jobs would be a sweep that nobody asked for
+            jobs += _job_entries(store, array, folder)
+            submissions.write(folder, Path(plan.document.manifest).stem, "slurm", jobs, name, options)
+    except BaseException:  # a sweep is submitted whole or not at all
         slurm.cancel([array.job for array in arrays if array.job])
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -84,8 +85,8 @@ def _write_tasks(
     write_json(folder / f"{array.number}.json", {"tasks": tasks})
 
 
-def _tickets(store: Store, array: slurm.Array, folder: Path) -> list[JobEntry]:
-    def makes(cell: PlannedRun, stage: Stage) -> list[Artefact]:
+def _job_entries(store: Store, array: slurm.Array, folder: Path) -> list[JobEntry]:
+    def artefacts(cell: PlannedRun, stage: Stage) -> list[Artefact]:
         if stage is Stage.TRAIN:
             return [store.run(cell.id, cell.trains)]
         sets = [cell.images, *(images for _, images in cell.milestones)]
@@ -97,7 +98,7 @@ def _tickets(store: Store, array: slurm.Array, folder: Path) -> list[JobEntry]:
         JobEntry(
             job=f"{array.job}_{i}",
             stage=array.title,
-            makes=[part.id for stage in array.stages(cell) for part in makes(cell, stage)],
+            makes=[artefact.id for stage in array.stages(cell) for artefact in artefacts(cell, stage)],
             run=cell.id,
             progress=_progress(folder, array, i),
         )

@@ -1,7 +1,6 @@
-"""What a sweep will cost before it is started: network evaluations measured on a toy, the rest by arithmetic.
+"""The cost of a run before it starts: GPU-hours, memory and disk.
 
-How often a method calls the network is not declared anywhere: its own code is run once on an analytic flow, with the
-draws that training will make, and counted. So plug-in methods are estimated as the built-in ones are.
+Network evaluations are counted on a toy flow (``observe``); the rest is arithmetic on the model's configuration.
 """
 
 from __future__ import annotations
@@ -11,6 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignbench.backends.cost.formulas import GPU, Model
 from alignbench.config import UserError
+from alignbench.planning.memory import (
+    ITEM_BYTES,
+    MOMENT_BYTES,
+    WEIGHT_BYTES,
+    cost_model,
+    estimate_memory,
+    toy_bytes,
+    trained_parameters,
+)
+from alignbench.planning.observe import Usage, negative_gradient, not_estimable, observe_cached
 from alignbench.prompts import load_prompts
 from alignbench.prompts.public import SETS
 
@@ -18,44 +27,42 @@ if TYPE_CHECKING:
     from alignbench.evaluator import Evaluator
     from alignbench.experiment.cells import PlannedRun
     from alignbench.experiment.spec import Evaluation
-from alignbench.planning.memory import ITEM, MOMENTS, WEIGHTS, measures, memory, negative, seconds, trained_parameters
-from alignbench.planning.observe import Usage, not_estimable, watch_once
 
 PNG = 2.0  # bytes per pixel of a photograph; drawings take less
 HOUR = 3600.0
 
 
 class CostEstimate(NamedTuple):
-    """Of one run. Hours are of one GPU, the rest bytes. ``usage``: of training; None where nothing is trained."""
+    """The estimated cost of one run: hours of one GPU, sizes in bytes."""
 
     images: int = 0  # training images
-    usage: Usage | None = None
+    usage: Usage | None = None  # of training; None if nothing is trained
     train: float = 0.0  # hours
-    generate: float = 0.0
-    score: float = 0.0
-    memory: float = 0.0  # peak, of training or of sampling
-    weights: int = 0  # of the trained weights' files, milestones and all, their headers left out
-    state: int = 0  # of the checkpoints that are there while it trains
-    pictures: float = 0.0
-    unknown: str = ""  # why there is no estimate of it
+    generate: float = 0.0  # hours
+    score: float = 0.0  # hours
+    memory: float = 0.0  # peak of training or sampling, whichever is larger
+    weights: int = 0  # files of the trained weights, with milestones, without their headers
+    state: int = 0  # checkpoints kept while it trains
+    image_files: float = 0.0
+    unknown: str = ""  # why the run cannot be estimated
 
 
 def estimate(cell: PlannedRun, evaluation: Evaluation, evaluators: Sequence[Evaluator], gpu: GPU) -> CostEstimate:
-    """What a run will cost on one ``gpu``. Needs no file; those of the model that are there are looked at.
+    """Return the cost of a run on one ``gpu``. No file is required; the model's are read where they are present.
 
-    ``evaluators``: those of the evaluation, built.
+    ``evaluators``: those of the evaluation, already built.
     """
     try:
-        model = measures(cell.backend)
+        model = cost_model(cell.backend)
     except UserError as error:
         return CostEstimate(unknown=str(error))
-    plan = Pieces(cell, evaluation, evaluators, model, gpu)
-    found = plan.sampled()
-    return plan.trained(found) if cell.method.trains else found
+    estimator = Estimator(cell, evaluation, evaluators, model, gpu)
+    evaluated = estimator.evaluation_cost()
+    return estimator.add_training(evaluated) if cell.method.trains else evaluated
 
 
-class Pieces(NamedTuple):
-    """What an estimate is put together from."""
+class Estimator(NamedTuple):
+    """The inputs of an estimate, and its arithmetic."""
 
     cell: PlannedRun
     evaluation: Evaluation
@@ -69,20 +76,20 @@ class Pieces(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """FLOP/s."""
+        """Speed of the GPU in FLOP/s, in the backend's dtype."""
         return getattr(self.gpu, self.backend.dtype) * 1e12
 
     @property
     def itemsize(self) -> int:
-        return ITEM[self.backend.dtype]
+        return ITEM_BYTES[self.backend.dtype]
 
     @property
     def frozen(self) -> float:
-        """Bytes of text encoders and autoencoder."""
+        """Size of text encoders and autoencoder in bytes."""
         return self.model.frozen * self.itemsize
 
-    def sampled(self) -> CostEstimate:
-        """Evaluation: pictures made and scored."""
+    def evaluation_cost(self) -> CostEstimate:
+        """Return the cost of generating and scoring the evaluation's images."""
         protocol, model = self.cell.protocol, self.model
         tokens = model.tokens(protocol.size, self.backend.text_tokens)
         images = prompt_count(protocol.prompts, self.evaluation.limit) * protocol.images_per_prompt
@@ -92,61 +99,61 @@ class Pieces(NamedTuple):
         memory = self.frozen + model.transformer.parameters * self.itemsize
         return CostEstimate(
             generate=images * flops / self.rate / HOUR,
-            score=images * sum(map(seconds, self.evaluators)) / HOUR,
+            score=images * sum(map(scoring_seconds, self.evaluators)) / HOUR,
             memory=memory + model.transformer.block_bytes(tokens, self.itemsize),
-            pictures=images * protocol.size**2 * PNG,
+            image_files=images * protocol.size**2 * PNG,
         )
 
     @property
     def share_at_milestones(self) -> float:
-        """Of the evaluation's pictures: how many are made at a milestone."""
-        name, fewer = self.cell.protocol.prompts, self.evaluation.at_milestones
-        return prompt_count(name, fewer.limit) / prompt_count(name, self.evaluation.limit)
+        """Fraction of the evaluation's images that are generated at each milestone."""
+        name, at_milestones = self.cell.protocol.prompts, self.evaluation.at_milestones
+        return prompt_count(name, at_milestones.limit) / prompt_count(name, self.evaluation.limit)
 
-    def trained(self, found: CostEstimate) -> CostEstimate:
-        """``found``, and training."""
+    def add_training(self, evaluated: CostEstimate) -> CostEstimate:
+        """Return the cost of the whole run, given that of evaluating its final weights."""
         training, rewards = self.cell.spec.training, self.cell.rewards
         try:
-            watched = watch_once(self.cell.method, training, len(rewards), negative(self.backend))
+            observation = observe_cached(self.cell.method, training, len(rewards), negative_gradient(self.backend))
         except Exception as error:
             return CostEstimate(unknown=not_estimable(error))
-        per_image = self.seconds_per_image(watched.mean)
-        batches, usage = watched.batches(training, per_image), watched.mean
+        seconds = self.training_seconds(observation.mean)
+        batches, usage = observation.batches(training, seconds), observation.mean
         trained = trained_parameters(self.backend, self.model)
-        held_at_once = memory(training, self.cell.parts, self.model, usage)
-        network, held = WEIGHTS[training.optimizer.weights]
-        last, average = held or network, 4 * (training.optimizer.ema is not None)
-        reached = sum(update <= watched.made(batches) for update in training.milestones)
-        sets = 1 + reached * self.share_at_milestones
-        return found._replace(
-            generate=found.generate * sets,
-            score=found.score * sets,
-            pictures=found.pictures * sets,
+        memory = estimate_memory(training, self.cell.parts, self.model, usage)
+        network, master = WEIGHT_BYTES[training.optimizer.weights]
+        kept, ema = master or network, 4 * (training.optimizer.ema is not None)
+        reached = sum(update <= observation.updates_in(batches) for update in training.milestones)
+        image_sets = 1 + reached * self.share_at_milestones
+        return evaluated._replace(
+            generate=evaluated.generate * image_sets,
+            score=evaluated.score * image_sets,
+            image_files=evaluated.image_files * image_sets,
             images=training.batch * batches,
             usage=usage,
-            train=training.batch * batches * per_image / HOUR,
-            memory=max(found.memory, held_at_once.peak),
-            weights=trained * (last + average) * (1 + reached),
-            state=int(trained * (last + average + MOMENTS[training.optimizer.moments])) * training.keep,
+            train=training.batch * batches * seconds / HOUR,
+            memory=max(evaluated.memory, memory.peak),
+            weights=trained * (kept + ema) * (1 + reached),
+            state=int(trained * (kept + ema + MOMENT_BYTES[training.optimizer.moments])) * training.keep,
         )
 
-    def seconds_per_image(self, usage: Usage) -> float:
-        """Of training."""
+    def training_seconds(self, usage: Usage) -> float:
+        """Return the seconds of training per image."""
         backend, model = self.backend, self.model
         tokens = model.tokens(backend.size, backend.text_tokens)
-        again = 1 if backend.gradient_checkpointing else 0
+        recomputed = 1 if backend.gradient_checkpointing else 0
         forward = model.transformer.forward(tokens)
-        with_gradient = (1 + again) * forward + model.transformer.backward(tokens, backend.tune == "full")
+        with_gradient = (1 + recomputed) * forward + model.transformer.backward(tokens, backend.tune == "full")
         flops = (usage.forward + usage.recomputed) * forward + usage.grad * with_gradient
-        flops += (usage.decodes + (1 + again) * usage.decodes_grad) * model.decoder.forward(backend.size)
+        flops += (usage.decodes + (1 + recomputed) * usage.decodes_grad) * model.decoder.forward(backend.size)
         flops += model.encode(tokens.text)
-        rewards = [seconds(term.evaluator) for term in self.cell.rewards]
+        rewards = [scoring_seconds(term.evaluator) for term in self.cell.rewards]
         backward = 3 if usage.decodes_grad else 1
         return flops / self.rate + usage.rewards * backward * sum(rewards) / len(rewards)
 
 
 def prompt_count(name: str, limit: int | None) -> int:
-    """How many prompts a list has, also if its file is not there yet."""
+    """Return the number of prompts in a list, at most ``limit``; for a public set, even before its file is fetched."""
     try:
         count = len(load_prompts(name))
     except UserError:
@@ -154,3 +161,8 @@ def prompt_count(name: str, limit: int | None) -> int:
             raise
         count = SETS[name].size
     return min(count, limit or count)
+
+
+def scoring_seconds(evaluator: Evaluator) -> float:
+    """Return the seconds of one GPU per image, as the evaluator's class declares them; 0 for toy weights."""
+    return 0.0 if toy_bytes(evaluator) is not None else evaluator.seconds_per_image or 0.0

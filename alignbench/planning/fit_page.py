@@ -1,4 +1,4 @@
-"""The page that `alignbench fit` prints: does training fit a GPU, part by part, and what would make it fit."""
+"""The page that `alignbench fit` prints: the memory of training by part, and the settings that would make it fit."""
 
 from __future__ import annotations
 
@@ -22,32 +22,37 @@ HEAD = (
     *("not checkpointed", "micro-batch", "largest"),
 )
 LEGEND = (
-    "frozen: text encoders (unless embeddings are stored), autoencoder, and under LoRA the network; weights: those",
-    "trained, with gradients; base: a copy of the untrained model; casts: of trained weights, by autocast, or gathered",
-    "by FSDP; graphs: what autograd keeps of the evaluations that one micro-batch differentiates; work: beside them,",
-    "the decoder's backward or one block's; not checkpointed: the peak without gradient checkpointing; largest:",
-    "micro-batch that fits",
+    "frozen: text encoders (unless embeddings are stored), autoencoder, and under LoRA the network; weights: trained",
+    "weights with gradients; average: EMA; base: copy of the untrained model; casts: autocast's copies of trained",
+    "weights, or the weights that FSDP gathers; graphs: activations that autograd keeps for one micro-batch; work: the",
+    "backward of the decoder or of one block, beside the graphs; not checkpointed: the peak without gradient",
+    "checkpointing; largest: largest micro-batch that fits",
 )
 Change = Callable[[RunSpec], RunSpec]
 
 
 class Group(NamedTuple):
-    """How many GPUs train a run, and how they share the model."""
+    """The number of GPUs that train a run, and how they share the model (``ddp`` or ``fsdp``)."""
 
     size: int = 1
     parallel: str = "ddp"
 
     def memory(self, spec: RunSpec, registry: Registry) -> Memory:
-        """Of each of them."""
+        """Return the memory of each of the GPUs."""
         return training_memory(spec, registry, *self)
 
 
-ALONE = Group()
+SINGLE_GPU = Group()
 
 
-def page(name: str, specs: Sequence[RunSpec], registry: Registry, gpu: GPU, ranks: Group = ALONE) -> tuple[str, bool]:
-    """The text, and whether every one of ``specs`` fits. Those that differ in their seed alone are told once."""
-    room, rows, below, fits = gpu.memory * GB, [], [], True
+LORA = "backend.tune=lora"
+
+
+def page(
+    name: str, specs: Sequence[RunSpec], registry: Registry, gpu: GPU, ranks: Group = SINGLE_GPU
+) -> tuple[str, bool]:
+    """Return the text, and whether every one of ``specs`` fits. Specs that differ only in their seed share a row."""
+    room, rows, notes, fits = gpu.memory * GB, [], [], True
     for spec in specs:
         check_ranks(spec.training, ranks.size, spec.label)
         check_parts(spec.training, ranks.parallel, f"{spec.label}: training")
@@ -55,67 +60,70 @@ def page(name: str, specs: Sequence[RunSpec], registry: Registry, gpu: GPU, rank
         try:
             memory = ranks.memory(spec, registry)
         except UserError as error:
-            below.append(str(error))
+            notes.append(str(error))
             continue
         rows.append(_row(spec, memory, registry, room, ranks))
         if memory.peak > room:
             fits = False
-            below += _told(spec, memory, registry, room, ranks)
+            notes += _advice(spec, memory, registry, room, ranks)
+    count, each = ("one", "") if ranks.size == 1 else (f"{ranks.size} x", f" of each, {ranks.parallel}")
     text = [
-        f"{name}, training on {_counted(ranks)} {gpu.name} of {gpu.memory:g} GB; in GB{_each(ranks)}:",
+        f"{name}, training on {count} {gpu.name} of {gpu.memory:g} GB; in GB{each}:",
         text_table([HEAD, *rows], right=range(2, len(HEAD))),
         *LEGEND,
-        f"Within 3 % of what was measured on one H200 with LoRA and checkpointing; be prepared for {MEMORY_ERROR:.0%}",
-        *([""] if below else []),
-        *below,
+        f"Within 3 % of what was measured on one H200 with LoRA and checkpointing; otherwise allow {MEMORY_ERROR:.0%}",
+        *([""] if notes else []),
+        *notes,
     ]
     return "\n".join(text), fits
 
 
 def check_room(spec: RunSpec, registry: Registry, ranks: Group, free: int, total: int) -> str:
-    """What a run is to be warned of before its model is loaded; "" if nothing. Bytes of the GPU that it is on.
+    """Return a warning for a run whose model is not loaded yet, or "". ``free``, ``total``: bytes of its GPU.
 
-    UserError if training is too large for the whole GPU, by more than the estimate may be wrong; with FSDP, whose
-    estimate was never held against a measurement, that is a warning too.
+    Raise UserError if training exceeds the whole GPU by more than the estimate's error. With FSDP, whose estimate was
+    never compared with a measurement, this is only a warning.
     """
     try:
         memory = ranks.memory(spec, registry)
-    except UserError:  # nothing is known
+    except UserError:  # there is no estimate
         return ""
     if memory.peak <= free:
         return ""
-    smaller = [f"{text} saves {size(saved)}" for text, saved, _ in remedies(spec, memory, registry, ranks)]
-    needed, instead = (
-        f"training needs about {size(memory.peak)} of GPU memory",
-        ", ".join(smaller) or "use a larger one",
-    )
+    savings = [f"{text} saves {size(saved)}" for text, saved, _ in remedies(spec, memory, registry, ranks)]
+    needed = f"training needs about {size(memory.peak)} of GPU memory"
+    advice = ", ".join(savings) or "use a larger GPU"
     if memory.peak > total * (1 + MEMORY_ERROR) and ranks.parallel != "fsdp":
-        raise UserError(f"{needed}, and this GPU has {size(total)}; {instead}")
-    return f"{needed}, and {size(free)} of this GPU's {size(total)} are free; {instead}"
+        raise UserError(f"{needed}, and this GPU has {size(total)}; {advice}")
+    return f"{needed}, and {size(free)} of this GPU's {size(total)} are free; {advice}"
 
 
 def remedies(
-    spec: RunSpec, memory: Memory, registry: Registry, ranks: Group = ALONE
+    spec: RunSpec, memory: Memory, registry: Registry, ranks: Group = SINGLE_GPU
 ) -> list[tuple[str, float, Change]]:
-    """Each setting that alone saves some of ``memory``, as it is typed, with the bytes; images stay as large."""
-    found = []
-    for text, change in _smaller(spec, registry, ranks):
+    """Return each setting that saves memory on its own: as it is typed, the bytes saved, and the change of the spec.
+
+    The image size is never changed.
+    """
+    useful = []
+    for text, change in _candidates(spec, registry, ranks):
         saved = memory.peak - ranks.memory(change(spec), registry).peak
         if saved >= GB / 10:
-            found.append((text, saved, change))
-    return found
+            useful.append((text, saved, change))
+    return useful
 
 
-def _told(spec: RunSpec, memory: Memory, registry: Registry, room: float, ranks: Group) -> list[str]:
-    """What would make it fit; for all weights also what would without adapters."""
-    found = remedies(spec, memory, registry, ranks)
-    if not found:
-        return [f"{spec.label} needs {size(memory.peak)}, {size(memory.peak - room)} too much; no setting saves any"]
-    lines = [f"{spec.label} needs {size(memory.peak)}, {size(memory.peak - room)} too much"]
-    lines += [f"  {text} saves {size(saved)}" for text, saved, _ in found]
-    ways = {"with all of these": found, f"with all but {LORA}": [each for each in found if each[0] != LORA]}
+def _advice(spec: RunSpec, memory: Memory, registry: Registry, room: float, ranks: Group) -> list[str]:
+    """Return the settings that would make it fit, together with LoRA and, when all weights are trained, without."""
+    useful = remedies(spec, memory, registry, ranks)
+    needs = f"{spec.label} needs {size(memory.peak)}, {size(memory.peak - room)} too much"
+    if not useful:
+        return [f"{needs}; no setting saves any"]
+    lines = [needs, *(f"  {text} saves {size(saved)}" for text, saved, _ in useful)]
+    without_lora = [remedy for remedy in useful if remedy[0] != LORA]
+    ways = {"with all of these": useful, f"with all but {LORA}": without_lora}
     for words, changes in ways.items():
-        if changes and (changes is found or len(changes) < len(found)):
+        if changes and (changes is useful or len(changes) < len(useful)):
             left = ranks.memory(_changed(spec, changes), registry).peak
             lines.append(f"  {words} {size(left)}: {'fits' if left <= room else 'still too much'}")
     return lines
@@ -127,13 +135,11 @@ def _changed(spec: RunSpec, changes: Sequence[tuple[str, float, Change]]) -> Run
     return spec
 
 
-LORA = "backend.tune=lora"
-
-
-def _smaller(spec: RunSpec, registry: Registry, ranks: Group) -> Iterator[tuple[str, Change]]:
+def _candidates(spec: RunSpec, registry: Registry, ranks: Group) -> Iterator[tuple[str, Change]]:
+    """Yield the settings that may save memory, as they are typed, and what they change."""
     if spec.backend["tune"] != "lora":
         yield LORA, functools.partial(_with, tune="lora")
-        yield from _of_all_weights(spec, ranks)
+        yield from _full_training_candidates(spec, ranks)
     if not spec.backend["gradient_checkpointing"]:
         yield "backend.gradient_checkpointing=true", functools.partial(_with, gradient_checkpointing=True)
     if spec.backend.get("embeddings") == "computed":
@@ -146,8 +152,8 @@ def _smaller(spec: RunSpec, registry: Registry, ranks: Group) -> Iterator[tuple[
             return
 
 
-def _of_all_weights(spec: RunSpec, ranks: Group) -> Iterator[tuple[str, Change]]:
-    """Settings of training that matter where all weights are trained; adapters have a hundredth of them."""
+def _full_training_candidates(spec: RunSpec, ranks: Group) -> Iterator[tuple[str, Change]]:
+    """Yield the settings that matter only when all weights are trained; adapters have a hundredth of the weights."""
     training = spec.training
     if training.optimizer.ema is not None and not training.ema_on_host:
         yield "training.ema_on_host=true", functools.partial(_trained, ema_on_host=True)
@@ -176,14 +182,6 @@ def _optimized(spec: RunSpec, **settings: Any) -> RunSpec:
 def _row(spec: RunSpec, memory: Memory, registry: Registry, room: float, ranks: Group) -> list[str]:
     parts = (*memory[:7], memory.graphs * memory.size, memory.work * memory.size, memory.peak)
     figures = [*parts, ranks.memory(_with(spec, gradient_checkpointing=False), registry).peak]
-    largest = min(memory.largest(room), spec.training.batch // ranks.size)
-    shown = [about(part / GB) if part else "-" for part in figures]
-    return [spec.label, "yes" if memory.peak <= room else "NO", *shown, str(memory.size), str(largest)]
-
-
-def _counted(ranks: Group) -> str:
-    return "one" if ranks.size == 1 else f"{ranks.size} x"
-
-
-def _each(ranks: Group) -> str:
-    return "" if ranks.size == 1 else f" of each, {ranks.parallel}"
+    largest = min(memory.largest_micro_batch(room), spec.training.batch // ranks.size)
+    cells = [about(part / GB) if part else "-" for part in figures]
+    return [spec.label, "yes" if memory.peak <= room else "NO", *cells, str(memory.size), str(largest)]

@@ -1,8 +1,8 @@
-"""What a direct-gradient method's gradient does, measured on an analytic flow: the ticks of LeapAlign's table 1.
+"""The ticks of LeapAlign's table 1: gradient paths of direct-gradient methods, measured on an analytic flow.
 
     python -m alignbench.planning.gradient_paths table2 > reports/measured-table1.csv
 
-The flow has one bias per sampler step, whose gradient says whether, and how far, that step is trained.
+The flow has one bias per sampler step; the gradient of a bias shows whether that step is trained, and how strongly.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 DRAWS = 24  # batches, each with its own draw of the trained steps
 
 
-class Seen(AffineFlow):
-    """``linked``: does gradient flow into the network's input? ``field``: does the velocity depend on the latent?"""
+class RecordingFlow(AffineFlow):
+    """An affine flow that records the last sampler step taken.
+
+    ``linked``: whether gradient flows into the network's input. ``field``: whether the velocity depends on the latent.
+    """
 
     def __init__(self, steps: int, linked: bool = True, field: bool = True) -> None:
         super().__init__(steps)
-        self.linked, self.last = linked, -1  # last: the latest step that was made
+        self.linked, self.last = linked, -1  # last: index of the latest step taken
         if not field:
             self.A = torch.zeros_like(self.A)
 
@@ -45,37 +48,37 @@ class Seen(AffineFlow):
 
 
 def ticks(method: AlignMethod) -> dict[str, bool]:
-    """The four columns of table 1, each true if it is so in any of DRAWS batches."""
-    found = [_ticks(method, step) for step in range(DRAWS)]
-    return {name: any(each[name] for each in found) for name in found[0]}
+    """Return the four columns of table 1, each true if it holds in any of DRAWS batches."""
+    batches = [_ticks(method, step) for step in range(DRAWS)]
+    return {name: any(batch[name] for batch in batches) for name in batches[0]}
 
 
 def _ticks(method: AlignMethod, step: int) -> dict[str, bool]:
-    flow = Seen(method.steps)
+    flow, unlinked = RecordingFlow(method.steps), RecordingFlow(method.steps, linked=False)
     gradient = _gradient(method, flow, step)
     trained = gradient.abs().sum(1).nonzero().flatten().tolist()
     return {
         "Early Steps": min(trained) < method.steps / 2,
-        "Nested Gradient": not torch.allclose(gradient, _gradient(method, Seen(method.steps, linked=False), step)),
+        "Nested Gradient": not torch.allclose(gradient, _gradient(method, unlinked, step)),
         "Leap Trajectory": _leaps(method, step, [i for i in trained if i < flow.last]),
         "Multi-Step": len(trained) > 1,
     }
 
 
 def _leaps(method: AlignMethod, step: int, trained: list[int]) -> bool:
-    """Do steps that others follow move the image by anything but their own length?
+    """Return whether any trained step but the last moves the image by something other than its own length.
 
-    In a field that does not depend on the latent, a bias reaches the image in proportion to how far its step carries
-    it: the sampler's own length, unless the step leaps over some of those that follow. Lengths are known up to the
-    weight of the sample, so that a single trained step cannot show it. The last step made may reach for the image.
+    In a field that does not depend on the latent, a bias moves the image in proportion to the length of its step:
+    that of the sampler, unless the step leaps over some of those that follow. Lengths are known only up to the weight
+    of the sample, so a single trained step cannot show a leap. The last step taken may jump straight to the image.
     """
-    flow = Seen(method.steps, field=False)
+    flow = RecordingFlow(method.steps, field=False)
     carried = _gradient(method, flow, step)[trained] / (flow.grid[:-1] - flow.grid[1:])[trained, None]
     return not torch.allclose(carried, carried[:1].expand_as(carried))
 
 
-def _gradient(method: AlignMethod, flow: Seen, step: int) -> Tensor:
-    """(steps, dim): of the biases, by one sample of batch ``step``."""
+def _gradient(method: AlignMethod, flow: RecordingFlow, step: int) -> Tensor:
+    """Return the gradient of the biases, (steps, dim), from one sample of batch ``step``."""
     for losses in each_update(method, flow, QuadraticReward(), make_batch(flow, [0], step)):
         for loss in losses:
             loss.value.backward()
@@ -83,15 +86,15 @@ def _gradient(method: AlignMethod, flow: Seen, step: int) -> Tensor:
 
 
 def main() -> None:
-    """The trained direct-gradient rows of a sweep, as the published tables are written."""
+    """Print the ticks of a sweep's trained direct-gradient rows, in the format of the published tables."""
     if len(sys.argv) != 2:
         sys.exit("python -m alignbench.planning.gradient_paths SWEEP: name one sweep, as table2")
     write = csv.writer(sys.stdout, lineterminator="\n").writerow
     write(["method", "metric", "value", "se"])
     for cell in draft(read(sys.argv[1]), Registry()).cells:
         if isinstance(cell.method, Pathwise):
-            for name, is_so in ticks(replace(cell.method)).items():
-                write([cell.spec.label, name, "yes" if is_so else "no", ""])
+            for name, holds in ticks(replace(cell.method)).items():
+                write([cell.spec.label, name, "yes" if holds else "no", ""])
 
 
 if __name__ == "__main__":

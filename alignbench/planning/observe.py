@@ -1,4 +1,8 @@
-"""A method watched on a toy flow: how many network calls it makes, and how many graphs it keeps."""
+"""Network calls and autograd graphs of a method, counted by running it on a toy flow.
+
+How often a method calls the network is not declared anywhere: its own code runs on an analytic flow, with the random
+draws of real training, and is counted. Plug-in methods are therefore estimated exactly as built-in ones are.
+"""
 
 from __future__ import annotations
 
@@ -18,90 +22,101 @@ if TYPE_CHECKING:
     from alignbench.flow import Cond, Flow
     from alignbench.method import AlignMethod
 
-RUNS = 24  # batches at most that a method is watched for: the mean of what is drawn per batch is then known to 3 %
-Negative = Literal["full", "stop"] | None  # gradient of the second branch of classifier-free guidance; None: no branch
+MAX_BATCHES = 24  # batches that a method is observed for, at most: enough to know the mean of a random draw to 3 %
+NegativeGradient = Literal["full", "stop"] | None  # of the second branch of classifier-free guidance; None: no branch
 
 
 class Usage(NamedTuple):
-    """Per training image, as the meter counts."""
+    """Counts per training image, as the meter takes them."""
 
-    forward: float  # network evaluations without gradient ...
-    grad: float  # ... with it ...
-    recomputed: float  # ... and those made a second time for a backward
+    forward: float  # network evaluations without gradient
+    grad: float  # network evaluations with gradient
+    recomputed: float  # network evaluations repeated for a backward pass
     decodes: float
-    decodes_grad: float  # of the decodes, those with gradient
-    rewards: float  # images that all rewards together look at
-    live: float  # evaluations whose graphs are kept at once, at most
+    decodes_grad: float  # decodes with gradient, included in ``decodes``
+    rewards: float  # images scored, summed over all rewards
+    live: float  # maximum number of evaluations whose graphs are alive at once
     reference: float  # evaluations of the base model
-    decoded: float  # images decoded at once with gradient, at most
-    backwards: float  # backward passes of one update, at most
+    decoded: float  # maximum number of images decoded at once with gradient
+    backwards: float  # maximum number of backward passes in one update
 
 
 def not_estimable(error: Exception) -> str:
-    """Why a method is not estimated: whatever a plug-in's code raises on a flow that is no pipeline's."""
+    """Return why a method cannot be estimated, given what its code raised on the toy flow."""
     return f"its method does not run on the toy flow ({type(error).__name__}: {error})"
 
 
-class Watched(NamedTuple):
-    """A method's first batches, or all of them if they are few."""
+def negative_gradient(backend: Any) -> NegativeGradient:
+    """Return how the gradient of the second guidance branch is treated; None if training has no second branch."""
+    return backend.negative_gradient if backend.branches(backend.guidance) == 2 else None
+
+
+class Observation(NamedTuple):
+    """Counts of a method's first batches, or of all its batches if there are few. One list entry per batch."""
 
     usage: list[Usage]
     updates: list[int]
 
     @property
     def mean(self) -> Usage:
+        """Mean over the batches; the maximum where ``Usage`` holds a maximum."""
         columns = list(zip(*self.usage))
         means = Usage(*(sum(column) / len(column) for column in columns))
-        most = {name: max(getattr(usage, name) for usage in self.usage) for name in ("live", "decoded", "backwards")}
-        return means._replace(**most)
+        maxima = {name: max(getattr(usage, name) for usage in self.usage) for name in ("live", "decoded", "backwards")}
+        return means._replace(**maxima)
 
-    def batches(self, training: Training, per_image: float) -> int:
-        """How many the budget lasts. ``per_image``: seconds."""
+    def batches(self, training: Training, seconds_per_image: float) -> int:
+        """Return the number of batches until the budget is spent."""
         budget, batch = training.budget, training.batch
         if budget.updates:
             return self._until(budget.updates, self.updates)
         if budget.nfe:
             return self._until(budget.nfe, [batch * (usage.forward + usage.grad) for usage in self.usage])
-        images = budget.images or (budget.gpu_seconds or 0) / per_image
+        images = budget.images or (budget.gpu_seconds or 0) / seconds_per_image
         return -(-int(images) // batch)
 
-    def made(self, batches: int) -> float:
-        """Updates in so many batches."""
+    def updates_in(self, batches: int) -> float:
+        """Return the expected number of updates in that many batches."""
         return batches * sum(self.updates) / len(self.updates)
 
-    def _until(self, budget: float, spent: Sequence[float]) -> int:
-        """Batches until ``budget`` is spent, where the n-th spends ``spent[n]``, and later ones the mean."""
+    def _until(self, budget: float, costs: Sequence[float]) -> int:
+        """Return the number of batches until ``budget`` is spent: batch n costs ``costs[n]``, later ones the mean."""
         total = 0.0
-        for n, cost in enumerate(spent, 1):
+        for n, cost in enumerate(costs, 1):
             total += cost
             if total >= budget:
                 return n
-        mean = total / len(spent)
-        return len(spent) + int(-(-(budget - total) // mean))
+        mean = total / len(costs)
+        return len(costs) + int(-(-(budget - total) // mean))
 
 
 @functools.cache
-def _kept() -> dict[str, Watched]:
+def _cache() -> dict[str, Observation]:
     return {}
 
 
-def watch_once(method: AlignMethod, training: Training, terms: int, negative: Negative = None) -> Watched:
-    """As ``watch``, for as many batches as the budget can last; remembered for runs that differ in nothing it sees."""
-    parts = {key: getattr(training, key) for key in ("budget", "batch", "micro_batch", "reward_slice")}
-    key = content_id([settings(method), parts, terms, negative])
-    if key not in _kept():
-        method = replace(method)  # which may remember what it sees
-        first = watch(method, training, terms, range(1), negative)
-        count = first.batches(training, 1.0) if not training.budget.gpu_seconds else RUNS
-        rest = watch(method, training, terms, range(1, min(RUNS, count)), negative)
-        _kept()[key] = Watched(first.usage + rest.usage, first.updates + rest.updates)
-    return _kept()[key]
+def observe_cached(
+    method: AlignMethod, training: Training, terms: int, negative: NegativeGradient = None
+) -> Observation:
+    """Observe as many batches as the budget can last; runs that agree in all relevant settings share the result."""
+    fields = {key: getattr(training, key) for key in ("budget", "batch", "micro_batch", "reward_slice")}
+    key = content_id([settings(method), fields, terms, negative])
+    if key not in _cache():
+        method = replace(method)  # a fresh copy, since methods may keep state
+        first = observe(method, training, terms, range(1), negative)
+        count = first.batches(training, 1.0) if not training.budget.gpu_seconds else MAX_BATCHES
+        rest = observe(method, training, terms, range(1, min(MAX_BATCHES, count)), negative)
+        _cache()[key] = Observation(first.usage + rest.usage, first.updates + rest.updates)
+    return _cache()[key]
 
 
-def watch(method: AlignMethod, training: Training, terms: int, steps: range, negative: Negative) -> Watched:
-    """Batches of training, of each one micro-batch, with a toy of three numbers a picture in the model's place.
+def observe(
+    method: AlignMethod, training: Training, terms: int, steps: range, negative: NegativeGradient
+) -> Observation:
+    """Train on the batches ``steps``, one micro-batch each, with a toy model of three numbers per image, and count.
 
-    ``negative``: the toy is guided in two branches, with this gradient of the second.
+    ``terms``: number of rewards. ``negative``: if given, the toy model is guided with two branches, and this is the
+    gradient of the second.
     """
     import torch
 
@@ -112,7 +127,7 @@ def watch(method: AlignMethod, training: Training, terms: int, steps: range, neg
     from alignbench.training.meter import Meter, metered, metered_reward
 
     size = min(training.micro_batch or training.batch, training.batch)
-    found = Watched([], [])
+    observation = Observation([], [])
     for step in steps:
         flow, meter = Probe(GaussianFlow(), negative), Meter()
         toys = [Term(Quadratic()) for _ in range(terms)]
@@ -127,17 +142,17 @@ def watch(method: AlignMethod, training: Training, terms: int, steps: range, neg
                 del loss
             backwards = max(backwards, passes)
         counts = (meter.nfe_forward, meter.nfe_grad, meter.nfe_recomputed, meter.decodes)
-        live = max(0, flow.peak - meter.nfe_recomputed)  # of those that are made again, nothing is kept before
+        live = max(0, flow.peak - meter.nfe_recomputed)  # a recomputed evaluation keeps no graph until its backward
         totals = (*counts, flow.decodes_grad, meter.reward_calls, live, flow.reference, flow.decoded, backwards)
-        found.usage.append(Usage(*(n / size for n in totals)))
-        found.updates.append(updates)
-    return found
+        observation.usage.append(Usage(*(n / size for n in totals)))
+        observation.updates.append(updates)
+    return observation
 
 
 class Probe:
-    """A flow that sees how many evaluations' graphs are alive at once, in samples."""
+    """Wrapper of a flow that counts, in samples, the evaluations whose graphs are alive at once."""
 
-    def __init__(self, flow: Flow, negative: Negative) -> None:
+    def __init__(self, flow: Flow, negative: NegativeGradient) -> None:
         self._flow, self._negative = flow, negative
         self.alive = self.peak = self.decodes_grad = self.decoded = self.reference = 0
 
@@ -150,7 +165,7 @@ class Probe:
         def evaluate() -> Tensor:
             v = self._flow.velocity(x, sigma, cond, reference=reference)
             self.reference += len(x) * reference
-            return _mark(v, Graph(self, len(x))) if v.requires_grad else v
+            return _attach(v, LiveGraph(self, len(x))) if v.requires_grad else v
 
         if self._negative is None:
             return evaluate()
@@ -164,8 +179,8 @@ class Probe:
         return self._flow.decode(x0)
 
 
-class Graph:
-    """What is kept of one evaluation, until a backward went through it or nobody can any more."""
+class LiveGraph:
+    """The graph of one evaluation, alive until a backward pass has used it or its last reference is gone."""
 
     def __init__(self, probe: Probe, rows: int) -> None:
         self.probe, self.rows = probe, rows
@@ -179,11 +194,11 @@ class Graph:
     __del__ = free
 
 
-def _mark(v: Tensor, graph: Graph) -> Tensor:
-    """``v``, whose node of autograd's graph owns ``graph``."""
+def _attach(v: Tensor, graph: LiveGraph) -> Tensor:
+    """Return ``v`` with an autograd node that owns ``graph`` and frees it in its backward."""
     import torch
 
-    class Mark(torch.autograd.Function):
+    class Attach(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, v: Tensor) -> Tensor:
             ctx.graph = graph
@@ -194,4 +209,4 @@ def _mark(v: Tensor, graph: Graph) -> Tensor:
             ctx.graph.free()
             return gradient
 
-    return Mark.apply(v)
+    return Attach.apply(v)

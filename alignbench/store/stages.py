@@ -17,5 +17,5 @@ class Stage(Enum):
 
     def __init__(self, kind: str, verb: Verb, noun: str) -> None:
         self.kind = kind  # of the artefact that it makes; in a task, the stage itself
-        self.verb: Verb = verb  # in a sweep's ``slurm`` section, in tickets and in tables
+        self.verb: Verb = verb  # in a sweep's ``slurm`` section, in job records and in tables
         self.noun = noun  # begins the reason of a failure

@@ -1,4 +1,4 @@
-"""What no sweep refers to can go, and nothing else does."""
+"""Cleanup deletes what no sweep refers to, and nothing else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def old(path: Path) -> None:
 
 
 def littered(store: Path) -> list[str]:
-    """Leave something of every kind that may go; what ``unused`` should call each."""
+    """Leave an item of every kind that can be deleted, and return what ``unused`` should call each."""
     write_json(store / "runs" / "refl-0" / "status.json", {"state": "failed", "reason": "x"})
     write_json(store / "images" / "0000000000" / "protocol.json", {})
     images = next((store / "scores").iterdir())
@@ -53,13 +53,13 @@ def littered(store: Path) -> list[str]:
 
 
 def test_a_finished_store_has_nothing_to_delete(swept, capsys):
-    """All of it is referred to."""
+    """A sweep refers to everything in a finished store."""
     assert alignbench("gc", store=swept / "store", plugin=False) == 0
     assert "there is nothing to delete" in capsys.readouterr().out
 
 
-def test_what_nobody_needs_goes_and_the_report_stays_the_same(copy, capsys):
-    """With --yes: every kind of left-over is gone, every other file is as it was, and so is the report."""
+def test_unused_items_go_and_the_report_stays_the_same(copy, capsys):
+    """With --yes every kind of leftover is deleted; every other file, and the report, is unchanged."""
     store = copy / "store"
 
     def report() -> str:
@@ -71,25 +71,25 @@ def test_what_nobody_needs_goes_and_the_report_stays_the_same(copy, capsys):
         shutil.rmtree(out)
         return str(text)
 
-    shown = report()
+    expected_report = report()
     before = files(store)
     assert {path.suffix for path in store.glob("tables/tiny-*/scores.*")} == {".feather", ".json"}
     expected = littered(store)
     assert names(store) == expected
-    assert alignbench("gc", store=store, plugin=False) == 0  # no terminal here
+    assert alignbench("gc", store=store, plugin=False) == 0  # no terminal
     assert "nothing was deleted" in capsys.readouterr().out
     assert names(store) == expected
     assert alignbench("gc", "--yes", store=store, plugin=False) == 0
     assert f"deleted: {len(expected)} of {len(expected)} items" in capsys.readouterr().out
     after = files(store)
     young = [name for name in after if name.endswith(".y.png.1-ab.tmp")]
-    assert len(young) == 1  # somebody may be writing it
+    assert len(young) == 1  # may still be being written
     assert {name: data for name, data in after.items() if name not in young} == before
-    assert report() == shown
+    assert report() == expected_report
 
 
 def test_a_manifest_deleted_by_hand_frees_its_runs(copy):
-    """Runs, images and scores of the only sweep: all of them, and nothing is left but the locks' folder."""
+    """All runs, images and scores of the only sweep can go."""
     store = copy / "store"
     shutil.rmtree(store / "sweeps")
     kinds = [what.split()[0] for what in names(store)]
@@ -99,7 +99,7 @@ def test_a_manifest_deleted_by_hand_frees_its_runs(copy):
 
 
 def test_what_another_sweep_needs_stays(copy):
-    """Two sweeps share runs; one manifest goes, and only what it alone had is free."""
+    """When one of two sweeps that share runs is deleted, only what it alone had can go."""
     store = copy / "store"
     (path,) = (store / "sweeps").iterdir()
     manifest = read_json(path) or {}
@@ -112,7 +112,7 @@ def test_what_another_sweep_needs_stays(copy):
 
 
 def test_what_is_being_made_is_left_alone(copy):
-    """A held lock keeps its run and every copy of code; a launch that is alive keeps what it will make."""
+    """A held lock keeps its run and every code snapshot; an active launch keeps what it will make."""
     store = Store(copy / "store")
     expected = littered(store.root)
     lock = Lock(store.run("refl-0", True).lock)
@@ -126,31 +126,31 @@ def test_what_is_being_made_is_left_alone(copy):
     assert names(store.root) == sorted(set(expected) - left)
     gone = {item.what for item in cleanup.delete(store, listed)}  # it began after the list was made
     assert gone == set(expected) - left
-    record = read_json(folder / submissions.RECORD) or {}
-    write_json(folder / submissions.RECORD, record | {"pid": 2**22 + 1})
+    record = read_json(folder / submissions.FILE) or {}
+    write_json(folder / submissions.FILE, record | {"pid": 2**22 + 1})
     assert names(store.root) == sorted([*left, "jobs mine"])
 
 
-def test_code_with_which_something_was_made_stays(copy):
-    """As long as a run, an image set, a score or a job names it; without plug-ins its name is the code's own digest."""
+def test_code_that_something_was_made_with_stays(copy):
+    """A snapshot stays as long as a record or a job names it; one without plug-ins is named by the code's digest."""
     store = copy / "store"
     code_snapshot.take(store)
     code = code_snapshot.take(store, [PLUGIN]).path.name
     assert names(store) == [f"code {code}"]
     path = next(store.glob("scores/*/*.json"))
-    found = read_json(path) or {}
-    write_json(path, found | {"made_by": found["made_by"] | {"snapshot": code}})
+    record = read_json(path) or {}
+    write_json(path, record | {"made_by": record["made_by"] | {"snapshot": code}})
     assert names(store) == []
 
 
 def test_a_manifest_that_cannot_be_read_stops_everything(copy):
-    """What it refers to is not known, so nothing may go."""
+    """Its contents are not known, so nothing may be deleted."""
     (path,) = (copy / "store" / "sweeps").iterdir()
     path.write_text("{")
     with pytest.raises(UserError, match="cannot be read, so what it needs is not known"):
         cleanup.unused(Store(copy / "store"))
 
 
-def test_sizes_are_told():
-    """In units that people read."""
-    assert [cleanup.shown(size) for size in (12, 1500, 2.5e9)] == ["12 B", "1.5 kB", "2.5 GB"]
+def test_sizes_are_readable():
+    """Bytes are printed in the largest unit that fits."""
+    assert [cleanup.human_size(size) for size in (12, 1500, 2.5e9)] == ["12 B", "1.5 kB", "2.5 GB"]

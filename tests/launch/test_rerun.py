@@ -1,4 +1,4 @@
-"""A run can be made again from what the store says about it, and a difference is told."""
+"""A run can be repeated from its records, and every difference is reported."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from alignbench.store.files import read_json, write_frame, write_json
 
 
 def trained(store: Path) -> str:
-    """A trained run's name."""
+    """Return the id of a trained run."""
     return min(path.parent.name for path in store.glob("runs/*/weights.safetensors"))
 
 
-def verdicts(said: str) -> list[str]:
-    return [line for line in said.splitlines() if line.startswith(("weights", "records", "images", "scores"))]
+def verdicts(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith(("weights", "records", "images", "scores"))]
 
 
 def test_a_run_made_again_is_the_same(copy, capsys):
-    """Weights, records, pictures and every score are equal to the bit; the run is made whole, in a store of its own."""
+    """Weights, records, images and all scores are bitwise equal; the whole run is made in a store of its own."""
     store = copy / "store"
     before = sorted(path for path in store.rglob("*") if path.is_file())
     name = trained(store)
@@ -40,12 +40,12 @@ def test_a_run_made_again_is_the_same(copy, capsys):
     assert sorted(path for path in store.rglob("*") if path.is_file()) == before
     made = copy / "again" / "runs" / name
     assert json.loads((made / "provenance.json").read_text())["plugins"][0]["sha256"]
-    with pytest.raises(UserError, match="there is something in it"):
+    with pytest.raises(UserError, match="is not empty"):
         next(iter(rerun.rerun(Store(store), name, copy / "again")))
 
 
-def test_a_run_that_trains_nothing_is_made_again_by_default_below_the_store(copy, capsys):
-    """It has pictures and scores to compare; the next attempt gets a folder of its own."""
+def test_a_run_without_training_is_made_again_below_the_store_by_default(copy, capsys):
+    """Its images and scores are compared; a second rerun gets a folder of its own."""
     store = copy / "store"
     name = next(path.name for path in store.glob("runs/base-*"))
     (store / "reruns" / f"{name}-1").mkdir(parents=True)
@@ -55,12 +55,12 @@ def test_a_run_that_trains_nothing_is_made_again_by_default_below_the_store(copy
     assert (store / "reruns" / f"{name}-2" / "runs" / name).is_dir()
 
 
-def test_every_difference_is_told_with_its_size(copy):
-    """One tensor, one record, one picture, one score are changed: each part says how much, and no other part does."""
+def test_every_difference_is_reported_with_its_size(copy):
+    """One tensor, record, image and score are changed: the verdict on each part says by how much."""
     store, other = Store(copy / "store"), Store(copy / "other")
     shutil.copytree(store.root, other.root)
     name = trained(store.root)
-    ((run, *_),) = rerun.recorded(store, name)
+    ((run, *_),) = rerun.recorded_runs(store, name)
     assert [v.differs for v in rerun.compare(store, other, run)] == [""] * 5
     path = other.root / "runs" / name / "weights.safetensors"
     weights = load_file(path)
@@ -68,32 +68,32 @@ def test_every_difference_is_told_with_its_size(copy):
     save_file(weights | {first: weights[first] + 0.5}, path)
     records = pd.read_parquet(path.with_name("train.parquet"))
     write_frame(path.with_name("train.parquet"), records.assign(loss=records["loss"] + 0.25, seconds=1e9))
-    pictures = other.root / "images" / run.images / "manifest.parquet"
-    manifest = pd.read_parquet(pictures)
-    picture = pictures.with_name(manifest["file"][0])
-    Image.open(picture).point(lambda level: level ^ 4).save(picture)
+    table = other.root / "images" / run.images / "manifest.parquet"
+    manifest = pd.read_parquet(table)
+    image = table.with_name(manifest["file"][0])
+    Image.open(image).point(lambda level: level ^ 4).save(image)
     manifest.loc[0, "sha256"] = "0" * 64
-    write_frame(pictures, manifest)
+    write_frame(table, manifest)
     file = other.root / next(score.file for score in run.scores if score.evaluator == "bright")
     scores = pd.read_parquet(file)
     write_frame(file, scores.assign(brightness=scores["brightness"] + 2.0))
-    found = {
+    changes = {
         verdict.part.partition(" ")[0]: str(verdict) for verdict in rerun.compare(store, other, run) if verdict.differs
     }
-    assert found["weights"] == f"weights: differ: 1 of {len(weights)} tensors, by at most 0.5"
-    assert found["records"] == "records: differ: loss by at most 0.25"
-    assert found["images"].endswith("differ: 1 of 4, by at most 4 of 255 levels")
-    assert found["scores"].endswith("differ: brightness by at most 2")
-    assert len(found) == 4
+    assert changes["weights"] == f"weights: differ: 1 of {len(weights)} tensors, by at most 0.5"
+    assert changes["records"] == "records: differ: loss by at most 0.25"
+    assert changes["images"].endswith("differ: 1 of 4, by at most 4 of 255 levels")
+    assert changes["scores"].endswith("differ: brightness by at most 2")
+    assert len(changes) == 4
     write_frame(file, scores.iloc[1:])
     assert any("4 rows, now 3" in v.differs for v in rerun.compare(store, other, run))
     file.unlink()
-    assert any(v.differs == "they were not made" for v in rerun.compare(store, other, run))
+    assert any(v.differs == "not made" for v in rerun.compare(store, other, run))
 
 
 @pytest.mark.slow
-def test_code_that_changed_is_told_and_the_copy_of_the_old_used(copy, capfd):
-    """The run was made by other code, of which the store has a copy: that copy makes it again, with equal results."""
+def test_changed_code_is_reported_and_its_snapshot_used(copy, capfd):
+    """A run made by other code is made again by the store's snapshot of that code, with equal results."""
     store = Store(copy / "store")
     name = trained(store.root)
     old = copy / "old"
@@ -115,11 +115,11 @@ def test_code_that_changed_is_told_and_the_copy_of_the_old_used(copy, capfd):
     made = json.loads((copy / "again" / "runs" / name / "provenance.json").read_text())
     assert (made["code"], made["snapshot"]) == (digest, kept.name)
     shutil.rmtree(kept)
-    assert rerun.elsewhere(store, name)[0].endswith("the store has no copy of that: using this")
+    assert rerun.original_code(store, name)[0].endswith("the store has no copy of the former: using the latter")
 
 
 def test_what_differs_around_a_run_is_named(copy):
-    """Another package or machine is said before the verdicts, since it may explain them."""
+    """Other packages or another machine are named before the verdicts, since they may explain them."""
     store = copy / "store"
     origin = read_json(store / "runs" / trained(store) / "provenance.json") or {}
     assert list(rerun.differences(origin)) == []
@@ -132,7 +132,7 @@ def test_what_differs_around_a_run_is_named(copy):
 
 
 def test_a_run_that_cannot_be_made_again_is_refused_with_the_reason(copy, capsys):
-    """No such run, a name that fits two, a run of no sweep, an unfinished one, one whose records lack something."""
+    """Refused: no such run, an ambiguous id, an unfinished run, incomplete records, a run of no sweep."""
     store = copy / "store"
     name = trained(store)
 
@@ -157,7 +157,7 @@ def test_a_run_that_cannot_be_made_again_is_refused_with_the_reason(copy, capsys
 
 @pytest.mark.slow
 def test_paired_scores_are_made_again(tmp_path, capsys):
-    """The base model's pictures are made in the new store, too, and what is compared with them is equal."""
+    """The base model's images are made in the new store, too, and scores that depend on them are equal."""
     paired = {"evaluation": {"evaluators": [{"name": "base_distance", "weights": "shapes"}]}}
     path = sweep_file(tmp_path, {**paired, "grid": {"training.seed": [0]}})
     assert debug_sweep(path, tmp_path / "store", "--only", "method=last") == 0

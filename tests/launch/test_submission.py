@@ -1,4 +1,4 @@
-"""What is asked of SLURM, and what is believed of it; tests/slurm runs the same against a real one."""
+"""Requests to SLURM and the reading of its answers; tests/slurm does the same with a real SLURM."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ask(folder: Path, slurm_settings: dict, **changes) -> list[slurm.Array]:
 
 
 def test_one_array_per_stage_and_a_predecessor_for_every_task(tmp_path):
-    """Training, generation and each evaluator: the i-th task of each works on the same run, and waits for it alone."""
+    """The i-th tasks of training, generation and each evaluator share a run; each waits only for its predecessor."""
     found = ask(tmp_path, {})
     assert [array.title for array in found] == [
         "generate", "score bright", "score geneval",  # base trains nothing
@@ -51,7 +51,7 @@ def test_one_array_per_stage_and_a_predecessor_for_every_task(tmp_path):
 
 
 def test_only_what_is_missing_is_asked_for(tmp_path):
-    """With images there and one score missing, that evaluator's array is all there is, and waits for nothing."""
+    """If one score is missing, its evaluator's array is the only one, and waits for nothing."""
     plan, store = planned(tmp_path), Store(tmp_path / "store")
     for cell in plan.cells:
         run = store.run(cell.id, cell.trains)
@@ -65,13 +65,13 @@ def test_only_what_is_missing_is_asked_for(tmp_path):
 
 
 def test_rows_that_are_the_same_run_are_worked_on_once(tmp_path):
-    """Two labels of one content are one job each stage."""
+    """Two labels with the same content share one job per stage."""
     twice = [{"label": name, "method": {"name": "base"}} for name in ("A", "B")]
     assert [len(array.cells) for array in ask(tmp_path, {}, cases=twice)] == [1, 1, 1]
 
 
 def test_resources_are_laid_over_one_another(tmp_path):
-    """For all jobs, then by stage, backend, method (its training alone) and evaluator; the later one wins."""
+    """Later settings win: all jobs, then stage, backend, method (training only) and evaluator."""
     settings = {
         "partition": "gpu",
         "time": 60,
@@ -91,19 +91,19 @@ def test_resources_are_laid_over_one_another(tmp_path):
     ("time", "seconds"), [(90, 5400), ("10:30", 630), ("01:00:01", 3601), ("1-02:30", 95_400), ("1-00:00:05", 86_405)]
 )
 def test_a_time_is_read_as_slurm_reads_it(time, seconds):
-    """sbatch's forms of --time."""
+    """All forms of sbatch's --time are understood."""
     assert Resources(time=time).seconds == seconds
 
 
 def test_a_job_that_would_be_told_to_save_at_its_start_is_refused(tmp_path):
-    """It would be queued again after every batch."""
+    """Such a job would be requeued after every batch."""
     with pytest.raises(UserError, match=r"slurm.time: generate: 1 is no longer than the 90 s .* lower signal"):
         ask(tmp_path, {"time": 1})
     assert ask(tmp_path, {"time": 1, "signal": 20})
 
 
-def test_methods_with_other_resources_are_arrays_of_their_own(tmp_path):
-    """A run's images still wait for that run."""
+def test_methods_with_other_resources_have_their_own_arrays(tmp_path):
+    """The images of a run still wait for its training."""
     cases = [{"label": name, "method": {"name": name}} for name in ("last", "stopped")]
     settings = {"methods": {"stopped": {"mem": "1G"}}}
     found = [array for array in ask(tmp_path, settings, cases=cases) if array.stage is not Stage.SCORE]
@@ -125,13 +125,13 @@ def test_methods_with_other_resources_are_arrays_of_their_own(tmp_path):
     ],
 )
 def test_a_mistake_in_what_is_asked_is_found_with_the_sweep(tmp_path, settings, line):
-    """Before anything is submitted, whichever launcher is chosen."""
+    """A mistake is reported before anything is submitted, whichever launcher is chosen."""
     with pytest.raises(UserError, match=line):
         planned(tmp_path, slurm=settings)
 
 
-def test_what_a_cluster_file_says_beats_the_sweep(tmp_path):
-    """Key by key; and a mistake in it names the file."""
+def test_a_cluster_file_overrides_the_sweep(tmp_path):
+    """It overrides key by key; a mistake in it names the file."""
     file = tmp_path / "a100.yaml"
     file.write_text("partition: a100\nmethods: {last: {mem: 1G}}\n")
     registry = Registry([PLUGIN])
@@ -145,14 +145,14 @@ def test_what_a_cluster_file_says_beats_the_sweep(tmp_path):
 
 
 def test_resources_are_part_of_no_id(tmp_path):
-    """A sweep with another `slurm` is the same sweep: same runs, same manifest."""
+    """A sweep with another `slurm` section has the same runs and manifest."""
     one, other = planned(tmp_path), planned(tmp_path, slurm={"mem": "1G"})
     assert one.document.manifest == other.document.manifest
     assert [cell.id for cell in one.cells] == [cell.id for cell in other.cells]
 
 
-def test_what_is_under_way_is_not_handed_out_again_unless_more_is_wanted(tmp_path, monkeypatch):
-    """All of a row queued: nothing. A part of it, as when another sweep shares its run: the row, in its order."""
+def test_active_jobs_are_not_submitted_again_unless_more_is_missing(tmp_path, monkeypatch):
+    """A row that is queued whole is skipped; a row queued in part, as when sweeps share a run, is submitted whole."""
     plan, store, asked = planned(tmp_path), Store(tmp_path / "store"), []
 
     def submit(array, *words) -> None:
@@ -162,19 +162,19 @@ def test_what_is_under_way_is_not_handed_out_again_unless_more_is_wanted(tmp_pat
     monkeypatch.setattr(slurm, "submit", submit)
     monkeypatch.setattr(slurm, "cancel", lambda jobs: None)
     monkeypatch.setattr(slurm, "live", lambda names: live)
-    live: dict[str, slurm.Live] = {}
+    live: dict[str, slurm.LiveJob] = {}
     assert submit_module.submit(plan, plan.cells, store, {}, [PLUGIN]) == 2 + 3 * 3
-    tickets = submissions.submissions(store)[0].tickets
-    live = {ticket.job: slurm.Live("PENDING", "Priority", 0, "") for ticket in tickets}
+    jobs = submissions.read(store)[0].jobs
+    live = {job.job: slurm.LiveJob("PENDING", "Priority", 0, "") for job in jobs}
     assert submit_module.submit(plan, plan.cells, store, {}, [PLUGIN]) == 0
     asked.clear()
-    live = {ticket.job: job for ticket in tickets if ticket.stage == "train" for job in [live[ticket.job]]}
+    live = {job.job: live[job.job] for job in jobs if job.stage == "train"}
     assert submit_module.submit(plan, plan.cells[1:], store, {}, [PLUGIN]) == 2 * 4
     assert asked == ["train", "generate", "score bright", "score geneval"]
 
 
 def test_a_batch_that_does_not_divide_among_ranks_is_refused_before_submission(tmp_path, monkeypatch, capsys):
-    """Equal batches are what makes rows comparable: none is rounded to fit a node."""
+    """Rows are comparable only with equal batches, so none is rounded to fit a node."""
     monkeypatch.setattr(slurm, "check", lambda: None)
     file = sweep_file(tmp_path, {"slurm": {"stages": {"train": {"gpus_per_node": 3}}}})
     assert alignbench("sweep", file, "--launcher", "slurm", store=tmp_path / "store") == 1
@@ -182,16 +182,16 @@ def test_a_batch_that_does_not_divide_among_ranks_is_refused_before_submission(t
 
 
 def test_a_machine_without_slurm_says_what_to_do(tmp_path, monkeypatch, capsys):
-    """One line, and nothing is written."""
+    """The error is one line, and nothing is written."""
     monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
     assert alignbench("sweep", sweep_file(tmp_path), "--launcher", "slurm", store=tmp_path / "store") == 1
-    assert "there is no sbatch on this machine" in (told := capsys.readouterr().err)
-    assert "--launcher local" in told
+    assert "there is no sbatch on this machine" in (error := capsys.readouterr().err)
+    assert "--launcher local" in error
     assert not (tmp_path / "store").exists()
 
 
 def test_the_batch_file_asks_for_it_and_holds_no_pickle(tmp_path, monkeypatch):
-    """submitit's file: array, dependency task by task, signal; a command that reads JSON; odd paths quoted."""
+    """It has array, dependency, signal and resources, quotes odd paths, and its command reads JSON."""
     folder, tools = tmp_path / "it's a store; echo", tmp_path / "bin"
     folder.mkdir()
     tools.mkdir()
@@ -214,28 +214,28 @@ def test_the_batch_file_asks_for_it_and_holds_no_pickle(tmp_path, monkeypatch):
     assert not list(folder.glob("*.pkl"))
 
 
-# -- what others may have written -------------------------------------------------------------------------------------
+# -- what other users may have written --------------------------------------------------------------------------------
 
 
 def record(store: Store, **changes) -> None:
-    ticket = {"job": "7_0", "stage": "train", "makes": ["last-1"], "run": "last-1", "progress": "/none"}
+    entry = {"job": "7_0", "stage": "train", "makes": ["last-1"], "run": "last-1", "progress": "/none"}
     data = {"sweep": "tiny-1", "launcher": "slurm", "name": "alignbench-tiny", "options": {}, "submitted": time.time()}
-    data |= {"host": "login", "pid": 1, "tickets": [ticket | changes]}
-    write_json(store.root / "jobs" / f"tiny-{len(changes)}" / submissions.RECORD, data)
+    data |= {"host": "login", "pid": 1, "tickets": [entry | changes]}
+    write_json(store.root / "jobs" / f"tiny-{len(changes)}" / submissions.FILE, data)
 
 
-def test_a_record_that_is_none_of_ours_is_passed_over(tmp_path):
-    """Words that would be handed to a shell tool, missing keys, no JSON: ignored, and the others are read."""
+def test_an_invalid_record_is_skipped(tmp_path):
+    """Records with unsafe job ids, missing keys or invalid JSON are skipped, and the others are read."""
     store = Store(tmp_path)
     record(store)
     record(store, job="7_0; rm -rf ~")
-    write_json(tmp_path / "jobs" / "half" / submissions.RECORD, {"sweep": "tiny-1"})
-    write(tmp_path / "jobs" / "broken" / submissions.RECORD, b"\x80\x04pickle")
-    assert [found.tickets[0].job for found in submissions.submissions(store, "tiny-1")] == ["7_0"]
+    write_json(tmp_path / "jobs" / "half" / submissions.FILE, {"sweep": "tiny-1"})
+    write(tmp_path / "jobs" / "broken" / submissions.FILE, b"\x80\x04pickle")
+    assert [submission.jobs[0].job for submission in submissions.read(store, "tiny-1")] == ["7_0"]
 
 
-def test_what_is_shown_is_one_line_and_commands_no_terminal():
-    """A reason may hold what a judge or a file name said."""
+def test_a_row_is_one_line_without_control_characters():
+    """A reason may contain text from a judge or a file name."""
     row = status_table.Row("Last", "last-1", "failed", "", "", "", "a\nb\x1b[2J\u202ec")
     line = status_table.table([row]).splitlines()[1]
     assert line.endswith("a b [2J c")
@@ -243,7 +243,7 @@ def test_what_is_shown_is_one_line_and_commands_no_terminal():
 
 
 def test_exit_codes():
-    """0 all done, 2 something failed or was lost, else 3 while something is to come."""
+    """Exit codes: 0 all done, 2 some failed or lost, 3 some pending."""
 
     def code(*states: str) -> int:
         return status_table.exit_code([status_table.Row("", "", state, "", "", "", "") for state in states])
@@ -255,15 +255,15 @@ def test_exit_codes():
 
 @pytest.mark.slow
 def test_no_pickle_lies_in_a_store(tmp_path):
-    """A local sweep hands work over through a folder of its user's own."""
+    """A local sweep passes work through a private folder of its user."""
     assert alignbench("sweep", sweep_file(tmp_path), "--only", "method=base", store=tmp_path / "store") == 0
     assert not [path for path in (tmp_path / "store").rglob("*") if path.suffix in (".pkl", ".pickle")]
     assert not list((tmp_path / "store" / "jobs").iterdir())
 
 
 @pytest.mark.parametrize("name", ["../x", "a'; echo foo", "x" * 300, "ä/ö", ".hidden", ""])
-def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
-    """A method's name becomes a folder's: it is checked where the plug-in is read, in one line."""
+def test_a_name_that_is_not_a_file_name_is_refused(tmp_path, name):
+    """A method's name becomes part of a folder name, so it is checked when the plug-in is read."""
     plugin = tmp_path / "odd.py"
     plugin.write_text(f"from alignbench import AlignMethod\nclass Odd(AlignMethod):\n    name = {name!r}\n")
     with pytest.raises(UserError, match=r"odd.py: Odd.name: .* becomes part of file names"):
@@ -272,14 +272,14 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("label", ["../x", "a'; echo foo", "x" * 300, "名前 ✓ é"])
 def test_a_rows_label_may_be_anything(tmp_path, label):
-    """It is shown, and names no file: ids come from content."""
+    """A label is only displayed; file names come from content."""
     (array, *_) = ask(tmp_path, {}, cases=[{"label": label, "method": {"name": "base"}}])
     assert array.cells[0].spec.label == label
     assert array.cells[0].id.startswith("base-")
 
 
 def test_a_job_without_stages_ends_at_once(tmp_path):
-    """What overhead is measured with: no torch is imported."""
+    """Such a job, used to measure overhead, does not import torch."""
     file = tmp_path / "0.json"
     file.write_text(json.dumps({"tasks": [{"stages": []}]}))
     script = "import sys; from alignbench.run.slurm_job import main; "

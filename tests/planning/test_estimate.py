@@ -1,4 +1,4 @@
-"""`alignbench plan`: costs that agree with torch's counter, the meter and the files; everything that is missing."""
+"""`alignbench plan`: costs agree with torch's counter, the meter and the files; everything missing is listed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from alignbench.experiment.document import read, sweeps
 from alignbench.experiment.plan import draft, resolve
 from alignbench.experiment.spec import Budget, Training
 from alignbench.planning.estimate import CostEstimate, estimate
-from alignbench.planning.observe import Probe, watch_once
+from alignbench.planning.observe import Probe, observe_cached
 from alignbench.planning.plan_page import about
 from alignbench.plugins import Registry
 from alignbench.rehearsal.doctor import DEFAULTS
@@ -36,8 +36,8 @@ METHODS = [name for name in Registry().names("method") if name not in ("base", "
 
 
 @pytest.fixture
-def nothing(tmp_path, monkeypatch):
-    """A hub cache with nothing in it."""
+def empty_hub(tmp_path, monkeypatch):
+    """Use an empty hub cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
@@ -49,29 +49,29 @@ def nothing(tmp_path, monkeypatch):
     [(512, 21.50, 43.83, 23.98, 2.51), (720, 37.28, 76.82, 44.04, 5.04), (1024, 74.38, 156.21, 96.69, 10.47)],
 )
 def test_flux_1_dev_costs_what_was_counted(size, forward, full, lora, decoder):
-    """TFLOP of one evaluation, forward and backward, and of one decode, as counted with torch on its real shapes."""
+    """TFLOP of an evaluation, forward and backward, and of a decode equal what torch counted on the real shapes."""
     tokens = DEV.tokens(size, 512)
-    found = [DEV.transformer.forward(tokens), *(DEV.transformer.backward(tokens, each) for each in (True, False))]
-    found.append(DEV.decoder.forward(size))
-    assert [round(count / 1e12, 2) for count in found] == [forward, full, lora, decoder]
+    counts = [DEV.transformer.forward(tokens), *(DEV.transformer.backward(tokens, tune) for tune in (True, False))]
+    counts.append(DEV.decoder.forward(size))
+    assert [round(count / 1e12, 2) for count in counts] == [forward, full, lora, decoder]
 
 
 def test_flux_1_dev_has_its_parameters():
-    """11.901 B in the transformer, 4.762 B in T5, 0.123 B in CLIP, 84 M in the autoencoder (to 3 %)."""
-    counts = [DEV.transformer.parameters, *sorted((each.parameters for each in DEV.encoders), reverse=True)]
+    """The transformer has 11.901 B parameters, T5 4.762 B, CLIP 0.123 B, the autoencoder 84 M (to 3 %)."""
+    counts = [DEV.transformer.parameters, *sorted((encoder.parameters for encoder in DEV.encoders), reverse=True)]
     assert [round(count / 1e9, 3) for count in counts] == [11.901, 4.762, 0.123]
     assert DEV.decoder.parameters == pytest.approx(83.8e6, rel=0.03)
 
 
 def test_attention_and_block_checkpointing_take_the_memory_that_was_counted():
-    """At 720 px: 0.89 GB per evaluation with checkpointing, 23.3 without, 0.44 for a block; 6.2 per decode, or 3.8."""
+    """At 720 px an evaluation takes 0.89 GB with checkpointing and 23.3 without, a block 0.44, a decode 6.2 or 3.8."""
     tokens = DEV.tokens(720, 512)
-    found = [DEV.transformer.activation_bytes(tokens, 2, checkpointing) for checkpointing in (True, False)]
-    found += [
+    sizes = [DEV.transformer.activation_bytes(tokens, 2, checkpointing) for checkpointing in (True, False)]
+    sizes += [
         DEV.transformer.block_bytes(tokens, 2),
-        *(DEV.decoder.activation_bytes(720, 2, each) for each in (False, True)),
+        *(DEV.decoder.activation_bytes(720, 2, option) for option in (False, True)),
     ]
-    assert [round(count / 1e9, 2) for count in found] == [0.89, 23.28, 0.44, 6.2, 3.78]
+    assert [round(size / 1e9, 2) for size in sizes] == [0.89, 23.28, 0.44, 6.2, 3.78]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def parts():
 
 
 def test_a_small_transformer_costs_what_torch_counts(parts):
-    """Forward FLOPs exactly, the backward's linear part exactly, and parameters exactly, guidance or not."""
+    """Forward FLOPs, the linear part of the backward, and parameters are exact, with guidance or without."""
     network = parts["transformer"].train()
     measures = FluxTransformer.read(network.config)
     assert measures.parameters == sum(p.numel() for p in network.parameters())
@@ -102,12 +102,12 @@ def test_a_small_transformer_costs_what_torch_counts(parts):
     v = forward()
     seen = counted(lambda: v.sum().backward())
     inputs = [Linear("", measures.channels, measures.width, "image"), Linear("", measures.text, measures.width, "text")]
-    unneeded = sum(2 * each.n_in * each.n_out * tokens.rows(each) for each in inputs)  # nobody asks for d/d input
+    unneeded = sum(2 * layer.n_in * layer.n_out * tokens.rows(layer) for layer in inputs)  # no gradient of the input
     assert seen == pytest.approx(2 * (measures.backward(tokens, full=True) - unneeded), rel=0.01)
 
 
 def test_a_small_decoder_costs_what_torch_counts(parts):
-    """Forward FLOPs, middle attention included, to 1 %; LoRA adapters' parameters as peft makes them, exactly."""
+    """Forward FLOPs of a decoder, middle attention included, agree to 1 %."""
     vae = parts["vae"]
     measures = Decoder.read(vae.config)
     z = torch.randn(1, vae.config.latent_channels, 16, 16)
@@ -116,14 +116,14 @@ def test_a_small_decoder_costs_what_torch_counts(parts):
 
 
 def test_text_encoders_have_the_parameters_of_their_models(parts):
-    """T5 and CLIP by their configurations alone, exactly."""
+    """Parameters of T5 and CLIP, computed from their configurations alone, are exact."""
     t5, clip = parts["text_encoder_2"], parts["text_encoder"]
     assert TextEncoder.t5(t5.config.to_dict()).parameters == sum(p.numel() for p in t5.parameters())
     assert TextEncoder.clip(clip.config.to_dict()).parameters == sum(p.numel() for p in clip.parameters())
 
 
 def test_adapters_have_the_parameters_that_peft_makes():
-    """LoRA on the default layers of the shapes model, exactly."""
+    """The parameters of LoRA on the default layers of the shapes model are exact."""
     backend = Registry().make("backend", {"name": "flux", "model": "shapes", "size": 32, "tune": "lora"}, "backend")
     made = sum(parameter.numel() for parameter in backend.load().parameters())
     assert made == backend.cost_model.transformer.adapters(backend.lora_targets, backend.lora_rank)
@@ -134,11 +134,11 @@ def test_adapters_have_the_parameters_that_peft_makes():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_predicted_evaluations_are_the_metered_ones(name):
-    """Every built-in method: forwards with and without gradient, decodes, rewards, images, of a real training loop."""
+    """Each built-in method's predicted forwards, decodes, rewards and images equal those of a real training loop."""
     method = Registry().make("method", {"name": name}, "method")
     group = getattr(method, "group", 1)
     training = Training(budget=Budget(images=3 * 2 * group), batch=2 * group, micro_batch=group, drift_every=None)
-    usage = watch_once(method, training, 1)
+    usage = observe_cached(method, training, 1)
     records = list(
         train(method, AffineFlow(method.steps), QuadraticReward(), PROMPTS, training, accelerator=Accelerator(cpu=True))
     )
@@ -156,21 +156,21 @@ def test_predicted_evaluations_are_the_metered_ones(name):
     [("draft_k", 1), ("draft_lv", 1), ("leapalign", 2), ("flowbp_bridge", 5), ("bptt", 1), ("vggflow", 1)],
 )
 def test_graphs_alive_at_once(name, live):
-    """A graph that a backward went through, or that is made again, takes no memory beside the next."""
+    """A graph that a backward has used, or that is recomputed, takes no memory beside the next one."""
     method = Registry().make("method", {"name": name}, "method")
-    assert watch_once(method, Training(budget=Budget(updates=2), batch=2), 1).mean.live == live
+    assert observe_cached(method, Training(budget=Budget(updates=2), batch=2), 1).mean.live == live
 
 
 @pytest.mark.parametrize(("budget", "batches"), [({"updates": 7}, 3), ({"nfe": 1201}, 5), ({"images": 25}, 3)])
 def test_budgets_last_as_long_as_training_makes_them(budget, batches):
-    """Three updates and 12 x 25 evaluations a batch: the one in which the budget ends is made to its end."""
+    """A batch has three updates and 12 x 25 evaluations; the batch in which the budget runs out is finished."""
     method = Registry().make("method", {"name": "dancegrpo"}, "method")
     training = Training(budget=Budget(**budget), batch=12, drift_every=None)
-    assert watch_once(method, training, 1).batches(training, 1.0) == batches
+    assert observe_cached(method, training, 1).batches(training, 1.0) == batches
 
 
 def test_a_plan_agrees_with_the_run(tmp_path):
-    """A plug-in's NFE and the bytes of its weights on disk, exactly; the pictures' bytes at least of that order."""
+    """A plug-in's NFE and the bytes of its weights on disk are exact; the bytes of images have the right order."""
     path = sweep_file(tmp_path)
     plan = resolve(read(path), Registry([PLUGIN]))
     cell = next(cell for cell in plan.cells if cell.seed == 0)
@@ -182,13 +182,13 @@ def test_a_plan_agrees_with_the_run(tmp_path):
     assert [round(found.images * each) for each in found.usage[:2]] == [row["nfe_forward"], row["nfe_grad"]]
     assert found.weights == data_bytes(tmp_path / "store" / "runs" / cell.id / "weights.safetensors")
     made = sum(file.stat().st_size for file in (tmp_path / "store" / "images" / cell.images).glob("*.png"))
-    assert 0.2 < found.pictures / made < 5
+    assert 0.2 < found.image_files / made < 5
     assert 0 < found.memory < 1e9
     assert 0 < found.train < 0.01
 
 
 def data_bytes(path: Path) -> int:
-    """Of a safetensors file: its tensors."""
+    """Return the bytes of the tensors in a safetensors file."""
     with path.open("rb") as file:
         (header,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(header))
@@ -198,8 +198,8 @@ def data_bytes(path: Path) -> int:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def test_table_2_without_any_file(nothing, tmp_path, capsys):
-    """Costs of every run from published measures, all that is missing with commands, FLUX.1-dev's licence; exit 1."""
+def test_table_2_without_any_file(empty_hub, tmp_path, capsys):
+    """The page has every run's cost, commands for all missing files, and FLUX.1-dev's licence; the exit code is 1."""
     assert alignbench("plan", "table2", store=tmp_path / "store", plugin=False) == 1
     out = capsys.readouterr().out
     assert re.search(r"LeapAlign, seed 0 +not ready +19,200 +23 \+ 2 +21 h ", out)
@@ -227,34 +227,34 @@ def test_table_2_without_any_file(nothing, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(sweeps()))
-def test_every_packaged_sweep_has_a_plan(name, nothing):
-    """Without any weights: finite figures for every run; the cost in the file's first lines is their sum."""
+def test_every_packaged_sweep_has_a_plan(name, empty_hub):
+    """Without any weights, every run has finite figures; the cost in the file's first lines is their sum."""
     registry = Registry()
     plan = draft(read(name), registry)
-    found = [estimate(cell, plan.sweep.evaluation, plan.evaluators, GPUS["h100"]) for cell in plan.cells]
-    for cell, each in zip(plan.cells, found):
-        assert not each.unknown
-        figures = [each.train, each.generate, each.score, each.memory, each.weights, each.pictures]
+    costs = [estimate(cell, plan.sweep.evaluation, plan.evaluators, GPUS["h100"]) for cell in plan.cells]
+    for cell, cost in zip(plan.cells, costs):
+        assert not cost.unknown
+        figures = [cost.train, cost.generate, cost.score, cost.memory, cost.weights, cost.image_files]
         assert all(math.isfinite(figure) and figure >= 0 for figure in figures)
-        assert min(each.train, each.images, each.usage.grad if each.usage else 0) > 0 or not cell.trains
-    said = " ".join(re.findall(r"(?m)^# ?(.*)", sweeps()[name].read_text()))
-    sums = [sum(each.train for each in found), sum(each.generate + each.score for each in found)]
-    sums.append(sum(each.weights + each.pictures for each in found) / 1e9)
+        assert min(cost.train, cost.images, cost.usage.grad if cost.usage else 0) > 0 or not cell.trains
+    comments = " ".join(re.findall(r"(?m)^# ?(.*)", sweeps()[name].read_text()))
+    sums = [sum(cost.train for cost in costs), sum(cost.generate + cost.score for cost in costs)]
+    sums.append(sum(cost.weights + cost.image_files for cost in costs) / 1e9)
     pattern = r"about: (\S+) H100-hours of training[^,]*, (\S+) of evaluation, (\S+) GB of disk"
-    assert re.findall(pattern, said) in ([], [tuple(map(about, sums))])
-    assert name in ("quickstart", "shapes", "shapes_curves", "shapes_methods") or re.search(pattern, said)
+    assert re.findall(pattern, comments) in ([], [tuple(map(about, sums))])
+    assert name in ("quickstart", "shapes", "shapes_curves", "shapes_methods") or re.search(pattern, comments)
 
 
-def test_lora_fits_where_all_weights_do_not(nothing, tmp_path, capsys):
-    """The same sweep with adapters fits into 80 GB; a GPU that nobody measured is refused by name."""
+def test_lora_fits_where_all_weights_do_not(empty_hub, tmp_path, capsys):
+    """The same sweep with adapters fits into 80 GB; an unknown GPU is refused by name."""
     assert alignbench("plan", "table2", "backend.tune=lora", store=tmp_path / "store", plugin=False) == 1
     assert "does not fit" not in capsys.readouterr().out
     assert alignbench("plan", "table2", "--gpu", "h1000", store=tmp_path / "store", plugin=False) == 1
     assert "--gpu: there is no 'h1000'; did you mean 'h100'" in capsys.readouterr().err
 
 
-def test_table_2_is_published_settings(nothing):
-    """LeapAlign section 6.1 and appendix E, as far as numbers go; GRPO's own batches are the only exceptions."""
+def test_table_2_is_published_settings(empty_hub):
+    """Settings are those of LeapAlign, section 6.1 and appendix E; the batches of GRPO are the only exceptions."""
     for name, count in (("table2", 9), ("table2_geneval", 7)):
         cells = draft(read(name), Registry()).cells
         assert len(cells) == count
@@ -278,16 +278,18 @@ def test_table_2_is_published_settings(nothing):
 DEV_HUB = "black-forest-labs/FLUX.1-dev"
 
 
-def test_validate_lists_everything_that_is_missing(nothing, tmp_path, capsys):
-    """Not the first thing alone, so that one evening's downloads are enough."""
+def test_validate_lists_everything_that_is_missing(empty_hub, tmp_path, capsys):
+    """All missing files are listed at once, not only the first."""
     assert alignbench("validate", "table2", store=tmp_path / "store", plugin=False) == 1
     assert "missing, 13 in all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "name"), [entry for entry in Registry().entries if entry[0] != "method"])
-def test_what_is_required_is_what_is_looked_for(kind, name, nothing, tmp_path, monkeypatch):
-    """With nothing on the machine, a built-in part raises for the first of its requirements, all of them absent; one
-    without requirements has its files. Each names the command that the error names."""
+def test_what_is_required_is_what_is_looked_for(kind, name, empty_hub, tmp_path, monkeypatch):
+    """On an empty machine a built-in part raises for the first of its requirements, all of them absent.
+
+    A part without requirements has its files. Each requirement's text names the command that gets it.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
     part = Registry().make(kind, {"name": name, **DEFAULTS.get(name, {})}, name)
     absent = weights.absent(part)
@@ -302,8 +304,8 @@ def test_what_is_required_is_what_is_looked_for(kind, name, nothing, tmp_path, m
     assert str(error.value) == error.value.requirement.text
 
 
-def test_a_plugin_that_lists_no_requirements_is_looked_at_all_the_same(nothing, tmp_path, capsys):
-    """Its files() raises, and the command is on the list beside those of others."""
+def test_a_plugin_that_lists_no_requirements_is_checked_all_the_same(empty_hub, tmp_path, capsys):
+    """Its files() raises, and its command is listed with those of the others."""
     plugin = tmp_path / "distant.py"
     plugin.write_text(DISTANT)
     path = sweep_file(tmp_path, {"cases": [{"label": "Distant", "method": {"name": "distant"}}]})
@@ -330,22 +332,22 @@ class Distant(AlignMethod):
 
 
 def test_a_plan_leaves_no_trace_in_a_method():
-    """It watches a copy: cells share their method, and one that trains networks of its own remembers the toy's."""
+    """A copy is observed: cells share their method, and one that trains its own networks would keep the toy's."""
     plan = draft(read("vggflow_hpsv2"), Registry())
     cell = next(cell for cell in plan.cells if cell.spec.method["name"] == "vggflow")
     assert not estimate(cell, plan.sweep.evaluation, plan.evaluators, GPUS["h100"]).unknown
     assert vars(cell.method) == {}
 
 
-def test_wrong_settings_are_told_before_missing_files(nothing, tmp_path, capsys):
-    """A batch without whole groups, of a sweep whose weights are not there."""
+def test_wrong_settings_are_told_before_missing_files(empty_hub, tmp_path, capsys):
+    """A batch that is not a whole number of groups is refused, though the weights are missing, too."""
     words = ("plan", "table2", "training.micro_batch=6")
     assert alignbench(*words, store=tmp_path / "store", plugin=False) == 1
     assert "6 samples per micro-batch do not make whole groups of 12" in capsys.readouterr().err
 
 
 def test_a_grid_over_the_batch_is_the_same_for_all_methods(tmp_path):
-    """Batch and budget come from base, grid or the command line for every row alike; an exception has its reason."""
+    """Batch and budget from base, grid or the command line apply to every row."""
     grid = {"grid": {"training.batch": [2, 4], "training.budget": [{"images": 8}, {"updates": 2}]}}
     cells = draft(
         read(sweep_file(tmp_path, {**grid, "cases": CASES}), ["training.optimizer.lr=0.1"]), Registry([PLUGIN])
@@ -368,7 +370,7 @@ CASES = [
     [{"training.batch": 4}, {"training": {"budget": {"images": 8}, "batch": 4}}, {"training.budget": {"updates": 1}}],
 )
 def test_an_unequal_batch_or_budget_needs_a_reason(set, tmp_path):
-    """By whatever path it is set, for whatever runs."""
+    """An override of batch or budget without a reason is refused, however it is written and whatever it matches."""
     for match in ({"method": "last"}, {"seed": 1}, {"label": "Last"}):
         path = sweep_file(tmp_path, {"overrides": [{"match": match, "set": set}]})
         with pytest.raises(UserError, match="say why with 'reason"):
@@ -376,7 +378,7 @@ def test_an_unequal_batch_or_budget_needs_a_reason(set, tmp_path):
 
 
 def test_a_method_that_no_toy_can_run_is_not_estimated(tmp_path, capsys):
-    """It is said so, and everything else is planned."""
+    """The page says why, and everything else is planned."""
     plugin = tmp_path / "odd.py"
     plugin.write_text(ODD)
     path = sweep_file(tmp_path, {"cases": [{"label": "Odd", "method": {"name": "odd"}}]})
@@ -405,8 +407,8 @@ HUBS = {
 
 
 @pytest.mark.parametrize("family", HUBS)
-def test_other_families_are_planned_without_any_file(family, nothing, tmp_path, capsys):
-    """From the published configuration, with the hub's command and the licence; guidance doubles the evaluations."""
+def test_other_families_are_planned_without_any_file(family, empty_hub, tmp_path, capsys):
+    """Published configurations suffice; the page has the download command and licence; guidance doubles evaluations."""
     model, licence = HUBS[family]
     path = Path(sweep_file(tmp_path, {"base": {"backend": {"name": family, "model": model, "size": 512}}}))
     path.write_text(path.read_text().replace("    max_sequence_length: 16\n", ""))
@@ -422,25 +424,25 @@ def test_other_families_are_planned_without_any_file(family, nothing, tmp_path, 
 
 
 def test_a_constant_branch_costs_no_backward():
-    """Evaluations of guided training, watched on the toy: both branches, or one of them without gradient."""
+    """In guided training both branches are counted with gradient, or one of them without."""
     method, training = (
         Registry().make("method", {"name": "leapalign"}, "method"),
         Training(budget=Budget(updates=1), batch=2),
     )
-    plain, full, stop = (watch_once(method, training, 1, each).mean for each in (None, "full", "stop"))
+    plain, full, stop = (observe_cached(method, training, 1, negative).mean for negative in (None, "full", "stop"))
     assert (plain.forward, plain.grad, plain.live) == (23, 2, 2)
     assert (full.forward, full.grad, full.live) == (46, 4, 4)
     assert (stop.forward, stop.grad, stop.live) == (48, 2, 2)
 
 
 def test_a_plan_of_guided_training_agrees_with_the_meter():
-    """Every built-in method on the guided toy: what is watched is what its training loop counts with two branches."""
+    """With two branches, the observed counts on the guided toy equal those of the training loop."""
     for name, negative in itertools.product(("draft_lv", "vggflow", "bptt", "adjoint_matching"), ("full", "stop")):
         method = Registry().make("method", {"name": name}, "method")
         training = Training(budget=Budget(images=4), batch=2, drift_every=None)
         flow = Probe(GaussianFlow(), negative)
         reward = QuadraticReward()
         record = list(train(method, flow, reward, PROMPTS, training, accelerator=Accelerator(cpu=True)))[-1]
-        usage = watch_once(method, training, 1, negative).mean
-        predicted = [round(4 * each) for each in usage[:3]]
+        usage = observe_cached(method, training, 1, negative).mean
+        predicted = [round(4 * count) for count in usage[:3]]
         assert predicted == [record[column] for column in ("nfe_forward", "nfe_grad", "nfe_recomputed")]

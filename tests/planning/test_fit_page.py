@@ -1,5 +1,6 @@
-"""`alignbench fit`: the memory of training agrees with what one H200 needed, and with itself; what is too large is told
-before a model is loaded.
+"""`alignbench fit`: the memory of training agrees with measurements on one H200 and is consistent.
+
+A run that is too large is refused before its model is loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from alignbench.experiment.document import read
 from alignbench.experiment.plan import resolve
 from alignbench.experiment.spec import Budget, Optimizer, RunSpec, Training
 from alignbench.methods.leapalign import LeapAlign
-from alignbench.planning.fit_page import ALONE, Group, check_room, page, remedies
+from alignbench.planning.fit_page import SINGLE_GPU, Group, check_room, page, remedies
 from alignbench.planning.memory import Memory, training_memory
 from alignbench.plugins import Registry
 from alignbench.run import Task, train_stage
@@ -51,15 +52,15 @@ HUGE = {"model": "black-forest-labs/FLUX.1-dev", "size": 720, "tune": "lora", "g
 
 
 @pytest.fixture(autouse=True)
-def nothing(tmp_path, monkeypatch):
-    """A hub cache with nothing in it: measures are the published ones."""
+def empty_hub(tmp_path, monkeypatch):
+    """Use an empty hub cache, so that model configurations are the published ones."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 def spec(
     method=LEAPALIGN, batch: int = 1, micro_batch: int | None = None, training: dict | None = None, **backend
 ) -> RunSpec:
-    """``training``: of it and its optimizer's settings, those that are not the default."""
+    """Return a run's spec. ``training``: settings of training and its optimizer that differ from the defaults."""
     own = dict(training or {})
     optimizer = Optimizer(**{name: own.pop(name) for name in ("weights", "moments", "ema") if name in own})
     registry = Registry()
@@ -80,54 +81,56 @@ def memory(*arguments, ranks: int = 1, parallel: str = "ddp", **settings) -> Mem
     return training_memory(spec(*arguments, **settings), Registry(), ranks, parallel)
 
 
-def states(found: Memory) -> float:
-    """Bytes for each trained weight of FLUX.1-dev."""
-    return (found.trained + found.optimizer + found.average) / PARAMETERS
+def bytes_per_weight(memory: Memory) -> float:
+    """Return the bytes of weight, gradient, moments and EMA for each weight of FLUX.1-dev."""
+    return (memory.trained + memory.optimizer + memory.ema) / PARAMETERS
 
 
 @pytest.mark.parametrize(("method", "size", "batch", "peak"), MEASURED)
 def test_memory_is_what_one_h200_needed(method, size, batch, peak):
-    """Within 3 % of every peak that was measured with LoRA and checkpointing: sizes, batches, methods."""
+    """The estimate is within 3 % of every peak measured with LoRA and checkpointing: sizes, batches, methods."""
     found = memory(method, batch, size=size)
     assert (found.peak - TEXT) / 1e9 == pytest.approx(peak, rel=0.03)
 
 
 def test_stored_embeddings_leave_the_text_encoders_out():
-    """Exactly their bytes, so that what fits is what fitted the benchmark, which had none."""
+    """Stored embeddings save exactly the text encoders' bytes; the benchmark had no text encoders either."""
     computed, stored = memory(), memory(embeddings="stored")
     assert computed.peak - stored.peak == pytest.approx(TEXT, rel=1e-12)
     assert (computed.peak / 1e9, stored.peak / 1e9) == pytest.approx((45.0, 35.2), abs=0.1)
 
 
 def test_the_largest_batch_is_the_measured_one():
-    """On that card 16 fit and 24 do not; what is called the largest fits, and one more does not."""
+    """On that card 16 images fit and 24 do not; the largest micro-batch fits, and one more image does not."""
     found = memory(LEAPALIGN, 64)
-    largest = found.largest(CARD + TEXT)
+    largest = found.largest_micro_batch(CARD + TEXT)
     assert 16 <= largest < 24
     assert found._replace(size=largest).peak <= CARD + TEXT < found._replace(size=largest + 1).peak
 
 
 def test_full_training_is_more_than_one_gpu_has():
-    """Weights, gradients and AdamW alone are 16 bytes a parameter; with no room for them not one image fits."""
+    """Weights, gradients and AdamW take 16 bytes per parameter; without room for them not one image fits."""
     found = memory(tune="full")
     assert found.trained + found.optimizer == 16 * Model.read(FLUX_1_DEV).transformer.parameters
-    assert found.largest(141e9) == 0
+    assert found.largest_micro_batch(141e9) == 0
 
 
 LEAST = {"weights": "stochastic", "moments": "8bit", "ema_on_host": True}
 
 
 def test_all_weights_fit_one_card():
-    """bfloat16 weights and gradients, moments in 8 bits, the average on the host: 6.03 bytes a weight, 71.4 GB within
-    1 %, nothing cast; a card of 141 GB has room for an image beside text encoders and reward.
+    """With the leanest settings a weight takes 6.03 bytes, all of them 71.4 GB within 1 %, and nothing is cast.
+
+    These are bfloat16 weights and gradients, moments in 8 bits, and the EMA on the host. A card of 141 GB has room for
+    an image beside text encoders and reward.
     """
     found = memory(tune="full", training=LEAST)
-    assert states(found) == 6 + 8 / 256
+    assert bytes_per_weight(found) == 6 + 8 / 256
     assert found.trained + found.optimizer == pytest.approx(71.4e9, rel=0.01)
-    assert found.casts == found.average == 0
+    assert found.casts == found.ema == 0
     assert found.fixed == found.trained + found.optimizer + found.frozen + found.rewards
     assert found.peak < 0.8 * 141e9
-    assert memory(tune="full", training=LEAST | {"ema_on_host": False}).average == 4 * PARAMETERS
+    assert memory(tune="full", training=LEAST | {"ema_on_host": False}).ema == 4 * PARAMETERS
 
 
 @pytest.mark.parametrize(
@@ -140,24 +143,25 @@ def test_all_weights_fit_one_card():
     ],
 )
 def test_bytes_of_a_weight(training, expected):
-    """Weights, masters, gradients, moments, average; autocast copies no weight that is in bfloat16 already."""
+    """Weights, masters, gradients, moments and EMA add up; autocast copies no weight that is already bfloat16."""
     found = memory(tune="full", training=training)
-    assert states(found) == expected
+    assert bytes_per_weight(found) == expected
     assert found.casts == (0 if "weights" in training else 2 * PARAMETERS)
 
 
 def test_gradients_of_several_backwards_are_float32():
-    """Two bytes a weight more: with micro-batches, and where a method makes several backwards for an update."""
-    once = states(memory(LEAPALIGN, 2, tune="full", training=LEAST))
-    assert states(memory(LEAPALIGN, 2, 1, tune="full", training=LEAST)) == once + 2
-    assert states(memory(MIXGRPO, 4, tune="full", training=LEAST)) == once + 2
-    assert states(memory(LEAPALIGN, 16, 2, tune="full", training=LEAST, ranks=8)) == once
+    """Micro-batches, or a method with several backwards per update, take two more bytes per weight."""
+    once = bytes_per_weight(memory(LEAPALIGN, 2, tune="full", training=LEAST))
+    assert bytes_per_weight(memory(LEAPALIGN, 2, 1, tune="full", training=LEAST)) == once + 2
+    assert bytes_per_weight(memory(MIXGRPO, 4, tune="full", training=LEAST)) == once + 2
+    assert bytes_per_weight(memory(LEAPALIGN, 16, 2, tune="full", training=LEAST, ranks=8)) == once
 
 
 @pytest.mark.parametrize(("kind", "moments"), [("float32", "float32"), ("master", "float32"), ("stochastic", "8bit")])
 def test_a_run_holds_what_is_computed(kind, moments):
-    """The bytes of the shapes model's weights, gradients, moments and average, counted after an update: to 5 %, which
-    its vectors and its small tensors make.
+    """The bytes of the shapes model's weights, gradients, moments and EMA after an update agree to 5 %.
+
+    Its vectors and small tensors make up the difference.
     """
     flow = Registry().make("backend", {"name": "flux", "model": "shapes", "size": 32}, "backend").load()
     optimizer = Optimizer(weights=kind, moments=moments)
@@ -168,16 +172,19 @@ def test_a_run_holds_what_is_computed(kind, moments):
     tensors = [*held, *(p.grad for p in held if p.grad is not None), *run.ema.tensors]
     tensors += [t for state in run.optimizer.state.values() for name, t in state.items() if name != "step"]
     found = sum(t.nbytes for t in tensors) / sum(p.numel() for p in flow.parameters())
-    assert found == pytest.approx(states(memory(tune="full", training={"weights": kind, "moments": moments})), rel=0.05)
+    assert found == pytest.approx(
+        bytes_per_weight(memory(tune="full", training={"weights": kind, "moments": moments})), rel=0.05
+    )
 
 
 @pytest.mark.parametrize(("ranks", "gigabytes"), [(8, 29.8), (16, 14.9)])
 def test_fsdp_divides_what_is_trained(ranks, gigabytes):
-    """20 bytes a weight over the ranks, and 23.8 GB of weights gathered in bfloat16; text encoders on each; 16 ranks of
-    80 GB have room for four images each.
+    """20 bytes per weight are divided among the ranks; each has 23.8 GB of gathered bfloat16 weights and all encoders.
+
+    16 ranks of 80 GB have room for four images each.
     """
     alone, found = (memory(LEAPALIGN, 4 * n, tune="full", ranks=n, parallel="fsdp") for n in (1, ranks))
-    assert (found.trained + found.optimizer + found.average) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    assert (found.trained + found.optimizer + found.ema) / 1e9 == pytest.approx(gigabytes, rel=0.01)
     assert found.casts / 1e9 == pytest.approx(23.8, rel=0.01)
     assert (found.frozen, found.graphs, found.size) == (alone.frozen, alone.graphs, 4)
     assert found.peak < 80e9 or ranks == 8
@@ -186,7 +193,7 @@ def test_fsdp_divides_what_is_trained(ranks, gigabytes):
 
 
 def test_what_fsdp_cannot_have_is_not_offered():
-    """Neither bfloat16 weights nor 8 bits; and a page that asks for them is refused with one line."""
+    """Neither bfloat16 weights nor 8 bits are offered; a page that asks for them is refused with one line."""
     asked, ranks = spec(LEAPALIGN, 64, tune="full"), Group(8, "fsdp")
     texts = [text for text, *_ in remedies(asked, ranks.memory(asked, Registry()), Registry(), ranks)]
     kept = ["backend.tune=lora", "training.ema_on_host=true", "backend.embeddings=stored"]
@@ -196,12 +203,12 @@ def test_what_fsdp_cannot_have_is_not_offered():
 
 
 def test_ranks_share_a_batch():
-    """Eight ranks with DDP: one of a batch of 16 holds what a batch of 2 takes."""
+    """With eight DDP ranks, each rank of a batch of 16 needs what a batch of 2 needs."""
     assert memory(LEAPALIGN, 16, ranks=8) == memory(LEAPALIGN, 2)
 
 
 def test_each_remedy_saves_what_is_said():
-    """Applied, it saves what it promised; LoRA, checkpointing and small parts are offered, another size is not."""
+    """Every remedy saves what it promises; LoRA, checkpointing and micro-batches are offered, another size is not."""
     registry = Registry()
     asked = spec(LEAPALIGN, 16, tune="full", gradient_checkpointing=False)
     now = training_memory(asked, registry)
@@ -219,14 +226,14 @@ def test_each_remedy_saves_what_is_said():
 
 
 def test_a_group_is_not_divided():
-    """Policy gradient: the smallest micro-batch that is offered is one whole group."""
+    """With a policy-gradient method, the smallest micro-batch offered is one whole group."""
     asked = spec(MIXGRPO, 16)
     found = [text for text, *_ in remedies(asked, training_memory(asked, Registry()), Registry())]
     assert found == ["backend.embeddings=stored", "training.micro_batch=4"]
 
 
 def test_the_page_says_what_would_fit(capsys):
-    """Table 2 trains all weights: exit code 2, and LoRA named with its saving; with it, 0, and the largest batch."""
+    """Table 2 trains all weights: exit code 2, and LoRA is offered; with LoRA it is 0, with the largest micro-batch."""
     assert alignbench("fit", "--gpu", "h200", plugin=False) == 2
     out = capsys.readouterr().out
     assert re.search(r"LeapAlign +NO ", out)
@@ -242,7 +249,7 @@ def test_the_page_says_what_would_fit(capsys):
 
 
 def test_a_method_that_no_sweep_has_is_added(capsys):
-    """With its defaults; a model of unknown measures has a line instead of figures."""
+    """The method is added with its defaults; a model of unknown size gets a line instead of figures."""
     assert alignbench("fit", "--method", "draft_k", "backend.tune=lora", plugin=False) == 0
     assert re.search(r"draft_k +yes ", capsys.readouterr().out)
     unknown = spec(model="nobody/nothing")
@@ -253,16 +260,17 @@ def test_a_method_that_no_sweep_has_is_added(capsys):
 
 
 def test_only_what_surely_does_not_fit_is_refused():
-    """Free memory is enough: nothing. Not enough, but the card may be: a warning. By more than the error: UserError,
-    but with FSDP, which was never measured, a warning.
+    """Enough free memory gives no message, too little a warning, and a card that is surely too small UserError.
+
+    With FSDP, which was never measured, the last is a warning, too.
     """
     asked, registry = spec(LEAPALIGN, 16), Registry()
     peak = int(training_memory(asked, registry).peak)
-    assert check_room(asked, registry, ALONE, peak + 1, peak + 1) == ""
-    assert "training.micro_batch=1 saves 83 GB" in check_room(asked, registry, ALONE, peak // 2, peak)
-    assert "are free" in check_room(asked, registry, ALONE, int(0.92 * peak), int(0.92 * peak))
+    assert check_room(asked, registry, SINGLE_GPU, peak + 1, peak + 1) == ""
+    assert "training.micro_batch=1 saves 83 GB" in check_room(asked, registry, SINGLE_GPU, peak // 2, peak)
+    assert "are free" in check_room(asked, registry, SINGLE_GPU, int(0.92 * peak), int(0.92 * peak))
     with pytest.raises(UserError, match=r"needs about 130 GB .* has 80 GB; .*, training.micro_batch=1 saves 83 GB"):
-        check_room(asked, registry, ALONE, 80 * 10**9, 80 * 10**9)
+        check_room(asked, registry, SINGLE_GPU, 80 * 10**9, 80 * 10**9)
     asked = spec(LEAPALIGN, 16, tune="full")
     told = check_room(asked, registry, Group(2, "fsdp"), 80 * 10**9, 80 * 10**9)
     assert told.startswith("training needs about")
@@ -270,7 +278,7 @@ def test_only_what_surely_does_not_fit_is_refused():
 
 
 def test_a_run_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
-    """On a CUDA device with a few kilobytes of memory, with the figures; not on a CPU."""
+    """A CUDA device with 2 kB of memory is refused, with the figures; a CPU is not."""
     plan = resolve(read(sweep_file(tmp_path)), Registry([PLUGIN]))
     cell = next(cell for cell in plan.cells if cell.trains)
     task = Task(

@@ -1,4 +1,4 @@
-"""docs/scaling.md says what its formulas give from the measured figures."""
+"""The numbers in docs/scaling.md follow from its formulas and the measured figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARAMETERS = {False: DEV.adapters(Flux().lora_targets, Flux().lora_rank), True: 
 
 
 def seconds(full: bool) -> float:
-    """Per sample: 25 forwards, two of them again, and two backwards."""
+    """Return the seconds per sample: 25 forwards, two of them recomputed, and two backwards."""
     tokens = Model.read(FLUX_1_DEV).tokens(720, 512)
     adapters, flops = (27 * DEV.forward(tokens) + 2 * DEV.backward(tokens, each) for each in (False, full))
     return S * flops / adapters
@@ -36,8 +36,8 @@ def update(gpus: int, full: bool) -> float:
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 16, 64])
-def test_one_training(gpus):
-    """Seconds, hours and GPU-hours of both, and the share of computing, in the row of that many GPUs."""
+def test_one_training_run(gpus):
+    """The row of that many GPUs has the seconds, hours and GPU-hours of LoRA and full, and the share of computing."""
     row = next(line for line in PAGE.splitlines() if line.startswith(f"| {gpus} |"))
     said = [cell.strip().removesuffix(" %") for cell in row.strip("|").split("|")[1:]]
     expected = []
@@ -49,8 +49,8 @@ def test_one_training(gpus):
         assert float(word) == pytest.approx(value, rel=0.004)
 
 
-def test_a_thousand_trainings():
-    """GPU-hours, days, terabytes and files."""
+def test_a_thousand_training_runs():
+    """GPU-hours, days, terabytes and files follow from the formulas."""
     evaluation = R * V * E / 3600
     for column, full, at_once, gpus in ((0, False, 64, 1), (1, True, 8, 8)):
         training = R * U * update(gpus, full) * gpus / 3600
@@ -71,7 +71,7 @@ def test_a_thousand_trainings():
 
 
 def test_all_weights_on_one_card(capsys):
-    """The page's command says that LeapAlign fits, and needs the gigabytes that the page names; so of 16 GPUs."""
+    """The page's command says that LeapAlign fits in the gigabytes that the page names; likewise on 16 GPUs."""
 
     def row(*words: str) -> list[str]:
         assert alignbench("fit", *words, "--method", "leapalign", plugin=False) == 0
@@ -85,7 +85,7 @@ def test_all_weights_on_one_card(capsys):
 
 
 def test_one_sample_per_gpu(capsys):
-    """The page's command divides LeapAlign among 64 GPUs; with table 2's own micro-batch that is refused."""
+    """The page's command divides LeapAlign among 64 GPUs; with table 2's micro-batch it is refused."""
     *words, micro = re.search(r"`alignbench (fit fig4a [^`]+)`", PAGE)[1].split()
     assert alignbench(*words, micro, plugin=False) == 0
     assert alignbench(*words, plugin=False) == 1
@@ -93,7 +93,7 @@ def test_one_sample_per_gpu(capsys):
 
 
 def test_adapters_with_and_without_text_encoders(capsys):
-    """The gigabytes at batch 1 that the page names, in this order."""
+    """The page names the gigabytes at batch 1 with text encoders and without."""
     peaks = []
     for more in ([], ["backend.embeddings=stored"]):
         words = ["fit", "fig4a", "--gpu", "h200", "backend.tune=lora", "training.micro_batch=1", *more]
@@ -104,7 +104,7 @@ def test_adapters_with_and_without_text_encoders(capsys):
     assert f"it is {peaks[1]} GB, as measured" in PAGE
 
 
-def test_what_goes_in():
-    """The figures of the first table are the measured ones."""
+def test_the_inputs_are_the_measured_ones():
+    """The first table holds the measured figures."""
     for figure in (f"{S:.2f}", f"{seconds(True):.2f}", f"{E:.2f}", f"{PARAMETERS[False] / 1e6:.0f} M"):
         assert f"| {figure} " in PAGE

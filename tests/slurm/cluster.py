@@ -1,10 +1,10 @@
-"""A SLURM of its own on this machine: munge, MariaDB, slurmdbd, slurmctld and two nodes, all below one folder.
+"""A private SLURM on this machine: munge, MariaDB, slurmdbd, slurmctld and two nodes, all below one folder.
 
     python tests/slurm/cluster.py start FOLDER    # prints the line that points SLURM's commands at it
     python tests/slurm/cluster.py stop FOLDER
 
-Root on Debian only; packages that are missing are installed. Sockets, keys, state, spool and logs are in FOLDER and
-the ports are free ones, so a SLURM, munge or MariaDB that the machine has already is not touched. No systemd is needed.
+Needs root on Debian; missing packages are installed. Sockets, keys, state, spool and logs are in FOLDER, and free ports
+are used, so an existing SLURM, munge or MariaDB of the machine is not touched. Works without systemd.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PROGRAMS = {  # and the Debian packages that have them
+PROGRAMS = {  # program -> its Debian package
     "munged": "munge",
     "mariadbd": "mariadb-server",
     "slurmdbd": "slurmdbd",
@@ -35,9 +35,9 @@ PROGRAMS = {  # and the Debian packages that have them
     "sbatch": "slurm-client",
 }
 NODES = ("n0", "n1")
-CPUS = 4  # that each node claims; jobs as small as the tests' share the real ones
-MEMORY = 8000  # megabytes that each node claims
-PATIENCE = 120.0  # seconds, for a machine that is busy with something else
+CPUS = 4  # claimed by each node; jobs as small as those of the tests share the real ones
+MEMORY = 8000  # megabytes claimed by each node
+PATIENCE = 120.0  # seconds, enough for a busy machine
 OWNER = "ALIGNBENCH_TEST_CLUSTER"  # in the environment of every daemon: the folder it belongs to
 
 CONF = """\
@@ -103,24 +103,24 @@ StorageLoc=slurm
 
 
 class NoCluster(Exception):
-    """Why there can be none on this machine, or why it did not start."""
+    """Error: a cluster is not possible on this machine, or did not start."""
 
 
-def why_not() -> str | None:
-    """The reason why this machine cannot have a cluster; None if it can."""
+def unsupported_reason() -> str | None:
+    """Return why this machine cannot have a cluster; None if it can."""
     if not Path("/etc/debian_version").exists():
-        return "a test cluster needs Debian's packages, this is no Debian"
+        return "a test cluster needs Debian's packages, and this is not Debian"
     if os.geteuid() != 0:
         return "a test cluster needs root"
     return None
 
 
 def install() -> None:
-    """Debian's packages, where programs are missing. NoCluster if that fails."""
+    """Install the Debian packages of missing programs. Raise NoCluster if that fails."""
     missing = [package for program, package in PROGRAMS.items() if not _which(program)]
     if not missing:
         return
-    # RUNLEVEL: services that the packages bring are not started
+    # RUNLEVEL: do not start the services of the packages
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
     for words in (["update"], ["install", "-y", "--no-install-recommends", *missing]):
         done = subprocess.run(["apt-get", "-q", *words], env=quiet, capture_output=True, text=True)
@@ -134,11 +134,11 @@ def _which(program: str) -> str | None:
 
 def _free_ports(n: int) -> list[int]:
     sockets = [socket.socket() for _ in range(n)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    for sock in sockets:
+        sock.bind(("127.0.0.1", 0))
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
     return ports
 
 
@@ -154,7 +154,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Cluster:
-    """A running one. Commands raise CalledProcessError with what SLURM said."""
+    """A running cluster. Commands raise CalledProcessError with SLURM's message."""
 
     folder: Path
 
@@ -164,25 +164,25 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For every command and every daemon."""
+        """Variables of every command and every daemon."""
         return {"SLURM_CONF": str(self.conf), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 
     # -- from nothing to idle nodes -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Returns when all nodes are idle. NoCluster with the logs if they do not get there; then nothing is left."""
+        """Start, and return when all nodes are idle. If that fails, clean up and raise NoCluster with the logs."""
         install()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)  # other users' commands read slurm.conf and talk to munge
         if (self.folder / "log").exists():
-            raise NoCluster(f"{self.folder}: there is a cluster; stop it first")
+            raise NoCluster(f"{self.folder}: contains a cluster; stop it first")
         for name in ("log", "state"):
             (self.folder / name).mkdir()
         try:
             self._configure()
             self._start_munge()
             self._start_database()
-            accounting = self._start_daemon("slurmdbd", "-D")  # its slurmdbd.conf is looked for beside slurm.conf
+            accounting = self._start_daemon("slurmdbd", "-D")  # reads the slurmdbd.conf beside slurm.conf
             self._until(lambda: self._answers("sacctmgr", "-i", "add", "cluster", "alignbench"), accounting)
             self._run("sacctmgr", "-i", "add", "account", "test")
             self.admit("root")
@@ -223,14 +223,14 @@ class Cluster:
         self._database_port = database
 
     def _start_munge(self) -> None:
-        """Its own daemon: the machine's, if there is one, keeps its key and its socket."""
+        """Start a private daemon; that of the machine, if any, keeps its key and its socket."""
         key = self.folder / "munge.key"
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(128))
         daemon = self._start_daemon(
             "munged",
             "--foreground",
-            "--force",  # the folder may be below one that others can write to
+            "--force",  # the folder may lie below a world-writable one
             f"--key-file={key}",
             f"--socket={self.folder}/munge.socket",
             f"--pid-file={self.folder}/munged.pid",
@@ -264,17 +264,17 @@ class Cluster:
         self._until(listens, daemon)
 
     def _start_daemon(self, program: str, *words: str) -> subprocess.Popen[bytes]:
-        """In a session of its own: Ctrl-C in pytest is no business of the cluster's."""
+        """Start a daemon in its own session, so that Ctrl-C in pytest does not reach it."""
         environment = os.environ | self.environment | {OWNER: str(self.folder)}
         for name in [name for name in environment if name.startswith("SLURM_") and name != "SLURM_CONF"]:
-            del environment[name]  # of a job that runs the tests
-        with (self.folder / "log" / "said").open("a") as said:
+            del environment[name]  # set if the tests run in a job
+        with (self.folder / "log" / "output").open("a") as output:
             return subprocess.Popen(
                 [_which(program) or program, *words],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
                 start_new_session=True,
                 cwd=self.folder,
             )
@@ -283,21 +283,21 @@ class Cluster:
         self._until(lambda: self._answers("scontrol", "ping"), self._start_daemon("slurmctld", "-D"))
 
     def stop_controller(self) -> None:
-        """It saves its state; nobody hears of what happens to jobs meanwhile."""
+        """Stop slurmctld. It saves its state; job events go unnoticed until it is started again."""
         pids = [pid for pid in owned(self.folder) if _name(pid) == "slurmctld"]
         _kill(pids, signal.SIGTERM)
 
     def start_node(self, node: str) -> None:
-        """Returns when it takes jobs."""
+        """Start a node, and return when it accepts jobs."""
         daemon = self._start_daemon("slurmd", "-D", "-N", node)
         self._until(lambda: self.nodes()[node] in ("idle", "mixed", "allocated"), daemon)
 
     def stop_node(self, node: str) -> None:
-        """kill -9 its slurmd; jobs on it go on, nobody hears of them."""
+        """Kill a node's slurmd with -9; its jobs continue unnoticed."""
         _kill([pid for pid in owned(self.folder) if _name(pid) == "slurmd" and node in _words(pid)])
 
     def _until(self, ready: Callable[[], bool], daemon: subprocess.Popen[bytes]) -> None:
-        """Wait for ``daemon``. NoCluster if it ends, or takes too long."""
+        """Wait until ``daemon`` is ready. Raise NoCluster if it ends, or takes too long."""
         deadline = time.monotonic() + PATIENCE
         while not ready():
             if daemon.poll() is not None:
@@ -307,12 +307,12 @@ class Cluster:
             time.sleep(0.1)
 
     def logs(self, lines: int = 15) -> str:
-        """The end of every log that is not empty."""
-        said = []
+        """Return the end of every non-empty log."""
+        texts = []
         for path in sorted((self.folder / "log").iterdir()):
             if text := path.read_text(errors="replace").strip():
-                said.append(f"-- {path.name}\n" + "\n".join(text.splitlines()[-lines:]))
-        return "\n".join(said)
+                texts.append(f"-- {path.name}\n" + "\n".join(text.splitlines()[-lines:]))
+        return "\n".join(texts)
 
     # -- SLURM's commands ---------------------------------------------------------------------------------------------
 
@@ -332,38 +332,38 @@ class Cluster:
         return True
 
     def sbatch(self, *words: str, script: str) -> str:
-        """Submit a bash script; the job's id."""
+        """Submit a bash script, and return the job's id."""
         text = script if script.startswith("#!") else f"#!/bin/bash\n{script}\n"
         return self._run("sbatch", "--parsable", *words, input=text).strip()
 
     def squeue(self, *jobs: str) -> list[Row]:
-        """One row per task; ended ones for some minutes. ``jobs``: ids of arrays or tasks; without, all."""
+        """Return a row per task; ended tasks stay for some minutes. ``jobs``: ids of arrays or tasks; none: all."""
         form = ["--noheader", "--array", "--states=all", "-O", "JobArrayID:|,State:|,Reason:|,RestartCnt:|,NodeList:"]
         rows = [line.split("|") for line in self._run("squeue", *form).splitlines()]
-        found = [Row(id, state, reason, int(restarts), node) for id, state, reason, restarts, node in rows]
-        return [row for row in found if not jobs or row.id in jobs or row.id.partition("_")[0] in jobs]
+        tasks = [Row(id, state, reason, int(restarts), node) for id, state, reason, restarts, node in rows]
+        return [row for row in tasks if not jobs or row.id in jobs or row.id.partition("_")[0] in jobs]
 
     def sacct(self, job: str) -> dict[str, str]:
-        """State of a job, or of every task of an array, by id."""
+        """Return the state of a job, or of every task of an array, by id."""
         lines = self._run("sacct", "-X", "-P", "-n", "-j", job, "-o", "JobID,State").splitlines()
         return {id: state for id, _, state in (line.partition("|") for line in lines)}
 
     def nodes(self) -> dict[str, str]:
-        """State of every node: idle, mixed, allocated, drained, down ..."""
+        """Return the state of every node: idle, mixed, allocated, drained, down ..."""
         return dict(line.split() for line in self._run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines())
 
-    def wait(self, true: Callable[[], Any], timeout: float = PATIENCE, every: float = 0.3) -> Any:
-        """What ``true`` gives once it is true; AssertionError with the queue if it does not get there in time."""
+    def wait(self, condition: Callable[[], Any], timeout: float = PATIENCE, every: float = 0.3) -> Any:
+        """Return the first true value of ``condition``. Raise AssertionError with the queue if it takes too long."""
         deadline = time.monotonic() + timeout
-        while not (found := true()):
+        while not (value := condition()):
             if time.monotonic() > deadline:
                 queue = "\n".join(str(row) for row in self.squeue())
-                raise AssertionError(f"not so after {timeout:.0f} s; the queue:\n{queue}")
+                raise AssertionError(f"still waiting after {timeout:.0f} s; the queue:\n{queue}")
             time.sleep(every)
-        return found
+        return value
 
     def ended(self, job: str, timeout: float = PATIENCE) -> dict[str, str]:
-        """Wait until a job, or every task of an array, is over; its states by id."""
+        """Wait until a job, or every task of an array, has ended, and return the states by id."""
         over = re.compile("COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|DEADLINE")
 
         def states() -> dict[str, str] | None:
@@ -373,21 +373,21 @@ class Cluster:
         return self.wait(states, timeout)
 
     def admit(self, user: str) -> None:
-        """A user of the machine may submit jobs."""
+        """Allow a user of the machine to submit jobs."""
         self._run("sacctmgr", "-i", "add", "user", user, "account=test")
 
     def cancel(self, *jobs: str) -> None:
         self._run("scancel", *jobs)
 
     def requeue(self, job: str) -> None:
-        """As a preemption would; the job starts again in seconds, not after SLURM's two minutes."""
+        """Requeue a job, as a preemption would; it restarts in seconds instead of SLURM's two minutes."""
         self._run("scontrol", "requeue", job)
         self.hurry(job)
 
     def hurry(self, job: str) -> None:
-        """Let a job that is being requeued start soon."""
+        """Make a requeued job start soon."""
         self.wait(lambda: any(row.reason == "BeginTime" for row in self.squeue(job)))
-        time.sleep(2)  # sooner, slurmd takes it for the job that was killed, and refuses
+        time.sleep(2)  # any sooner, slurmd mistakes it for the killed job and refuses it
         self._run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def drain(self, node: str) -> None:
@@ -401,14 +401,14 @@ class Cluster:
         self.start_controller()
 
     def processes(self, job: str) -> list[int]:
-        """The Python processes of a running job (12) or task (12_0)."""
+        """Return the Python processes of a running job (12) or task (12_0)."""
         array, _, task = job.partition("_")
-        mine = [f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"] if task else [f"SLURM_JOB_ID={job}"]
-        wanted = {*mine, f"SLURM_CONF={self.conf}"}
-        return [pid for pid in _pids() if wanted <= _environ(pid) and _name(pid).startswith("python")]
+        ids = [f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"] if task else [f"SLURM_JOB_ID={job}"]
+        variables = {*ids, f"SLURM_CONF={self.conf}"}
+        return [pid for pid in _pids() if variables <= _environ(pid) and _name(pid).startswith("python")]
 
     def kill_job_process(self, job: str) -> None:
-        """kill -9 its Python, as the kernel does when memory runs out."""
+        """Kill a job's Python with -9, as the kernel does when memory runs out."""
         _kill(self.wait(lambda: self.processes(job)))
 
 
@@ -438,19 +438,19 @@ def _name(pid: int) -> str:
 
 
 def owned(folder: Path) -> list[int]:
-    """The processes of the cluster in ``folder``: daemons, and what runs in jobs."""
+    """Return the processes of the cluster in ``folder``: daemons, and those of jobs."""
     job = f"SLURM_CONF={folder / 'slurm.conf'}"
-    found = []
+    pids = []
     for pid in _pids():
         variables = _environ(pid)
         in_job = job in variables and any(variable.startswith("SLURM_JOB_ID=") for variable in variables)
         if f"{OWNER}={folder}" in variables or in_job:
-            found.append(pid)
-    return found
+            pids.append(pid)
+    return pids
 
 
 def _kill(pids: Sequence[int], how: signal.Signals = signal.SIGKILL) -> None:
-    """Send a signal, and wait until they are gone."""
+    """Send a signal, and wait until the processes are gone."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, how)
@@ -461,7 +461,7 @@ def _kill(pids: Sequence[int], how: signal.Signals = signal.SIGKILL) -> None:
 
 def _alive(pid: int) -> bool:
     with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)  # where it is our own child
+        os.waitpid(pid, os.WNOHANG)  # reaps it if it is a child of this process
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
@@ -469,14 +469,14 @@ def _alive(pid: int) -> bool:
 
 def stop(folder: Path) -> None:
     """End everything that belongs to the cluster in ``folder``, and remove the folder."""
-    while pids := [pid for pid in owned(folder) if _alive(pid)]:  # again: a daemon may have started something meanwhile
+    while pids := [pid for pid in owned(folder) if _alive(pid)]:  # repeat: a daemon may have started another
         _kill(pids)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def running() -> Iterator[Cluster]:
-    """A cluster in a temporary folder. It ends with this process, however that ends."""
+    """Yield a cluster in a temporary folder. It ends with this process, however that ends."""
     folder = Path(tempfile.mkdtemp(prefix="alignbench-slurm-"))
     command = [sys.executable, __file__, "stop", str(folder), "--after-stdin"]
     guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
@@ -509,7 +509,7 @@ def main() -> int:
         stop(folder)
         return 0
     try:
-        if reason := why_not():
+        if reason := unsupported_reason():
             raise NoCluster(reason)
         Cluster(folder).start()
     except NoCluster as error:

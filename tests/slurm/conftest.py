@@ -1,4 +1,4 @@
-"""The cluster that all tests of this folder share."""
+"""The SLURM cluster that all tests of this folder share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from cluster import Cluster, running, why_not
+from cluster import Cluster, running, unsupported_reason
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A SLURM of the tests' own, SLURM_CONF exported. Where there can be none CI fails, others are told why."""
-    if reason := why_not():
+    """Yield a private SLURM with SLURM_CONF exported. Where none is possible, fail in CI and skip elsewhere."""
+    if reason := unsupported_reason():
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-    with running() as found:
-        yield found
+    with running() as cluster:
+        yield cluster

@@ -1,7 +1,7 @@
-"""A plug-in whose methods can be made to wait, and tell in which batch they are: files in ALIGNBENCH_TEST_HOLD.
+"""A plug-in whose methods can be made to wait, and log their batches, through files in ALIGNBENCH_TEST_HOLD.
 
-``<tag>.log`` has a line for every batch that was begun; while there is ``<tag>.hold-2``, batch 2 waits; while there is
-``<tag>.slow``, a batch takes seconds. Without the variable they are ``last``, so an undisturbed sweep has the same ids.
+``<tag>.log`` has a line for every batch that was started. While ``<tag>.hold-2`` exists, batch 2 waits; while
+``<tag>.slow`` exists, a batch takes seconds. Without the variable the methods are like ``last``; ids stay the same.
 """
 
 import os
@@ -18,7 +18,7 @@ SLOW = 15.0  # seconds
 
 
 def note(name: str, line: str) -> Path | None:
-    """Add a line to a log, if there is a folder for it; the folder."""
+    """Add a line to a log and return its folder; None if the variable is not set."""
     folder = os.environ.get("ALIGNBENCH_TEST_HOLD")
     if not folder:
         return None
@@ -28,7 +28,7 @@ def note(name: str, line: str) -> Path | None:
 
 
 class Held(AlignMethod):
-    """The gradient of the last step only, in batches that can be made to wait."""
+    """Method with the gradient of the last step only, whose batches can be made to wait."""
 
     name: ClassVar[str] = "held"
     tag: str
@@ -49,13 +49,13 @@ class Held(AlignMethod):
 
 
 class Limited(Held):
-    """The same under a name of its own, for resources of its own."""
+    """The same method under another name, so that it can have its own resources."""
 
     name: ClassVar[str] = "limited"
 
 
 class Counted(Evaluator):
-    """The mean of all pixels; every call is noted. Fails while there is a file ``broken``."""
+    """Evaluator of the mean of all pixels; logs every call, and fails while the file ``broken`` exists."""
 
     name: ClassVar[str] = "counted"
     version: ClassVar[str] = "1"

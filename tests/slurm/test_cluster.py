@@ -1,4 +1,4 @@
-"""The test cluster is a SLURM like others: what the launcher builds on is so."""
+"""The test cluster behaves as the launcher expects of any SLURM."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cluster import NODES, Cluster
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 HERE = Path(__file__).parent
-COUNT = "echo ${SLURM_RESTART_COUNT:-0} >> said-$SLURM_ARRAY_TASK_ID"
+COUNT = "echo ${SLURM_RESTART_COUNT:-0} >> restarts-$SLURM_ARRAY_TASK_ID"
 
 
 def test_a_task_waits_for_its_own_predecessor_and_falls_with_it(cluster, tmp_path):
-    """Two arrays, task by task: what follows a failed task is cancelled, what follows the others runs; sacct agrees."""
+    """Of two arrays, the successor of a failed task is cancelled and those of the others run; sacct agrees."""
     options = ["--array=0-2%2", "-c1", "-o", "/dev/null", "-D", str(tmp_path)]
     first = cluster.sbatch(*options, script="test $SLURM_ARRAY_TASK_ID != 1 && touch first-$SLURM_ARRAY_TASK_ID")
     after = [f"--dependency=aftercorr:{first}", "--kill-on-invalid-dep=yes"]
@@ -30,20 +30,20 @@ def test_a_task_waits_for_its_own_predecessor_and_falls_with_it(cluster, tmp_pat
 
 
 def test_a_requeued_task_keeps_its_id_and_its_successor_waits(cluster, tmp_path):
-    """It starts again with a restart counted; the task that depends on it runs after the second, successful end."""
+    """It restarts, and the restart is counted; its successor runs after the second, successful end."""
     options = ["--array=0-0", "-c1", "-o", "/dev/null", "-D", str(tmp_path)]
     first = cluster.sbatch(*options, "--requeue", script=f"{COUNT}; [ $SLURM_RESTART_COUNT ] || exec sleep 600")
     after = [f"--dependency=aftercorr:{first}", "--kill-on-invalid-dep=yes"]
-    second = cluster.sbatch(*options, *after, script="cp said-0 seen-0")
-    cluster.wait((tmp_path / "said-0").exists)
+    second = cluster.sbatch(*options, *after, script="cp restarts-0 copy-0")
+    cluster.wait((tmp_path / "restarts-0").exists)
     cluster.requeue(f"{first}_0")
     assert cluster.ended(second) == {f"{second}_0": "COMPLETED"}
-    assert (tmp_path / "seen-0").read_text().split() == ["0", "1"]
+    assert (tmp_path / "copy-0").read_text().split() == ["0", "1"]
     assert [row.restarts for row in cluster.squeue(first)] == [1]
 
 
 def test_the_controller_and_a_node_go_and_come_back(cluster, tmp_path):
-    """Neither a slurmctld that is stopped and started again nor a drained node ends a job; new ones go elsewhere."""
+    """Neither a restart of slurmctld nor a drained node ends a job; new jobs go to the other node."""
     job = cluster.sbatch("-c1", "-w", NODES[0], "-o", "/dev/null", "-D", str(tmp_path), script="touch on; sleep 3")
     cluster.wait((tmp_path / "on").exists)
     cluster.restart_controller()
@@ -59,7 +59,7 @@ def test_the_controller_and_a_node_go_and_come_back(cluster, tmp_path):
 
 
 def test_a_process_that_is_killed_is_a_failed_job(cluster, tmp_path):
-    """kill -9 of a job's Python."""
+    """A job whose Python is killed with -9 ends as FAILED."""
     job = cluster.sbatch("-c1", "-o", "/dev/null", script=f"srun {sys.executable} -c 'import time; time.sleep(600)'")
     cluster.kill_job_process(job)
     assert cluster.ended(job) == {job: "FAILED"}
@@ -77,7 +77,7 @@ with cluster.running():
 
 
 def test_nothing_of_a_cluster_outlives_the_process_that_started_it(cluster):
-    """Killed with -9 in the middle of a start, it leaves no daemon and no folder behind."""
+    """If it is killed with -9 in the middle of a start, no daemon and no folder stay behind."""
     process = subprocess.Popen([sys.executable, "-c", PAUSED], cwd=HERE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     folder = Path(process.stdout.readline().strip())
@@ -88,7 +88,7 @@ def test_nothing_of_a_cluster_outlives_the_process_that_started_it(cluster):
 
 
 def test_a_start_that_fails_says_what_the_daemons_said(cluster, tmp_path, monkeypatch):
-    """NoCluster with the logs, and nothing is left running."""
+    """NoCluster has the logs, and nothing is left running."""
     monkeypatch.setattr(module, "ACCOUNTING", module.ACCOUNTING + "NoSuchLine=1\n")
     with pytest.raises(module.NoCluster, match=r"(?s)slurmdbd -D: ended with 1.*NoSuchLine"):
         Cluster(tmp_path / "bad").start()

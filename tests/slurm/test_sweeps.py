@@ -1,6 +1,6 @@
-"""Sweeps on a real SLURM, disturbed in every way it knows: nothing is lost, nothing made twice, the tables are equal.
+"""Sweeps on a real SLURM, disturbed in every way it knows: nothing is lost, and nothing is made twice.
 
-Equal to those of the same sweep in one process, undisturbed: weights, records, images and scores, bit by bit.
+Weights, records, images and scores are bitwise equal to those of the same sweep run undisturbed in one process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 HELD = str(Path(__file__).with_name("held.py"))
 PLUGINS = ["--plugin", PLUGIN, "--plugin", HELD]
-PATIENCE = 900  # seconds, for a machine that is busy with something else
+PATIENCE = 900  # seconds, enough for a busy machine
 TAGS = ("requeued", "cancelled", "killed", "drained", *(f"calm{i}" for i in range(5)))
 LIMITED = ("yields", "late")
 BATCHES = [0, 1, 2, 3]
@@ -37,57 +37,57 @@ IMAGES = 2
 
 
 def case(tag: str) -> dict[str, Any]:
-    """A run; of those that train, ``limited`` ones have resources of their own."""
+    """Return a case of a sweep; those in LIMITED have their own resources."""
     if tag == "base":
         return {"label": "base", "method": {"name": "base"}}
     return {"label": tag, "method": {"name": "limited" if tag in LIMITED else "held", "tag": tag}}
 
 
 def document(folder: Path, *tags: str, **changes: Any) -> str:
-    """The file of a sweep of these runs."""
+    """Write the file of a sweep of these runs, and return its path."""
     evaluators = {"evaluators": changes.pop("evaluators", [{"name": "counted"}])}
-    wanted = {
+    sweep = {
         "base": {"training": {"budget": {"images": len(BATCHES)}, "batch": 1}},
         "cases": [case(tag) for tag in tags],
         "grid": {"training.seed": [0]},
         "evaluation": evaluators | {"limit": IMAGES},
     }
-    return sweep_file(folder, wanted | changes)
+    return sweep_file(folder, sweep | changes)
 
 
 @dataclass
 class Sweep:
-    """A sweep file, its store, and the folder in which the test plug-in says and is told what happens."""
+    """A sweep file, its store, and the folder through which the test plug-in is controlled."""
 
     cluster: Cluster
     file: str
     store: Path
     hold: Path
 
-    def say(self, verb: str, *words: str) -> tuple[int, str]:
-        """A verb of the command line: its exit code, and all that it said."""
+    def run(self, verb: str, *words: str) -> tuple[int, str]:
+        """Run a verb of the command line, and return its exit code and output."""
         plugins = [] if verb == "status" else PLUGINS
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             code = main([verb, self.file, "--store", str(self.store), *plugins, *words])
-        return code, said.getvalue()
+        return code, output.getvalue()
 
     def submit(self) -> None:
-        assert self.say("sweep", "--launcher", "slurm")[0] == 3
+        assert self.run("sweep", "--launcher", "slurm")[0] == 3
 
     def states(self) -> dict[str, str]:
-        """Of every run: the rest of its row, from its state on."""
-        rows = [line.split(maxsplit=1) for line in self.say("status")[1].splitlines()[1:-1]]
+        """Return the row of every run in `alignbench status`, from its state on."""
+        rows = [line.split(maxsplit=1) for line in self.run("status")[1].splitlines()[1:-1]]
         return {title.rstrip(","): rest for title, rest in rows}
 
     def end(self) -> int:
-        """Wait until none of its jobs is left, requeued ones started soon; what `status` exits with."""
+        """Wait until no job is left, hurrying requeued ones, and return the exit code of `status`."""
 
         def over() -> int | None:
             for row in self.cluster.squeue():
                 if row.reason == "BeginTime":
                     self.cluster.hurry(row.id)
-            code, _ = self.say("status")
+            code, _ = self.run("status")
             return None if code == 3 or self.alive() else code + 1
 
         return self.cluster.wait(over, PATIENCE, every=1.0) - 1
@@ -96,7 +96,7 @@ class Sweep:
         return any(row.state in ("PENDING", "RUNNING", "COMPLETING") for row in self.cluster.squeue())
 
     def job(self, tag: str) -> str:
-        """The id of the job that trains a run."""
+        """Return the id of the job that trains a run."""
         manifest = json.loads(next((self.store / "sweeps").glob("*.json")).read_text())
         run = next(run["id"] for run in manifest["runs"] if run["label"] == tag)
         tickets = json.loads(next((self.store / "jobs").glob("*/jobs.json")).read_text())["tickets"]
@@ -107,13 +107,13 @@ class Sweep:
         return row
 
     def stop_at(self, tag: str, batch: int) -> Path:
-        """Let a training wait in a batch for as long as there is this file."""
+        """Make a training run wait in a batch as long as the returned file exists."""
         path = self.hold / f"{tag}.hold-{batch}"
         path.touch()
         return path
 
     def batches(self, tag: str) -> list[int]:
-        """All that were begun, in order, by whatever process."""
+        """Return all batches that were started, in order, by any process."""
         log = self.hold / f"{tag}.log"
         return [int(line) for line in log.read_text().split()] if log.exists() else []
 
@@ -123,7 +123,7 @@ class Sweep:
 
 @pytest.fixture(scope="session")
 def calm(tmp_path_factory, cluster) -> Path:
-    """The store of all runs, made in this process, undisturbed."""
+    """Return the store of all runs, made undisturbed in this process."""
     folder = tmp_path_factory.mktemp("calm")
     file = document(folder, "base", *LIMITED, *TAGS)
     assert main(["sweep", file, "--store", str(folder / "store"), *PLUGINS, "--launcher", "debug"]) == 0
@@ -132,7 +132,7 @@ def calm(tmp_path_factory, cluster) -> Path:
 
 @pytest.fixture
 def prepare(cluster, tmp_path, monkeypatch) -> Iterator[Callable[..., Sweep]]:
-    """Makes sweeps; what a failed test left in the queue is cancelled."""
+    """Yield a function that makes sweeps; cancel what a failed test leaves in the queue."""
 
     def make(*tags: str, folder: Path = tmp_path, store: Path | None = None, **changes: Any) -> Sweep:
         hold = folder / "hold"
@@ -145,14 +145,16 @@ def prepare(cluster, tmp_path, monkeypatch) -> Iterator[Callable[..., Sweep]]:
 
 
 def test_a_sweep_survives_all_that_slurm_does_to_its_jobs(prepare, cluster, calm):
-    """Twelve runs: one requeued, one signalled before its limit, one past it, one cancelled, one killed; a node drained
-    and slurmctld restarted under the others. Those three are named with what ended them, `retry` makes them and no
-    other, nothing but a batch that was cut short is begun twice, and the store is the undisturbed one.
+    """Disturbed jobs lose no more than the batch that was cut short, and the store equals the undisturbed one.
+
+    Of twelve runs one is requeued, one signalled before its time limit, one runs past it, one is cancelled and one
+    killed; a node is drained and slurmctld restarted under the others. The three that end are listed with the reason,
+    and `retry` makes them and no others.
     """
     slow = {"time": 2, "signal": 80}
     sweep = prepare(*LIMITED, *TAGS, "base", slurm={"methods": {"limited": slow}})  # the slowest first
     held = {tag: sweep.stop_at(tag, 2) for tag in ("requeued", "cancelled", "killed", "drained")}
-    held["late"] = sweep.stop_at("late", 0)  # the first: it does not get to where it would heed the signal
+    held["late"] = sweep.stop_at("late", 0)  # its first batch: it never gets to handling the signal
     (sweep.hold / "yields.slow").touch()
     sweep.submit()
     for tag in held:
@@ -183,7 +185,7 @@ def test_a_sweep_survives_all_that_slurm_does_to_its_jobs(prepare, cluster, calm
     for tag, how in lost.items():
         assert f"({how})" in states[tag]
     before = {path: path.stat().st_mtime_ns for path in sweep.store.glob("[irs][mu]*/*/*.p*")}
-    assert sweep.say("retry")[0] == 3
+    assert sweep.run("retry")[0] == 3
     assert sweep.end() == 0
 
     same(calm, sweep.store)
@@ -191,7 +193,7 @@ def test_a_sweep_survives_all_that_slurm_does_to_its_jobs(prepare, cluster, calm
     assert before == {path: path.stat().st_mtime_ns for path in before}
     for tag in ("drained", "yields", *TAGS[4:]):
         assert sweep.batches(tag) == BATCHES
-    for tag in ("requeued", "cancelled"):  # SIGTERM comes first: a batch that ends in time is kept
+    for tag in ("requeued", "cancelled"):  # SIGTERM comes first: a batch that finishes in time is kept
         assert sweep.batches(tag) in (BATCHES, [0, 1, 2, 2, 3])
     assert sweep.batches("killed") == [0, 1, 2, 2, 3]
     assert sweep.batches("late") == [0, 0, 1, 2, 3]
@@ -200,7 +202,7 @@ def test_a_sweep_survives_all_that_slurm_does_to_its_jobs(prepare, cluster, calm
 
 
 def test_a_plug_in_that_fails_holds_back_its_own_scores_alone(prepare, calm):
-    """The others' are made, its reason is in the status; once it is mended, `retry` makes its scores and no others."""
+    """Other scores are made, and the status has the reason; once it is repaired, `retry` makes only its scores."""
     sweep = prepare("base", evaluators=[{"name": "counted"}, {"name": "bright"}])
     shutil.copytree(calm, sweep.store, ignore=shutil.ignore_patterns("sweeps", "scores", "jobs"))
     (sweep.hold / "broken").touch()
@@ -211,7 +213,7 @@ def test_a_plug_in_that_fails_holds_back_its_own_scores_alone(prepare, calm):
     assert made.name.startswith("bright@")
     (sweep.hold / "broken").unlink()
     before = made.stat().st_mtime_ns
-    assert sweep.say("retry")[0] == 3
+    assert sweep.run("retry")[0] == 3
     assert sweep.end() == 0
     assert made.stat().st_mtime_ns == before
     (mended,) = sweep.store.glob("scores/*/counted@*.parquet")
@@ -219,23 +221,23 @@ def test_a_plug_in_that_fails_holds_back_its_own_scores_alone(prepare, calm):
 
 
 def test_a_disk_that_fills_up_costs_nothing_that_was_made(prepare, cluster, calm, tmp_path):
-    """In the middle of a training no byte is left: the run is named; with room again `retry` goes on where it was."""
+    """When the disk fills up during training, the run is reported, and with space again `retry` resumes it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(disk)], check=True)
     try:
         sweep = prepare("calm0", store=disk / "store")
-        go_on = sweep.stop_at("calm0", 2)
+        hold = sweep.stop_at("calm0", 2)
         sweep.submit()
         sweep.reached("calm0", 2)
         with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
             while filler.write(bytes(2**16)):
                 pass
-        go_on.unlink()
+        hold.unlink()
         assert sweep.end() == 2
         assert "done" not in sweep.states()["calm0"]
         (disk / "filler").unlink()
-        assert sweep.say("retry")[0] == 3
+        assert sweep.run("retry")[0] == 3
         assert sweep.end() == 0
         assert sweep.batches("calm0") == [0, 1, 2, 2, 3]
         same(sweep.store, calm)
@@ -244,12 +246,12 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_made(prepare, cluster, calm
 
 
 def test_tasks_of_one_job_are_one_run(prepare, tmp_path):
-    """Two ranks on a node train, and draw images, together: the weights are those of one process, to rounding."""
+    """Two ranks on a node train and generate together; the weights equal those of one process, up to rounding."""
     training = {"training": {"budget": {"images": 8}, "batch": 2}}
     both = {"stages": {"train": {"tasks_per_node": 2}, "generate": {"tasks_per_node": 2}}}
     sweep = prepare("calm1", base=training, slurm=both)
     sweep.submit()
-    assert sweep.end() == 0, sweep.say("status")[1]
+    assert sweep.end() == 0, sweep.run("status")[1]
     (run,) = sweep.store.glob("runs/held-*")
     assert json.loads((run / "provenance.json").read_text())["processes"] == 2
     assert len(list(sweep.store.glob("images/*/*.png"))) == IMAGES
@@ -267,7 +269,7 @@ def test_tasks_of_one_job_are_one_run(prepare, tmp_path):
 
 
 def submitters() -> list[list[str]]:
-    """How to become the one and the other user. Where others cannot read this checkout or its Python, both are root."""
+    """Return the command prefixes of two users; empty (root) if others cannot read this checkout or its Python."""
     become = [["runuser", "-u", user, "-g", "users", "--"] for user in ("games", "news")]  # without root's rights
     reads = "import alignbench.cli; open(__import__('sys').argv[1])"
     can = subprocess.run([*become[0], sys.executable, "-c", reads, PLUGIN], capture_output=True)
@@ -275,8 +277,8 @@ def submitters() -> list[list[str]]:
 
 
 def test_two_users_sweeps_at_once_share_the_work(prepare, cluster, calm):
-    """Two Unix users, a store that their group can write, runs that both sweeps have: each is made once, both end."""
-    shared = cluster.folder / "shared"  # pytest's own folders are root's alone
+    """Two Unix users share a group-writable store and runs: each run is made once, and both sweeps finish."""
+    shared = cluster.folder / "shared"  # pytest's folders are readable only by root
     sweeps = []
     for words, tags in zip(submitters(), (("base", "calm1"), ("calm1", "calm2"))):
         folder = shared / "-".join(tags)

@@ -17,7 +17,7 @@ from alignbench.store.locks import Lock
 from alignbench.store.manifest import ManifestRun, read_manifest
 from alignbench.store.run_state import STATES, Job, Jobs, run_state
 
-PENDING = slurm.Live("PENDING", "Priority", 0, "1:00:00")
+PENDING = slurm.LiveJob("PENDING", "Priority", 0, "1:00:00")
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def record(store: Store, *made: str, launcher: str = "slurm") -> None:
     ticket = {"job": "7_0", "stage": "train", "makes": list(made), "run": made[0], "progress": "/none"}
     about = {"sweep": store.manifests()[0].stem, "launcher": launcher, "name": "alignbench-tiny", "options": {}}
     about |= {"submitted": time.time(), "host": "login", "pid": 1, "tickets": [ticket]}
-    write_json(store.root / "jobs" / "tiny-1" / submissions.RECORD, about)
+    write_json(store.root / "jobs" / "tiny-1" / submissions.FILE, about)
 
 
 def told(capsys, swept: Path, store: Store) -> dict[str, str]:
@@ -71,7 +71,7 @@ def test_every_verb_says_the_same_state(tiny, swept, monkeypatch, capsys, state,
     """status, plan and report, of a run whose training has failed or not, and was handed out to SLURM or not."""
     store, run = tiny
     monkeypatch.setattr(slurm, "live", lambda names: {"7_0": live} if list(names) and live else {})
-    monkeypatch.setattr(slurm, "ended", lambda job: "TIMEOUT")
+    monkeypatch.setattr(slurm, "final_state", lambda job: "TIMEOUT")
     if failed:
         run.weights(store).fail("loss is nan", "log.txt")
     if job:
@@ -102,13 +102,13 @@ def test_slurm_is_asked_once_and_for_slurms_jobs_alone(tiny, monkeypatch):
     store, run = tiny
     asked = []
     monkeypatch.setattr(slurm, "live", lambda names: asked.append(list(names)) or {})
-    monkeypatch.setattr(slurm, "ended", lambda job: "")
+    monkeypatch.setattr(slurm, "final_state", lambda job: "")
     manifest = read_manifest(store.manifests()[0])
     shutil.rmtree(store.root / "runs")
     for launcher, names in (("slurm", ["alignbench-tiny"]), ("local", [])):
         asked.clear()
         record(store, run.id, launcher=launcher)
-        status_table.rows(store, manifest, submissions.submissions(store))
+        status_table.rows(store, manifest, submissions.read(store))
         assert asked == [names]
 
 

@@ -25,7 +25,7 @@ from alignbench.experiment.plan import draft, resolve
 from alignbench.flow import seeded
 from alignbench.method import reward_gradient, reward_loss
 from alignbench.planning.estimate import estimate
-from alignbench.planning.observe import watch
+from alignbench.planning.observe import observe
 from alignbench.plugins import Registry
 from alignbench.testing.method_contract import gradients_of
 from alignbench.training.batches import make_batch
@@ -179,7 +179,7 @@ def test_no_slices_leave_every_id_as_it_was(tmp_path, monkeypatch):
 
 def test_a_plan_counts_one_slice():
     """Estimated memory: images decoded at once per image of the micro-batch."""
-    usage = [watch(LEAP, settings(reward_slice=n), 1, range(1), None).mean for n in (None, 1, 2)]
+    usage = [observe(LEAP, settings(reward_slice=n), 1, range(1), None).mean for n in (None, 1, 2)]
     assert [u.decoded for u in usage] == [1, 1 / 8, 2 / 8]
     assert {u.decodes_grad for u in usage} == {1}
 

@@ -254,7 +254,7 @@ def test_a_plan_counts_milestones(tmp_path):
         cell = next(cell for cell in plan.cells if cell.trains)
         found.append(estimate(cell, plan.evaluation, plan.evaluators, GPUS["h100"]))
     without, with_ = found
-    assert (with_.pictures, with_.weights) == (2 * without.pictures, 3 * without.weights)
+    assert (with_.image_files, with_.weights) == (2 * without.image_files, 3 * without.weights)
     assert with_.generate == pytest.approx(2 * without.generate)
     assert (with_.train, with_.images, with_.state) == (without.train, without.images, without.state)
 
@@ -272,6 +272,7 @@ def test_a_rehearsal_has_a_milestone(tmp_path):
 def test_milestones_ride_along_on_slurm(tmp_path):
     """A score that only a milestone lacks has its job."""
     from alignbench.launch import slurm
+    from alignbench.launch.pending import PendingRun
 
     plan = resolve(read(sweep_file(tmp_path, MILESTONES), seeds="0"), Registry([PLUGIN]))
     place = artefacts.Store(tmp_path / "store")
@@ -279,7 +280,7 @@ def test_milestones_ride_along_on_slurm(tmp_path):
     run = plan.manifest().rows["Last"][0]
     lacking = run.artefacts(place)[-1]
     assert lacking.id == f"{cell.milestones[-1][1]}/{plan.scores[-1].file.removesuffix('.parquet')}"
-    (array,) = slurm.arrays({}, [slurm.PendingRun(cell, [lacking])], plan.scored)
+    (array,) = slurm.arrays({}, [PendingRun(cell, [lacking])], plan.scored)
     assert (array.stage, array.evaluator) == (Stage.SCORE, plan.scores[-1].name)
 
 
