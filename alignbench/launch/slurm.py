@@ -26,7 +26,7 @@ from alignbench.store.stages import Stage
 if TYPE_CHECKING:
     from alignbench.experiment.cells import PlannedRun
     from alignbench.experiment.roles import Score
-from alignbench.experiment.resources import LARGEST, Resources, resources
+from alignbench.experiment.resources import MAX_ARRAY_TASKS, Resources, resources
 
 
 class PendingRun(NamedTuple):
@@ -77,8 +77,8 @@ def arrays(
     """
     found: list[Array] = []
     for chain in _chains(slurm, works):
-        for start in range(0, len(chain.works), LARGEST):
-            found += _arrays_of(slurm, chain, chain.works[start : start + LARGEST], scored)
+        for start in range(0, len(chain.works), MAX_ARRAY_TASKS):
+            found += _arrays_of(slurm, chain, chain.works[start : start + MAX_ARRAY_TASKS], scored)
     for number, array in enumerate(found):
         array.number = number
     return found

@@ -22,7 +22,7 @@ from alignbench.store.artefacts import Store
 from alignbench.store.locks import alive
 from alignbench.store.manifest import Manifest, ManifestRun
 from alignbench.store.run_state import LOST, STATES, Job, Jobs, run_state
-from alignbench.store.text_table import plain, text_table
+from alignbench.store.text_table import printable, text_table
 
 
 def handed_out(records: Sequence[Submission]) -> Callable[[], Jobs]:
@@ -117,7 +117,7 @@ def follow(store: Store, manifest: Manifest, sweep: str, every: float = 5.0) -> 
             for row in found:
                 if row.state in ("done", *LOST) and before.get(row.id) not in (None, row.state):
                     end = f"{row.title}: {row.state}{f' ({row.reason})' if row.reason else ''}"
-                    console.print(plain(end), markup=False, highlight=False)
+                    console.print(printable(end), markup=False, highlight=False)
             before = {row.id: row.state for row in found}
             if not {row.state for row in found} & {"running", "requeued", "queued"}:
                 return

@@ -95,11 +95,11 @@ BAD = {  # what is wrong: (changes to the sweep, the line)
     ),
     "a batch in a case": (
         {"cases": [{"label": "Mine", "method": {"name": "last"}, "training": {"batch": 4}}]},
-        r"cases\[0\].training: rows would be unequal; .* under 'overrides' with its reason",
+        r"cases\[0\].training: rows would be unequal; .* under 'overrides' with a reason",
     ),
     "an exception without a reason": (
         override(set={"training.optimizer.lr": 0.1}),
-        r"overrides\[0\]: an exception needs its reason",
+        r"overrides\[0\]: an exception needs a reason",
     ),
     "a misspelt override": (
         override(set={"training.bacth": 4}, reason="why not"),

@@ -11,7 +11,7 @@ from alignbench.evaluator import Reward, Term
 from alignbench.evaluators.hpsv2 import HPSv2
 from alignbench.evaluators.pickscore import PickScore
 from alignbench.experiment.document import read
-from alignbench.experiment.margins import complaints, impossible, pointless
+from alignbench.experiment.margins import hinge_warnings, never_closes, never_opens
 from alignbench.experiment.plan import resolve, warnings_of
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt
@@ -49,9 +49,9 @@ def whole_run(batches, margin):
 )
 def test_a_hinge_opens_above_the_least_score_and_closes_below_the_greatest(margin, scores, opens, closes):
     """At the minimum or below it never opens, above the maximum it never closes; of unknown scores nothing is said."""
-    assert (impossible(margin, scores) is None) == opens
-    assert (pointless(margin, scores) is None) == closes
-    assert impossible(None, scores) is pointless(None, scores) is None
+    assert (never_opens(margin, scores) is None) == opens
+    assert (never_closes(margin, scores) is None) == closes
+    assert never_opens(None, scores) is never_closes(None, scores) is None
 
 
 def test_a_cosine_is_within_one_and_a_logit_within_a_hundred():
@@ -89,30 +89,30 @@ def test_a_hinge_that_cannot_close_is_told_once(tmp_path, capsys):
 def test_published_margins_are_no_cause_for_a_warning(name):
     """That LeapAlign's hinges never close is what the paper does."""
     margin, mean, std = PUBLISHED[name]
-    assert complaints(records(mean, std), {name: margin}) == []
+    assert hinge_warnings(records(mean, std), {name: margin}) == []
 
 
 def test_a_hinge_that_was_always_closed():
     """A cosine's margin under logits: every image closes it; one open image in ten batches is enough to say nothing."""
-    told = complaints(records(21.3, 1.0, closed=1.0), {"pickscore": 0.4})
+    told = hinge_warnings(records(21.3, 1.0, closed=1.0), {"pickscore": 0.4})
     assert told == [
         "the hinge of pickscore was closed for every image of the first 10 batches: "
         "margin 0.4 is below all scores (mean 21.3); is the unit right?"
     ]
-    assert complaints([*records(21.3, 1.0, closed=1.0)[:9], *records(21.3, 1.0, closed=0.9)[9:]], {"p": 0.4}) == []
+    assert hinge_warnings([*records(21.3, 1.0, closed=1.0)[:9], *records(21.3, 1.0, closed=0.9)[9:]], {"p": 0.4}) == []
 
 
 def test_a_margin_far_above_all_scores():
     """A logit's margin over cosines; without any spread nothing can be far."""
-    (told,) = complaints(records(0.21, 0.015), {"pickscore": 26.0})
+    (told,) = hinge_warnings(records(0.21, 0.015), {"pickscore": 26.0})
     assert "margin 26 is 1719 standard deviations above the scores (mean 0.21)" in told
-    assert complaints(records(0.21, 0.0), {"pickscore": 26.0}) == []
+    assert hinge_warnings(records(0.21, 0.0), {"pickscore": 26.0}) == []
 
 
 def test_each_of_several_hinges_is_judged_by_its_own_scores():
     """The wrong one is named, the other is not."""
     both = [a | b for a, b in zip(records(0.3, 0.03, name="hpsv2"), records(21.0, 1.0, 1.0, name="pickscore"))]
-    (told,) = complaints(both, {"hpsv2": 0.55, "pickscore": 0.4})
+    (told,) = hinge_warnings(both, {"hpsv2": 0.55, "pickscore": 0.4})
     assert told.startswith("the hinge of pickscore was closed")
 
 

@@ -98,7 +98,7 @@ def test_a_picture_that_was_changed_is_not_scored(copy, capsys):
     picture = next((copy / "store" / "images").glob("*/*-0.png"))
     picture.write_bytes(picture.read_bytes() + b"\0")
     assert debug_sweep(sweep_file(copy), copy / "store") == 2
-    assert "not the image that was made" in capsys.readouterr().err
+    assert "changed since it was made" in capsys.readouterr().err
 
 
 def test_a_failed_run_is_listed_retried_and_stops_nobody(tmp_path, monkeypatch, capsys):

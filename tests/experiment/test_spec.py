@@ -95,7 +95,7 @@ def test_a_list_that_repeats_prompts_is_not_for_evaluation(tmp_path):
 
 def test_an_evaluator_for_tables_alone_is_no_reward(tmp_path):
     """One that defines no reward is refused before anything is loaded, for policy gradients too."""
-    with pytest.raises(UserError, match=r"reward\.evaluator: broken scores for tables alone; choose"):
+    with pytest.raises(UserError, match=r"reward\.evaluator: broken gives scores but no reward; choose"):
         plan(tmp_path, changes={"base": {"reward": {"evaluator": {"name": "broken"}}}})
 
 
@@ -137,7 +137,7 @@ def test_only_selects(tiny):
 def test_roles(tmp_path):
     """The training reward is "train", a rule without weights "check", every other evaluator "held-out"."""
     evaluators = [{"name": "bright"}, {"name": "bright", "power": 2.0}, {"name": "geneval", "detector": "shapes"}]
-    with pytest.raises(UserError, match="two of them make a column 'brightness'"):
+    with pytest.raises(UserError, match="two evaluators make a column 'brightness'"):
         plan(tmp_path, changes={"evaluation": {"evaluators": evaluators}})
     evaluators = [{"name": "bright"}, {"name": "hpsv2", "weights": "shapes"}, {"name": "geneval", "detector": "shapes"}]
     found = plan(tmp_path, changes={"evaluation": {"evaluators": evaluators}}).scores

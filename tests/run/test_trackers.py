@@ -10,7 +10,7 @@ from support.tiny_sweep import alignbench, debug_sweep, sweep_file
 
 from alignbench.config import UserError
 from alignbench.run import trackers
-from alignbench.run.trackers import Trackers, flat
+from alignbench.run.trackers import Trackers, flatten
 
 CONFIG = {"method": {"name": "last", "steps": 2}, "training": {"betas": [0.9, 0.99], "clip": None}}
 
@@ -75,7 +75,7 @@ def test_a_tracker_that_fails_is_a_warning_and_the_run_goes_on(tmp_path, acceler
     with monkeypatch.context() as patch:
         patch.setattr(TensorBoardTracker, "log", broken)
         show(tmp_path, range(3), told.append)
-    assert told == ["warning: tensorboard failed and is not used any more: OSError: the disk is full"]
+    assert told == ["warning: tensorboard failed and is no longer used: OSError: the disk is full"]
 
 
 def test_a_tracker_that_is_unknown_or_missing_stops_everything_before_it_starts(tmp_path, monkeypatch, capsys):
@@ -83,7 +83,7 @@ def test_a_tracker_that_is_unknown_or_missing_stops_everything_before_it_starts(
     with pytest.raises(UserError, match="no tracker 'tensorbord'; did you mean 'tensorboard'"):
         trackers.check(["tensorbord"])
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--track wandb: it is not installed; run `pip install wandb`"):
+    with pytest.raises(UserError, match="--track wandb: wandb is not installed; run `pip install wandb`"):
         trackers.check(["wandb"])
     monkeypatch.undo()
     words = (sweep_file(tmp_path), "--track", "nothing")
@@ -94,6 +94,6 @@ def test_a_tracker_that_is_unknown_or_missing_stops_everything_before_it_starts(
 
 def test_settings_are_flat_for_every_tracker():
     """Nested names are joined, and what is no plain value becomes text."""
-    found = dict(flat(CONFIG))
+    found = dict(flatten(CONFIG))
     assert found["method.name"] == "last"
     assert (found["training.betas"], found["training.clip"]) == ("[0.9, 0.99]", "None")

@@ -21,7 +21,7 @@ from alignbench.reporting import report
 from alignbench.reporting.analysis.results import Results
 from alignbench.store.artefacts import Store
 from alignbench.store.files import write_json
-from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun, plain, read_manifest, write_manifest
+from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun, manifest_data, read_manifest, write_manifest
 
 MILESTONES = {"base": {"training": {"milestones": [1, 3]}}, "evaluation": {"milestone_prompts": 2}}
 EXCEPTION = {"match": {"method": "last"}, "set": {"training.optimizer.lr": 1e-4}, "reason": 'små, "but" enough'}
@@ -185,7 +185,7 @@ def test_a_thousand_runs_are_decoded_at_once(tmp_path):
     """Into checked objects in less time than json takes to make dictionaries of them: milliseconds."""
     manifest = planned(tmp_path).manifest()
     many = [structs.replace(run, id=f"{run.id}{n}") for n in range(334) for run in manifest.runs]
-    content = json.dumps(plain(manifest.only(many))).encode()
+    content = json.dumps(manifest_data(manifest.only(many))).encode()
 
     def fastest(decode: Any) -> float:
         times = []

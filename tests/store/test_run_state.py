@@ -123,7 +123,7 @@ def test_a_failure_that_no_job_mends_is_told_before_those_that_wait(tiny):
     found = run_state(store, run, lambda: Jobs(live={run.id: waiting}))
     assert (found.state, found.reason, found.at) == ("failed", "no memory", score)
     found = run_state(store, run, lambda: Jobs(live={run.id: waiting, score.id: waiting}))
-    assert (found.state, found.reason, found.at) == ("queued", "waits for the stage before", run.weights(store))
+    assert (found.state, found.reason, found.at) == ("queued", "waits for the previous stage", run.weights(store))
     assert [part.stage.kind for part in found.missing] == ["run", "scores"]
 
 
@@ -132,7 +132,7 @@ def test_a_lost_job_says_how_it_ended(tiny):
     store, run = tiny
     found = run_state(store, run, lambda: Jobs(latest={run.id: Job("7_0", "train", "/none")}, ending=lambda job: "OOM"))
     assert found.state == "stale"
-    assert found.reason == "job 7_0 has ended (OOM) without having made it; alignbench retry makes it"
+    assert found.reason == "job 7_0 has ended (OOM) without having made it; `alignbench retry` makes it"
     found = run_state(store, run, lambda: Jobs(latest={run.id: Job("", "", "/none")}))
     assert (found.state, found.reason) == ("planned", "not made yet: run")
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from alignbench.store.text_table import plain, text_table
+from alignbench.store.text_table import printable, text_table
 
 ROWS = [["run", "hours", "reason"], ["LeapAlign, seed 0", "1.5", ""], ["x", "1,200", "because " * 40 + "so"]]
 
@@ -46,7 +46,7 @@ def test_entries_are_text():
     """Escapes and line breaks become spaces; what rich would read as colour or as emoji stays as it is."""
     rows = [["\x1b[31mred\x07", "[bold]a[/bold] :smile:"], ["a\nb\u202e", "日本"]]
     assert text_table(rows).splitlines() == [" [31mred   [bold]a[/bold] :smile:", "a b        日本"]
-    assert plain("a\r\x1b]0;title\x07") == "a  ]0;title "
+    assert printable("a\r\x1b]0;title\x07") == "a  ]0;title "
 
 
 def test_wide_letters_take_two_places():

@@ -483,7 +483,7 @@ def test_a_rows_protocol_is_its_own_and_needs_a_reason(tmp_path):
     assert [cell.protocol.steps for cell in changed.cells] == [2, 2, 3]
     typed = planned(tmp_path, {"overrides": [override]}, "evaluation.protocol.steps=4")
     assert [cell.protocol.steps for cell in typed.cells] == [4, 4, 4]
-    with pytest.raises(UserError, match="an exception needs its reason"):
+    with pytest.raises(UserError, match="an exception needs a reason"):
         planned(tmp_path, {"overrides": [override | {"reason": ""}]})
     with pytest.raises(UserError, match=r"grid: evaluation.protocol.steps: a run has no such setting"):
         planned(tmp_path, {"grid": {"evaluation.protocol.steps": [2, 3]}})
