@@ -236,7 +236,7 @@ def _refuse_duplicates(cells: Sequence[PlannedRun], where: str) -> None:
 
 
 def _refuse_unused(sweep: Sweep, document: Document, cells: Sequence[PlannedRun], registry: Registry) -> None:
-    """Raise UserError for a setting that reaches no run, probably a typo; a match may name methods outside the sweep."""
+    """Raise UserError for a setting that reaches no run: it is a typo. A match may name methods outside the sweep."""
     labels = [case.label for case in sweep.cases]
     for i, override in enumerate(sweep.overrides):
         for key in {"method", "label"} & override.match.keys():

@@ -107,7 +107,7 @@ class RunSpec(Config):
 
     @property
     def rewards(self) -> list[dict[str, Any]]:
-        """All rewards, each as {evaluator, margin, weight}."""
+        """Rewards, each as {evaluator, margin, weight}."""
         return self.reward if isinstance(self.reward, list) else [self.reward]
 
 
@@ -145,7 +145,7 @@ class Evaluation(Config):
 
     @property
     def at_milestones(self) -> Evaluation:
-        """The evaluation at a milestone: on the same prompts or fewer, never on more."""
+        """Evaluation at a milestone: on the same prompts or fewer, never on more."""
         counts = [count for count in (self.limit, self.milestone_prompts) if count is not None]
         return structs.replace(self, limit=min(counts, default=None))
 

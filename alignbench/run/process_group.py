@@ -30,7 +30,7 @@ class OtherFailed(Exception):
 
 
 class ProcessGroup:
-    """Group of the ``size`` processes of a run, as seen by one of them. A single process neither starts one nor waits."""
+    """Group of the ``size`` processes of a run, as seen by one of them. A single one starts nothing and never waits."""
 
     def __init__(self) -> None:
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))

@@ -98,7 +98,7 @@ class RunSession:
 
     @property
     def flow(self) -> Any:
-        """The model, loaded on first use; callers that need other weights load them into it."""
+        """Model, loaded on first use; callers that need other weights load them into it."""
         if self._flow is None:
             backend = self.backend()
             options = {"text": self._stored_text(backend)} if stores_embeddings(backend) else {}

@@ -37,7 +37,7 @@ class Artefact:
 
     @property
     def failure(self) -> str | None:
-        """The reason why the last attempt failed; None after a success and before any attempt."""
+        """Reason why the last attempt failed; None after a success and before any attempt."""
         status = read_json(self.status) or {}
         return status.get("reason", "no reason was recorded") if status.get("state") == "failed" else None
 

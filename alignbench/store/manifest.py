@@ -91,7 +91,7 @@ class ManifestRun(Struct, frozen=True, kw_only=True):
 
     @property
     def is_base(self) -> bool:
-        """True if its weights are those of the base model, which nobody has trained further."""
+        """True if its weights are those of the untrained base model."""
         return not self.trained and not self.published
 
     @property
@@ -106,13 +106,13 @@ class ManifestRun(Struct, frozen=True, kw_only=True):
 
     @property
     def rewards(self) -> list[dict[str, Any]]:
-        """All training rewards as {evaluator, margin, weight}; empty for an imported run."""
+        """Training rewards, each as {evaluator, margin, weight}; empty for an imported run."""
         reward = self.settings.get("reward", [])
         return reward if isinstance(reward, list) else [reward]
 
     @property
     def image_sets(self) -> list[ManifestRun | ManifestMilestone]:
-        """All objects with ``images`` and ``scores``: the finished run, then its milestones."""
+        """Objects that have ``images`` and ``scores``: the finished run, then its milestones."""
         return [self, *self.milestones]
 
     def weights(self, store: Store) -> Artefact:
