@@ -105,14 +105,19 @@ class Store:
     def _lock(self, name: str) -> Path:
         return self.root / "locks" / f"{name}.lock"
 
-    def check_writable(self) -> None:
-        """Raise UserError unless files can be made in the store. Writes nothing."""
+    def check_folder(self) -> Path:
+        """Return the store's folder, or the existing one in which it would be made. Raise UserError if a file is there."""
         place = self.root.absolute()
         while not os.path.lexists(place):
             place = place.parent
         if not place.is_dir():
             what = "it is a file" if place == self.root.absolute() else f"{place} is not a folder"
             raise UserError(f"--store {self.root}: cannot be used, {what}; name a folder")
+        return place
+
+    def check_writable(self) -> None:
+        """Raise UserError unless files can be made in the store. Writes nothing."""
+        place = self.check_folder()
         if not os.access(place, os.W_OK | os.X_OK):
             raise UserError(f"--store {self.root}: {place} is not writable; choose another folder")
 
