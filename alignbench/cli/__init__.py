@@ -1,4 +1,4 @@
-"""The command line: ``alignbench VERB``. Heavy modules load inside the verbs, so that help and lists come at once."""
+"""The command line: ``alignbench VERB``. Verbs import heavy modules themselves, so that help and lists are fast."""
 
 from alignbench.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Verbs that look before anything is made: what there is, what a sweep needs, what works here."""
+"""Verbs that inspect before anything is run: what exists, what a sweep needs, what works on this machine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KINDS = ("methods", "evaluators", "backends", "prompts", "sweeps")
 @click.argument("kind", metavar="[KIND]", required=False, type=Choice(KINDS))
 @PLUGIN
 def ls(kind: str | None, plugin: Sequence[str]) -> int:
-    """List what a sweep can name, with a line on each; methods with their full names and papers.
+    """List what a sweep can name, one line each; methods with their full names and papers.
 
     KIND is one of methods, evaluators, backends, prompts, sweeps (default: all).
     """
@@ -47,9 +47,9 @@ def ls(kind: str | None, plugin: Sequence[str]) -> int:
     for chosen in [kind] if kind else KINDS:
         if not kind:
             print(f"{chosen}:")
-        listed = _listed(chosen, known)
-        width = max(len(name) for name, _ in listed)
-        for name, text in listed:
+        lines = _listed(chosen, known)
+        width = max(len(name) for name, _ in lines)
+        for name, text in lines:
             print(f"  {name:<{width}} {text}".rstrip())
     return DONE
 
@@ -57,14 +57,14 @@ def ls(kind: str | None, plugin: Sequence[str]) -> int:
 @click.command("validate", cls=Verb, short_help="Check a sweep file, its plug-ins, weights and prompts.")
 @sweep_options()
 def validate(request: Request) -> int:
-    """Check a sweep file with its plug-ins, weights, prompts and store. Makes nothing."""
+    """Check a sweep file with its plug-ins, weights, prompts and store. Writes nothing."""
     from alignbench.experiment.plan import completed, draft, missing
     from alignbench.planning.plan_page import describe_missing
 
     request.store()
     drafted = draft(request.document(), request.registry())
     gaps = missing(drafted)
-    if len(gaps) > 1:  # one is told with its place, as for every other mistake
+    if len(gaps) > 1:  # a single one is reported below with its place, like every other mistake
         print("\n".join(describe_missing(gaps)), file=sys.stderr)
         return USAGE
     plan = warned(completed(drafted))
@@ -78,9 +78,9 @@ def validate(request: Request) -> int:
 @GPU
 @sweep_options()
 def plan(request: Request, only: Sequence[str], gpu: str) -> int:
-    """Show every run of a sweep: state, GPU-hours, memory, disk; and all that is missing. Makes nothing.
+    """Show every run of a sweep with its state, GPU-hours, memory and disk, and everything to fetch. Writes nothing.
 
-    The exit code is 1 as long as something is missing.
+    The exit code is 1 as long as something has to be fetched.
     """
     from alignbench.experiment.plan import completed, draft, missing
     from alignbench.launch import submissions
@@ -107,14 +107,16 @@ def plan(request: Request, only: Sequence[str], gpu: str) -> int:
 )
 @ONLY
 @GPU
-@click.option("--ranks", type=Count(), default=1, metavar="N", help="GPUs that share a run (default: 1).")
-@click.option("--parallel", type=Choice(("ddp", "fsdp")), default="ddp", help="How they share the model.")
+@click.option("--ranks", type=Count(), default=1, metavar="N", help="GPUs per run (default: 1).")
+@click.option(
+    "--parallel", type=Choice(("ddp", "fsdp")), default="ddp", help="How they share the model (default: ddp)."
+)
 @sweep_options(optional=True)
 def fit(request: Request, method: str | None, only: Sequence[str], gpu: str, ranks: int, parallel: str) -> int:
     """Check whether training fits a GPU: memory by part, the largest micro-batch, and what would make it fit.
 
-    For a sweep (default: table2), or for one method with its settings. Needs no weights, makes nothing. The exit code
-    is 2 if a run does not fit.
+    Checks a sweep (default: table2), or one method with its settings. Needs no weights and writes nothing. The exit
+    code is 2 if a run does not fit.
     """
     from alignbench.experiment.plan import draft
     from alignbench.planning.fit_page import Group, page
@@ -133,8 +135,8 @@ def fit(request: Request, method: str | None, only: Sequence[str], gpu: str, ran
 
 @click.command("doctor", cls=Verb, short_help="Check packages, weights and evaluators on this machine.")
 @settings_words
-@click.option("-e", "--evaluators", metavar="A,B", help="Only these evaluators or metrics.")
-@click.option("--install", metavar="NAME", help="Make an official package's environment, as named in the table.")
+@click.option("-e", "--evaluators", metavar="A,B", help="Check only these evaluators or metrics.")
+@click.option("--install", metavar="NAME", help="Create the environment of an official package, as named in the table.")
 @click.option(
     "--references", metavar="DIR", help="Images with published scores (default: ~/.cache/alignbench/references)."
 )
@@ -142,11 +144,11 @@ def fit(request: Request, method: str | None, only: Sequence[str], gpu: str, ran
 def doctor(
     words: Sequence[str], evaluators: str | None, install: str | None, references: str | None, plugin: Sequence[str]
 ) -> int:
-    """Check packages, weights and official engines, and that evaluators still compute what they did.
+    """Check packages, weights and official engines, and that evaluators reproduce their golden scores.
 
-    Golden scores come from small random checkpoints and images made here: they need no weights. Missing weights are
-    named with the command that fetches them, and are not an error; the exit code is 2 if something is wrong. Settings
-    of an evaluator: hpsv3.weights=FOLDER.
+    Golden scores come from tiny random checkpoints and images made here, so they need no weights. Missing weights are
+    listed with the command that fetches them and are not an error; the exit code is 2 if a check fails. Example of an
+    evaluator's setting: hpsv3.weights=FOLDER.
     """
     from alignbench import official
     from alignbench.config import cache
@@ -168,12 +170,12 @@ def doctor(
     return SOME_FAILED if any(line.verdict == doctor.WRONG for line in lines) else DONE
 
 
-@click.command("new-method", cls=Verb, short_help="Write a working method and its test, to start from.")
+@click.command("new-method", cls=Verb, short_help="Write a working method and its test as a template.")
 @click.argument("name", metavar="NAME")
 def new_method(name: str) -> int:
-    """Write a small working method and its test into this folder, to start from.
+    """Write a small working method and its test into this folder, as a template.
 
-    NAME is what a sweep's YAML will call it, for instance my_method.
+    NAME is the method's name in a sweep's YAML, for instance my_method.
     """
     from alignbench.testing.scaffold import new_method
 
@@ -191,7 +193,7 @@ def new_method(name: str) -> int:
     "--settings",
     metavar="A=B",
     multiple=True,
-    help="A setting of the methods, instead of its default: steps=5; repeatable.",
+    help="Override a default setting of the methods, for instance steps=5; repeatable.",
 )
 @click.option("--traceback", is_flag=True, help="Show where a broken promise went wrong.")
 def check_method(file: str, settings: Sequence[str], traceback: bool) -> int:
@@ -208,7 +210,7 @@ def check_method(file: str, settings: Sequence[str], traceback: bool) -> int:
 
 
 def _listed(kind: str, registry: Registry) -> list[tuple[str, str]]:
-    """Return every name of a kind, and the line on it."""
+    """Return (name, description) of everything of a kind."""
     from alignbench.experiment.document import sweeps
     from alignbench.prompts import GENERATED, SHAPES, SPLITS
     from alignbench.prompts.public import SETS

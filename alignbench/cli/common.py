@@ -1,4 +1,4 @@
-"""What the verbs share: exit codes, options, help, completion, and the sweep that a command line names."""
+"""Shared parts of the verbs: exit codes, options, help, completion, and the sweep named on the command line."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 DONE, USAGE, SOME_FAILED, SOME_PENDING, INTERRUPTED = 0, 1, 2, 3, 130
 EPILOG = """\
 SWEEP is a YAML file or the name of a packaged sweep (see `alignbench ls sweeps`). Command-line settings override the
-file: training.batch=8 (every run), evaluation.protocol.steps=10, grid.training.seed=[0,1], seed=3.
+file, for example training.batch=8 (every run), evaluation.protocol.steps=10, grid.training.seed=[0,1], seed=3.
 """
 EXIT_CODES = """\
-Exit codes. 0: everything is done. 1: the request is wrong, nothing was run. 2: some runs failed (check-method: some
-promises; doctor: some checks; fit: a run does not fit; rerun: something differs). 3: some runs are still pending.
+Exit codes. 0: everything is done. 1: invalid request, nothing was run. 2: some runs failed (check-method: a promise is
+broken; doctor: a check failed; fit: a run does not fit; rerun: something differs). 3: some runs are still pending.
 130: interrupted.
 """
 
 
 class Verb(click.Command):
-    """A verb of the command line: its words and options may stand in any order."""
+    """Verb of the command line, which accepts its arguments and options in any order."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args if ctx.resilient_parsing else list(self._spelt_out(ctx, args)))
@@ -43,7 +43,7 @@ class Verb(click.Command):
     def _spelt_out(self, ctx: click.Context, args: Sequence[str]) -> Iterator[str]:
         """Yield ``args`` with one value per option: ``--only a b`` as ``--only a --only b``, ``-e=a`` as ``-e a``.
 
-        Raise UsageError for an option without its value, which click would take from the option that follows.
+        Raise UsageError if an option lacks its value: click would take the next option for it.
         """
         valued = (option for option in self.params if isinstance(option, click.Option) and not option.is_flag)
         known = {name: option for option in valued for name in option.opts}
@@ -69,11 +69,11 @@ class Verb(click.Command):
 
 
 class Several(click.Option):
-    """An option that takes all words up to the next option."""
+    """Option that takes all words up to the next option."""
 
 
 class Choice(click.Choice[str]):
-    """A choice among names; an unknown one is answered with the nearest."""
+    """Choice among names; the error for an unknown name suggests the nearest one."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         from alignbench.config import did_you_mean
@@ -82,7 +82,7 @@ class Choice(click.Choice[str]):
 
 
 class Count(click.ParamType):
-    """A whole number of 1 or more."""
+    """Parameter type of whole numbers of 1 or more."""
 
     name = "count"
 
@@ -97,7 +97,7 @@ def _is_option(word: str) -> bool:
 
 
 def write_paragraphs(formatter: click.HelpFormatter, *texts: str) -> None:
-    """Write each text as a paragraph of its own, wrapped."""
+    """Write each text as a separate, wrapped paragraph."""
     for text in texts:
         formatter.write_paragraph()
         formatter.write_text(" ".join(text.split()))
@@ -107,7 +107,7 @@ def write_paragraphs(formatter: click.HelpFormatter, *texts: str) -> None:
 
 
 def complete_sweeps(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Return packaged sweeps and sweeps of the store; where none begins so, let the shell complete file names."""
+    """Return matching sweeps, packaged or in the store; if none matches, let the shell complete file names."""
     from click.shell_completion import CompletionItem
 
     from alignbench.experiment.document import sweeps
@@ -118,7 +118,7 @@ def complete_sweeps(ctx: click.Context, _: click.Parameter, incomplete: str) -> 
 
 
 def complete_methods(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    """Return the methods' names, those of plug-ins included."""
+    """Return the names of matching methods, including those of plug-ins."""
     from alignbench.plugins import Registry
 
     names = Registry(ctx.params.get("plugin") or ()).names("method")
@@ -126,7 +126,7 @@ def complete_methods(ctx: click.Context, _: click.Parameter, incomplete: str) ->
 
 
 def complete_runs(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    """Return the ids of the store's runs."""
+    """Return the ids of matching runs in the store."""
     return sorted(path.name for path in Path(ctx.params.get("store") or "store").glob(f"runs/{incomplete}*"))
 
 
@@ -136,17 +136,17 @@ STORE = click.option(
     "--store", metavar="DIR", default="store", type=str, help="Folder that keeps the results (default: store)."
 )
 PLUGIN = click.option(
-    "--plugin", metavar="FILE", multiple=True, help="Python file with methods or evaluators of your own; repeatable."
+    "--plugin", metavar="FILE", multiple=True, help="Python file with your own methods or evaluators; repeatable."
 )
 ONLY = click.option(
     "--only",
     cls=Several,
     metavar="KEY=VALUE...",
     multiple=True,
-    help="Select runs: method=refl, '!seed=2', or any setting's path; several values of one key are alternatives.",
+    help="Select runs: method=refl, '!seed=2', or the path of any setting; values of the same key are alternatives.",
 )
 TRACK = click.option(
-    "--track", metavar="TRACKER", multiple=True, help="Also show training in tensorboard, wandb or trackio; repeatable."
+    "--track", metavar="TRACKER", multiple=True, help="Also log training to tensorboard, wandb or trackio; repeatable."
 )
 GPU = click.option(
     "--gpu", metavar="GPU", default="h100", help="GPU whose speed and memory to assume: h100 (default), h200 or a100."
@@ -157,31 +157,33 @@ RUN = click.argument("run", metavar="RUN", shell_complete=complete_runs)
 def slurm_options(verb: Callable[..., int]) -> Callable[..., int]:
     """Add ``--slurm``, ``--wait`` and ``-j``."""
     options = (
-        click.option("--slurm", metavar="FILE", help="YAML with SLURM resources; overrides the sweep's own."),
-        click.option("--wait", is_flag=True, help="Stay until all SLURM jobs have ended."),
+        click.option("--slurm", metavar="FILE", help="YAML file with SLURM resources; overrides those of the sweep."),
+        click.option("--wait", is_flag=True, help="Wait until all SLURM jobs have ended."),
         click.option(
-            "-j", "--jobs", type=Count(), metavar="N", help="Local workers at a time (default: GPUs or cores)."
+            "-j", "--jobs", type=Count(), metavar="N", help="Local workers in parallel (default: GPUs or cores)."
         ),
     )
     return functools.reduce(lambda function, option: option(function), reversed(options), verb)
 
 
 def settings_words(verb: Callable[..., int]) -> Callable[..., int]:
-    """Add evaluators' settings as free words."""
+    """Add the settings of evaluators as positional arguments."""
     return click.argument("words", nargs=-1, metavar="[EVALUATOR.SETTING=VALUE]...")(verb)
 
 
 def sweep_options(optional: bool = False, plugins: bool = True) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Add the sweep, its settings and its store; the verb gets them as one ``Request``."""
+    """Add the sweep, its settings and its store; the verb receives them as one ``Request``."""
     metavar = "[SWEEP] [a.b=c]..." if optional else "SWEEP [a.b=c]..."
     options = (
         click.argument("words", nargs=-1, required=not optional, metavar=metavar, shell_complete=complete_sweeps),
-        click.option("--seeds", metavar="0,1,...", help="Training seeds; overrides the file's."),
-        click.option("--limit", type=Count(), metavar="N", help="Only the first N evaluation prompts; stamped SUBSET."),
+        click.option("--seeds", metavar="0,1,...", help="Training seeds; overrides those of the file."),
+        click.option(
+            "--limit", type=Count(), metavar="N", help="Use only the first N evaluation prompts; stamped SUBSET."
+        ),
         click.option(
             "--rehearse",
             is_flag=True,
-            help="Rehearse the whole sweep with small stand-ins for its models; stamped REHEARSAL.",
+            help="Rehearse the whole sweep with tiny models in place of its own; stamped REHEARSAL.",
         ),
         *([PLUGIN] if plugins else []),
         STORE,
@@ -210,7 +212,7 @@ def sweep_options(optional: bool = False, plugins: bool = True) -> Callable[[Cal
 
 @dataclass(frozen=True)
 class Request:
-    """A sweep as the command line names it. ``words``: the sweep and its settings; ``folder``: the store's."""
+    """Sweep as named on the command line. ``words``: the sweep and its settings; ``folder``: the store."""
 
     words: list[str]
     seeds: str | None
@@ -226,7 +228,7 @@ class Request:
         return registry(self.plugins)
 
     def document(self, default: str | None = None) -> Document:
-        """Read the sweep, or ``default`` if none is named. UserError if several are."""
+        """Read the sweep, or ``default`` if none is named. Raise UserError if several are named."""
         from alignbench.config import UserError
         from alignbench.experiment.document import read
 
@@ -242,7 +244,7 @@ class Request:
         return rehearse(document, Path(self.folder))
 
     def with_method(self, name: str | None, default: str) -> Document:
-        """Read the sweep, and add a case of the method ``name`` with its defaults if the sweep has none."""
+        """Read the sweep; if it has no case of the method ``name``, add one with the method's defaults."""
         from alignbench.experiment.document import Document
 
         document = self.document(default)
@@ -256,12 +258,15 @@ class Request:
         return resolve(self.document(), self.registry())
 
     def manifest(self, store: Store) -> tuple[str, Manifest]:
-        """Return name and manifest of a sweep that was run, named by its file and settings or as in `status`."""
+        """Return the name and the manifest of a sweep that was run, named by file and settings or as in `status`.
+
+        Raise UserError if the store has no such sweep.
+        """
         from alignbench.config import UserError
         from alignbench.store.manifest import read_manifest
 
-        named = store.root / "sweeps" / f"{self.words[0]}.json"
-        path = named if named.is_file() else store.root / "sweeps" / self.document().manifest
+        by_name = store.root / "sweeps" / f"{self.words[0]}.json"
+        path = by_name if by_name.is_file() else store.root / "sweeps" / self.document().manifest
         if not path.is_file():
             known = ", ".join(path.stem for path in store.manifests())
             raise UserError(
@@ -272,7 +277,7 @@ class Request:
 
 
 def usable_store(folder: str) -> Store:
-    """Return the store, proven usable; nothing is written to it."""
+    """Return the store. Raise UserError unless it can be written to; writes nothing."""
     from alignbench.store.artefacts import Store
 
     store = Store(folder)
@@ -281,20 +286,21 @@ def usable_store(folder: str) -> Store:
 
 
 def registry(plugins: Sequence[str]) -> Registry:
+    """Return the registry of built-in parts and ``plugins`` (paths)."""
     from alignbench.plugins import Registry
 
     return Registry(plugins)
 
 
 def resolve(document: Document, registry: Registry) -> Plan:
-    """Resolve a sweep, and print its warnings."""
+    """Resolve a sweep and print its warnings."""
     from alignbench.experiment.plan import resolve
 
     return warned(resolve(document, registry))
 
 
 def warned(plan: Plan) -> Plan:
-    """Print the warnings of a plan, and return it."""
+    """Print the warnings of a plan and return the plan."""
     from alignbench.experiment.plan import warnings_of
 
     for line in warnings_of(plan):
@@ -303,6 +309,7 @@ def warned(plan: Plan) -> Plan:
 
 
 def selected(plan: Plan | Draft, only: Sequence[str]) -> list[PlannedRun]:
+    """Return the runs of a plan or draft that ``--only`` selects; all of them if it is empty."""
     from alignbench.experiment.cells import select
 
     return select(plan.cells, only)

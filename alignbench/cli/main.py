@@ -1,4 +1,4 @@
-"""The entry point: verbs in groups, one clear line for every mistake, exit codes."""
+"""Entry point of the command line: verbs in groups, one clear line for every mistake, exit codes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Share": (score, import_),
     "Extend": (new_method, check_method),
 }
-COMPLETE = "_ALIGNBENCH_COMPLETE"  # the variable by which a shell asks for completions
-RC_LINES = {  # shell -> (its file, the line to put there)
+COMPLETE = "_ALIGNBENCH_COMPLETE"  # environment variable that a shell sets to request completions
+RC_LINES = {  # shell -> (its startup file, the line to add there)
     "bash": ("~/.bashrc", 'eval "$(alignbench --completion bash)"'),
     "zsh": ("~/.zshrc", 'eval "$(alignbench --completion zsh)"'),
     "fish": ("~/.config/fish/config.fish", "alignbench --completion fish | source"),
@@ -30,7 +30,7 @@ RC_LINES = {  # shell -> (its file, the line to put there)
 
 
 class Verbs(click.Group):
-    """The verbs, listed by what they are for."""
+    """Click group that lists its verbs by purpose."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(map(len, self.commands))
@@ -43,7 +43,7 @@ class Verbs(click.Group):
 
 
 def _print_completion(ctx: click.Context, _: click.Parameter, shell: str | None) -> None:
-    """Print a shell's completion script and the line that keeps it, and exit."""
+    """Print a shell's completion script and the line that installs it, then exit."""
     if shell is None or ctx.resilient_parsing:
         return
     from click.shell_completion import get_completion_class
@@ -68,7 +68,7 @@ def _print_completion(ctx: click.Context, _: click.Parameter, shell: str | None)
     is_eager=True,
     expose_value=False,
     callback=_print_completion,
-    help=f"Print the shell's completion script. In {RC_LINES['bash'][0]}: {RC_LINES['bash'][1]}",
+    help=f"Print the shell's completion script and exit. In {RC_LINES['bash'][0]}: {RC_LINES['bash'][1]}",
 )
 @click.pass_context
 def cli(ctx: click.Context) -> None:
@@ -102,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("alignbench: interrupted; run the same command again to resume", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the output was piped into `head`
-        sys.stdout = None  # type: ignore[assignment]  # nothing more to flush
+        sys.stdout = None  # type: ignore[assignment]  # nothing left to flush
         return DONE
     except Exception as error:
-        from alignbench.config import UserError  # late: its libraries would double the time of --help
+        from alignbench.config import UserError  # imported late: its dependencies would double the time of --help
 
         if not isinstance(error, UserError):
             raise
@@ -118,7 +118,7 @@ def _refuse(text: str) -> int:
 
 
 def _in_one_line(error: click.UsageError) -> str:
-    """Return where, what, and what instead."""
+    """Return one line that says where the mistake is, what it is, and what to type instead."""
     if isinstance(error, click.NoSuchOption):
         return f"there is no option '{error.option_name}'{_nearest(error.possibilities)}"
     if isinstance(error, NoSuchCommand):

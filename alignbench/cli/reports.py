@@ -1,4 +1,4 @@
-"""Verbs that turn scores and images, ours or others', into tables."""
+"""Verbs that turn scores and images, made here or elsewhere, into tables."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ from alignbench.cli.common import (
 )
 
 
-def uncollected(verb: Callable[..., int]) -> Callable[..., int]:
-    """Run ``verb`` without Python's search for cycles: a million objects, all of them kept, and a tenth of its time."""
+def without_gc(verb: Callable[..., int]) -> Callable[..., int]:
+    """Run ``verb`` without garbage collection, a tenth of its time: it makes a million objects and keeps them all."""
 
     @functools.wraps(verb)
-    def run(*given: Any, **named: Any) -> int:
-        before = collector.isenabled()
+    def run(*args: Any, **kwargs: Any) -> int:
+        was_enabled = collector.isenabled()
         collector.disable()
-        atexit.register(_end)
+        atexit.register(_skip_last_collection)
         try:
-            return verb(*given, **named)
+            return verb(*args, **kwargs)
         finally:
-            if before:
+            if was_enabled:
                 collector.enable()
 
     return run
 
 
-def _end() -> None:
-    """Skip the last search too, unless torch is there: its libraries complain of what is left over."""
+def _skip_last_collection() -> None:
+    """Skip the collection at exit too, unless torch is loaded: its libraries complain about leftover objects."""
     if "torch" not in sys.modules:
         collector.freeze()
 
 
 @click.command("report", cls=Verb, short_help="Write a sweep's tables: markdown, CSV, LaTeX, HTML, plots.")
 @click.option("--out", metavar="DIR", help="Folder for the report (default: outputs/<sweep>).")
-@click.option("--format", "formats", metavar="A,B", help="Only these of md, csv, tex, html, svg, png (default: all).")
+@click.option("--format", "formats", metavar="A,B", help="Formats among md, csv, tex, html, svg, png (default: all).")
 @sweep_options(plugins=False)
-@uncollected
+@without_gc
 def report(request: Request, out: str | None, formats: str | None) -> int:
-    """Print a sweep's table from what the store has, and write it in every format: tables, web page, image grid."""
+    """Print a sweep's table from what the store has, and write it in all formats: tables, web page, image grid."""
     from alignbench.launch import submissions
     from alignbench.reporting.analysis.results import Results
     from alignbench.reporting.report import FORMATS, build, check_formats
@@ -79,13 +79,13 @@ def report(request: Request, out: str | None, formats: str | None) -> int:
 @click.command("compare", cls=Verb, short_help="Compare two rows or runs, paired prompt by prompt.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("-e", "--evaluators", metavar="M,N", help="Only these metrics or evaluators.")
-@click.option("--out", metavar="DIR", help="Write compare.md, .csv and .png (the images) into this folder.")
+@click.option("-e", "--evaluators", metavar="M,N", help="Compare only these metrics or evaluators.")
+@click.option("--out", metavar="DIR", help="Write compare.md, .csv and .png (the images) to this folder.")
 @STORE
 def compare(a: str, b: str, evaluators: str | None, out: str | None, store: str) -> int:
-    """Compare two rows or runs: paired differences per metric, and the prompts in which they differ most.
+    """Compare two rows or runs: paired differences per metric, and the prompts on which they differ most.
 
-    A and B are each SWEEP:LABEL, a label that only one sweep has, or a run's id or how it begins.
+    A and B are each SWEEP:LABEL, a label that only one sweep has, or a run id or its beginning.
     """
     from alignbench.reporting import compare
     from alignbench.reporting.analysis import pairs
@@ -93,15 +93,15 @@ def compare(a: str, b: str, evaluators: str | None, out: str | None, store: str)
 
     place = Store(store)
     left, right = pairs.find(place, a), pairs.find(place, b)
-    found, remarks = pairs.compare(place, left, right, evaluators.split(",") if evaluators else ())
-    text = compare.page(place, left, right, found, remarks)
-    paths = compare.build(place, left, right, found, text, Path(out)) if out else []
+    pair, remarks = pairs.compare(place, left, right, evaluators.split(",") if evaluators else ())
+    text = compare.page(place, left, right, pair, remarks)
+    paths = compare.build(place, left, right, pair, text, Path(out)) if out else []
     print(text, end="")
     print("".join(f"written: {path}\n" for path in paths), end="")
     return DONE
 
 
-@click.command("score", cls=Verb, short_help="Score any folder of images: a table, means with intervals.")
+@click.command("score", cls=Verb, short_help="Score any folder of images: a table, and means with intervals.")
 @click.argument("folder", metavar="FOLDER")
 @settings_words
 @click.option("-e", "--evaluators", metavar="A,B", required=True, help="Evaluators or metrics.")
@@ -111,10 +111,10 @@ def compare(a: str, b: str, evaluators: str | None, out: str | None, store: str)
 def score(
     folder: str, words: Sequence[str], evaluators: str, prompts: str | None, out: str, plugin: Sequence[str]
 ) -> int:
-    """Score a folder of images: a table with a row per image and metric, and means with their intervals.
+    """Score a folder of images: a table with a row per image and metric, and means with confidence intervals.
 
-    FOLDER has GenEval's layout, alignbench's own file names, or, in the order of their names, the same number of images
-    for every prompt of --prompts; a .jsonl list may name each image's "file" instead. Settings of an evaluator:
+    FOLDER has GenEval's layout, alignbench's own file names, or, sorted by name, the same number of images for every
+    prompt of --prompts; a .jsonl list may name each image's "file" instead. Example of an evaluator's setting:
     pickscore.weights=shapes.
     """
     from alignbench.evaluation import folders, scoring
@@ -141,25 +141,25 @@ def score(
 @click.option(
     "--prompts",
     metavar="LIST",
-    help="A .txt or .jsonl file, or the name of a prompt list; images in GenEval's layout need none.",
+    help="A .txt or .jsonl file, or the name of a prompt list; not needed for images in GenEval's layout.",
 )
-@click.option("--images", metavar="DIR", help="Folder of the images, if not where the file says.")
+@click.option("--images", metavar="DIR", help="Folder of the images, if not the one that the file names.")
 @click.option("-e", "--evaluators", metavar="A,B", help="Also score the images with these evaluators or metrics.")
 @click.option("--seed", type=int, metavar="N", help="Training seed, 0, 1, ... (default: one run of unknown seed).")
-@click.option("--base", is_flag=True, help="The model before any training, with which the others are compared.")
-@click.option("--trained-on", metavar="A,B", help="Rewards of its training, for instance hpsv2.1 (default: unknown).")
+@click.option("--base", is_flag=True, help="This row is the untrained model, with which the others are compared.")
+@click.option("--trained-on", metavar="A,B", help="Rewards it was trained on, for instance hpsv2.1 (default: unknown).")
 @click.option(
     "--protocol", metavar="A=B,...", default="", help="How the images were made: steps, guidance, size, weights, seed."
 )
-@click.option("--replace", is_flag=True, help="Replace the row of the same label and seed.")
+@click.option("--replace", is_flag=True, help="Replace the row with the same label and seed.")
 @PLUGIN
 @STORE
 def import_(**given: Any) -> int:
-    """Import images and scores that were made elsewhere into the store, as a row of a sweep of their own.
+    """Import images and scores made elsewhere into the store, as a row of an imported sweep.
 
     KIND is images (a folder in any layout that `alignbench score` reads), flowbp (its scores.json), unirl (its
     scores.jsonl) or geneval (results.jsonl of evaluate_images.py). PATH is the folder of images, or the file of scores
-    or its folder. What the files do not say is marked unknown.
+    or its folder. Anything that the files do not state is marked unknown.
     """
     from alignbench.config import UserError
     from alignbench.evaluation import import_rows, scoring
@@ -167,7 +167,7 @@ def import_(**given: Any) -> int:
     asked = SimpleNamespace(**given)
     store, known = usable_store(asked.store), registry(asked.plugin)
     if asked.words and not asked.evaluators:
-        raise UserError(f"{asked.words[0]}: is a setting of no evaluator; name it with -e")
+        raise UserError(f"{asked.words[0]}: there is no evaluator for this setting; name one with -e")
     judges = scoring.judges(known, asked.evaluators, list(asked.words)) if asked.evaluators else []
     run, changed = import_rows.add(store, import_rows.asked(asked), judges, known)
     print("\n".join(import_rows.told(run, changed)))

@@ -1,4 +1,4 @@
-"""Verbs that make the runs of a sweep, watch them, and clean up."""
+"""Verbs that execute the runs of a sweep, watch them, and clean up."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from alignbench.store.manifest import Manifest
 
 
-@click.command("sweep", cls=Verb, short_help="Make what is missing of a sweep: train, generate, score.")
+@click.command("sweep", cls=Verb, short_help="Run whatever a sweep is missing: train, generate, score.")
 @ONLY
 @click.option(
     "--launcher",
@@ -55,7 +55,7 @@ def sweep(
     jobs: int | None,
     track: Sequence[str],
 ) -> int:
-    """Make everything that the store does not have yet of a sweep: train, generate, score."""
+    """Run everything of a sweep that the store does not have yet: train, generate, score."""
     from alignbench.launch.local import check_launcher
 
     check_launcher(launcher)
@@ -69,7 +69,7 @@ def sweep(
     return code
 
 
-@click.command("run", cls=Verb, short_help="Make one run in the foreground.")
+@click.command("run", cls=Verb, short_help="Execute one run in the foreground.")
 @click.option(
     "--method",
     metavar="METHOD",
@@ -80,7 +80,7 @@ def sweep(
 @TRACK
 @sweep_options(optional=True)
 def run(request: Request, method: str, track: Sequence[str]) -> int:
-    """Make one run in the foreground: the first of a sweep (default: quickstart) with --method."""
+    """Execute one run in the foreground: the first of a sweep (default: quickstart) with --method."""
     from alignbench.reporting.analysis.results import Results
 
     store = request.store()
@@ -88,17 +88,17 @@ def run(request: Request, method: str, track: Sequence[str]) -> int:
     cell = next(cell for cell in plan.cells if cell.spec.method["name"] == method)
     code = _make(request, plan, [cell], store, "debug", None, track)
     manifest = plan.manifest()
-    found = Results(store.root, manifest.only([run for run in manifest.runs if run.id == cell.id]))
-    for metric, mean in found.scores.groupby("metric", sort=False)["score"].mean().items():
+    results = Results(store.root, manifest.only([run for run in manifest.runs if run.id == cell.id]))
+    for metric, mean in results.scores.groupby("metric", sort=False)["score"].mean().items():
         print(f"{metric}: {mean:.4f}")
     print(f"{store.root / 'runs' / cell.id}" + (f" (seed {cell.seed})" if cell.trains else ""))
     return code
 
 
-@click.command("status", cls=Verb, short_help="Show what is planned, running, done, or failed and why.")
+@click.command("status", cls=Verb, short_help="Show what is planned, running, done or failed, and why.")
 @sweep_options(optional=True, plugins=False)
 def status(request: Request) -> int:
-    """Show the state of every sweep in the store, or of each run of one sweep, with its jobs on the cluster."""
+    """Show the state of every sweep in the store, or of each run of one sweep with its jobs on the cluster."""
     from alignbench.config import UserError
     from alignbench.launch import status_table, submissions
     from alignbench.store.manifest import read_manifest
@@ -112,7 +112,7 @@ def status(request: Request) -> int:
     for path in store.manifests():
         try:
             manifest = read_manifest(path)
-        except UserError as error:  # of one sweep; the others are shown
+        except UserError as error:  # concerns one sweep; the others are still shown
             print(error, file=sys.stderr)
             continue
         rows = status_table.rows(store, manifest, submissions.read(store, path.stem))
@@ -124,10 +124,10 @@ def status(request: Request) -> int:
 
 @click.command("logs", cls=Verb, short_help="Print a run's log.")
 @RUN
-@click.option("-f", "--follow", is_flag=True, help="Follow the log as it grows, until the run has ended.")
+@click.option("-f", "--follow", is_flag=True, help="Follow the log as it grows, until the run ends.")
 @STORE
 def logs(run: str, follow: bool, store: str) -> int:
-    """Print what a run's jobs have written. RUN is a folder below the store's runs/, or how its name begins."""
+    """Print what a run's jobs have written. RUN is a run id (a folder in the store's runs/) or its beginning."""
     from alignbench.launch.logs import read
 
     for text in read(usable_store(store), run, follow):
@@ -139,7 +139,7 @@ def logs(run: str, follow: bool, store: str) -> int:
 @ONLY
 @sweep_options()
 def cancel(request: Request, only: Sequence[str]) -> int:
-    """Cancel a sweep's jobs on the cluster. What they have made stays, and `alignbench retry` resumes from there."""
+    """Cancel a sweep's jobs on the cluster. Finished work is kept, and `alignbench retry` resumes from there."""
     from alignbench.launch import slurm, submissions
 
     store = request.store()
@@ -152,7 +152,7 @@ def cancel(request: Request, only: Sequence[str]) -> int:
     return DONE
 
 
-@click.command("retry", cls=Verb, short_help="Retry the runs that failed or were lost.")
+@click.command("retry", cls=Verb, short_help="Retry runs that failed or were lost.")
 @ONLY
 @slurm_options
 @TRACK
@@ -160,7 +160,7 @@ def cancel(request: Request, only: Sequence[str]) -> int:
 def retry(
     request: Request, only: Sequence[str], slurm: str | None, wait: bool, jobs: int | None, track: Sequence[str]
 ) -> int:
-    """Retry the runs that failed or were lost, with the launcher that was used before."""
+    """Retry the runs that failed or were lost, with the launcher used before."""
     from alignbench.launch import status_table, submissions
     from alignbench.launch.local import check_launcher
     from alignbench.store.run_state import LOST
@@ -173,7 +173,7 @@ def retry(
     again = {row.id for row in status_table.rows(store, manifest, records) if row.state in LOST}
     cells = [cell for cell in selected(plan, only) if cell.id in again]
     if not cells:
-        print("nothing has failed or was lost", file=sys.stderr)
+        print("no run has failed or was lost", file=sys.stderr)
         return status_table.exit_code(status_table.rows(store, manifest, records))
     if latest is None:
         return _make(request, plan, cells, store, "local", jobs, track)
@@ -182,15 +182,15 @@ def retry(
     return _submit(request, plan, cells, store, options, track, wait)
 
 
-@click.command("rerun", cls=Verb, short_help="Repeat a finished run from its records and compare bit by bit.")
+@click.command("rerun", cls=Verb, short_help="Repeat a finished run and compare the results bit by bit.")
 @RUN
 @click.option("--into", metavar="DIR", help="A new store for the repeated run (default: STORE/reruns/RUN-1, -2, ...).")
 @STORE
 def rerun(run: str, into: str | None, store: str) -> int:
-    """Repeat a finished run from its own records, and say of every part whether it is the same, bit by bit.
+    """Repeat a finished run from its own records, and report for every part whether it is identical bit by bit.
 
-    RUN is a folder below the store's runs/, or how its name begins. Uses the code that made the run if the store has a
-    copy.
+    RUN is a run id (a folder in the store's runs/) or its beginning. Uses the code that made the run if the store has
+    a copy.
     """
     from alignbench.launch import rerun
     from alignbench.store.artefacts import Store
@@ -202,17 +202,17 @@ def rerun(run: str, into: str | None, store: str) -> int:
     if copy:
         return rerun.run_with(copy, ["rerun", run, "--store", store, *(["--into", into] if into else [])])
     code = DONE
-    for said in rerun.rerun(place, run, Path(into) if into else None):
-        print(said, flush=True)
-        code = SOME_FAILED if isinstance(said, rerun.Verdict) and said.differs else code
+    for line in rerun.rerun(place, run, Path(into) if into else None):
+        print(line, flush=True)
+        code = SOME_FAILED if isinstance(line, rerun.Verdict) and line.differs else code
     return code
 
 
-@click.command("gc", cls=Verb, short_help="Delete what no sweep of the store needs any more.")
+@click.command("gc", cls=Verb, short_help="Delete what no sweep in the store needs any longer.")
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @STORE
 def gc(yes: bool, store: str) -> int:
-    """List what no sweep of the store refers to, with sizes, and delete it once you agree."""
+    """List what no sweep in the store refers to, with sizes, and delete it once you confirm."""
     from alignbench.launch import cleanup
     from alignbench.store.artefacts import Store
 
@@ -225,7 +225,7 @@ def gc(yes: bool, store: str) -> int:
         return DONE
     what = f"{len(items)} items, {cleanup.human_size(sum(item.size for item in items))}"
     if not yes and not sys.stdin.isatty():
-        print(f"{what}; nothing was deleted: say --yes, or answer on a terminal")
+        print(f"{what}; nothing was deleted: pass --yes, or confirm on a terminal")
         return DONE
     if not yes and input(f"{what}: delete them? [y/N] ").strip().lower() not in ("y", "yes"):
         print("nothing was deleted")
@@ -235,11 +235,11 @@ def gc(yes: bool, store: str) -> int:
     return DONE
 
 
-# -- their parts ------------------------------------------------------------------------------------------------------
+# -- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _record(request: Request, plan: Plan, cells: Sequence[PlannedRun], store: Store, track: Sequence[str]) -> Manifest:
-    """Write the manifest, print what is to be made, and return the manifest."""
+    """Write the manifest, print how much is to be done, and return the manifest."""
     from alignbench.run import trackers
     from alignbench.store.manifest import write_manifest
 
@@ -260,7 +260,7 @@ def _make(
     jobs: int | None,
     track: Sequence[str],
 ) -> int:
-    """Make what is missing on this machine, and name what failed."""
+    """Execute what is missing on this machine, print the failures, and return the exit code."""
     from alignbench.launch.local import launch
 
     _record(request, plan, cells, store, track)
@@ -270,9 +270,7 @@ def _make(
         log = store.root / "runs" / outcome.cell.id / "log.txt"
         print(f"alignbench: {outcome.cell.title} failed: {outcome.reason} (log: {log})", file=sys.stderr)
     if failed:
-        print(
-            f"alignbench: {len(failed)} of {len(outcomes)} runs failed; they are tried again next time", file=sys.stderr
-        )
+        print(f"alignbench: {len(failed)} of {len(outcomes)} runs failed; the next sweep retries them", file=sys.stderr)
     return SOME_FAILED if failed else DONE
 
 
@@ -291,7 +289,7 @@ def _submit(
     track: Sequence[str],
     wait: bool,
 ) -> int:
-    """Submit what is missing to SLURM and exit; with ``wait``, stay until it is made."""
+    """Submit what is missing to SLURM and return the exit code; with ``wait``, only after all jobs have ended."""
     from alignbench.launch import status_table, submissions
     from alignbench.launch.submit import submit
     from alignbench.store.run_state import LOST

@@ -1,4 +1,4 @@
-"""Planned runs: one per case and point of the grid, every setting resolved."""
+"""Planned runs: one per case and point of the grid, with all settings resolved."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ from alignbench.store.manifest import (
 )
 
 CELL_PARTS = (*RUN_PARTS, "evaluation")
-SAMPLER = ("steps", "guidance", "weights", "tuned_steps")  # what of the protocol a row may have of its own
+SAMPLER = ("steps", "guidance", "weights", "tuned_steps")  # protocol settings that may differ between rows
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a sweep. ``seed``: of training, or UNTRAINED. ``notes``: the overrides that apply, with reasons."""
+    """Run of a sweep. ``seed``: training seed, or UNTRAINED. ``notes``: the overrides that apply, with reasons."""
 
     spec: RunSpec
     seed: int
     protocol: Protocol
-    parts: Parts  # built, and shared with every cell that has the same settings: to be asked, not to be run
+    parts: Parts  # shared by all cells with the same settings: for queries only, never to be run
     notes: list[dict[str, Any]] = field(default_factory=list)
-    published: bool = False  # are its weights somebody else's, with training of which nothing is known?
-    id: str = ""  # of the weights: the name of its folder below runs/
+    published: bool = False  # True for published weights, whose training is unknown
+    id: str = ""  # id of the weights: the name of the run's folder in runs/
     images: str = ""  # id of its image set
-    base: str = ""  # id of the image set that the untrained model makes in the same way
+    base: str = ""  # id of the untrained model's image set under the same protocol
     milestones: tuple[tuple[int, str], ...] = ()  # (update, id of its image set)
 
     @property
@@ -76,15 +76,15 @@ class PlannedRun:
 
 
 def cells_of(sweep: Sweep, document: Document, builder: Builder) -> list[PlannedRun]:
-    """Return every run of a sweep, without ids. Raise UserError for the first setting that is wrong."""
+    """Return every run of a sweep, without ids. Raise UserError for the first wrong setting."""
     cells = [cell for index, _ in enumerate(sweep.cases) for cell in _case(sweep, document, index, builder)]
-    _refuse_twins(cells, document.path)
-    _refuse_idle(sweep, document, cells, builder.registry)
+    _refuse_duplicates(cells, document.path)
+    _refuse_unused(sweep, document, cells, builder.registry)
     return cells
 
 
 def _case(sweep: Sweep, document: Document, index: int, builder: Builder) -> Iterator[PlannedRun]:
-    """Yield the cells of one case: one per point of the grid, or a single one if its method trains nothing."""
+    """Yield the cells of a case: one per point of the grid, or a single one if its method trains nothing."""
     where, case = document.path, sweep.cases[index]
     method = builder.make("method", case.method, f"{where}: cases[{index}].method")
     evaluation = {"protocol": settings(sweep.evaluation.protocol)}
@@ -115,12 +115,13 @@ def _override(run: dict[str, Any], override: Override, builder: Builder, where: 
         unequal = [
             axis for axis in override.set if override.match and axis.startswith(("training.batch", "training.budget"))
         ]
-        what = f"{unequal[0]} would be unequal between rows" if unequal else "an exception needs its reason"
-        raise UserError(f"{where}: {what}; say why with 'reason: ...', the report prints it")
+        what = f"{unequal[0]} would be unequal between rows" if unequal else "an exception needs a reason"
+        raise UserError(f"{where}: {what}; say why with 'reason: ...', which the report prints")
     for axis, value in override.set.items():
         if axis.startswith("evaluation") and axis.removeprefix("evaluation.protocol.") not in SAMPLER:
-            own = ", ".join(f"evaluation.protocol.{name}" for name in SAMPLER)
-            raise UserError(f"{where}.set: {axis}: all rows share it, or their images are no pairs; choose of {own}")
+            allowed = ", ".join(f"evaluation.protocol.{name}" for name in SAMPLER)
+            what = "must be the same for every row, or images cannot be paired"
+            raise UserError(f"{where}.set: {axis}: {what}; choose from {allowed}")
         run = _set(run, axis, value, builder, f"{where}.set", CELL_PARTS)
     return run
 
@@ -128,7 +129,7 @@ def _override(run: dict[str, Any], override: Override, builder: Builder, where: 
 def _set(
     run: dict[str, Any], axis: str, value: Any, builder: Builder, where: str, parts: Sequence[str] = RUN_PARTS
 ) -> dict[str, Any]:
-    """Return ``run`` with one setting of its ``parts`` changed, checked at once, so that an error names the culprit."""
+    """Return ``run`` with one setting of its ``parts`` changed and checked, so that an error names that setting."""
     head = axis.partition(".")[0].partition("[")[0]
     if head not in parts:
         raise UserError(f"{where}: {axis}: a run has no such setting{did_you_mean(head, parts, 'settings')}")
@@ -137,10 +138,10 @@ def _set(
 
 
 def _complete(part: str, raw: Any, builder: Builder, where: str) -> Any:
-    """Return one part of a run decoded strictly and written out again, defaults included."""
+    """Return one part of a run, strictly decoded and with defaults filled in."""
     place = join(where, part)
     if part in ("backend", "method"):
-        return settings(builder.make(part, raw, place))  # type: ignore[arg-type]  # one of the two
+        return settings(builder.make(part, raw, place))  # type: ignore[arg-type]  # both are kinds
     if part == "reward":
         return _complete_reward(raw, builder, place)
     if part == "training":
@@ -162,13 +163,13 @@ def _complete_term(raw: Any, builder: Builder, where: str) -> dict[str, Any]:
     reward = decode(RewardSettings, raw, where)
     evaluator = builder.make("evaluator", reward.evaluator, join(where, "evaluator"))
     if type(evaluator).reward is Evaluator.reward:
-        known = join(where, "evaluator")
-        raise UserError(f"{known}: {evaluator.name} scores for tables alone; choose an evaluator that gives a reward")
+        place = join(where, "evaluator")
+        raise UserError(f"{place}: {evaluator.name} gives scores but no reward; choose an evaluator with a reward")
     return {**settings(reward), "evaluator": settings(evaluator)}
 
 
 def matches(match: dict[str, Any], label: str, run: dict[str, Any], where: str) -> bool:
-    """Does a run fit ``{method: refl, training.seed: 1}``? ``method`` is a method's name or a row's label."""
+    """Return whether a run fits ``{method: refl, training.seed: 1}``. ``method``: a method's name or a row's label."""
     return all(_matches_one(key, value, label, run, where) for key, value in match.items())
 
 
@@ -184,7 +185,10 @@ def _matches_one(key: str, value: Any, label: str, run: dict[str, Any], where: s
 
 
 def select(cells: Iterable[PlannedRun], patterns: Sequence[str]) -> list[PlannedRun]:
-    """The cells that ``--only 'method=refl' '!seed=2'`` means: any value of a key, all keys, and no ``!pattern``."""
+    """Return the cells that ``--only 'method=refl' '!seed=2'`` selects: any value per key, all keys, no ``!pattern``.
+
+    Raise UserError if no cell is left.
+    """
     wanted: dict[str, list[Any]] = {}
     unwanted = []
     for pattern in patterns:
@@ -200,21 +204,21 @@ def select(cells: Iterable[PlannedRun], patterns: Sequence[str]) -> list[Planned
         return _matches_one(key, value, cell.spec.label, settings(cell.spec), "--only")
 
     cells = list(cells)
-    found = [
+    chosen = [
         cell
         for cell in cells
         if all(any(fits(cell, key, value) for value in values) for key, values in wanted.items())
         and not any(fits(cell, key, value) for key, value in unwanted)
     ]
-    if not found:
+    if not chosen:
         labels = ", ".join(dict.fromkeys(cell.spec.label for cell in cells))
         hint = "; settings to change go before --only" if len(patterns) > 1 else ""
         raise UserError(f"--only {' '.join(patterns)}: matches no run (rows: {labels}){hint}")
-    return found
+    return chosen
 
 
 def distinct(cells: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Return one of the cells that differ in the seed alone: what can be checked of one holds for the others."""
+    """Return one of each group of cells that differ only in the seed: checks of one hold for the others."""
     return list({_but_seed(cell): cell for cell in cells}.values())
 
 
@@ -223,7 +227,7 @@ def _but_seed(cell: PlannedRun) -> str:
     return content_id(plain | {"training": plain["training"] | {"seed": 0}})
 
 
-def _refuse_twins(cells: Sequence[PlannedRun], where: str) -> None:
+def _refuse_duplicates(cells: Sequence[PlannedRun], where: str) -> None:
     seen = set[tuple[str, int]]()
     for cell in cells:
         if (cell.spec.label, cell.seed) in seen:
@@ -231,8 +235,8 @@ def _refuse_twins(cells: Sequence[PlannedRun], where: str) -> None:
         seen.add((cell.spec.label, cell.seed))
 
 
-def _refuse_idle(sweep: Sweep, document: Document, cells: Sequence[PlannedRun], registry: Registry) -> None:
-    """A setting that reaches no run is a typing mistake; a known method that this sweep leaves out is none."""
+def _refuse_unused(sweep: Sweep, document: Document, cells: Sequence[PlannedRun], registry: Registry) -> None:
+    """Raise UserError for a setting that reaches no run: it is a typo. A match may name methods outside the sweep."""
     labels = [case.label for case in sweep.cases]
     for i, override in enumerate(sweep.overrides):
         for key in {"method", "label"} & override.match.keys():

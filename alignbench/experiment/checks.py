@@ -1,4 +1,4 @@
-"""Checks of a sweep that need the files of models and prompts."""
+"""Checks of a planned run: its settings, then what needs the files of models and prompts."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from alignbench.experiment.cells import PlannedRun
 from alignbench.experiment.spec import (
     Evaluation,
     Training,
-    check_weights,
+    check_weight_dtype,
 )
 from alignbench.prompts import Prompt
 
 
 def load(name: str, where: str) -> list[Prompt]:
-    """A prompt list, or UserError with the place that names it."""
+    """Return a prompt list. Raise UserError with ``where``, the place that names it, if it cannot be read."""
     return prompt_lists.load_prompts(name, where)
 
 
 def check_settings(cell: PlannedRun, where: str) -> None:
-    """Raise UserError for settings that cannot work, as a batch without whole groups, a reward without gradient."""
+    """Raise UserError for settings that cannot work: a batch that is not whole groups, a reward without gradient."""
     method, training = cell.method, cell.spec.training
     if not method.trains:
         return
     differentiable = all(term.evaluator.differentiable for term in cell.rewards)
     for size in _micro_batches(training):
-        prefixed(where, method.check, size, differentiable)
-    check_weights(training.optimizer, cell.spec.backend, where)
+        run_check(where, method.check, size, differentiable)
+    check_weight_dtype(training.optimizer, cell.spec.backend, where)
 
 
 def check_run(cell: PlannedRun, where: str) -> None:
-    """Raise UserError for what fails before a model is loaded: weights, prompts, a model that has no score."""
+    """Raise UserError if weights are missing, prompts cannot be used, or method, model and reward do not fit."""
     backend, method = cell.parts[:2]
-    prefixed(where, backend.files)
-    prefixed(where, method.files)
+    run_check(where, backend.files)
+    run_check(where, method.files)
     if not method.trains:
         return
     if method.stochastic and (why := getattr(backend, "deterministic", None)):
@@ -50,14 +50,14 @@ def check_run(cell: PlannedRun, where: str) -> None:
     prompts = load(cell.spec.prompts, f"{where}: prompts")
     _check_prompts(cell.spec.prompts, prompts, backend)
     for evaluator, margin, _ in cell.rewards:
-        prefixed(where, evaluator.files)
-        prefixed(where, evaluator.check, prompts)
-        if why := margins.impossible(margin, evaluator.reward_range):
+        run_check(where, evaluator.files)
+        run_check(where, evaluator.check, prompts)
+        if why := margins.never_opens(margin, evaluator.reward_range):
             raise UserError(f"{where}: reward.margin: {evaluator.name}: {why}")
 
 
 def check_evaluation(cell: PlannedRun, evaluation: Evaluation, where: str) -> None:
-    """Raise UserError for what would fail when a run's images are made."""
+    """Raise UserError for anything that would fail when a run's images are generated."""
     protocol, training = cell.protocol, cell.spec.training
     if protocol.tuned_steps is not None and protocol.tuned_steps > protocol.steps:
         raise UserError(
@@ -73,13 +73,13 @@ def check_evaluation(cell: PlannedRun, evaluation: Evaluation, where: str) -> No
         cell.backend.check_size(protocol.size, f"{where}: evaluation.protocol.size")
     prompts = load(protocol.prompts, f"{where}: evaluation.protocol.prompts")
     if len({prompt.id for prompt in prompts}) < len(prompts):
-        what = f"{protocol.prompts} repeats prompts, whose pictures would count more than once"
+        what = f"{protocol.prompts} repeats prompts, so their images would count more than once"
         raise UserError(f"{where}: evaluation.protocol.prompts: {what}; choose a list for evaluation")
     _check_prompts(protocol.prompts, prompts[: evaluation.limit], cell.backend)
 
 
-def prefixed(where: str, check: Callable[..., Any], *arguments: Any) -> None:
-    """Run ``check``; put ``where`` before what its UserError says."""
+def run_check(where: str, check: Callable[..., Any], *arguments: Any) -> None:
+    """Call ``check``; prefix its UserError with ``where``."""
     try:
         check(*arguments)
     except UserError as error:
@@ -87,13 +87,13 @@ def prefixed(where: str, check: Callable[..., Any], *arguments: Any) -> None:
 
 
 def _micro_batches(training: Training) -> set[int]:
-    """Sizes of the micro-batches on one rank."""
+    """Return the sizes of the micro-batches on one rank."""
     size = min(training.micro_batch or training.batch, training.batch)
     return {size, training.batch % size or size}
 
 
 def _check_prompts(name: str, prompts: list[Prompt], backend: Any) -> None:
-    """The model can read every prompt: by its own rule, and its text encoders' tokenizers can spell it."""
+    """Raise UserError unless the backend accepts every prompt, and its tokenizers have tokens for all of it."""
     if hasattr(backend, "check_prompts"):
         backend.check_prompts(prompts, str(prompt_lists.locate(name, "prompts")))
     files = [path for path in backend.files() if path.name == "tokenizer.json"]

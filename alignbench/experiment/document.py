@@ -1,4 +1,4 @@
-"""Sweep files as written, with what the command line changed."""
+"""Sweep files as written, with the changes made on the command line."""
 
 from __future__ import annotations
 
@@ -26,30 +26,33 @@ RUN_PARTS = ("backend", "method", "reward", "prompts", "training")
 
 @dataclass(frozen=True)
 class Document:
-    """A sweep file as written, with what the command line changed. Reading it imports no method and no torch."""
+    """Sweep file as written, with the changes made on the command line. Reading it imports no method and no torch."""
 
     path: str  # as typed
     data: dict[str, Any]
-    run_sets: list[tuple[str, Any]] = field(default_factory=list)  # assignments that hold for every run, last of all
+    run_sets: list[tuple[str, Any]] = field(default_factory=list)  # assignments for every run; they override all others
     command: str = ""  # what to type after `alignbench sweep` or `alignbench report`
-    rehearsal: bool = False  # small stand-ins for all models: no number means anything
+    rehearsal: bool = False  # tiny models in place of all models: the numbers mean nothing
 
     @property
     def name(self) -> str:
-        """Of the manifest and of the report's files."""
+        """Name of the manifest and of the report's files."""
         name = str(self.data.get("name", "sweep"))
         limited = isinstance(self.data.get("evaluation"), dict) and self.data["evaluation"].get("limit")
         return f"{name}-SUBSET" if limited else name
 
     @property
     def manifest(self) -> str:
-        """File name of the manifest below ``sweeps/``: the same for the same document, whatever stands behind it."""
-        made = {key: value for key, value in self.data.items() if key != "slurm"}
-        return f"{self.name}-{content_id([made, self.run_sets])}.json"
+        """File name of the manifest in ``sweeps/``; it depends on the document alone, not on code or weights."""
+        content = {key: value for key, value in self.data.items() if key != "slurm"}
+        return f"{self.name}-{content_id([content, self.run_sets])}.json"
 
 
 def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, limit: int | None = None) -> Document:
-    """A sweep file, or a packaged one by its name, with command-line changes. UserError if it cannot be read."""
+    """Read a sweep file, or a packaged sweep by its name, and apply the command line's changes.
+
+    Raise UserError if it cannot be read, or for an unknown setting on the command line.
+    """
     data = load_yaml(_find(path), sweeps())
     words = [path, *assignments]
     if seeds is not None:
@@ -65,7 +68,7 @@ def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, l
         if head in RUN_PARTS:
             run_sets.append((place, value))
             grid = data.get("grid")
-            if isinstance(grid, dict):  # the command line beats the file: one value instead of the axis
+            if isinstance(grid, dict):  # the command line overrides the file: one value replaces the axis
                 data = {**data, "grid": {axis: values for axis, values in grid.items() if axis != place}}
         elif head not in Sweep.__struct_fields__:
             known = [*RUN_PARTS, *Sweep.__struct_fields__]
@@ -77,7 +80,7 @@ def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, l
             data = merge(data, {"grid": {axis: value} if axis else value})
         else:
             data = put(data, place, value, "command line")
-            if place.startswith("evaluation.protocol."):  # beats the overrides of single rows, too
+            if place.startswith("evaluation.protocol."):  # takes precedence over a row's overrides, too
                 run_sets.append((place, value))
     return Document(path, data, run_sets, " ".join(words))
 
@@ -88,7 +91,7 @@ def _find(path: str) -> Path:
 
 
 def sweeps() -> dict[str, Path]:
-    """The packaged sweep files by name."""
-    found = importlib.util.find_spec("alignbench.sweeps")
-    folders = (found and found.submodule_search_locations) or []
+    """Return the packaged sweep files by name."""
+    spec = importlib.util.find_spec("alignbench.sweeps")
+    folders = (spec and spec.submodule_search_locations) or []
     return {file.stem: file for folder in folders for file in sorted(Path(folder).glob("*.yaml"))}

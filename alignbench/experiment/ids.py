@@ -1,4 +1,4 @@
-"""Ids from content: of training runs, image sets and scores."""
+"""Ids of runs, image sets and scores, computed from their content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignbench.prompts import digest as prompts_digest
 
 
 class Parts(NamedTuple):
-    """What a run is made with, built from its settings."""
+    """Backend, method and rewards of a run, built from its settings."""
 
     backend: Any
     method: AlignMethod
@@ -36,22 +36,22 @@ def build(spec: RunSpec, registry: Registry | Builder) -> Parts:
 
 
 def run_id(spec: RunSpec, parts: Parts, registry: Registry, prompts: Sequence[Prompt]) -> str:
-    """Hash everything that determines the weights, hence not the label. ``prompts``: those of ``spec.prompts``.
+    """Hash everything that determines the weights, so not the label. ``prompts``: those of ``spec.prompts``.
 
-    All methods that train nothing and bring no files share one id per backend: their weights are the same.
+    All methods that train nothing and bring no files share one id per backend, because their weights are the same.
     """
     backend, method = parts.backend, parts.method
-    described = {key: value for key, value in spec.backend.items() if key != "embeddings"}  # which move no bit
-    for name, usual in (("compile", False), ("attention", "native")):  # with these the id is that of before they were
-        if described.get(name) == usual:
+    described = {key: value for key, value in spec.backend.items() if key != "embeddings"}  # they change no result
+    for name, default in (("compile", False), ("attention", "native")):  # omitted, so that older ids stay valid
+        if described.get(name) == default:
             del described[name]
     files = method.files()
     brought: dict[str, Any] = {"method files": fingerprint(files)} if files else {}
     if not method.trains:
-        own = set(getattr(backend, "training_only", ()))
-        sampled = {key: value for key, value in described.items() if key not in own}
+        training_only = set(getattr(backend, "training_only", ()))
+        sampled = {key: value for key, value in described.items() if key not in training_only}
         if files:
-            brought["method"] = {key: value for key, value in spec.method.items() if key != "steps"}  # of training
+            brought["method"] = {key: value for key, value in spec.method.items() if key != "steps"}  # for training
             brought["method source"] = registry.source("method", spec.method["name"])
         return content_id({"backend": sampled, "backend files": fingerprint(backend.files()), **brought})
     rewards = [
@@ -63,13 +63,13 @@ def run_id(spec: RunSpec, parts: Parts, registry: Registry, prompts: Sequence[Pr
         for term in parts.rewards
     ]
     training = settings(spec.training)
-    for name in ("checkpoint_every", "keep", "drift_every"):  # what moves no weight
+    for name in ("checkpoint_every", "keep", "drift_every"):  # they change no weight
         del training[name]
     for name in (
         "milestones",
         "reward_slice",
         "ema_on_host",
-    ):  # without them the id is that of before they were there
+    ):  # defaults are omitted, so that older ids stay valid
         if not training[name]:
             del training[name]
     for name in ("weights", "moments"):
@@ -91,16 +91,16 @@ def run_id(spec: RunSpec, parts: Parts, registry: Registry, prompts: Sequence[Pr
 def image_set_id(
     run: str, trains: bool, protocol: Protocol, prompts: Sequence[Prompt], update: int | None = None
 ) -> str:
-    """Of the weights and everything that determines the images. ``prompts``: those of ``protocol.prompts``.
+    """Hash the run id and everything else that determines the images. ``prompts``: those of ``protocol.prompts``.
 
-    ``update``: of the milestone at which the weights were kept; None: those of the end.
+    ``update``: the milestone at which the weights were kept; None: the end of training.
     """
     content = settings(protocol) | {"run": run, "prompts": prompts_digest(prompts)}
-    if protocol.tuned_steps is None:  # then the id is that of before there was such a setting
+    if protocol.tuned_steps is None:  # the default is omitted, so that older ids stay valid
         del content["tuned_steps"]
     if update is not None:
         content["update"] = update
-    if not trains:  # no average is kept of weights that never move
+    if not trains:  # weights that never change have no average
         del content["weights"]
     return content_id(content)
 
@@ -111,14 +111,14 @@ BASE = "base"  # the method that trains nothing
 def base_of(
     spec: RunSpec, parts: Parts, protocol: Protocol, registry: Registry | Builder
 ) -> tuple[RunSpec, Parts, Protocol]:
-    """Return the untrained model's run and the protocol of its images, with which those of ``spec`` are paired."""
+    """Return the untrained model's run (spec, parts) and the protocol of its images, paired with those of ``spec``."""
     method = registry.make("method", {"name": BASE}, "method")
     base = structs.replace(spec, label=BASE, method=settings(method))
     return base, parts._replace(method=method), structs.replace(protocol, tuned_steps=None)
 
 
 def evaluator_content(evaluator: Evaluator, registry: Registry) -> dict[str, Any]:
-    """Everything that determines the scores of given images."""
+    """Return everything that determines an evaluator's scores of given images."""
     return {
         "settings": settings(evaluator),
         "version": evaluator.version,

@@ -1,6 +1,6 @@
-"""From a sweep file to its cells: every run with all settings resolved, its ids, and what was overridden and why.
+"""From a sweep file to its plan: every run with resolved settings, ids, and its overrides with their reasons.
 
-Everything that can be wrong is found here, before any model is loaded.
+All mistakes that can be found without loading a model are found here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from alignbench.digests import content_id
 from alignbench.evaluator import Evaluator
 from alignbench.experiment import margins, resources
 from alignbench.experiment.cells import PlannedRun, cells_of, distinct
-from alignbench.experiment.checks import check_evaluation, check_run, check_settings, load, prefixed
+from alignbench.experiment.checks import check_evaluation, check_run, check_settings, load, run_check
 from alignbench.experiment.document import RUN_PARTS, Document
 from alignbench.experiment.ids import BASE, base_of, evaluator_content, image_set_id, run_id
 from alignbench.experiment.roles import Score
@@ -47,18 +47,18 @@ from alignbench.store.manifest import (
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep, resolved: what its manifest says, and what workers get."""
+    """Resolved sweep, from which its manifest and the tasks of workers are made."""
 
     document: Document
     evaluation: Evaluation
-    evaluators: list[Evaluator]  # those of the evaluation, built
+    evaluators: list[Evaluator]  # of the evaluation
     cells: list[PlannedRun]
     scores: list[Score]
     prompts: list[Prompt]  # of the evaluation
-    training_evaluator: str
+    training_evaluator: str  # names of the rewards
 
     def scored(self, cell: PlannedRun) -> list[Score]:
-        """The evaluators for one cell; the base model's pictures are part of the name of a paired one's file."""
+        """Return the evaluators for one cell; a paired one's file name includes the id of the base model's images."""
         return [
             score
             if score.base is None
@@ -67,7 +67,7 @@ class Plan:
         ]
 
     def manifest(self, plugins: Sequence[str] = ()) -> Manifest:
-        """Return what a report is made from, without methods, evaluators or torch. ``plugins``: as typed."""
+        """Return the manifest. ``plugins``: as typed."""
         return Manifest(
             name=self.document.name,
             sweep=self.document.command,
@@ -101,7 +101,7 @@ class Plan:
         )
 
     def _scores(self, cell: PlannedRun, images: str) -> list[ManifestScore]:
-        """Return those of one of the cell's image sets."""
+        """Return the scores of one of the cell's image sets."""
         return [
             ManifestScore(
                 evaluator=score.name,
@@ -117,17 +117,17 @@ class Plan:
 
 
 class Draft(NamedTuple):
-    """A sweep as far as it can be known without a file of any model or prompt list: its cells have no ids."""
+    """Sweep resolved as far as possible without the files of models and prompt lists: its cells have no ids."""
 
     document: Document
     sweep: Sweep
     cells: list[PlannedRun]
-    evaluators: list[Evaluator]  # those of the evaluation, built
+    evaluators: list[Evaluator]  # of the evaluation
     builder: Builder
 
 
 def draft(document: Document, registry: Registry) -> Draft:
-    """Every cell, its settings checked. UserError for the first thing that is wrong, with its place."""
+    """Return every cell with its settings checked. Raise UserError for the first mistake, with its place."""
     where, builder = document.path, Builder(registry)
     _refuse_case_settings(document)
     sweep = decode(Sweep, document.data, f"{where}: ")
@@ -143,12 +143,12 @@ def draft(document: Document, registry: Registry) -> Draft:
 
 
 def resolve(document: Document, registry: Registry) -> Plan:
-    """Every cell with its ids. UserError for the first thing that is wrong, with its place; no model is loaded."""
+    """Return the plan of a sweep, without loading a model. Raise UserError for the first mistake, with its place."""
     return completed(draft(document, registry))
 
 
 def completed(draft: Draft) -> Plan:
-    """Return the plan of a draft whose files are all there. Raise UserError for the first that is not, or is wrong."""
+    """Return the plan of a draft. Raise UserError for the first file that is missing or wrong."""
     document, sweep, cells, evaluators, builder = draft
     where, evaluation = document.path, sweep.evaluation
     prompts = load(evaluation.protocol.prompts, f"{where}: evaluation.protocol.prompts")[: evaluation.limit]
@@ -163,25 +163,28 @@ def completed(draft: Draft) -> Plan:
 
 
 def missing(draft: Draft) -> list[Requirement]:
-    """All that has to be fetched before the sweep can start, each once; UserError for what no command mends."""
-    found: list[Requirement] = []
+    """Return everything to fetch before the sweep can start, once each. Raise UserError for what cannot be fetched."""
+    needs: list[Requirement] = []
     for cell in distinct(draft.cells):
-        found += [*_absent(cell.backend), *_absent(cell.method)]
+        needs += [*_absent(cell.backend), *_absent(cell.method)]
         if cell.trains:
-            found += _raised(load, cell.spec.prompts, f"{cell.spec.label}: prompts")
-            found += [need for term in cell.rewards for need in _absent(term.evaluator)]
-    found += _raised(load, draft.sweep.evaluation.protocol.prompts, "evaluation.protocol.prompts")
-    found += [need for evaluator in draft.evaluators for need in _absent(evaluator)]
-    return list({need.command: need for need in found}.values())
+            needs += _raised(load, cell.spec.prompts, f"{cell.spec.label}: prompts")
+            needs += [need for term in cell.rewards for need in _absent(term.evaluator)]
+    needs += _raised(load, draft.sweep.evaluation.protocol.prompts, "evaluation.protocol.prompts")
+    needs += [need for evaluator in draft.evaluators for need in _absent(evaluator)]
+    return list({need.command: need for need in needs}.values())
 
 
 def _absent(part: Config) -> list[Requirement]:
-    """Return what ``part`` lacks. Raise UserError if all is there, and cannot be used."""
+    """Return the files that ``part`` lacks. Raise UserError if all exist but cannot be used."""
     return weights.absent(part) or _raised(part.files)  # type: ignore[attr-defined]  # all three kinds have it
 
 
 def _raised(check: Callable[..., Any], *arguments: Any) -> list[Requirement]:
-    """Return what ``check`` raises for: plug-ins, and lists of prompts, say only so that something is missing."""
+    """Return the requirement named by the Missing that ``check`` raises, as plug-ins and prompt lists do.
+
+    Re-raise a Missing that names none.
+    """
     try:
         check(*arguments)
     except Missing as error:
@@ -192,30 +195,30 @@ def _raised(check: Callable[..., Any], *arguments: Any) -> list[Requirement]:
 
 
 def warnings_of(plan: Plan) -> list[str]:
-    """What will run, and yet is hardly meant; each once."""
-    found = dict[str, None]()
+    """Return warnings about settings that run but are hardly intended, once each."""
+    warnings = dict[str, None]()
     for evaluator, margin, _ in (term for cell in plan.cells if cell.trains for term in cell.rewards):
-        if why := margins.pointless(margin, evaluator.reward_range):
-            found[f"{plan.document.path}: reward.margin: {evaluator.name}: {why}"] = None
-    return list(found)
+        if why := margins.never_closes(margin, evaluator.reward_range):
+            warnings[f"{plan.document.path}: reward.margin: {evaluator.name}: {why}"] = None
+    return list(warnings)
 
 
 def _refuse_case_settings(document: Document) -> None:
-    """A case that sets more than its method would be an exception without a reason."""
+    """Raise UserError for a case that sets more than its method: that is an exception without a reason."""
     cases = document.data.get("cases")
     for i, case in enumerate(cases if isinstance(cases, list) else []):
         odd = [key for key in case if key in RUN_PARTS and key != "method"] if isinstance(case, dict) else []
         if odd:
             raise UserError(
-                f"{document.path}: cases[{i}].{odd[0]}: rows would be unequal; a case has a label and a method, "
-                "an exception stands under 'overrides' with its reason"
+                f"{document.path}: cases[{i}].{odd[0]}: rows would be unequal; a case has only a label and a method, "
+                "exceptions go under 'overrides' with a reason"
             )
 
 
 def identify(
     cell: PlannedRun, prompts: Sequence[Prompt], builder: Builder, at_milestones: Sequence[Prompt] | None = None
 ) -> PlannedRun:
-    """Return ``cell`` with the ids of its weights and of its images. ``at_milestones``: None for all prompts."""
+    """Return ``cell`` with the ids of its weights and images. ``at_milestones``: prompts there; None for all."""
     training_prompts = load(cell.spec.prompts, "prompts") if cell.trains else []
     name = f"{cell.spec.method['name']}-{run_id(cell.spec, cell.parts, builder.registry, training_prompts)}"
     images = image_set_id(name, cell.trains, cell.protocol, prompts)
@@ -234,22 +237,22 @@ T = TypeVar("T")
 
 
 def _shared(parts: Iterable[T]) -> list[T]:
-    """Return every object once: a draft builds equal settings once."""
+    """Return every object once; equal settings of a draft share one object."""
     return list({id(part): part for part in parts}.values())
 
 
 def _trained_on(cells: Sequence[PlannedRun]) -> list[Evaluator]:
-    """Return every evaluator that some run is trained on."""
+    """Return every evaluator that any run is trained on."""
     return _shared(term.evaluator for cell in cells for term in cell.rewards)
 
 
 def _judge(evaluator: Evaluator) -> tuple[str, list[Path]]:
-    """What makes two evaluators the same opinion: in another unit it is still not held out."""
+    """Return the identity of an evaluator's judgement; another unit does not make it held out."""
     return evaluator.name, evaluator.files()
 
 
 def _fitted(evaluator: Any, cells: Sequence[PlannedRun]) -> Any:
-    """An evaluator that asks for the side of the model's tokens (``patch: None``) is told, if there is but one."""
+    """Fill in the side of the models' tokens for an evaluator that asks for it (``patch: None``), if all agree."""
     if getattr(evaluator, "patch", 0) is not None:
         return evaluator
     sides = {getattr(backend, "patch", None) for backend in _shared(cell.backend for cell in cells)}
@@ -257,7 +260,7 @@ def _fitted(evaluator: Any, cells: Sequence[PlannedRun]) -> Any:
 
 
 def _scores(draft: Draft, prompts: Sequence[Prompt]) -> list[Score]:
-    """The evaluators of a sweep with their role. UserError for one that is there twice."""
+    """Return the evaluators of a sweep with their roles. Raise UserError for a duplicate or an unusable one."""
     where, registry = draft.document.path, draft.builder.registry
     trained_on = [_judge(evaluator) for evaluator in _trained_on(draft.cells)]
     scores: list[Score] = []
@@ -265,21 +268,22 @@ def _scores(draft: Draft, prompts: Sequence[Prompt]) -> list[Score]:
         place = f"{where}: evaluation.evaluators[{i}]"
         evaluator = _fitted(built, draft.cells)
         if evaluator.paired and evaluator.base is not None:
-            raise UserError(f"{place}.base: a sweep makes the base model's pictures itself; leave it out")
-        prefixed(place, evaluator.files)
-        prefixed(place, evaluator.check, prompts)
+            raise UserError(f"{place}.base: a sweep makes the base model's images itself; leave it out")
+        run_check(place, evaluator.files)
+        run_check(place, evaluator.check, prompts)
         content = evaluator_content(evaluator, registry)
         if not NAME.fullmatch(evaluator.version):
-            raise UserError(f"{place}: {evaluator.name}'s version {evaluator.version!r} becomes a part of file names")
+            what = f"version {evaluator.version!r} of {evaluator.name} becomes a part of file names"
+            raise UserError(f"{place}: {what}; use letters, digits and . _ -")
         file = f"{evaluator.name}@{evaluator.version}-{content_id(content)}.parquet"
         if file in [score.file for score in scores]:
-            raise UserError(f"{place}: {evaluator.name} is there already with the same settings; remove one")
-        untrained = "held-out" if evaluator.files() else "check"  # without weights it is a rule, not a learnt opinion
+            raise UserError(f"{place}: {evaluator.name} is listed twice with the same settings; remove one")
+        untrained = "held-out" if evaluator.files() else "check"  # without weights it is a rule, not a learnt judgement
         role = "train" if _judge(evaluator) in trained_on else untrained
         metrics = [dict(metric._asdict()) for metric in evaluator.metrics]
         base = "" if evaluator.paired else None
         scores.append(Score(settings(evaluator), evaluator.name, evaluator.version, file, metrics, role, base))
     names = [metric["name"] for score in scores for metric in score.metrics]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"{where}: evaluation.evaluators: two of them make a column '{twice}'; keep one")
+        raise UserError(f"{where}: evaluation.evaluators: two evaluators make a column '{twice}'; keep one")
     return scores

@@ -1,4 +1,4 @@
-"""Resources that each stage asks of SLURM, from the sweep's ``slurm:`` section and a cluster file."""
+"""Resources that each stage requests from SLURM, from the sweep's ``slurm:`` section and a cluster file."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from alignbench.store.stages import Stage, Verb
 if TYPE_CHECKING:
     from alignbench.experiment.cells import PlannedRun
 
-LARGEST = 1000  # tasks of an array; SLURM's default MaxArraySize is 1001
+MAX_ARRAY_TASKS = 1000  # tasks of an array; SLURM's default MaxArraySize is 1001
 Time = Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=r"^(\d+-)?\d{1,2}(:\d\d){1,2}$")]
 
 
 class Resources(Config):
-    """What a job asks SLURM for. What is not set is the cluster's default."""
+    """Resources that a job requests from SLURM. Those that are not set have the cluster's defaults."""
 
     partition: str | None = None
     nodes: Count = 1
     gpus_per_node: Annotated[int, Meta(ge=0)] = 0
-    tasks_per_node: Count | None = None  # ranks on a node; None: one per GPU, or one
+    tasks_per_node: Count | None = None  # ranks on a node; None: one per GPU, or one without GPUs
     cpus_per_task: Count | None = None
     time: Time | None = None  # minutes, minutes:seconds, hours:minutes:seconds or days-hours:minutes[:seconds]
-    mem: str | None = None  # of a node, as in 64G
+    mem: str | None = None  # per node, for instance 64G
     constraint: str | None = None
     qos: str | None = None
     account: str | None = None
-    array_parallelism: Count = 256  # tasks of an array at a time
+    array_parallelism: Count = 256  # tasks of an array that run at the same time
     setup: list[str] = field(default_factory=list)  # lines of shell before the job's own command
     additional: dict[str, Any] = field(default_factory=dict)  # further options of sbatch
-    signal: Count = 90  # seconds before its end in which a job saves what it has
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # how the ranks of a training share the model
+    signal: Count = 90  # seconds before its time limit at which a job starts to save its work
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # how the ranks of a training run share the model
 
     @property
     def ranks(self) -> int:
@@ -49,7 +49,7 @@ class Resources(Config):
 
     @property
     def seconds(self) -> float:
-        """Of ``time``; infinite if it is not set."""
+        """``time`` in seconds; infinite if it is not set."""
         if not isinstance(self.time, str):
             return math.inf if self.time is None else 60 * self.time
         days, _, clock = self.time.rpartition("-")
@@ -59,12 +59,12 @@ class Resources(Config):
         return 86_400 * int(days or 0) + 3600 * hours + 60 * minutes + sum(seconds)
 
     def options(self) -> dict[str, Any]:
-        """submitit's names for them."""
+        """Return the options under submitit's names."""
         same = ("partition", "nodes", "cpus_per_task", "time", "mem", "constraint", "qos", "account")
         chosen = {name: getattr(self, name) for name in same if getattr(self, name) is not None}
         gpus = {"gpus_per_node": self.gpus_per_node} if self.gpus_per_node else {}
         return {
-            "time": None,  # else submitit's own: five minutes
+            "time": None,  # else submitit's default: five minutes
             **chosen,
             **gpus,
             "ntasks_per_node": self.ranks_per_node,
@@ -76,7 +76,7 @@ class Resources(Config):
 
 
 class Slurm(Resources):
-    """The same for all jobs, and what some of them want instead: by stage, backend, method (training), evaluator."""
+    """Resources of all jobs, with exceptions by stage, backend, method (training) and evaluator."""
 
     stages: dict[Verb, dict[str, Any]] = field(default_factory=dict)
     backends: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -88,7 +88,7 @@ SECTIONS = ("stages", "backends", "methods", "evaluators")
 
 
 def check_options(options: Any, where: str, registry: Registry) -> None:
-    """UserError for a setting that does not exist, or is for a method, evaluator or backend that does not."""
+    """Raise UserError for an unknown setting, or settings of an unknown method, evaluator or backend."""
     checked = decode(Slurm, options, where)
     for section in SECTIONS:
         for name, own in getattr(checked, section).items():
@@ -98,7 +98,7 @@ def check_options(options: Any, where: str, registry: Registry) -> None:
 
 
 def read(sweep: dict[str, Any], file: str | None, registry: Registry) -> dict[str, Any]:
-    """A sweep's ``slurm`` (checked already) with the cluster file laid over it."""
+    """Return a sweep's ``slurm`` section (already checked), overridden by the cluster file."""
     if file is None:
         return sweep
     cluster = load_yaml(Path(file))
@@ -107,19 +107,19 @@ def read(sweep: dict[str, Any], file: str | None, registry: Registry) -> dict[st
 
 
 def resources(slurm: dict[str, Any], stage: Stage, cell: PlannedRun, evaluator: str = "") -> Resources:
-    """Of one job: what all get, then what its stage, its backend, and its method or evaluator want instead."""
-    own: dict[str, Any] = {key: value for key, value in slurm.items() if key not in SECTIONS}
-    wishes = [("stages", str(stage.verb))]
+    """Return the resources of one job: the common ones, overridden by stage, then backend, then method or evaluator."""
+    merged: dict[str, Any] = {key: value for key, value in slurm.items() if key not in SECTIONS}
+    overrides = [("stages", str(stage.verb))]
     if stage is not Stage.SCORE:
-        wishes.append(("backends", cell.spec.backend["name"]))
+        overrides.append(("backends", cell.spec.backend["name"]))
     if stage is Stage.TRAIN:
-        wishes.append(("methods", cell.spec.method["name"]))
+        overrides.append(("methods", cell.spec.method["name"]))
     if evaluator:
-        wishes.append(("evaluators", evaluator))
-    for section, name in wishes:
-        own = merge(own, slurm.get(section, {}).get(name) or {})
-    found = decode(Resources, own, "slurm")
-    if found.seconds <= found.signal:
-        what = f"{stage.verb}: {found.time} is no longer than the {found.signal} s before its end in which it saves"
-        raise UserError(f"slurm.time: {what}; raise time, or lower signal")
-    return found
+        overrides.append(("evaluators", evaluator))
+    for section, name in overrides:
+        merged = merge(merged, slurm.get(section, {}).get(name) or {})
+    job = decode(Resources, merged, "slurm")
+    if job.seconds <= job.signal:
+        what = f"{stage.verb}: {job.time} is not longer than the {job.signal} s reserved for saving at the end"
+        raise UserError(f"slurm.time: {what}; raise time or lower signal")
+    return job

@@ -1,4 +1,4 @@
-"""Evaluators of a sweep and their roles: trained on, held out, or a check."""
+"""Evaluators of a sweep with their roles: trained on, held out, or a check."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Score(NamedTuple):
-    """One evaluator of a sweep, and the file of its scores below ``scores/<image set>/``."""
+    """Evaluator of a sweep, with the name of its score file in ``scores/<image set>/``."""
 
     settings: dict[str, Any]
     name: str
@@ -14,4 +14,4 @@ class Score(NamedTuple):
     file: str
     metrics: list[dict[str, Any]]
     role: str  # "train", "held-out" or "check"
-    base: str | None = None  # of a paired evaluator: the image set that it compares with, as filled in for a cell
+    base: str | None = None  # for a paired evaluator, the image set to compare with; "" until filled in for a cell

@@ -1,4 +1,4 @@
-"""What a run and a sweep are, as plain data, and the ids that follow from their content."""
+"""Settings of a run and of a sweep as plain data, one class per section of the YAML file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Share = Annotated[float, Meta(ge=0, lt=1)]
 
 
 class Optimizer(Config):
-    """AdamW, and what surrounds it. Defaults: LeapAlign section 6.1 (clip: FlowBP's; the paper is silent)."""
+    """AdamW, warm-up, clipping and averaging. Defaults: LeapAlign section 6.1 (clip: FlowBP; the paper gives none)."""
 
     lr: Positive = 1e-5
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -26,17 +26,17 @@ class Optimizer(Config):
     warmup: Annotated[int, Meta(ge=0)] = 0  # updates of linear warm-up
     clip: Positive | None = 1.0  # gradient norm, per parameter group
     ema: Share | None = 0.995
-    # What the optimizer updates. master, stochastic: the network has its weights in bfloat16, with or without masters
-    # in float32 beside it; needs a backend of that dtype.
+    # The weights that the optimizer updates. "master" and "stochastic": the network has its weights in bfloat16, with
+    # or without float32 masters beside it; needs a backend of that dtype.
     weights: Literal["float32", "master", "stochastic"] = "float32"
-    moments: Literal["float32", "8bit"] = "float32"  # AdamW's; 8bit is another optimizer, and reports say so
+    moments: Literal["float32", "8bit"] = "float32"  # of AdamW; 8bit is a different optimizer, and reports say so
 
 
 class Budget(Config):
-    """When training ends. Exactly one is set."""
+    """Budget at which training ends. Exactly one field is set."""
 
     images: Count | None = None
-    nfe: Count | None = None  # network forwards per image, with and without gradient, summed over images
+    nfe: Count | None = None  # forward passes of the network, with and without gradient, summed over images
     gpu_seconds: Positive | None = None
     updates: Count | None = None
 
@@ -48,19 +48,19 @@ class Budget(Config):
 
 
 class Training(Config):
-    """Everything about training that is not the method's own."""
+    """Training settings that do not belong to the method."""
 
     budget: Budget
     optimizer: Optimizer = Optimizer()
     batch: Count = 64  # images per batch over all ranks
-    micro_batch: Count | None = None  # images per backward on one rank; None: batch / ranks at once
-    reward_slice: Count | None = None  # of these, decoded and rewarded at a time, with gradient; None: all at once
-    ema_on_host: bool = False  # is the weights' average kept in the host's memory, or beside the weights?
+    micro_batch: Count | None = None  # images per backward pass on one rank; None: batch / ranks
+    reward_slice: Count | None = None  # images decoded and rewarded at a time, with gradient; None: a whole micro-batch
+    ema_on_host: bool = False  # keep the average of the weights in host memory instead of beside the weights
     seed: Annotated[int, Meta(ge=0)] = 0
-    checkpoint_every: Count = 25  # batches; not part of the run's id
-    keep: Count = 2  # checkpoints, so that one which a disk has damaged is not the only one; no part of the id
-    drift_every: Count | None = 10  # batches between two looks at the drift from the base model; no part of the id
-    milestones: tuple[Count, ...] = ()  # updates after which the weights are also kept, and their pictures scored
+    checkpoint_every: Count = 25  # batches; not part of the run id
+    keep: Count = 2  # checkpoints; more than one, in case the disk damages one; not part of the run id
+    drift_every: Count | None = 10  # batches between measurements of drift from the base model; not part of the run id
+    milestones: tuple[Count, ...] = ()  # updates after which the weights are also kept, and their images scored
 
     def __post_init__(self) -> None:
         if any(b <= a for a, b in itertools.pairwise(self.milestones)):
@@ -72,7 +72,7 @@ class Training(Config):
 
 
 class Protocol(Config):
-    """How evaluation images are made: part of every image set's id."""
+    """Settings for making evaluation images; part of the id of every image set."""
 
     prompts: str
     images_per_prompt: Count = 4
@@ -80,14 +80,14 @@ class Protocol(Config):
     guidance: NotNegative = 3.5
     size: Count = 1024  # pixels, square
     weights: Literal["ema", "last"] = "ema"
-    tuned_steps: Count | None = None  # the base model makes the steps after these (hybrid inference); None: no step
-    seed: Annotated[int, Meta(ge=0)] = 0  # noise of image (prompt, index) comes from (seed, prompt id, index)
+    tuned_steps: Count | None = None  # the base model takes the steps after these (hybrid inference); None: no step
+    seed: Annotated[int, Meta(ge=0)] = 0  # the noise of image (prompt, index) comes from (seed, prompt id, index)
 
 
 class RewardSettings(Config):
-    """An evaluator that methods are trained on, and the margin (lambda) of the hinge relu(margin - score).
+    """Evaluator that methods are trained on, with the margin (lambda) of the hinge relu(margin - score).
 
-    Of several rewards, ``weight`` is this one's share; only ratios of weights matter.
+    ``weight``: share of this reward among several; only the ratios of weights matter.
     """
 
     evaluator: dict[str, Any]
@@ -96,9 +96,9 @@ class RewardSettings(Config):
 
 
 class RunSpec(Config):
-    """One training run, resolved. ``backend``, ``method`` and ``reward`` hold their name and every field."""
+    """Resolved run. ``backend``, ``method`` and ``reward`` hold their name and every field."""
 
-    label: str  # the row of the table; not part of the id
+    label: str  # row of the table; not part of the run id
     backend: dict[str, Any]
     method: dict[str, Any]
     reward: dict[str, Any] | list[dict[str, Any]]
@@ -107,12 +107,12 @@ class RunSpec(Config):
 
     @property
     def rewards(self) -> list[dict[str, Any]]:
-        """Each {evaluator, margin, weight}."""
+        """Rewards, each as {evaluator, margin, weight}."""
         return self.reward if isinstance(self.reward, list) else [self.reward]
 
 
 class Base(Config):
-    """What all runs of a sweep share, before ``grid`` and ``overrides``."""
+    """Settings that all runs of a sweep share, before ``grid`` and ``overrides``."""
 
     backend: dict[str, Any]
     reward: RewardSettings | Annotated[list[RewardSettings], Meta(min_length=1)]
@@ -121,14 +121,14 @@ class Base(Config):
 
 
 class Case(Config):
-    """One row of the table."""
+    """Row of the table: a label and a method."""
 
     label: Annotated[str, Meta(min_length=1)]
     method: dict[str, Any]
 
 
 class Override(Config):
-    """A visible exception: settings for the runs that ``match`` (all of them if it is empty), and why."""
+    """Declared exception: settings for the runs that ``match`` (all runs if it is empty), and the reason."""
 
     set: dict[str, Any]
     match: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -136,22 +136,22 @@ class Override(Config):
 
 
 class Evaluation(Config):
-    """Which images are made of every run, and who scores them."""
+    """Evaluation of every run: the protocol of its images and the evaluators that score them."""
 
     protocol: Protocol
     evaluators: Annotated[list[dict[str, Any]], Meta(min_length=1)]
-    limit: Count | None = None  # the first prompts only: for a quick look; everything made of it says SUBSET
-    milestone_prompts: Count | None = None  # at milestones only the first of these prompts; None: all
+    limit: Count | None = None  # number of prompts, for a quick look; everything made from them is stamped SUBSET
+    milestone_prompts: Count | None = None  # number of these prompts at milestones; None: all
 
     @property
     def at_milestones(self) -> Evaluation:
-        """What is made at a milestone: of ever fewer prompts, never of more."""
+        """Evaluation at a milestone: on the same prompts or fewer, never on more."""
         counts = [count for count in (self.limit, self.milestone_prompts) if count is not None]
         return structs.replace(self, limit=min(counts, default=None))
 
 
 class Sweep(Config):
-    """A sweep file: ``cases`` times ``grid``, each a variation of ``base``."""
+    """Sweep file: ``cases`` times ``grid``, each a variation of ``base``."""
 
     schema: Literal[1]
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.-]*$")]
@@ -160,11 +160,11 @@ class Sweep(Config):
     evaluation: Evaluation
     grid: dict[str, Annotated[list[Any], Meta(min_length=1)]] = msgspec.field(default_factory=dict)
     overrides: list[Override] = msgspec.field(default_factory=list)
-    slurm: dict[str, Any] = msgspec.field(default_factory=dict)  # what jobs ask for (slurm.Slurm); in no id
+    slurm: dict[str, Any] = msgspec.field(default_factory=dict)  # resources of jobs (resources.Slurm); in no id
 
 
 def check_ranks(training: Training, ranks: int, where: str) -> None:
-    """UserError unless the global batch divides among ``ranks``, and a rank's share holds a micro-batch."""
+    """Raise UserError unless ``ranks`` divides the global batch, and a rank's share is at least a micro-batch."""
     if training.batch % ranks:
         raise UserError(
             f"{where}: training.batch: {training.batch} samples do not divide among {ranks} ranks; choose a multiple"
@@ -177,27 +177,27 @@ def check_ranks(training: Training, ranks: int, where: str) -> None:
         )
 
 
-def check_weights(optimizer: Optimizer, backend: dict[str, Any], where: str) -> None:
-    """UserError for weights in bfloat16 with a backend that computes in another type."""
+def check_weight_dtype(optimizer: Optimizer, backend: dict[str, Any], where: str) -> None:
+    """Raise UserError for weights in bfloat16 if the backend computes in another dtype."""
     if optimizer.weights != "float32" and backend.get("dtype") != "bfloat16":
         raise UserError(
-            f"{where}: training.optimizer.weights: {optimizer.weights!r} keeps them in bfloat16, and backend "
-            f"{backend['name']} computes in {backend.get('dtype', 'a type of its own')}; choose 'float32', or "
+            f"{where}: training.optimizer.weights: {optimizer.weights!r} keeps them in bfloat16, but backend "
+            f"{backend['name']} computes in {backend.get('dtype', 'a fixed dtype')}; choose 'float32', or "
             "backend.dtype: bfloat16"
         )
 
 
-def check_parts(training: Training, parallel: str, where: str = "training") -> None:
-    """UserError for an optimizer that several ranks cannot run with a part of every weight each."""
+def check_fsdp(training: Training, parallel: str, where: str = "training") -> None:
+    """Raise UserError for an optimizer that cannot run on sharded weights."""
     if parallel != "fsdp":
         return
     if training.optimizer.moments != "float32":
         raise UserError(
-            f"{where}: optimizer.moments: '8bit' has blocks of whole tensors, and fsdp divides these among ranks; "
+            f"{where}: optimizer.moments: '8bit' quantizes blocks of whole tensors, which fsdp shards across ranks; "
             "choose 'float32', or parallel: ddp"
         )
     if training.optimizer.weights != "float32":
         raise UserError(
-            f"{where}: optimizer.weights: {training.optimizer.weights!r} is not for fsdp, whose parts are float32 "
-            "masters already, gathered in the backend's type; choose 'float32', or parallel: ddp"
+            f"{where}: optimizer.weights: {training.optimizer.weights!r} does not work with fsdp, whose shards are "
+            "already float32 masters, gathered in the backend's dtype; choose 'float32', or parallel: ddp"
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignbench.config import UserError
-from alignbench.experiment.resources import LARGEST, Resources, resources
+from alignbench.experiment.resources import MAX_ARRAY_TASKS, Resources, resources
 from alignbench.store.stages import Stage
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def arrays(
     """
     made: list[Array] = []
     for chain in _chains(slurm, pending):
-        for start in range(0, len(chain.runs), LARGEST):
-            made += _arrays_of(slurm, chain, chain.runs[start : start + LARGEST], scored)
+        for start in range(0, len(chain.runs), MAX_ARRAY_TASKS):
+            made += _arrays_of(slurm, chain, chain.runs[start : start + MAX_ARRAY_TASKS], scored)
     for number, array in enumerate(made):
         array.number = number
     return made

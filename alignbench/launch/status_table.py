@@ -15,7 +15,7 @@ from alignbench.launch.submissions import Submission
 from alignbench.store.artefacts import Store
 from alignbench.store.manifest import Manifest, ManifestRun
 from alignbench.store.run_state import LOST, STATES, Job, Jobs, run_state
-from alignbench.store.text_table import plain, text_table
+from alignbench.store.text_table import printable, text_table
 
 
 class Row(NamedTuple):
@@ -88,7 +88,7 @@ def follow(store: Store, manifest: Manifest, sweep: str, every: float = 5.0) -> 
             for row in current:
                 if row.state in ("done", *LOST) and before.get(row.id) not in (None, row.state):
                     line = f"{row.title}: {row.state}{f' ({row.reason})' if row.reason else ''}"
-                    console.print(plain(line), markup=False, highlight=False)
+                    console.print(printable(line), markup=False, highlight=False)
             before = {row.id: row.state for row in current}
             if not {row.state for row in current} & {"running", "requeued", "queued"}:
                 return

@@ -9,7 +9,7 @@ from typing import Any
 
 from alignbench.experiment.cells import PlannedRun
 from alignbench.experiment.plan import Plan
-from alignbench.experiment.spec import check_parts, check_ranks
+from alignbench.experiment.spec import check_fsdp, check_ranks
 from alignbench.launch import slurm, submissions
 from alignbench.launch.pending import new_folder, task, unfinished
 from alignbench.launch.submissions import JobEntry
@@ -43,7 +43,7 @@ def submit(
             for cell in array.cells:
                 where, ranks = f"{plan.document.path}: {cell.title}", array.resources.ranks
                 check_ranks(cell.spec.training, ranks, where)
-                check_parts(cell.spec.training, array.resources.parallel if ranks > 1 else "ddp", f"{where}: training")
+                check_fsdp(cell.spec.training, array.resources.parallel if ranks > 1 else "ddp", f"{where}: training")
     if not arrays:
         return 0
     code = take(store.root, plugins)

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from alignbench.backends.cost.formulas import GPU
 from alignbench.config import UserError
-from alignbench.experiment.spec import RunSpec, check_parts, check_ranks
+from alignbench.experiment.spec import RunSpec, check_fsdp, check_ranks
 from alignbench.planning.memory import MEMORY_ERROR, Memory, training_memory
 from alignbench.planning.plan_page import GB, about, size
 from alignbench.plugins import Registry
@@ -55,7 +55,7 @@ def page(
     room, rows, notes, fits = gpu.memory * GB, [], [], True
     for spec in specs:
         check_ranks(spec.training, ranks.size, spec.label)
-        check_parts(spec.training, ranks.parallel, f"{spec.label}: training")
+        check_fsdp(spec.training, ranks.parallel, f"{spec.label}: training")
     for spec in {spec.label + repr(replace(spec.training, seed=0)): spec for spec in specs}.values():
         try:
             memory = ranks.memory(spec, registry)

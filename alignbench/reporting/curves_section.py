@@ -38,7 +38,7 @@ from alignbench.reporting.analysis.published import Point, Printed, Reference, d
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.analysis.stats import Array, MeanEstimate
 from alignbench.reporting.table import DECIMALS, Cell, Column, Section, Table, escape, interval, number
-from alignbench.store.artefacts import Store, reached
+from alignbench.store.artefacts import Store, milestone_expected
 from alignbench.store.manifest import Manifest
 
 
@@ -221,7 +221,7 @@ def _unreached(results: Results) -> list[Section]:
     """Milestones that lie beyond a training's end."""
     store, lines = Store(results.store), []
     for run in results.manifest.runs:
-        beyond = [part.update for part in run.milestones if not reached(store, run.id, part.update)]
+        beyond = [part.update for part in run.milestones if not milestone_expected(store, run.id, part.update)]
         if beyond:
             named = ", ".join(map(str, beyond))
             lines.append(f"- {escape(run.title)}: training ended before update {named}")

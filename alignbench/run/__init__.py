@@ -1,7 +1,7 @@
-"""One run in its processes: trained, its images generated, and scored; a stage is skipped if the store has its result.
+"""Execution of one run: train, generate images, score; a stage is skipped if the store has its result.
 
-A task (plain data) goes to a worker process, which calls ``execute``. Modules load on first use: a SLURM job has to
-listen to signals before anything slow.
+A worker process gets a task (plain data) and calls ``execute``. Modules load on first use, because a SLURM job has to
+handle signals before anything slow.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""A copy of the code that makes a sweep, in the store: its workers run that, whatever is edited meanwhile.
+"""A copy of the code in the store, which the workers of a sweep run, whatever is edited meanwhile.
 
 ``<store>/code/<digest>/alignbench/...`` is the running package with its methods, evaluators, reports and sweeps where
-an import looks for them, ``<store>/code/<digest>/plugins/`` the plug-in files. The digest is of every name and byte.
+an import looks for them, ``<store>/code/<digest>/plugins/`` the plug-in files. The digest covers every name and byte.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from typing import NamedTuple
 from alignbench.config import UserError
 from alignbench.store.files import cannot_write
 
-PARTS = ("", "methods", "evaluators", "reports", "sweeps")  # packages that may each lie in a folder of their own
-CODE, PLUGINS = "code", "plugins"  # folders: of the store, of a snapshot
+PARTS = ("", "methods", "evaluators", "reports", "sweeps")  # packages, each possibly in a separate folder
+CODE, PLUGINS = "code", "plugins"  # folders in the store and in a snapshot
 
 
 class Snapshot(NamedTuple):
-    """``plugins``: the copies; ``given``: the originals, in the same order."""
+    """Copy of the code. ``plugins``: paths of the copied plug-ins; ``given``: the originals, in the same order."""
 
     path: Path
     plugins: list[str]
     given: list[str]
 
     def environment(self) -> dict[str, str]:
-        """Variables with which a new interpreter runs this code, ahead of an editable install, and leaves it as is."""
+        """Return the variables with which a new interpreter runs this code, ahead of an editable install, unchanged."""
         path = os.pathsep.join(filter(None, [str(self.path), os.environ.get("PYTHONPATH")]))
         return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def take(store: Path, plugins: Sequence[str] = ()) -> Snapshot:
-    """The running code and ``plugins`` (paths) as a folder of the store: made whole or not at all, unless it is there.
+    """Copy the running code and ``plugins`` (paths) into the store, whole or not at all, unless the copy exists.
 
-    UserError if a file cannot be read or written, and for a folder of that name which holds something else.
+    Raise UserError if a file cannot be read or written, or if the existing copy was changed.
     """
     copies = plugin_names(plugins)
     files = package() | {name: _read(Path(path)) for name, path in zip(copies, plugins)}
@@ -52,43 +52,43 @@ def take(store: Path, plugins: Sequence[str] = ()) -> Snapshot:
 
 
 def check(folder: Path) -> None:
-    """UserError unless a snapshot holds what its name says."""
+    """Raise UserError unless the content of a snapshot matches its name."""
     if not folder.is_dir() or digest(read(folder)) != folder.name:
         raise UserError(f"{folder}: not the code that was copied there; delete this folder")
 
 
 def running() -> str | None:
-    """The name of the snapshot that this process runs from; None for a checkout or an installed package."""
+    """Return the name of the snapshot that this process runs from; None for a checkout or an installed package."""
     home = Path(__file__).parents[2]
     return home.name if home.parent.name == CODE and re.fullmatch("[0-9a-f]{16}", home.name) else None
 
 
 def package() -> dict[str, bytes]:
-    """Every file of the running package, data included, by its place in a snapshot (``alignbench/methods/refl.py``)."""
-    found: dict[str, bytes] = {}
+    """Return every file of the running package, including data, by its path in a snapshot (``alignbench/flow.py``)."""
+    files: dict[str, bytes] = {}
     for part in PARTS:
         spec = find_spec(f"alignbench.{part}".rstrip("."))
         if spec is None or spec.origin is None:
-            raise UserError(f"alignbench.{part}: this installation lacks it; install alignbench again")
-        found |= read(Path(spec.origin).parent, f"alignbench/{part}".rstrip("/") + "/")
-    return found
+            raise UserError(f"alignbench.{part}: missing from this installation; reinstall alignbench")
+        files |= read(Path(spec.origin).parent, f"alignbench/{part}".rstrip("/") + "/")
+    return files
 
 
 def read(folder: Path, prefix: str = "") -> dict[str, bytes]:
-    """The files of a folder by their names below it; neither hidden ones nor what Python compiled."""
+    """Return the files of a folder by their relative paths, without hidden files and compiled Python."""
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     kept = [name for name in names if not any(part.startswith((".", "__pycache__")) for part in name.parts)]
     return {f"{prefix}{name.as_posix()}": _read(folder / name) for name in kept}
 
 
 def digest(files: Mapping[str, bytes]) -> str:
-    """Sixteen hex digits of every name and content."""
+    """Return a hash, of sixteen hex digits, of every name and content."""
     named = sorted((name, hashlib.sha256(content).hexdigest()) for name, content in files.items())
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
 def plugin_names(plugins: Sequence[str]) -> list[str]:
-    """Their places in a snapshot; files of the same name get a folder each."""
+    """Return the paths of plug-ins in a snapshot; files of the same name get a folder each."""
     names = [Path(path).name for path in plugins]
     return [f"{PLUGINS}/{name}" if names.count(name) == 1 else f"{PLUGINS}/{i}/{name}" for i, name in enumerate(names)]
 
@@ -101,17 +101,17 @@ def _read(path: Path) -> bytes:
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Under another name, then renamed: of two processes that do this at once one is first, and both are content."""
-    half = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    """Write a folder under a temporary name and rename it; if two processes do so at once, either result is right."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         for name, content in files.items():
-            path = half / name
+            path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
             path.chmod(0o444)
-        half.rename(folder)
+        temporary.rename(folder)
     except OSError as error:
         if not folder.is_dir():
             raise UserError(cannot_write(folder, error)) from error
     finally:
-        shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A run's second stage: the images of one target, each a whole file, and the manifest that says that all are there."""
+"""Second stage of a run: the images of a target, each a whole file, and the manifest that marks them as complete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def generate(session: RunSession, target: Target) -> None:
-    """Make the target's image set, unless it is there."""
+    """Make the target's image set, unless the store has it."""
     images, group = session.images(target), session.group
     with session.making(images, target.run) as lock:
         if lock is None:
@@ -35,7 +35,7 @@ def generate(session: RunSession, target: Target) -> None:
 
 
 def _protocol(session: RunSession, target: Target, folder: Path) -> dict[str, Any]:
-    """Return how the images are made, and by whom: several entries if the work was resumed elsewhere."""
+    """Return how the images are made, and with which code and machine: several entries if the work was resumed."""
     makers = (read_json(folder / "protocol.json") or {}).get("made_by", [])
     facts = {"run": target.run, "limit": target.evaluation.limit, "prompts_digest": digest(target.prompts)}
     return settings(target.protocol) | facts | {"made_by": [*makers, provenance.made_by(session.code)]}
@@ -50,20 +50,20 @@ def _file(folder: Path, prompt: Prompt, index: int) -> Path:
 
 
 def _make_images(session: RunSession, target: Target, folder: Path) -> None:
-    """Write every image that is not there, one whole file each; of several ranks each makes its share."""
+    """Write every missing image, one whole file each; each of several ranks makes its share."""
     from alignbench.evaluation.images import generate
 
     wanted, group = _wanted(target), session.group
-    there = group.broadcast(lambda: [_file(folder, prompt, index).exists() for prompt, index in wanted])
-    done = {(prompt.id, index) for (prompt, index), is_there in zip(wanted, there) if is_there}
+    exist = group.broadcast(lambda: [_file(folder, prompt, index).exists() for prompt, index in wanted])
+    done = {(prompt.id, index) for (prompt, index), exists in zip(wanted, exist) if exists}
     if len(done) == len(wanted):
         return
     flow, shard, made = _flow(session, target), (group.rank, group.size), len(done)
     for prompt, index, image in generate(flow, target.prompts, target.protocol, done, shard=shard):
         write(_file(folder, prompt, index), _png(image))
-        made = min(made + group.size, len(wanted))  # the others are about as far
+        made = min(made + group.size, len(wanted))  # the other ranks have made about as many
         session.progress("images", made / len(wanted), f"{made} of {len(wanted)}")
-        session.may_stop()
+        session.raise_if_stopped()
 
 
 def _flow(session: RunSession, target: Target) -> Any:
@@ -87,16 +87,16 @@ def _png(image: Image) -> bytes:
 
 
 def _finish(session: RunSession, target: Target, lock: Lock) -> None:
-    """Write the manifest, once all images are there."""
+    """Write the manifest. Called when all images exist."""
     import pandas as pd
 
     images = session.images(target)
     rows = [_row(images.folder, prompt, index, target.protocol.seed) for prompt, index in _wanted(target)]
-    for half in images.folder.glob(".*.tmp"):  # of a process that was killed while writing
-        half.unlink()
+    for leftover in images.folder.glob(".*.tmp"):  # from a process that was killed while writing
+        leftover.unlink()
     lock.check()
     write_frame(images.product, pd.DataFrame(rows))
-    images.status.unlink(missing_ok=True)  # of an earlier failure
+    images.status.unlink(missing_ok=True)  # recorded by an earlier failure
 
 
 def _row(folder: Path, prompt: Prompt, index: int, seed: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The processes that make one run together: how they exchange plain data, wait for one another, and all end.
+"""The processes that execute one run together: they exchange plain data, wait for each other, and end together.
 
 accelerate starts the process group from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Messages between
-stages go through that group's key-value store, not through collectives: they wait as long as it takes, and a rank that
-failed in the middle of a collective can still say why.
+stages go through the group's key-value store rather than through collectives: they never time out, and a rank that
+fails in the middle of a collective can still report why.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PATIENCE = timedelta(minutes=30)  # for one collective: ranks wait while rank 0 writes a large checkpoint
-GRACE = 20.0  # seconds for a rank to notice by itself that another one has failed
+PATIENCE = timedelta(minutes=30)  # timeout of a collective: ranks wait while rank 0 writes a large checkpoint
+GRACE = 20.0  # seconds for a rank to notice by itself that another one failed
 POLL = 0.1
 FAILURE, STOPPED = "failure", "asked to stop"
 
 
 class OtherFailed(Exception):
-    """Another rank failed. Its text is that rank's reason."""
+    """Another rank failed; the message is that rank's reason."""
 
 
 class ProcessGroup:
-    """This process and the others of its run, ``size`` in all. A process alone starts nothing and never waits."""
+    """Group of the ``size`` processes of a run, as seen by one of them. A single one starts nothing and never waits."""
 
     def __init__(self) -> None:
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.is_main = self.rank == 0
-        self.on_deadlock: Callable[[str], Any] = lambda reason: None  # called before this process gives up a collective
+        self.on_deadlock: Callable[[str], Any] = lambda reason: None  # called before this process exits
         self._messages = 0
         self._ended = threading.Event()
 
@@ -44,12 +44,12 @@ class ProcessGroup:
         import torch
         from accelerate import Accelerator, InitProcessGroupKwargs
 
-        alone = self.size == 1 or torch.cuda.is_available()  # else accelerate waits to be told that CPUs are meant
-        return Accelerator(cpu=not alone, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+        cpu = self.size > 1 and not torch.cuda.is_available()  # accelerate must be told to use CPUs for several ranks
+        return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
 
     @cached_property
     def _store(self) -> Any:
-        """The key-value store of all ranks, made with the process group; a thread begins to listen for failures."""
+        """Key-value store of all ranks. Making it starts the process group, and a thread that listens for failures."""
         from torch.distributed import PrefixStore
         from torch.distributed.distributed_c10d import _get_default_store
 
@@ -59,7 +59,7 @@ class ProcessGroup:
         return store
 
     def broadcast(self, make: Callable[[], Any]) -> Any:
-        """Return on every rank what ``make`` returns on rank 0 (plain data). OtherFailed if rank 0 fails."""
+        """Return on every rank what ``make`` returns on rank 0 (plain data). Raise OtherFailed if rank 0 fails."""
         if self.size == 1:
             return make()
         self._messages += 1
@@ -71,7 +71,7 @@ class ProcessGroup:
         return json.loads(self._await(key))
 
     def barrier(self) -> None:
-        """Wait until all ranks are here. OtherFailed if one of them failed instead."""
+        """Wait for all ranks. Raise OtherFailed if one of them fails instead."""
         if self.size > 1:
             self._messages += 1
             self._store.set(f"message {self._messages}, {self.rank}", "here")
@@ -79,13 +79,13 @@ class ProcessGroup:
                 self._await(f"message {self._messages}, {rank}")
 
     def abort(self, reason: str) -> str:
-        """Tell the others why this rank fails. Returns the reason of the rank that failed first."""
+        """Tell the other ranks why this one fails. Return the reason of the rank that failed first."""
         self._ended.set()
         if self.size == 1:
             return reason
         try:
             return self._store.compare_set(FAILURE, "", reason).decode()
-        except RuntimeError:  # rank 0 keeps the store, and is gone
+        except RuntimeError:  # rank 0, which hosts the store, has ended
             return reason
 
     def check(self) -> None:
@@ -94,9 +94,9 @@ class ProcessGroup:
             raise OtherFailed(self._store.get(FAILURE).decode())
 
     def close(self) -> None:
-        """Leave the process group, once all ranks are done with it: from here on this process is alone.
+        """Wait for all ranks and destroy the process group; from then on this process is on its own.
 
-        After a failure the group is left as it is: not everybody would come to end it, and the process ends soon.
+        After a failure the group is left as it is, because not all ranks would join and the process ends soon.
         """
         if "_store" in self.__dict__ and not self._ended.is_set():
             import torch
@@ -113,7 +113,7 @@ class ProcessGroup:
         return self._store.get(key).decode()
 
     def _listen(self, store: Any) -> None:
-        """End this process if another rank failed and this one waits for it in a collective, where nobody can come."""
+        """End this process if another rank failed and this one is stuck in a collective waiting for it."""
         while not self._ended.wait(1.0):
             try:
                 reason = store.get(FAILURE).decode() if store.check([FAILURE]) else None

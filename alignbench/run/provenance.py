@@ -1,7 +1,7 @@
-"""With what code, packages, files and machine a thing was made: recorded beside it, and part of no id.
+"""The code, packages, files and machine that made an artefact: recorded beside it, and part of no id.
 
-What git knows is taken where a sweep is started (``code``) and handed to its workers as plain data: they may run from
-a copy of the code that is no checkout.
+Git is queried where a sweep is started (``code``), and the answer is passed to the workers as plain data, since they
+may run from a copy of the code outside any checkout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from alignbench.run import code_snapshot
 from alignbench.store.files import read_json, write, write_json
 
 FILE, PATCH = "provenance.json", "dirty.patch"  # in a run's folder
-TRACKED = ("alignbench", "methods", "evaluators", "reports", "sweeps", "pyproject.toml")  # of a checkout: the code
+TRACKED = ("alignbench", "methods", "evaluators", "reports", "sweeps", "pyproject.toml")  # the code in a checkout
 PACKAGES = (
     *("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch"),
     *("flash_attn", "kernels", "sageattention", "xformers"),
@@ -45,9 +45,10 @@ SLURM = {
 
 
 def code(plugins: Sequence[str] = ()) -> dict[str, Any]:
-    """Of the running code, as plain data, looked at once for a process: ``digest`` of all its files; of a source
-    checkout also what git says: ``revision``, ``diff`` (text, "" for none) and ``untracked`` {file: sha256}; None each
-    where it says nothing. ``plugins``: {sha256: path as it was given}.
+    """Return facts about the running code as plain data, computed once per process.
+
+    ``digest`` of all its files; for a git checkout also ``revision``, ``diff`` (text, "" for none) and ``untracked``
+    {file: sha256}, each None if git gives no answer; ``plugins`` {sha256: path as given}.
     """
     given = {digest(Path(path)): str(Path(path).resolve()) for path in plugins}
     return _code(Path(__file__).parents[2]) | {"plugins": given}
@@ -55,21 +56,21 @@ def code(plugins: Sequence[str] = ()) -> dict[str, Any]:
 
 @functools.cache
 def _code(root: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"digest": code_snapshot.digest(code_snapshot.package())}
-    found |= {"snapshot": code_snapshot.running(), "revision": None, "diff": None, "untracked": None}
+    facts: dict[str, Any] = {"digest": code_snapshot.digest(code_snapshot.package())}
+    facts |= {"snapshot": code_snapshot.running(), "revision": None, "diff": None, "untracked": None}
     if (root / ".git").exists():
         with suppress(OSError, subprocess.CalledProcessError):  # no git, or not this user's checkout
-            found["revision"] = _git(root, "rev-parse", "HEAD").strip()
-            found["diff"] = _git(root, "diff", "HEAD", "--no-ext-diff", "--no-color", "--", *_tracked(root))
+            facts["revision"] = _git(root, "rev-parse", "HEAD").strip()
+            facts["diff"] = _git(root, "diff", "HEAD", "--no-ext-diff", "--no-color", "--", *_tracked(root))
             new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *_tracked(root))
             code_files = [name for name in new.split("\0") if name.endswith((".py", ".yaml"))]
-            found["untracked"] = {name: file_digest(root / name) for name in code_files}
-    return found
+            facts["untracked"] = {name: file_digest(root / name) for name in code_files}
+    return facts
 
 
 def _git(root: Path, *words: str) -> str:
-    here = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}  # not a repository further up
-    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=True, env=here)
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}  # ignores a repository further up
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=True, env=environment)
     return done.stdout.decode("utf-8", "replace")
 
 
@@ -78,18 +79,18 @@ def _tracked(root: Path) -> list[str]:
 
 
 def installed(package: str) -> str | None:
-    """Its version; None if it is not there."""
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-# -- what made it -----------------------------------------------------------------------------------------------------
+# -- makers -----------------------------------------------------------------------------------------------------------
 
 
 def made_by(code: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that stand beside every image set and score file. ``code``: as ``code()`` gives it."""
+    """Return the facts that are recorded beside every image set and score file. ``code``: as returned by ``code()``."""
     return {
         "time": _time(time.time()),
         "host": platform.node(),
@@ -105,7 +106,7 @@ def made_by(code: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dirty(code: Mapping[str, Any]) -> bool | None:
-    """Did the checkout differ from its revision? None: not known, or not a checkout."""
+    """Return whether the checkout differs from its revision; None if unknown or not a checkout."""
     return None if code["diff"] is None else bool(code["diff"] or code["untracked"])
 
 
@@ -116,19 +117,19 @@ def devices() -> list[str]:
 
 
 def weights(files: Iterable[Path]) -> dict[str, Any]:
-    """Of files that determine a result: the digest that ids use, and of each file its bytes and sha256.
+    """Return, for files that determine a result, the digest used in ids, and the size and sha256 of each file.
 
-    Of a large file, in place of sha256, the digest of its size, head, middle and tail.
+    A large file has "sampled", a digest of its size, head, middle and tail, in place of "sha256".
     """
-    paths, found = sorted(files), {}
+    paths, described = sorted(files), {}
     for path in paths:
         size = path.stat().st_size
-        found[str(path)] = {"bytes": size, "sha256" if size <= WHOLE else "sampled": file_digest(path)}
-    return {"digest": fingerprint(paths), "files": found}
+        described[str(path)] = {"bytes": size, "sha256" if size <= WHOLE else "sampled": file_digest(path)}
+    return {"digest": fingerprint(paths), "files": described}
 
 
 def machine(processes: int) -> dict[str, Any]:
-    """Where a process runs. ``processes``: how many train together."""
+    """Return facts about the machine of this process. ``processes``: number of ranks that train together."""
     import torch
 
     return {
@@ -152,25 +153,25 @@ def _user() -> str:
 
 
 def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """The NVIDIA driver's version; None without one."""
+    """Return the version of the NVIDIA driver; None without one."""
     try:
-        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", file.read_text())
+        match = re.search(r"\b\d+\.\d+(\.\d+)?\b", file.read_text())
     except OSError:
         return None
-    return found and found[0]
+    return match and match[0]
 
 
 def _time(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
 
 
-# -- a run's ----------------------------------------------------------------------------------------------------------
+# -- records of a run -------------------------------------------------------------------------------------------------
 
 
 def begin(folder: Path, started: float, facts: Mapping[str, Any], code: Mapping[str, Any], registry: Registry) -> None:
-    """Write provenance.json, dirty.patch and copies of the plug-ins into a run's folder, before anything is made.
+    """Write provenance.json, dirty.patch and copies of the plug-ins to a run's folder, before anything is made.
 
-    ``facts``: those of this attempt. What earlier attempts had of it is kept: a run may go on elsewhere.
+    ``facts``: those of this attempt. Earlier attempts stay listed, since a run may resume on another machine.
     """
     earlier = read_json(folder / FILE) or {}
     attempt = {key: facts[key] for key in ("host", "devices", "slurm", "revision", "code")}
@@ -184,14 +185,14 @@ def begin(folder: Path, started: float, facts: Mapping[str, Any], code: Mapping[
 
 
 def end(folder: Path, started: float) -> None:
-    """Say when the last attempt ended."""
-    found = read_json(folder / FILE) or {}
-    found["attempts"][-1] |= {"ended": _time(time.time()), "wall_seconds": round(time.time() - started, 1)}
-    write_json(folder / FILE, found)
+    """Record when the last attempt ended."""
+    record = read_json(folder / FILE) or {}
+    record["attempts"][-1] |= {"ended": _time(time.time()), "wall_seconds": round(time.time() - started, 1)}
+    write_json(folder / FILE, record)
 
 
 def _copy_plugins(folder: Path, code: Mapping[str, Any], registry: Registry) -> list[dict[str, Any]]:
-    """Every plug-in as it was read, below ``plugins/``. ``installed``: of a package, not a file that was named."""
+    """Copy every plug-in to ``plugins/`` and return a row for each. ``installed``: from a package, not a given file."""
     paths = list(dict.fromkeys(entry.path for entry in registry.entries.values() if entry.plugin))
     rows = []
     for path, name in zip(paths, code_snapshot.plugin_names([str(path) for path in paths])):

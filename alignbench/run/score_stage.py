@@ -1,4 +1,4 @@
-"""A run's third stage: every evaluator's scores of stored images, each set of them whole or not there."""
+"""Third stage of a run: the scores of stored images by every evaluator, each score file whole or absent."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def score(session: RunSession, targets: Sequence[Target]) -> None:
-    """Score every target with every evaluator of the task. One that fails does not stop the others."""
+    """Score every target with every evaluator of the task. An evaluator that fails does not stop the others."""
     for entry in session.task.scores:
-        judge = _Judge(session, entry)  # goes with its turn: two evaluators' models are never held at once
+        judge = _Judge(session, entry)  # freed before the next: two evaluators' models are never held at once
         for target in targets:
             try:
                 judge.score(target)
@@ -34,7 +34,7 @@ def score(session: RunSession, targets: Sequence[Target]) -> None:
 
 
 class _Judge:
-    """One evaluator of a task, with its model once it is loaded."""
+    """Evaluator of a task, with its model once that is loaded."""
 
     def __init__(self, session: RunSession, entry: dict[str, Any]) -> None:
         self.session, self.entry = session, entry
@@ -42,7 +42,7 @@ class _Judge:
         self._evaluator: Any = None
 
     def score(self, target: Target) -> None:
-        """Make the target's score file, unless it is there."""
+        """Make the target's score file, unless the store has it."""
         artefact = self.session.store.scores(target.id, self.entry["file"])
         with self.session.making(artefact, target.run) as lock:
             if lock is None:
@@ -58,14 +58,14 @@ class _Judge:
         return self.session.registry.make("evaluator", self.entry["settings"], "evaluator")
 
     def _made_by(self) -> dict[str, Any]:
-        """Return who scores, with which weights and which code."""
+        """Return the evaluator's content, weights and code, to be recorded beside its scores."""
         evaluator = self._make()
         content = evaluator_content(evaluator, self.session.registry) | {"name": evaluator.name}
         files = provenance.weights(evaluator.files())
         return {"evaluator": content, "weights": files, "made_by": provenance.made_by(self.session.code)}
 
     def _scored(self, target: Target, artefact: Artefact) -> pd.DataFrame:
-        """Return a row per image, in the order of the manifest; computed in parts, of which those on disk are read."""
+        """Return one row per image, in the order of the manifest; computed in parts, reusing those on disk."""
         import pandas as pd
 
         from alignbench.evaluation.scoring import passes
@@ -75,13 +75,13 @@ class _Judge:
         self._check_base()
         images = pd.read_parquet(self.session.images(target).product)
         frames = []
-        for here in passes(list(images["prompt_id"])):  # one file each: what a killed run has scored is not lost
-            part = _parts(artefact) / f"{here.start}.parquet"
+        for rows in passes(list(images["prompt_id"])):  # one file each, so that a killed run keeps its scores
+            part = _parts(artefact) / f"{rows.start}.parquet"
             if not part.exists():
-                write_frame(part, self._score_rows(target, images.iloc[here]))
-                self.session.may_stop()
+                write_frame(part, self._score_rows(target, images.iloc[rows]))
+                self.session.raise_if_stopped()
             frames.append(pd.read_parquet(part))
-            self.session.progress(f"scoring, {self.entry['name']}", here.stop / len(images))
+            self.session.progress(f"scoring, {self.entry['name']}", rows.stop / len(images))
         return pd.concat(frames, ignore_index=True)
 
     def _check_base(self) -> None:
@@ -93,8 +93,8 @@ class _Judge:
 
         prompts = {prompt.id: prompt for prompt in target.prompts}
         sides = [_images(self.session.images(side), rows) for side in (target, self.base) if side is not None]
-        found = score_rows(self._evaluator, sides[0], [prompts[id] for id in rows["prompt_id"]], *sides[1:])
-        return rows[["prompt_id", "tag", "index"]].reset_index(drop=True).join(found)
+        scores = score_rows(self._evaluator, sides[0], [prompts[id] for id in rows["prompt_id"]], *sides[1:])
+        return rows[["prompt_id", "tag", "index"]].reset_index(drop=True).join(scores)
 
 
 def _parts(artefact: Artefact) -> Path:
@@ -102,21 +102,21 @@ def _parts(artefact: Artefact) -> Path:
 
 
 def _images(images: Artefact, rows: pd.DataFrame) -> list[Image]:
-    """Return an image set's images of the prompts and indices of ``rows``, in their order."""
+    """Read the images of a set that match the prompts and indices of ``rows``, in the order of ``rows``."""
     import pandas as pd
 
     from alignbench.evaluation.scoring import in_threads
 
-    place = ["prompt_id", "index"]
-    mine = rows[place].merge(pd.read_parquet(images.product), on=place, how="left", validate="1:1")
-    return list(in_threads(lambda file, sha256: _image(images.folder, file, sha256), mine["file"], mine["sha256"]))
+    keys = ["prompt_id", "index"]
+    listed = rows[keys].merge(pd.read_parquet(images.product), on=keys, how="left", validate="1:1")
+    return list(in_threads(lambda file, sha256: _image(images.folder, file, sha256), listed["file"], listed["sha256"]))
 
 
 def _image(folder: Path, file: str, sha256: str) -> Image:
-    """Read an image. UserError unless it is still the one that was made."""
+    """Read an image. Raise UserError if the file changed since it was made."""
     from PIL import Image
 
     data = (folder / file).read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{folder / file}: not the image that was made; delete {folder} to make its images again")
+        raise UserError(f"{folder / file}: changed since it was made; delete {folder} to make its images again")
     return Image.open(io.BytesIO(data)).convert("RGB")

@@ -1,4 +1,4 @@
-"""What the stages of one task share: store, registry, processes, log, progress, and the model, loaded on first use."""
+"""State shared by the stages of a task: store, registry, processes, log, progress, and the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from alignbench.prompts import load_prompts
 from alignbench.run import provenance
 from alignbench.run.process_group import STOPPED, OtherFailed, ProcessGroup
 from alignbench.run.task import Failed, Progress, Target, Task
-from alignbench.store.artefacts import Artefact, Store, locked, reached
+from alignbench.store.artefacts import Artefact, Store, locked, milestone_expected
 from alignbench.store.files import cannot_write
 from alignbench.store.locks import Lock, LockLost
 from alignbench.store.stages import Stage
@@ -35,7 +35,7 @@ MEGABYTE = 2**20
 
 
 class RunSession:
-    """One task in this process. ``stop`` is asked wherever ending loses nothing."""
+    """Execution of a task in this process. ``stop`` is polled wherever stopping loses no work."""
 
     def __init__(self, task: Task, stop: Callable[[], bool]) -> None:
         self.task = task
@@ -50,7 +50,7 @@ class RunSession:
         self.group = ProcessGroup()
         self.progress = Progress(Path(task.progress) if self.group.is_main else None)
         self.failures: list[str] = []
-        self.made: list[str] = []  # kinds of the artefacts that were not there before
+        self.made: list[str] = []  # kinds of the artefacts made in this session
         self._flow: Any = None
 
     @property
@@ -60,21 +60,22 @@ class RunSession:
     # -- image sets ---------------------------------------------------------------------------------------------------
 
     def milestones(self) -> list[Target]:
-        """Return the image sets of the milestones that training came to; the same ones on all ranks."""
+        """Return the image sets of the milestones that training reached; the same on all ranks."""
+        store, run = self.store, self.task.run
 
-        def found() -> list[int]:
-            return [update for update, _ in self.task.milestones if reached(self.store, self.task.run, update)]
+        def reached() -> list[int]:
+            return [update for update, _ in self.task.milestones if milestone_expected(store, run, update)]
 
-        updates, evaluation = self.group.broadcast(found), self.end.evaluation.at_milestones
+        updates, evaluation = self.group.broadcast(reached), self.end.evaluation.at_milestones
         return [
-            Target(images, self.task.run, self.spec, self.task.trains, update, evaluation)
+            Target(images, run, self.spec, self.task.trains, update, evaluation)
             for update, images in self.task.milestones
             if update in updates
         ]
 
     @cached_property
     def base(self) -> Target | None:
-        """The untrained model's images of the same prompts and noise; None if no evaluator compares with them."""
+        """Image set of the untrained model for the same prompts and noise; None if no evaluator compares with it."""
         images = next((score["base"] for score in self.task.scores if score.get("base")), None)
         if images is None:
             return None
@@ -86,7 +87,7 @@ class RunSession:
         return self.store.images(target.id)
 
     def check_unchanged(self, target: Target) -> None:
-        """Raise UserError if a file that the target's ids were made from has changed since."""
+        """Raise UserError if a file that determines the target's ids has changed."""
         training = load_prompts(target.spec.prompts) if target.trained else []
         run = f"{target.spec.method['name']}-{run_id(target.spec, self.parts(target.spec), self.registry, training)}"
         images = image_set_id(run, target.trained, target.protocol, target.prompts, target.update)
@@ -97,27 +98,27 @@ class RunSession:
 
     @property
     def flow(self) -> Any:
-        """The model, loaded on first use; whoever needs other weights in it puts them there."""
+        """Model, loaded on first use; callers that need other weights load them into it."""
         if self._flow is None:
             backend = self.backend()
-            given = {"text": self._stored_text(backend)} if stores_embeddings(backend) else {}
+            options = {"text": self._stored_text(backend)} if stores_embeddings(backend) else {}
             self.progress("loading the model")
-            self._flow = backend.load(self.accelerator, **given)
+            self._flow = backend.load(self.accelerator, **options)
         return self._flow
 
     def unload(self) -> None:
-        """Forget the model, so that another one has room."""
+        """Drop the model, to make room for another one."""
         self._flow = None
 
     def backend(self) -> Any:
         return self.parts(self.spec).backend
 
     def parts(self, spec: RunSpec) -> Parts:
-        """Return the backend, method and rewards of ``spec``, built anew: a method may keep what it learns."""
+        """Return the backend, method and rewards of ``spec``, built anew, since a method may carry state."""
         return build(spec, self.registry)
 
     def _stored_text(self, backend: Any) -> Any:
-        """Return what encodes prompts by the store's embeddings. One rank makes those that this task may ask for."""
+        """Return an encoder that looks prompts up in the store. Rank 0 first makes the embeddings of this task."""
         from alignbench.backends import stored_embeddings
         from alignbench.training.batches import prompts_within_budget
 
@@ -125,9 +126,11 @@ class RunSession:
             prompts = [*self.end.prompts]
             if self.task.trains and not self.run.done:
                 prompts += prompts_within_budget(load_prompts(self.spec.prompts), self.spec.training)
-            texts = ["", *(prompt.text for prompt in prompts)]  # the empty one: of guidance in two branches
+            texts = ["", *(prompt.text for prompt in prompts)]  # the empty text: for guidance in two branches
             source, device = self.registry.source("backend", backend.name), self.accelerator.device
-            return stored_embeddings.prepare(self.store, backend, source, device, texts, self.progress, self.may_stop)
+            return stored_embeddings.prepare(
+                self.store, backend, source, device, texts, self.progress, self.raise_if_stopped
+            )
 
         folder = self.store.embeddings / self.group.broadcast(prepare)
         return stored_embeddings.StoredEmbeddings(folder, self.accelerator.device)
@@ -136,10 +139,10 @@ class RunSession:
 
     @contextmanager
     def making(self, artefact: Artefact, run: str) -> Iterator[Lock | None]:
-        """Hold the artefact's lock; None if it is there. A failure is put on record and raised as Failed.
+        """Hold the artefact's lock; yield None if the artefact is done. Record a failure and raise it as Failed.
 
-        ``run``: the id of the run whose log tells of a failure. Of several ranks the first holds the lock and keeps
-        the record; a failure of one is a failure of all.
+        ``run``: id of the run whose log describes a failure. With several ranks, rank 0 holds the lock and writes the
+        record, and a failure of one is a failure of all.
         """
         try:
             with self._held(artefact, run) as lock:
@@ -147,22 +150,22 @@ class RunSession:
                 self.group.barrier()
                 if lock:
                     self.made.append(artefact.stage.kind)
-        except Interrupted:  # not a failure, and nothing to put on record: the next attempt resumes
+        except Interrupted:  # not a failure, so nothing is recorded: the next attempt resumes
             self.group.abort(STOPPED)
             raise
         except Exception as error:
             if isinstance(error, OtherFailed) and str(error) == STOPPED:
                 raise Interrupted from error
-            mine = _reason(artefact.stage, error, self.store.root)
-            reason = self.group.abort(str(error) if isinstance(error, OtherFailed) else mine)
+            own_reason = _reason(artefact.stage, error, self.store.root)
+            reason = self.group.abort(str(error) if isinstance(error, OtherFailed) else own_reason)
             self.note(traceback.format_exc(), run)
-            if not isinstance(error, LockLost):  # else the record is that of the process that took over
+            if not isinstance(error, LockLost):  # else the record belongs to the process that took over
                 self._record(artefact, reason, run)
             raise Failed(reason) from error
 
     @contextmanager
     def _held(self, artefact: Artefact, run: str) -> Iterator[Lock | None]:
-        """The lock, held by the first rank for all; None if the artefact is there."""
+        """Yield the lock, held by rank 0 for all ranks; None if the artefact is done."""
         if not self.group.is_main:
             yield Lock(artefact.lock) if self.group.broadcast(lambda: None) else None
             return
@@ -183,8 +186,11 @@ class RunSession:
             with suppress(UserError):  # on a full disk not even this can be written
                 artefact.fail(reason, str(self.log(run)))
 
-    def may_stop(self) -> None:
-        """Called after each piece of work that is saved: a job that is queued again and again always gets on."""
+    def raise_if_stopped(self) -> None:
+        """Raise Interrupted if a stop was requested, OtherFailed if another rank failed.
+
+        Called after each piece of work is saved, so that a job makes progress however often it is requeued.
+        """
         if self.stop():
             raise Interrupted
         self.group.check()
@@ -195,7 +201,7 @@ class RunSession:
         return self.store.run(run, True).folder / "log.txt"
 
     def note(self, text: str, run: str | None = None) -> None:
-        """Write a line to the log of ``run``, by default the task's."""
+        """Write a line to the log of ``run``, by default the task's run."""
         log = self.log(run or self.task.run)
         with suppress(OSError):
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -203,18 +209,19 @@ class RunSession:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
 
     def warn(self, text: str) -> None:
-        """Write a line to the run's log, and for whoever started it."""
+        """Write a warning to the run's log and, unless that is the log, to stderr."""
         self.note(f"warning: {text}")
-        if self.task.launcher is None:  # a worker's stderr is the log
+        if self.task.launcher is None:  # the stderr of a local worker is the log
             print(f"alignbench: {self.spec.label}: {text}", file=sys.stderr)
 
 
 def stores_embeddings(backend: Any) -> bool:
+    """Return whether the backend reads prompt embeddings from the store."""
     return getattr(backend, "embeddings", None) == "stored"
 
 
 def _reason(stage: Stage, error: Exception, store: Path) -> str:
-    """Return one line. A full disk is told by looking: torch and parquet each have their own words for it."""
+    """Return the reason of a failure in one line. Checks for a full disk, which torch and parquet report obscurely."""
     if shutil.disk_usage(store).free < MEGABYTE:
         error = OSError(errno.ENOSPC, "", str(store))
     if isinstance(error, OSError) and error.errno is not None:

@@ -1,4 +1,4 @@
-"""A worker's task as plain data, the image sets that it asks for, and the file that tells how far it is."""
+"""A worker's task as plain data, the image sets that it asks for, and its progress file."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from alignbench.prompts import Prompt, load_prompts
 
 
 class Task(NamedTuple):
-    """One run and what to make of it, as it crosses the process boundary: plain data (``_asdict``)."""
+    """A run and the stages to execute, as plain data (``_asdict``) that crosses the process boundary."""
 
     store: str
-    run: str  # ids of the run and of its image set
-    images: str
+    run: str  # id of the run
+    images: str  # id of its image set
     trains: bool
     spec: dict[str, Any]  # RunSpec
     evaluation: dict[str, Any]
     scores: list[dict[str, Any]]  # evaluators: settings, name, version, file, metrics, role
     plugins: list[str]
     threads: int
-    progress: str  # file that tells how far this is
+    progress: str  # path of the progress file
     command: list[str]
-    parallel: str = "ddp"  # how several ranks share the model in training: or "fsdp"
+    parallel: str = "ddp"  # how several ranks share the model in training: "ddp" or "fsdp"
     stages: Sequence[str] = ("run", "images", "scores")  # kinds of Stage
-    own_log: bool = False  # True: what is printed goes to the run's log
-    launcher: int | None = None  # pid without which a local worker ends
-    code: dict[str, Any] | None = None  # ``provenance.code()`` where the sweep was started; None: asked here
-    track: Sequence[str] = ()  # of ``trackers.NAMES``
+    own_log: bool = False  # True: output goes to the run's log
+    launcher: int | None = None  # pid of the launcher; a local worker ends with it
+    code: dict[str, Any] | None = None  # ``provenance.code()`` where the sweep was started; None: computed here
+    track: Sequence[str] = ()  # names of trackers, among ``trackers.NAMES``
     milestones: Sequence[Sequence[Any]] = ()  # (update, id of its image set)
     update: int | None = None  # the milestone that ``images`` belongs to; None: the end
 
 
 @dataclass(frozen=True)
 class Target:
-    """An image set: whose weights make it, for which prompts, and how."""
+    """Image set to make: the weights, the prompts and the protocol."""
 
     id: str
-    run: str  # id of the run whose weights they are
+    run: str  # id of the run that has the weights
     spec: RunSpec
-    trained: bool  # False: the model as its backend loads it
+    trained: bool  # False: the weights are those that the backend loads
     update: int | None  # the milestone at which the weights were kept; None: the end
     evaluation: Evaluation
 
@@ -61,18 +61,18 @@ class Target:
 
 
 class Failed(Exception):
-    """A stage failed, and its reason (the text) is on record."""
+    """A stage failed, and the reason (the message) is recorded in the store."""
 
 
 class Progress:
-    """Tells in a small file how far a run is; whoever shows it reads that file."""
+    """Writer of a run's progress file, which the displays read."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path  # None: another rank tells it
+        self.path = path  # None: another rank writes it
         self._last = 0.0
 
     def __call__(self, stage: str, share: float | None = None, detail: str = "") -> None:
-        """``share``: of this stage, 0 to 1. At most three times a second reach the disk."""
+        """Write the progress, at most three times a second. ``share``: finished part of this stage, 0 to 1."""
         now = time.time()
         if self.path is None or (now - self._last < 0.3 and share is not None and share < 1):
             return

@@ -1,6 +1,6 @@
-"""Experiment trackers, on request: a copy of every training record for TensorBoard, Weights & Biases or trackio.
+"""Optional experiment trackers: a copy of every training record goes to TensorBoard, Weights & Biases or trackio.
 
-The store stays the source of truth: no id, no result and no failure depends on a tracker.
+The store remains the source of truth: no id, result or failure depends on a tracker.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from typing import Any
 
 from alignbench.config import UserError, did_you_mean
 
-NAMES = ("tensorboard", "wandb", "trackio")  # as accelerate's ``log_with`` calls them, and as pip does
+NAMES = ("tensorboard", "wandb", "trackio")  # as in accelerate's ``log_with`` and in pip
 PROJECT = "alignbench"
-FOLDER = "tensorboard"  # below the store: a folder per run
+FOLDER = "tensorboard"  # in the store; has a folder per run
 
 
 def check(names: Sequence[str]) -> None:
-    """UserError unless every tracker is known and installed."""
+    """Raise UserError unless every tracker is known and installed."""
     for name in names:
         if name not in NAMES:
             raise UserError(f"--track: there is no tracker '{name}'{did_you_mean(name, NAMES, 'trackers')}")
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--track {name}: it is not installed; run `pip install {name}`")
+            raise UserError(f"--track {name}: {name} is not installed; run `pip install {name}`")
 
 
 class Trackers:
-    """Those of one run. One that fails is told once, by ``warn``, and not used any more."""
+    """Trackers of one run. One that fails is reported once, through ``warn``, and no longer used."""
 
     def __init__(
         self, names: Sequence[str], store: Path, run: str, title: str, config: Mapping[str, Any], warn: Callable
     ) -> None:
         self.store, self.run, self.title, self.warn = store, run, title, warn
-        self.config = dict(flat(config))
+        self.config = dict(flatten(config))
         self.names = list(names)
         self.open: dict[str, Any] = {}
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        """Log the numbers of one record under its update. The first one says where a resumed run goes on."""
+        """Log the numbers of one record at its update. The first record gives the update at which a run resumes."""
         step = record["update"]
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
         for name in list(self.names):
@@ -55,18 +55,18 @@ class Trackers:
                     self.open.pop(name).finish()
 
     def _start(self, name: str, step: int) -> Any:
-        """accelerate's tracker for this run, whose history goes on from ``step``."""
+        """Return accelerate's tracker for this run, whose history continues from ``step``."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         make = LOGGER_TYPE_TO_CLASS[name]
-        if name == "tensorboard":  # purge: what an attempt that was interrupted had logged after its last checkpoint
+        if name == "tensorboard":  # purges what an interrupted attempt logged after its last checkpoint
             tracker = make(self.run, logging_dir=str(self.store / FOLDER), purge_step=step)
         else:
             own = {"id": self.run, "dir": str(self.store)} if name == "wandb" else {}
             shown = f"{self.title} ({self.run})"
             tracker = make(PROJECT, name=shown, config=self.config, resume="allow", **own)
         tracker.start()
-        if name == "tensorboard" and step == 0:  # again would be shown as another run
+        if name == "tensorboard" and step == 0:  # a second time, it would appear as another run
             tracker.store_init_configuration(self.config)
         return tracker
 
@@ -74,16 +74,16 @@ class Trackers:
     def _harmless(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever a tracker raises, the run goes on
+        except Exception as error:  # whatever a tracker raises, the run continues
             self.names.remove(name)
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            self.warn(f"warning: {name} failed and is not used any more: {why}")
+            self.warn(f"warning: {name} failed and is no longer used: {why}")
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``training.optimizer.lr`` -> 1e-5: all that every tracker takes."""
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings as pairs (``training.optimizer.lr``, 1e-5), with values that every tracker accepts."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value if isinstance(value, bool | int | float | str) else str(value)

@@ -1,4 +1,4 @@
-"""A run's first stage: its settings and provenance on record, and its weights, if its method trains."""
+"""First stage of a run: record its settings and provenance, and train its weights if its method trains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignbench.store.locks import Lock
 
 
 def train(session: RunSession) -> None:
-    """Make the run, unless it is there; a run that trains nothing is its records alone."""
+    """Make the run, unless the store has it; a run that trains nothing consists of its records."""
     run, group = session.run, session.group
     with session.making(run, run.id) as lock:
         if lock is None:
@@ -37,22 +37,22 @@ def train(session: RunSession) -> None:
 
 
 def _origin(session: RunSession) -> dict[str, Any]:
-    """Return what is recorded and not hashed: with what command, code, files and machine the weights are made."""
+    """Return what is recorded but not hashed: the command, code, files and machine that make the weights."""
     (backend, method, rewards), trains = session.parts(session.spec), session.task.trains
-    made: list[Any] = [backend, method, *(term.evaluator for term in rewards if trains)]
+    used: list[Any] = [backend, method, *(term.evaluator for term in rewards if trains)]
     return {
         "command": session.task.command,
         **provenance.made_by(session.code),
         **provenance.machine(session.accelerator.num_processes),
         "parallel": session.task.parallel,
-        "weights": {part.name: provenance.weights(files) for part in made if (files := part.files())},
+        "weights": {part.name: provenance.weights(files) for part in used if (files := part.files())},
         "prompts": digest(load_prompts(session.spec.prompts)) if trains else None,
         "embeddings": _embeddings(session, backend),
     }
 
 
 def _embeddings(session: RunSession, backend: Any) -> str | None:
-    """Return the name of the folder that they are in; None if they are computed."""
+    """Return the name of the folder of stored embeddings; None if embeddings are computed on the fly."""
     from alignbench.backends import stored_embeddings
 
     source, device = session.registry.source("backend", backend.name), session.accelerator.device
@@ -60,9 +60,9 @@ def _embeddings(session: RunSession, backend: Any) -> str | None:
 
 
 def make_weights(session: RunSession, lock: Lock) -> dict[str, Any]:
-    """Write train.parquet and weights.safetensors, from the last checkpoint on if there is one.
+    """Train, resuming from the last checkpoint if there is one; write train.parquet and weights.safetensors.
 
-    Returns what the status says beside "done".
+    Return the facts to record in the status; empty on ranks other than 0.
     """
     from alignbench.evaluator import Reward
     from alignbench.training.loop import train
@@ -78,12 +78,12 @@ def make_weights(session: RunSession, lock: Lock) -> dict[str, Any]:
     )  # fmt: skip
     _follow(session, records)
     if sharded:
-        session.unload()  # it is in parts; images are made with the whole model, so it is loaded again
+        session.unload()  # it is sharded; images are made with the whole model, which is loaded again
     return _finish(session, lock) if session.group.is_main else {}
 
 
 def check_room(session: RunSession) -> None:
-    """Raise UserError if training cannot fit into this GPU, and warn if it may not. Needs no model."""
+    """Raise UserError if training cannot fit on this GPU, and warn if it might not. Needs no model."""
     import torch
 
     device = session.accelerator.device
@@ -92,8 +92,8 @@ def check_room(session: RunSession) -> None:
     from alignbench.planning import fit_page
 
     free, total = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of this process' last run
-    with torch.random.fork_rng(devices=[]):  # the method is watched on a toy: training must not see that
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by this process's last run
+    with torch.random.fork_rng(devices=[]):  # the method is observed on a toy, which must not affect training
         ranks = fit_page.Group(session.accelerator.num_processes, session.task.parallel)
         warning = fit_page.check_room(session.spec, session.registry, ranks, free + cached, total)
     if warning and session.group.is_main:
@@ -101,7 +101,7 @@ def check_room(session: RunSession) -> None:
 
 
 def _follow(session: RunSession, records: Iterable[dict[str, Any]]) -> None:
-    """Train: consume the records, and tell how far they are."""
+    """Train, by consuming the records, and report progress."""
     from alignbench.training.state import budget_share
 
     for record in _tracked(session, records):
@@ -112,7 +112,7 @@ def _follow(session: RunSession, records: Iterable[dict[str, Any]]) -> None:
 
 
 def _tracked(session: RunSession, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the same records, each shown to the trackers that were asked for."""
+    """Yield the records, after passing each to the requested trackers."""
     from alignbench.run.trackers import Trackers
 
     spec = session.spec
@@ -128,7 +128,10 @@ def _tracked(session: RunSession, records: Iterable[dict[str, Any]]) -> Iterator
 
 
 def _finish(session: RunSession, lock: Lock) -> dict[str, Any]:
-    """Put what training has left in its checkpoints where it belongs, once the lock is known to be ours."""
+    """Move the results of training from its checkpoints to the run's folder, and return the facts for the status.
+
+    Raise LockLost if another process took the run over.
+    """
     import pandas as pd
 
     from alignbench.training import checkpoint
@@ -140,8 +143,8 @@ def _finish(session: RunSession, lock: Lock) -> dict[str, Any]:
     final, updates = folder / "checkpoints" / checkpoint.FINAL, int(frame["update"].iloc[-1]) + 1
     kept = [session.store.milestone(session.run.id, update) for update in milestones if update <= updates]
     for path in (final, *kept):
-        path.chmod((folder / "train.parquet").stat().st_mode)  # safetensors' own would shut out a group
+        path.chmod((folder / "train.parquet").stat().st_mode)  # safetensors' default would deny access to the group
     final.replace(session.run.product)
     for update in milestones[len(kept) :]:
-        session.warn(f"the milestone of update {update} is not there: training ended after {updates} updates")
+        session.warn(f"there is no milestone at update {update}: training ended after {updates} updates")
     return {"updates": updates}

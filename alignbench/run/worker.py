@@ -1,4 +1,4 @@
-"""The worker process: a task's stages, one after the other; plain data in, plain data out."""
+"""The worker process, which executes the stages of a task in order: plain data in, plain data out."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from alignbench.store.stages import Stage
 
 
 def execute(task: dict[str, Any], stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """Do the task's stages of one run. ``stop`` is asked wherever ending loses nothing.
+    """Execute the stages of a task. ``stop`` is polled wherever stopping loses no work.
 
-    Returns {"state": "done" | "failed" | "interrupted", "reason", "made": what was not there before}. A stage that
-    fails is not raised: its reason is recorded in the store and returned, and other evaluators still run.
+    Returns {"state": "done" | "failed" | "interrupted", "reason", "made": kinds of the artefacts made}. Failures are
+    not raised: the reason is recorded in the store and returned, and other evaluators still run.
     """
     try:
         session = RunSession(Task(**task), stop)
@@ -41,20 +41,20 @@ def execute(task: dict[str, Any], stop: Callable[[], bool] = lambda: False) -> d
             state = "interrupted"
         except Failed as failure:
             session.failures.append(str(failure))
-        session.group.close()  # not where something unforeseen ends this process: it must not wait for the others
+        session.group.close()  # not after an unexpected exception: then this process must not wait for the others
     state = "failed" if session.failures else state
     return {"state": state, "reason": "; ".join(session.failures), "made": session.made}
 
 
 def _generate(session: RunSession) -> None:
-    """Make the images of the end, then those of the milestones."""
+    """Make the final images, then those of the milestones."""
     generate(session, session.end)
     for target in session.milestones():
         generate(session, target)
 
 
 def _score(session: RunSession) -> None:
-    """Score on the first rank; the others are through."""
+    """Score on rank 0; the other ranks are done."""
     session.group.close()
     if session.group.is_main:
         _generate_base(session)
@@ -62,10 +62,10 @@ def _score(session: RunSession) -> None:
 
 
 def _generate_base(session: RunSession) -> None:
-    """Make the base model's images for paired evaluators, by the very code that makes those of its own row."""
+    """Make the base model's images for paired evaluators, by the same code as for the base model's own row."""
     if session.base is not None:
         session.unload()  # two models are never held at once; scoring needs neither
-        with suppress(Failed):  # the scores that lack them say so
+        with suppress(Failed):  # the scores that need them report it
             generate(session, session.base)
         session.unload()
 
@@ -75,7 +75,7 @@ STAGES = {Stage.TRAIN.kind: train, Stage.GENERATE.kind: _generate, Stage.SCORE.k
 
 @contextmanager
 def _process(task: Task, log: Path) -> Iterator[None]:
-    """Set threads, send output to the run's log if the task says so, and end a local worker with its launcher."""
+    """Set the number of threads, send output to the run's log on request, and end a local worker with its launcher."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if task.own_log:
         with suppress(OSError):
@@ -93,7 +93,7 @@ def _process(task: Task, log: Path) -> Iterator[None]:
 
 
 def _end_with(launcher: int, every: float = 1.0, ended: Callable[[int], bool] = lambda pid: not alive(pid)) -> None:
-    """Interrupt this process when ``launcher`` has died: nobody would collect its result."""
+    """Interrupt this process once ``launcher`` has ended, since its result would be lost."""
     while not ended(launcher):
         time.sleep(every)
     os.kill(os.getpid(), signal.SIGINT)

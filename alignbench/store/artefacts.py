@@ -1,4 +1,4 @@
-"""Artefacts of the store: training runs, image sets and scores, each done or not there."""
+"""Artefacts of the store: runs, image sets and scores, each either done or absent."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 from alignbench.config import UserError
 from alignbench.store.files import cannot_write, read_json, write_json
-from alignbench.store.locks import Lock, _now, held, holder
+from alignbench.store.locks import Lock, held, holder, timestamp
 from alignbench.store.stages import Stage
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A run, an image set or a score file. ``product``: the file whose presence makes it done."""
+    """Run, image set or score file. ``product``: the file whose presence marks it as done."""
 
-    stage: Stage  # that makes it
+    stage: Stage  # the stage that makes it
     id: str
     folder: Path
     product: Path
@@ -37,48 +37,50 @@ class Artefact:
 
     @property
     def failure(self) -> str | None:
-        """Why the last attempt failed; None after a success, and before any attempt."""
-        found = read_json(self.status) or {}
-        return found.get("reason", "no reason was recorded") if found.get("state") == "failed" else None
+        """Reason why the last attempt failed; None after a success and before any attempt."""
+        status = read_json(self.status) or {}
+        return status.get("reason", "no reason was recorded") if status.get("state") == "failed" else None
 
     @property
     def busy(self) -> bool:
-        """Is somebody making it right now?"""
+        """True while a live process is making it."""
         return holder(self.lock) is not None
 
     def succeed(self, **facts: Any) -> None:
-        """Say that it is done: the last thing that is written."""
-        write_json(self.status, {"state": "done", "time": _now(), **facts})
+        """Record that it is done, with ``facts``. Must be written last."""
+        write_json(self.status, {"state": "done", "time": timestamp(), **facts})
 
     def fail(self, reason: str, log: str) -> None:
-        write_json(self.status, {"state": "failed", "reason": reason, "log": log, "time": _now()})
+        """Record that it failed. ``log``: path of the log that says more."""
+        write_json(self.status, {"state": "failed", "reason": reason, "log": log, "time": timestamp()})
 
 
 class Store:
-    """The folder and what is where in it."""
+    """Folder of results and the places of its artefacts."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
 
     def run(self, id: str, trains: bool) -> Artefact:
-        """``trains``: a run that trained has weights; one that trains nothing is its status alone."""
+        """Return the run ``id``. ``trains``: whether it has weights; a run that trains nothing is only its status."""
         folder = self.root / "runs" / id
         status = folder / "status.json"
         product = folder / "weights.safetensors" if trains else status
         return Artefact(Stage.TRAIN, id, folder, product, status, self._lock(id))
 
     def milestone(self, run: str, update: int) -> Path:
-        """The weights that a run had after ``update`` updates, in the same form as those of its end."""
+        """Return the path of a run's weights after ``update`` updates; the file has the format of the final weights."""
         return self.root / "runs" / run / milestone_file(update)
 
     def images(self, id: str) -> Artefact:
+        """Return the image set ``id``."""
         folder = self.root / "images" / id
         return Artefact(
             Stage.GENERATE, id, folder, folder / "manifest.parquet", folder / "status.json", self._lock(f"images-{id}")
         )
 
     def scores(self, images: str, file: str) -> Artefact:
-        """``file``: ``<evaluator>@<version>-<id>.parquet``."""
+        """Return the scores of an image set. ``file``: ``<evaluator>@<version>-<id>.parquet``."""
         folder = self.root / "scores" / images
         stem = file.removesuffix(".parquet")
         return Artefact(
@@ -92,19 +94,19 @@ class Store:
 
     @property
     def tables(self) -> Path:
-        """Where a sweep's scores and records of training are kept as one file each, in a folder of its name."""
+        """Folder of consolidated tables: per sweep a folder with all its scores and training records, one file each."""
         return self.root / "tables"
 
     @property
     def embeddings(self) -> Path:
-        """Where prompts' embeddings are, in a folder for each way to compute them."""
+        """Folder of prompt embeddings, with a subfolder for each way to compute them."""
         return self.root / "embeddings"
 
     def _lock(self, name: str) -> Path:
         return self.root / "locks" / f"{name}.lock"
 
     def check_folder(self) -> Path:
-        """Return the store's folder, or the folder that it would be made in. Raise UserError if a file is there."""
+        """Return the store's folder, or the one that it would be made in. Raise UserError if a file is there."""
         place = self.root.absolute()
         while not os.path.lexists(place):
             place = place.parent
@@ -114,13 +116,13 @@ class Store:
         return place
 
     def check_writable(self) -> None:
-        """Raise UserError unless files can be made in the store. Write nothing."""
+        """Raise UserError unless files can be made in the store. Writes nothing."""
         place = self.check_folder()
         if not os.access(place, os.W_OK | os.X_OK):
             raise UserError(f"--store {self.root}: {place} is not writable; choose another folder")
 
     def open(self) -> None:
-        """Make the folder, and prove that a file can be written. UserError otherwise."""
+        """Make the folder and write a temporary file to it. Raise UserError if that fails."""
         self.check_writable()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -130,23 +132,27 @@ class Store:
             raise UserError(f"--store {cannot_write(self.root, error)}") from None
 
     def manifests(self) -> list[Path]:
-        """Those of every sweep that was run here, latest first."""
-        found = (self.root / "sweeps").glob("*.json")
-        return sorted(found, key=lambda path: -path.stat().st_mtime)
+        """Return the paths of the manifests of all sweeps that were run in this store, latest first."""
+        paths = (self.root / "sweeps").glob("*.json")
+        return sorted(paths, key=lambda path: -path.stat().st_mtime)
 
 
 def milestone_file(update: int) -> str:
+    """Return the file name of a milestone's weights in the run's folder."""
     return f"weights-{update:06}.safetensors"
 
 
 @contextmanager
 def locked(artefact: Artefact, waiting: Callable[[str], Any] = lambda holder: None) -> Iterator[Lock | None]:
-    """Hold the artefact's lock; None if it was done meanwhile. ``waiting`` is told who holds it, every second."""
+    """Hold the artefact's lock; yield None if the artefact was done meanwhile.
+
+    ``waiting`` is called every second with the holder.
+    """
     with held(artefact.lock, waiting, lambda: artefact.done) as lock:
         yield None if artefact.done else lock
 
 
-def reached(store: Store, run: str, update: int) -> bool:
-    """False if the run of that id has ended before that update: then there is nothing of it, and nothing is missing."""
+def milestone_expected(store: Store, run: str, update: int) -> bool:
+    """Return False if the run ended before that update, so that nothing of its milestone exists or is missing."""
     status = read_json(store.run(run, True).status) or {}
     return status.get("state") != "done" or update <= status.get("updates", update)

@@ -1,8 +1,9 @@
-"""The store: content-addressed folders on a plain, possibly shared, disk.
+"""Files that are written whole or not at all.
 
-Three kinds of artefact: runs, image sets and scores. Each is either done or not there: files are written under a
-temporary name, flushed and renamed, and the file that says "done" comes last. A failure is recorded beside the
-artefact, shown, and tried again; it never counts as done. One process at a time makes an artefact: it holds a lock.
+The store consists of content-addressed folders on an ordinary, possibly shared, disk, with three kinds of artefact:
+runs, image sets and scores. Each is either done or absent: files are written under a temporary name, flushed and
+renamed, and the file that marks the artefact as done comes last. A failure is recorded beside the artefact, shown and
+retried; it never counts as done. Only one process at a time makes an artefact, and holds its lock.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from alignbench.config import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write(path: Path, content: bytes | str | Callable[[Path], Any]) -> None:
-    """Write ``path`` whole or not at all. ``content``: bytes, text, or what writes to the path it is given.
+    """Write ``path`` whole or not at all. ``content``: bytes, text, or a function that writes to the path it is given.
 
-    UserError if the disk is full or may not be written to.
+    Raise UserError if the disk is full or not writable.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -47,14 +48,14 @@ def write(path: Path, content: bytes | str | Callable[[Path], Any]) -> None:
 
 
 def cannot_write(path: Path | str, error: OSError) -> str:
-    """One line for a disk that does not take more."""
-    if error.errno in FULL:
+    """Return one line that says why ``path`` cannot be written and what to do."""
+    if error.errno in DISK_FULL:
         return f"{path}: no space left on the disk; free some and run the same command again, finished work is kept"
-    return f"{path}: cannot be written: {error.strerror or error}; choose another --store, or mend its permissions"
+    return f"{path}: cannot be written: {error.strerror or error}; choose another --store, or fix its permissions"
 
 
 def flush(path: Path) -> None:
-    """See to it that a file's content, or a folder's names, outlive a loss of power."""
+    """Flush a file, or the names in a folder, to disk, so that they survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -67,7 +68,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path | str) -> dict[str, Any] | None:
-    """None where there is no such file, or no whole one (a disk that lost power)."""
+    """Return the content of a JSON file, or None if the file is absent or truncated (by a power failure)."""
     try:
         with open(path, "rb") as file:
             return json.loads(file.read())

@@ -1,4 +1,4 @@
-"""Locks on a shared disk: one process makes an artefact, and a holder that died is noticed."""
+"""Locks on a shared disk: only one process makes an artefact, and a holder that died is noticed."""
 
 from __future__ import annotations
 
@@ -20,38 +20,42 @@ from alignbench.store.files import cannot_write, read_json
 
 BEAT = 15.0  # seconds between heartbeats of a lock
 STALE = 600.0  # seconds without a heartbeat after which its holder counts as gone
-WATCHED = 3 * BEAT  # seconds in which whoever takes over has seen none itself: clocks differ, and jump
+WATCHED = 3 * BEAT  # seconds without a heartbeat that a process must see itself before it takes over: clocks jump
 
 
-def _now() -> str:
+def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 class LockLost(Exception):
-    """Somebody else took over: this process was stopped for longer than STALE."""
+    """Another process took the lock over, because this one was suspended for longer than STALE."""
 
 
 class Lock:
-    """Held: one process makes this artefact. A thread keeps it fresh; a holder that died is noticed by the next."""
+    """Lock file of an artefact, held by the only process that makes it.
+
+    A thread keeps it fresh; the next process that wants it notices a holder that died.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.token = uuid.uuid4().hex
         self._ended = threading.Event()
-        self._seen = (float("nan"), 0.0)  # the holder's last heartbeat, and since when we have seen none after it
+        self._seen = (float("nan"), 0.0)  # the holder's last heartbeat, and the time at which we first saw it
 
     @property
     def held(self) -> bool:
-        """By anybody, right now."""
+        """True while any live process holds it."""
         return holder(self.path) is not None
 
     def check(self) -> None:
-        """LockLost unless it is still ours. Asked before anything is declared done."""
+        """Raise LockLost unless this process still holds it. Called before anything is marked as done."""
         if (read_json(self.path) or {}).get("token") != self.token:
             raise LockLost(f"{self.path}: another process took this over while this one was stopped")
 
     def try_acquire(self) -> bool:
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "job": _job(), "time": _now(), "token": self.token}
+        """Take the lock if it is free or abandoned, and return whether that worked. Raise UserError on disk errors."""
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "job": _job(), "time": timestamp(), "token": self.token}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._abandoned():
@@ -65,6 +69,7 @@ class Lock:
         return True
 
     def release(self) -> None:
+        """Remove the lock if this process still holds it."""
         self._ended.set()
         with suppress(LockLost):
             self.check()
@@ -78,42 +83,42 @@ class Lock:
                     os.utime(self.path)
 
     def _remove_stale(self) -> None:
-        """By one of several that noticed: without the guard the second would remove the first one's new lock."""
+        """Remove an abandoned lock, under a guard: else a second process would remove the first one's new lock."""
         guard = self.path.with_suffix(".guard")
         with suppress(OSError):
             if time.time() - guard.stat().st_mtime > STALE:
                 guard.unlink()
         _create(guard, "")
         try:
-            if self._abandoned():  # not if absent: the next may be creating its own right now
+            if self._abandoned():  # not if absent: another process may be creating its own right now
                 self.path.unlink(missing_ok=True)
         finally:
             guard.unlink(missing_ok=True)
 
     def _abandoned(self) -> bool:
-        """Is there a lock whose holder is known to be gone, or was not heard of for too long?"""
+        """Return whether the lock exists and its holder is gone or has been silent for too long."""
         try:
             beat = self.path.stat().st_mtime
         except OSError:
             return False
-        found = _read_lock(self.path)
-        if found is None or _gone(found):
+        content = _read_lock(self.path)
+        if content is None or _gone(content):
             return True
         if beat != self._seen[0]:
             self._seen = (beat, time.monotonic())
         silent = time.monotonic() - self._seen[1]
         if silent < WATCHED:
             return False
-        return silent > STALE or time.time() - beat > STALE or _job_ended(found.get("job"))
+        return silent > STALE or time.time() - beat > STALE or _job_ended(content.get("job"))
 
 
 def locks_held(root: Path) -> list[Path]:
-    """Those of a store's locks that somebody holds right now."""
+    """Return the paths of the locks of a store that a live process holds."""
     return [path for path in (root / "locks").glob("*.lock") if holder(path) is not None]
 
 
 def _create(path: Path, text: str) -> None:
-    """Make a file that is complete as soon as it is there. FileExistsError if there is one."""
+    """Make a file that is complete as soon as it exists. Raise FileExistsError if it exists already."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_text(text)
@@ -123,50 +128,51 @@ def _create(path: Path, text: str) -> None:
 
 
 def holder(lock: Path) -> str | None:
-    """ "host, process 12" of the live process that holds ``lock``; None if there is none."""
-    found = _read_lock(lock)
+    """Return "host, process 12" for the live process that holds ``lock``; None if there is none."""
+    content = _read_lock(lock)
     try:
         age = time.time() - lock.stat().st_mtime
     except OSError:
         return None
-    if found is None or age > STALE or _gone(found):
+    if content is None or age > STALE or _gone(content):
         return None
-    return f"{found['host']}, process {found['pid']}"
+    return f"{content['host']}, process {content['pid']}"
 
 
 def _read_lock(path: Path) -> dict[str, Any] | None:
-    """None for what is no lock of ours."""
-    found = read_json(path)
-    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) and "host" in found else None
+    """Return the content of a lock file, or None if it is not a valid one."""
+    content = read_json(path)
+    is_lock = isinstance(content, dict) and isinstance(content.get("pid"), int) and "host" in content
+    return content if is_lock else None
 
 
 def _gone(holder: dict[str, Any]) -> bool:
-    """Is this holder known to have ended: a process of this machine, or an earlier start of this very SLURM job?"""
+    """Return whether a holder is known to have ended: a process on this machine, or an earlier start of our job."""
     if holder["host"] == socket.gethostname() and not alive(holder["pid"]):
         return True
     job, start = holder.get("job") or ("", "")
-    mine = _job() or ("", "")
-    return bool(job) and job == mine[0] and start != mine[1]
+    our_job, our_start = _job() or ("", "")
+    return bool(job) and job == our_job and start != our_start
 
 
 def _job_ended(job: Any) -> bool:
-    """Does SLURM say that a holder's job, which may be on another machine, is over?"""
+    """Return whether SLURM says that a holder's job, possibly on another machine, has ended."""
     if not job or shutil.which("squeue") is None:
         return False
-    twice = f"{job[0]},{job[0]}"  # an unknown job is no error then
+    twice = f"{job[0]},{job[0]}"  # a list: for a single unknown job, squeue would exit with an error
     words = ["squeue", "--noheader", "--jobs", twice, "--format", "%T"]
     asked = subprocess.run(words, capture_output=True, text=True, check=False)
     return asked.returncode == 0 and not asked.stdout.strip()
 
 
 def _job() -> list[str] | None:
-    """This process's SLURM job, and how often it was started before; None outside of SLURM."""
+    """Return the SLURM job of this process and how often it was restarted; None outside of SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     return [job, os.environ.get("SLURM_RESTART_COUNT", "0")] if job else None
 
 
 def alive(pid: int) -> bool:
-    """Is there such a process here? One that ended but was not yet waited for is not alive."""
+    """Return whether this machine runs such a process. A zombie (ended, but not waited for) is not alive."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -182,7 +188,7 @@ def alive(pid: int) -> bool:
 def held(
     path: Path, waiting: Callable[[str], Any] = lambda holder: None, done: Callable[[], bool] = lambda: False
 ) -> Iterator[Lock]:
-    """Hold the lock ``path``, or stop waiting for it once ``done``. ``waiting``: as for ``locked``."""
+    """Hold the lock ``path``, or stop waiting for it once ``done()``. ``waiting``: as for ``artefacts.locked``."""
     lock = Lock(path)
     while not done() and not lock.try_acquire():
         waiting(holder(path) or "another process")

@@ -1,8 +1,8 @@
-"""The manifest of a sweep: every run with its settings, and the ids of all that it makes.
+"""The manifest of a sweep: every run with its settings and the ids of everything that it makes.
 
-It lies in the store as ``sweeps/<name>.json``, and reports, plots and most verbs read it in place of the sweep file:
-that takes no method, evaluator or torch. Manifests of earlier versions lack some keys, those of imported sweeps have
-others; ``read_manifest`` decodes all of them into one type, so that no reader asks what is there.
+The store keeps it as ``sweeps/<name>.json``. Reports, plots and most verbs read it instead of the sweep file, which
+needs no method, evaluator or torch. Manifests of earlier versions lack some keys, and those of imported sweeps have
+others; ``read_manifest`` decodes all of them into one type, so that readers need not check which keys exist.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct, field, structs
 
 from alignbench.config import UserError
-from alignbench.store.artefacts import Artefact, Store, reached
+from alignbench.store.artefacts import Artefact, Store, milestone_expected
 from alignbench.store.files import write_json
 
 UNTRAINED = -1  # the seed of a run that trains nothing
@@ -25,7 +25,7 @@ MADE_ONLY = ("milestone_prompts", "plugins")  # keys of a manifest that is not i
 
 
 class ManifestMetric(Struct, frozen=True):
-    """One column of a score file, as its evaluator describes it."""
+    """Column of a score file, as its evaluator describes it."""
 
     name: str
     unit: str = ""
@@ -34,7 +34,7 @@ class ManifestMetric(Struct, frozen=True):
 
 
 class ManifestScore(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One evaluator's scores of one image set."""
+    """Scores of one image set by one evaluator."""
 
     evaluator: str
     settings: dict[str, Any] = field(default_factory=dict)  # empty: an early version did not record them
@@ -42,7 +42,7 @@ class ManifestScore(Struct, frozen=True, kw_only=True, omit_defaults=True):
     file: str  # below the store
     metrics: list[ManifestMetric]
     role: str  # "train", "held-out", "check" or "unknown"
-    base: str | None = None  # id of the image set that a paired evaluator compares with
+    base: str | None = None  # for a paired evaluator, id of the image set to compare with
 
     @property
     def imported(self) -> bool:
@@ -50,7 +50,7 @@ class ManifestScore(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ManifestMilestone(Struct, frozen=True):
-    """The images and scores of a run's weights after ``update`` updates."""
+    """Images and scores of a run's weights after ``update`` updates."""
 
     update: int
     images: str
@@ -58,70 +58,71 @@ class ManifestMilestone(Struct, frozen=True):
 
 
 class ManifestNote(Struct, frozen=True):
-    """An override that applies to a run, and its reason."""
+    """Override that applies to a run, with its reason."""
 
     set: dict[str, Any]
     reason: str
 
 
 class ManifestRun(Struct, frozen=True, kw_only=True):
-    """One run of a sweep. ``images``: id of its image set. The order of the fields is that of the file."""
+    """Run of a sweep. ``images``: id of its image set. The fields are in the order of the file."""
 
     id: str
     label: str  # the row of the table
     method: str
-    seed: int  # of training, or UNTRAINED
-    published: bool = False  # somebody else's weights, with training of which nothing is known
-    imported: str = ""  # the kind of source, as "flowbp"; "" for a run that is made here
-    command: str = ""  # of its import
-    trained_on: list[str] = field(default_factory=list)  # as stated at its import
+    seed: int  # training seed, or UNTRAINED
+    published: bool = False  # True for published weights, whose training is unknown
+    imported: str = ""  # kind of source, for instance "flowbp"; "" for a run made here
+    command: str = ""  # the import command
+    trained_on: list[str] = field(default_factory=list)  # rewards, as stated at import
     settings: dict[str, Any] = field(default_factory=dict)
-    protocol: dict[str, Any] = field(default_factory=dict)  # the sweep's, where an early version recorded no other
-    known_from: dict[str, str] = field(default_factory=dict)  # imported protocol setting -> who says so
+    protocol: dict[str, Any] = field(default_factory=dict)  # early versions recorded only the sweep's
+    known_from: dict[str, str] = field(default_factory=dict)  # imported protocol setting -> its source
     notes: list[ManifestNote] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)  # on its import
+    remarks: list[str] = field(default_factory=list)  # on the import
     images: str
     scores: list[ManifestScore]
     milestones: list[ManifestMilestone] = field(default_factory=list)
 
     @property
     def trained(self) -> bool:
-        """Tell whether training with a known seed made its weights."""
+        """True if its weights come from training with a known seed."""
         return self.seed != UNTRAINED
 
     @property
     def is_base(self) -> bool:
-        """Tell whether its weights are the base model's own: trained neither here nor by somebody else."""
+        """True if its weights are those of the untrained base model."""
         return not self.trained and not self.published
 
     @property
     def title(self) -> str:
-        """``LeapAlign, seed 3``; the label alone if it was not trained."""
+        """Label and seed, ``LeapAlign, seed 3``; only the label if it was not trained."""
         return f"{self.label}, seed {self.seed}" if self.trained else self.label
 
     @property
     def training(self) -> str:
-        """``seed 3``, "not trained" or "training unknown"."""
+        """Description of its training: "seed 3", "not trained" or "training unknown"."""
         return f"seed {self.seed}" if self.trained else "training unknown" if self.published else "not trained"
 
     @property
     def rewards(self) -> list[dict[str, Any]]:
-        """Every reward of its training as {evaluator, margin, weight}; none if it was imported."""
-        found = self.settings.get("reward", [])
-        return found if isinstance(found, list) else [found]
+        """Training rewards, each as {evaluator, margin, weight}; empty for an imported run."""
+        reward = self.settings.get("reward", [])
+        return reward if isinstance(reward, list) else [reward]
 
     @property
     def image_sets(self) -> list[ManifestRun | ManifestMilestone]:
-        """Everything that has ``images`` and ``scores``: the run at its end, then its milestones."""
+        """Objects that have ``images`` and ``scores``: the finished run, then its milestones."""
         return [self, *self.milestones]
 
     def weights(self, store: Store) -> Artefact:
+        """Return the artefact of its weights."""
         return store.run(self.id, self.trained)
 
     def artefacts(self, store: Store) -> list[Artefact]:
-        """List all that it consists of, in the order in which it is made. Imported weights are elsewhere."""
+        """Return all its artefacts in the order in which they are made; for an imported run, without weights."""
         sets: list[ManifestRun | ManifestMilestone] = [self]
-        sets += (part for part in self.milestones if reached(store, self.id, part.update))
+        sets += (part for part in self.milestones if milestone_expected(store, self.id, part.update))
         bases = [score.base for score in self.scores if score.base is not None]
         images = dict.fromkeys([*(part.images for part in sets), *bases])
         scores = [store.scores(part.images, Path(score.file).name) for part in sets for score in part.scores]
@@ -129,23 +130,23 @@ class ManifestRun(Struct, frozen=True, kw_only=True):
         return [*weights, *map(store.images, images), *scores]
 
     def missing(self, store: Store) -> list[Artefact]:
-        """List what of it is not made yet."""
+        """Return the artefacts that are not made yet, in order."""
         return [part for part in self.artefacts(store) if not part.done]
 
 
 class Manifest(Struct, frozen=True, kw_only=True, dict=True):
-    """A sweep, resolved. The order of the fields is that of the file."""
+    """Resolved sweep. The fields are in the order of the file."""
 
     name: str
     sweep: str = ""  # what to type after `alignbench sweep`
     imported: bool = False
-    world: str | None = None  # the model
+    world: str | None = None  # name of the model
     training_evaluator: str = ""
     protocol: dict[str, Any] = field(default_factory=dict)
-    subset: int | None = None  # evaluation prompts, where not all are used
+    subset: int | None = None  # number of evaluation prompts, if not all are used
     milestone_prompts: int | None = None
     rehearsal: bool = False
-    prompts: int = 0  # of the evaluation
+    prompts: int = 0  # number of evaluation prompts
     cases: list[str] = field(default_factory=list)  # labels, in the order of the table
     runs: list[ManifestRun]
     plugins: list[str] = field(default_factory=list)
@@ -156,43 +157,43 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def by_seed(self) -> dict[tuple[str, int], ManifestRun]:
-        """(label, seed) -> the run."""
+        """Mapping (label, seed) -> run."""
         return {(run.label, run.seed): run for run in self.runs}
 
     @cached_property
     def rows(self) -> dict[str, list[ManifestRun]]:
-        """Label -> its runs, in the order of the file."""
-        found: dict[str, list[ManifestRun]] = {}
+        """Mapping label -> its runs, in the order of the file."""
+        rows: dict[str, list[ManifestRun]] = {}
         for run in self.runs:
-            found.setdefault(run.label, []).append(run)
-        return found
+            rows.setdefault(run.label, []).append(run)
+        return rows
 
     def only(self, runs: Sequence[ManifestRun]) -> Manifest:
-        """Return the same sweep with these runs alone."""
+        """Return the same sweep with only these runs."""
         return structs.replace(self, runs=list(runs))
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Decode a manifest. UserError if the file is not a whole one; keys that nobody knows are passed over."""
+    """Decode a manifest, ignoring unknown keys. Raise UserError if the file is damaged or not a manifest."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Manifest)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (msgspec.DecodeError, ValueError) as error:
         what = " ".join(str(error).split())
-        raise UserError(f"{path}: is damaged, or not a manifest: {what}; delete it, and run its sweep again") from None
+        raise UserError(f"{path}: is damaged, or not a manifest: {what}; delete it and run its sweep again") from None
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    write_json(path, plain(manifest))
+    write_json(path, manifest_data(manifest))
 
 
-def plain(manifest: Manifest) -> dict[str, Any]:
-    """Return what the file holds: all fields in their order, except those that only the other kind of sweep has."""
-    absent, of_runs = (MADE_ONLY, ()) if manifest.imported else (("imported",), IMPORTED_ONLY)
-    found = {key: value for key, value in msgspec.to_builtins(manifest).items() if key not in absent}
-    found["runs"] = [
-        {key: value for key, value in run.items() if key not in of_runs and (value or key != "milestones")}
-        for run in found["runs"]
+def manifest_data(manifest: Manifest) -> dict[str, Any]:
+    """Return the content of the file: all fields in order, except those that only the other kind of sweep has."""
+    absent, absent_in_runs = (MADE_ONLY, ()) if manifest.imported else (("imported",), IMPORTED_ONLY)
+    data = {key: value for key, value in msgspec.to_builtins(manifest).items() if key not in absent}
+    data["runs"] = [
+        {key: value for key, value in run.items() if key not in absent_in_runs and (value or key != "milestones")}
+        for run in data["runs"]
     ]
-    return found
+    return data

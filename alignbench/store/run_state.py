@@ -1,6 +1,6 @@
-"""The state of a run: one answer for every verb, from what the store has and from what is known of its jobs.
+"""The state of a run: one answer for every verb, from the contents of the store and what is known about its jobs.
 
-What job records and SLURM say comes in as plain data: the store lies below both.
+Information from job records and SLURM is passed in as plain data, because this package may import neither.
 """
 
 from __future__ import annotations
@@ -15,50 +15,58 @@ from alignbench.store.files import read_json
 from alignbench.store.manifest import ManifestRun
 
 STATES = ("done", "running", "requeued", "queued", "planned", "stale", "failed")
-LOST = ("failed", "stale")  # the states that `alignbench retry` mends
-WAITING = {"Dependency": "waits for the stage before", "None": "", "Priority": "", "Resources": ""}  # SLURM's reasons
+LOST = ("failed", "stale")  # the states in which `alignbench retry` runs it again
+WAITING = {  # SLURM's reason -> the one shown
+    "Dependency": "waits for the previous stage",
+    "None": "",
+    "Priority": "",
+    "Resources": "",
+}
 
 
 class Job(NamedTuple):
-    """A job that was handed out, and what SLURM says of it if it has not ended."""
+    """Submitted job and, if it has not ended, what SLURM says about it."""
 
-    id: str  # SLURM's "12_3"; "" for a worker of a local sweep
-    stage: str  # what it does, as "score hpsv2"
-    progress: str  # the file in which it says how far it is
+    id: str  # as in SLURM, "12_3"; "" for a worker of a local sweep
+    stage: str  # what it does, for instance "score hpsv2"
+    progress: str  # path of its progress file
     pending: bool = False
-    reason: str = ""  # why it waits
+    reason: str = ""  # why it is pending
     restarts: int = 0
-    left: str = ""  # of its time, as SLURM prints it
+    left: str = ""  # remaining time, as SLURM prints it
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """The jobs of a sweep by the ids of the artefacts that they make; by default, none was handed out."""
+    """Jobs of a sweep, keyed by the ids of the artefacts that they make; by default, none was submitted."""
 
-    live: Mapping[str, Job] = field(default_factory=dict)  # those that have not ended
-    latest: Mapping[str, Job] = field(default_factory=dict)  # the last one handed out, ended or not
-    ending: Callable[[str], str] = lambda job: ""  # how a job ended, in SLURM's words
+    live: Mapping[str, Job] = field(default_factory=dict)  # jobs that have not ended
+    latest: Mapping[str, Job] = field(default_factory=dict)  # the job submitted last, ended or not
+    ending: Callable[[str], str] = lambda job: ""  # job id -> how the job ended, in SLURM's words
 
 
 class RunState(NamedTuple):
-    """What there is to say of a run as a whole."""
+    """State of a run as a whole, with its reason."""
 
     state: str  # one of STATES
-    reason: str = ""  # why it failed, waits or was lost
+    reason: str = ""  # why the run failed, waits or was lost
     missing: Sequence[Artefact] = ()  # in the order in which they are made
-    at: Artefact | None = None  # the one that is being made, is waited for, failed or was lost
-    job: Job | None = None  # who makes it, or was to make it
+    at: Artefact | None = None  # the artefact that decides the state: being made, awaited, failed or lost
+    job: Job | None = None  # the job that makes this artefact, or should have made it
 
 
 def run_state(store: Store, run: ManifestRun, jobs: Callable[[], Jobs] = Jobs) -> RunState:
-    """Return the state of a run. ``jobs`` is called only if something is missing: it may have to ask SLURM."""
-    if _whole(store, run) or not (missing := run.missing(store)):
+    """Return the state of a run. ``jobs`` is called only if something is missing, because it may query SLURM."""
+    if _is_complete(store, run) or not (missing := run.missing(store)):
         return RunState("done")
     return _unfinished(missing, jobs())
 
 
-def _whole(store: Store, run: ManifestRun) -> bool:
-    """Is everything there? As ``run.missing``, but with few objects, for the thousands of runs that are done."""
+def _is_complete(store: Store, run: ManifestRun) -> bool:
+    """Return whether the run has everything. Agrees with ``run.missing`` but makes few objects, for thousands of runs.
+
+    May return False for a complete run that has milestones or was imported.
+    """
     if run.milestones or run.imported:
         return False
     root = str(store.root)
@@ -71,7 +79,10 @@ def _whole(store: Store, run: ManifestRun) -> bool:
 
 
 def _unfinished(missing: Sequence[Artefact], jobs: Jobs) -> RunState:
-    """A job at work or a held lock beats an old failure, which beats jobs that wait for others."""
+    """Return the state of an incomplete run.
+
+    A running job or a held lock takes precedence over an old failure, and a failure over pending jobs.
+    """
     live = [(part, jobs.live[part.id]) for part in missing if part.id in jobs.live]
     for part, job in live:
         if not job.pending:
@@ -89,6 +100,6 @@ def _unfinished(missing: Sequence[Artefact], jobs: Jobs) -> RunState:
         if (lost := jobs.latest.get(part.id)) is not None and lost.id:
             how = jobs.ending(lost.id)
             why = f"job {lost.id} has ended{f' ({how})' if how else ''} without having made it"
-            return RunState("stale", f"{why}; alignbench retry makes it", missing, part, lost)
+            return RunState("stale", f"{why}; `alignbench retry` makes it", missing, part, lost)
     kinds = ", ".join(dict.fromkeys(part.stage.kind for part in missing))
     return RunState("planned", f"not made yet: {kinds}", missing, missing[0])

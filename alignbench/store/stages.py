@@ -1,4 +1,4 @@
-"""The three stages of a run, and the words that each of them goes by."""
+"""The three stages of a run and their names."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ Verb = Literal["train", "generate", "score"]
 
 
 class Stage(Enum):
-    """One of the stages, in the order of a run."""
+    """Stage of a run; the members are in the order of execution."""
 
     TRAIN = "run", "train", "training"
     GENERATE = "images", "generate", "generation"
     SCORE = "scores", "score", "scoring"
 
     def __init__(self, kind: str, verb: Verb, noun: str) -> None:
-        self.kind = kind  # of the artefact that it makes; in a task, the stage itself
-        self.verb: Verb = verb  # in a sweep's ``slurm`` section, in job records and in tables
+        self.kind = kind  # names the artefact that the stage makes, and the stage in a task
+        self.verb: Verb = verb  # names the stage in a sweep's ``slurm`` section, in job records and in tables
         self.noun = noun  # begins the reason of a failure

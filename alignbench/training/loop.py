@@ -15,8 +15,8 @@ from accelerate import Accelerator
 
 from alignbench.config import Interrupted, UserError
 from alignbench.evaluator import Reward
-from alignbench.experiment.margins import BATCHES, complaints
-from alignbench.experiment.spec import Training, check_parts
+from alignbench.experiment.margins import BATCHES, hinge_warnings
+from alignbench.experiment.spec import Training, check_fsdp
 from alignbench.flow import Flow
 from alignbench.method import AlignMethod
 from alignbench.prompts import Prompt
@@ -61,7 +61,7 @@ def train(
         return
     check(method, reward, training, accelerator)
     if sharded and accelerator.num_processes > 1:
-        check_parts(training, "fsdp")
+        check_fsdp(training, "fsdp")
     method.prepare(flow)  # before the EMA copies the weights, and before resuming replaces them
     run = TrainState(method, flow, training, accelerator, sharded, milestones)
     if checkpoints is not None:
@@ -75,7 +75,7 @@ def train(
             run.save(checkpoints)
         if accelerator.is_main_process and (run.step == BATCHES or (run.finished and run.step < BATCHES)):
             margins = {term.evaluator.name: term.margin for term in reward.terms}
-            for line in complaints(run.records, margins):
+            for line in hinge_warnings(run.records, margins):
                 warn(line)
         yield from records
         if stopped:

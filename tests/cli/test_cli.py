@@ -1,4 +1,4 @@
-"""The command line: light, and for every bad input one clear line before any model is loaded and anything written."""
+"""The command line is light, and answers bad input with one clear line before a model is loaded or a file written."""
 
 from __future__ import annotations
 
@@ -95,17 +95,17 @@ BAD = {  # what is wrong: (changes to the sweep, the line)
     ),
     "a batch in a case": (
         {"cases": [{"label": "Mine", "method": {"name": "last"}, "training": {"batch": 4}}]},
-        r"cases\[0\].training: rows would be unequal; .* under 'overrides' with its reason",
+        r"cases\[0\].training: rows would be unequal; .* under 'overrides' with a reason",
     ),
     "an exception without a reason": (
         override(set={"training.optimizer.lr": 0.1}),
-        r"overrides\[0\]: an exception needs its reason",
+        r"overrides\[0\]: an exception needs a reason",
     ),
     "a misspelt override": (
         override(set={"training.bacth": 4}, reason="why not"),
         r"overrides\[0\].set: training.bacth: training has no such setting; did you mean 'batch'",
     ),
-    "an override for nobody": (
+    "an override that matches no run": (
         {"overrides": [{"match": {"method": "lats"}, "set": {"training.batch": 4}, "reason": "x"}]},
         r"overrides\[0\].match.method: there is no 'lats'; did you mean 'last'",
     ),
@@ -161,7 +161,7 @@ FILES = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Where the bad files are. Loading any model from here fails the test."""
+    """Return a folder with the bad files as working directory. Loading a model fails the test."""
     from alignbench.backends.flux import Flux
 
     def load(*_: Any) -> None:
@@ -175,20 +175,20 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def refused(capsys, store: Path, *words: str, plugin: bool = True) -> str:
-    """The one line with which a command ends, after it wrote nothing."""
+    """Assert that a command fails with one line and writes nothing, and return that line."""
     code = alignbench(*words, store=store, plugin=plugin)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert code == 1
-    assert said.out == ""
-    assert said.err.count("\n") == 1
-    assert said.err.startswith("alignbench: ")
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert output.err.startswith("alignbench: ")
     assert not store.is_dir()
-    return said.err
+    return output.err
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_line_and_nothing_is_written(what, folder, capsys):
-    """Each mistake in a sweep file: exit code 1, where and what in one line, no store, no model loaded."""
+    """Each mistake in a sweep file gives exit code 1 and one line with its place; no store is made, no model loaded."""
     changes, line = BAD[what]
     sweep_file(folder, changes)
     assert re.search(line, refused(capsys, folder / "store", "sweep", "tiny.yaml"))
@@ -224,7 +224,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(what, folder, capsys):
     ],
 )
 def test_a_mistake_on_the_command_line(words, line, folder, capsys):
-    """The same for options and a.b=c."""
+    """The same holds for options and a.b=c."""
     sweep_file(folder)
     assert re.search(line, refused(capsys, folder / "store", "sweep", "tiny.yaml", *words))
 
@@ -238,8 +238,8 @@ def test_a_mistake_on_the_command_line(words, line, folder, capsys):
         ("", "tiny.yaml: expected settings"),
     ],
 )
-def test_a_file_that_is_no_sweep(text, line, folder, capsys):
-    """YAML mistakes come with their line."""
+def test_a_file_that_is_not_a_sweep(text, line, folder, capsys):
+    """YAML mistakes are reported with their line number."""
     (folder / "tiny.yaml").write_text(text)
     assert re.search(line, refused(capsys, folder / "store", "sweep", "tiny.yaml"))
 
@@ -256,7 +256,7 @@ def test_a_file_that_is_no_sweep(text, line, folder, capsys):
     ],
 )
 def test_a_plugin_that_is_broken(source, line, folder, capsys):
-    """No class, a failing import, a name that is taken: the file is named."""
+    """The error names the file if it has no class, its import fails, or a name is taken."""
     (folder / "mine.py").write_text(source)
     sweep_file(folder, {"base": {"reward": {"evaluator": {"name": "hpsv2", "weights": "shapes"}}}})
     words = ["sweep", "tiny.yaml", "--plugin", "mine.py"]
@@ -267,7 +267,7 @@ def test_a_plugin_that_is_broken(source, line, folder, capsys):
 
 @pytest.mark.parametrize("verb", ["sweep", "plan", "validate", "status", "report"])
 def test_a_store_that_cannot_be_used(verb, folder, capsys):
-    """A file in the place of the store: one line, whatever the verb, and the file is as it was."""
+    """A file in place of the store gives one line, whatever the verb, and stays as it was."""
     sweep_file(folder)
     (folder / "store").write_text("mine")
     words = ["tiny.yaml"] if verb in ("status", "report") else ["tiny.yaml", "--plugin", PLUGIN]
@@ -277,7 +277,7 @@ def test_a_store_that_cannot_be_used(verb, folder, capsys):
 
 
 def test_plan_and_validate_write_nothing(folder, capsys):
-    """They show what would be done, and leave no trace."""
+    """They show what would be done and leave no trace."""
     sweep_file(folder)
     assert alignbench("validate", "tiny.yaml", store=folder / "store") == 0
     assert "fine; 3 runs, 4 prompts, scored by bright, geneval" in capsys.readouterr().out
@@ -289,7 +289,7 @@ def test_plan_and_validate_write_nothing(folder, capsys):
 
 
 def test_ls_shows_what_can_be_named(capsys):
-    """Built-ins and plug-ins, each with the first line of its docstring."""
+    """It lists built-ins and plug-ins, each with the first line of its docstring."""
     assert alignbench("ls") == 0
     out = capsys.readouterr().out
     for word in ("leapalign", "dancegrpo", "geneval", "flux", "shapes/test", "quickstart", "bright", "The mean of all"):
@@ -301,7 +301,7 @@ def test_ls_shows_what_can_be_named(capsys):
 
 
 def test_every_built_in_method_has_its_full_name_and_its_paper():
-    """The class says both; a paper is one that the head of the method's file names."""
+    """Each class has both, and the docstring of the method's file names the paper."""
     entries = [entry for entry in Registry().entries.values() if entry.kind == "method"]
     assert len(entries) == 17
     for entry in entries:
@@ -313,7 +313,7 @@ def test_every_built_in_method_has_its_full_name_and_its_paper():
 
 
 def test_the_light_verbs_import_no_torch(tmp_path):
-    """help, ls and status run without torch, transformers or diffusers; report: see test_report.py."""
+    """help, ls and status run without torch, transformers or diffusers; for report, see test_report.py."""
     code = (
         "import sys; from alignbench.cli import main; main(['--help'])\n"
         f"main(['ls', '--plugin', {PLUGIN!r}]); main(['status', '--store', {str(tmp_path)!r}])\n"
@@ -326,8 +326,8 @@ def test_the_light_verbs_import_no_torch(tmp_path):
     assert "Usage: alignbench" in done.stdout
 
 
-def test_help_comes_at_once():
-    """Under 0.3 s of processor time, the interpreter's start included."""
+def test_help_is_fast():
+    """It takes less than 0.3 s of processor time, including the start of the interpreter."""
     code = "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'alignbench.cli', '--help']);"
     code += "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)]
@@ -345,8 +345,8 @@ def test_every_verb_has_help(verb, capsys):
             assert name in said
 
 
-def test_every_verb_stands_in_one_group(capsys):
-    """The groups of `alignbench --help` list every verb exactly once, each on a line with its text."""
+def test_every_verb_is_in_one_group(capsys):
+    """The groups of `alignbench --help` list every verb exactly once, each on a line with its description."""
     grouped = [verb.name or "" for verbs in GROUPS.values() for verb in verbs]
     assert sorted(grouped) == sorted(cli.commands)
     assert len(set(grouped)) == len(grouped) == 19
@@ -355,7 +355,7 @@ def test_every_verb_stands_in_one_group(capsys):
     assert re.findall(r"(?m)^  ([a-z][\w-]+)  +\w", capsys.readouterr().out) == grouped
 
 
-def test_the_version_is_told(capsys):
+def test_the_version_is_printed(capsys):
     """`alignbench --version` prints the installed version."""
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"alignbench {version('alignbench')}\n"
@@ -380,8 +380,8 @@ def test_the_version_is_told(capsys):
         (["status", "--plugin", "x"], "there is no option '--plugin'"),
     ],
 )
-def test_a_mistake_in_the_words_is_one_line(words, line, capsys):
-    """Unknown and missing verbs, positionals and options: exit code 1 and one line, with the nearest name."""
+def test_a_mistake_in_the_words_gives_one_line(words, line, capsys):
+    """Unknown or missing verbs, arguments and options give exit code 1 and one line, with the nearest name."""
     assert main(words) == 1
     said = capsys.readouterr()
     assert said.out == ""
@@ -389,7 +389,7 @@ def test_a_mistake_in_the_words_is_one_line(words, line, capsys):
 
 
 def test_options_and_settings_mix_in_any_order(folder, capsys):
-    """Settings stand before, between and after options; --only takes every word up to the next option, once or more."""
+    """Settings may come before, between and after options; --only takes all words up to the next option, repeatedly."""
     sweep_file(folder)
     lines = []
     for words in (
@@ -404,7 +404,7 @@ def test_options_and_settings_mix_in_any_order(folder, capsys):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_completion_script_is_printed(shell, capsys):
-    """`alignbench --completion SHELL` prints the script, and the line that keeps it."""
+    """`alignbench --completion SHELL` prints the script, and the line that installs it."""
     assert main(["--completion", shell]) == 0
     said = capsys.readouterr().out
     assert "_ALIGNBENCH_COMPLETE" in said
@@ -424,7 +424,7 @@ def test_the_completion_script_is_printed(shell, capsys):
     ],
 )
 def test_bash_completes(words, expected, tmp_path, capsys):
-    """In bash itself, Tab after `alignbench sw` gives sweep; sweeps, methods, runs and options are completed too."""
+    """In a real bash, Tab after `alignbench sw` gives sweep; sweeps, methods, runs and options complete, too."""
     (tmp_path / "store/runs/1a2b").mkdir(parents=True)
     assert main(["--completion", "bash"]) == 0
     script = capsys.readouterr().out
@@ -436,8 +436,8 @@ def test_bash_completes(words, expected, tmp_path, capsys):
     assert (done.stdout.split(), done.stderr) == (expected, "")
 
 
-def test_a_reader_that_stops_early_is_no_failure():
-    """`alignbench ls | head -1`: exit code 0, and nothing on stderr."""
+def test_a_reader_that_stops_early_is_not_a_failure():
+    """`alignbench ls | head -1` gives exit code 0 and nothing on stderr."""
     ls = f"set -o pipefail; {sys.executable} -m alignbench.cli ls | head -1"
     done = subprocess.run(["bash", "-c", ls], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "methods:\n", "")
@@ -446,8 +446,8 @@ def test_a_reader_that_stops_early_is_no_failure():
 # -- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompts_id_is_its_texts(tmp_path):
-    """Wherever a prompt stands and in whichever form of file, its id (hence its noise) is the same."""
+def test_a_prompts_id_depends_on_its_text_alone(tmp_path):
+    """The id, and hence the noise, is the same at any position and in any format of file."""
     (tmp_path / "a.txt").write_text("a photo of a circle\na photo of a square\n")
     (tmp_path / "b.jsonl").write_text('{"prompt": "a photo of a square", "tag": "single_object"}\n')
     a, b = (load_prompts(str(tmp_path / name)) for name in ("a.txt", "b.jsonl"))
@@ -456,7 +456,7 @@ def test_a_prompts_id_is_its_texts(tmp_path):
 
 
 def test_packaged_prompts_are_disjoint():
-    """No evaluation prompt is trained or tuned on."""
+    """No evaluation prompt is used for training or tuning."""
     sets = [{prompt.id for prompt in load_prompts(f"shapes/{split}")} for split in ("train", "val", "test")]
     assert not sets[0] & sets[1]
     assert not (sets[0] | sets[1]) & sets[2]

@@ -1,4 +1,4 @@
-"""The README's promises, run as a reader would: its code blocks are files, its commands are commands."""
+"""The README keeps its promises when followed by a reader: its code blocks are files, its commands exist."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def blocks(language: str) -> dict[str, str]:
-    """The fenced blocks of a language that name their file in the first line: ``# name.py``."""
+    """Return the fenced blocks of a language by the file that their first line names: ``# name.py``."""
     found = re.findall(rf"```{language}\n# (\S+)\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     return dict(found)
 
 
 @pytest.fixture
 def example(tmp_path: Path) -> Path:
-    """A folder with the files that the README shows."""
+    """Return a folder with the files that the README shows."""
     files = blocks("python") | blocks("yaml")
     assert {"my_method.py", "test_my_method.py", "my_sweep.yaml"} <= files.keys()
     for name, text in files.items():
@@ -66,7 +66,7 @@ def test_every_command_of_the_readme_exists():
     verbs = set(cli.commands)
     docs = [README, *(README.parent / "docs").glob("*.md")]
     code = re.compile(r"```\n(.*?)```|`([^`\n]+)`", re.DOTALL)  # blocks without a language, and inline
-    said = "\n".join("\n".join(pair) for path in docs for pair in code.findall(path.read_text(encoding="utf-8")))
-    shown = set(re.findall(r"(?m)^alignbench ([a-z][\w-]*)", said))
+    text = "\n".join("\n".join(pair) for path in docs for pair in code.findall(path.read_text(encoding="utf-8")))
+    shown = set(re.findall(r"(?m)^alignbench ([a-z][\w-]*)", text))
     assert shown
     assert shown <= verbs

@@ -630,7 +630,10 @@ OPTIONS = {  # what is wrong: (options, the line)
     "a size that the file denies": (["--protocol", "size=64"], "--protocol size=64: .* says 32; leave it out"),
     "a list without the prompts": (["--prompts", "shapes/test"], "'a red circle' is not in --prompts shapes/test"),
     "an unknown evaluator": (["-e", "brigt"], "-e brigt: there is no such evaluator or metric; did you mean 'bright'"),
-    "a setting of none": (["bright.power=2"], "bright.power=2: is a setting of no evaluator; name it with -e"),
+    "a setting of none": (
+        ["bright.power=2"],
+        "bright.power=2: there is no evaluator for this setting; name one with -e",
+    ),
     "a check without metadata": (["-e", "geneval", "geneval.detector=shapes"], "GenEval|geneval|include"),
 }
 

@@ -195,7 +195,7 @@ def test_the_base_model_has_no_milestones(tmp_path):
 def test_a_sweep_takes_no_folder(tmp_path):
     """``base`` is for `alignbench score`: in a sweep it could only contradict the sweep's own base model."""
     path = sweep_file(tmp_path, {"evaluation": {"evaluators": [{"name": "base_distance", "base": str(tmp_path)}]}})
-    with pytest.raises(UserError, match=r"evaluators\[0\].base: a sweep makes the base model's pictures itself"):
+    with pytest.raises(UserError, match=r"evaluators\[0\].base: a sweep makes the base model's images itself"):
         resolve(read(path), Registry([PLUGIN]))
 
 

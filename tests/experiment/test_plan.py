@@ -1,4 +1,4 @@
-"""From a sweep file to tables, by real training of the packaged model: only what is missing is made, exactly."""
+"""From a sweep file to tables, by real training of the packaged model: exactly what is missing is made."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from support.tiny_sweep import PLUGIN, alignbench, debug_sweep, same, sweep_file
 
 
 def todo(folder: Path, capsys, *words: str) -> str:
-    """The last line of `alignbench plan`."""
+    """Return the last line of `alignbench plan`."""
     capsys.readouterr()
     assert alignbench("plan", sweep_file(folder), *words, store=folder / "store") == 0
     return capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_sweep_makes_everything_that_its_manifest_promises(swept):
-    """Every run is done; every image has every score; a trained run has records, weights and costs; base has none."""
+    """Every run is done, every image has every score; a trained run has records, weights and costs, base has none."""
     scores, costs = tables(swept / "store")
     assert costs["state"].tolist() == ["done"] * 3
     assert costs["images"].tolist() == [0, 8, 8]
@@ -41,7 +41,7 @@ def test_a_sweep_makes_everything_that_its_manifest_promises(swept):
 
 
 def test_training_worked(swept):
-    """Pictures got brighter than the base model's, in training and in evaluation: the pipeline is connected."""
+    """Images become brighter than the base model's, in training and in evaluation: the pipeline is connected."""
     scores, costs = tables(swept / "store")
     bright = scores[scores["metric"] == "brightness"].groupby("label")["score"].mean()
     assert bright["Last"] > bright["Base"]
@@ -67,7 +67,7 @@ def test_running_it_twice_makes_nothing_and_says_so(swept, capsys):
     ],
 )
 def test_a_change_makes_exactly_what_depends_on_it_stale(swept, capsys, change, line):
-    """Guidance of evaluation: images and scores. An evaluator: its scores. The learning rate: trained runs only."""
+    """Guidance affects images and scores; an evaluator, its scores; the learning rate, trained runs only."""
     assert todo(swept, capsys, change) == line
 
 
@@ -77,32 +77,32 @@ def test_the_store_is_a_function_of_the_sweep(swept, tmp_path):
     same(tmp_path / "store", swept / "store")
 
 
-def test_generation_goes_on_where_it_stopped(copy, swept, capsys):
-    """Killed between two images: the finished ones stay, the missing ones are made, the set is the same."""
+def test_generation_resumes_where_it_stopped(copy, swept, capsys):
+    """After a kill between two images, the finished ones stay, the missing ones are made, and the set is the same."""
     for folder in (copy / "store" / "images").iterdir():
         (folder / "manifest.parquet").unlink()
         kept, *lost = sorted(folder.glob("*.png"))
         before = kept.stat().st_mtime_ns
-        for picture in lost:
-            picture.unlink()
-        (folder / ".half.png.1.tmp").write_bytes(b"half a picture")
+        for image in lost:
+            image.unlink()
+        (folder / ".half.png.1.tmp").write_bytes(b"half an image")
     assert "0 to train, 3 image sets" in todo(copy, capsys)
     assert debug_sweep(sweep_file(copy), copy / "store") == 0
     same(copy / "store", swept / "store")
     assert kept.stat().st_mtime_ns == before
 
 
-def test_a_picture_that_was_changed_is_not_scored(copy, capsys):
+def test_an_image_that_was_changed_is_not_scored(copy, capsys):
     """An image that differs from its manifest is an error with the way out, not a score."""
     shutil.rmtree(copy / "store" / "scores")
-    picture = next((copy / "store" / "images").glob("*/*-0.png"))
-    picture.write_bytes(picture.read_bytes() + b"\0")
+    image = next((copy / "store" / "images").glob("*/*-0.png"))
+    image.write_bytes(image.read_bytes() + b"\0")
     assert debug_sweep(sweep_file(copy), copy / "store") == 2
-    assert "not the image that was made" in capsys.readouterr().err
+    assert "changed since it was made" in capsys.readouterr().err
 
 
-def test_a_failed_run_is_listed_retried_and_stops_nobody(tmp_path, monkeypatch, capsys):
-    """It has its reason, exit code 2, the others finish; the next sweep tries it again, and it alone."""
+def test_a_failed_run_is_listed_and_retried_and_stops_no_other(tmp_path, monkeypatch, capsys):
+    """It has a reason and exit code 2, and the others finish; the next sweep retries this run only."""
     cases = [{"label": "Bad", "method": {"name": "stopped"}}, {"label": "Good", "method": {"name": "last"}}]
     path = sweep_file(tmp_path, {"cases": cases, "grid": {"training.seed": [0]}})
     monkeypatch.setenv("ALIGNBENCH_TEST_STOP", "2:RuntimeError")
@@ -122,7 +122,7 @@ def test_a_failed_run_is_listed_retried_and_stops_nobody(tmp_path, monkeypatch, 
 
 
 def test_an_evaluator_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
-    """Its scores are missing with a reason, the others' are made; a single bad image is not ok, with its error."""
+    """Its scores are missing with a reason, and the others are made; a single bad image is not ok, with its error."""
     evaluators = [{"name": "broken"}, {"name": "bright"}]
     changes = {"cases": [{"label": "Base", "method": {"name": "base"}}], "evaluation": {"evaluators": evaluators}}
     path = sweep_file(tmp_path, changes)
@@ -138,8 +138,8 @@ def test_an_evaluator_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     assert scores[scores["metric"] == "worth"]["ok"].tolist() == [True, False, True, True]
 
 
-def test_an_interrupted_training_goes_on_bitwise(tmp_path, monkeypatch, capsys):
-    """Ctrl-C in batch 2: exit code 130, nothing is recorded as failed; going on gives the undisturbed weights."""
+def test_an_interrupted_training_run_resumes_bitwise(tmp_path, monkeypatch, capsys):
+    """Ctrl-C in batch 2 gives exit code 130 and no recorded failure; resuming gives the undisturbed weights."""
     changes = {"cases": [{"label": "S", "method": {"name": "stopped"}}], "grid": {"training.seed": [0]}}
     for name in ("calm", "stopped"):
         (tmp_path / name).mkdir()
@@ -154,8 +154,8 @@ def test_an_interrupted_training_goes_on_bitwise(tmp_path, monkeypatch, capsys):
     same(tmp_path / "calm" / "store", tmp_path / "stopped" / "store")
 
 
-def test_inputs_that_change_under_a_sweep_are_noticed(tmp_path):
-    """A worker that finds other prompts than the sweep was planned with does not file its work under the old id."""
+def test_inputs_that_change_during_a_sweep_are_noticed(tmp_path):
+    """A worker that finds other prompts than the sweep was planned with does not store its work under the old id."""
     from alignbench.experiment.document import read
     from alignbench.experiment.plan import resolve
     from alignbench.launch.local import launch
@@ -182,7 +182,7 @@ def test_one_run_in_the_foreground(swept, tmp_path, capsys):
 
 
 def test_report_and_status_of_a_finished_sweep(swept, capsys, tmp_path):
-    """`report` prints the table and names its files; `status` counts; both by the file and the same words."""
+    """`report` prints the table and names its files; `status` counts; both take the sweep file and the same words."""
     path = str(swept / "tiny.yaml")
     assert alignbench("report", path, "--out", str(tmp_path), store=swept / "store", plugin=False) == 0
     out = capsys.readouterr().out
@@ -200,7 +200,7 @@ def test_report_and_status_of_a_finished_sweep(swept, capsys, tmp_path):
 
 
 def worker(folder: Path) -> int:
-    """The process that trains, makes or scores images of the run that trains."""
+    """Return the pid of the process that trains, or makes or scores images of, the trained run."""
     run, images = trainer(folder)
     locks = (folder / "store" / "locks").glob("*.lock")
     return next(json.loads(path.read_text())["pid"] for path in locks if run in path.name or images in path.name)
@@ -216,8 +216,8 @@ STAGES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("how", ["ctrl-c", "kill -9 the worker", "kill -9 the sweep"])
-def test_whatever_is_killed_the_same_command_goes_on(swept, tmp_path, stage, how):
-    """Ctrl-C and kill -9 during training, generation and scoring: the rerun ends with the undisturbed store."""
+def test_whatever_is_killed_the_same_command_resumes(swept, tmp_path, stage, how):
+    """After Ctrl-C or kill -9 during training, generation or scoring, the store ends as if undisturbed."""
     sweep_file(tmp_path)
     process = start(tmp_path)
     until(tmp_path, "sweeps/*.json", process)
@@ -242,7 +242,7 @@ def test_whatever_is_killed_the_same_command_goes_on(swept, tmp_path, stage, how
 
 @pytest.mark.slow
 def test_two_sweeps_at_once_share_the_work(swept, tmp_path):
-    """Both end well, every run is trained once, and the store is that of one sweep."""
+    """Both succeed, every run is trained once, and the store equals that of one sweep."""
     sweep_file(tmp_path)
     both = [start(tmp_path), start(tmp_path)]
     assert [process.wait(PATIENCE) for process in both] == [0, 0]

@@ -1,4 +1,4 @@
-"""Published numbers are the ones that were printed, by a second path where there is one; sweeps have their settings."""
+"""Published numbers are as printed, checked by a second path where there is one; sweeps have the published settings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def drafted(name: str) -> Draft:
 
 
 def test_every_file_has_its_source_and_the_reverse():
-    """Citation, address, place and note; columns as promised; nothing is empty but a standard error."""
+    """Each file has a citation, URL, place and note, and the promised columns; only a standard error may be empty."""
     assert {path.stem for path in (ROOT / "published").glob("*.csv")} == SOURCES.keys()
     for stem, source in SOURCES.items():
         assert all(source[key] for key in ("citation", "url", "place", "note")), stem
@@ -64,8 +64,8 @@ def test_every_file_has_its_source_and_the_reverse():
             assert not row.get("se") or Decimal(row["se"]) > 0
 
 
-def test_what_a_source_explains_is_printed():
-    """Every mapped metric and method stands in the file, with the decimals that it is said to be printed with."""
+def test_what_a_source_maps_is_printed():
+    """Every mapped metric and method is in the file, with the stated number of decimals."""
     for stem, source in SOURCES.items():
         assert source["metrics"].keys() <= {row["metric"] for row in rows(stem)}, stem
         assert source.get("methods", {}).keys() <= {row["method"] for row in rows(stem)}, stem
@@ -76,35 +76,35 @@ def test_what_a_source_explains_is_printed():
             assert max(printed[metric]) == ours["decimals"], f"{stem}, {metric}"
 
 
-def count(printed: str, pictures: int) -> Decimal:
-    """The share of ``pictures`` that is printed in per cent; AssertionError if there is none."""
-    whole = round(Decimal(printed) * pictures / 100)
-    assert abs(Decimal(100 * whole) / pictures - Decimal(printed)) <= Decimal("0.005"), f"{printed} of {pictures}"
-    return Decimal(whole) / pictures
+def exact_share(printed: str, images: int) -> Decimal:
+    """Return the share of ``images`` that rounds to the printed percentage. Raise AssertionError if there is none."""
+    count = round(Decimal(printed) * images / 100)
+    assert abs(Decimal(100 * count) / images - Decimal(printed)) <= Decimal("0.005"), f"{printed} of {images}"
+    return Decimal(count) / images
 
 
-def test_leapaligns_geneval_is_one_run_of_2212_pictures_per_row():
+def test_leapaligns_geneval_is_one_run_of_2212_images_per_row():
     """Sub-scores are whole counts of GenEval's task sizes times 4; the overall score is their unweighted mean."""
     found = table("leapalign-table2-geneval")
     for method in dict.fromkeys(method for method, _ in found):
-        shares = [count(found[method, task], pictures) for task, pictures in TASKS.items()]
+        shares = [exact_share(found[method, task], images) for task, images in TASKS.items()]
         assert abs(sum(shares) / 6 - Decimal(found[method, "Overall"])) <= Decimal("0.00005"), method
 
 
-def test_flowbps_geneval_has_four_pictures_per_prompt():
-    """Sub-scores are counts of four pictures per prompt and not of one or two; the overall score is the mean of six."""
+def test_flowbps_geneval_has_four_images_per_prompt():
+    """Sub-scores are counts of four images per prompt and not of one or two; the overall score is the mean of six."""
     found = table("flowbp-geneval")
     for method in dict.fromkeys(method for method, _ in found):
         printed = {FLOWBP_NAMES.get(name, name): value for (row, name), value in found.items() if row == method}
-        shares = [count(printed[task], pictures) for task, pictures in TASKS.items()]
+        shares = [exact_share(printed[task], images) for task, images in TASKS.items()]
         assert abs(100 * sum(shares) / 6 - Decimal(printed["Overall"])) <= Decimal("0.005"), method
-    for pictures in (80, 160):
+    for images in (80, 160):
         with pytest.raises(AssertionError):
-            count(found["LeapAlign", "Count"], pictures)
+            exact_share(found["LeapAlign", "Count"], images)
 
 
-def test_tables_of_the_same_trainings_agree():
-    """Table 3's HPSv2.1 and base rows, table 5's default row and figure 5's ends are table 2's values, to the digit."""
+def test_tables_of_the_same_training_runs_agree():
+    """Table 3's HPSv2.1 and base rows, table 5's default row and figure 5's ends equal table 2's values exactly."""
     general, geneval = table("leapalign-table2"), table("leapalign-table2-geneval")
     for (method, metric), value in table("leapalign-table3-hpsv2").items():
         assert general[method, metric] == value
@@ -151,7 +151,7 @@ def test_adjoint_matching_moves_with_lambda():
 
 
 def test_table_1_is_what_the_gradients_do(monkeypatch):
-    """Measured on an analytic flow, the ticks are those of the published table; the committed file has them."""
+    """Ticks measured on an analytic flow are those of the published table and of the committed file."""
     monkeypatch.setattr("sys.argv", ["capabilities", "table2"])
     with redirect_stdout(io.StringIO()) as out:
         gradient_paths.main()
@@ -174,7 +174,7 @@ def test_table_1_is_what_the_gradients_do(monkeypatch):
     ],
 )
 def test_other_methods_ticks_follow_from_their_definitions(method, early, nested, leaps, several):
-    """Back-propagation is nested and leaps over nothing; without alpha nothing is nested; rescaling is no leap."""
+    """Back-propagation is nested without leaps; with alpha = 0 nothing is nested; rescaling is not a leap."""
     found = gradient_paths.ticks(REGISTRY.make("method", method, "method"))
     assert list(found.values()) == [early, nested, leaps, several]
 
@@ -183,12 +183,12 @@ def test_other_methods_ticks_follow_from_their_definitions(method, early, nested
 
 
 def uses() -> list[tuple[str, str]]:
-    """(sweep, table) for every published table that a report sets beside its numbers."""
+    """Return (sweep, table) for every published table that a report shows beside its numbers."""
     return [(name, stem) for name, words in WORDS.items() for stem in words.published]
 
 
 def test_every_paper_sweep_has_its_published_table():
-    """A report names files that are there; a sweep outside the shapes world names at least one."""
+    """Reports name existing files only; a sweep outside the shapes world names at least one."""
     assert {stem for _, stem in uses()} <= SOURCES.keys() - CURVES
     alone = {name for name, words in WORDS.items() if not words.published}
     assert alone == {"quickstart", "shapes", "shapes_curves", "shapes_methods"}
@@ -196,7 +196,7 @@ def test_every_paper_sweep_has_its_published_table():
 
 @pytest.mark.parametrize(("name", "stem"), uses())
 def test_mapped_metrics_are_made_by_the_sweep(name, stem):
-    """Each metric of ours that a published column is set beside comes from one of the sweep's evaluators."""
+    """Every metric of ours that is mapped to a published column comes from one of the sweep's evaluators."""
     evaluators = [REGISTRY.make("evaluator", plain, "e") for plain in drafted(name).sweep.evaluation.evaluators]
     made = {metric.name for evaluator in evaluators for metric in evaluator.metrics}
     assert {ours["metric"] for ours in SOURCES[stem]["metrics"].values()} <= made
@@ -204,7 +204,7 @@ def test_mapped_metrics_are_made_by_the_sweep(name, stem):
 
 @pytest.mark.parametrize("stem", sorted({stem for _, stem in uses()}))
 def test_every_published_row_is_a_row_of_a_sweep(stem):
-    """By its own name or the mapped one; only pictures sampled with noise (eta = 1) are not made again."""
+    """Rows match by their own or mapped name; only those sampled with noise (eta = 1) are not reproduced."""
     labels = {cell.spec.label for name, used in uses() if used == stem for cell in drafted(name).cells}
     methods = SOURCES[stem].get("methods", {})
     printed = dict.fromkeys(row["method"] for row in rows(stem) if not row["method"].endswith("eta = 1"))
@@ -213,13 +213,13 @@ def test_every_published_row_is_a_row_of_a_sweep(stem):
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_questions_are_about_rows_of_the_sweep(name):
-    """Subjects and rivals are labels; a rival that is absent would silently not be asked about."""
+    """Subjects and rivals are labels; an absent rival would be dropped silently."""
     labels = {cell.spec.label for cell in drafted(name).cells}
     asked = {label for subject, rivals in WORDS[name].questions for label in (subject, *rivals)}
     assert asked <= labels
 
 
-# A method's own released settings, and what a table's other sweep varies, are the only ones that differ.
+# Only a method's own released settings, and those that a table's other sweep varies, may differ.
 GRPO = {"training.batch", "training.budget.updates"}
 DEPARTURES = {
     "table2": {"DanceGRPO": GRPO | {"method.steps"}, "MixGRPO": GRPO},
@@ -230,8 +230,8 @@ OTHER_MODEL = {"backend.model", "backend.guidance", "method.steps", "prompts", "
 OTHER_EVALUATION = {"evaluation.prompts", "evaluation.images_per_prompt", "evaluation.steps", "evaluation.guidance"}
 
 
-def expected(name: str, stem: str, label: str) -> set[str]:
-    """The stated settings from which a row departs, each with its reason in the sweep's first lines."""
+def expected_departures(name: str, stem: str, label: str) -> set[str]:
+    """Return the stated settings from which a row departs, each with its reason in the sweep's first lines."""
     if name.startswith("vggflow"):
         return VGG | ({"method.steps"} if label == "Adjoint Matching" else set())
     if stem.startswith("adjoint-matching"):
@@ -241,24 +241,23 @@ def expected(name: str, stem: str, label: str) -> set[str]:
 
 @pytest.mark.parametrize(("name", "stem"), uses())
 def test_a_sweep_has_the_published_settings(name, stem):
-    """Every stated setting is that of every trained row, but for the exceptions that are listed here; silence counts
-    for nothing."""
+    """Every trained row has every stated setting, except for those listed here; settings "not stated" do not count."""
     for cell in drafted(name).cells:
         if cell.trains:
             made = settings(cell.spec) | {"evaluation": settings(cell.protocol)}
             made["reward.names"] = [part["evaluator"]["name"] for part in cell.spec.rewards]
-            differ = {path for path, stated in SOURCES[stem]["protocol"].items() if stated != said(made, path)}
+            differ = {path for path, stated in SOURCES[stem]["protocol"].items() if stated != as_published(made, path)}
             silent = {path for path, stated in SOURCES[stem]["protocol"].items() if stated == "not stated"}
-            assert differ - silent == expected(name, stem, cell.spec.label), cell.spec.label
+            assert differ - silent == expected_departures(name, stem, cell.spec.label), cell.spec.label
 
 
-def said(made: dict[str, Any], path: str) -> Any:
-    """A setting as published; ``reward`` is the evaluator's name."""
+def as_published(made: dict[str, Any], path: str) -> Any:
+    """Return a setting in its published form; ``reward`` is the evaluator's name."""
     value = made["reward.names"][0] if path == "reward" else pick(made, path)
     return list(value) if isinstance(value, tuple) else value
 
 
-def test_every_sweep_stands_in_the_readme_and_on_the_page_of_reproduction():
+def test_every_paper_sweep_is_in_the_readme_and_the_page_on_reproduction():
     """README's table names every sweep of a paper; docs/reproducing.md shows its command or names it."""
     for page in ("README.md", "docs/reproducing.md"):
         text = (ROOT.parent / page).read_text(encoding="utf-8")
@@ -267,7 +266,7 @@ def test_every_sweep_stands_in_the_readme_and_on_the_page_of_reproduction():
 
 
 def test_the_paper_sweeps_share_their_runs():
-    """LeapAlign as published is one run for table 2, table 5 and figures 4a to 4d and 4f; only its label differs."""
+    """LeapAlign as published is one run in table 2, table 5 and figures 4a to 4d and 4f; only its label differs."""
     of = {"table5": "LeapAlign, margin=0.55"}
     specs = []
     for name in ("table2", "table5", "fig4a", "fig4b", "fig4c", "fig4d", "fig4f"):

@@ -1,4 +1,4 @@
-"""Sweeps become cells, and ids follow from content: from all that determines a result, and from nothing else."""
+"""Sweeps become cells, and ids follow from content: from everything that determines a result, and nothing else."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def tiny(tmp_path) -> Plan:
 
 
 def test_cases_times_grid_and_untrained_once(tiny):
-    """Every case is run at every point of the grid, in order; a method that trains nothing once."""
+    """Every case runs at every point of the grid, in order; a method that trains nothing runs once."""
     assert [(cell.spec.label, cell.seed) for cell in tiny.cells] == [("Base", -1), ("Last", 0), ("Last", 1)]
 
 
-def test_an_axis_that_is_no_seed_makes_rows(tmp_path):
+def test_an_axis_other_than_the_seed_makes_rows(tmp_path):
     """A grid over a setting gives each value its own row, so that nothing is averaged over it."""
     changes = {"grid": {"training.seed": [0], "training.optimizer.lr": [1.0e-3, 1.0e-4]}}
     labels = [cell.spec.label for cell in plan(tmp_path, changes=changes).cells]
@@ -67,14 +67,14 @@ def test_an_axis_that_is_no_seed_makes_rows(tmp_path):
 
 
 def test_one_reward_or_several(tmp_path):
-    """A reward may be a list, each with margin and weight; roles, paths and ids follow; one alone has no weight."""
+    """A reward may be a list, each with margin and weight; roles, paths and ids follow; a single one has no weight."""
     rewards = [{"evaluator": {"name": "bright"}, "weight": 3}, {"evaluator": {"name": "bright", "power": 2.0}}]
     several = plan(tmp_path, changes={"base": {"reward": rewards}})
     assert [part["weight"] for part in several.cells[1].spec.rewards] == [3.0, 1.0]
     assert several.scores[0].role == "train"
     assert ids(several)[1:] != ids(plan(tmp_path))[1:]
     squared = plan(tmp_path, changes={"base": {"reward": {"evaluator": {"name": "bright", "power": 2.0}}}})
-    assert squared.scores[0].role == "train", "another scale of the same opinion is not held out"
+    assert squared.scores[0].role == "train", "the same evaluator on another scale is not held out"
     heavier = plan(tmp_path, "reward[1].weight=2", changes={"base": {"reward": rewards}})
     assert heavier.cells[1].spec.rewards[1]["weight"] == 2
     assert ids(heavier)[0] == ids(several)[0]
@@ -88,27 +88,27 @@ def test_one_reward_or_several(tmp_path):
 
 
 def test_a_list_that_repeats_prompts_is_not_for_evaluation(tmp_path):
-    """GenEval's training list draws some prompts often; a mean over their pictures would weigh them more."""
+    """GenEval's training list repeats some prompts; a mean over their images would weigh them more."""
     with pytest.raises(UserError, match=r"evaluation.protocol.prompts: geneval/train repeats prompts"):
         plan(tmp_path, "evaluation.protocol.prompts=geneval/train")
 
 
-def test_an_evaluator_for_tables_alone_is_no_reward(tmp_path):
-    """One that defines no reward is refused before anything is loaded, for policy gradients too."""
-    with pytest.raises(UserError, match=r"reward\.evaluator: broken scores for tables alone; choose"):
+def test_an_evaluator_without_a_reward_cannot_be_trained_on(tmp_path):
+    """It is refused before anything is loaded, for policy gradients too."""
+    with pytest.raises(UserError, match=r"reward\.evaluator: broken gives scores but no reward; choose"):
         plan(tmp_path, changes={"base": {"reward": {"evaluator": {"name": "broken"}}}})
 
 
 def test_overrides_match_in_order_and_are_kept_with_their_reason(tmp_path):
-    """An override changes the runs it matches, and no others; the manifest says so."""
+    """An override changes the runs it matches and no others; the cells keep it with its reason."""
     override = {"match": {"method": "last", "training.seed": 1}, "set": {"training.batch": 4}, "reason": "to see"}
     cells = plan(tmp_path, changes={"overrides": [override]}).cells
     assert [cell.spec.training.batch for cell in cells] == [2, 2, 4]
     assert [cell.notes for cell in cells] == [[], [], [{"set": {"training.batch": 4}, "reason": "to see"}]]
 
 
-def test_the_command_line_beats_the_file(tmp_path):
-    """``a.b=c`` comes after overrides and replaces a grid's axis; a method's setting goes where the method has it."""
+def test_the_command_line_overrides_the_file(tmp_path):
+    """``a.b=c`` applies after overrides and replaces a grid's axis; a method's setting goes to methods that have it."""
     override = {"match": {}, "set": {"training.batch": 4}, "reason": "to see"}
     changes = {"overrides": [override]}
     cells = plan(tmp_path, "training.batch=1", "seed=7", "method.steps=3", changes=changes).cells
@@ -120,7 +120,7 @@ def test_the_command_line_beats_the_file(tmp_path):
 
 
 def test_only_selects(tiny):
-    """Values of one key are alternatives, keys are joined, ``!`` excludes, and what matches nothing is an error."""
+    """Values of one key are alternatives, keys are combined, ``!`` excludes, and matching nothing is an error."""
 
     def titles(*patterns):
         return [cell.title for cell in select(tiny.cells, patterns)]
@@ -137,7 +137,7 @@ def test_only_selects(tiny):
 def test_roles(tmp_path):
     """The training reward is "train", a rule without weights "check", every other evaluator "held-out"."""
     evaluators = [{"name": "bright"}, {"name": "bright", "power": 2.0}, {"name": "geneval", "detector": "shapes"}]
-    with pytest.raises(UserError, match="two of them make a column 'brightness'"):
+    with pytest.raises(UserError, match="two evaluators make a column 'brightness'"):
         plan(tmp_path, changes={"evaluation": {"evaluators": evaluators}})
     evaluators = [{"name": "bright"}, {"name": "hpsv2", "weights": "shapes"}, {"name": "geneval", "detector": "shapes"}]
     found = plan(tmp_path, changes={"evaluation": {"evaluators": evaluators}}).scores
@@ -145,7 +145,7 @@ def test_roles(tmp_path):
 
 
 def test_the_packaged_sweeps_are_valid_and_share(tmp_path):
-    """quickstart: six rows at two seeds or more, equal images; shapes: the same rows at five seeds."""
+    """quickstart has six rows at two seeds or more with equal budgets; shapes has the same rows at five seeds."""
     quickstart, shapes = (resolve(read(name), registry(PLUGIN)) for name in ("quickstart", "shapes"))
     names = [cell.spec.method["name"] for cell in quickstart.cells]
     assert list(dict.fromkeys(names)) == ["base", "refl", "draft_lv", "drtune", "leapalign", "dancegrpo"]
@@ -158,7 +158,7 @@ def test_the_packaged_sweeps_are_valid_and_share(tmp_path):
 
 
 def test_an_installed_package_can_bring_methods(monkeypatch):
-    """An entry point of ``alignbench.plugins`` names a module; its classes are listed, and count as plug-ins."""
+    """An entry point of ``alignbench.plugins`` names a module; its classes are listed and count as plug-ins."""
     point = EntryPoint("mine", "support.bright_plugin", plugins.GROUP)
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == plugins.GROUP else [])
     found = Registry()
@@ -173,7 +173,7 @@ def test_an_installed_package_can_bring_methods(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(sweeps()))
 def test_a_sweep_builds_each_part_once_or_twice(name, monkeypatch):
-    """At most as it is written, and as it is completed: twice as many builds as there are distinct parts, however many
+    """Each is built at most as written and as completed: no more than two builds per distinct part, however many
     cases, seeds, checks and ids there are."""
     built, make = [], Registry.make
     monkeypatch.setattr(Registry, "make", lambda self, *given: built.append(given) or make(self, *given))
@@ -187,7 +187,7 @@ def test_a_sweep_builds_each_part_once_or_twice(name, monkeypatch):
 
 
 def test_equal_settings_are_one_object(tmp_path):
-    """Cells share what they do not differ in, and have their own of what they do."""
+    """Cells share a part if its settings are equal, and have separate ones otherwise."""
     changes = {"grid": {"training.seed": [0, 1], "method.steps": [2, 3]}}
     _, *trained = plan(tmp_path, changes=changes).cells
     assert len({id(cell.backend) for cell in trained}) == len({id(cell.rewards[0].evaluator) for cell in trained}) == 1
@@ -195,8 +195,8 @@ def test_equal_settings_are_one_object(tmp_path):
     assert all(settings(cell.method) == cell.spec.method for cell in trained)
 
 
-def test_what_is_wrong_is_told_at_its_place(tmp_path):
-    """Grid, override, command line and case each name themselves, though a part that was built is not built again."""
+def test_mistakes_are_reported_with_their_place(tmp_path):
+    """Errors name the grid, override, command line or case, although parts are built only once."""
     wrong = {
         "grid: method.stepz": {"grid": {"training.seed": [0], "method.stepz": [2, 3]}},
         "overrides[1].set: method.stepz": {
@@ -221,8 +221,8 @@ def test_what_is_wrong_is_told_at_its_place(tmp_path):
 # -- ids --------------------------------------------------------------------------------------------------------------
 
 
-RESOLVED = ("quickstart", "shapes", "shapes_curves", "shapes_methods")  # with what is packaged
-BEFORE = {  # digests of settings and ids as revision acc4a42 resolved them, cell by cell
+RESOLVED = ("quickstart", "shapes", "shapes_curves", "shapes_methods")  # sweeps that need only packaged files
+BEFORE = {  # digests of settings and ids, cell by cell, as of revision acc4a42
     "adjoint_matching_lambda": "8fc42c71f7",
     "fig4a": "f863b78204",
     "fig4b": "23c953e08b",
@@ -254,7 +254,7 @@ BEFORE = {  # digests of settings and ids as revision acc4a42 resolved them, cel
 
 @pytest.mark.parametrize("name", sorted(sweeps()))
 def test_every_id_is_what_it_was(name, monkeypatch):
-    """Settings, seeds and ids of every packaged sweep; where weights are absent, of runs as if no part had files."""
+    """Settings, seeds and ids of every packaged sweep are unchanged; run ids are computed as if no part had files."""
     found = registry(PLUGIN)
     ids = None
     if name in RESOLVED:
@@ -279,7 +279,7 @@ def test_every_id_is_what_it_was(name, monkeypatch):
 
 
 def test_ids_do_not_depend_on_names_and_order(tmp_path, tiny):
-    """A label, the order of cases, comments, how often to save: the same weights, hence the same ids."""
+    """Labels, the order of cases and how often to save do not affect the weights, hence not the ids."""
     renamed = plan(tmp_path, "cases[1].label=Other", "training.checkpoint_every=3", "training.keep=5", "name=other")
     assert ids(renamed) == ids(tiny)
     assert images(renamed) == images(tiny)
@@ -295,8 +295,8 @@ def test_ids_do_not_depend_on_names_and_order(tmp_path, tiny):
         "backend.guidance=2.0",
     ],
 )  # fmt: skip
-def test_whatever_moves_the_weights_moves_the_run_and_its_images(tmp_path, tiny, change):
-    """Method, reward, training, prompts: a change of any makes new runs. Scores' own ids are of evaluators alone."""
+def test_whatever_changes_the_weights_changes_the_ids_of_run_and_images(tmp_path, tiny, change):
+    """A change of method, reward, training or prompts makes new runs; ids of scores depend on evaluators alone."""
     changed = plan(tmp_path, change)
     assert not set(ids(changed)[1:]) & set(ids(tiny))
     assert not set(images(changed)[1:]) & set(images(tiny))
@@ -306,8 +306,8 @@ def test_whatever_moves_the_weights_moves_the_run_and_its_images(tmp_path, tiny,
 @pytest.mark.parametrize(
     "change", ["protocol.guidance=2.0", "protocol.steps=3", "protocol.seed=1", "protocol.prompts=shapes/val", "limit=3"]
 )
-def test_the_protocol_moves_images_alone(tmp_path, tiny, change):
-    """Only the guidance of evaluation changed: the trained weights are reused, every image set is new."""
+def test_the_protocol_changes_image_sets_alone(tmp_path, tiny, change):
+    """If only the protocol of evaluation changes, the trained weights are reused and every image set is new."""
     changed = plan(tmp_path, f"evaluation.{change}")
     assert ids(changed) == ids(tiny)
     assert not set(images(changed)) & set(images(tiny))
@@ -319,21 +319,21 @@ def test_ema_or_last_matters_to_trained_weights_only(tmp_path, tiny):
     assert [a == b for a, b in zip(images(changed), images(tiny))] == [True, False, False]
 
 
-def test_an_evaluators_settings_move_its_scores_alone(tmp_path, tiny):
-    """Another setting of one evaluator: its scores are new, nothing else is."""
+def test_an_evaluators_settings_change_its_scores_alone(tmp_path, tiny):
+    """Another setting of one evaluator makes its scores new, and nothing else."""
     changed = plan(tmp_path, "evaluation.evaluators[0].power=2.0")
     assert images(changed) == images(tiny)
     assert [a == b for a, b in zip(scores(changed), scores(tiny))] == [False, True]
 
 
-def test_equal_fields_of_different_methods_differ(tmp_path):
-    """The name is hashed with the fields."""
+def test_methods_with_equal_fields_have_different_ids(tmp_path):
+    """The name of a method is hashed with its fields."""
     changes = {"cases": [LAST, {"label": "Stopped", "method": {"name": "stopped"}}]}
     assert len(set(ids(plan(tmp_path, changes=changes)))) == 4
 
 
 def test_a_plugins_source_is_part_of_its_runs(tmp_path, tiny):
-    """Edit a plug-in, and what it trained or scored is stale; the base model's images are not."""
+    """Editing a plug-in makes everything it trained or scored stale, but not the base model's images."""
     edited = tmp_path / "bright.py"
     edited.write_text(Path(PLUGIN).read_text() + "\n# edited\n")
     changed = plan(tmp_path, plugin=str(edited))
@@ -342,7 +342,7 @@ def test_a_plugins_source_is_part_of_its_runs(tmp_path, tiny):
 
 
 def test_weights_count_by_content_not_by_name(tmp_path, tiny):
-    """The model's folder may move; one changed byte in it makes every run new."""
+    """A model's folder may move; one changed byte in it makes every run new."""
     backend = decode(Registry().get("backend", "flux", ""), {"model": "shapes", "size": 32}, "")
     copy = tmp_path / "moved"
     shutil.copytree(backend.folder, copy)
@@ -356,7 +356,7 @@ def test_weights_count_by_content_not_by_name(tmp_path, tiny):
 
 
 def test_prompts_count_by_content(tmp_path):
-    """The same prompts under another name are the same; one more is not."""
+    """The same prompts under another file name give the same ids; one prompt more does not."""
     (tmp_path / "a.txt").write_text("a photo of a circle\na photo of a square\n")
     (tmp_path / "b.txt").write_text("a photo of a circle\r\na photo of a square")
     (tmp_path / "c.txt").write_text("a photo of a circle\na photo of a square\na photo of a cross\n")
@@ -366,7 +366,7 @@ def test_prompts_count_by_content(tmp_path):
 
 
 def test_large_files_are_sampled(tmp_path, monkeypatch):
-    """Over the limit, size, head, middle and tail are hashed: a change there is seen, and the whole is not read."""
+    """Above the limit, size, head, middle and tail are hashed: a change there is noticed, and the rest is not read."""
     monkeypatch.setattr(digests, "WHOLE", 1000)
     monkeypatch.setattr(digests, "SAMPLE", 100)
     path, found = tmp_path / "weights", []
@@ -391,7 +391,7 @@ def test_a_budget_is_exactly_one():
 
 
 def test_the_manifest_is_named_by_the_document_alone(tmp_path):
-    """`report` finds it from the file and the words typed, without importing a method; SUBSET is part of the name."""
+    """`report` finds it from the file and the typed words, without importing a method; SUBSET is part of the name."""
     path = sweep_file(tmp_path)
     assert read(path).manifest == read(path).manifest
     assert read(path).manifest != read(path, ["training.batch=4"]).manifest

@@ -97,7 +97,7 @@ def test_a_time_is_read_as_slurm_reads_it(time, seconds):
 
 def test_a_job_that_would_be_told_to_save_at_its_start_is_refused(tmp_path):
     """Such a job would be requeued after every batch."""
-    with pytest.raises(UserError, match=r"slurm.time: generate: 1 is no longer than the 90 s .* lower signal"):
+    with pytest.raises(UserError, match=r"slurm.time: generate: 1 is not longer than the 90 s .* lower signal"):
         ask(tmp_path, {"time": 1})
     assert ask(tmp_path, {"time": 1, "signal": 20})
 

@@ -1,4 +1,4 @@
-"""A sweep's workers run the code that the sweep was started with."""
+"""The workers of a sweep run the code that the sweep was started with."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ print(json.dumps({
 
 
 def facts(taken: code_snapshot.Snapshot, folder: Path) -> dict:
-    """What a new interpreter in ``folder`` says of the code that it runs."""
+    """Return facts about the code that a new interpreter in ``folder`` runs."""
     done = subprocess.run(
         [sys.executable, "-c", FACTS],
         cwd=folder,
@@ -53,7 +53,7 @@ def taken(tmp_path):
 
 
 def test_a_snapshot_holds_every_file_and_nothing_else(taken):
-    """Code and data of every package, read-only, with no compiled file."""
+    """It has the code and data of every package, read-only, without compiled files."""
     tracked = ["alignbench", "methods", "evaluators", "reports", "sweeps"]
     mine = {path for folder in tracked for path in (ROOT / folder).rglob("*") if path.is_file()}
     mine = {path for path in mine if "__pycache__" not in path.parts}
@@ -66,7 +66,7 @@ def test_a_snapshot_holds_every_file_and_nothing_else(taken):
 
 
 def test_a_new_interpreter_runs_the_snapshot_and_finds_its_data_there(taken, tmp_path):
-    """Ahead of the editable install: modules, sweeps, prompts, model, scripts of other environments."""
+    """Modules, sweeps, prompts, model and scripts of other environments come from it, not from the editable install."""
     found = facts(taken, tmp_path)
     inside = [found["home"], found["model"], *found["entries"], *found["sweeps"]]
     assert all(Path(path).is_relative_to(taken.path) for path in inside)
@@ -77,8 +77,8 @@ def test_a_new_interpreter_runs_the_snapshot_and_finds_its_data_there(taken, tmp
     assert not list(taken.path.rglob("__pycache__"))
 
 
-def test_what_is_edited_later_changes_no_snapshot(tmp_path):
-    """A checkout from which a snapshot was taken is edited: the snapshot's interpreter does what it did before."""
+def test_later_edits_do_not_change_a_snapshot(tmp_path):
+    """After its checkout is edited, an interpreter that runs the snapshot behaves as before."""
     checkout = tmp_path / "checkout"
     for part in ("", *code_snapshot.PARTS[1:]):
         shutil.copytree(ROOT / (part or "alignbench"), checkout / "alignbench" / part, dirs_exist_ok=True)
@@ -126,13 +126,13 @@ def test_the_command_line_runs_from_a_read_only_snapshot(taken, tmp_path):
 
 
 def test_a_plug_in_keeps_its_bytes(taken):
-    """So that its digest, and with it every id, is the original's."""
+    """Its digest, and with it every id, is that of the original."""
     assert [digest(Path(path)) for path in taken.plugins] == [digest(Path(PLUGIN))]
     assert Registry(taken.plugins).source("method", "last") == Registry([PLUGIN]).source("method", "last")
 
 
 def test_plug_ins_of_one_name_do_not_replace_each_other(tmp_path):
-    """Two files called mine.py are both there, each with its own content."""
+    """Two files called mine.py are both copied, each with its own content."""
     paths = [tmp_path / str(i) / "mine.py" for i in range(2)]
     for i, path in enumerate(paths):
         path.parent.mkdir()
@@ -154,7 +154,7 @@ def test_the_name_is_the_content(tmp_path, taken):
 
 
 def test_sweeps_that_start_at_once_share_one_snapshot(tmp_path):
-    """Four at a time: all get the same whole folder, and nothing half-made is left."""
+    """Four threads at a time all get the same whole folder, and nothing half-made is left."""
     found: list[code_snapshot.Snapshot] = []
     threads = [threading.Thread(target=lambda: found.append(code_snapshot.take(tmp_path, [PLUGIN]))) for _ in range(4)]
     for thread in threads:
@@ -166,7 +166,7 @@ def test_sweeps_that_start_at_once_share_one_snapshot(tmp_path):
 
 
 def test_a_snapshot_that_was_changed_is_refused(taken, tmp_path):
-    """Its name would lie about the code."""
+    """Its name would no longer match the code."""
     path = Path(taken.plugins[0])
     path.chmod(0o644)
     path.write_text("# something else\n")

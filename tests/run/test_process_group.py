@@ -1,4 +1,4 @@
-"""Several processes make the run that one makes, and all of them end together."""
+"""Several processes make the same run as one, and all of them end together."""
 
 import json
 import shutil
@@ -26,12 +26,12 @@ CASES = rank_process.CASES
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """(folder, what two processes noted, what one did): two batches of each case, and runs resumed by the other."""
+    """Return (folder, records of two processes, records of one): two batches of each case, and resumed runs."""
     folder = tmp_path_factory.mktemp("ranks")
     tiny.flux_folder(folder / "flux", scale=2.0)
     one = ProcessGroup()
     alone = {f"{t}-{m}": rank_process.trained(folder, one, "ddp", t, m, folder / f"{t}-{m}") for t, m in CASES}
-    for tune in ("full", "lora"):  # what one process leaves after a batch, for two to go on with
+    for tune in ("full", "lora"):  # stopped by one process after a batch, resumed by two
         rank_process.trained(folder, one, "ddp", tune, "leapalign", folder / f"{tune}-stopped", batches=1)
     for kind in rank_process.HALVES:
         alone[kind] = rank_process.halved(folder, one, kind, folder / f"{kind}-one")
@@ -56,7 +56,8 @@ def same_weights(folder, other, tolerance=1e-4, file=FINAL):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("tune", "name"), CASES)
 def test_two_ranks_are_one_process(both, tune, name, parallel):
-    """Loss, gradient norm, drift, costs, weights and their average: to rounding, whole or in parts, all or adapters."""
+    """Loss, gradient norm, drift, costs, weights and their average agree up to rounding, for ddp and fsdp, with all
+    weights or adapters."""
     folder, noted, alone = both
     case = f"{tune}-{name}"
     for rank in noted:
@@ -66,8 +67,8 @@ def test_two_ranks_are_one_process(both, tune, name, parallel):
 
 
 @pytest.mark.slow
-def test_an_average_in_parts_on_the_host(both):
-    """The same files as with the average beside the weights, bit by bit, also of a run that was resumed half-way."""
+def test_a_sharded_average_on_the_host(both):
+    """The files equal, bit by bit, those of an average kept beside the weights, also for a resumed run."""
     folder, *_ = both
     for file in (FINAL, milestone_file(1)):
         assert (folder / "full-host" / file).read_bytes() == (folder / "full-leapalign-fsdp" / file).read_bytes()
@@ -76,7 +77,7 @@ def test_an_average_in_parts_on_the_host(both):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tolerance"), [("master", 1e-3), ("stochastic", 2e-2)])
 def test_weights_in_bfloat16_on_two_ranks(both, kind, tolerance):
-    """Both ranks note the same, and one process nearly so: bfloat16's rounding of activations and of gradients turns
+    """Both ranks record the same, and a single process almost: bfloat16's rounding of activations and gradients flips
     the sign of an update (lr is 1e-3) here and there, and rounding moves a weight by its last place.
     """
     folder, (first, second), alone = both
@@ -88,7 +89,7 @@ def test_weights_in_bfloat16_on_two_ranks(both, kind, tolerance):
 
 @pytest.mark.slow
 def test_rewards_in_slices_on_two_ranks(both):
-    """Records and weights of one process that takes a micro-batch at once, to rounding."""
+    """Records and weights equal, up to rounding, those of one process that takes a micro-batch at once."""
     folder, noted, alone = both
     for rank in noted:
         near(rank["sliced"]["records"], alone["lora-leapalign"]["records"])
@@ -97,7 +98,7 @@ def test_rewards_in_slices_on_two_ranks(both):
 
 @pytest.mark.slow
 def test_weights_are_gathered_once_per_update(both):
-    """Once for each of the five modules that are gathered at a time, however many network calls an update makes."""
+    """Each of the five modules is gathered once per update, however many network calls that makes."""
     _, (first, second), _ = both
     for name, updates in (("leapalign", 1), ("dancegrpo", 2)):
         counts = first[f"lora-{name}-fsdp"]["collectives"]
@@ -110,8 +111,8 @@ def test_weights_are_gathered_once_per_update(both):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tune", ["full", "lora"])
-def test_a_checkpoint_does_not_know_how_many_ranks_wrote_it(both, tune):
-    """One process's is resumed by two with their parts, and theirs by one: the undisturbed run's, to rounding."""
+def test_a_checkpoint_does_not_depend_on_the_number_of_ranks(both, tune):
+    """Two ranks with shards resume from one process, and one from two: up to rounding, as the undisturbed run."""
     folder, noted, alone = both
     case = f"{tune}-leapalign"
     near(noted[0][f"{tune}-resumed"]["records"], alone[case]["records"][1:])
@@ -130,7 +131,7 @@ def test_a_checkpoint_does_not_know_how_many_ranks_wrote_it(both, tune):
 
 @pytest.mark.slow
 def test_two_ranks_guide_as_one_process_does(tmp_path):
-    """SD3, FLUX.2 and SiT in parts, where a velocity is two network calls, one of them with a gradient or both."""
+    """SD3, FLUX.2 and SiT are sharded; a velocity takes two network calls, one or both with a gradient."""
     alone = {}
     for guided in rank_process.GUIDED:
         kept = tmp_path / guided[0]
@@ -145,7 +146,7 @@ def test_two_ranks_guide_as_one_process_does(tmp_path):
 
 
 def task(folder, parallel="ddp"):
-    """The tiny sweep's run that trains, to be executed in ``folder``."""
+    """Return the store in ``folder`` and the task of the tiny sweep's trained run, and write the task to task.json."""
     store = Store(folder / "store")
     changes = {"base": {"training": {"milestones": [2]}}}
     plan = resolve(read(sweep_file(folder, changes), seeds="0"), Registry([PLUGIN]))
@@ -159,7 +160,7 @@ def task(folder, parallel="ddp"):
 
 @pytest.mark.slow
 def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
-    """From nothing to scores; and from one process's weights two make the same images, byte by byte, and scores."""
+    """Two ranks go from nothing to scores; one process makes the same images, byte by byte, and scores again."""
     store, plain = task(tmp_path, "fsdp")
     first, second = rank_process.together("execute", tmp_path)
     assert (first["state"], second["state"]) == ("done", "done")
@@ -167,17 +168,17 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     assert json.loads((store.run(plain["run"], True).folder / "provenance.json").read_text())["processes"] == 2
     images = store.images(plain["images"])
     milestone = store.images(plain["milestones"][0][1])
-    pictures = {path.name: path.read_bytes() for path in images.folder.glob("*.png")}
+    final = {path.name: path.read_bytes() for path in images.folder.glob("*.png")}
     earlier = {path.name: path.read_bytes() for path in milestone.folder.glob("*.png")}
     manifest = pd.read_parquet(images.product)
     scores = {path: pd.read_parquet(path) for path in (store.root / "scores").rglob("*.parquet")}
-    assert len(pictures) == len(manifest) == 4
+    assert len(final) == len(manifest) == 4
     assert len(earlier) == 4
     shutil.rmtree(milestone.folder)
     shutil.rmtree(images.folder)
     shutil.rmtree(store.root / "scores")
     assert execute(plain)["made"] == [*["images"] * 2, *["scores"] * 4]
-    assert {path.name: path.read_bytes() for path in images.folder.glob("*.png")} == pictures
+    assert {path.name: path.read_bytes() for path in images.folder.glob("*.png")} == final
     assert {path.name: path.read_bytes() for path in milestone.folder.glob("*.png")} == earlier
     pd.testing.assert_frame_equal(pd.read_parquet(images.product), manifest)
     for path, frame in scores.items():
@@ -187,7 +188,7 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", ["0", "1"])
 def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path, fails):
-    """Where no other rank expects it: the reason is on record, the lock is free, and nobody is left waiting."""
+    """When a rank fails unexpectedly, the reason is recorded, the lock is free, and no rank is left waiting."""
     store, plain = task(tmp_path)
     rank_process.together("execute", tmp_path, fails, expect=1)
     run = store.run(plain["run"], True)
@@ -197,7 +198,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path, fails):
 
 
 def test_one_process_starts_nothing(monkeypatch):
-    """Alone, nobody is told anything, nobody is waited for, and there is no process group."""
+    """A single process sends no messages, waits for none, and makes no process group."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     group = ProcessGroup()
     assert group.broadcast(lambda: {"a": 1}) == {"a": 1}
@@ -210,7 +211,7 @@ def test_one_process_starts_nothing(monkeypatch):
 
 @pytest.mark.parametrize(("batch", "micro", "ranks"), [(9, None, 2), (8, 5, 2), (8, None, 16)])
 def test_batches_that_ranks_cannot_share_are_refused_before_submission(batch, micro, ranks):
-    """With the place, the setting, and what instead; what divides is accepted."""
+    """The error has the place and the setting; a batch that divides is accepted."""
     training = Training(budget=Budget(updates=1), batch=batch, micro_batch=micro)
     with pytest.raises(UserError, match=r"here: training.(micro_)?batch"):
         check_ranks(training, ranks, "here")

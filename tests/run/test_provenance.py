@@ -1,4 +1,4 @@
-"""Whatever is made says with what code, packages, files and machine."""
+"""Every artefact records the code, packages, files and machine that made it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def git(folder: Path, *words: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
-    """A checkout of something that looks like this project; ``provenance`` believes to stand in it."""
+    """Return a checkout that resembles this project, in which ``provenance`` takes itself to be."""
     (tmp_path / "alignbench").mkdir()
     (tmp_path / "methods").mkdir()
     (tmp_path / "alignbench" / "flow.py").write_text("x = 1\n")
@@ -36,7 +36,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_clean_checkout_is_its_revision(checkout):
-    """Nothing differs, and what is no code (notes, a store) does not count."""
+    """Nothing differs; files that are not code (notes, a store) do not count."""
     (checkout / "notes.txt").write_text("mine")
     found = provenance.code()
     assert found["revision"] == git(checkout, "rev-parse", "HEAD")
@@ -70,7 +70,7 @@ def test_without_a_checkout_git_says_nothing_and_the_digest_stands(tmp_path, mon
 
 
 def test_a_run_names_code_packages_machine_and_files(swept):
-    """provenance.json of a trained run: everything that a reader needs to make it again, weight files by hash."""
+    """provenance.json of a trained run has everything needed to make it again, with weight files by hash."""
     (folder,) = (path.parent for path in (swept / "store").glob("runs/last-*/weights.safetensors") if seed(path) == 0)
     found = json.loads((folder / "provenance.json").read_text())
     assert found["code"] == code_snapshot.digest(code_snapshot.package())
@@ -91,7 +91,7 @@ def seed(weights: Path) -> int:
 
 
 def test_a_run_keeps_its_plug_ins(swept):
-    """The copy is the file that was used, byte by byte, with the place it came from."""
+    """The copy equals the file that was used, byte by byte, and its origin is recorded."""
     for path in (swept / "store").glob("runs/*/provenance.json"):
         (plugin,) = json.loads(path.read_text())["plugins"]
         assert plugin["path"] == PLUGIN
@@ -100,7 +100,7 @@ def test_a_run_keeps_its_plug_ins(swept):
 
 
 def test_images_and_scores_name_their_makers(swept):
-    """Beside every image set and score file: code, packages, host; of a score also the evaluator and its files."""
+    """Every image set and score file records its code; a score also its evaluator and the evaluator's files."""
     digest = code_snapshot.digest(code_snapshot.package())
     for path in (swept / "store").glob("images/*/protocol.json"):
         (maker,) = json.loads(path.read_text())["made_by"]
@@ -118,7 +118,7 @@ def test_images_and_scores_name_their_makers(swept):
 
 
 def test_every_attempt_is_remembered(tmp_path, monkeypatch):
-    """A run that was requeued elsewhere says both where it began and where it ended."""
+    """A run that was requeued on another machine records where it began and where it ended."""
     code = provenance.code() | {"diff": "a change"}
     registry = Registry()
     for job in ("7", "8"):
@@ -134,7 +134,7 @@ def test_every_attempt_is_remembered(tmp_path, monkeypatch):
 
 
 def test_a_large_file_is_sampled_and_says_so(tmp_path):
-    """No record calls a digest of parts of a file its sha256."""
+    """A digest of parts of a file is never recorded as its sha256."""
     path = tmp_path / "weights"
     with path.open("wb") as file:
         file.truncate(256 * 2**20 + 1)
@@ -142,8 +142,8 @@ def test_a_large_file_is_sampled_and_says_so(tmp_path):
     assert set(row) == {"bytes", "sampled"}
 
 
-def test_the_driver_is_read_from_its_own_words(tmp_path):
-    """Both spellings of the kernel module's version line; None without a driver."""
+def test_the_driver_version_is_parsed(tmp_path):
+    """Both spellings of the kernel module's version line are read; None without a driver."""
     file = tmp_path / "version"
     assert provenance._driver(file) is None
     for line in (

@@ -1,4 +1,4 @@
-"""Trackers show what the store has, on request, and can do a run no harm."""
+"""Trackers show what the store has, on request, and cannot harm a run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from support.tiny_sweep import alignbench, debug_sweep, sweep_file
 
 from alignbench.config import UserError
 from alignbench.run import trackers
-from alignbench.run.trackers import Trackers, flat
+from alignbench.run.trackers import Trackers, flatten
 
 CONFIG = {"method": {"name": "last", "steps": 2}, "training": {"betas": [0.9, 0.99], "clip": None}}
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Tag -> {step: value} of a run's TensorBoard folder, as TensorBoard itself reads it."""
+    """Return {tag: {step: value}} of a run's TensorBoard folder, as read by TensorBoard itself."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder))
@@ -41,7 +41,7 @@ def show(folder: Path, steps: range, warn=None, names=("tensorboard",), slope: f
 
 
 def test_tensorboard_shows_every_number_of_every_record(tmp_path):
-    """A sweep with --track: rewards, losses, norms and costs as in train.parquet; the ids are those without it."""
+    """A sweep with --track logs rewards, losses, norms and costs as in train.parquet, and its ids do not change."""
     path = sweep_file(tmp_path)
     assert debug_sweep(path, tmp_path / "store", "seed=0", "--track", "tensorboard") == 0
     (run,) = (tmp_path / "store" / "runs").glob("last-*")
@@ -54,8 +54,8 @@ def test_tensorboard_shows_every_number_of_every_record(tmp_path):
     assert alignbench("plan", path, "seed=0", store=tmp_path / "store") == 0
 
 
-def test_a_resumed_run_goes_on_in_the_same_curve(tmp_path, accelerate):
-    """What was logged after the last checkpoint is replaced; nothing starts at step 0 again."""
+def test_a_resumed_run_continues_the_same_curve(tmp_path, accelerate):
+    """Values logged after the last checkpoint are replaced, and the curve does not restart at step 0."""
     show(tmp_path, range(6))
     show(tmp_path, range(4, 8), slope=2.0)
     expected = {**{step: float(step) for step in range(4)}, **{step: 2.0 * step for step in range(4, 8)}}
@@ -63,8 +63,8 @@ def test_a_resumed_run_goes_on_in_the_same_curve(tmp_path, accelerate):
     assert len(list(tmp_path.rglob("hparams.yml"))) == 1
 
 
-def test_a_tracker_that_fails_is_a_warning_and_the_run_goes_on(tmp_path, accelerate, monkeypatch):
-    """Told once; the others and the run do not notice."""
+def test_a_tracker_that_fails_gives_a_warning_and_the_run_continues(tmp_path, accelerate, monkeypatch):
+    """The warning comes once; the other trackers and the run are unaffected."""
     from accelerate.tracking import TensorBoardTracker
 
     told: list[str] = []
@@ -75,15 +75,15 @@ def test_a_tracker_that_fails_is_a_warning_and_the_run_goes_on(tmp_path, acceler
     with monkeypatch.context() as patch:
         patch.setattr(TensorBoardTracker, "log", broken)
         show(tmp_path, range(3), told.append)
-    assert told == ["warning: tensorboard failed and is not used any more: OSError: the disk is full"]
+    assert told == ["warning: tensorboard failed and is no longer used: OSError: the disk is full"]
 
 
 def test_a_tracker_that_is_unknown_or_missing_stops_everything_before_it_starts(tmp_path, monkeypatch, capsys):
-    """One line with the pip command; no store is made."""
+    """One line names the pip command, and no store is made."""
     with pytest.raises(UserError, match="no tracker 'tensorbord'; did you mean 'tensorboard'"):
         trackers.check(["tensorbord"])
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--track wandb: it is not installed; run `pip install wandb`"):
+    with pytest.raises(UserError, match="--track wandb: wandb is not installed; run `pip install wandb`"):
         trackers.check(["wandb"])
     monkeypatch.undo()
     words = (sweep_file(tmp_path), "--track", "nothing")
@@ -93,7 +93,7 @@ def test_a_tracker_that_is_unknown_or_missing_stops_everything_before_it_starts(
 
 
 def test_settings_are_flat_for_every_tracker():
-    """Nested names are joined, and what is no plain value becomes text."""
-    found = dict(flat(CONFIG))
+    """Nested names are joined, and values other than numbers, booleans and text become text."""
+    found = dict(flatten(CONFIG))
     assert found["method.name"] == "last"
     assert (found["training.betas"], found["training.clip"]) == ("[0.9, 0.99]", "None")

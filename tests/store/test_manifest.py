@@ -1,4 +1,4 @@
-"""A manifest is decoded once, whoever wrote it, and is written as it always was."""
+"""Manifests of every version decode into one type and are written in the same format as before."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alignbench.reporting import report
 from alignbench.reporting.analysis.results import Results
 from alignbench.store.artefacts import Store
 from alignbench.store.files import write_json
-from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun, plain, read_manifest, write_manifest
+from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun, manifest_data, read_manifest, write_manifest
 
 MILESTONES = {"base": {"training": {"milestones": [1, 3]}}, "evaluation": {"milestone_prompts": 2}}
 EXCEPTION = {"match": {"method": "last"}, "set": {"training.optimizer.lr": 1e-4}, "reason": 'små, "but" enough'}
@@ -33,7 +33,7 @@ def planned(folder: Path, **changes: Any) -> Plan:
 
 
 def as_dictionaries(plan: Plan, plugins: list[str]) -> dict[str, Any]:
-    """The manifest as it was made before it had a type."""
+    """Return the manifest as it was made before it had a type."""
 
     def scores(cell: PlannedRun, images: str) -> list[dict[str, Any]]:
         return [
@@ -92,7 +92,7 @@ def as_dictionaries(plan: Plan, plugins: list[str]) -> dict[str, Any]:
     ids=["tiny", "overrides", "milestones", "paired"],
 )
 def test_the_file_is_what_it_was_before_it_had_a_type(tmp_path, changes):
-    """Byte for byte, and again after it was read: stores of all versions stay one."""
+    """The file is the same byte for byte, also when written again after reading: stores of all versions stay valid."""
     plan = planned(tmp_path, **changes)
     write_json(tmp_path / "old.json", as_dictionaries(plan, [PLUGIN]))
     write_manifest(tmp_path / "new.json", plan.manifest([PLUGIN]))
@@ -105,8 +105,8 @@ def test_the_file_is_what_it_was_before_it_had_a_type(tmp_path, changes):
 
 
 def test_manifests_of_earlier_versions_have_defaults(copy):
-    """Without the keys that came later: one protocol for all runs, nothing published, no plug-ins; the report is the
-    same but for the command that names them."""
+    """Keys that came later have defaults: one protocol for all runs, nothing published, no plug-ins. The report is the
+    same except for the command that names the plug-ins."""
     path = Store(copy / "store").manifests()[0]
     today = read_manifest(path)
     old = json.loads(path.read_text())
@@ -127,8 +127,8 @@ def test_manifests_of_earlier_versions_have_defaults(copy):
     assert pages[0] == pages[1]
 
 
-def test_keys_that_nobody_knows_are_passed_over(tmp_path):
-    """A store that a later version wrote can be read, too."""
+def test_unknown_keys_are_ignored(tmp_path):
+    """A store written by a later version can be read, too."""
     (tmp_path / "m.json").write_text(json.dumps({"name": "s", "later": 1, "runs": [RUN | {"later": {"a": [1]}}]}))
     assert read_manifest(tmp_path / "m.json") == Manifest(name="s", runs=[ManifestRun(**RUN)])
 
@@ -145,8 +145,8 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_manifest_is_one_line_with_its_path(tmp_path, content):
-    """Never a traceback, and never a sweep without runs."""
+def test_a_damaged_manifest_gives_one_line_with_its_path(tmp_path, content):
+    """The error is never a traceback, and the result never a sweep without runs."""
     path = tmp_path / "s.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"s\.json: is damaged, or not a manifest: .*run its sweep again$") as raised:
@@ -154,8 +154,9 @@ def test_a_damaged_manifest_is_one_line_with_its_path(tmp_path, content):
     assert "\n" not in str(raised.value)
 
 
-def test_a_damaged_manifest_stops_what_needs_it_alone(copy, capsys):
-    """`status` and `report` of that sweep, and whatever looks through all of them, say the line; the list goes on."""
+def test_a_damaged_manifest_stops_only_the_verbs_that_need_it(copy, capsys):
+    """`status` and `report` of that sweep, and verbs that search all sweeps, print the error; the list of sweeps does
+    too, and goes on with the others."""
     store = copy / "store"
     (store / "sweeps" / "broken.json").write_text("{")
     for words in (["status", "broken"], ["report", "broken"], ["compare", "Base", "Last"]):
@@ -167,8 +168,8 @@ def test_a_damaged_manifest_stops_what_needs_it_alone(copy, capsys):
     assert "3 done" in said.out
 
 
-def test_what_every_reader_asks_of_a_run():
-    """Was it trained, what is it called, on which rewards: answered here, once."""
+def test_derived_facts_of_a_run():
+    """The manifest answers whether a run was trained, its title and its rewards, once for all readers."""
     one = {"evaluator": {"name": "hpsv2"}, "margin": None, "weight": 1.0}
     run = ManifestRun(**RUN, settings={"reward": one})
     assert (run.trained, run.is_base, run.title, run.training) == (True, False, "Last, seed 0", "seed 0")
@@ -181,11 +182,11 @@ def test_what_every_reader_asks_of_a_run():
     assert (published.trained, published.is_base, published.training) == (False, False, "training unknown")
 
 
-def test_a_thousand_runs_are_decoded_at_once(tmp_path):
-    """Into checked objects in less time than json takes to make dictionaries of them: milliseconds."""
+def test_a_thousand_runs_are_decoded_fast(tmp_path):
+    """Decoding into checked objects takes less time than json takes to make dictionaries: milliseconds."""
     manifest = planned(tmp_path).manifest()
     many = [structs.replace(run, id=f"{run.id}{n}") for n in range(334) for run in manifest.runs]
-    content = json.dumps(plain(manifest.only(many))).encode()
+    content = json.dumps(manifest_data(manifest.only(many))).encode()
 
     def fastest(decode: Any) -> float:
         times = []

@@ -1,4 +1,4 @@
-"""A store that an older version made (see old_store/README.md) is worth to this one what it was worth to that."""
+"""A store made by an older version (see old_store/README.md) keeps its states, numbers and ids."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SWEEP = ("old.yaml", "--store", "store", "--launcher", "debug")
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """Unpack the old store in a folder of its own, beside its sweep file and prompts."""
+    """Unpack the old store in a new folder, beside its sweep file and prompts."""
     for file in OLD.glob("*.[yj]*"):
         shutil.copy(file, tmp_path)
     with tarfile.open(OLD / "store.tar.gz") as archive:
@@ -37,7 +37,7 @@ def copy(tmp_path) -> Path:
 
 
 def alignbench(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as users do, in a process of its own."""
+    """Run the command line as users do, in a separate process."""
     command = [sys.executable, "-m", "alignbench.cli", *words]
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -45,7 +45,7 @@ def alignbench(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def contents(store: Path, *kinds: str) -> dict[str, str]:
-    """Return the hash of every file below these folders of the store."""
+    """Return the hash of every file in these folders of the store."""
     files = (path for kind in kinds for path in sorted((store / kind).rglob("*")) if path.is_file())
     return {path.relative_to(store).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -55,7 +55,7 @@ def manifests(store: Path) -> dict[str, Any]:
 
 
 def ids(manifest: dict[str, Any]) -> list[Any]:
-    """Return the ids of every run, of its images and of its scores, and those of its milestones."""
+    """Return the ids of every run, its images and its scores, including those of its milestones."""
     return [
         [run["label"], run["seed"], part.get("update"), run["id"], part["images"], [s["file"] for s in part["scores"]]]
         for run in manifest["runs"]
@@ -70,14 +70,14 @@ def numbers(page: str) -> list[list[str]]:
 
 
 def fields(table: str) -> list[float | str]:
-    """Return all fields of a CSV file, numbers as such."""
+    """Return all fields of a CSV file, with numbers as floats."""
     found = chain(*csv.reader(io.StringIO(table)))
     return [float(field) if NUMBER.fullmatch(field) else field for field in found]
 
 
 @pytest.mark.parametrize("sweep", ["old.yaml", "elsewhere"])
 def test_every_run_is_in_the_state_that_it_was_in(copy, sweep):
-    """Done, failed with its reason, half made, never begun, imported: `status` says so."""
+    """`status` shows the old states: done, failed with its reason, half made, never begun, imported."""
     said = alignbench(copy, "status", sweep, "--store", "store")
     before = (OLD / "reports" / f"{Path(sweep).stem}-status.txt").read_text()
     assert said.returncode == {"old.yaml": 2, "elsewhere": 0}[sweep], said.stderr
@@ -89,7 +89,7 @@ def test_every_run_is_in_the_state_that_it_was_in(copy, sweep):
 
 @pytest.mark.parametrize("sweep", ["old.yaml", "elsewhere"])
 def test_every_printed_number_is_the_old_one(copy, sweep):
-    """`report`: each row of each table to the printed digit, and every field of the CSV file."""
+    """`report` prints each row of each table as before, to the printed digit, and every field of the CSV file."""
     name = Path(sweep).stem
     said = alignbench(copy, "report", sweep, "--store", "store", "--out", "out", "--format", "md,csv")
     assert said.returncode == 0, said.stderr
@@ -102,7 +102,7 @@ def test_every_printed_number_is_the_old_one(copy, sweep):
 
 
 def test_every_id_is_the_old_one_so_that_finished_rows_are_not_made_again(copy):
-    """The sweep file gives the ids that the store has: its finished rows make nothing, and no file changes."""
+    """The sweep file gives the ids that the store has: finished rows are not made again, and no file changes."""
     before, files = manifests(copy / "store"), contents(copy / "store", "runs", "images", "scores")
     next((copy / "store" / "sweeps").glob("old-*.json")).unlink()  # `sweep` writes it again
     done = alignbench(copy, "sweep", *SWEEP, "--only", "method=base", "method=refl")
@@ -118,8 +118,8 @@ def test_every_id_is_the_old_one_so_that_finished_rows_are_not_made_again(copy):
 
 
 @pytest.mark.slow
-def test_a_half_made_run_goes_on_from_its_checkpoint(copy):
-    """Records up to the checkpoint stay, measured seconds included; the last two updates are as the old code's were."""
+def test_a_half_made_run_resumes_from_its_checkpoint(copy):
+    """Records up to the checkpoint stay, including measured seconds; the last two updates match the old code's."""
     import torch
 
     run = copy / "store" / "runs" / HALF_MADE

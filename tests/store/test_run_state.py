@@ -1,4 +1,4 @@
-"""One run has one state, whichever verb is asked."""
+"""A run has one state, whichever verb shows it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PENDING = slurm.LiveJob("PENDING", "Priority", 0, "1:00:00")
 
 @pytest.fixture
 def tiny(copy) -> tuple[Store, ManifestRun]:
-    """The finished tiny sweep, of which one run has lost its weights."""
+    """Return the store of the finished tiny sweep and one of its runs, without the run's weights."""
     store = Store(copy / "store")
     run = read_manifest(store.manifests()[0]).by_seed["Last", 0]
     shutil.rmtree(store.root / "runs" / run.id)
@@ -30,17 +30,17 @@ def tiny(copy) -> tuple[Store, ManifestRun]:
 
 
 def record(store: Store, *made: str, launcher: str = "slurm") -> None:
-    """Put a job on record that makes these artefacts."""
+    """Record a submitted job that makes these artefacts."""
     ticket = {"job": "7_0", "stage": "train", "makes": list(made), "run": made[0], "progress": "/none"}
     about = {"sweep": store.manifests()[0].stem, "launcher": launcher, "name": "alignbench-tiny", "options": {}}
     about |= {"submitted": time.time(), "host": "login", "pid": 1, "tickets": [ticket]}
     write_json(store.root / "jobs" / "tiny-1" / submissions.FILE, about)
 
 
-def told(capsys, swept: Path, store: Store) -> dict[str, str]:
-    """Verb -> the state in which it says that the run is."""
-    name, found = store.manifests()[0].stem, {}
-    asked = {
+def shown_states(capsys, swept: Path, store: Store) -> dict[str, str]:
+    """Return {verb: the state that it shows for the run}."""
+    name, states = store.manifests()[0].stem, {}
+    commands = {
         "status": ((name,), r"^Last, seed 0 +\S+ +(\w+)"),
         "plan": ((str(swept / "tiny.yaml"),), r"^Last, seed 0 +(\w+)"),
         "report": (
@@ -48,11 +48,11 @@ def told(capsys, swept: Path, store: Store) -> dict[str, str]:
             r"^- Last, seed 0: \*\*(\w+)\*\*",
         ),
     }
-    for verb, (words, pattern) in asked.items():
+    for verb, (words, pattern) in commands.items():
         alignbench(verb, *words, store=store.root, plugin=verb == "plan")
         state = re.search(pattern, capsys.readouterr().out, re.MULTILINE)
-        found[verb] = state[1] if state else "done"  # the report names those alone that are not
-    return found
+        states[verb] = state[1] if state else "done"  # the report names only runs that are not done
+    return states
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def told(capsys, swept: Path, store: Store) -> dict[str, str]:
     ],
 )
 def test_every_verb_says_the_same_state(tiny, swept, monkeypatch, capsys, state, failed, job, live):
-    """status, plan and report, of a run whose training has failed or not, and was handed out to SLURM or not."""
+    """status, plan and report agree, whether training failed or not, and was submitted to SLURM or not."""
     store, run = tiny
     monkeypatch.setattr(slurm, "live", lambda names: {"7_0": live} if list(names) and live else {})
     monkeypatch.setattr(slurm, "final_state", lambda job: "TIMEOUT")
@@ -76,29 +76,29 @@ def test_every_verb_says_the_same_state(tiny, swept, monkeypatch, capsys, state,
         run.weights(store).fail("loss is nan", "log.txt")
     if job:
         record(store, run.id)
-    assert told(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), state)
+    assert shown_states(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), state)
 
 
 def test_every_verb_says_that_a_run_is_being_made(tiny, swept, capsys):
-    """Somebody holds the lock of a missing part, whatever failed before."""
+    """A held lock on a missing part means running, whatever failed before."""
     store, run = tiny
     run.weights(store).fail("loss is nan", "log.txt")
     lock = Lock(run.weights(store).lock)
     assert lock.try_acquire()
-    assert told(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), "running")
+    assert shown_states(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), "running")
     lock.release()
 
 
-def test_every_verb_says_done_and_asks_nobody(copy, swept, monkeypatch, capsys):
-    """Where nothing is missing SLURM is not asked, even if it was to make all of it."""
+def test_every_verb_says_done_without_querying_slurm(copy, swept, monkeypatch, capsys):
+    """If nothing is missing, SLURM is not queried, even if a job was submitted for it."""
     store = Store(copy / "store")
     record(store, read_manifest(store.manifests()[0]).by_seed["Last", 0].id)
     monkeypatch.setattr(slurm, "live", lambda names: pytest.fail("was asked"))
-    assert told(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), "done")
+    assert shown_states(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), "done")
 
 
-def test_slurm_is_asked_once_and_for_slurms_jobs_alone(tiny, monkeypatch):
-    """One question for all runs of a sweep; none for what a local launch left behind."""
+def test_slurm_is_queried_once_and_only_for_its_own_jobs(tiny, monkeypatch):
+    """All runs of a sweep take one query; records of a local launch take none."""
     store, run = tiny
     asked = []
     monkeypatch.setattr(slurm, "live", lambda names: asked.append(list(names)) or {})
@@ -112,8 +112,8 @@ def test_slurm_is_asked_once_and_for_slurms_jobs_alone(tiny, monkeypatch):
         assert asked == [names]
 
 
-def test_a_failure_that_no_job_mends_is_told_before_those_that_wait(tiny):
-    """Weights wait in a queue, a score has failed and no job is to make it again: failed, lest it go unnoticed."""
+def test_a_failure_that_no_job_retries_precedes_pending_jobs(tiny):
+    """If weights are queued, but a score failed that no job will make again, the run is failed, to be noticed."""
     store, run = tiny
     run.weights(store).fail("an old failure", "log.txt")
     score = run.artefacts(store)[-1]
@@ -123,22 +123,22 @@ def test_a_failure_that_no_job_mends_is_told_before_those_that_wait(tiny):
     found = run_state(store, run, lambda: Jobs(live={run.id: waiting}))
     assert (found.state, found.reason, found.at) == ("failed", "no memory", score)
     found = run_state(store, run, lambda: Jobs(live={run.id: waiting, score.id: waiting}))
-    assert (found.state, found.reason, found.at) == ("queued", "waits for the stage before", run.weights(store))
+    assert (found.state, found.reason, found.at) == ("queued", "waits for the previous stage", run.weights(store))
     assert [part.stage.kind for part in found.missing] == ["run", "scores"]
 
 
 def test_a_lost_job_says_how_it_ended(tiny):
-    """In SLURM's words, and what to do; a worker of a local sweep has no job that could be lost."""
+    """The reason has SLURM's word and what to do; a worker of a local sweep has no job that could be lost."""
     store, run = tiny
     found = run_state(store, run, lambda: Jobs(latest={run.id: Job("7_0", "train", "/none")}, ending=lambda job: "OOM"))
     assert found.state == "stale"
-    assert found.reason == "job 7_0 has ended (OOM) without having made it; alignbench retry makes it"
+    assert found.reason == "job 7_0 has ended (OOM) without having made it; `alignbench retry` makes it"
     found = run_state(store, run, lambda: Jobs(latest={run.id: Job("", "", "/none")}))
     assert (found.state, found.reason) == ("planned", "not made yet: run")
 
 
-def test_done_is_that_nothing_is_missing(tiny):
-    """The quick look at a run agrees with the careful one, whichever of its files is taken away."""
+def test_done_means_that_nothing_is_missing(tiny):
+    """The fast check of a run agrees with the full one, whichever of its files is removed."""
     store, run = tiny
     other = read_manifest(store.manifests()[0]).by_seed["Last", 1]
     paths = [part.product for part in other.artefacts(store)] + [other.weights(store).status]

@@ -1,4 +1,4 @@
-"""Scores and records are those of the files, however often they were read before."""
+"""Scores and records are those in the files, however often they were read before."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = ["run", "metric", "prompt_id", "tag"]
 
 @pytest.fixture
 def kept(tmp_path) -> Path:
-    """Where a table is kept."""
+    """Return the path at which a table is kept."""
     return tmp_path / "tables" / "sweep" / "scores"
 
 
@@ -32,7 +32,7 @@ def saved(root: Path, name: str, frame: pd.DataFrame, metrics: tuple[str, ...] =
 
 
 def sweep(root: Path) -> list[ScoreFile]:
-    """Files with the same images, the same in another order, fewer, none, and in other columns first."""
+    """Save and return files with the same images, in another order, fewer, none, and with columns reversed."""
     images = pd.DataFrame({"prompt_id": ["a", "b", "c"], "tag": ["x", None, "x"], "index": [0, 1, 0]})
     orders = {
         "same": images,
@@ -65,7 +65,7 @@ def by_pandas(root: Path, files: list[ScoreFile]) -> pd.DataFrame:
 
 
 def equal(left: pd.DataFrame, right: pd.DataFrame) -> None:
-    """Equal in every value, type and category, and in their order."""
+    """Assert that two tables are equal in every value, type and category, and in their order."""
     pd.testing.assert_frame_equal(left, right, check_exact=True)
     assert list(left["label"].cat.categories) == list(right["label"].cat.categories)
 
@@ -111,7 +111,7 @@ def test_what_did_not_change_is_not_decoded_again(tmp_path, kept, monkeypatch):
 
 
 def in_place(path: Path) -> None:
-    """Another number in the same file, with the same size and times."""
+    """Change a number in a file, keeping its size and times."""
     about, content = path.stat(), path.read_bytes()
     frame = pd.read_parquet(path)
     write_frame(path.with_name("x"), frame.assign(clip=frame["clip"] + 1))
@@ -152,7 +152,7 @@ def test_no_change_goes_unnoticed(tmp_path, kept, change):
 
 @pytest.mark.parametrize("file", ["scores.feather", "scores.json"])
 def test_a_damaged_table_is_never_used(tmp_path, kept, file):
-    """Cut anywhere, with any bit turned, empty, or that of another sweep: read anew from the files, and mended."""
+    """A table that is truncated, has a flipped bit, is empty or belongs to another sweep is read anew and rewritten."""
     files = sweep(tmp_path)
     plain = read_scores(tmp_path, files, kept)
     path = kept.parent / file
@@ -171,7 +171,7 @@ def test_a_damaged_table_is_never_used(tmp_path, kept, file):
 
 @pytest.mark.parametrize("known", [False, True])
 def test_a_damaged_score_file_is_named(tmp_path, kept, known):
-    """One line with its path, also where a table was kept when it was whole; without a column it is damaged, too."""
+    """One line names its path, even if a table was kept while it was whole; a missing column counts as damage, too."""
     files = sweep(tmp_path)
     if known:
         read_scores(tmp_path, files, kept)
@@ -185,8 +185,8 @@ def test_a_damaged_score_file_is_named(tmp_path, kept, known):
         read_scores(tmp_path, files, kept)
 
 
-def test_a_store_that_takes_no_file_is_read_all_the_same(tmp_path, kept):
-    """Read-only or full: the same table, and nothing is left behind."""
+def test_a_store_that_cannot_be_written_is_still_read(tmp_path, kept):
+    """A read-only or full store gives the same table, and nothing is left behind."""
     files = sweep(tmp_path)
     plain = read_scores(tmp_path, files)
     write(kept.parent.parent, "a file, so that no folder can be made: also root cannot write below it")
@@ -231,7 +231,7 @@ def test_more_rows_than_a_batch_of_arrow_keep_their_categories(tmp_path, kept):
 
 
 def records(root: Path) -> dict[str, str]:
-    """Tables with other columns, types, orders and lengths; of pandas, of this store, and as earlier versions wrote."""
+    """Save tables with different columns, types, orders and lengths, by pandas, this store and earlier versions."""
     first = pd.DataFrame({"update": [0, 1, 2], "loss": [0.5, -0.0, np.inf], "ok": True, "name": ["a", None, "b"]})
     first["half"] = first["loss"].astype("float32")
     frames = {

@@ -1,4 +1,4 @@
-"""Files are whole or not there, one process makes a thing at a time, and a failure is never a result."""
+"""Files are whole or absent, one process at a time makes an artefact, and a failure is never a result."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch, code):
-    """No half-written file, no traceback: what is full and what to do."""
+    """The error names what is full and what to do, without a traceback, and no half-written file is left."""
 
     def full(handle: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -62,7 +62,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch, code):
 
 
 def test_a_kill_while_writing_leaves_no_file_of_that_name(tmp_path):
-    """kill -9 in the middle of a write: the name is not there; a second try succeeds."""
+    """After kill -9 in the middle of a write, the file does not exist; a second try succeeds."""
     code = (
         "import os, pathlib, sys; from alignbench.store.files import write\n"
         "write(pathlib.Path(sys.argv[1]), lambda p: (p.write_text('half'), os.kill(os.getpid(), 9)))"
@@ -75,7 +75,7 @@ def test_a_kill_while_writing_leaves_no_file_of_that_name(tmp_path):
 
 
 def test_damaged_json_is_no_json(tmp_path):
-    """A file that lost its end with the power counts as absent."""
+    """A file truncated by a power failure counts as absent."""
     (tmp_path / "a.json").write_text('{"state": "do')
     assert read_json(tmp_path / "a.json") is None
     assert read_json(tmp_path / "b.json") is None
@@ -83,7 +83,7 @@ def test_damaged_json_is_no_json(tmp_path):
 
 @pytest.mark.parametrize("place", ["store", "store/below"])
 def test_a_store_that_is_a_file(tmp_path, place):
-    """Also root cannot write there: one line before anything else happens."""
+    """Not even root can write there: one line says so before anything else happens."""
     (tmp_path / "store").write_text("mine")
     with pytest.raises(UserError, match=r"^--store .*name a folder"):
         Store(tmp_path / place).check_writable()
@@ -91,7 +91,7 @@ def test_a_store_that_is_a_file(tmp_path, place):
 
 
 def test_a_store_without_permission(tmp_path, monkeypatch):
-    """A folder that may not be written to is named; asked of the system, since root may write everywhere."""
+    """The folder that is not writable is named; os.access is patched, since root may write everywhere."""
     monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
     with pytest.raises(UserError, match=rf"^--store .*{tmp_path} is not writable"):
         Store(tmp_path / "store").check_writable()
@@ -140,7 +140,7 @@ def manifest() -> Manifest:
 
 
 def test_results_follow_the_files(store):
-    """planned -> failed -> done as artefacts appear; scores and costs come back as two tidy frames."""
+    """A run goes from planned to failed to done as artefacts appear; scores and costs come back as two tidy frames."""
     results = Results(store.root, manifest())
     run, base = manifest().runs
     assert results.state(run)[:2] == ("planned", "not made yet: run, images, scores")
@@ -171,8 +171,8 @@ def test_results_follow_the_files(store):
     assert costs.loc["base-0", ["updates", "nfe_grad"]].tolist() == [0, 0]
 
 
-def test_a_run_in_the_making_is_running(store):
-    """A live lock on any missing part shows."""
+def test_a_run_that_is_being_made_is_running(store):
+    """A live lock on any missing part makes the run running."""
     results, run = Results(store.root, manifest()), manifest().runs[0]
     lock = Lock(store.images("i0").lock)
     assert lock.try_acquire()
@@ -185,7 +185,7 @@ def test_a_run_in_the_making_is_running(store):
 
 
 def test_one_maker_at_a_time_and_the_second_reuses(store):
-    """Two threads want the same run: it is made once, the other waits, learns who holds it, and finds it done."""
+    """If several threads want a run, it is made once; the others wait, learn who holds it, and find it done."""
     run, made, waited = store.run("refl-0", trains=True), [], []
 
     def make() -> None:
@@ -219,7 +219,7 @@ def test_a_dead_process_holds_nothing(store):
 
 
 def test_another_machines_lock_counts_while_it_beats(store, monkeypatch):
-    """A holder elsewhere is trusted until it was silent for ten minutes, the last of them before our own eyes."""
+    """A holder elsewhere is trusted until it was silent for ten minutes, and while we watched it ourselves."""
     path = store.run("refl-0", trains=True).lock
     write_json(path, {"host": "elsewhere", "pid": 1, "time": "", "token": "x"})
     monkeypatch.setattr(stores, "WATCHED", 0.2)
@@ -234,7 +234,7 @@ def test_another_machines_lock_counts_while_it_beats(store, monkeypatch):
 
 @pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
 def test_a_clock_that_jumps_takes_no_lock_from_its_holder(store, monkeypatch, jump):
-    """A day forth or back: a holder that goes on beating keeps its lock; one that does not loses it."""
+    """With a clock a day ahead or behind, a holder that keeps beating keeps its lock; one that stops loses it."""
     path = store.run("refl-0", trains=True).lock
     write_json(path, {"host": "elsewhere", "pid": 1, "time": "", "token": "x"})
     monkeypatch.setattr(stores, "WATCHED", 0.2)
@@ -248,26 +248,26 @@ def test_a_clock_that_jumps_takes_no_lock_from_its_holder(store, monkeypatch, ju
     assert lock.try_acquire()
 
 
-def test_a_job_that_was_queued_again_takes_over_from_itself(store, monkeypatch):
-    """SLURM starts a requeued job only after its end: its own earlier start holds nothing, wherever that was."""
+def test_a_requeued_job_takes_over_from_itself(store, monkeypatch):
+    """SLURM starts a requeued job only after it ended: its earlier start holds nothing, on whichever machine."""
     path = store.run("refl-0", trains=True).lock
     write_json(path, {"host": "elsewhere", "pid": 1, "job": ["7", "0"], "time": "", "token": "x"})
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert not Lock(path).try_acquire()  # another rank's, of this very start
+    assert not Lock(path).try_acquire()  # held by another rank of the same start
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert Lock(path).try_acquire()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": "x", "host": 1}', "no json"])
-def test_what_is_no_lock_locks_nobody_out(store, text):
-    """A file that somebody else put there, or a disk left half-written."""
+def test_an_invalid_lock_file_does_not_lock(store, text):
+    """A foreign or half-written file in place of a lock is removed."""
     path = store.run("refl-0", trains=True).lock
     write(path, text)
     assert Lock(path).try_acquire()
 
 
-def test_many_that_notice_a_stale_lock_get_one_new_one(store, monkeypatch):
-    """Taking over a dead holder's lock is a race that exactly one wins."""
+def test_of_many_that_notice_a_stale_lock_one_takes_it_over(store, monkeypatch):
+    """Taking over a dead holder's lock is a race that at most one wins; if none did, the next attempt does."""
     monkeypatch.setattr(stores, "WATCHED", 0.0)
     path = store.run("refl-0", trains=True).lock
     for _ in range(20):
@@ -288,12 +288,12 @@ def test_many_that_notice_a_stale_lock_get_one_new_one(store, monkeypatch):
             thread.join()
         assert len(won) <= 1
         again = Lock(path)
-        assert bool(won) != again.try_acquire()  # whoever came too early for the removal tries again
+        assert bool(won) != again.try_acquire()  # a process that came too early for the removal tries again
         (won[0] if won else again).release()
 
 
 def test_a_holder_that_was_stopped_too_long_notices(store, monkeypatch):
-    """After a take-over the old holder may not declare anything done, nor remove the new lock."""
+    """After a takeover the old holder can neither mark anything as done nor remove the new lock."""
     monkeypatch.setattr(stores, "WATCHED", 0.0)
     path = store.run("refl-0", trains=True).lock
     old, new = Lock(path), Lock(path)
@@ -308,7 +308,7 @@ def test_a_holder_that_was_stopped_too_long_notices(store, monkeypatch):
 
 
 def test_a_failure_inside_releases_the_lock(store):
-    """The next one need not wait for a heartbeat to end."""
+    """The next process need not wait for a heartbeat to expire."""
     run = store.run("refl-0", trains=True)
     with pytest.raises(KeyboardInterrupt), locked(run):
         raise KeyboardInterrupt
@@ -317,18 +317,18 @@ def test_a_failure_inside_releases_the_lock(store):
 
 
 def test_alive():
-    """This process is; one that ended is not, waited for or not."""
+    """This process is alive; a child that ended is not, even before it is waited for."""
     assert alive(os.getpid())
     child = subprocess.Popen([sys.executable, "-c", ""])
     deadline = time.time() + 20
     while alive(child.pid) and time.time() < deadline:
         time.sleep(0.05)
-    assert not alive(child.pid)  # a zombie: nobody has waited for it yet
+    assert not alive(child.pid)  # a zombie: it has not been waited for
     child.wait()
 
 
-def test_the_lock_file_says_who(store):
-    """Host, process and time, for whoever wonders."""
+def test_the_lock_file_names_its_holder(store):
+    """The file has the process of the holder, for users who wonder who it is."""
     lock = Lock(store.run("refl-0", trains=True).lock)
     assert lock.try_acquire()
     assert json.loads(lock.path.read_text())["pid"] == os.getpid()

@@ -454,11 +454,11 @@ def test_a_checkpoint_that_is_missing_stops_the_sweep_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"seed": 3}, r"overrides\[0\].set: evaluation.protocol.seed: all rows share it, or their images are no "),
-        ({"prompts": "shapes/val"}, "evaluation.protocol.prompts: all rows share it"),
-        ({"images_per_prompt": 2}, "evaluation.protocol.images_per_prompt: all rows share it"),
-        ({"size": 64}, "choose of evaluation.protocol.steps, evaluation.protocol.guidance, evaluation.protocol.w"),
-        ({"tuned_step": 1}, "evaluation.protocol.tuned_step: all rows share it"),
+        ({"seed": 3}, r"overrides\[0\].set: evaluation.protocol.seed: must be the same for every row, or images"),
+        ({"prompts": "shapes/val"}, "evaluation.protocol.prompts: must be the same for every row"),
+        ({"images_per_prompt": 2}, "evaluation.protocol.images_per_prompt: must be the same for every row"),
+        ({"size": 64}, "choose from evaluation.protocol.steps, evaluation.protocol.guidance, evaluation.protocol.w"),
+        ({"tuned_step": 1}, "evaluation.protocol.tuned_step: must be the same for every row"),
         ({"tuned_steps": 0}, r"evaluation.protocol.tuned_steps: expected a whole number >= 1"),
         ({"tuned_steps": 3}, r"Last: evaluation.protocol.tuned_steps: 3 are more than the sampler's 2 steps; choose 1"),
         ({"weights": "lsat"}, r"weights: .*choose one of ema, last"),
@@ -483,7 +483,7 @@ def test_a_rows_protocol_is_its_own_and_needs_a_reason(tmp_path):
     assert [cell.protocol.steps for cell in changed.cells] == [2, 2, 3]
     typed = planned(tmp_path, {"overrides": [override]}, "evaluation.protocol.steps=4")
     assert [cell.protocol.steps for cell in typed.cells] == [4, 4, 4]
-    with pytest.raises(UserError, match="an exception needs its reason"):
+    with pytest.raises(UserError, match="an exception needs a reason"):
         planned(tmp_path, {"overrides": [override | {"reason": ""}]})
     with pytest.raises(UserError, match=r"grid: evaluation.protocol.steps: a run has no such setting"):
         planned(tmp_path, {"grid": {"evaluation.protocol.steps": [2, 3]}})

@@ -196,7 +196,7 @@ def test_a_milestone_beyond_the_end_is_said_and_not_missing(swept, capsys):
     assert [part.stage.kind for part in parts] == ["run"] + ["images"] * 3 + ["scores"] * 6
     assert all(part.done for part in parts)
     assert (
-        "update 9 is not there: training ended after 4 updates"
+        "there is no milestone at update 9: training ended after 4 updates"
         in (root.run(run.id, True).folder / "log.txt").read_text()
     )
     assert alignbench("status", store=swept / "store", plugin=False) == 0

@@ -15,7 +15,7 @@ from alignbench.config import UserError
 from alignbench.experiment import ids, spec
 from alignbench.experiment.document import read
 from alignbench.experiment.plan import resolve
-from alignbench.experiment.spec import Optimizer, check_parts
+from alignbench.experiment.spec import Optimizer, check_fsdp
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.plugins import Registry
 from alignbench.testing.method_contract import unclocked
@@ -262,9 +262,9 @@ def test_parts_are_masters_already():
     """With fsdp there is one line; with ddp, and for float32, none."""
     training = settings(optimizer={"weights": "master"})
     with pytest.raises(UserError, match=r"^here: optimizer.weights: 'master' .* choose 'float32', or parallel: ddp$"):
-        check_parts(training, "fsdp", "here")
-    check_parts(training, "ddp")
-    check_parts(settings(), "fsdp")
+        check_fsdp(training, "fsdp", "here")
+    check_fsdp(training, "ddp")
+    check_fsdp(settings(), "fsdp")
 
 
 def test_float32_leaves_every_id_as_it_was(tmp_path, monkeypatch):

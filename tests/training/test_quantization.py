@@ -12,7 +12,7 @@ from alignbench.config import UserError
 from alignbench.experiment import ids
 from alignbench.experiment.document import read
 from alignbench.experiment.plan import resolve
-from alignbench.experiment.spec import check_parts
+from alignbench.experiment.spec import check_fsdp
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.plugins import Registry
 from alignbench.testing.method_contract import unclocked
@@ -172,8 +172,8 @@ def test_blocks_are_of_whole_tensors():
     """With fsdp there is one line."""
     training = settings(optimizer={"moments": "8bit"})
     with pytest.raises(UserError, match=r"^training: optimizer.moments: '8bit' .* 'float32', or parallel: ddp$"):
-        check_parts(training, "fsdp")
-    check_parts(training, "ddp")
+        check_fsdp(training, "fsdp")
+    check_fsdp(training, "ddp")
 
 
 def test_float32_leaves_every_id_as_it_was(tmp_path, monkeypatch):

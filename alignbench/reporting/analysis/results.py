@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignbench.experiment.margins import complaints
+from alignbench.experiment.margins import hinge_warnings
 from alignbench.store.artefacts import Store
 from alignbench.store.files import read_json
 from alignbench.store.manifest import Manifest, ManifestRun, ManifestScore
@@ -114,5 +114,5 @@ class Results:
             **{name: records[name][-1].item() for name in COSTS},
             "reward_first": float(reward[:tenth].mean()),
             "reward_last": float(reward[-tenth:].mean()),
-            "warning": "; ".join(complaints(rows, margins)),
+            "warning": "; ".join(hinge_warnings(rows, margins)),
         }
