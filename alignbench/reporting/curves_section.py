@@ -147,7 +147,11 @@ method's mean gain is that large, linear between milestones, with 95 % of the re
 
 
 def _reached(found: Reached) -> str:
-    """``240 [180, 300]``; ``240 [180, not reached]``."""
+    """Return ``240 [180, 300]``, ``240 [180, not reached]``, or ``240 [unknown]`` where the spread is unknown."""
+    if np.isnan(found.cost):
+        return "unknown"
+    if np.isnan(found.lo):
+        return f"{_short(found.cost) if np.isfinite(found.cost) else 'not reached'} [unknown]"
     lo, hi = (_short(limit) if np.isfinite(limit) else "not reached" for limit in (found.lo, found.hi))
     if not np.isfinite(found.cost):
         return "not reached" if lo == "not reached" else f"not reached [from {lo}]"
@@ -192,9 +196,11 @@ def _parting_section(found: Sequence[LearningCurve]) -> list[Section]:
 
 
 def _parted(found: Divergence) -> str:
-    """``update 50 [40, 60; 98 %]``; ``no [50, never; 12 %]``."""
-    lo, hi = ("never" if np.isinf(limit) else _short(limit) for limit in (found.lo, found.hi))
+    """Return ``update 50 [40, 60; 98 %]``, ``no [50, never; 12 %]``, or ``no [unknown]`` without a known spread."""
     where = "no" if found.update is None else f"update {_short(found.update)}"
+    if np.isnan(found.share):
+        return f"{where} [unknown]"
+    lo, hi = ("never" if np.isinf(limit) else _short(limit) for limit in (found.lo, found.hi))
     return f"{where} [{lo if lo == hi else f'{lo}, {hi}'}; {found.share:.0%}]"
 
 

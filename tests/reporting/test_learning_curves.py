@@ -357,6 +357,27 @@ def test_half_a_store_makes_sections(whole, tmp_path):
     assert "nan" not in text
 
 
+def test_a_task_with_one_prompt_leaves_intervals_unknown(tmp_path):
+    """The means over tasks still cross the target; no interval, share or "never" is claimed for them."""
+    results = made_up.made(tmp_path, prompts=4, seeds=(0, 1))  # two of three tasks have one prompt
+    analysis = analyse(results.manifest, results.scores)
+    found = learning_curves.learning_curves(results, analysis)
+    said = report.markdown(curves_section.sections(results, analysis))
+    geneval = next(measure for measure in analysis.measures if measure.name == "geneval")
+    best = max(found, key=lambda curve: curve.gains(geneval)[0][-1])
+    gain = learning_curves.target(found, geneval)
+    assert gain == best.gains(geneval)[0][-1] / 2
+    reached = learning_curves.time_to(best, geneval, "update", gain)
+    assert np.isfinite(reached.cost)
+    assert np.isnan([reached.lo, reached.hi]).all()
+    assert all(np.isnan(each[geneval][1:]).all() for each in learning_curves.divergences(found).values())
+    lines = [line for line in said.splitlines() if line.startswith("| geneval [check]")]
+    assert len(lines) == len(found)
+    assert all(line.count("[unknown]") == len(learning_curves.AXES) for line in lines)
+    assert "nan" not in said
+    assert report.build(results, tmp_path / "out", ["svg"])
+
+
 def test_curves_need_no_torch_and_no_matplotlib():
     """Importing them, and making a report, loads neither."""
     code = "import sys, alignbench.reporting.report; sys.exit(bool({'torch', 'matplotlib'} & sys.modules.keys()))"

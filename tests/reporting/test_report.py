@@ -463,7 +463,9 @@ def test_the_report_stays_the_same_however_its_scores_were_read(tmp_path, writab
 
 def test_reports_need_no_torch():
     """Importing the report, and every report module beside it, loads no torch."""
-    code = "import sys; from alignbench.reporting import report; report._words('table2'); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from alignbench.reporting import report; report._words('table2'); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

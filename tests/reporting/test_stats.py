@@ -202,6 +202,19 @@ def test_one_prompt_and_no_prompt_have_no_interval():
     assert stats.mean_interval(np.empty((0, 0, 1))).prompts == 0
 
 
+def test_a_curve_with_one_prompt_in_a_task_has_means_and_no_resamples():
+    """One prompt in all, or in one of the tasks: the means are exact, every resample is nan."""
+    values = np.random.default_rng(0).normal(size=(3, 4, 2, 2))
+    for points, strata, wanted in (
+        (values[:, :1], None, values[:, :1].mean((1, 2, 3))),
+        (values, np.array(["a", "a", "a", "b"]), (values[:, :3].mean((1, 2, 3)) + values[:, 3].mean((1, 2))) / 2),
+    ):
+        means, draws = stats.curve_draws(points, strata, draws=7)
+        assert means == pytest.approx(wanted)
+        assert draws.shape == (7, 3)
+        assert np.isnan(draws).all()
+
+
 def test_holm_by_hand():
     """0.01, 0.04, 0.03, 0.005 of four: 0.005 * 4, 0.01 * 3, 0.03 * 2, and 0.04 * 1 raised to the 0.06 before it."""
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])

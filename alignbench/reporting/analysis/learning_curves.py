@@ -318,11 +318,14 @@ def _add_changes(result: dict[str, list[MeanEstimate]], values: dict[str, Array]
 
 
 class Divergence(NamedTuple):
-    """Of one measure. ``update``: None if it never parts; ``share``: of the resamples in which it does."""
+    """The first update at which one measure diverges from the training reward, None if it never does.
+
+    The other fields describe resamples, and are nan where the spread over prompts is unknown.
+    """
 
     update: float | None
-    share: float
-    lo: float  # of the update over resamples; inf: never
+    share: float  # of the resamples in which it diverges
+    lo: float  # limits of the update over resamples; inf: never
     hi: float
 
 
@@ -369,7 +372,9 @@ def _partings(
             parts = again[k] & (draws[:, k] - draws[:, :k].max(1) < -needed) & np.isinf(firsts)
             firsts = np.where(parts, course.updates[k], firsts)
         update = float(course.updates[fell[0]]) if fell else None
-        result[m] = Divergence(update, float(np.isfinite(firsts).mean()), *_quantiles(firsts))
+        known = not any(np.isnan(curves[measure][1]).any() for measure in (m, *rewards))
+        spread = (float(np.isfinite(firsts).mean()), *_quantiles(firsts)) if known else (np.nan, np.nan, np.nan)
+        result[m] = Divergence(update, *spread)
     return result
 
 

@@ -175,7 +175,8 @@ def curve_draws(
 
     One resample of prompts and of seeds serves all K points, so differences along a curve are paired, and so are curves
     of the same prompts. The variance of each point is that of ``mean_interval``; nothing is expanded for few seeds.
-    Only prompts and seeds that every point has are used. nan if there are none.
+    Only prompts and seeds that every point has are used: nan without any. The resamples are nan where the spread is
+    unknown, as with a single prompt in a stratum.
     """
     points = np.asarray(values, float)
     whole = ~np.isnan(points).all(2)  # (K, P, S)
@@ -186,6 +187,8 @@ def curve_draws(
     if block.grids.size == 0:
         return np.full(len(points), np.nan), np.full((draws, len(points)), np.nan)
     levels, count = _levels(block), block.grids.shape[2]
+    if min(block.sizes) < 2:
+        return levels.mean, np.full((draws, len(points)), np.nan)
     deviations = _prompt_weights(block.sizes, draws, seed) @ (levels.rows * levels.weights).T
     if count > 1:
         apart = np.einsum("p,kps->ks", levels.weights, block.grids) - levels.mean[:, None]
