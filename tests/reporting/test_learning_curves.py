@@ -1,4 +1,4 @@
-"""Claims about courses of training: frames, equal costs, targets, profiles, and where reward and quality part."""
+"""Claims about learning curves: frames, equal costs, targets, profiles, and where reward and quality diverge."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_the_report_tells_the_course_after_the_hacking_section(whole, tmp_path):
         "Scores at equal cost",
         "Cost of half the best gain",
         "Milestone by milestone",
-        "Where reward and quality part",
+        "Where reward and quality diverge",
         "Performance profile",
     ]
     assert "not reached" in text
@@ -319,7 +319,7 @@ def test_the_report_tells_the_course_after_the_hacking_section(whole, tmp_path):
 def test_without_milestones_one_line_says_so(bare):
     """The training reward against cost is still shown."""
     text = report.markdown(curves_section.sections(*bare))
-    assert "Without `training.milestones`, only the end of the scores is known." in text
+    assert "Without `training.milestones`, scores are known at the end of training only." in text
     assert "### Training reward against cost" in text
     assert "### Milestone by milestone" not in text
 
@@ -353,7 +353,7 @@ def test_half_a_store_makes_sections(whole, tmp_path):
         shutil.rmtree(tmp_path / "store" / "runs" / run.id)
     half = Results(tmp_path / "store", results.manifest)
     text = report.markdown(curves_section.sections(half, analyse(half.manifest, half.scores)))
-    assert "### Where reward and quality part" in text
+    assert "### Where reward and quality diverge" in text
     assert "nan" not in text
 
 

@@ -191,7 +191,7 @@ def test_the_page_has_the_published_numbers(tmp_path, monkeypatch):
     assert "| protocol differs (1) |" in text
     assert "- (1) backend.model: black-forest-labs/FLUX.1-dev there, shapes here;" in text
     assert "Without a published number: geneval, geneval_strict." in text
-    assert "One training seed: our intervals do not contain" in text
+    assert "One training seed: neither our intervals nor these verdicts" in text
     frame = pd.read_csv(paths[2], dtype=str, keep_default_na=False)
     assert frame.loc[frame["published"] != "", "published"].str.endswith("0").any()  # as printed
     assert set(frame["verdict"]) == {"protocol differs", "not run", "no reference"}
