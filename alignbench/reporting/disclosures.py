@@ -165,7 +165,7 @@ def coverage_section(manifest: Manifest, analysis: Analysis) -> list[str]:
                 text = f"- {escape(title(measure))}, {escape(label)}: {valid} of {expected} scores; "
                 lines.append(f"{text}prompts left out: {dropped[0]} of the mean, {dropped[1]} of the paired change")
     complete = f"Complete: every image of every run has every score ({images} images per run)."
-    rule = "A prompt without a valid score for every seed, or either side of a pair, is left out; so is a seed without any."
+    rule = "A prompt is left out if a seed, or one side of a pair, lacks a valid score of it; so is a seed without any."
     return ["## Coverage", "\n".join(lines) if lines else complete, rule if lines else ""]
 
 
