@@ -87,7 +87,7 @@ class Results:
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """Costs, one row per run: state, reason, updates, the meter's totals, mean first and last tenth of the reward."""
+        """Costs, one row per run: state, reason, updates, the meter's totals, mean reward of first and last tenth."""
         import pandas as pd
 
         rows = []
@@ -109,7 +109,8 @@ class Results:
         margins = {part["evaluator"]["name"]: part["margin"] for part in run.rewards}
         reward = records.get("reward_mean", np.full(1, np.nan))
         hinged = any(name.startswith("hinge_closed") for name in records)
-        rows = [dict(zip(records, row)) for row in zip(*(entry.tolist() for entry in records.values()))] if hinged else []
+        lists = [column.tolist() for column in records.values()] if hinged else []
+        rows = [dict(zip(records, row)) for row in zip(*lists)]
         return {
             "updates": int(records["update"][-1]) + 1,
             **{name: records[name][-1].item() for name in COSTS},
