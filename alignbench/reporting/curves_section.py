@@ -70,7 +70,7 @@ def _reward_section(results: Results, analysis: Analysis) -> list[Section]:
     """Return the training reward at the largest cost that all runs reached, and at half of it."""
     trained: dict[str, list[dict[str, Array]]] = {}
     for run in sorted(trained_runs(results), key=lambda run: run.seed):
-        records = results.trainings[run.id]
+        records = results.training_records[run.id]
         trained.setdefault(run.label, []).append(records | cost_totals(records, process_count(results, run)))
     largest = {axis: min(float(run[axis].max()) for runs in trained.values() for run in runs) for axis in AXES}
     points = [(axis, share * largest[axis]) for axis in AXES for share in (0.5, 1.0)]

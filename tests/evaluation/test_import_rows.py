@@ -470,7 +470,7 @@ def test_what_nobody_told_is_unknown(tmp_path):
     ):
         assert f"- {setting}: unknown" in protocol
     assert "- evaluation, size: 32" in protocol  # measured
-    assert "**Of A there is one training, of unknown seed" in text
+    assert "**A: one training run of unknown seed" in text
     assert "same prompt, noise unknown" in text
     assert "same noise" not in text
     frame = pd.read_csv(store.parent / "report/imported.csv")

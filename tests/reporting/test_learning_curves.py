@@ -80,7 +80,7 @@ def test_every_update_of_every_run_has_its_costs(whole):
 
 
 def test_milestones_end_and_base_are_in_one_frame(whole):
-    """Every run has its five milestones and its end, the base row is update 0, and no picture is there twice."""
+    """Every run has its five milestones and its end, the base row is update 0, and no image is there twice."""
     results, _, _ = whole
     frame = learning_curves.milestones(results)
     assert sorted(frame.loc[frame["label"] == "Base", "update"].unique()) == [0]
@@ -246,15 +246,15 @@ def test_normalised_scores_have_base_at_zero_and_the_best_mean_at_one(whole):
             assert each == pytest.approx(analysis.changes[measure][label].estimate.mean / best)
 
 
-# -- where reward and quality part -------------------------------------------------------------------------------------
+# -- where reward and quality diverge ----------------------------------------------------------------------------------
 
 
 def test_reward_hacking_is_found_at_its_step(whole):
-    """ReFL's other scores fall from half-way on while its reward rises: parted soon after; LeapAlign's never are."""
+    """ReFL's other scores fall from half-way on while its reward rises: diverging soon after; LeapAlign's never do."""
     _, analysis, found = whole
-    parted = learning_curves.divergences(found)
+    by_label = learning_curves.divergences(found)
     pickscore = named(analysis, "pickscore")
-    hacked, fair = parted["ReFL"][pickscore], parted["LeapAlign"][pickscore]
+    hacked, fair = by_label["ReFL"][pickscore], by_label["LeapAlign"][pickscore]
     assert hacked.update in (40, 50, 60)
     assert hacked.lo <= hacked.update <= hacked.hi
     assert hacked.share > 0.9
@@ -263,7 +263,7 @@ def test_reward_hacking_is_found_at_its_step(whole):
     assert np.isinf(fair.hi)
 
 
-def test_no_rise_of_the_reward_no_parting():
+def test_no_rise_of_the_reward_no_divergence():
     """A score that falls while the reward falls too is no hacking; a flat score is none either."""
     rng = np.random.default_rng(0)
     noise = 0.01 * rng.normal(size=(4, 30, 2, 3))
@@ -277,8 +277,8 @@ def test_no_rise_of_the_reward_no_parting():
         assert learning_curves.divergences([course])["x"][measure].update == update
 
 
-def test_noise_rarely_parts():
-    """Reward up, another score that never moves: over made-up trainings at most one in ten is called parted."""
+def test_noise_rarely_diverges():
+    """Reward up, another score that never moves: at most one in ten made-up methods is called diverging."""
     called = 0
     for seed in range(60):
         rng = np.random.default_rng(seed)

@@ -39,7 +39,7 @@ def training(results: Results) -> pd.DataFrame:
     runs = trained_runs(results)
     if not runs:
         return pd.DataFrame({name: [] for name in [*RUNS, *AXES]})
-    tables = [pd.DataFrame(results.trainings[run.id]) for run in runs]
+    tables = [pd.DataFrame(results.training_records[run.id]) for run in runs]
     records = pd.concat(tables, ignore_index=True)
     facts = [(run.label, run.method, run.seed, run.id, process_count(results, run)) for run in runs]
     *about, processes = (np.repeat(np.array(fact, object), [len(t) for t in tables]) for fact in zip(*facts))
@@ -50,7 +50,7 @@ def training(results: Results) -> pd.DataFrame:
 
 def trained_runs(results: Results) -> list[ManifestRun]:
     """Return the runs of the manifest that have training records."""
-    return [run for run in results.manifest.runs if run.trained and run.id in results.trainings]
+    return [run for run in results.manifest.runs if run.trained and run.id in results.training_records]
 
 
 def process_count(results: Results, run: ManifestRun) -> int:

@@ -72,7 +72,7 @@ class Results:
         return read_scores(self.store, wanted, kept)
 
     @cached_property
-    def trainings(self) -> dict[str, Columns]:
+    def training_records(self) -> dict[str, Columns]:
         """Training records by run id, an entry per update, for every run that has any."""
         from alignbench.reporting.analysis.score_tables import read_columns
 
@@ -102,7 +102,7 @@ class Results:
         import numpy as np
 
         names = ["updates", *COSTS]
-        records = self.trainings.get(run.id)
+        records = self.training_records.get(run.id)
         if records is None:
             return dict.fromkeys(names, 0 if run.is_base else None) | dict.fromkeys(("reward_first", "reward_last"))
         tenth = max(1, len(records["update"]) // 10)
