@@ -454,7 +454,7 @@ def test_filters(visit):
     assert web.locator("#count").inner_text() == "24 of 24 prompts, 5 of 5 methods."
     for box in web.locator("#shown input").all():
         box.uncheck()
-    assert "No method is chosen." in web.locator("#count").inner_text()
+    assert "No method is selected." in web.locator("#count").inner_text()
 
 
 @pytest.mark.slow
