@@ -42,12 +42,12 @@ TIMES = """() => {
 
 
 def opening(chrome: Any, path: Path) -> dict[str, float]:
-    """Seconds from the start of navigation; and from a click on "Pictures" until the first row has its pictures."""
+    """Seconds from the start of navigation; and from a click on "Images" until the first row has its images."""
     visit = Visit(chrome, path)
     until(visit.page, "performance.getEntriesByType('navigation')[0].loadEventEnd > 0")
     found = visit.page.evaluate(TIMES)
     start = time.monotonic()
-    visit.page.click("nav >> text=Pictures")
+    visit.page.click("nav >> text=Images")
     until(visit.page, "document.querySelector('.row img')?.complete")
     found["first row of pictures, after a click"] = time.monotonic() - start
     start = time.monotonic()

@@ -1,8 +1,8 @@
-"""The reports of FlowBP's tables (arXiv 2606.11075), by the name of their sweep. Its numbers lie in ``published/``."""
+"""Reports of FlowBP's tables (arXiv 2606.11075), by the name of their sweep; published numbers: ``published/``."""
 
 INTRO = """\
-FlowBP's own protocol, which is not that of LeapAlign's table 2: 512 pixels, one picture per prompt, other settings of
-DRTune and DRaFT-LV, and batches that differ between rows where the overrides say so."""
+FlowBP's own protocol, which differs from that of LeapAlign's table 2: 512 pixels, one image per prompt, other settings
+for DRTune and DRaFT-LV, and batch sizes that differ between rows, as listed in the overrides."""
 
 QUESTIONS = tuple(
     (f"FlowBP-{variant}", ("ReFL", "DRaFT-LV", "DRTune", "LeapAlign")) for variant in ("Sparse", "Bridge", "Lagrange")

@@ -1,6 +1,6 @@
-"""The reports of the LeapAlign paper's tables and figures (arXiv 2604.15311v2), by the name of their sweep.
+"""Reports of the LeapAlign paper's tables and figures (arXiv 2604.15311v2), by the name of their sweep.
 
-Its printed numbers lie in ``published/``; what it does not say stands in the first lines of each sweep.
+Its printed numbers are in ``published/``; each sweep's first lines say what the paper leaves open.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ BEATS = (("LeapAlign", ("ReFL", "DRaFT-LV", "DRTune")),)
 def ticks() -> str:
     """Return table 1 as measured by ``python -m alignbench.planning.gradient_paths table2``, kept beside this file."""
     with Path(__file__).with_name("measured-table1.csv").open(encoding="utf-8", newline="") as file:
-        found = list(csv.DictReader(file))
-    names = list(dict.fromkeys(line["metric"] for line in found))
-    said = {(line["method"], line["metric"]): line["value"] for line in found}
-    methods = list(dict.fromkeys(line["method"] for line in found))
-    rows = [[Cell(method), *(Cell(said[method, name]) for name in names)] for method in methods]
+        lines = list(csv.DictReader(file))
+    names = list(dict.fromkeys(line["metric"] for line in lines))
+    values = {(line["method"], line["metric"]): line["value"] for line in lines}
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    rows = [[Cell(method), *(Cell(values[method, name]) for name in names)] for method in methods]
     return Table([Column("method"), *map(Column, names)], rows).markdown()
 
 
 TABLE_1 = """\
 The paper's table 1, measured: does the reward's gradient reach steps of the first half; does it flow from one trained
-step into another through the network's input; does it leap over steps that are made; is more than one step trained?"""
+step into another through the network's input; does it leap over sampling steps; is more than one step trained?"""
 FIGURE_1B = """\
 Figure 1b shows the labels of three of these rows, rounded: HPSv2.1, ImageReward and UR-IQ from the sweep table2,
 PickScore from table3_pickscore, HPSv3 from table3_hpsv3."""
 
 
-def ablation(figure: str, asked: str, subject: str, *rivals: str) -> dict:
-    """The words of a figure of section 6.3, of which next to no number is printed: the claims are what is shown."""
+def ablation(figure: str, question: str, subject: str, *rivals: str) -> dict:
+    """Return the words for a figure of section 6.3, where the paper prints few numbers and the claims are shown."""
     return {
         "title": f"LeapAlign's figure {figure}",
-        "intro": f"Only what the figure varies differs from LeapAlign as published. Asked: {asked}.",
+        "intro": f"Only what the figure varies differs from LeapAlign as published. The question: {question}.",
         "questions": ((subject, rivals),),
         "published": (f"leapalign-fig{figure}",),
     }
@@ -71,13 +71,13 @@ SWEEPS = {
     },
     "table4": {
         "title": "LeapAlign's table 4: Stable Diffusion 3.5 Medium",
-        "intro": "The comparison of table 2 on another model, with fewer updates and smaller pictures.",
+        "intro": "The comparison of table 2 on another model, with fewer updates and smaller images.",
         "questions": BEATS,
         "published": ("leapalign-table4",),
     },
     "table5": {
         "title": "LeapAlign's table 5: the threshold lambda",
-        "intro": "For a picture that scores below two margins the gradient is the same with both; with one seed, "
+        "intro": "An image that scores below two margins has the same gradient with both; with one seed, "
         "differences between 0.55, 0.75 and 0.95 may be chance.",
         "questions": (("LeapAlign, margin=0.55", [f"LeapAlign, margin={value}" for value in (0.35, 0.75, 0.95)]),),
         "published": ("leapalign-table5",),
@@ -87,7 +87,7 @@ SWEEPS = {
         *("LeapAlign", "LeapAlign, alpha 0", "LeapAlign, alpha 1"),
     ),
     "fig4b": ablation(
-        *("4b", "whether a third leap is worth its memory, and what a single one does"),
+        *("4b", "whether a third leap is worth its memory, and what a single leap does"),
         *("LeapAlign", "LeapAlign, 1 leap", "LeapAlign, 3 leaps"),
     ),
     "fig4c": ablation(
@@ -99,22 +99,22 @@ SWEEPS = {
         *("LeapAlign", "LeapAlign, d_j alone", "LeapAlign, d_0 alone", "LeapAlign, no weight"),
     ),
     "fig4e": ablation(
-        *("4e", "whether training early steps is what makes the difference"),
+        *("4e", "whether the difference comes from training early steps"),
         *("LeapAlign", "LeapAlign, steps in [0, 1/2]"),
     ),
     "fig4f": ablation(
-        *("4f", "whether k and j should be drawn or lie at a fixed distance"),
+        *("4f", "whether k and j should be drawn at random or kept at a fixed distance"),
         *("LeapAlign", "LeapAlign, distance 1/2"),
     ),
     "fig5": {
         "title": "LeapAlign's figure 5: GenEval over training",
-        "intro": "The trainings of table2_geneval, looked at every 20 updates.",
+        "intro": "The training runs of table2_geneval, evaluated every 20 updates.",
         "questions": BEATS,
         "published": ("leapalign-table2-geneval",),
         "curves": ("leapalign-fig5",),
     },
     "fig6": ablation(
-        *("6", "what the nested gradient does where it alone reaches step k (`grad_norm` of the records is its norm)"),
+        *("6", "what the nested gradient does if it alone reaches step k (`grad_norm` in the records is its norm)"),
         *("Nested alone, alpha 0.3", "Nested alone, alpha 0", "Nested alone, alpha 1"),
     ),
 }

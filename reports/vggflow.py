@@ -1,10 +1,10 @@
-"""The reports of VGG-Flow's comparisons (arXiv 2512.05116), by the name of their sweep; numbers in ``published/``."""
+"""Reports of VGG-Flow's comparisons (arXiv 2512.05116), by name of the sweep; published numbers: ``published/``."""
 
 INTRO = """\
-The claim is about a trade: VGG-Flow gains less reward than ReFL and DRaFT, and keeps more of the base model's
-diversity. Diversity and the distance from the base model are of CLIP's features here, of DreamSim's and Inception's in
-the paper: compare the order of the rows, not the values. Prompts, and most settings of the baselines, are not the
-paper's."""
+The claim is about a trade-off: VGG-Flow gains less reward than ReFL and DRaFT, and keeps more of the base model's
+diversity. Diversity and the distance from the base model are measured on CLIP features here, on DreamSim and Inception
+features in the paper: compare the order of the rows, not the values. The prompts, and most settings of the baselines,
+differ from the paper's."""
 
 SWEEPS = {
     f"vggflow_{reward}": {

@@ -1,4 +1,4 @@
-"""The page and tables of a comparison of two rows or runs."""
+"""Page, tables and image sheet of a comparison of two rows or runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from alignbench.reporting import image_grid
 from alignbench.reporting.analysis.pairs import Result, Side, disagreements, protocols
+from alignbench.reporting.improvement_section import p_text
 from alignbench.reporting.table import DECIMALS, Cell, Column, Table, escape, interval, number
 from alignbench.reporting.tables import title
 from alignbench.store import artefacts, files
@@ -15,18 +16,18 @@ from alignbench.store.manifest import UNTRAINED
 
 
 def _seeds(a: Side, b: Side) -> list[str]:
-    """What the intervals do not hold."""
+    """Return remarks on training seeds: what cannot be paired, and what the intervals leave out."""
     lines = []
     if a.whole and b.whole:
         seeds = [{run.seed for run in side.runs} for side in (a, b)]
         if UNTRAINED not in seeds[0] | seeds[1] and not seeds[0] & seeds[1]:
-            lines.append("no training seed is in both, so that nothing can be paired: name two runs by their ids")
+            lines.append("the two share no training seed, so nothing can be paired: name two runs by their ids")
     most = max(map(len, a.manifest.rows.values()))
-    pooled = a.sweep == b.sweep and a.whole and b.whole and most > 1  # then the other rows' spread is in them
+    pooled = a.sweep == b.sweep and a.whole and b.whole and most > 1  # the spread between other rows' runs is included
     alone = [name for name, side in zip("AB", (a, b)) if _one_training(side, pooled)]
     if alone:
-        whose = " and ".join(alone)
-        lines.append(f"of {whose} there is one training: how much trainings differ is unknown, and in no interval")
+        names = " and ".join(alone)
+        lines.append(f"{names}: one training run; how much runs differ is unknown, and no interval accounts for it")
     return lines
 
 
@@ -36,45 +37,43 @@ def _one_training(side: Side, pooled: bool) -> bool:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """A row per metric, to be read."""
+    """Return the table of the page, one row per metric."""
     names = ["metric", "A", "B", "A - B", "p", "p, Holm", "verdict", "A higher", "prompts", "left out", "seeds"]
     rows = []
     for result in results:
         decimals = DECIMALS.get(result.measure.unit, 3)
-        found = result.change.estimate
+        estimate = result.change.estimate
         measure = result.measure
         texts = [Column(title(measure), measure.unit, measure.higher_is_better, measure.role).header]
         texts += [interval(*mean[:3], decimals) for mean in result.means]
-        texts += [interval(*found[:3], decimals + 1, signed=True), _p(found.p), _p(result.change.p_holm)]
-        texts += [result.change.verdict, number(result.higher, 2)]
-        rows.append([Cell(text) for text in [*texts, *map(str, (found.prompts, found.dropped, found.seeds))]])
+        texts += [interval(*estimate[:3], decimals + 1, signed=True)]
+        texts += [p_text(estimate.p), p_text(result.change.p_holm), result.change.verdict, number(result.higher, 2)]
+        rows.append([Cell(text) for text in [*texts, *map(str, (estimate.prompts, estimate.dropped, estimate.seeds))]])
     return Table([Column(name) for name in names], rows)
 
 
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else number(value)
-
-
 def tidy(results: Sequence[Result]) -> Table:
-    """A row per metric, in full precision."""
+    """Return all numbers in full precision, one row per metric."""
     names = ["metric", "evaluator", "role", "unit", "a", "a_lo", "a_hi", "b", "b_lo", "b_hi", "difference", "lo", "hi"]
     names += ["se", "df", "p", "prompts", "seeds", "dropped", "p_holm", "verdict", "a_higher"]
     rows = []
     for measure, (a, b), change, higher, _ in results:
         about: list[Any] = [measure.name, measure.evaluator, measure.role, measure.unit, *a[:3], *b[:3]]
-        found = change.estimate
-        about += [*found[:3], found.se, found.df, found.p, found.prompts, found.seeds, found.dropped]
+        estimate = change.estimate
+        about += [*estimate[:3], estimate.se, estimate.df, estimate.p]
+        about += [estimate.prompts, estimate.seeds, estimate.dropped]
         rows.append([Cell(value) for value in [*about, change.p_holm, change.verdict, higher]])
     return Table([Column(name) for name in names], rows)
 
 
 NOTE = """\
-A - B: prompt by prompt, mean with its 95 % interval. p: of "no difference"; Holm: corrected for the metrics shown.
-up, down: p < 0.05 after that. A higher: the share of prompts in which A's mean is higher (ties are half)."""
+A - B: mean difference, prompt by prompt, with its 95 % interval. p tests "no difference"; Holm: corrected for the
+metrics shown; up, down: p < 0.05 after that correction. A higher: the share of prompts on which A's mean is higher (a
+tie counts half)."""
 
 
 def page(root: artefacts.Store, a: Side, b: Side, results: Sequence[Result], remarks: Sequence[str]) -> str:
-    """All of it as markdown, to be read in a terminal as well."""
+    """Return the page as markdown that also reads well in a terminal."""
     lists = [protocols(a, b), [*_seeds(a, b), *remarks]]
     parts = [
         f"# {escape(a.label)} and {escape(b.label)}",
@@ -83,7 +82,7 @@ def page(root: artefacts.Store, a: Side, b: Side, results: Sequence[Result], rem
         "## Paired differences",
         table(results).markdown().rstrip("\n"),
         NOTE,
-        "## The prompts that differ most",
+        "## Prompts that differ most",
         *(text for result in results for text in _disagreeing(root, a, b, result)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -92,37 +91,36 @@ def page(root: artefacts.Store, a: Side, b: Side, results: Sequence[Result], rem
 def _disagreeing(root: artefacts.Store, a: Side, b: Side, result: Result) -> Iterator[str]:
     decimals = DECIMALS.get(result.measure.unit, 3)
     lines = []
-    for found in disagreements(root, a, b, result):
-        gap = number(found.a - found.b, decimals, signed=True)
-        lines.append(f"- {gap} ({number(found.a, decimals)}, {number(found.b, decimals)}): {escape(found.prompt)}")
-        lines += [f"  - {name}: {path or 'no picture'}" for name, path in zip("AB", found.pictures)]
+    for case in disagreements(root, a, b, result):
+        gap = number(case.a - case.b, decimals, signed=True)
+        lines.append(f"- {gap} ({number(case.a, decimals)}, {number(case.b, decimals)}): {escape(case.prompt)}")
+        lines += [f"  - {name}: {path or 'no image'}" for name, path in zip("AB", case.images)]
     yield f"### {escape(title(result.measure))}"
-    yield "\n".join(lines) if lines else "Nowhere."
+    yield "\n".join(lines) if lines else "No prompt differs."
 
 
 def sheet(root: artefacts.Store, a: Side, b: Side, results: Sequence[Result]) -> Any:
-    """Below one another for every metric: A's and B's pictures of the prompts that differ most. None without any."""
+    """Return A's and B's images of the prompts that differ most, metric below metric; None without any image."""
     parts = []
     for result in results:
-        found = disagreements(root, a, b, result)
-        if any(picture for each in found for picture in each.pictures):
-            gaps = [number(each.a - each.b, DECIMALS.get(result.measure.unit, 3), signed=True) for each in found]
+        cases = disagreements(root, a, b, result)
+        if any(image for case in cases for image in case.images):
+            gaps = [number(case.a - case.b, DECIMALS.get(result.measure.unit, 3), signed=True) for case in cases]
             rows = [
-                (f"{name}: {side.label}", [each.pictures[i] for each in found])
+                (f"{name}: {side.label}", [case.images[i] for case in cases])
                 for i, (name, side) in enumerate(zip("AB", (a, b)))
             ]
-            parts.append(
-                image_grid.draw(rows, [(f"{gap} {result.measure.name}", each.prompt) for gap, each in zip(gaps, found)])
-            )
+            captions = [(f"{gap} {result.measure.name}", case.prompt) for gap, case in zip(gaps, cases)]
+            parts.append(image_grid.draw(rows, captions))
     return image_grid.stack(parts) if parts else None
 
 
 def build(root: artefacts.Store, a: Side, b: Side, results: Sequence[Result], text: str, out: Path) -> list[Path]:
-    """Write compare.md, compare.csv and compare.png (if there is any picture) into ``out``; the paths."""
+    """Write compare.md, compare.csv and, if there are images, compare.png into ``out``; return the paths."""
     paths = [out / "compare.md", out / "compare.csv"]
     files.write(paths[0], text)
     files.write(paths[1], tidy(results).csv())
-    if picture := sheet(root, a, b, results):
+    if images := sheet(root, a, b, results):
         paths.append(out / "compare.png")
-        files.write(paths[-1], lambda temporary: picture.save(temporary, "PNG"))
+        files.write(paths[-1], lambda temporary: images.save(temporary, "PNG"))
     return paths

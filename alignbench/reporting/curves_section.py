@@ -1,4 +1,4 @@
-"""The report's sections about the course of training."""
+"""Sections of the report about the course of training."""
 
 from __future__ import annotations
 
@@ -38,38 +38,39 @@ from alignbench.reporting.analysis.published import Point, Printed, Reference, d
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.analysis.stats import Array, MeanEstimate
 from alignbench.reporting.table import DECIMALS, Cell, Column, Section, Table, escape, interval, number
+from alignbench.reporting.tables import estimate_cell
 from alignbench.store.artefacts import Store, milestone_expected
 from alignbench.store.manifest import Manifest
 
 
 def sections(results: Results, analysis: Analysis, published: Sequence[Reference] = ()) -> list[Section]:
-    """Markdown for the report; empty if nothing was trained. ``published``: curves to set beside ours."""
+    """Return the chapter; empty if nothing was trained. ``published``: curves to compare with ours."""
     if not trained_runs(results):
         return []
-    found = learning_curves(results, analysis)
-    records = training(results) if found or published else pd.DataFrame()
+    curves = learning_curves(results, analysis)
+    records = training(results) if curves or published else pd.DataFrame()
     parts: list[Section] = ["## Over the course of training", *_reward_section(results, analysis)]
-    if not found:
-        lacking = "there is no untrained method to compare with" if analysis.base is None else "no milestone is there"
+    if not curves:
+        lacking = "there is no untrained method to compare with" if analysis.base is None else "no milestone has scores"
         planned = any(run.milestones for run in results.manifest.runs)
-        why = f"Of the scores only the end is known: {lacking}."
-        parts.append(why if planned else "Without `training.milestones`, only the end of the scores is known.")
+        why = f"Scores are known at the end of training only: {lacking}."
+        parts.append(why if planned else "Without `training.milestones`, scores are known at the end of training only.")
     else:
         parts += [
-            *_equal_cost_section(found, analysis),
-            *_target_section(found, analysis),
-            *_steps_section(found, analysis, records),
-            *_parting_section(found),
+            *_equal_cost_section(curves, analysis),
+            *_target_section(curves, analysis),
+            *_steps_section(curves, analysis, records),
+            *_divergence_section(curves),
         ]
-    beside = [part for curve in published for part in _published_section(curve, results.manifest, found, records)]
+    beside = [part for curve in published for part in _published_section(curve, results.manifest, curves, records)]
     return [*parts, *beside, *_profile_section(analysis), *_unreached(results)]
 
 
 def _reward_section(results: Results, analysis: Analysis) -> list[Section]:
-    """The training reward at half of, and at, the largest cost that all runs reached."""
+    """Return the training reward at the largest cost that all runs reached, and at half of it."""
     trained: dict[str, list[dict[str, Array]]] = {}
     for run in sorted(trained_runs(results), key=lambda run: run.seed):
-        records = results.trainings[run.id]
+        records = results.training_records[run.id]
         trained.setdefault(run.label, []).append(records | cost_totals(records, process_count(results, run)))
     largest = {axis: min(float(run[axis].max()) for runs in trained.values() for run in runs) for axis in AXES}
     points = [(axis, share * largest[axis]) for axis in AXES for share in (0.5, 1.0)]
@@ -78,10 +79,10 @@ def _reward_section(results: Results, analysis: Analysis) -> list[Section]:
     rows = []
     for label in filter(trained.__contains__, analysis.trained):
         means = [np.array([reward_at(run, axis, cost) for run in trained[label]]) for axis, cost in points]
-        rows.append([Cell(label), *(Cell(_known(float(nan_mean(each, 0)))) for each in means)])
+        rows.append([Cell(label), *(Cell(_known(float(nan_mean(seeds, 0)))) for seeds in means)])
     note = """\
-Training reward at equal cost, on the pictures that each method made while it trained: at half of, and at, the largest
-cost that all trainings reached; means over seeds, and over the updates within 5 % of the cost."""
+Training reward at equal cost, on the images that each method generated during training, at the largest cost that all
+training runs reached and at half of it; means over seeds and over the updates within 5 % of the cost."""
     return ["### Training reward against cost", Table(columns, rows), note]
 
 
@@ -98,79 +99,78 @@ def _column(measure: Measure) -> Column:
     return Column(measure.name, measure.unit, measure.higher_is_better, measure.role, decimals)
 
 
-def _equal_cost_section(found: Sequence[LearningCurve], analysis: Analysis) -> list[Section]:
-    """One table for each cost that stops some method before its end."""
+def _equal_cost_section(curves: Sequence[LearningCurve], analysis: Analysis) -> list[Section]:
+    """Return a table for each kind of cost of which some methods spent more than others."""
     parts: list[Section] = []
     for axis, name in AXES.items():
-        cost = common(found, axis)
-        beyond = [course.label for course in found if np.nanmax(course.costs[axis][-1]) > 1.01 * cost]
+        cost = common(curves, axis)
+        beyond = [curve.label for curve in curves if np.nanmax(curve.costs[axis][-1]) > 1.01 * cost]
         if not beyond:
             continue
         chosen = directed(analysis)
-        means = {measure: equal_cost(found, measure, axis) for measure in chosen}
+        means = {measure: equal_cost(curves, measure, axis) for measure in chosen}
         rows = [
-            [Cell(course.label), *(_mean_cell(means[measure][course.label], measure) for measure in chosen)]
-            for course in found
+            [Cell(curve.label), *(estimate_cell(means[measure][curve.label], measure) for measure in chosen)]
+            for curve in curves
         ]
         parts += [f"**At {_short(cost)} {name}, the most that every method reached:**"]
         parts += [Table([Column("method"), *map(_column, chosen)], rows)]
     if not parts:
         return []
-    note = "Between milestones a score is interpolated linearly, prompt by prompt; nothing is extrapolated."
+    note = "Scores are interpolated linearly between milestones, prompt by prompt; nothing is extrapolated."
     return ["### Scores at equal cost", *parts, note]
 
 
-def _mean_cell(found: MeanEstimate, measure: Measure) -> Cell:
-    """A mean and its interval; a share's interval ends where shares end."""
-    low, high = (0.0, 1.0) if measure.unit == "fraction" else (-np.inf, np.inf)
-    return Cell(found.mean, max(found.lo, low), min(found.hi, high))
-
-
-def _target_section(found: Sequence[LearningCurve], analysis: Analysis) -> list[Section]:
+def _target_section(curves: Sequence[LearningCurve], analysis: Analysis) -> list[Section]:
     rows = []
     for measure in directed(analysis):
-        gain = target(found, measure)
+        gain = target(curves, measure)
         if gain is None:
             rows.append(
                 [Cell(f"{measure.name} [{measure.role}]"), Cell("no method gains"), *[Cell()] * (len(AXES) + 1)]
             )
             continue
         shown = number(gain, DECIMALS.get(measure.unit, 3) + 1, signed=True)
-        for course in found:
-            cells = [Cell(_reached(time_to(course, measure, axis, gain))) for axis in AXES]
-            rows.append([Cell(f"{measure.name} [{measure.role}]"), Cell(shown), Cell(course.label), *cells])
+        for curve in curves:
+            cells = [Cell(_reached(time_to(curve, measure, axis, gain))) for axis in AXES]
+            rows.append([Cell(f"{measure.name} [{measure.role}]"), Cell(shown), Cell(curve.label), *cells])
     columns = [Column("measure"), Column("target gain"), Column("method"), *map(Column, AXES.values())]
     note = """\
-The target is half of the largest gain over the base model that any method ends with. Costs are the first at which a
-method's mean gain is that large, linear between milestones, with 95 % of the resamples of prompts and seeds."""
+The target is half of the largest final gain over the base model of any method. Each cost is the first at which a
+method's mean gain reaches the target, interpolated linearly between milestones, with a 95 % interval over resamples of
+prompts and seeds."""
     return ["### Cost of half the best gain", Table(columns, rows), note]
 
 
-def _reached(found: Reached) -> str:
-    """``240 [180, 300]``; ``240 [180, not reached]``."""
-    lo, hi = (_short(limit) if np.isfinite(limit) else "not reached" for limit in (found.lo, found.hi))
-    if not np.isfinite(found.cost):
-        return "not reached" if lo == "not reached" else f"not reached [from {lo}]"
-    return f"{_short(found.cost)} [{lo}, {hi}]"
+def _reached(crossing: Reached) -> str:
+    """Return ``240 [180, 300]``, ``240 [180, not reached]``, or ``240 [unknown]`` where the spread is unknown."""
+    cost, lo, hi = (_short(value) if np.isfinite(value) else "not reached" for value in crossing)
+    if np.isnan(crossing.cost):
+        return "unknown"
+    if np.isnan(crossing.lo):
+        return f"{cost} [unknown]"
+    if cost == "not reached":
+        return cost if lo == "not reached" else f"{cost} [from {lo}]"
+    return f"{cost} [{lo}, {hi}]"
 
 
-def _steps_section(found: Sequence[LearningCurve], analysis: Analysis, records: pd.DataFrame) -> list[Section]:
-    """Every step of every method: changes against the base model, and the drift of its weights."""
+def _steps_section(curves: Sequence[LearningCurve], analysis: Analysis, records: pd.DataFrame) -> list[Section]:
+    """Return changes against the base model and the network's drift, one row per method and step."""
     columns = [Column("method"), Column("update", decimals=0)]
     columns += [
         Column(measure.name, measure.unit, measure.higher_is_better, measure.role) for measure in analysis.measures
     ]
     columns.append(Column("drift", decimals=4))
-    moved = {measure: changes(found, measure) for measure in analysis.measures}
+    moved = {measure: changes(curves, measure) for measure in analysis.measures}
     rows = []
-    for course in found:
-        drift = drifts(course, records)
-        for k, update in enumerate(course.updates[1:]):
-            texts = [_change(moved[measure][course.label][k], measure) for measure in analysis.measures]
-            rows.append([Cell(course.label), Cell(float(update)), *map(Cell, texts), Cell(_known(float(drift[k + 1])))])
+    for curve in curves:
+        drift = drifts(curve, records)
+        for k, update in enumerate(curve.updates[1:]):
+            texts = [_change(moved[measure][curve.label][k], measure) for measure in analysis.measures]
+            rows.append([Cell(curve.label), Cell(float(update)), *map(Cell, texts), Cell(_known(float(drift[k + 1])))])
     note = """\
-Paired changes against the base model, on the milestones' prompts, with 95 % intervals. *drift*: how far the network's
-output has moved from the base model's, |v - v_base|^2 / |v_base|^2, in training."""
+Paired changes against the base model on the milestones' prompts, with 95 % intervals. *drift*: how far the network's
+output has moved from the base model's, |v - v_base|^2 / |v_base|^2, measured during training."""
     return ["### Milestone by milestone", Table(columns, rows), note]
 
 
@@ -178,24 +178,26 @@ def _change(estimate: MeanEstimate, measure: Measure) -> str:
     return interval(*estimate[:3], DECIMALS.get(measure.unit, 3), signed=True)
 
 
-def _parting_section(found: Sequence[LearningCurve]) -> list[Section]:
-    parted = divergences(found)
-    if not parted:
+def _divergence_section(curves: Sequence[LearningCurve]) -> list[Section]:
+    by_label = divergences(curves)
+    if not by_label:
         return []
-    measures = list(next(iter(parted.values())))
+    measures = list(next(iter(by_label.values())))
     columns = [Column("method"), *(Column(measure.name, role=measure.role) for measure in measures)]
     rows = []
-    for label, mine in parted.items():
-        cells = [Cell(_parted(mine[measure]), bold=mine[measure].update is not None) for measure in measures]
+    for label, divergence in by_label.items():
+        cells = [Cell(_diverged(divergence[m]), bold=divergence[m].update is not None) for m in measures]
         rows.append([Cell(label), *cells])
-    return ["### Where reward and quality part", Table(columns, rows), DIVERGENCE]
+    return ["### Where reward and quality diverge", Table(columns, rows), DIVERGENCE]
 
 
-def _parted(found: Divergence) -> str:
-    """``update 50 [40, 60; 98 %]``; ``no [50, never; 12 %]``."""
-    lo, hi = ("never" if np.isinf(limit) else _short(limit) for limit in (found.lo, found.hi))
-    where = "no" if found.update is None else f"update {_short(found.update)}"
-    return f"{where} [{lo if lo == hi else f'{lo}, {hi}'}; {found.share:.0%}]"
+def _diverged(divergence: Divergence) -> str:
+    """Return ``update 50 [40, 60; 98 %]``, ``no [50, never; 12 %]``, or ``no [unknown]`` without a known spread."""
+    where = "no" if divergence.update is None else f"update {_short(divergence.update)}"
+    if np.isnan(divergence.share):
+        return f"{where} [unknown]"
+    lo, hi = ("never" if np.isinf(limit) else _short(limit) for limit in (divergence.lo, divergence.hi))
+    return f"{where} [{lo if lo == hi else f'{lo}, {hi}'}; {divergence.share:.0%}]"
 
 
 def _profile_section(analysis: Analysis) -> list[Section]:
@@ -205,63 +207,66 @@ def _profile_section(analysis: Analysis) -> list[Section]:
     columns = [Column("method"), *(Column(f"above {tau:g}", decimals=2) for tau in PROFILE)]
     rows = []
     for label in analysis.trained:
-        mine = [found[label] for found in scores.values() if len(found[label])]
-        if mine:
-            share, lo, hi = profile(mine, np.array(PROFILE))
-            bands = zip(*(map(_known, map(float, each)) for each in (share, lo, hi)))
+        own = [by_label[label] for by_label in scores.values() if len(by_label[label])]
+        if own:
+            share, lo, hi = profile(own, np.array(PROFILE))
+            bands = zip(*(map(_known, map(float, limits)) for limits in (share, lo, hi)))
             rows.append([Cell(label), *(Cell(*band) for band in bands)])
     note = f"""\
-Share of runs (measure x training seed) whose score at the end exceeds a threshold: 0 is the base model, 1 the best mean
-of that measure. Measures: {", ".join(escape(measure.name) for measure in scores)}. Pointwise 95 % bands: seeds drawn
-again within each measure (Agarwal et al. 2021)."""
+Share of runs (measure x training seed) whose final score exceeds a threshold; 0 is the base model, 1 the best mean of
+that measure. Measures: {", ".join(escape(measure.name) for measure in scores)}. Pointwise 95 % bands from resampling
+seeds within each measure (Agarwal et al. 2021)."""
     return ["### Performance profile", Table(columns, rows), note]
 
 
 def _unreached(results: Results) -> list[Section]:
-    """Milestones that lie beyond a training's end."""
+    """Return the milestones that a training run did not reach."""
     store, lines = Store(results.store), []
     for run in results.manifest.runs:
         beyond = [part.update for part in run.milestones if not milestone_expected(store, run.id, part.update)]
         if beyond:
             named = ", ".join(map(str, beyond))
             lines.append(f"- {escape(run.title)}: training ended before update {named}")
-    return ["Milestones that are not there:", "\n".join(lines)] if lines else []
+    return ["Milestones that were not reached:", "\n".join(lines)] if lines else []
 
 
 def _published_section(
-    curve: Reference, manifest: Manifest, found: Sequence[LearningCurve], records: pd.DataFrame
+    reference: Reference, manifest: Manifest, curves: Sequence[LearningCurve], records: pd.DataFrame
 ) -> list[Section]:
-    """Every point of a published curve with ours at the very same update."""
-    source, rows, reasons = curve.source, [], []
-    for method in dict.fromkeys(point.method for point in curve.points):
-        known = curve.labels(method)
+    """Return each point of a published curve beside ours at the same update."""
+    source, rows, reasons = reference.source, [], []
+    for method in dict.fromkeys(point.method for point in reference.points):
+        known = reference.labels(method)
         for label in [label for label in manifest.rows if label in known] or [""]:
-            points = [point for point in curve.points if point.method == method]
-            rows += [_beside(point, source.metrics[point.metric], label, found, records) for point in points]
+            points = [point for point in reference.points if point.method == method]
+            rows += [_beside(point, source.metrics[point.metric], label, curves, records) for point in points]
             runs = manifest.rows.get(label)
-            if runs and (why := departures(curve.protocol(method), manifest, runs[0])):
+            if runs and (why := departures(reference.protocol(method), manifest, runs[0])):
                 reasons.append(f"- {escape(label)}, protocol differs: {escape('; '.join(why))}")
     columns = [Column("published row"), Column("our row"), Column("metric"), Column("update", decimals=0)]
     columns += [Column("ours", decimals=4), Column("published", decimals=4)]
-    note = "The published values were read off a picture, and no verdict is drawn from them."
+    note = "The published values were read off a figure, so no verdict is drawn from them."
     heading = f"### {escape(source.citation)}, {escape(source.place)}"
     return [heading, escape(source.url), escape(source.note), Table(columns, rows), note, "\n".join(reasons)]
 
 
 def _beside(
-    point: Point, printed: Printed, label: str, found: Sequence[LearningCurve], records: pd.DataFrame
+    point: Point, printed: Printed, label: str, curves: Sequence[LearningCurve], records: pd.DataFrame
 ) -> list[Cell]:
-    """``reward_mean`` is the training reward, within 5 % of the update; any other metric that of a milestone."""
+    """Return the row of a published point.
+
+    Ours is the training reward within 5 % of the update for ``reward_mean``, a milestone's score for other metrics.
+    """
     ours = Cell("not run")
-    mine = records[records["label"] == label]
-    if printed.metric == "reward_mean" and mine["update"].max() >= point.update:
-        seeds = [reward_at(run, "update", point.update) for _, run in mine.groupby("seed")]
+    own = records[records["label"] == label]
+    if printed.metric == "reward_mean" and own["update"].max() >= point.update:
+        seeds = [reward_at(run, "update", point.update) for _, run in own.groupby("seed")]
         ours = Cell(_known(float(np.nanmean(seeds)) * printed.scale))
-    for course in found:
-        steps = np.flatnonzero(course.updates == point.update)
-        measure = next((measure for measure in course.values if measure.name == printed.metric), None)
-        if course.label == label and measure is not None and len(steps):
-            mean = stats.mean_interval(course.values[measure][steps[0]], course.strata(measure))
+    for curve in curves:
+        steps = np.flatnonzero(curve.updates == point.update)
+        measure = next((measure for measure in curve.values if measure.name == printed.metric), None)
+        if curve.label == label and measure is not None and len(steps):
+            mean = stats.mean_interval(curve.values[measure][steps[0]], curve.strata(measure))
             ours = Cell(mean.mean * printed.scale, mean.lo * printed.scale, mean.hi * printed.scale)
     about: list[float | str | None] = [point.method, label or "not run", point.metric, point.update]
     return [*map(Cell, about), ours, Cell(point.value)]

@@ -1,4 +1,4 @@
-"""The report's sections on how its numbers were made: budgets, overrides, settings, protocol, what is missing."""
+"""Sections of the report about how its numbers were made: budgets, overrides, settings, protocol, missing runs."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun
 
 
 def made_with(results: Results) -> list[str]:
-    """Software and hardware of the finished runs: one text for each that differs from the others."""
-    found = dict[str, None]()
+    """Return the software and hardware of the finished runs, each distinct combination once."""
+    distinct = dict[str, None]()
     for origin in results.origins.values():
         changed = f"with changes (code {origin['code']})" if origin.get("dirty") else ""
         code = " ".join(filter(None, ["alignbench", origin["alignbench"], origin["revision"], changed]))
         packages = [f"{name} {version}" for name, version in origin["packages"].items()]
         machine = [origin["machine"], *origin["devices"], f"{origin['processes']} x {origin['threads']} threads"]
-        found[", ".join([code, f"Python {origin['python']}", *packages, *machine])] = None
-    return list(found)
+        distinct[", ".join([code, f"Python {origin['python']}", *packages, *machine])] = None
+    return list(distinct)
 
 
 def moments_note(manifest: Manifest) -> str:
+    """Return the footnote on rows trained with 8-bit optimizer moments; empty if there are none."""
     if not (labels := eight_bit(manifest)):
         return ""
     rows = escape(listed(labels))
-    return f"{DOUBLE_DAGGER} AdamW with moments in 8 bits, which is not the optimizer of the papers: {rows}."
+    return f"{DOUBLE_DAGGER} AdamW with 8-bit moments, which is not the papers' optimizer: {rows}."
 
 
 def hybrid_note(manifest: Manifest) -> str:
+    """Return the footnote on rows whose last steps are the base model's; empty if there are none."""
     rows = "; ".join(f"{escape(label)}, {what}" for label, what in hybrid(manifest).items())
-    return f"{DAGGER} Hybrid inference: the row makes these steps, the base model the rest: {rows}." if rows else ""
+    return f"{DAGGER} Hybrid inference: the row takes these steps, the base model the rest: {rows}." if rows else ""
 
 
 def budgets_note(analysis: Analysis, costs: pd.DataFrame) -> str:
-    """Whether the methods really had equal budgets, from what was measured."""
+    """Return whether the methods trained on equally many images, as measured."""
     done = finished_runs(costs, analysis.trained)
     if not analysis.trained:
         return ""
     if done.empty and costs["state"].eq("done").all():
-        return "What the trainings cost is unknown."
+        return "The cost of training is unknown."
     if done.empty:
         return "**No training run has finished.**"
     images = pd.to_numeric(done["images"])
@@ -57,41 +59,42 @@ def budgets_note(analysis: Analysis, costs: pd.DataFrame) -> str:
 
 
 def imports_section(manifest: Manifest) -> list[str]:
-    """Where imported rows are from, what is known of them, and what is missing."""
+    """Return the section on imported rows: their origin, and what is known and unknown about them."""
     lines = []
     for run in manifest.runs if manifest.imported else ():
         known = [f"{key} = {run.protocol[key]} ({where})" for key, where in run.known_from.items()]
         unknown = [key for key, value in run.protocol.items() if value == "unknown"]
         about = [run.imported, run.training, *known]
         about += [f"unknown: {', '.join(unknown)}"] if unknown else []
-        about += [f"said to be trained on {', '.join(run.trained_on)}"] if run.trained_on else []
+        about += [f"reportedly trained on {', '.join(run.trained_on)}"] if run.trained_on else []
         lines.append(f"- {escape(run.label)}: {escape('; '.join(about))}")
         lines += [f"  - {escape(remark)}" for remark in run.remarks]
     return ["## Imported rows", "\n".join(lines), IMPORTED_NOTE] if lines else []
 
 
 IMPORTED_NOTE = """\
-These pictures and scores were made elsewhere. A score with a name in brackets is that project's own, as its file has
-it: neither its version nor its weights are proven. [unknown]: nobody said whether a row was trained on it."""
+These images and scores were made elsewhere. A score with a name in brackets is that project's own, taken from its file:
+neither its version nor its weights are verified. [unknown]: it was not stated whether a row was trained on this
+score."""
 
 
 def overrides_section(manifest: Manifest) -> list[str]:
-    """Every exception of the sweep with its reason, and the methods that it holds for."""
+    """Return the section on overrides: every exception of the sweep, its reason, and the methods it applies to."""
     found: dict[str, dict[str, None]] = {}
     for run in manifest.runs:
         for note in run.notes:
             text = f"{escape(_flat(note.set))}. {escape(note.reason)}"
             found.setdefault(text, {})[run.label] = None
     every = len(manifest.rows)
-    whom = {
+    methods = {
         text: "all methods" if len(labels) == every else escape(listed([*labels])) for text, labels in found.items()
     }
-    lines = [f"- {whom[text]}: {text}" for text in found]
+    lines = [f"- {methods[text]}: {text}" for text in found]
     return ["## Overrides, and why", "\n".join(lines)] if lines else []
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> str:
-    """``{"a": {"b": 1}}`` -> ``a.b = 1``; a setting that is off (None) is shown as ``none``: it may be a departure."""
+    """Return ``{"a": {"b": 1}}`` as ``a.b = 1``; None is shown as ``none``, since it may be a departure."""
     nested = [
         _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key} = {_said(value)}"
         for key, value in settings.items()
@@ -105,40 +108,41 @@ def _said(value: Any) -> str:
 
 
 def settings_section(manifest: Manifest) -> list[str]:
-    """What every run was made with, as resolved: once for what all runs share, then what is each method's own."""
+    """Return the section on resolved settings: first those that all runs share, then each method's own."""
     shared = {part: _of_runs(manifest.runs, part) for part in ("backend", "reward", "prompts", "training")}
     lines = [f"- {part}, {escape(text)}" for part, texts in shared.items() if len(texts) == 1 for text in texts]
-    for label, mine in manifest.rows.items():
+    for label, runs in manifest.rows.items():
         own = [
-            *_of_runs(mine, "method"),
-            *(text for p, ts in shared.items() if len(ts) > 1 for text in _of_runs(mine, p)),
+            *_of_runs(runs, "method"),
+            *(text for part, texts in shared.items() if len(texts) > 1 for text in _of_runs(runs, part)),
         ]
         lines.append(f"- {escape(label)}: {escape('; '.join(own))}")
     return ["## Settings, as resolved", "\n".join(lines)] if shared["backend"] else []
 
 
 def _of_runs(runs: Sequence[ManifestRun], part: str) -> list[str]:
-    """The different settings of ``part`` over runs, as text; the training seed is no difference."""
-    found = dict[str, None]()
+    """Return the distinct settings of ``part`` over ``runs`` as texts, ignoring the training seed."""
+    distinct = dict[str, None]()
     for run in runs:
         value = run.settings.get(part, {})
         if part == "training":
             value = {key: setting for key, setting in value.items() if key != "seed"}
-        found[_flat(value) if isinstance(value, dict) else f"{value}"] = None
-    return [text for text in found if text]
+        distinct[_flat(value) if isinstance(value, dict) else f"{value}"] = None
+    return [text for text in distinct if text]
 
 
 def warnings_section(costs: pd.DataFrame) -> list[str]:
-    """What training records show to be hardly meant."""
+    """Return the section on training runs whose records look unintended."""
     warned = [run for run in costs.to_dict("records") if isinstance(run.get("warning"), str) and run["warning"]]
     lines = [f"- **{escape(run['label'])}, seed {run['seed']}**: {escape(run['warning'])}" for run in warned]
     return ["## Warnings", "\n".join(lines)] if lines else []
 
 
-SILENT = {"running": "it is being made", "queued": "it waits for its turn", "requeued": "it waits to go on"}
+SILENT = {"running": "still in progress", "queued": "waiting to start", "requeued": "waiting to resume"}
 
 
 def missing_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:
+    """Return the section on unfinished runs: their state and the reason."""
     lines = []
     for run in costs[costs["state"] != "done"].to_dict("records"):
         seed = "" if run["seed"] == UNTRAINED else f", seed {run['seed']}"
@@ -149,7 +153,7 @@ def missing_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:
 
 
 def coverage_section(manifest: Manifest, analysis: Analysis) -> list[str]:
-    """Scores that are absent or not ok, and prompts that pairing left out."""
+    """Return the section on missing or invalid scores, and on the prompts left out because of them."""
     images = manifest.prompts * manifest.protocol["images_per_prompt"]
     lines = []
     for measure in analysis.measures:
@@ -160,14 +164,13 @@ def coverage_section(manifest: Manifest, analysis: Analysis) -> list[str]:
             if valid != expected or any(dropped):
                 text = f"- {escape(title(measure))}, {escape(label)}: {valid} of {expected} scores; "
                 lines.append(f"{text}prompts left out: {dropped[0]} of the mean, {dropped[1]} of the paired change")
-    complete = f"Complete: every picture of every run has every score ({images} pictures a run)."
-    rule = (
-        "A prompt is left out if some seed, or one side of a pair, has no valid score of it; so is a seed without any."
-    )
+    complete = f"Complete: every image of every run has every score ({images} images per run)."
+    rule = "A prompt is left out if a seed, or one side of a pair, lacks a valid score of it; so is a seed without any."
     return ["## Coverage", "\n".join(lines) if lines else complete, rule if lines else ""]
 
 
 def protocol_section(manifest: Manifest, analysis: Analysis, origins: Sequence[str]) -> list[str]:
+    """Return the section on the protocol: seeds, evaluation settings, evaluators, software and hardware."""
     known = sorted({seed for label in analysis.trained for seed in analysis.seeds[label]})
     seeds = [*map(str, known), *["unknown"] * any(run.published for run in manifest.runs)]
     facts: dict[str, Any] = {"training seeds": ", ".join(seeds) or "none"}
@@ -175,21 +178,21 @@ def protocol_section(manifest: Manifest, analysis: Analysis, origins: Sequence[s
     protocol = {key: value for key, value in manifest.protocol.items() if value is not None}
     facts |= {f"evaluation, {key.replace('_', ' ')}": value for key, value in protocol.items()}
     facts |= {"training reward": manifest.training_evaluator}
-    versions = dict.fromkeys(f"{m.evaluator} {m.version}" for m in analysis.measures)  # one may stand there twice
+    versions = dict.fromkeys(f"{m.evaluator} {m.version}" for m in analysis.measures)  # several measures may share one
     facts |= {"evaluators": ", ".join(versions)}
     facts |= {"intervals": f"95 %, {stats.DRAWS:,} bootstrap draws, seed 0"}
     lines = [f"- {escape(key)}: {escape(value)}" for key, value in facts.items()]
     lines += _departures(manifest)
     lines += [f"- made with {escape(origin)}" for origin in origins]
-    differ = "**The runs were made with different software or hardware: their seconds may not compare.**"
+    differ = "**The runs used different software or hardware: their times may not be comparable.**"
     return ["## Protocol", "\n".join(lines), differ if len(origins) > 1 else ""]
 
 
 def _departures(manifest: Manifest) -> list[str]:
-    """The rows whose pictures were made in another way than the others'; the reasons stand with the overrides."""
-    found = dict[str, None]()
+    """Return a line for each row evaluated under another protocol; the reasons are listed with the overrides."""
+    lines = dict[str, None]()
     for run in manifest.runs:
         own = {key: value for key, value in run.protocol.items() if value != manifest.protocol.get(key)}
         if own:
-            found[f"- **but {escape(run.label)}**: {escape(_flat(own).replace('_', ' '))}"] = None
-    return list(found)
+            lines[f"- **but {escape(run.label)}**: {escape(_flat(own).replace('_', ' '))}"] = None
+    return list(lines)

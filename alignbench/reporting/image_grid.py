@@ -1,4 +1,4 @@
-"""The picture grid: the same prompts and noise in every column, one row per method."""
+"""The image grid: one column per prompt and noise, one row per method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INK, GREY, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
 def choose(prompts: Sequence[str], tags: Sequence[str], count: int = 10) -> list[str]:
-    """``count`` prompt ids: tasks in turn, within a task by the hash of the id. Chosen by rule, not by eye."""
+    """Return ``count`` prompt ids, taking tasks in turn and prompts by the hash of their id: by rule, not by eye."""
     by_task: dict[str, list[str]] = {}
     for prompt, tag in sorted(zip(prompts, tags), key=lambda pair: hashlib.sha256(pair[0].encode()).digest()):
         by_task.setdefault(tag, []).append(prompt)
@@ -27,7 +27,7 @@ def choose(prompts: Sequence[str], tags: Sequence[str], count: int = 10) -> list
 
 
 def draw(rows: Sequence[tuple[str, Sequence[Path | None]]], captions: Sequence[tuple[str, str]]) -> Image.Image:
-    """``rows``: (label, a picture file per column, None if there is none); ``captions``: (task, prompt) per column."""
+    """Draw the grid. ``rows``: (label, an image file or None per column); ``captions``: (task, prompt) per column."""
     tile = _tile_size(rows)
     font = ImageFont.load_default(FONT)
     left = 2 * GAP + math.ceil(max((font.getlength(_clean(label)) for label, _ in rows), default=0))
@@ -44,12 +44,12 @@ def draw(rows: Sequence[tuple[str, Sequence[Path | None]]], captions: Sequence[t
         y = top + row * (tile + GAP)
         pen.text((GAP, y + (tile - FONT) // 2), _clean(label), INK, font)
         for column, file in enumerate(files):
-            sheet.paste(_picture(file, tile, font), (left + column * (tile + GAP), y))
+            sheet.paste(_tile(file, tile, font), (left + column * (tile + GAP), y))
     return sheet
 
 
 def stack(sheets: Sequence[Image.Image]) -> Image.Image:
-    """One below the other."""
+    """Return one image with the sheets below one another."""
     whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), PAPER)
     top = 0
     for sheet in sheets:
@@ -59,24 +59,24 @@ def stack(sheets: Sequence[Image.Image]) -> Image.Image:
 
 
 def _tile_size(rows: Sequence[tuple[str, Sequence[Path | None]]]) -> int:
-    """A whole multiple of a small picture's side, so that its pixels stay square; at most LARGEST of a large one."""
+    """Return a multiple of a small image's side, so that pixels stay square; at most LARGEST for large images."""
     first = next((file for _, files in rows for file in files if file is not None), None)
     if first is None:
         return SMALLEST
-    with Image.open(first) as picture:
-        side = max(picture.size)
+    with Image.open(first) as image:
+        side = max(image.size)
     return side * math.ceil(SMALLEST / side) if side < SMALLEST else min(side, LARGEST)
 
 
-def _picture(file: Path | None, tile: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+def _tile(file: Path | None, tile: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
     if file is None:
         missing = Image.new("RGB", (tile, tile), (225, 225, 225))
-        ImageDraw.Draw(missing).text((GAP, tile // 2 - FONT // 2), "no picture", GREY, font)
+        ImageDraw.Draw(missing).text((GAP, tile // 2 - FONT // 2), "no image", GREY, font)
         return missing
     with Image.open(file) as opened:
-        picture = opened.convert("RGB")
-    larger = picture.width <= tile and tile % picture.width == 0
-    return picture.resize((tile, tile), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
+        image = opened.convert("RGB")
+    larger = image.width <= tile and tile % image.width == 0
+    return image.resize((tile, tile), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
 
 
 def _clean(text: str) -> str:
@@ -84,7 +84,7 @@ def _clean(text: str) -> str:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> list[str]:
-    """At most ``lines`` lines no wider than ``width`` pixels; an ellipsis where text is left out. Never empty."""
+    """Return at most ``lines`` lines, and at least one, of ``width`` pixels, with an ellipsis where text is cut."""
     done, current = [], ""
     for word in _clean(text).split(" "):
         longer = f"{current} {word}".strip()

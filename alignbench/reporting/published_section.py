@@ -1,4 +1,4 @@
-"""The report's sections that set our numbers beside published ones."""
+"""Sections of the report that compare our numbers with published ones."""
 
 from __future__ import annotations
 
@@ -19,27 +19,22 @@ from alignbench.store.manifest import Manifest
 
 NOTE = """\
 Ours with its 95 % interval, in the published unit; published as printed; the difference, ours minus theirs, with that
-interval widened by half a unit of the last printed digit (and by the published standard error, where there is one).
-**agrees**: it contains zero; **differs**: it does not. Each verdict stands for itself, without correction for their
-number. Where no published standard error is printed, chance in the published number is unknown and not in the
-interval: of rows that agree in truth, one in six or more is called "differs". protocol differs: the row was made in
-another way than the published one; the difference is shown and nothing is concluded from it. not run: published,
-and not in this sweep's numbers. no reference: ours, and not published there."""
-ONE_SEED = "**One training seed: our intervals do not contain how much trainings differ, nor do these verdicts.**"
+interval widened by half a unit of the last printed digit (and by the published standard error, if there is one).
+**agrees**: the interval of the difference contains zero; **differs**: it does not. Verdicts are not corrected for
+multiple comparisons. Without a printed standard error, chance in the published number is unknown and missing from the
+interval: of rows that truly agree, one in six or more is called "differs". protocol differs: the row was made under
+another protocol than the published one; the difference is shown, but no conclusion is drawn. not run: published, but
+not among this sweep's numbers. no reference: ours, but not published there."""
+ONE_SEED = "**One training seed: neither our intervals nor these verdicts account for how much training runs differ.**"
 
 
 def sections(manifest: Manifest, analysis: Analysis, references: Sequence[Reference]) -> list[Section]:
-    """ "Published numbers"; empty if the sweep names no published table."""
+    """Return the chapter "Published numbers"; empty if the sweep names no published table."""
     if not references:
         return []
     lines: list[Section] = ["## Published numbers", NOTE]
-    trained = [
-        found.seeds
-        for m in analysis.measures
-        for label, found in analysis.means[m].items()
-        if label in analysis.trained
-    ]
-    if max(trained, default=0) == 1:
+    seeds = [analysis.means[measure][label].seeds for measure in analysis.measures for label in analysis.trained]
+    if max(seeds, default=0) == 1:
         lines.append(ONE_SEED)
     for reference in references:
         source = reference.source
@@ -56,30 +51,30 @@ def sections(manifest: Manifest, analysis: Analysis, references: Sequence[Refere
 
 
 def shown(reference: Reference, rows: Sequence[Comparison], reasons: Sequence[tuple[str, ...]] = ()) -> Table:
-    """One row per published number, and per number of ours without one; ``reasons`` are referred to by their number."""
+    """Return one row per published number, and per number of ours without one. ``reasons`` are cited by number."""
     columns = [
         Column(name) for name in ("published row", "our row", "metric", "ours", "published", "difference", "verdict")
     ]
-    shown = []
+    cells = []
     for row in rows:
         printed = reference.source.metrics.get(row.metric)
         decimals = printed.decimals if printed else 4
-        figure = row.figure
-        published = f"{figure.value} ± {figure.se}" if figure and figure.se else figure.value if figure else None
+        theirs = row.published
+        published = f"{theirs.value} ± {theirs.se}" if theirs and theirs.se else theirs.value if theirs else None
         texts = [row.method or None, row.label or None, row.metric, interval(*row.ours[:3], decimals), published]
         texts.append(interval(*row.difference, decimals + 1, signed=True))
         verdict = f"{row.verdict} ({reasons.index(row.reasons) + 1})" if row.reasons in reasons else row.verdict
-        shown.append([*map(Cell, texts), Cell(verdict, bold=row.verdict in (AGREES, DIFFERS))])
-    return Table(columns, shown)
+        cells.append([*map(Cell, texts), Cell(verdict, bold=row.verdict in (AGREES, DIFFERS))])
+    return Table(columns, cells)
 
 
 def beside(reference: Reference, manifest: Manifest, analysis: Analysis) -> Table:
-    """One published table with ours; what differs in the protocol stands in the page."""
+    """Return one published table beside ours, without the reasons why protocols differ."""
     return shown(reference, compare(reference, manifest, analysis))
 
 
 def tidy(references: Sequence[Reference], manifest: Manifest, analysis: Analysis) -> Table:
-    """The same in full precision: one row per comparison."""
+    """Return all comparisons in full precision, one row each."""
     names = [
         "place",
         "method",
@@ -96,8 +91,8 @@ def tidy(references: Sequence[Reference], manifest: Manifest, analysis: Analysis
     rows = []
     for reference in references:
         for row in compare(reference, manifest, analysis):
-            figure, ours = row.figure, row.ours
-            printed = [figure.value, figure.se, figure.rounding] if figure else [None] * 3
+            theirs, ours = row.published, row.ours
+            printed = [theirs.value, theirs.se, theirs.rounding] if theirs else [None] * 3
             values: list[Any] = [reference.name, row.method, row.label, row.metric, *printed, *ours[:3]]
             values += [ours.prompts, ours.seeds, *row.difference, row.verdict, "; ".join(row.reasons)]
             rows.append(list(map(Cell, values)))

@@ -1,4 +1,4 @@
-"""Tables of the scores of any images: one row per image, and means with intervals."""
+"""Tables of scores from ``alignbench score``: one row per image, and means with intervals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def tidy(scored: Sequence[tuple[Any, pd.DataFrame]]) -> pd.DataFrame:
-    """One row per picture and metric."""
+    """Return one row per image and metric."""
     import pandas as pd
 
     frames = []
@@ -31,7 +31,10 @@ def tidy(scored: Sequence[tuple[Any, pd.DataFrame]]) -> pd.DataFrame:
 
 
 def save(scored: Sequence[tuple[Any, pd.DataFrame]], out: Path, plugins: Sequence[str] = ()) -> list[Path]:
-    """The tidy table as .csv or .parquet, and beside it what made it: settings, versions and weight files' hash."""
+    """Write the tidy table as .csv or .parquet, and a .json with the evaluators' settings, versions and weight hashes.
+
+    Return both paths. UserError for any other ending.
+    """
     from alignbench.experiment.ids import evaluator_content
     from alignbench.store.files import write, write_frame, write_json
 
@@ -45,11 +48,11 @@ def save(scored: Sequence[tuple[Any, pd.DataFrame]], out: Path, plugins: Sequenc
 
 
 def summary(scored: Sequence[tuple[Any, pd.DataFrame]]) -> Table:
-    """A row per metric: mean with its interval over prompts, and how many pictures could not be scored."""
+    """Return a row per metric: the mean with its interval over prompts, and the number of failed images."""
     columns = [
         Column("metric"),
         Column("mean [95 % interval]"),
-        Column("pictures"),
+        Column("images"),
         Column("prompts"),
         Column("failed"),
     ]
@@ -57,15 +60,15 @@ def summary(scored: Sequence[tuple[Any, pd.DataFrame]]) -> Table:
     for evaluator, frame in scored:
         for metric in evaluator.metrics:
             values, tags = cube(frame, metric.name)
-            found = mean_interval(values, tags if metric.by_task else None)
-            shown = interval(found.mean, found.lo, found.hi, 4)
+            mean = mean_interval(values, tags if metric.by_task else None)
+            shown = interval(mean.mean, mean.lo, mean.hi, 4)
             counts = [len(frame), frame["prompt_id"].nunique(), int((~frame["ok"]).sum())]
             rows.append([Cell(f"{metric.name}, {metric.unit}"), Cell(shown), *(Cell(str(n)) for n in counts)])
     return Table(columns, rows)
 
 
 def cube(frame: pd.DataFrame, metric: str) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
-    """(P, I, 1) scores, nan where there is none, and (P,) tasks."""
+    """Return (P, I, 1) scores, nan where missing or failed, and (P,) tasks."""
     wide = frame.assign(score=frame[metric].where(frame["ok"])).pivot(
         index="prompt_id", columns="index", values="score"
     )

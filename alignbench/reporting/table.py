@@ -1,4 +1,4 @@
-"""A table of numbers with intervals: as markdown, LaTeX and HTML (rounded, escaped), and as CSV (in full precision)."""
+"""Tables of numbers with intervals: as markdown, LaTeX and HTML (rounded, escaped), and as CSV (in full precision)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from alignbench.reporting.html import markdown
 
 ABSENT = "—"
 DECIMALS = {"fraction": 3, "cosine": 3, "logit": 2}  # by unit of a metric; 3 for any other
-_UNSEEN = dict.fromkeys(  # could reorder a whole row, or are no text at all
+_UNSEEN = dict.fromkeys(  # bidirectional controls, which could reorder a row, and control characters
     [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F]
     + [code for code in (*range(0x20), 0x7F) if not chr(code).isspace()]
 )
 
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-TEX = {  # what pdfLaTeX in its default encoding would read as something else, or not at all
+TEX = {  # characters that pdfLaTeX in its default encoding would misread or reject
     **{c: f"\\{c}" for c in "%_&#${}"},
     **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "`": r"\textasciigrave{}"},
     **{
@@ -29,7 +29,7 @@ TEX = {  # what pdfLaTeX in its default encoding would read as something else, o
         ">": r"\textgreater{}",
         '"': "''",
     },
-    **{c: f"{{{c}}}" for c in "[]*"},  # after \\ a bracket and a star are its arguments
+    **{c: f"{{{c}}}" for c in "[]*"},  # after \\, a bracket or a star would be its argument
     **{c: f"$\\{name}$" for c, name in zip("αβηλστ", ("alpha", "beta", "eta", "lambda", "sigma", "tau"))},
     **{
         "↑": r"$\uparrow$",
@@ -45,7 +45,7 @@ _LATIN = {*range(0xC0, 0x100)} - {0xD0, 0xDE, 0xF0, 0xFE}  # letters that every 
 
 
 class Column(NamedTuple):
-    """``role`` is shown in square brackets, ``higher_is_better`` as an arrow; ``signed`` numbers carry their plus."""
+    """A column. ``role`` is shown in square brackets, ``higher_is_better`` as an arrow; ``signed``: with plus signs."""
 
     title: str
     unit: str = ""
@@ -56,13 +56,14 @@ class Column(NamedTuple):
 
     @property
     def header(self) -> str:
+        """Title with unit, arrow and role."""
         arrow = {True: " ↑", False: " ↓", None: ""}[self.higher_is_better]
         unit = f", {self.unit}" if self.unit else ""
         return f"{self.title}{unit}{arrow}{f' [{self.role}]' if self.role else ''}"
 
 
 class Cell(NamedTuple):
-    """``value``: a number, a text, or None for "was not measured". ``mark`` follows the number."""
+    """A cell: ``value`` is a number, a text, or None if not measured; ``mark`` follows it."""
 
     value: float | str | None = None
     lo: float | None = None
@@ -72,11 +73,13 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
+    """Columns and rows, which each format renders in its own way."""
+
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
 
     def markdown(self) -> str:
-        """A GitHub table, padded so that it can be read in a terminal as well."""
+        """Return a GitHub table, padded so that it also reads well in a terminal."""
         lines = [[escape(column.header) for column in self.columns]]
         lines += [list(map(_markdown, row, self.columns)) for row in self.rows]
         widths = [max(map(len, entries)) for entries in zip(*lines)]
@@ -90,7 +93,7 @@ class Table(NamedTuple):
         return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
 
     def html(self, caption: str) -> str:
-        """A table that a screen reader can walk through; the first column has the rows' headings."""
+        """Return an accessible HTML table; the first column holds the row headings."""
         texts = [list(map(_shown, row, self.columns)) for row in self.rows]
         right = [all(_NUMERIC.fullmatch(text) for text in column) for column in zip(*texts)] or [False] * len(
             self.columns
@@ -105,7 +108,7 @@ class Table(NamedTuple):
         return f"<table>\n<caption>{markdown.text(caption)}</caption>\n{body}\n</table>\n"
 
     def latex(self) -> str:
-        r"""A booktabs ``tabular`` for pdfLaTeX, intervals small behind their mean; needs \usepackage{booktabs}."""
+        r"""Return a booktabs ``tabular`` for pdfLaTeX, with intervals in small type; needs \usepackage{booktabs}."""
         kinds = "".join("r" if self._numeric(i) else "l" for i in range(len(self.columns)))
         head = [" & ".join(tex(column.header) for column in self.columns)]
         body = [" & ".join(map(_latex, row, self.columns)) for row in self.rows]
@@ -116,10 +119,10 @@ class Table(NamedTuple):
         return any(isinstance(row[column].value, (int, float)) for row in self.rows)
 
     def csv(self) -> str:
-        """RFC 4180; an unmeasured cell is empty. A column with intervals fills three: title, title_lo, title_hi.
+        """Return RFC 4180 text; unmeasured cells are empty, and intervals add columns title_lo and title_hi.
 
-        A spreadsheet takes a text that begins with one of = + - @, or with a tab, for a formula: such a text, unless it
-        is a number, gets an apostrophe before it.
+        A spreadsheet takes a text that begins with one of = + - @, or with a tab, for a formula, so such a text, unless
+        it is a number, is prefixed with an apostrophe.
         """
         wide = [any(row[i].lo is not None for row in self.rows) for i in range(len(self.columns))]
         text = io.StringIO()
@@ -132,26 +135,26 @@ class Table(NamedTuple):
         return text.getvalue()
 
 
-Section = str | Table  # what a report is made of: a piece of markdown, or a table
+Section = str | Table  # a piece of a report: markdown text or a table
 
 
 def escape(text: str) -> str:
-    """``text`` so that markdown shows it as it is, on one line and inside a table cell."""
+    """Return ``text`` escaped so that markdown shows it verbatim, on one line and inside a table cell."""
     text = " ".join(str(text).translate(_UNSEEN).split()).replace("&", "&amp;").replace(">", "&gt;")
-    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # a tag; "< 0.001" is none
-    # an underscore inside a word is no emphasis, a bracket without a target no link, a sign before a number no list
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # a tag, unlike "< 0.001"
+    # leave alone: an underscore inside a word, a bracket without a target, a sign before a number
     return re.sub(r"([\\`*|~$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|\[(?=\^)|^#|^[-+](?=\s))", r"\\\1", text)
 
 
 def tex(text: str) -> str:
-    """``text`` so that pdfLaTeX shows it as it is; a letter that it has no glyph for as its code point, [U+05E9]."""
+    """Return ``text`` escaped for pdfLaTeX; letters without a glyph are shown by code point, as [U+05E9]."""
     words = " ".join(str(text).translate(_UNSEEN).split())
     shown = (TEX.get(c, c if c.isascii() or ord(c) in _LATIN else f"{{[}}U+{ord(c):04X}{{]}}") for c in words)
     return re.sub("-(?=-)", "-{}", "".join(shown))  # two hyphens are a dash
 
 
 def number(value: float | None, decimals: int = 3, signed: bool = False) -> str:
-    """Fixed decimals with thousands separators; a dash for None and nan; a true minus never shows as -0.000."""
+    """Return the value with fixed decimals and thousands separators, never -0.000; a dash for None and nan."""
     if value is None or not math.isfinite(value):
         return ABSENT
     rounded = round(value, decimals) + 0.0  # + 0.0 turns -0.0 into 0.0
@@ -159,7 +162,7 @@ def number(value: float | None, decimals: int = 3, signed: bool = False) -> str:
 
 
 def interval(value: float | None, lo: float | None, hi: float | None, decimals: int = 3, signed: bool = False) -> str:
-    """``0.281 [0.279, 0.283]``; ``[unknown]`` where there is a mean but no interval."""
+    """Return ``0.281 [0.279, 0.283]``, or ``0.281 [unknown]`` for a mean without an interval."""
     mean = number(value, decimals, signed)
     if mean == ABSENT:
         return ABSENT
@@ -168,7 +171,7 @@ def interval(value: float | None, lo: float | None, hi: float | None, decimals: 
 
 
 def _shown(cell: Cell, column: Column) -> str:
-    """What stands in a cell, without bold and mark."""
+    """Return the text of a cell, without bold and mark."""
     if isinstance(cell.value, str):
         return " ".join(cell.value.translate(_UNSEEN).split())
     if cell.lo is not None:
@@ -189,10 +192,10 @@ _NUMERIC = re.compile(rf"{ABSENT}|[<+-]?\d[\d,.]*( \[.*\])?")
 
 def _html_header(column: Column, right: bool) -> str:
     arrow = {True: ("↑", "higher is better"), False: ("↓", "lower is better"), None: ("", "")}[column.higher_is_better]
-    said = f' <span aria-hidden="true">{arrow[0]}</span><span class="sr">, {arrow[1]}</span>' if arrow[0] else ""
+    better = f' <span aria-hidden="true">{arrow[0]}</span><span class="sr">, {arrow[1]}</span>' if arrow[0] else ""
     unit = f", {column.unit}" if column.unit else ""
     role = f" <small>[{markdown.text(column.role)}]</small>" if column.role else ""
-    return f'<th scope="col"{_class(right)}>{markdown.text(column.title + unit)}{said}{role}</th>'
+    return f'<th scope="col"{_class(right)}>{markdown.text(column.title + unit)}{better}{role}</th>'
 
 
 def _html_cell(cell: Cell, shown: str, right: bool) -> str:
@@ -216,7 +219,7 @@ def _html_content(cell: Cell, shown: str, right: bool) -> str:
 
 
 def _latex(cell: Cell, column: Column) -> str:
-    """As in markdown. A mark that is no text but markup (bold, an escape) loses it."""
+    """Return the LaTeX of a cell; a mark loses its markdown (bold, escapes)."""
     if isinstance(cell.value, str):
         mean, limits = tex(cell.value), ""
     else:
@@ -230,7 +233,7 @@ def _latex(cell: Cell, column: Column) -> str:
 
 
 def _signed(numbers: str) -> str:
-    """Numbers with minus signs instead of hyphens."""
+    """Return the numbers with minus signs instead of hyphens."""
     return numbers.replace("-", "$-$").replace(ABSENT, TEX[ABSENT])
 
 

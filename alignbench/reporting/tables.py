@@ -1,4 +1,4 @@
-"""The report's tables: results, paired changes, tasks, and the tidy file."""
+"""Tables of the report: results, paired changes, scores by task, and the tidy CSV."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ NO_COSTS = [Cell()] * len(COSTS)
 
 
 def title(measure: Measure) -> str:
+    """Return the measure's name, marked if it is a mean of task means."""
     return measure.name + (", by task" if measure.by_task else "")
 
 
 def main_table(analysis: Analysis, costs: pd.DataFrame, marked: Mapping[str, str] | None = None) -> Table:
-    """One row per method: training reward, held-out scores, checks, costs. ``marked``: label -> marks of footnotes."""
+    """Return the main table: training reward, held-out scores, checks and costs, one row per method.
+
+    ``marked``: label -> footnote marks.
+    """
     columns = [Column("method"), *map(_column, analysis.measures)]
     columns += [Column(name, unit, decimals=decimals) for _, name, unit, _, decimals in COSTS]
     best = {measure: analysis.best(measure) for measure in analysis.measures}
@@ -44,29 +48,29 @@ def main_table(analysis: Analysis, costs: pd.DataFrame, marked: Mapping[str, str
 
 
 def marks(manifest: Manifest) -> dict[str, str]:
-    """label -> the marks of its footnotes, for rows that have any."""
-    found = dict.fromkeys(hybrid(manifest), f" {DAGGER}")
-    return found | {label: found.get(label, "") + f" {DOUBLE_DAGGER}" for label in eight_bit(manifest)}
+    """Return label -> footnote marks, for rows that have any."""
+    daggers = dict.fromkeys(hybrid(manifest), f" {DAGGER}")
+    return daggers | {label: daggers.get(label, "") + f" {DOUBLE_DAGGER}" for label in eight_bit(manifest)}
 
 
 def eight_bit(manifest: Manifest) -> list[str]:
-    """The rows that were trained with AdamW's moments in 8 bits."""
-    found = dict[str, None]()
+    """Return the labels of rows trained with 8-bit AdamW moments."""
+    labels = dict[str, None]()
     for run in manifest.runs:
         optimizer = run.settings.get("training", {}).get("optimizer", {})
         if run.trained and optimizer.get("moments") == "8bit":
-            found[run.label] = None
-    return [*found]
+            labels[run.label] = None
+    return [*labels]
 
 
 def hybrid(manifest: Manifest) -> dict[str, str]:
-    """label -> ``the first 30 of 50 steps``, for rows whose last steps are the base model's."""
+    """Return label -> ``the first 30 of 50 steps``, for rows whose last steps are the base model's."""
     tuned = [(run.label, run.protocol.get("tuned_steps"), run.protocol["steps"]) for run in manifest.runs]
-    return {label: f"the first {some} of {steps} steps" for label, some, steps in tuned if some not in (None, steps)}
+    return {label: f"the first {own} of {steps} steps" for label, own, steps in tuned if own not in (None, steps)}
 
 
 def _seeds_mark(analysis: Analysis, label: str) -> str:
-    """How many planned seeds the row rests on, where it is not all. A measure that it has no score of has its dash."""
+    """Return `` (2 of 3 seeds)`` if the row has fewer seeds than planned; a measure without scores has its dash."""
     planned = len(analysis.seeds[label])
     counts = [found[label].seeds for found in analysis.means.values()]
     used = min(filter(None, counts), default=0 if counts else planned)
@@ -84,23 +88,23 @@ def _mean_cell(analysis: Analysis, measure: Measure, label: str, best: str | Non
 
 
 def estimate_cell(found: stats.MeanEstimate, measure: Measure) -> Cell:
-    """A mean and its interval; a share's interval ends where shares end."""
+    """Return a cell with the mean and its interval, clipped to [0, 1] for a fraction."""
     lo, hi = (min(max(limit, 0.0), 1.0) if measure.unit == "fraction" else limit for limit in (found.lo, found.hi))
     return Cell(found.mean, lo, hi)
 
 
 def _cost_cells(costs: pd.DataFrame) -> dict[str, list[Cell]]:
-    """label -> means over its trainings; a label of which nothing is done is not there."""
+    """Return label -> mean costs over its training runs, for labels with a finished run."""
     means = label_means(costs, [column for column, *_ in COSTS])
     done = costs.loc[costs["state"] == "done", "label"].unique()
-    unknown = {str(label): [Cell("unknown")] * len(COSTS) for label in done}  # somebody else's weights, as far as seen
+    unknown = {str(label): [Cell("unknown")] * len(COSTS) for label in done}  # published weights, where no costs follow
     return unknown | {
         label: [Cell(mean[column] / divisor) for column, _, _, divisor, _ in COSTS] for label, mean in means.items()
     }
 
 
 def label_means(costs: pd.DataFrame, columns: Sequence[str]) -> dict[str, dict[str, float]]:
-    """label -> column -> mean over the trainings that came to their end; nan where no training has a value."""
+    """Return label -> column -> mean over training runs that reached their end; nan where none has a value."""
     done = costs.loc[costs["images"].notna(), ["label", *columns]]
     numbers = done.assign(**{column: pd.to_numeric(done[column]).astype(float) for column in columns})
     means = numbers.groupby("label", sort=False)[list(columns)].mean()
@@ -108,12 +112,12 @@ def label_means(costs: pd.DataFrame, columns: Sequence[str]) -> dict[str, dict[s
 
 
 def finished_runs(costs: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """The rows of trainings that came to their end, whatever became of their pictures."""
+    """Return the rows of training runs that reached their end, whether or not images were generated."""
     return costs[costs["label"].isin(labels) & costs["images"].notna()]
 
 
 def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
-    """One row per method and measure, and one per method and cost; differences are paired, against base."""
+    """Return all numbers in long form: a row per method and measure, and per method and cost; changes against base."""
     names = [
         "method",
         "metric",
@@ -150,8 +154,7 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
             gain.estimate.seeds,
         ]
         start.append(_between_trainings(analysis, analysis.summed[0], label))
-        told = [*start, *_tidy_compared(gain), *[None] * 6]
-        rows.append(list(map(Cell, told)))
+        rows.append(list(map(Cell, [*start, *_tidy_compared(gain), *[None] * 6])))
     spent = _cost_cells(costs)
     for label in analysis.labels:
         for (column, _, unit, _, _), cell in zip(COSTS, spent.get(label, NO_COSTS)):
@@ -162,10 +165,10 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
 
 
 def _between_trainings(analysis: Analysis, measure: Measure, label: str) -> str:
-    """Whether the errors of a row contain how much trainings differ: "none" where nothing was trained."""
+    """Return whether a row's errors include the spread between training runs: in se, unknown, or none if untrained."""
     if label not in analysis.trained:
         return "none"
-    known = max(analysis.means[measure][each].seeds for each in analysis.trained) > 1
+    known = max(analysis.means[measure][trained].seeds for trained in analysis.trained) > 1
     return "in se" if known else "unknown"
 
 
@@ -175,8 +178,9 @@ def _tidy_change(analysis: Analysis, measure: Measure, label: str) -> list[float
 
 
 def _tidy_compared(change: Comparison) -> list[float | str | None]:
-    found = change.estimate
-    return [*found[:3], found.se, found.se_prompts, found.p, change.p_holm, change.verdict]
+    estimate = change.estimate
+    errors = [estimate.se, estimate.se_prompts]
+    return [*estimate[:3], *errors, estimate.p, change.p_holm, change.verdict]
 
 
 def _tidy_improved(analysis: Analysis, measure: Measure, label: str) -> list[float | str | None]:
@@ -185,15 +189,17 @@ def _tidy_improved(analysis: Analysis, measure: Measure, label: str) -> list[flo
 
 
 def listed(names: Sequence[str]) -> str:
+    """Return ``a, b and c``."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def change_text(estimate: stats.MeanEstimate, measure: Measure) -> str:
+    """Return a signed change with its interval, to one digit more than the measure's means."""
     return interval(*estimate[:3], DECIMALS.get(measure.unit, 3) + 1, signed=True)
 
 
 def changes_table(analysis: Analysis) -> Table:
-    """One row per measure and method: the paired change against base, its errors and its verdict."""
+    """Return the paired changes against base with errors and verdict, one row per measure and method."""
     columns = [Column("measure"), Column("method"), Column(f"change against {analysis.base}")]
     columns += [Column("SE, prompts"), Column("SE, prompts and seeds"), Column("p, Holm"), Column("verdict")]
     rows = []
@@ -215,18 +221,19 @@ def changes_table(analysis: Analysis) -> Table:
 
 
 def hacked(analysis: Analysis, label: str) -> list[Measure]:
-    """The measures that fell (after Holm) although the training reward rose; empty if it did not rise, or none fell."""
-    changes = {measure: found[label] for measure, found in analysis.changes.items() if label in found}
-    trained = label in analysis.trained  # else nobody knows on what
+    """Return the measures that fell (after Holm) while the training reward rose; empty if it did not rise."""
+    changes = {measure: changes[label] for measure, changes in analysis.changes.items() if label in changes}
+    trained = label in analysis.trained  # else the training reward is unknown
     rose = trained and any(better(change, measure) for measure, change in changes.items() if measure.role == "train")
     return [m for m, change in changes.items() if rose and m.role != "train" and worse(change, m)]
 
 
 def task_table(analysis: Analysis, measure: Measure) -> Table:
+    """Return the measure's mean for each task, and their mean, one row per method."""
     tasks = analysis.tasks(measure)
     columns = [Column("method"), *(Column(task.replace("_", " ")) for task in tasks), Column("mean of tasks")]
     rows = []
     for label in analysis.labels:
-        found = [*(means[label] for means in tasks.values()), analysis.means[measure][label]]
-        rows.append([Cell(label), *(estimate_cell(each, measure) for each in found)])
+        estimates = [*(means[label] for means in tasks.values()), analysis.means[measure][label]]
+        rows.append([Cell(label), *(estimate_cell(estimate, measure) for estimate in estimates)])
     return Table(columns, rows)

@@ -288,7 +288,7 @@ def test_our_own_pictures_come_back_with_our_own_scores(swept, tmp_path, capsys)
     assert alignbench("compare", "imported:Again", run.id, store=store, plugin=False) == 0
     text = capsys.readouterr().out
     assert text.count("cannot tell") == 3
-    assert text.count("\nNowhere.") == 3
+    assert text.count("\nNo prompt differs.") == 3
 
 
 def test_pictures_are_copied_whole(tmp_path):
@@ -470,7 +470,7 @@ def test_what_nobody_told_is_unknown(tmp_path):
     ):
         assert f"- {setting}: unknown" in protocol
     assert "- evaluation, size: 32" in protocol  # measured
-    assert "**Of A there is one training, of unknown seed" in text
+    assert "**A: one training run of unknown seed" in text
     assert "same prompt, noise unknown" in text
     assert "same noise" not in text
     frame = pd.read_csv(store.parent / "report/imported.csv")
@@ -507,7 +507,7 @@ def test_numbered_trainings_are_trainings(tmp_path):
     text = report(store)
     assert "training seeds: 0, 1, 2" in text
     assert "one training" not in text.lower()
-    assert "What the trainings cost is unknown." in text
+    assert "The cost of training is unknown." in text
     frame = pd.read_csv(store.parent / "report/imported.csv").set_index(["method", "metric"])
     assert frame.loc[("A", "hpsv2.1 (flowbp)"), "seeds"] == 3
     assert frame.loc[("A", "hpsv2.1 (flowbp)"), "change"] == pytest.approx(0.15)

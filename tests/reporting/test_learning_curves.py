@@ -1,4 +1,4 @@
-"""Claims about courses of training: frames, equal costs, targets, profiles, and where reward and quality part."""
+"""Claims about learning curves: frames, equal costs, targets, profiles, and where reward and quality diverge."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_update_of_every_run_has_its_costs(whole):
 
 
 def test_milestones_end_and_base_are_in_one_frame(whole):
-    """Every run has its five milestones and its end, the base row is update 0, and no picture is there twice."""
+    """Every run has its five milestones and its end, the base row is update 0, and no image is there twice."""
     results, _, _ = whole
     frame = learning_curves.milestones(results)
     assert sorted(frame.loc[frame["label"] == "Base", "update"].unique()) == [0]
@@ -246,15 +246,15 @@ def test_normalised_scores_have_base_at_zero_and_the_best_mean_at_one(whole):
             assert each == pytest.approx(analysis.changes[measure][label].estimate.mean / best)
 
 
-# -- where reward and quality part -------------------------------------------------------------------------------------
+# -- where reward and quality diverge ----------------------------------------------------------------------------------
 
 
 def test_reward_hacking_is_found_at_its_step(whole):
-    """ReFL's other scores fall from half-way on while its reward rises: parted soon after; LeapAlign's never are."""
+    """ReFL's other scores fall from half-way on while its reward rises: diverging soon after; LeapAlign's never do."""
     _, analysis, found = whole
-    parted = learning_curves.divergences(found)
+    by_label = learning_curves.divergences(found)
     pickscore = named(analysis, "pickscore")
-    hacked, fair = parted["ReFL"][pickscore], parted["LeapAlign"][pickscore]
+    hacked, fair = by_label["ReFL"][pickscore], by_label["LeapAlign"][pickscore]
     assert hacked.update in (40, 50, 60)
     assert hacked.lo <= hacked.update <= hacked.hi
     assert hacked.share > 0.9
@@ -263,7 +263,7 @@ def test_reward_hacking_is_found_at_its_step(whole):
     assert np.isinf(fair.hi)
 
 
-def test_no_rise_of_the_reward_no_parting():
+def test_no_rise_of_the_reward_no_divergence():
     """A score that falls while the reward falls too is no hacking; a flat score is none either."""
     rng = np.random.default_rng(0)
     noise = 0.01 * rng.normal(size=(4, 30, 2, 3))
@@ -277,8 +277,8 @@ def test_no_rise_of_the_reward_no_parting():
         assert learning_curves.divergences([course])["x"][measure].update == update
 
 
-def test_noise_rarely_parts():
-    """Reward up, another score that never moves: over made-up trainings at most one in ten is called parted."""
+def test_noise_rarely_diverges():
+    """Reward up, another score that never moves: at most one in ten made-up methods is called diverging."""
     called = 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -309,7 +309,7 @@ def test_the_report_tells_the_course_after_the_hacking_section(whole, tmp_path):
         "Scores at equal cost",
         "Cost of half the best gain",
         "Milestone by milestone",
-        "Where reward and quality part",
+        "Where reward and quality diverge",
         "Performance profile",
     ]
     assert "not reached" in text
@@ -319,7 +319,7 @@ def test_the_report_tells_the_course_after_the_hacking_section(whole, tmp_path):
 def test_without_milestones_one_line_says_so(bare):
     """The training reward against cost is still shown."""
     text = report.markdown(curves_section.sections(*bare))
-    assert "Without `training.milestones`, only the end of the scores is known." in text
+    assert "Without `training.milestones`, scores are known at the end of training only." in text
     assert "### Training reward against cost" in text
     assert "### Milestone by milestone" not in text
 
@@ -353,8 +353,29 @@ def test_half_a_store_makes_sections(whole, tmp_path):
         shutil.rmtree(tmp_path / "store" / "runs" / run.id)
     half = Results(tmp_path / "store", results.manifest)
     text = report.markdown(curves_section.sections(half, analyse(half.manifest, half.scores)))
-    assert "### Where reward and quality part" in text
+    assert "### Where reward and quality diverge" in text
     assert "nan" not in text
+
+
+def test_a_task_with_one_prompt_leaves_intervals_unknown(tmp_path):
+    """The means over tasks still cross the target; no interval, share or "never" is claimed for them."""
+    results = made_up.made(tmp_path, prompts=4, seeds=(0, 1))  # two of three tasks have one prompt
+    analysis = analyse(results.manifest, results.scores)
+    found = learning_curves.learning_curves(results, analysis)
+    said = report.markdown(curves_section.sections(results, analysis))
+    geneval = next(measure for measure in analysis.measures if measure.name == "geneval")
+    best = max(found, key=lambda curve: curve.gains(geneval)[0][-1])
+    gain = learning_curves.target(found, geneval)
+    assert gain == best.gains(geneval)[0][-1] / 2
+    reached = learning_curves.time_to(best, geneval, "update", gain)
+    assert np.isfinite(reached.cost)
+    assert np.isnan([reached.lo, reached.hi]).all()
+    assert all(np.isnan(each[geneval][1:]).all() for each in learning_curves.divergences(found).values())
+    lines = [line for line in said.splitlines() if line.startswith("| geneval [check]")]
+    assert len(lines) == len(found)
+    assert all(line.count("[unknown]") == len(learning_curves.AXES) for line in lines)
+    assert "nan" not in said
+    assert report.build(results, tmp_path / "out", ["svg"])
 
 
 def test_curves_need_no_torch_and_no_matplotlib():

@@ -1,4 +1,4 @@
-"""Claims about the report as a web page: what it says, what it holds, and what happens when somebody clicks."""
+"""Claims about the report as a web page: what it says, what it holds, and what happens on a click."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_html_undoes_what_markdown_escapes(text):
 
 
 def test_our_markdown_becomes_html():
-    """Headings, lists, bold, italic, code, links and pictures; a paragraph all in bold is an alarm."""
+    """Headings, lists, bold, italic, code, links and images; a paragraph all in bold is an alarm."""
     named = lambda words, file: f"{words}:{file}"  # noqa: E731
     text = "## A *b*\n\n- one **two**\n- `a<b` \\*\n\n**Mind\nthis.**\n\nsee [x](https://a.b/c) and [y](javascript:1)"
     assert markdown.blocks(text, named) == (
@@ -185,7 +185,7 @@ def test_the_hacking_panel_says_what_rose_and_what_fell(tmp_path):
         assert all((kind == "good") == (verdict == "up") for kind, verdict in verdicts)
 
 
-# ----------------------------------------------------------------------------------------------------- pictures, scores
+# ------------------------------------------------------------------------------------------------------- images, scores
 
 
 def test_disagreement_is_one_minus_the_mean_tau():
@@ -229,53 +229,53 @@ def test_the_scores_in_the_page_are_those_of_the_store(tmp_path):
             mean = np.mean([value for value in flat if value is not None])
             np.testing.assert_allclose(mean, analysis.means[measure][label].mean, atol=1e-4)
     lost = data["scores"][data["measures"].index(next(m for m in data["measures"] if m["name"] == "geneval"))][0]
-    assert sum(value is None for value in lost) == 6 * 2 + 1  # base has no second training
+    assert sum(value is None for value in lost) == 6 * 2 + 1  # base has no second training run
 
 
 @pytest.mark.parametrize(
     ("side", "kind", "size"), [(32, "PNG", 32), (64, "PNG", 64), (90, "WEBP", 90), (600, "WEBP", 256)]
 )
 def test_thumbnails(tmp_path, side, kind, size):
-    """Small pictures stay as they are, every pixel; larger ones are WebP of at most 256, and look the same."""
-    picture = photo_store.scene(3, 1, side)
-    picture.save(tmp_path / "a.png")
+    """Small images stay as they are, every pixel; larger ones are WebP of at most 256, and look the same."""
+    image = photo_store.scene(3, 1, side)
+    image.save(tmp_path / "a.png")
     made = gallery.thumbnail(tmp_path / "a.png", 256)
     with Image.open(io.BytesIO(made)) as found:
         assert (found.format, found.size) == (kind, (size, size))
-        wanted = picture.resize((size, size), Image.Resampling.LANCZOS)
+        wanted = image.resize((size, size), Image.Resampling.LANCZOS)
         error = np.abs(np.asarray(found.convert("RGB"), float) - np.asarray(wanted, float)).mean()
     assert error == 0 if kind == "PNG" else error < 6
 
 
-def test_a_picture_that_cannot_be_read_says_why(tmp_path):
-    """No file, no picture, half a picture: the cell's text is the reason; the reason names no folder."""
+def test_an_image_that_cannot_be_read_says_why(tmp_path):
+    """No file, no image, half an image: the cell's text is the reason; the reason names no folder."""
     photo_store.scene(0, 0, 128).save(tmp_path / "half.png")
     whole = (tmp_path / "half.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     assert gallery.thumbnail(tmp_path / "none.png", 256) == "the file is missing"
     assert gallery.thumbnail(tmp_path / "half.png", 256) == gallery.UNREADABLE
     assert gallery.thumbnail(tmp_path / "text.png", 256) == gallery.UNREADABLE
 
 
-def test_further_pictures_come_as_far_as_the_budget_allows(tmp_path, monkeypatch):
+def test_further_images_come_as_far_as_the_budget_allows(tmp_path, monkeypatch):
     """The first layer is always there, as large as the budget allows; what is left out is said by seed and index."""
     given = photo_store.make(tmp_path, prompts=4, images=2, side=300, labels=photo_store.LABELS[:2])
     text = built(given, tmp_path)
-    assert "This page holds every picture, as thumbnails of at most 256 pixels." in text
+    assert "This page contains every image, as thumbnails of at most 256 pixels." in text
     layer = len(re.findall(r'id="t\d-0"', text))
     assert layer == 4
     monkeypatch.setattr(gallery, "BUDGET", 8 * 6000)
     text = built(given, tmp_path)
     assert re.search(
-        r"holds 1 of 4 sets.*at most (192|128) pixels.*Left out, for size: image 1 of seed 0; image 0", text
+        r"contains 1 of 4 sets.*at most (192|128) pixels.*Left out to limit its size: image 1 of seed 0; image 0", text
     )
     monkeypatch.setattr(gallery, "BUDGET", 1)
     assert "at most 128 pixels" in built(given, tmp_path)
 
 
-def test_every_row_holds_its_own_methods_pictures(tmp_path):
-    """Line by line, the base64 of a row is the picture of that prompt by that method, as the store has it."""
+def test_every_row_holds_its_own_methods_images(tmp_path):
+    """Line by line, the base64 of a row is the image of that prompt by that method, as the store has it."""
     given = results(tmp_path)
     draw_pictures(tmp_path, given.manifest)
     (tmp_path / "images/ReFL0/2.png").unlink()
@@ -309,7 +309,7 @@ def test_a_page_does_not_tell_of_folders_far_away(tmp_path):
 
 
 def spoil(given, root) -> None:
-    """Nasty prompts, labels and reasons; a method with other prompts, one that failed, a picture that is none."""
+    """Nasty prompts, labels and reasons; a method with other prompts, one that failed, a file that is no image."""
     renamed = {"ReFL": NASTY[1], "DRTune": 'x" onmouseover="alert(1)', "DanceGRPO": NASTY[3]}
     notes = [ManifestNote({"a": NASTY[2]}, NASTY[0] + "\x00\ud800")]
     plan = with_runs(given.manifest, lambda run: {"label": renamed.get(run.label, run.label), "notes": notes})
@@ -326,7 +326,7 @@ def spoil(given, root) -> None:
             frame["prompt_id"] = "other" + frame["prompt_id"]
         frame.to_parquet(path)
     (root / "images/DRTune0/manifest.parquet").unlink()
-    (root / "images/DanceGRPO0/3.png").write_text("no picture")
+    (root / "images/DanceGRPO0/3.png").write_text("no image")
 
 
 def test_no_text_becomes_markup(tmp_path):
@@ -347,12 +347,12 @@ def test_no_text_becomes_markup(tmp_path):
 
 
 def test_an_empty_store_makes_a_page(tmp_path):
-    """Before anything ran there is a page, with every method and reason, and no picture."""
+    """Before anything ran there is a page, with every method and reason, and no image."""
     given = results(tmp_path)
     given.scores = given.scores.iloc[:0]
     given.costs = given.costs.assign(state="missing", reason="not made yet", images=np.nan)
     text = built(given, tmp_path)
-    assert "The store has no pictures yet." in text
+    assert "The store has no images yet." in text
     assert data_of(text)["prompts"] == []
     assert Reader(text).text.count("not made yet") == 11
 
@@ -379,7 +379,7 @@ def chrome():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A page of five methods, two seeds, 24 prompts with two pictures each."""
+    """A page of five methods, two seeds, 24 prompts with two images each."""
     root = tmp_path_factory.mktemp("page")
     given = photo_store.make(root / "store", prompts=24, images=2, side=96, labels=photo_store.LABELS[:5])
     return report.build(given, root / "outputs/made_up")[-1]
@@ -453,12 +453,12 @@ def test_filters(visit):
     assert web.locator("#count").inner_text() == "24 of 24 prompts, 5 of 5 methods."
     for box in web.locator("#shown input").all():
         box.uncheck()
-    assert "No method is chosen." in web.locator("#count").inner_text()
+    assert "No method is selected." in web.locator("#count").inner_text()
 
 
 @pytest.mark.slow
 def test_an_evaluator_shows_its_scores_alone(visit, made):
-    """One evaluator: its score under each picture is the page's own, the best of the row is bold."""
+    """One evaluator: its score under each image is the page's own, the best of the row is bold."""
     web = visit("#pictures")
     web.select_option("[name=evaluator]", label="pickscore [held-out]")
     shown_methods(web)
@@ -512,7 +512,7 @@ def test_sorting(visit, made):
 
 @pytest.mark.slow
 def test_a_view_can_be_linked(visit):
-    """What is chosen stands in the address; opened anew, the address gives the same view, enlarged pictures too."""
+    """What is chosen stands in the address; opened anew, the address gives the same view, enlarged images too."""
     web = visit("#pictures")
     web.select_option("[name=task]", label="colors")
     web.select_option("[name=sort]", "gain")
@@ -551,15 +551,15 @@ def test_a_link_followed_at_once_after_a_choice_is_followed(visit):
 
 
 @pytest.mark.slow
-def test_a_picture_is_enlarged_and_walked_through_by_keys(visit):
+def test_an_image_is_enlarged_and_walked_through_by_keys(visit):
     """Enter enlarges; arrows walk through methods and prompts and round; F flickers; Escape returns the focus."""
     web = visit("#pictures")
     web.locator(".row >> nth=0 >> .thumb >> nth=1").focus()
     web.keyboard.press("Enter")
     name, prompt = web.locator("#zoom-name"), web.locator("#zoom-prompt")
     assert web.evaluate("document.activeElement.id") == "zoom-name"
-    until(web, "document.querySelector('#zoom-picture').src.startsWith('file:')")  # the original, 96 pixels
-    assert web.evaluate("document.querySelector('#zoom-picture').naturalWidth") == 96
+    until(web, "document.querySelector('#zoom-image').src.startsWith('file:')")  # the original, 96 pixels
+    assert web.evaluate("document.querySelector('#zoom-image').naturalWidth") == 96
     assert name.inner_text() == "ReFL"
     web.keyboard.press("ArrowRight")
     assert name.inner_text() == "DRaFT-LV"
@@ -589,8 +589,8 @@ def test_a_picture_is_enlarged_and_walked_through_by_keys(visit):
 
 
 @pytest.mark.slow
-def test_only_rows_near_the_window_hold_pictures(visit):
-    """At most a few rows have pictures; scrolled to the end, the last has and the first has not, at the same height."""
+def test_only_rows_near_the_window_hold_images(visit):
+    """At most a few rows have images; scrolled to the end, the last has and the first has not, at the same height."""
     web = visit("#pictures")
     filled = "[...document.querySelectorAll('.row')].map((row) => row.querySelectorAll('img').length)"
     until(web, f"{filled}[0] === 5")
@@ -733,10 +733,10 @@ def test_a_blind_comparison(visit, made, tmp_path):
     assert web.locator("#result tbody tr").inner_text().split() == cells
     (tmp_path / "bad.json").write_text('{"votes": 3}')
     web.set_input_files("#load", tmp_path / "bad.json")
-    until(web, "byId('votes').textContent.startsWith('This file holds no votes')")
+    until(web, "byId('votes').textContent.startsWith('This file contains no alignbench votes')")
     (tmp_path / "other.json").write_text((tmp_path / "votes.json").read_text().replace(data["digest"], "0"))
     web.set_input_files("#load", tmp_path / "other.json")
-    until(web, "byId('votes').textContent.startsWith('These votes are of another page')")
+    until(web, "byId('votes').textContent.startsWith('These votes belong to another page')")
     web.click("#clear")
 
 
@@ -758,7 +758,7 @@ def test_sides_and_order_are_drawn_from_the_seed(visit):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["nasty", "empty", "without base"])
 def test_bad_input_in_the_browser(visit, tmp_path, what):
-    """Hostile texts, missing pictures, an empty store, no base: no script of theirs runs, no error, all views work."""
+    """Hostile texts, missing images, an empty store, no base: no script of theirs runs, no error, all views work."""
     given = results(tmp_path)
     draw_pictures(tmp_path, given.manifest)
     if what == "nasty":
@@ -778,7 +778,7 @@ def test_bad_input_in_the_browser(visit, tmp_path, what):
     assert count == {"nasty": 120, "empty": 0, "without base": 60}[what]
     if what == "nasty":
         web.wait_for_selector(".thumb.absent")
-        assert "No picture: the run failed: </script>" in web.locator(".absent").first.text_content()
+        assert "No image: the run failed: </script>" in web.locator(".absent").first.text_content()
         assert NASTY[1] in names(web)
         web.fill("[name=search]", "</script>")
         assert 0 < web.locator("#rows h3").count() < 120

@@ -1,4 +1,4 @@
-"""Two rows of a store side by side: the report's own numbers, and the prompts and pictures behind them."""
+"""Two rows of a store side by side: the report's own numbers, and the prompts and images behind them."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_turned_round_the_signs_turn(made):
 
 
 def test_a_constant_gain_is_exact(tmp_path):
-    """B = A - 1/8 in every picture: the difference is 1/8 without spread, A is higher everywhere, nothing is first."""
+    """B = A - 1/8 in every image: the difference is 1/8 without spread, A is higher everywhere, nothing is first."""
 
     def change(frame):
         base = frame[frame["label"] == "base"].set_index(["metric", "prompt_id", "index"])["score"]
@@ -174,10 +174,10 @@ def test_other_weights_are_not_compared(tmp_path, capsys):
         (root / file).rename(root / file.replace("abc", "xyz"))
     results, remarks = pairs.compare(store, pairs.find(store, "made_up:ReFL"), pairs.find(store, "other:ReFL"))
     assert "pickscore" not in [result.measure.name for result in results]
-    assert remarks == ["pickscore: scored with other settings, weights or version of it; not compared"]
+    assert remarks == ["pickscore: scored with different settings, weights or versions; not compared"]
 
 
-# ---- prompts and pictures
+# ---- prompts and images
 
 
 def test_the_largest_differences_come_first(made):
@@ -190,22 +190,22 @@ def test_the_largest_differences_come_first(made):
     assert [each.a - each.b for each in shown] == pytest.approx(sorted(gaps, key=abs, reverse=True)[: pairs.TOP])
 
 
-def test_the_pictures_are_of_that_prompt(made):
-    """Each path leads to a picture of the prompt, of a run of its side."""
+def test_the_images_are_of_that_prompt(made):
+    """Each path leads to an image of the prompt, from a run of its side."""
     store, _, _ = made
     a, b = pairs.find(store, "LeapAlign"), pairs.find(store, "base")
     shown = pairs.disagreements(store, a, b, found(store, "LeapAlign", "base")["hpsv2.1"])
     tables = {path.parent: pd.read_parquet(path) for path in store.root.glob("images/*/manifest.parquet")}
-    pictures = [(each, side, each.pictures[i]) for each in shown for i, side in enumerate((a, b)) if each.pictures[i]]
-    assert pictures
-    for each, side, picture in pictures:
-        table = tables[picture.parent].set_index("file")
-        assert table.loc[picture.name, "text"] == each.prompt
-        assert picture.parent.name in [run.images for run in side.runs]
+    images = [(case, side, case.images[i]) for case in shown for i, side in enumerate((a, b)) if case.images[i]]
+    assert images
+    for case, side, image in images:
+        table = tables[image.parent].set_index("file")
+        assert table.loc[image.name, "text"] == case.prompt
+        assert image.parent.name in [run.images for run in side.runs]
 
 
 def test_what_is_written(made, tmp_path, capsys):
-    """--out has the page as printed, every number in full precision, and the pictures of both one above the other."""
+    """--out has the page as printed, every number in full precision, and the images of both one above the other."""
     out = tmp_path / "out"
     words = ["compare", "made_up:LeapAlign", "base", "--out", str(out)]
     assert alignbench(*words, store=made[0].root, plugin=False) == 0
@@ -231,11 +231,11 @@ def test_protocols_that_differ_are_told_first(tmp_path):
     sides = pairs.find(store, "made_up:ReFL"), pairs.find(store, "other:ReFL")
     lines = pairs.protocols(*sides)
     assert lines[:2] == ["not the same steps: 8 and 20", "not the same size: 32 and 64"]
-    assert lines[-1] == "pairs are of the same prompt, not of the same noise"
+    assert lines[-1] == "pairs share the prompt but not the noise"
     text = compare.page(store, *sides, *pairs.compare(store, *sides))
     assert text.index("not the same size") < text.index("## Paired differences")
     same = pairs.protocols(sides[0], pairs.find(store, "made_up:base"))
-    assert same[-1] == "pairs are of the same prompt and the same noise"
+    assert same[-1] == "pairs share the prompt and the noise"
 
 
 def test_seeds_that_never_meet_are_told(tmp_path):
@@ -246,13 +246,15 @@ def test_seeds_that_never_meet_are_told(tmp_path):
     sides = pairs.find(store, "made_up:ReFL"), pairs.find(store, "other:ReFL")
     results, remarks = pairs.compare(store, *sides)
     assert all(np.isnan(result.change.estimate.mean) for result in results)
-    assert "no training seed is in both" in compare.page(store, *sides, results, remarks)
+    assert "the two share no training seed" in compare.page(store, *sides, results, remarks)
 
 
 def test_one_training_is_told(made):
-    """Of a run that stands for itself the page says that other trainings may differ."""
+    """The page of a run that stands for itself says that other training runs may differ."""
     sides = pairs.find(made[0], "ReFL-0"), pairs.find(made[0], "made_up:base")
-    assert "- of A there is one training" in compare.page(made[0], *sides, *pairs.compare(made[0], *sides))
+    assert "- A: one training run; how much runs differ is unknown" in compare.page(
+        made[0], *sides, *pairs.compare(made[0], *sides)
+    )
 
 
 def test_names(made):
@@ -272,9 +274,9 @@ BAD = {  # what is wrong: (A, B, options, the line)
     "a misspelt label": ("made_up:LeapAling", "base", [], "has no row 'LeapAling'; did you mean 'LeapAlign'"),
     "a misspelt word": ("LeapAlgin", "base", [], "LeapAlgin: there is no such row or run; did you mean 'LeapAlign'"),
     "no such sweep": ("made_ip:ReFL", "base", [], "there is no sweep 'made_ip'; did you mean 'made_up'"),
-    "several runs": ("LeapAlign-", "base", [], "is the beginning of several runs: LeapAlign-0, LeapAlign-1; name one"),
+    "several runs": ("LeapAlign-", "base", [], "matches several runs: LeapAlign-0, LeapAlign-1; name one"),
     "nothing": ("", "base", [], ": there is no such row or run"),
-    "itself": ("base", "made_up:base", [], "is compared with itself; name two"),
+    "itself": ("base", "made_up:base", [], "cannot be compared with itself; name two"),
     "an unknown metric": ("ReFL", "base", ["-e", "pickscor"], "-e pickscor: .* did you mean 'pickscore'"),
 }
 
@@ -299,14 +301,14 @@ def test_a_row_of_two_sweeps_must_be_told_apart(tmp_path):
     with pytest.raises(UserError, match=r"is a row of several sweeps; name one: .*other-0123456789:ReFL"):
         pairs.find(store, "ReFL")
     (root / "sweeps/other-9876543210.json").write_bytes((root / "sweeps/other-0123456789.json").read_bytes())
-    with pytest.raises(UserError, match="there are several sweeps 'other'"):
+    with pytest.raises(UserError, match="'other' matches several sweeps"):
         pairs.find(store, "other:ReFL")
 
 
 def test_an_empty_store_is_one_line(tmp_path, capsys):
     """Nothing was run there; nothing is made."""
     assert alignbench("compare", "a", "b", store=tmp_path / "store", plugin=False) == 1
-    assert "no sweep was run or imported there" in capsys.readouterr().err
+    assert "contains no sweep, run or imported" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 
 

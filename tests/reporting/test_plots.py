@@ -64,7 +64,7 @@ def test_the_same_numbers_are_the_same_bytes(drawn, tmp_path):
     (tmp_path / "matplotlibrc").write_text("lines.linewidth: 7\nfont.size: 30\n")
     code = f"""
 from pathlib import Path
-from alignbench import report
+from alignbench.reporting import report
 from alignbench.store.manifest import read_manifest
 from alignbench.reporting.analysis.results import Results
 report.build(Results({str(results.store)!r}, read_manifest(Path("manifest.json"))), Path("out"), ["svg", "png"])

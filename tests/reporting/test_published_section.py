@@ -138,7 +138,7 @@ def test_a_row_of_its_own_protocol_overrides_the_tables():
 
 
 def test_an_untrained_row_has_no_training_to_differ_in():
-    """Base is compared although the sweep's trainings are not the paper's; its pictures have to be made alike."""
+    """Base is compared although the sweep's training is not the paper's; its images have to be made alike."""
     made = given()
     figure = ("base", "PickScore x 10", "210.0")
     assert (
@@ -170,13 +170,13 @@ def test_leapaligns_table_is_as_printed():
     """Trailing zeros are kept, the GenEval means are those of the six tasks to the last digit, and nobody's error is
     printed."""
     general, tasks = published.load("leapalign-table2"), published.load("leapalign-table2-geneval")
-    printed = {figure[:2]: figure.value for figure in [*general.figures, *tasks.figures]}
+    printed = {figure[:2]: figure.value for figure in [*general.numbers, *tasks.numbers]}
     assert printed["LeapAlign", "HPSv2.1"] == "0.4092"
     assert printed["Flux", "HPSv3"] == "13.5020"
     assert len(printed) == 7 * 13
-    assert {figure.se for figure in general.figures} == {""}
-    for method in dict.fromkeys(figure.method for figure in tasks.figures):
-        overall, *six = [float(figure.value) for figure in tasks.figures if figure.method == method]
+    assert {figure.se for figure in general.numbers} == {""}
+    for method in dict.fromkeys(figure.method for figure in tasks.numbers):
+        overall, *six = [float(figure.value) for figure in tasks.numbers if figure.method == method]
         assert overall == pytest.approx(np.mean(six) / 100, abs=1e-4)
 
 
@@ -191,7 +191,7 @@ def test_the_page_has_the_published_numbers(tmp_path, monkeypatch):
     assert "| protocol differs (1) |" in text
     assert "- (1) backend.model: black-forest-labs/FLUX.1-dev there, shapes here;" in text
     assert "Without a published number: geneval, geneval_strict." in text
-    assert "One training seed: our intervals do not contain" in text
+    assert "One training seed: neither our intervals nor these verdicts" in text
     frame = pd.read_csv(paths[2], dtype=str, keep_default_na=False)
     assert frame.loc[frame["published"] != "", "published"].str.endswith("0").any()  # as printed
     assert set(frame["verdict"]) == {"protocol differs", "not run", "no reference"}
@@ -207,7 +207,7 @@ def test_the_page_has_the_published_numbers(tmp_path, monkeypatch):
         ("method,metric,value\na,b,1", "expected the columns method,metric,value,se"),
         ("method,metric,value,se\na,b,about 3,", "p.csv:2: value: 'about 3' is not a number"),
         ("method,metric,value,se\na,b,1", "expected 4 fields, got 3"),
-        ("method,metric,value,se\na,b,1,\na,b,2,", "a, b was there before"),
+        ("method,metric,value,se\na,b,1,\na,b,2,", "a, b appears twice"),
         ("method,metric,value,se\na,b,nan,", "is not a number"),
     ],
 )

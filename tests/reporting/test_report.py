@@ -1,4 +1,4 @@
-"""Claims about tables, reports and picture grids, on a made-up store."""
+"""Claims about tables, reports and image grids, on a made-up store."""
 
 import csv
 import io
@@ -107,7 +107,7 @@ def test_hybrid_inference_is_marked():
     given.manifest = with_runs(given.manifest, lambda run: {"protocol": run.protocol | own.get(run.label, {})})
     text = page(given)
     assert [label for label in LABELS if "†" in row_of(section(text, "Results"), label)] == ["DRTune"]
-    assert "† Hybrid inference: the row makes these steps, the base model the rest: DRTune, the first 5 of 8" in text
+    assert "† Hybrid inference: the row takes these steps, the base model the rest: DRTune, the first 5 of 8" in text
     assert "- **but DRTune**: tuned steps = 5" in section(text, "Protocol")
     assert "†" not in page(results())
 
@@ -123,7 +123,7 @@ def test_moments_in_8_bits_are_marked():
     text = page(given)
     assert [label for label in LABELS if "‡" in row_of(section(text, "Results"), label)] == ["DRTune"]
     assert "| DRTune † ‡" in text
-    assert "‡ AdamW with moments in 8 bits, which is not the optimizer of the papers: DRTune." in text
+    assert "‡ AdamW with 8-bit moments, which is not the papers' optimizer: DRTune." in text
     assert "‡" not in page(results())
 
 
@@ -184,7 +184,7 @@ def test_unequal_budgets_are_said():
 
 
 def test_one_seed_is_said():
-    """With one training seed the page says that the variance between trainings is unknown."""
+    """With one training seed the page says that the variance between training runs is unknown."""
     assert "One training seed" in page(results(seeds=(0,)))
     assert "One training seed" not in page(results(seeds=(0, 1, 2)))
 
@@ -220,7 +220,7 @@ def test_a_method_without_any_score_keeps_its_row():
 def test_an_invalid_score_does_not_vanish():
     """A nan and a row that is not ok are left out in pairs and counted in the coverage; complete scores say so."""
     given = results()
-    assert "Complete: every picture" in page(given)
+    assert "Complete: every image" in page(given)
     mine = (given.scores["label"] == "ReFL") & (given.scores["metric"] == "pickscore") & (given.scores["seed"] == 0)
     rows = given.scores.index[mine & (given.scores["prompt_id"] == "p0003")]
     given.scores.loc[rows[0], "score"] = np.nan
@@ -299,7 +299,7 @@ def test_csv_keeps_every_digit_and_every_name():
 
 def test_the_tidy_file_has_one_row_per_method_and_measure(tmp_path):
     """pandas reads the CSV back: six methods by four measures and seven costs, and five gains over measures; base has
-    no change; roles are named, and what is known of the spread between trainings."""
+    no change; roles are named, and what is known of the spread between training runs."""
     report.build(results(tmp_path), tmp_path / "out")
     frame = pd.read_csv(tmp_path / "out/made_up.csv", keep_default_na=False, na_values=[""])
     assert len(frame) == 6 * (4 + 7) + 5
@@ -319,7 +319,7 @@ def test_the_tidy_file_has_one_row_per_method_and_measure(tmp_path):
 
 
 def test_the_grid_has_a_row_per_method_and_a_column_per_prompt(tmp_path):
-    """Ten prompts of all tasks, six methods, 32 px pictures enlarged four times with their pixels intact."""
+    """Ten prompts of all tasks, six methods, 32 px images enlarged four times with their pixels intact."""
     given = results(tmp_path)
     draw_pictures(tmp_path, given.manifest)
     paths = report.build(given, tmp_path / "out")
@@ -350,8 +350,8 @@ def test_a_page_alone_is_the_page_of_the_whole_report(tmp_path):
     assert "grid" not in text.read_text()
 
 
-def test_a_missing_picture_leaves_a_grey_tile(tmp_path):
-    """A method without pictures keeps its row in the grid."""
+def test_a_missing_image_leaves_a_grey_tile(tmp_path):
+    """A method without images keeps its row in the grid."""
     given = results(tmp_path)
     draw_pictures(tmp_path, given.manifest)
     for seed in (0, 1):
@@ -385,7 +385,7 @@ def test_prompts_of_the_grid_are_chosen_by_rule():
 
 @pytest.mark.slow
 def test_a_report_is_made_twice_alike(tmp_path):
-    """The same store gives the same bytes: the pages, the CSV and the pictures."""
+    """The same store gives the same bytes: the pages, the CSV and the images."""
     given = results(tmp_path)
     draw_pictures(tmp_path, given.manifest)
     first = [path.read_bytes() for path in report.build(given, tmp_path / "a")]

@@ -202,6 +202,19 @@ def test_one_prompt_and_no_prompt_have_no_interval():
     assert stats.mean_interval(np.empty((0, 0, 1))).prompts == 0
 
 
+def test_a_curve_with_one_prompt_in_a_task_has_means_and_no_resamples():
+    """One prompt in all, or in one of the tasks: the means are exact, every resample is nan."""
+    values = np.random.default_rng(0).normal(size=(3, 4, 2, 2))
+    for points, strata, wanted in (
+        (values[:, :1], None, values[:, :1].mean((1, 2, 3))),
+        (values, np.array(["a", "a", "a", "b"]), (values[:, :3].mean((1, 2, 3)) + values[:, 3].mean((1, 2))) / 2),
+    ):
+        means, draws = stats.curve_draws(points, strata, draws=7)
+        assert means == pytest.approx(wanted)
+        assert draws.shape == (7, 3)
+        assert np.isnan(draws).all()
+
+
 def test_holm_by_hand():
     """0.01, 0.04, 0.03, 0.005 of four: 0.005 * 4, 0.01 * 3, 0.03 * 2, and 0.04 * 1 raised to the 0.06 before it."""
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -224,7 +237,7 @@ def test_the_same_data_give_the_same_numbers():
     assert stats.mean_interval(values, seed=1).lo != first.lo
 
 
-# ------------------------------------------------------------------------------------------- improvement, midmean
+# ------------------------------------------------------------------------------------ improvement, interquartile mean
 
 
 @pytest.mark.slow
@@ -263,20 +276,20 @@ def test_winning_every_prompt_is_no_certainty(prompts):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 12])
-def test_the_midmean_cuts_a_quarter_from_either_end(n):
+def test_the_interquartile_mean_cuts_a_quarter_from_either_end(n):
     """Weights sum to one and are symmetric; for n = 4 k it is the mean trimmed by k at either end; equal values weigh
     alike, and the result is continuous where two values pass each other."""
     values = np.random.default_rng(n).normal(size=n)
-    weights = stats.midmean_weights(values)
+    weights = stats.interquartile_weights(values)
     assert weights.sum() == pytest.approx(1)
-    assert stats.midmean_weights(-values) == pytest.approx(weights)
+    assert stats.interquartile_weights(-values) == pytest.approx(weights)
     if n % 4 == 0:
         assert weights @ values == pytest.approx(trim_mean(values, 0.25))
-    assert np.ptp(stats.midmean_weights(np.ones(n))) == 0
+    assert np.ptp(stats.interquartile_weights(np.ones(n))) == 0
 
 
 @pytest.mark.parametrize("by_task", [(False,) * 5, (True,) * 5, (False, True, True, False, True)])
-def test_the_parts_of_a_midmean_have_its_mean(by_task):
+def test_the_parts_of_an_interquartile_mean_have_its_mean(by_task):
     """The mean of what prompts and seeds add is the interquartile mean of the measures' own means, by task or not; a
     prompt that one measure lacks is left out of all."""
     rng = np.random.default_rng(19)
@@ -286,5 +299,5 @@ def test_the_parts_of_a_midmean_have_its_mean(by_task):
     kept = np.delete(np.arange(44), 7)
     means = [stats.mean_interval(gain[kept], TASKS[kept] if each else None).mean for gain, each in zip(gains, by_task)]
     found = stats.mean_interval(stats.interquartile_mean(gains, by_task, strata), strata)
-    assert found.mean == pytest.approx(stats.midmean_weights(means) @ means)
+    assert found.mean == pytest.approx(stats.interquartile_weights(means) @ means)
     assert (found.prompts, found.seeds, found.dropped) == (43, 3, 1)

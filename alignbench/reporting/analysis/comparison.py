@@ -1,4 +1,4 @@
-"""From the store's two frames to means, paired changes and verdicts; every number that a report prints is made here."""
+"""Means, paired changes and verdicts, computed from the store's scores; the source of the numbers in every report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun
 
 ALPHA = 0.05
-ROLES = ("train", "held-out", "check", "unknown")  # in the order of the table's columns; the last: of imported rows
+ROLES = ("train", "held-out", "check", "unknown")  # in the order of the table's columns; unknown: imported rows
 
 
 class Measure(NamedTuple):
@@ -26,29 +26,30 @@ class Measure(NamedTuple):
     evaluator: str
     name: str
     unit: str = ""
-    higher_is_better: bool | None = True  # None: neither; then nothing is better and nothing worse
+    higher_is_better: bool | None = True  # None: neither direction is better
     by_task: bool = False
     role: str = "held-out"
     version: str = ""
 
 
 class Scores(NamedTuple):
-    """All images of one measure. ``values[label]``: (P, I, S), nan where missing or not ok; S = 1 if untrained."""
+    """Scores of one measure. ``values[label]``: (P, I, S), nan where missing or not ok; S = 1 if untrained."""
 
     prompts: NDArray  # (P,) ids, sorted
-    tags: NDArray  # (P,) the task of each
+    tags: NDArray  # (P,) tasks
     values: dict[str, stats.Array]
 
 
 class Comparison(NamedTuple):
-    """A paired difference, its p-value after Holm over the comparisons it was made with, and what may be said."""
+    """A paired difference, its p-value after Holm over the comparisons made with it, and its verdict."""
 
     estimate: MeanEstimate
     p_holm: float
-    equal: float = 0.0  # the mean that "no difference" has
+    equal: float = 0.0  # the mean if there is no difference
 
     @property
     def verdict(self) -> str:
+        """One of: up, down, cannot tell, not measured, spread unknown."""
         if np.isnan(self.p_holm):
             return "not measured" if np.isnan(self.estimate.mean) else "spread unknown"
         if self.p_holm >= ALPHA or self.estimate.mean == self.equal:
@@ -58,12 +59,12 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Analysis:
-    """Numbers of one sweep: ``means[measure][label]``; against ``base``, if any, ``changes[measure][label]``,
+    """Numbers of one sweep: ``means[measure][label]``; and if there is a ``base``, ``changes[measure][label]``,
     ``improved[measure][label]`` (the probability of improvement) and ``gains[label]`` (over the measures ``summed``).
     """
 
     labels: list[str]
-    base: str | None  # the first method that trains nothing, and brings no weights of its own
+    base: str | None  # the first row without training and without weights of its own
     seeds: dict[str, list[int]]  # planned training seeds of each label
     measures: list[Measure]
     scores: dict[Measure, Scores]
@@ -75,29 +76,30 @@ class Analysis:
 
     @functools.cached_property
     def trained(self) -> list[str]:
+        """Labels of the rows trained here."""
         return [label for label in self.labels if self.seeds[label] != [UNTRAINED]]
 
     @functools.cached_property
     def compared(self) -> list[str]:
-        """With base: all others, trained or not."""
+        """Labels of all rows compared with base, trained or not."""
         return [label for label in self.labels if self.base not in (None, label)]
 
     def compare(self, measure: Measure, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
-        """Paired differences first - second, with Holm over exactly these pairs."""
+        """Return paired differences first - second, with Holm over exactly these pairs."""
         data = self.scores[measure]
         strata = data.tags if measure.by_task else None
-        trained = [len({a, b} & set(self.trained)) for a, b in pairs]  # of the two
-        found: dict[tuple[str, str], MeanEstimate] = {}
+        trained = [len({a, b} & set(self.trained)) for a, b in pairs]  # 0, 1 or 2 of the pair
+        by_pair: dict[tuple[str, str], MeanEstimate] = {}
         for count in set(trained):
-            chosen = [pair for pair, each in zip(pairs, trained) if each == count]
+            chosen = [pair for pair, number in zip(pairs, trained) if number == count]
             differences = [data.values[a] - data.values[b] for a, b in chosen]
             pooled = self._pool(measure, strata, count)
-            found |= zip(chosen, stats.mean_intervals(differences, strata, pooled=pooled))
-        estimates = [found[pair] for pair in pairs]
-        return [Comparison(*each) for each in zip(estimates, stats.holm([estimate.p for estimate in estimates]))]
+            by_pair |= zip(chosen, stats.mean_intervals(differences, strata, pooled=pooled))
+        estimates = [by_pair[pair] for pair in pairs]
+        return list(map(Comparison, estimates, stats.holm([estimate.p for estimate in estimates])))
 
     def _pool(self, measure: Measure, strata: NDArray | None, trained: int) -> stats.SeedSpread | None:
-        """Spread between trainings of differences: of two trained methods, of one and an untrained one, of neither."""
+        """Return the spread between training runs of differences in which ``trained`` of the two rows are trained."""
         values = self.scores[measure].values
         if trained == 0:
             return None
@@ -107,8 +109,8 @@ class Analysis:
         return stats.pool_seeds((values[label] - base for label in self.trained), strata)
 
     def probabilities(self) -> dict[Measure, dict[str, Comparison]]:
-        """How probably a method's picture is better than base's, with Holm over all methods and measures together."""
-        found: dict[tuple[Measure, str], MeanEstimate] = {}
+        """Return the probability of improvement over base, with Holm over all methods and measures together."""
+        shares: dict[tuple[Measure, str], MeanEstimate] = {}
         directed = [measure for measure in self.measures if measure.higher_is_better is not None]
         for measure in directed if self.base else []:
             data = self.scores[measure]
@@ -116,20 +118,20 @@ class Analysis:
             for labels, pooled in self._kinds():
                 signed = [sign * data.values[label] for label in labels]
                 strata = data.tags if measure.by_task else None
-                shares = stats.improvements(signed, sign * data.values[self.base or ""], strata, pooled=pooled)
-                found |= zip([(measure, label) for label in labels], shares)
-        holm = dict(zip(found, stats.holm([share.p for share in found.values()])))
-        return {m: {k: Comparison(found[m, k], holm[m, k], 0.5) for k in self.compared} for m in directed if self.base}
+                estimates = stats.improvements(signed, sign * data.values[self.base or ""], strata, pooled=pooled)
+                shares |= zip([(measure, label) for label in labels], estimates)
+        holm = dict(zip(shares, stats.holm([share.p for share in shares.values()])))
+        return {m: {k: Comparison(shares[m, k], holm[m, k], 0.5) for k in self.compared} for m in directed if self.base}
 
     def _kinds(self) -> list[tuple[list[str], bool]]:
-        """The compared methods: those trained here, whose spread between trainings is pooled, and the others."""
+        """Return (labels, pooled): rows trained here, whose spread between runs is pooled, and the others."""
         trained = [label for label in self.compared if label in self.trained]
         return [(trained, True), ([label for label in self.compared if label not in trained], False)]
 
     def summary(self) -> tuple[list[Measure], dict[str, Comparison]]:
-        """Interquartile means of the gains over base, and the measures they are over: those that nobody trained on.
+        """Return the held-out measures and, over these, the interquartile mean of each row's gains over base.
 
-        A gain counts in the spread of base's scores over prompts: it depends on no other method of the table.
+        Gains are in units of the standard deviation over prompts of base's scores, so they do not depend on other rows.
         """
         held_out = [m for m in self.measures if m.role != "train" and m.higher_is_better is not None]
         scales = {measure: self._spread_of_base(measure) for measure in held_out if self.base}
@@ -140,45 +142,45 @@ class Analysis:
         rows = {m: np.searchsorted(self.scores[m].prompts, prompts) for m in chosen}
         by_task = [measure.by_task for measure in chosen]
         strata = self.scores[chosen[0]].tags[rows[chosen[0]]] if any(by_task) else None
-        found: dict[str, MeanEstimate] = {}
+        estimates: dict[str, MeanEstimate] = {}
         for labels, pooled in self._kinds():
             parts = []
             for label in labels:
                 gains = [self._gain(m, label)[rows[m]] / scales[m] for m in chosen]
                 parts.append(stats.interquartile_mean(gains, by_task, strata))
             spread = stats.pool_seeds(parts, strata) if pooled else None
-            found |= zip(labels, stats.mean_intervals(parts, strata, pooled=spread))
-        holm = stats.holm([found[label].p for label in self.compared])
-        return chosen, {label: Comparison(found[label], p) for label, p in zip(self.compared, holm)}
+            estimates |= zip(labels, stats.mean_intervals(parts, strata, pooled=spread))
+        holm = stats.holm([estimates[label].p for label in self.compared])
+        return chosen, {label: Comparison(estimates[label], p) for label, p in zip(self.compared, holm)}
 
     def _gain(self, measure: Measure, label: str) -> stats.Array:
         values = self.scores[measure].values
         return (1 if measure.higher_is_better else -1) * (values[label] - values[self.base or ""])
 
     def _spread_of_base(self, measure: Measure) -> float:
-        """Standard deviation over prompts of base's prompt means; 0 where it has none."""
+        """Return the standard deviation over prompts of base's prompt means; 0 if undefined."""
         means = stats.prompt_means(self.scores[measure].values[self.base or ""])
         known = means[~np.isnan(means)]
         return float(known.std(ddof=1)) if len(known) > 1 else 0.0
 
     def averages(self, measure: Measure, task: str | None = None) -> dict[str, MeanEstimate]:
-        """label -> mean, over all prompts or over those of one task."""
+        """Return label -> mean over all prompts, or over those of one task."""
         data = self.scores[measure]
         chosen = np.full(len(data.tags), True) if task is None else data.tags == task
         strata = data.tags[chosen] if measure.by_task and task is None else None
         values = {label: data.values[label][chosen] for label in self.labels}
         pooled = stats.pool_seeds((values[label] for label in self.trained), strata)
         untrained = [label for label in self.labels if label not in self.trained]
-        found = dict(zip(self.trained, stats.mean_intervals([values[k] for k in self.trained], strata, pooled=pooled)))
-        found |= zip(untrained, stats.mean_intervals([values[label] for label in untrained], strata))
-        return {label: found[label] for label in self.labels}
+        means = dict(zip(self.trained, stats.mean_intervals([values[k] for k in self.trained], strata, pooled=pooled)))
+        means |= zip(untrained, stats.mean_intervals([values[label] for label in untrained], strata))
+        return {label: means[label] for label in self.labels}
 
     def tasks(self, measure: Measure) -> dict[str, dict[str, MeanEstimate]]:
-        """task -> label -> mean over the task's prompts."""
+        """Return task -> label -> mean over the task's prompts."""
         return {str(task): self.averages(measure, str(task)) for task in np.unique(self.scores[measure].tags)}
 
     def best(self, measure: Measure) -> tuple[str | None, list[str]]:
-        """(winner, methods not distinguishable from it). A winner's gain over base survives Holm; else None."""
+        """Return (winner, rows not distinguishable from it); no winner unless its gain over base survives Holm."""
         sign = 1 if measure.higher_is_better else -1
         measured = {k: sign * v.mean for k, v in self.means[measure].items() if np.isfinite(v.mean)}
         if not measured or self.base is None:
@@ -192,20 +194,22 @@ class Analysis:
         return leader, [rival for rival, result in zip(rivals, close) if not better(result, measure)]
 
     def coverage(self, measure: Measure, label: str, images: int) -> tuple[int, int]:
-        """(valid scores, expected scores), for runs of ``images`` pictures each."""
+        """Return (valid scores, expected scores) for runs of ``images`` images each."""
         return int((~np.isnan(self.scores[measure].values[label])).sum()), images * len(self.seeds[label])
 
 
 def better(comparison: Comparison, measure: Measure) -> bool:
+    """Return whether the change is significant and an improvement."""
     return comparison.verdict == {True: "up", False: "down", None: None}[measure.higher_is_better]
 
 
 def worse(comparison: Comparison, measure: Measure) -> bool:
+    """Return whether the change is significant and a deterioration."""
     return comparison.verdict == {True: "down", False: "up", None: None}[measure.higher_is_better]
 
 
 def analyse(manifest: Manifest, scores: pd.DataFrame) -> Analysis:
-    """All means, and all paired changes against base with Holm over the methods of one measure."""
+    """Return all means, and all paired changes against base with Holm over the rows of each measure."""
     labels = list(dict.fromkeys([*manifest.cases, *manifest.rows]))
     rows = {label: manifest.rows.get(label, []) for label in labels}
     seeds = {label: sorted({run.seed for run in runs}) for label, runs in rows.items()}
@@ -215,7 +219,7 @@ def analyse(manifest: Manifest, scores: pd.DataFrame) -> Analysis:
 
 
 def completed(analysis: Analysis) -> Analysis:
-    """With everything that can be said of its scores."""
+    """Fill in all means, changes and summaries of the analysis's scores, and return it."""
     for measure in analysis.measures:
         analysis.means[measure] = analysis.averages(measure)
         pairs = [(label, analysis.base) for label in analysis.compared if analysis.base is not None]
@@ -228,33 +232,33 @@ def completed(analysis: Analysis) -> Analysis:
 
 
 def _measures(runs: Iterable[ManifestRun]) -> list[Measure]:
-    """Every metric that some run is scored on, by role, then in the order of the sweep."""
-    found: dict[tuple[str, str], Measure] = {}
+    """Return every metric that some run is scored on, by role, then in the order of the sweep."""
+    measures: dict[tuple[str, str], Measure] = {}
     for score in (score for run in runs for score in run.scores):
         for metric in score.metrics:
-            if (score.evaluator, metric.name) not in found:
+            if (score.evaluator, metric.name) not in measures:
                 about = {"role": score.role, "version": score.version, **structs.asdict(metric)}
-                found[score.evaluator, metric.name] = Measure(score.evaluator, **about)
-    return sorted(found.values(), key=lambda measure: ROLES.index(measure.role))
+                measures[score.evaluator, metric.name] = Measure(score.evaluator, **about)
+    return sorted(measures.values(), key=lambda measure: ROLES.index(measure.role))
 
 
 def cubes(frame: pd.DataFrame, measures: Sequence[Measure], seeds: dict[str, list[int]]) -> dict[Measure, Scores]:
-    """Rows of scores as arrays, by measure. ``seeds``: the planned training seeds of every label."""
-    training_seeds = sorted({seed for found in seeds.values() for seed in found if seed != UNTRAINED})
+    """Return the scores of ``frame`` as arrays, by measure. ``seeds``: the planned training seeds of every label."""
+    training_seeds = sorted({seed for planned in seeds.values() for seed in planned if seed != UNTRAINED})
     score = frame["score"].to_numpy(float, na_value=np.nan)
     valid = frame["ok"].eq(True).fillna(False).to_numpy(bool) & np.isfinite(score)
     score = np.where(valid, score, np.nan)
     codes = {name: _codes(frame[name]) for name in ("evaluator", "metric", "label", "prompt_id", "tag")}
-    found = {}
+    by_measure = {}
     for measure in measures:
         rows = np.flatnonzero(_is(codes["evaluator"], measure.evaluator) & _is(codes["metric"], measure.name))
-        part = {name: (each[rows], known) for name, (each, known) in codes.items()}
+        part = {name: (column[rows], known) for name, (column, known) in codes.items()}
         index, seed = (frame[name].to_numpy()[rows] for name in ("index", "seed"))
-        found[measure] = _cube(part, index, seed, score[rows], seeds, training_seeds)
-    return found
+        by_measure[measure] = _cube(part, index, seed, score[rows], seeds, training_seeds)
+    return by_measure
 
 
-Codes = tuple[NDArray, NDArray]  # of each row, and what the codes stand for; -1 for a missing value
+Codes = tuple[NDArray, NDArray]  # code of each row (-1: missing), and the value of each code
 
 
 def _codes(column: pd.Series) -> Codes:
@@ -265,7 +269,7 @@ def _codes(column: pd.Series) -> Codes:
 
 
 def _is(codes: Codes, value: str) -> NDArray:
-    """Which rows have this value."""
+    """Return a mask of the rows that have this value."""
     return codes[0] == next(iter(np.flatnonzero(codes[1] == value)), -2)
 
 
@@ -277,9 +281,9 @@ def _cube(
     seeds: dict[str, list[int]],
     training_seeds: list[int],
 ) -> Scores:
-    """One measure's rows as arrays on common axes, so that pairing is subtraction and nan takes a pair out."""
+    """Return one measure's scores as arrays on common axes, so that pairing is subtraction and nan drops a pair."""
     codes, known = part["prompt_id"]
-    used = np.unique(codes)  # of all prompts that any measure has
+    used = np.unique(codes)  # among the prompts of all measures
     used = used[np.argsort(known[used])] if len(used) else used
     place = np.zeros(len(known), int)
     place[used] = np.arange(len(used))
@@ -291,13 +295,13 @@ def _cube(
     label, labels = part["label"]
     order = np.argsort(label, kind="stable")
     ends = np.searchsorted(label[order], np.arange(len(labels) + 1))
-    rows = dict(zip(labels, np.split(order, ends)[1:]))  # before the first: those of code -1, none
+    rows = dict(zip(labels, np.split(order, ends)[1:]))  # the first piece has code -1 and is empty
     values = {}
     for name, planned in seeds.items():
         axis = [UNTRAINED] if planned == [UNTRAINED] else training_seeds
         cube = np.full((len(used), len(images), max(len(axis), 1)), np.nan)
-        mine = rows.get(name, order[:0])
-        mine = mine[np.isin(seed[mine], axis)]
-        cube[row[mine], image[mine], np.searchsorted(axis, seed[mine])] = score[mine]
+        own = rows.get(name, order[:0])
+        own = own[np.isin(seed[own], axis)]
+        cube[row[own], image[own], np.searchsorted(axis, seed[own])] = score[own]
         values[name] = cube
     return Scores(known[used] if len(used) else np.array([], object), tags.astype(str), values)

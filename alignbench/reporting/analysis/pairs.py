@@ -1,7 +1,7 @@
-"""Two rows or runs of a store, side by side: `alignbench compare A B`.
+"""Paired comparison of two rows or runs of a store: `alignbench compare A B`.
 
-Paired differences A - B per metric, and the prompts in which the two differ most. Rows of one sweep get the very
-numbers of its report; of two sweeps, what both were scored on by the same evaluator with the same weights.
+Differences A - B per metric, and the prompts on which the two differ most. Two rows of one sweep get the same numbers
+as in its report; rows of two sweeps are compared on metrics of evaluators with equal settings, weights and version.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ UNKNOWN = "unknown"
 
 
 class Side(NamedTuple):
-    """A row with all its trainings (``whole``), or one run of it. ``sweep``: what its manifest is called."""
+    """A row with all its training runs (``whole``), or one of them. ``sweep``: stem of its manifest's file."""
 
     sweep: str
     manifest: Manifest
@@ -49,59 +49,62 @@ class Side(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One measure. ``higher``: the share of prompts in which A's mean is higher, a tie being half of one."""
+    """A comparison on one measure. ``higher``: the share of prompts on which A's mean is higher; a tie counts half."""
 
     measure: Measure
     means: tuple[stats.MeanEstimate, stats.MeanEstimate]
     change: Comparison
     higher: float
-    pairs: pd.DataFrame  # what ``_pairs`` makes
+    pairs: pd.DataFrame  # as from ``_pairs``
 
 
 class Disagreement(NamedTuple):
-    """A prompt in which the two differ much: means over its pictures, and the two pictures that differ most."""
+    """A prompt on which the two differ: means over its images, and the pair of images that differs most."""
 
     prompt: str
     a: float
     b: float
-    pictures: tuple[Path | None, Path | None]
+    images: tuple[Path | None, Path | None]
 
 
 def find(root: artefacts.Store, word: str) -> Side:
-    """``SWEEP:LABEL``, a label of one sweep alone, or a run's id or its beginning. UserError with what there is."""
+    """Return the side named by ``SWEEP:LABEL``, a unique label, or a run id or its beginning.
+
+    UserError, with the alternatives, if the name is unknown or ambiguous.
+    """
     manifests = {path.stem: read_manifest(path) for path in root.manifests()}
     if not manifests:
-        raise UserError(f"{root.root}: no sweep was run or imported there; name another --store")
+        raise UserError(f"{root.root}: contains no sweep, run or imported; name another --store")
     named, colon, label = word.partition(":")
     if colon and (sweeps := _sweeps(manifests, named)):
         if len(sweeps) > 1:
-            raise UserError(f"{word}: there are several sweeps '{named}': {', '.join(sweeps)}; name one as a whole")
+            raise UserError(f"{word}: '{named}' matches several sweeps: {', '.join(sweeps)}; give the full name of one")
         return _row(sweeps[0], manifests[sweeps[0]], label, word)
-    ids = {run.id: name for name, found in reversed(manifests.items()) for run in found.runs}  # the latest stays
+    ids = {run.id: name for name, manifest in reversed(manifests.items()) for run in manifest.runs}  # the latest wins
     if word in ids:
         return _run(manifests, ids[word], word)
-    having = [name for name, found in manifests.items() if word in found.cases]
-    if len(having) > 1:
+    sweeps = [name for name, manifest in manifests.items() if word in manifest.cases]
+    if len(sweeps) > 1:
         raise UserError(
-            f"{word}: is a row of several sweeps; name one: {', '.join(f'{name}:{word}' for name in having)}"
+            f"{word}: is a row of several sweeps; name one: {', '.join(f'{name}:{word}' for name in sweeps)}"
         )
-    if having:
-        return _row(having[0], manifests[having[0]], word, word)
+    if sweeps:
+        return _row(sweeps[0], manifests[sweeps[0]], word, word)
     chosen = sorted(id for id in ids if word and id.startswith(word))
     if len(chosen) > 1:
-        raise UserError(f"{word}: is the beginning of several runs: {', '.join(chosen)}; name one")
+        raise UserError(f"{word}: matches several runs: {', '.join(chosen)}; name one")
     if chosen:
         return _run(manifests, ids[chosen[0]], chosen[0])
     if colon:
-        names = dict.fromkeys(found.name for found in manifests.values())
+        names = dict.fromkeys(manifest.name for manifest in manifests.values())
         raise UserError(f"{word}: there is no sweep '{named}'{did_you_mean(named, names, 'sweeps')}")
-    labels = dict.fromkeys(label for found in manifests.values() for label in found.cases)
+    labels = dict.fromkeys(label for manifest in manifests.values() for label in manifest.cases)
     raise UserError(f"{word}: there is no such row or run{did_you_mean(word, labels, 'rows')}")
 
 
 def _sweeps(manifests: dict[str, Manifest], name: str) -> list[str]:
-    """By file name, by the sweep's name, or by a beginning: the first of these that any fits."""
-    by_name = [stem for stem, found in manifests.items() if found.name == name]
+    """Return the manifests whose file name is ``name``; else whose sweep has that name; else that begin with it."""
+    by_name = [stem for stem, manifest in manifests.items() if manifest.name == name]
     return [name] if name in manifests else by_name or [stem for stem in manifests if name and stem.startswith(name)]
 
 
@@ -112,39 +115,42 @@ def _row(sweep: str, manifest: Manifest, label: str, word: str) -> Side:
 
 
 def _run(manifests: dict[str, Manifest], sweep: str, id: str) -> Side:
-    """One run. UserError if its weights made several sets of pictures."""
-    found = [(name, run) for name, manifest in manifests.items() for run in manifest.runs if run.id == id]
-    if len({run.images for _, run in found}) > 1:
-        places = ", ".join(dict.fromkeys(f"{name}:{run.label}" for name, run in found))
-        raise UserError(f"{id}: made several sets of pictures; name a row: {places}")
-    return Side(sweep, manifests[sweep], [next(run for name, run in found if name == sweep)], False)
+    """Return one run. UserError if its weights made several sets of images."""
+    places = [(name, run) for name, manifest in manifests.items() for run in manifest.runs if run.id == id]
+    if len({run.images for _, run in places}) > 1:
+        rows = ", ".join(dict.fromkeys(f"{name}:{run.label}" for name, run in places))
+        raise UserError(f"{id}: made several sets of images; name a row: {rows}")
+    return Side(sweep, manifests[sweep], [next(run for name, run in places if name == sweep)], False)
 
 
 def compare(root: artefacts.Store, a: Side, b: Side, only: Sequence[str] = ()) -> tuple[list[Result], list[str]]:
-    """Every measure that both have, and remarks on those that are left out. ``only``: metrics or evaluators.
+    """Compare the two on every measure they share; return results and remarks on the measures left out.
 
-    UserError if there is nothing to compare.
+    ``only``: metrics or evaluators to compare on. UserError if there is nothing to compare.
     """
     if a.runs == b.runs:
-        raise UserError(f"{a.title}: is compared with itself; name two")
+        raise UserError(f"{a.title}: cannot be compared with itself; name two")
     judges = [{score.evaluator: _judge(score) for run in side.runs for score in run.scores} for side in (a, b)]
     both = [name for name in judges[0] if name in judges[1]]
-    remarks = [f"{name}: scored for A alone" for name in judges[0] if name not in judges[1]]
-    remarks += [f"{name}: scored for B alone" for name in judges[1] if name not in judges[0]]
+    remarks = [f"{name}: scored for A only" for name in judges[0] if name not in judges[1]]
+    remarks += [f"{name}: scored for B only" for name in judges[1] if name not in judges[0]]
     other = [name for name in both if judges[0][name] != judges[1][name]]
-    remarks += [f"{name}: scored with other settings, weights or version of it; not compared" for name in other]
+    remarks += [f"{name}: scored with different settings, weights or versions; not compared" for name in other]
     analysis, frame, labels = _analysed(root, a, b)
     measures = [measure for measure in analysis.measures if measure.evaluator in set(both) - set(other)]
     if not measures:
         raise UserError(f"{a.title} and {b.title} have no score in common ({'; '.join(remarks) or 'none has any'})")
     measures = _chosen(measures, only)
-    found = [analysis.compare(measure, [labels])[0].estimate for measure in measures]
-    changes = map(Comparison, found, stats.holm([estimate.p for estimate in found]))
+    estimates = [analysis.compare(measure, [labels])[0].estimate for measure in measures]
+    changes = map(Comparison, estimates, stats.holm([estimate.p for estimate in estimates]))
     return [_result(analysis, frame, measure, change, labels) for measure, change in zip(measures, changes)], remarks
 
 
 def _judge(score: ManifestScore) -> str:
-    """Equal for equal settings, weights and version: our score files are named by these, foreign ones by content."""
+    """Return a key that is equal for equal settings, weights and version of the evaluator.
+
+    Our score files are named by these; imported scores carry them in their settings.
+    """
     if score.imported:
         return str(score.settings)
     return Path(score.file).stem.removesuffix(f"-{score.base}")
@@ -152,16 +158,16 @@ def _judge(score: ManifestScore) -> str:
 
 def _chosen(measures: Sequence[Measure], only: Sequence[str]) -> list[Measure]:
     names = {name: None for measure in measures for name in (measure.name, measure.evaluator)}
-    if odd := next((word for word in only if word not in names), None):
-        raise UserError(f"-e {odd}: the two are not scored by it{did_you_mean(odd, names)}")
+    if unknown := next((word for word in only if word not in names), None):
+        raise UserError(f"-e {unknown}: not a score of both{did_you_mean(unknown, names)}")
     return [m for m in measures if not only or m.name in only or m.evaluator in only]
 
 
 def _analysed(root: artefacts.Store, a: Side, b: Side) -> tuple[Analysis, pd.DataFrame, tuple[str, str]]:
-    """The analysis, all scores, and the labels of the two in them.
+    """Return the analysis, all scores, and the labels of the two in them.
 
-    Two rows of one sweep: that of the whole sweep, so that the spread between trainings is pooled as in its report.
-    Else of the two alone. A single run stands for itself, not for trainings with any seed.
+    Two rows of one sweep get the analysis of the whole sweep, which pools the spread between training runs as its
+    report does; any others get one of the two alone. A single run stands for itself, not for runs with any seed.
     """
     if a.sweep == b.sweep and a.whole and b.whole:
         frame = Results(root.root, a.manifest, sweep=a.sweep).scores
@@ -187,16 +193,16 @@ def _result(
 
 
 def _pairs(frame: pd.DataFrame, measure: Measure, labels: tuple[str, str]) -> pd.DataFrame:
-    """A row per pair of pictures with two valid scores: prompt_id, index, run_a, run_b, score_a, score_b, difference.
+    """Return a row per pair of images with valid scores: prompt_id, index, run_a, run_b, score_a, score_b, difference.
 
-    Trainings pair by their seed, a side that was not trained (or whose training is unknown) meets every seed. As in
-    the estimates, a prompt that lacks a pair of some seed is left out.
+    Training runs pair by seed; a side that was not trained, or whose training is unknown, pairs with every seed. As in
+    the estimates, a prompt that lacks a pair for some seed is left out.
     """
-    mine = frame[(frame["evaluator"] == measure.evaluator) & (frame["metric"] == measure.name)]
-    mine = mine[mine["ok"].eq(True) & np.isfinite(mine["score"].astype(float))].astype(
-        {"prompt_id": object, "run": object}  # of a store they are categorical
+    scores = frame[(frame["evaluator"] == measure.evaluator) & (frame["metric"] == measure.name)]
+    scores = scores[scores["ok"].eq(True) & np.isfinite(scores["score"].astype(float))].astype(
+        {"prompt_id": object, "run": object}  # categorical in a frame read from a store
     )
-    sides = [mine[mine["label"] == label][["prompt_id", "index", "seed", "run", "score"]] for label in labels]
+    sides = [scores[scores["label"] == label][["prompt_id", "index", "seed", "run", "score"]] for label in labels]
     trained = all(not side["seed"].eq(UNTRAINED).any() for side in sides)
     place = ["prompt_id", "index", *(["seed"] if trained else [])]
     pairs = sides[0].merge(sides[1], on=place, suffixes=("_a", "_b"))
@@ -206,17 +212,17 @@ def _pairs(frame: pd.DataFrame, measure: Measure, labels: tuple[str, str]) -> pd
 
 
 def _by_prompt(pairs: pd.DataFrame) -> pd.DataFrame:
-    """prompt_id -> score_a, score_b, difference: means over the pictures of a seed, then over seeds."""
+    """Return prompt_id -> score_a, score_b, difference: means over the images of a seed, then over seeds."""
     columns = ["score_a", "score_b", "difference"]
     return pairs.groupby(["prompt_id", "run_a", "run_b"])[columns].mean().groupby("prompt_id").mean()
 
 
 def disagreements(root: artefacts.Store, a: Side, b: Side, result: Result, top: int = TOP) -> list[Disagreement]:
-    """The ``top`` prompts with the largest differences of their means, largest first; none without a difference."""
+    """Return the ``top`` prompts whose means differ most, largest difference first; equal means are left out."""
     means = _by_prompt(result.pairs)
     order = means["difference"].abs().sort_values(ascending=False, kind="stable").index[:top]
-    files = [{run.id: _pictures(root, run) for run in side.runs} for side in (a, b)]
-    found = []
+    files = [{run.id: _images(root, run) for run in side.runs} for side in (a, b)]
+    cases = []
     for prompt in order:
         score_a, score_b, gap = means.loc[prompt]
         if gap == 0:
@@ -226,12 +232,12 @@ def disagreements(root: artefacts.Store, a: Side, b: Side, result: Result, top: 
         place = (prompt, pair["index"])
         shown = [known[pair[run]].get(place, ("", None)) for known, run in zip(files, ("run_a", "run_b"))]
         text = shown[0][0] or shown[1][0] or f"prompt {prompt}"
-        found.append(Disagreement(text, float(score_a), float(score_b), (shown[0][1], shown[1][1])))
-    return found
+        cases.append(Disagreement(text, float(score_a), float(score_b), (shown[0][1], shown[1][1])))
+    return cases
 
 
-def _pictures(root: artefacts.Store, run: ManifestRun) -> dict[tuple[str, int], tuple[str, Path | None]]:
-    """(prompt id, index) -> the prompt's text, and the picture's file if it is there."""
+def _images(root: artefacts.Store, run: ManifestRun) -> dict[tuple[str, int], tuple[str, Path | None]]:
+    """Return (prompt id, index) -> the prompt's text and the image file, None if it is missing."""
     artefact = root.images(run.images)
     if not artefact.done:
         return {}
@@ -242,7 +248,7 @@ def _pictures(root: artefacts.Store, run: ManifestRun) -> dict[tuple[str, int], 
 
 
 def protocols(a: Side, b: Side) -> list[str]:
-    """How the pictures of the two were made in different ways, and what of it nobody knows."""
+    """Return how the evaluation protocols of the two differ, and what is unknown about them."""
     left, right = a.protocol, b.protocol
     keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key) is not None or right.get(key) is not None]
     values = {key: (left.get(key, UNKNOWN), right.get(key, UNKNOWN)) for key in keys}
@@ -252,17 +258,17 @@ def protocols(a: Side, b: Side) -> list[str]:
         if x != y
     ]
     if unknown := [_words(key) for key, pair in values.items() if pair == (UNKNOWN, UNKNOWN)]:
-        lines.append(f"unknown of both: {', '.join(unknown)}")
+        lines.append(f"unknown for both: {', '.join(unknown)}")
     return [*lines, _noise(a, b, values)]
 
 
 def _noise(a: Side, b: Side, values: dict[str, tuple[Any, Any]]) -> str:
-    """Our noise follows from seed, prompt, index and the model's latent size."""
+    """Return whether pairs share their noise, which depends on seed, prompt, index and the model's latent size."""
     if any(run.imported for run in (*a.runs, *b.runs)):
-        return "pairs are of the same prompt; whether of the same noise is unknown, as pictures were made elsewhere"
+        return "pairs share the prompt; whether they share the noise is unknown, since images were made elsewhere"
     if any(x != y for key in ("model", "size", "seed") for x, y in [values.get(key, (None, None))]):
-        return "pairs are of the same prompt, not of the same noise"
-    return "pairs are of the same prompt and the same noise"
+        return "pairs share the prompt but not the noise"
+    return "pairs share the prompt and the noise"
 
 
 def _words(key: str) -> str:

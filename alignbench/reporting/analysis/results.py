@@ -1,4 +1,4 @@
-"""What the store has of a sweep, as tables: scores, training records, costs; the reader of every report."""
+"""Tables of a sweep, read from the store for every report: scores, training records, costs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ COSTS = (
 
 
 class Results:
-    """What a sweep's manifest promised, as far as it is there. ``jobs``: as for ``run_state``.
+    """Results of a sweep's manifest, as far as the store has them. ``jobs``: as for ``run_state``.
 
-    ``sweep``: stem of the manifest's file, under which the tables that were read are kept; "" keeps none.
+    ``sweep``: stem of the manifest's file, under which tables are cached once read; "" caches none.
     """
 
     def __init__(
@@ -44,16 +44,17 @@ class Results:
         return self._ask()
 
     def state(self, run: ManifestRun) -> RunState:
+        """Return the run's state and its reason."""
         return run_state(Store(self.store), run, lambda: self._jobs)
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """One row per image and metric."""
+        """Scores of all runs, one row per image and metric."""
         files = ((run, score) for run in self.manifest.runs for score in run.scores)
         return self.read(files, self._tables and self._tables / "scores")
 
     def read(self, files: Iterable[tuple[ManifestRun, ManifestScore]], kept: Path | None = None) -> pd.DataFrame:
-        """Read the score files that are there: one row per image and metric. ``kept``: as for ``read_scores``."""
+        """Read the score files that exist, one row per image and metric. ``kept``: as for ``read_scores``."""
         from alignbench.reporting.analysis.score_tables import ScoreFile, read_scores
 
         wanted = (
@@ -71,8 +72,8 @@ class Results:
         return read_scores(self.store, wanted, kept)
 
     @cached_property
-    def trainings(self) -> dict[str, Columns]:
-        """Run id -> its records, an entry per update, of every run that has any."""
+    def training_records(self) -> dict[str, Columns]:
+        """Training records by run id, an entry per update, for every run that has any."""
         from alignbench.reporting.analysis.score_tables import read_columns
 
         files = {run.id: f"{self.store}/runs/{run.id}/train.parquet" for run in self.manifest.runs}
@@ -80,35 +81,36 @@ class Results:
 
     @cached_property
     def origins(self) -> dict[str, dict[str, Any]]:
-        """Run id -> what made it, of every run that says so."""
+        """Provenance (software, hardware) by run id, for every run that recorded it."""
         files = {run.id: f"{self.store}/runs/{run.id}/provenance.json" for run in self.manifest.runs}
         return {id: origin for id, file in files.items() if (origin := read_json(file)) is not None}
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """One row per run: state and reason, updates, the meter's totals, mean reward of the first and last tenth."""
+        """Costs, one row per run: state, reason, updates, the meter's totals, mean reward of first and last tenth."""
         import pandas as pd
 
         rows = []
         for run in self.manifest.runs:
-            found = self.state(run)
+            state = self.state(run)
             row = {"label": run.label, "method": run.method, "seed": run.seed, "run": run.id}
-            rows.append(row | {"state": found.state, "reason": found.reason} | self._costs(run))
+            rows.append(row | {"state": state.state, "reason": state.reason} | self._costs(run))
         return pd.DataFrame(rows)
 
     def _costs(self, run: ManifestRun) -> dict[str, Any]:
-        """Return the totals of training: zeros for the base model, empty for a run that did not get there."""
+        """Return the totals of training: zeros for the base model, empty for a run that did not finish."""
         import numpy as np
 
         names = ["updates", *COSTS]
-        records = self.trainings.get(run.id)
+        records = self.training_records.get(run.id)
         if records is None:
             return dict.fromkeys(names, 0 if run.is_base else None) | dict.fromkeys(("reward_first", "reward_last"))
         tenth = max(1, len(records["update"]) // 10)
         margins = {part["evaluator"]["name"]: part["margin"] for part in run.rewards}
         reward = records.get("reward_mean", np.full(1, np.nan))
         hinged = any(name.startswith("hinge_closed") for name in records)
-        rows = [dict(zip(records, row)) for row in zip(*(each.tolist() for each in records.values()))] if hinged else []
+        lists = [column.tolist() for column in records.values()] if hinged else []
+        rows = [dict(zip(records, row)) for row in zip(*lists)]
         return {
             "updates": int(records["update"][-1]) + 1,
             **{name: records[name][-1].item() for name in COSTS},

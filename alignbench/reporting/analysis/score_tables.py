@@ -1,8 +1,8 @@
-"""Read the many small tables of a sweep, score files and records of training, as one.
+"""Reader of a sweep's many small tables, score files and training records, as one table.
 
-A sweep of a thousand runs has six thousand such files, and to decode them takes longer than the rest of its report. So
-what was read is kept as one file (``keep``), together with a digest of every byte that it was read from. It is used
-only while that digest is the same: any file that changed, vanished or was added has all of them read again.
+A sweep of a thousand runs has six thousand such files, which take longer to decode than the rest of its report. The
+result is therefore cached in one file, together with a digest of every byte that it was read from. The cache is used
+only while the digest matches: if any file is changed, removed or added, all are read again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from alignbench.store.files import read_json, write, write_json
 
 Columns = dict[str, NDArray[Any]]
 
-IMAGE = {"prompt_id": "large_string", "tag": "large_string", "index": "int64"}  # names the image of a row, as arrow
+IMAGE = {"prompt_id": "large_string", "tag": "large_string", "index": "int64"}  # the image of a row; Arrow types
 FACTS = ("label", "method", "seed", "run", "evaluator")
 
 
 class ScoreFile(NamedTuple):
-    """A score file and what its rows say of themselves in the table of the sweep."""
+    """A score file, and the facts about its rows in the sweep's table."""
 
     label: str
     method: str
@@ -42,9 +42,9 @@ class ScoreFile(NamedTuple):
 
 
 def read_scores(root: Path | str, files: Iterable[ScoreFile], kept: Path | None = None) -> pd.DataFrame:
-    """Return one row per image and metric of those score files that are there. UserError if one is damaged.
+    """Return one row per image and metric of the score files that exist. UserError if one is damaged.
 
-    Texts are categorical: there are a thousand times as many rows as names. ``kept``: where the table is kept.
+    Text columns are categorical, since rows outnumber names a thousandfold. ``kept``: path of the cache.
     """
     files = list(files)
     paths = [f"{root}/{file.path}" for file in files]
@@ -52,9 +52,9 @@ def read_scores(root: Path | str, files: Iterable[ScoreFile], kept: Path | None 
 
 
 def read_columns(files: dict[str, str], kept: Path | None = None) -> dict[str, Columns]:
-    """Return the columns of those parquet files that are there, by the keys given; numbers that are missing are nan.
+    """Return key -> columns of the parquet files that exist; missing numbers are nan.
 
-    UserError if a file is damaged. ``kept``: where the columns are kept.
+    UserError if a file is damaged. ``kept``: path of the cache.
     """
     table = _consolidated(kept, list(files), list(files.values()), lambda contents: _stacked(files, contents))
     return {
@@ -62,9 +62,9 @@ def read_columns(files: dict[str, str], kept: Path | None = None) -> dict[str, C
     }
 
 
-# -- from the files ---------------------------------------------------------------------------------------------------
+# -- reading ----------------------------------------------------------------------------------------------------------
 
-Contents = Iterator[tuple[str, bytes | None]]  # path and content of each file; None: it is not there
+Contents = Iterator[tuple[str, bytes | None]]  # path and content of each file; None if it does not exist
 
 
 def _score_table(files: Sequence[ScoreFile], contents: Contents) -> pd.DataFrame:
@@ -108,7 +108,7 @@ def _named(table: pa.Table) -> Iterable[tuple[str, pa.ChunkedArray]]:
 
 
 def _decode(path: str, content: bytes, types: dict[str, str] | None = None) -> pa.Table:
-    """Return a parquet file's columns, or those of ``types``, which are arrow's. UserError if they are not there."""
+    """Return a parquet file's columns, or only those in ``types`` (Arrow types). UserError if some are missing."""
     try:
         file = parquet.ParquetFile(pa.BufferReader(content))
         table = file.read(columns=list(types) if types else None, use_threads=False)
@@ -118,32 +118,32 @@ def _decode(path: str, content: bytes, types: dict[str, str] | None = None) -> p
         raise UserError(f"{path}: cannot be read ({error}); delete it, and run the sweep again") from None
 
 
-# -- kept -------------------------------------------------------------------------------------------------------------
+# -- cache ------------------------------------------------------------------------------------------------------------
 
 
 def _consolidated(
     kept: Path | None, about: Any, paths: Sequence[str], read: Callable[[Contents], pd.DataFrame]
 ) -> pd.DataFrame:
-    """Return what ``read`` makes of the files, or what it made of the very same content and ``about`` before."""
+    """Return the result of ``read``, from the cache if it was made from the same ``about`` and the same bytes."""
     if kept is None:
         return read(_contents(paths, hashlib.sha256()))
-    if (found := _load(kept, about, paths)) is not None:
-        return found
+    if (cached := _load(kept, about, paths)) is not None:
+        return cached
     sources = _digest(about)
-    table = read(_contents(paths, sources))  # the digest is of what was decoded, not of what was there before
+    table = read(_contents(paths, sources))  # the digest of the bytes decoded, which may have changed since _load
     if len(table):
-        with suppress(UserError, pa.ArrowException):  # a store that is read-only, or full: read it anew next time
+        with suppress(UserError, pa.ArrowException):  # if the store is read-only or full, read again next time
             _keep(kept, table, sources.hexdigest())
     return table
 
 
 def _digest(about: Any) -> hashlib._Hash:
-    """Begin a digest with what decides how files are read: this module, and what is to be said of each."""
+    """Return a digest started with what determines the table besides the files: this module, and ``about``."""
     return hashlib.sha256(Path(__file__).read_bytes() + repr(about).encode())
 
 
 def _contents(paths: Iterable[str], digest: hashlib._Hash) -> Contents:
-    """Read every file, and put all that is read into the digest."""
+    """Yield the path and content of every file, updating the digest."""
     for path in paths:
         content = None
         with suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
@@ -154,7 +154,7 @@ def _contents(paths: Iterable[str], digest: hashlib._Hash) -> Contents:
 
 
 def _load(kept: Path, about: Any, paths: Sequence[str]) -> pd.DataFrame | None:
-    """Return the table that is kept; None if there is none, it is damaged, or was made from anything else."""
+    """Return the cached table; None if it is missing, damaged, or was made from something else."""
     with suppress(OSError, pa.ArrowException):
         record = read_json(kept.with_suffix(".json"))
         if record is None:
@@ -169,7 +169,7 @@ def _load(kept: Path, about: Any, paths: Sequence[str]) -> pd.DataFrame | None:
 
 
 def _keep(kept: Path, table: pd.DataFrame, sources: str) -> None:
-    """Write the table in arrow's own format, which keeps every type and the order of categories; then its record."""
+    """Write the table in Arrow's own format, which preserves types and the order of categories; then its record."""
     file = io.BytesIO()
     table.to_feather(file)
     write(kept.with_suffix(".feather"), file.getvalue())

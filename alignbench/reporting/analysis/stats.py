@@ -6,24 +6,24 @@ with seeds (every seed is scored on the same prompts), so one resample of prompt
 
     variance = prompts + max(0, seeds - interaction)
 
-where *prompts* and *seeds* are the variances of the mean that the spread of the row and column means suggests. Both
-contain the interaction, which therefore is taken off once (as in two-way analysis of variance; resampling rows and
+where *prompts* and *seeds* are the variances of the mean estimated from the spread of the row and column means. Both
+contain the interaction, which is therefore subtracted once (as in two-way analysis of variance; resampling rows and
 columns together counts it three times: Owen, "The pigeonhole bootstrap", 2007, eq. 9).
 
-Three departures from the plain percentile bootstrap, because the seeds are few:
+Three departures from the plain percentile bootstrap, because seeds are few:
 1. resampled prompt weights are rescaled by sqrt(n / (n - 1)) (Rao and Wu 1988), which makes the bootstrap's variance
-   equal the clustered closed form in expectation, also in small strata;
-2. the seeds' part is drawn from a normal: two seeds have three distinct resamples, too few for quantiles;
-3. percentile distances are expanded by t_df / z (Hesterberg 2015), df being Satterthwaite's for the two levels.
-Few seeds say little of how much trainings differ: with three of them, and a true spread that is not small, a 95 %
-interval of a method on its own covers 92-95 %, with two 86-97 %, and of five methods that change nothing one is called
-different in 10 % of sweeps with three seeds. ``SeedSpread`` pools the seeds' variance over the methods of a table, and
-the larger of own and pooled counts, whatever the number of seeds. Simulated with 60 prompts, normal and heavy-tailed
-scores, with and without tasks: intervals cover 94-97 %, and false differences stay at 5 %, if methods are alike in how
-much their trainings differ. A method whose trainings differ many times more than all others' is covered in 78-88 % of
-cases with two seeds, 85-89 % with three, 90-92 % with five. With one seed, and no pool, the variance between trainings
-is unknown and is left out. Prompts count as independent draws (within their tasks): a set with many near-copies of one
-prompt has fewer than it seems.
+   equal the clustered closed form in expectation, even in small strata;
+2. the seeds' contribution is drawn from a normal: two seeds have three distinct resamples, too few for quantiles;
+3. percentile distances are expanded by t_df / z (Hesterberg 2015), with Satterthwaite's df for the two levels.
+Few seeds say little about how much training runs differ: unless the true spread is small, a 95 % interval of a single
+method covers 92-95 % with three seeds and 86-97 % with two, and in 10 % of sweeps with three seeds at least one of five
+methods that change nothing is called different. ``SeedSpread`` therefore pools the variance between seeds over the
+methods of a table, and the larger of own and pooled variance counts, whatever the number of seeds. Simulated with 60
+prompts, normal and heavy-tailed scores, with and without tasks: intervals cover 94-97 % and false differences stay at
+5 % if methods have similar spreads between runs. A method whose runs differ many times more than those of all others
+is covered in 78-88 % of cases with two seeds, 85-89 % with three, 90-92 % with five. With one seed and no pool, the
+variance between runs is unknown and left out. Prompts count as independent draws (within their tasks), so a set with
+many near-copies of one prompt has fewer than it seems.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DRAWS = 4000  # bootstrap resamples: the error of a 95 % limit is about 2 % of t
 
 
 class MeanEstimate(NamedTuple):
-    """A mean with its uncertainty, and what it rests on. With one prompt in a stratum the spread is unknown: nan."""
+    """A mean with its uncertainty and sample sizes. With one prompt in a stratum the spread is unknown: nan."""
 
     mean: float = np.nan
     lo: float = np.nan
@@ -53,24 +53,24 @@ class MeanEstimate(NamedTuple):
     p: float = np.nan  # two-sided, of "the true mean is zero": t = mean / se on df degrees of freedom
     prompts: int = 0  # used
     seeds: int = 0  # used
-    dropped: int = 0  # prompts left out: some seed (or one of a pair) has no valid image of them
+    dropped: int = 0  # prompts left out: some seed, or one side of a pair, has no valid score
     se_prompts: float = np.nan  # closed form, prompts as clusters, the trained seeds taken as given
 
 
 class SeedSpread(NamedTuple):
-    """Variance between trainings, pooled over methods; of one seed, so a mean over S seeds has 1 / S of it."""
+    """Variance between training runs, pooled over methods; per seed, so a mean over S seeds has 1 / S of it."""
 
-    variance: float  # interaction taken off, not below zero
+    variance: float  # interaction subtracted, at least zero
     raw: float  # with the interaction
     df: int
 
 
 class Levels(NamedTuple):
-    """Closed-form variances of the means of L arrays, by level, and the means that they came from; (L,) if not said."""
+    """Closed-form variances of the means of L arrays, by level, and the means themselves; (L,) unless stated."""
 
     mean: Array
     prompts: Array
-    seeds: Array  # interaction taken off, not below zero
+    seeds: Array  # interaction subtracted, at least zero
     raw_seeds: Array  # with the interaction
     interaction: Array
     df: Array
@@ -79,15 +79,16 @@ class Levels(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The arrays of a list that have scores of the same prompts and seeds: full grids, sorted by stratum."""
+    """Arrays of a list that have scores for the same prompts and seeds: full grids, sorted by stratum."""
 
-    members: list[int]  # places in the list
+    members: list[int]  # positions in the list
     grids: Array  # (L, P', S') prompt means
     groups: NDArray  # (P',) the stratum of each prompt
     dropped: int  # prompts left out
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        """Number of prompts in each stratum."""
         return tuple(np.unique(self.groups, return_counts=True)[1].tolist())
 
 
@@ -100,15 +101,15 @@ def mean_interval(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> MeanEstimate:
-    """Mean of ``values`` (P, I, S) over prompts and seeds, with a bootstrap interval; nan marks a missing score.
+    """Return the mean of ``values`` (P, I, S) over prompts and seeds with a bootstrap interval; nan: missing score.
 
-    ``strata`` (P,): the task of every prompt. With it the mean is the unweighted mean of the task means (GenEval), and
+    ``strata`` (P,): the task of every prompt. The mean is then the unweighted mean of the task means (GenEval), and
     prompts are resampled within their task; a task without any score makes the mean nan, not one over fewer tasks.
 
-    ``pooled``: the variance between trainings that all methods show together; the larger of it and the own one counts.
+    ``pooled``: the variance between training runs pooled over methods; the larger of pooled and own variance counts.
 
-    A prompt's score under one seed is the mean of its valid images. Seeds without any score are left out, and so is a
-    prompt that lacks a score under one of the remaining seeds; ``dropped`` counts the prompts.
+    A prompt's score under one seed is the mean of its valid images. Seeds without any score are left out, and so are
+    prompts that lack a score under one of the remaining seeds; ``dropped`` counts these prompts.
     """
     return mean_intervals([values], strata, pooled=pooled, level=level, draws=draws, seed=seed)[0]
 
@@ -122,8 +123,8 @@ def mean_intervals(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> list[MeanEstimate]:
-    """``mean_interval`` of each array; all share their resamples, so that one matrix product serves them."""
-    found = [MeanEstimate()] * len(arrays)
+    """Return ``mean_interval`` of each array; all share their resamples, so that one matrix product serves them."""
+    results = [MeanEstimate()] * len(arrays)
     tasks = 0 if strata is None else len(np.unique(np.asarray(strata)))
     for block in _blocks(arrays, strata):
         _, prompts, seeds = block.grids.shape
@@ -133,8 +134,8 @@ def mean_intervals(
         else:
             estimates = _estimates(block, pooled, level, draws, seed)
         for place, estimate in zip(block.members, estimates):
-            found[place] = estimate._replace(**rests_on)
-    return found
+            results[place] = estimate._replace(**rests_on)
+    return results
 
 
 def _estimates(block: Block, pooled: SeedSpread | None, level: float, draws: int, seed: int) -> list[MeanEstimate]:
@@ -159,10 +160,10 @@ def paired_difference(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> MeanEstimate:
-    """``mean_interval`` of values - baseline, image by image: same prompt, same noise, same training seed.
+    """Return ``mean_interval`` of values - baseline, image by image: same prompt, same noise, same training seed.
 
-    A baseline that was not trained has one seed, (P, I, 1), and meets every seed. Where either side is nan, the pair is
-    left out. Seeds pair by number: trainings with one seed saw the same batches, and what these have in common cancels.
+    An untrained baseline has one seed, (P, I, 1), which pairs with every seed. A pair with nan on either side is left
+    out. Seeds pair by number: runs with the same seed saw the same batches, whose common effect cancels.
     """
     difference = np.asarray(values, float) - np.asarray(baseline, float)
     return mean_interval(difference, strata, pooled=pooled, level=level, draws=draws, seed=seed)
@@ -171,25 +172,28 @@ def paired_difference(
 def curve_draws(
     values: ArrayLike, strata: ArrayLike | None = None, *, draws: int = DRAWS, seed: int = 0
 ) -> tuple[Array, Array]:
-    """Means (K,) of ``values`` (K, P, I, S) and joint resamples (draws, K) of them: whole curves, for what is no mean.
+    """Return means (K,) of ``values`` (K, P, I, S) and joint resamples (draws, K), for statistics of whole curves.
 
     One resample of prompts and of seeds serves all K points, so differences along a curve are paired, and so are curves
-    of the same prompts. The variance of each point is that of ``mean_interval``; nothing is expanded for few seeds.
-    Only prompts and seeds that every point has are used. nan if there are none.
+    on the same prompts. The variance of each point is that of ``mean_interval``, without the expansion for few seeds.
+    Only prompts and seeds that every point has are used: nan without any. The resamples are nan where the spread is
+    unknown, as with a single prompt in a stratum.
     """
     points = np.asarray(values, float)
     whole = ~np.isnan(points).all(2)  # (K, P, S)
     seeds = whole.any(1).all(0)
     usable = whole[:, :, seeds].all((0, 2))
     points = np.where(usable[None, :, None, None] & seeds[None, None, None, :], points, np.nan)
-    block = next(_blocks(list(points), strata))  # one: all points have the same gaps now
+    block = next(_blocks(list(points), strata))  # a single one: all points now have the same gaps
     if block.grids.size == 0:
         return np.full(len(points), np.nan), np.full((draws, len(points)), np.nan)
     levels, count = _levels(block), block.grids.shape[2]
+    if min(block.sizes) < 2:
+        return levels.mean, np.full((draws, len(points)), np.nan)
     deviations = _prompt_weights(block.sizes, draws, seed) @ (levels.rows * levels.weights).T
     if count > 1:
         apart = np.einsum("p,kps->ks", levels.weights, block.grids) - levels.mean[:, None]
-        with np.errstate(invalid="ignore", divide="ignore"):  # the interaction is in the prompts' part already
+        with np.errstate(invalid="ignore", divide="ignore"):  # the prompts' part contains the interaction
             own = np.where(levels.raw_seeds > 0, np.sqrt(levels.seeds / levels.raw_seeds), 0.0)
         deviations = deviations + _normals(draws, count, seed) @ (apart * own[:, None]).T / np.sqrt(count * (count - 1))
     return levels.mean, levels.mean + deviations
@@ -205,34 +209,36 @@ def improvements(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> list[MeanEstimate]:
-    """P(X > Y) of each array X against ``baseline`` Y: the share of pictures that score higher than the baseline's of
-    the same prompt, noise and training seed; a tie counts half (Agarwal et al. 2021, section 4.3, but paired).
+    """Return P(X > Y) of each array X against ``baseline`` Y (Agarwal et al. 2021, section 4.3, but paired).
 
-
-    The same intervals as for means, within [0, 1]. If all prompts agree, the spread among them says nothing: then the
-    far end of the interval is the exact one of P successes in P trials (Clopper and Pearson 1934). ``p`` tests 1 / 2;
-    it is at least 2^(1 - P), the least that any test of P signs can give. ``pooled``: the spread
-    between trainings that all arrays show together counts where it is larger than an array's own.
+    This is the share of images that score higher than the baseline's of the same prompt, noise and training seed; a tie
+    counts half. Intervals are as for means, clipped to [0, 1]. If all prompts agree, their spread is uninformative, and
+    the far end of the interval is the exact one of P successes in P trials (Clopper and Pearson 1934). ``p`` tests
+    1 / 2; it is at least 2^(1 - P), the smallest value that a test of P signs can give. ``pooled``: use the spread
+    between training runs pooled over all arrays where it is larger than an array's own.
     """
     base = np.asarray(baseline, float)
     signs = [np.sign(np.asarray(values, float) - base) / 2 for values in arrays]
     spread = pool_seeds(signs, strata) if pooled else None
-    found = mean_intervals(signs, strata, pooled=spread, level=level, draws=draws, seed=seed)
-    return [_share(each, 0.5 - level / 2) for each in found]
+    estimates = mean_intervals(signs, strata, pooled=spread, level=level, draws=draws, seed=seed)
+    return [_share(estimate, 0.5 - level / 2) for estimate in estimates]
 
 
-def _share(found: MeanEstimate, tail: float) -> MeanEstimate:
-    lo, hi = max(found.lo, -0.5), min(found.hi, 0.5)
-    if found.se < 1e-12 and abs(found.mean) > 0.5 - 1e-12:
-        reach = tail ** (1 / found.prompts)
-        lo, hi = (reach - 0.5, 0.5) if found.mean > 0 else (-0.5, 0.5 - reach)
-    p = max(found.p, 0.5 ** (found.prompts - 1)) if found.prompts else np.nan
-    return found._replace(mean=found.mean + 0.5, lo=lo + 0.5, hi=hi + 0.5, p=p)
+def _share(centred: MeanEstimate, tail: float) -> MeanEstimate:
+    """Return the share in [0, 1] whose ``centred`` estimate, minus 1 / 2, is given."""
+    lo, hi = max(centred.lo, -0.5), min(centred.hi, 0.5)
+    if centred.se < 1e-12 and abs(centred.mean) > 0.5 - 1e-12:
+        reach = tail ** (1 / centred.prompts)
+        lo, hi = (reach - 0.5, 0.5) if centred.mean > 0 else (-0.5, 0.5 - reach)
+    p = max(centred.p, 0.5 ** (centred.prompts - 1)) if centred.prompts else np.nan
+    return centred._replace(mean=centred.mean + 0.5, lo=lo + 0.5, hi=hi + 0.5, p=p)
 
 
-def midmean_weights(values: ArrayLike) -> Array:
-    """What each of n numbers weighs in their interquartile mean: the mean of the middle half, a quarter of the mass
-    cut from either end, also where n / 4 is no whole number. Equal numbers share what their places weigh."""
+def interquartile_weights(values: ArrayLike) -> Array:
+    """Return the weight of each of n numbers in their interquartile mean, the mean of the middle half.
+
+    A quarter of the mass is cut from either end, even if n / 4 is not an integer; equal numbers share their weights.
+    """
     values = np.asarray(values, float)
     n = len(values)
     ends = np.clip(np.arange(n + 1) / n, 0.25, 0.75)
@@ -242,14 +248,14 @@ def midmean_weights(values: ArrayLike) -> Array:
 
 
 def interquartile_mean(gains: Sequence[ArrayLike], by_task: Sequence[bool], strata: ArrayLike | None = None) -> Array:
-    """(P, 1, S): what each prompt and seed adds to the interquartile mean, over M measures, of their mean gains.
+    """Return (P, 1, S) contributions of prompts and seeds to the interquartile mean of M measures' mean gains.
 
-    ``gains``: M arrays (P, I, S) in one unit; the mean gain of a measure that is ``by_task`` is the mean of its task
-    means. The result's own mean (by ``strata``, if there are any) is the interquartile mean, and its spread is that of
-    the interquartile mean with the measures' ranks held fixed; ranks change where gains are equal, so that the error of
-    this is of second order. Prompts and seeds that some measure has no score of are nan.
+    ``gains``: M arrays (P, I, S) in one unit; the mean gain of a ``by_task`` measure is the mean of its task means. The
+    mean of the result (by ``strata``, if given) is the interquartile mean, and its spread is that of the interquartile
+    mean with the measures' ranks held fixed, an error of second order since ranks change only where gains are equal.
+    Prompts and seeds for which some measure has no score are nan.
     """
-    grid = np.stack([prompt_means(np.asarray(each, float)) for each in gains])  # (M, P, S)
+    grid = np.stack([prompt_means(np.asarray(gain, float)) for gain in gains])  # (M, P, S)
     seeds = (~np.isnan(grid)).any(1).all(0)
     prompts = np.flatnonzero(~np.isnan(grid[:, :, seeds]).any((0, 2)) & seeds.any())
     parts = np.full((grid.shape[1], 1, grid.shape[2]), np.nan)
@@ -259,24 +265,27 @@ def interquartile_mean(gains: Sequence[ArrayLike], by_task: Sequence[bool], stra
         groups = np.zeros(len(prompts), int) if strata is None else np.asarray(strata)[prompts]
         _, task, count = np.unique(groups, return_inverse=True, return_counts=True)
         tasks = 1 / (len(count) * count[task])  # and of a mean of task means
-        shares = np.stack([tasks if each else even for each in by_task])
-        weights = midmean_weights(np.einsum("mp,mps->m", shares, kept))
+        shares = np.stack([tasks if grouped else even for grouped in by_task])
+        weights = interquartile_weights(np.einsum("mp,mps->m", shares, kept))
         parts[np.ix_(prompts, np.array([0]), seeds)] = np.einsum("m,mp,mps->ps", weights, shares / tasks, kept)[:, None]
     return parts
 
 
 def pool_seeds(arrays: Iterable[ArrayLike], strata: ArrayLike | None = None) -> SeedSpread | None:
-    """The mean variance between the seeds of independent ``arrays``, each (P, I, S), and the sum of their degrees of
-    freedom, S - 1 each; None if none of them has two seeds."""
+    """Return the mean variance between seeds of independent ``arrays`` (P, I, S), with S - 1 degrees of freedom each.
+
+    None if no array has two seeds.
+    """
     blocks = [block for block in _blocks(list(arrays), strata) if block.grids.size and block.grids.shape[2] > 1]
     return _pooled([(_levels(block), block.grids.shape[2]) for block in blocks], 1.0) if blocks else None
 
 
 def pool_pairs(arrays: Sequence[ArrayLike], strata: ArrayLike | None = None) -> SeedSpread | None:
-    """The mean variance between the seeds of all differences of two of k ``arrays``; None if no two have two seeds.
+    """Return the mean variance between seeds of all differences of two of k ``arrays``.
 
-    The k (k - 1) / 2 differences have (k - 1) (S - 1) degrees of freedom together. For full arrays no difference is
-    made: a variance is quadratic, and the sum over pairs of Q(a - b) is k times the sum of Q(a - mean of all).
+    None if fewer than two have two seeds. The k (k - 1) / 2 differences have (k - 1) (S - 1) degrees of freedom in
+    total. For full arrays no differences are computed: as a variance is quadratic, the sum over pairs of Q(a - b) is k
+    times the sum of Q(a - mean of all).
     """
     able = [block for block in _blocks(arrays, strata) if block.grids.size and block.grids.shape[2] > 1]
     members = sorted(place for block in able for place in block.members)
@@ -287,34 +296,34 @@ def pool_pairs(arrays: Sequence[ArrayLike], strata: ArrayLike | None = None) -> 
         centred = able[0]._replace(grids=grids - grids.mean(0))
         return _pooled([(_levels(centred), grids.shape[2])], 2 * len(members) / (len(members) - 1), 1)
     pairs = [np.asarray(arrays[a], float) - np.asarray(arrays[b], float) for a, b in itertools.combinations(members, 2)]
-    found = pool_seeds(pairs, strata)
-    return found and found._replace(df=round(found.df * 2 / len(members)))
+    spread = pool_seeds(pairs, strata)
+    return spread and spread._replace(df=round(spread.df * 2 / len(members)))
 
 
-def _pooled(found: Sequence[tuple[Levels, int]], factor: float, lost: int = 0) -> SeedSpread:
-    """The mean over arrays, times ``factor``; ``lost``: how many of them the others determine."""
-    raw = factor * float(np.mean(np.concatenate([seeds * levels.raw_seeds for levels, seeds in found])))
-    interaction = factor * float(np.mean(np.concatenate([seeds * levels.interaction for levels, seeds in found])))
-    df = sum((seeds - 1) * (len(levels.mean) - lost) for levels, seeds in found)
+def _pooled(blocks: Sequence[tuple[Levels, int]], factor: float, lost: int = 0) -> SeedSpread:
+    """Return the mean spread over arrays, times ``factor``; ``lost``: how many arrays the others determine."""
+    raw = factor * float(np.mean(np.concatenate([seeds * levels.raw_seeds for levels, seeds in blocks])))
+    interaction = factor * float(np.mean(np.concatenate([seeds * levels.interaction for levels, seeds in blocks])))
+    df = sum((seeds - 1) * (len(levels.mean) - lost) for levels, seeds in blocks)
     return SeedSpread(max(0.0, raw - interaction), raw, df)
 
 
 def clustered_se(values: ArrayLike, strata: ArrayLike | None = None) -> float:
-    """Standard error of the mean, prompts as clusters and the training seeds taken as given; closed form."""
+    """Return the closed-form standard error of the mean, with prompts as clusters and training seeds as given."""
     levels = _closed_form(values, strata)
     return float(np.sqrt(levels.prompts[0])) if levels else np.nan
 
 
 def two_level_se(values: ArrayLike, strata: ArrayLike | None = None) -> float:
-    """Standard error of the mean over prompts *and* training seeds; closed form. What the bootstrap's tends to."""
+    """Return the closed-form standard error over prompts *and* training seeds, the limit of the bootstrap's."""
     levels = _closed_form(values, strata)
     return float(np.sqrt(levels.prompts[0] + levels.seeds[0])) if levels else np.nan
 
 
 def holm(p_values: ArrayLike) -> Array:
-    """Holm's step-down adjusted p-values: reject where <= alpha, and the family-wise error is at most alpha.
+    """Return Holm's step-down adjusted p-values; rejecting those <= alpha keeps the family-wise error <= alpha.
 
-    nan stays nan and is not counted as a comparison.
+    nan stays nan and does not count as a comparison.
     """
     p = np.asarray(p_values, float)
     order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # argsort puts nan last
@@ -325,7 +334,7 @@ def holm(p_values: ArrayLike) -> Array:
 
 
 def prompt_means(values: Array) -> Array:
-    """(P, I, S) -> (P, S): means of the valid images; nan where there is none."""
+    """Return (P, S) means of the valid images of (P, I, S) ``values``; nan without any."""
     if values.shape[1] == 1:
         return values[:, 0]
     valid = ~np.isnan(values)
@@ -334,14 +343,14 @@ def prompt_means(values: Array) -> Array:
 
 
 def _blocks(arrays: Sequence[ArrayLike], strata: ArrayLike | None) -> Iterator[Block]:
-    """Arrays (P, I, S) with nan -> full grids of prompt means, those with the same gaps together."""
-    found: dict[tuple[bytes, bytes], list[tuple[int, Array]]] = {}
+    """Yield full grids of prompt means of arrays (P, I, S) with nan, grouping arrays that have the same gaps."""
+    by_gaps: dict[tuple[bytes, bytes], list[tuple[int, Array]]] = {}
     for place, values in enumerate(arrays):
         means = prompt_means(np.asarray(values, float))
         seeds = (~np.isnan(means)).any(0)
         prompts = ~np.isnan(means[:, seeds]).any(1) & seeds.any()
-        found.setdefault((prompts.tobytes(), seeds.tobytes()), []).append((place, means))
-    for (prompt_bytes, seed_bytes), members in found.items():
+        by_gaps.setdefault((prompts.tobytes(), seeds.tobytes()), []).append((place, means))
+    for (prompt_bytes, seed_bytes), members in by_gaps.items():
         prompts, seeds = (np.frombuffer(mask, bool) for mask in (prompt_bytes, seed_bytes))
         groups = (np.zeros(len(prompts), int) if strata is None else np.asarray(strata))[prompts]
         order = np.argsort(groups, kind="stable")
@@ -355,7 +364,7 @@ def _closed_form(values: ArrayLike, strata: ArrayLike | None) -> Levels | None:
 
 
 def _levels(block: Block, pooled: SeedSpread | None = None) -> Levels:
-    """Variances of the (stratified) means of full grids. nan if a stratum has one prompt."""
+    """Return the variances of the (stratified) means of full grids; nan if a stratum has one prompt."""
     grids, sizes = block.grids, block.sizes
     n_seeds = grids.shape[2]
     n = np.asarray(sizes, float)
@@ -384,7 +393,7 @@ def _levels(block: Block, pooled: SeedSpread | None = None) -> Levels:
 
 
 def _draws(levels: Levels, sizes: tuple[int, ...], draws: int, seed: int) -> Array:
-    """(L, draws) deviations of resampled means from the mean; nan where the prompts' spread is unknown."""
+    """Return (L, draws) deviations of resampled means from the mean; nan if the prompts' spread is unknown."""
     if min(sizes) < 2:
         return np.full((len(levels.mean), draws), np.nan)
     deviations = (levels.rows * levels.weights) @ _prompt_weights(sizes, draws, seed).T
@@ -393,7 +402,7 @@ def _draws(levels: Levels, sizes: tuple[int, ...], draws: int, seed: int) -> Arr
 
 @lru_cache(maxsize=8)
 def _prompt_weights(sizes: tuple[int, ...], draws: int, seed: int) -> Array:
-    """(draws, P) rescaled resampling counts minus one, drawn within each stratum; all methods share them."""
+    """Return (draws, P) rescaled resampling counts minus one, drawn within each stratum and shared by all methods."""
     rng = np.random.default_rng((seed, *sizes))
     blocks = [(rng.multinomial(n, np.full(n, 1 / n), draws) - 1.0) * np.sqrt(n / (n - 1)) for n in sizes]
     return np.concatenate(blocks, axis=1)
@@ -401,18 +410,18 @@ def _prompt_weights(sizes: tuple[int, ...], draws: int, seed: int) -> Array:
 
 @lru_cache(maxsize=8)
 def _normal(draws: int, seed: int) -> Array:
-    """(draws,) standard normal numbers for the level of training seeds."""
+    """Return (draws,) standard normal numbers for the level of training seeds."""
     return np.random.default_rng((seed, draws)).standard_normal(draws)
 
 
 @lru_cache(maxsize=8)
 def _normals(draws: int, count: int, seed: int) -> Array:
-    """(draws, count) standard normal numbers, one for each training seed: the same for all points of a curve."""
+    """Return (draws, count) standard normal numbers, one per training seed, shared by all points of a curve."""
     return np.random.default_rng((seed, draws, count)).standard_normal((draws, count))
 
 
 def _p_value(mean: Array, se: Array, df: Array) -> Array:
-    """Two-sided t. Without any spread: 1 if the mean is zero, else 0."""
+    """Return the two-sided p-value of t; without any spread, 1 if the mean is zero, else 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         tails = 2 * stdtr(df, -np.abs(mean) / se)
     return np.where(se == 0, np.where(mean == 0, 1.0, 0.0), tails)

@@ -1,7 +1,7 @@
-"""HTML of the little markdown that our own reports are written in: the other way round than ``table.escape``.
+"""Conversion of the reports' small subset of markdown to HTML, the inverse of ``table.escape``.
 
-Blocks: headings, lists, paragraphs and images. In a line: bold, italic, code, web links, backslash escapes and HTML
-entities. Everything else is text, and every text is escaped, so nothing in it can become markup.
+Blocks: headings, lists, paragraphs and images. Inline: bold, italic, code, web links, backslash escapes and HTML
+entities. Everything else is text, and all text is escaped, so nothing in it can become markup.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127, *range(0xD800
 
 
 def text(raw: str) -> str:
-    """Return ``raw`` as HTML, in an element or an attribute; what no HTML file may hold becomes U+FFFD."""
+    """Return ``raw`` as HTML, for an element or an attribute; characters invalid in HTML become U+FFFD."""
     return html.escape(raw.translate(_CONTROLS))
 
 
 def inline(markdown: str) -> str:
-    """Return the HTML of one line, or of a paragraph's lines; an image is its words."""
-    return _parser().renderInline(markdown.translate(_CONTROLS), {"picture": lambda words, file: text(words)})
+    """Return the HTML of one line, or of a paragraph's lines; an image becomes its alternative text."""
+    return _parser().renderInline(markdown.translate(_CONTROLS), {"image": lambda words, file: text(words)})
 
 
-def blocks(markdown: str, picture: Callable[[str, str], str]) -> str:
-    """Return the HTML of a section. ``picture`` makes the HTML of an image from its words and its file."""
-    return _parser().render(markdown.translate(_CONTROLS), {"picture": picture}).strip()
+def blocks(markdown: str, image: Callable[[str, str], str]) -> str:
+    """Return the HTML of a section. ``image`` returns the HTML of an image, given its text and its file."""
+    return _parser().render(markdown.translate(_CONTROLS), {"image": image}).strip()
 
 
 @functools.cache
@@ -38,18 +38,18 @@ def _parser() -> Any:
 
     parser: Any = MarkdownIt("zero").enable(_RULES)
     parser.validateLink = lambda target: _TARGET.fullmatch(target) is not None
-    parser.normalizeLink = str  # files have the names that they have on disk
+    parser.normalizeLink = str  # keep file names as they are on disk
     parser.add_render_rule("image", _image)
     parser.core.ruler.push("ours", _ours)
     return parser
 
 
 def _image(renderer: Any, tokens: Any, i: int, options: Any, env: Any) -> str:
-    return env["picture"](tokens[i].content, tokens[i].attrs["src"])
+    return env["image"](tokens[i].content, tokens[i].attrs["src"])
 
 
 def _ours(state: Any) -> None:
-    """Keep images out of paragraphs, mark a paragraph that is bold as a whole, and send no referrer along links."""
+    """Keep images out of paragraphs, mark paragraphs that are entirely bold, and send no referrer with links."""
     for i, token in enumerate(state.tokens):
         children = [child for child in token.children or () if child.content or child.type != "text"]
         for link in (child for child in children if child.type == "link_open"):

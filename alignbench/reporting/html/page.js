@@ -1,13 +1,13 @@
-// What moves in the report's page: three views, the gallery, a picture enlarged, the blind comparison.
-// Plain functions over one object of data; the state of the gallery is the address's hash, so a view can be linked.
+// Interactive parts of the report's page: three views, the gallery, an enlarged image, the blind comparison.
+// Plain functions over one data object; the hash of the address holds the gallery's state, so a view can be linked.
 "use strict";
 
 const byId = (id) => document.getElementById(id);
 const data = JSON.parse(byId("data").textContent);
 const VIEWS = ["report", "pictures", "blind"];
-const PIXELS = 64; // up to this side a picture is shown with its pixels as squares
+const PIXELS = 64; // images of at most this side are shown with square pixels
 
-/** An element: properties as attributes, children as text or elements. */
+/** Return an element with attributes from properties, and texts or elements as children. */
 function el(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -23,16 +23,16 @@ function options(select, pairs) {
 
 const task = (prompt) => data.prompts[prompt][2];
 const nicely = (tag) => tag.replaceAll("_", " ") || "no task";
-const promptText = (prompt) => data.prompts[prompt][1] || `(prompt ${data.prompts[prompt][0]}, its text is not known)`;
+const promptText = (prompt) => data.prompts[prompt][1] || `(prompt ${data.prompts[prompt][0]}, text unknown)`;
 const tasks = [...new Set(data.prompts.map((prompt) => prompt[2]))];
 const slots = Math.max(1, ...data.seeds.map((seeds) => seeds.length));
 
-// -- pictures and scores ----------------------------------------------------------------------------------------------
+// -- images and scores ------------------------------------------------------------------------------------------------
 
-/** A method that trains nothing has one set of pictures, which stands beside every training seed of the others. */
+/** An untrained method has one set of images, shown beside every training seed of the others. */
 const slotOf = (method, slot) => (data.seeds[method].length === 1 && data.seeds[method][0] === null ? 0 : slot);
 
-let lastRow = { id: "", lines: [] }; // the row that was read last: it is asked for once for each method
+let lastRow = { id: "", lines: [] }; // cache of the row read last, which is needed once per method
 
 function lines(id) {
   const element = byId(id);
@@ -40,10 +40,10 @@ function lines(id) {
   return element && lastRow.lines;
 }
 
-/** {source, original} or {reason}. */
-function picture(method, prompt, slot, index) {
+/** Return {source, original}, or {reason} without an image. */
+function imageOf(method, prompt, slot, index) {
   const at = slotOf(method, slot);
-  if (at >= data.seeds[method].length) return { reason: "this method has no such training" };
+  if (at >= data.seeds[method].length) return { reason: "this method has no such training run" };
   const layer = data.layers.findIndex(([seed, image]) => seed === at && image === index);
   if (layer < 0) return { reason: "not in this page" };
   const line = lines(`t${layer}-${prompt}`)?.[method];
@@ -59,16 +59,16 @@ function score(measure, method, prompt, slot, index) {
   return data.scores[measure][method][(prompt * seeds + slotOf(method, slot)) * data.indices.length + index] ?? null;
 }
 
-/** Mean over a prompt's images and seeds; null without any. */
+/** Return the mean over a prompt's images and seeds; null without any. */
 function meanScore(measure, method, prompt) {
   const size = slots * data.indices.length;
-  const found = data.scores[measure][method].slice(prompt * size, (prompt + 1) * size).filter((value) => value !== null);
-  return found.length ? found.reduce((sum, value) => sum + value, 0) / found.length : null;
+  const known = data.scores[measure][method].slice(prompt * size, (prompt + 1) * size).filter((value) => value !== null);
+  return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
 }
 
 function gain(measure, method, prompt) {
-  const [mine, base] = [meanScore(measure, method, prompt), meanScore(measure, data.base, prompt)];
-  return mine === null || base === null ? null : (mine - base) * (data.measures[measure].sign || 1);
+  const [own, base] = [meanScore(measure, method, prompt), meanScore(measure, data.base, prompt)];
+  return own === null || base === null ? null : (own - base) * (data.measures[measure].sign || 1);
 }
 
 function shownScore(value, measure, signed = false) {
@@ -77,7 +77,7 @@ function shownScore(value, measure, signed = false) {
   return (value < 0 && Number(text) ? "-" : signed ? "+" : "") + text;
 }
 
-/** A number in [0, 1) that depends on the text alone (FNV-1a, then one mix of Murmur's). */
+/** Return a number in [0, 1) that depends only on the text (FNV-1a, then one Murmur mix). */
 function chance(text) {
   let hash = 2166136261;
   for (const letter of text) hash = Math.imul(hash ^ letter.codePointAt(0), 16777619);
@@ -86,7 +86,7 @@ function chance(text) {
   return ((hash ^ (hash >>> 16)) >>> 0) / 4294967296;
 }
 
-/** Small pictures show their pixels, large ones are smoothed. */
+/** Show the pixels of small images, and smooth large ones. */
 function sharpen(image) {
   image.classList.toggle("pixels", Math.max(image.naturalWidth, image.naturalHeight) <= PIXELS);
 }
@@ -96,7 +96,7 @@ function sharpen(image) {
 const form = byId("filter");
 const fields = ["search", "task", "evaluator", "sort", "method", "by", "random", "reverse", "seed", "image"];
 const defaults = { search: "", task: "", evaluator: "", sort: "order", random: "1", reverse: "", seed: "0", image: "0" };
-let order = []; // the prompts that are shown
+let order = []; // prompts shown
 
 function setUpGallery() {
   options(form.elements.task, [["", "all tasks"], ...tasks.map((tag) => [`=${tag}`, nicely(tag)])]);
@@ -108,8 +108,8 @@ function setUpGallery() {
   defaults.method = others.length ? others[0][0] : "";
   defaults.by = measures.length ? "0" : "";
   if (data.base === null || !measures.length) form.querySelector("option[value=gain]").remove();
-  const trainings = Array.from({ length: slots }, (_, slot) => [String(slot), trainingName(slot)]);
-  options(form.elements.seed, trainings);
+  const runs = Array.from({ length: slots }, (_, slot) => [String(slot), runName(slot)]);
+  options(form.elements.seed, runs);
   options(form.elements.image, data.indices.map((index, i) => [String(i), String(index)]));
   for (const [i, label] of data.methods.entries()) {
     const box = el("input", { type: "checkbox", name: "shown", value: String(i), checked: "" });
@@ -124,12 +124,12 @@ function setUpGallery() {
   });
 }
 
-function trainingName(slot) {
+function runName(slot) {
   const seeds = new Set(data.seeds.filter((found) => slot < found.length && found[0] !== null).map((found) => found[slot]));
-  return seeds.size === 1 ? `seed ${[...seeds][0]}` : seeds.size ? `training ${slot + 1}` : "none";
+  return seeds.size === 1 ? `seed ${[...seeds][0]}` : seeds.size ? `training run ${slot + 1}` : "none";
 }
 
-/** What differs from the defaults; methods and measures by their names. */
+/** Return the settings that differ from the defaults, methods and measures by name. */
 function readForm() {
   const found = new URLSearchParams();
   for (const name of fields) {
@@ -180,15 +180,15 @@ function changeGallery() {
 
 let remembering = 0;
 
-/** Put the state into the address, so that what is seen can be linked; not with every key, which browsers refuse. */
+/** Put the state into the address, so that the view can be linked; delayed, since browsers limit the rate. */
 function remember(found) {
   const text = found.toString();
   const address = text ? `#pictures&${text}` : "#pictures";
-  document.querySelector("[data-view=pictures]").href = address; // so that coming back finds it as it was
+  document.querySelector("[data-view=pictures]").href = address; // so that returning restores the view
   clearTimeout(remembering);
   const before = location.hash;
   remembering = setTimeout(() => {
-    if (location.hash === before) history.replaceState(null, "", address); // else a link was followed in between
+    if (location.hash === before) history.replaceState(null, "", address); // unless a link was followed meanwhile
   }, 100);
 }
 
@@ -213,7 +213,7 @@ function matching(how) {
   });
 }
 
-/** What a prompt is sorted by, largest first; null comes last. */
+/** Return the key that prompts are sorted by, largest first; null comes last. */
 function sortKey(prompt) {
   const value = (name) => form.elements[name].value;
   return {
@@ -252,24 +252,24 @@ function drawGallery() {
   const rows = order.map(emptyRow);
   byId("rows").replaceChildren(...rows);
   for (const row of rows) near.observe(row);
-  byId("count").textContent = said(how);
+  byId("count").textContent = summary(how);
 }
 
-function said(how) {
-  if (!data.prompts.length) return "The store has no prompts yet: nothing was generated or scored.";
-  if (!order.length) return "No prompt matches. Change the filter, or reset it.";
-  const methods = how.methods.length ? "" : " No method is chosen.";
+function summary(how) {
+  if (!data.prompts.length) return "The store has no prompts yet: nothing has been generated or scored.";
+  if (!order.length) return "No prompt matches. Change or reset the filter.";
+  const methods = how.methods.length ? "" : " No method is selected.";
   return `${order.length} of ${data.prompts.length} prompts, ${how.methods.length} of ${data.methods.length} methods.${methods}`;
 }
 
 function emptyRow(prompt) {
   const facts = [nicely(task(prompt))];
   const apart = data.disagreement[prompt];
-  facts.push(apart === null ? "disagreement: none defined" : `disagreement ${apart.toFixed(2)}`);
+  facts.push(apart === null ? "disagreement undefined" : `disagreement ${apart.toFixed(2)}`);
   if (form.elements.sort.value === "gain") {
     const by = Number(form.elements.by.value);
     const value = gain(by, Number(form.elements.method.value), prompt);
-    facts.push(value === null ? "no gain measured" : `gain of ${data.methods[form.elements.method.value]} ${shownScore(value, by, true)}`);
+    facts.push(value === null ? "gain unknown" : `gain of ${data.methods[form.elements.method.value]} ${shownScore(value, by, true)}`);
   }
   const heading = el("h3", { id: `p${prompt}`, dir: "auto" }, promptText(prompt));
   const meta = el("p", { class: "meta" }, ...facts.map((fact) => el("span", {}, el("bdi", {}, fact))));
@@ -286,7 +286,7 @@ function fill(row) {
   cells.style.minHeight = "";
 }
 
-/** A row far away keeps its height and gives its pictures back. */
+/** Remove the images of a distant row, keeping its height. */
 function empty(row) {
   const cells = row.lastElementChild;
   if (!cells.childElementCount || cells.contains(document.activeElement)) return;
@@ -302,10 +302,10 @@ function bestOf(measure, how, prompt) {
 
 function cell(method, prompt, how, best) {
   const label = data.methods[method];
-  const found = picture(method, prompt, how.slot, how.index);
+  const found = imageOf(method, prompt, how.slot, how.index);
   let shown;
   if (found.reason) {
-    shown = el("div", { class: "thumb absent" }, `No picture: ${found.reason}.`);
+    shown = el("div", { class: "thumb absent" }, `No image: ${found.reason}.`);
   } else {
     const image = el("img", { alt: `${label}: ${promptText(prompt)}`, decoding: "async" });
     image.addEventListener("load", () => sharpen(image));
@@ -325,7 +325,7 @@ function cell(method, prompt, how, best) {
   return el("figure", {}, shown, el("figcaption", {}, el("b", {}, el("bdi", {}, label)), scores));
 }
 
-/** J and K: the next row, from the one that has the focus or else stands at the top of the window. */
+/** Move by J and K from the row that has the focus, or else from the one at the top of the window. */
 function stepRow(by) {
   const rows = [...byId("rows").children];
   const focused = document.activeElement.closest?.(".row");
@@ -337,7 +337,7 @@ function stepRow(by) {
   next.scrollIntoView({ block: "start" });
 }
 
-// -- a picture enlarged -----------------------------------------------------------------------------------------------
+// -- an enlarged image ------------------------------------------------------------------------------------------------
 
 const zoom = byId("zoom");
 let looked = { prompt: 0, method: 0, flicker: false };
@@ -355,29 +355,29 @@ function drawZoom() {
   const how = chosen();
   const { prompt, flicker } = looked;
   const method = flicker ? Number(byId("zoom-second").value) : looked.method;
-  const found = picture(method, prompt, how.slot, how.index);
-  const image = byId("zoom-picture");
+  const found = imageOf(method, prompt, how.slot, how.index);
+  const image = byId("zoom-image");
   byId("zoom-name").replaceChildren(el("bdi", {}, data.methods[method]));
   byId("zoom-prompt").textContent = promptText(prompt);
   byId("flicker").setAttribute("aria-pressed", String(flicker));
   image.hidden = Boolean(found.reason);
   byId("zoom-absent").hidden = !found.reason;
-  byId("zoom-absent").textContent = found.reason ? `No picture: ${found.reason}.` : "";
+  byId("zoom-absent").textContent = found.reason ? `No image: ${found.reason}.` : "";
   image.alt = `${data.methods[method]}: ${promptText(prompt)}`;
   if (found.reason) image.removeAttribute("src");
   else showLarge(image, found);
   const seed = data.seeds[method][slotOf(method, how.slot)];
-  const facts = [["task", nicely(task(prompt))], ["training", seed === null ? "none" : `seed ${seed}`], ["image", String(data.indices[how.index])]];
+  const facts = [["task", nicely(task(prompt))], ["training run", seed === null ? "none" : `seed ${seed}`], ["image", String(data.indices[how.index])]];
   for (const measure of how.measures) facts.push([data.measures[measure].name, shownScore(score(measure, method, prompt, how.slot, how.index), measure)]);
   byId("zoom-scores").replaceChildren(...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
-  byId("zoom-said").textContent = `${data.methods[method]}, prompt ${order.indexOf(prompt) + 1} of ${order.length}`;
+  byId("zoom-status").textContent = `${data.methods[method]}, prompt ${order.indexOf(prompt) + 1} of ${order.length}`;
   const state = readForm();
   state.set("zoom", data.prompts[prompt][0]);
   state.set("of", data.methods[looked.method]);
   remember(state);
 }
 
-/** The thumbnail at once, and the original in its place if it lies beside the page. */
+/** Show the thumbnail at once, then replace it by the original if that is beside the page. */
 function showLarge(image, found) {
   image.onload = () => sharpen(image);
   image.src = found.source;
@@ -407,7 +407,7 @@ function setUpZoom() {
     button.addEventListener("click", () => stepZoom(...button.dataset.step.split(",").map(Number)));
   }
   zoom.addEventListener("click", (event) => {
-    if (event.target === zoom) zoom.close(); // beside the picture
+    if (event.target === zoom) zoom.close(); // outside the image
   });
   zoom.addEventListener("close", () => {
     remember(readForm());
@@ -438,9 +438,9 @@ const setup = byId("setup");
 const PLACE = `alignbench votes ${data.digest}`;
 let votes = []; // {prompt, image, left, right, vote, after_result}; methods by name
 let ballots = []; // {prompt, left, right} in the order in which they are shown
-let named_once = false; // a result was shown, so what is voted now may be less blind
+let named_once = false; // a result was shown, so later votes may be less blind
 
-/** Wilson's score interval, 95 %, for ``wins`` (a tie is half a win) of ``count``. [rate, lo, hi]; null without any. */
+/** Return [rate, lo, hi] with Wilson's 95 % interval for ``wins`` of ``count`` (a tie is half a win); null for none. */
 function wilson(wins, count) {
   if (!count) return null;
   const z = 1.959963984540054;
@@ -485,7 +485,7 @@ function setUpBlind() {
       byId("result").hidden = true;
       keep();
       drawBallot();
-      tell("All votes are deleted.");
+      tell("All votes were deleted.");
     }
   });
   byId("ballot").addEventListener("keydown", (event) => {
@@ -515,13 +515,13 @@ function adaptSetup() {
   setup.querySelector("button").disabled = data.methods.length < 2 || (first.value !== "all" && first.value === second.value);
 }
 
-/** The pairs of pictures to vote on: first training, first image; order and sides by chance from the seed. */
+/** Return the pairs to vote on, first image of the first training run; the seed decides order and sides. */
 function makeBallots(pairs, tag, seed) {
   const made = [];
   for (const prompt of data.prompts.keys()) {
     if (tag !== "" && `=${task(prompt)}` !== tag) continue;
     for (const [a, b] of pairs) {
-      if (picture(a, prompt, 0, 0).reason || picture(b, prompt, 0, 0).reason) continue;
+      if (imageOf(a, prompt, 0, 0).reason || imageOf(b, prompt, 0, 0).reason) continue;
       const [one, other] = [a, b].sort((x, y) => x - y);
       const name = `${seed} ${data.prompts[prompt][0]} ${one} ${other}`;
       const [left, right] = chance(`side ${name}`) < 0.5 ? [one, other] : [other, one];
@@ -558,14 +558,14 @@ function drawBallot() {
   byId("question").textContent = now ? promptText(now.prompt) : "";
   byId("progress").textContent = now
     ? `Pair ${count + 1} of ${ballots.length}`
-    : ballots.length ? `All ${ballots.length} pairs are voted on. Show the result below.` : "No prompt has a picture of both methods.";
+    : ballots.length ? `You have voted on all ${ballots.length} pairs. Show the result below.` : "No prompt has an image of both methods.";
   if (now) showPair(now);
 }
 
-/** The thumbnails at once; both originals in their place, but never one alone, which would give it away. */
+/** Show thumbnails at once, then both originals together: one alone would give the method away. */
 function showPair(ballot) {
   const images = [byId("left"), byId("right")];
-  const found = [ballot.left, ballot.right].map((method) => picture(method, ballot.prompt, 0, 0));
+  const found = [ballot.left, ballot.right].map((method) => imageOf(method, ballot.prompt, 0, 0));
   images.forEach((image, i) => (image.src = found[i].source));
   if (!data.originals) return;
   const originals = found.map(({ original }) => Object.assign(new Image(), { src: original }));
@@ -598,10 +598,10 @@ function undo() {
 function tell(text) {
   const skipped = votes.filter((vote) => vote.vote === "skip").length;
   const count = votes.length ? `${votes.length - skipped} votes, ${skipped} skipped.` : "No votes yet.";
-  byId("votes").textContent = [text, count, kept ? "" : "This browser does not keep them: export them before you leave."].filter(Boolean).join(" ");
+  byId("votes").textContent = [text, count, kept ? "" : "This browser does not store them: export them before you leave."].filter(Boolean).join(" ");
 }
 
-let kept = true; // does the browser keep votes when the page is closed?
+let kept = true; // whether the browser keeps votes when the page is closed
 
 function keep() {
   try {
@@ -620,7 +620,7 @@ function restore() {
   }
 }
 
-/** Those votes that belong to this page. */
+/** Return the votes that belong to this page. */
 function sound(found) {
   const known = new Set(data.prompts.map(([id]) => id));
   const good = (vote) =>
@@ -637,16 +637,16 @@ function votesAsCsv() {
   return `${[columns, ...votes.map((vote) => columns.map((name) => vote[name]))].map((row) => row.map(quoted).join(",")).join("\r\n")}\r\n`;
 }
 
-/** Add the votes of an exported file; where a pair has a vote already, the file's replaces it. What to tell. */
+/** Add the votes of an exported file, which replace earlier ones on the same pair; return a message. */
 function read(text) {
   let found;
   try {
     found = JSON.parse(text);
   } catch {
-    return "This file is no JSON: nothing was read.";
+    return "This file is not JSON: nothing was read.";
   }
-  if (found?.format !== "alignbench votes 1" || !Array.isArray(found.votes)) return "This file holds no votes of alignbench: nothing was read.";
-  if (found.page !== data.digest) return `These votes are of another page (${String(found.sweep)}): nothing was read.`;
+  if (found?.format !== "alignbench votes 1" || !Array.isArray(found.votes)) return "This file contains no alignbench votes: nothing was read.";
+  if (found.page !== data.digest) return `These votes belong to another page (${String(found.sweep)}): nothing was read.`;
   const good = sound(found.votes);
   const merged = new Map([...votes, ...good].map((vote) => [voteKey(vote), vote]));
   votes = [...merged.values()];
@@ -654,7 +654,7 @@ function read(text) {
   byId("result").hidden = true;
   if (ballots.length) drawBallot();
   const bad = found.votes.length - good.length;
-  return `${good.length} votes read${bad ? `, ${bad} not understood` : ""}.`;
+  return `${good.length} votes read${bad ? `, ${bad} invalid` : ""}.`;
 }
 
 function download(ending, text) {
@@ -664,7 +664,7 @@ function download(ending, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-/** One row for each pair of methods: [first, second, wins, ties, losses, skipped]. */
+/** Return a row for each pair of methods: [first, second, wins, ties, losses, skipped]. */
 function tally() {
   const rows = new Map();
   for (const { left, right, vote } of votes) {
@@ -682,7 +682,7 @@ function showResult() {
   const box = byId("result");
   box.hidden = false;
   if (!rows.length) {
-    box.replaceChildren(el("p", {}, "There is no vote to count."));
+    box.replaceChildren(el("p", {}, "No votes to count."));
     return;
   }
   named_once = true;
@@ -696,8 +696,8 @@ function showResult() {
   });
   const table = el("table", {}, el("caption", {}, "Result of the blind comparison"), el("thead", {}, head), el("tbody", {}, ...body));
   const late = votes.filter((vote) => vote.after_result).length;
-  const note = "Win rate: wins and half of the ties, over all votes but skipped ones; Wilson's 95 % interval. It holds for these prompts and this voter, and for no selection of pairs made after looking." +
-    (late ? ` ${late} of the votes were given after a result had been shown.` : "");
+  const note = "Win rate: wins plus half of the ties, over all votes except skipped ones, with Wilson's 95 % interval. It is valid for these prompts and this voter, and not if pairs were selected after looking." +
+    (late ? ` ${late} of the votes were cast after a result had been shown.` : "");
   const region = el("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Result of the blind comparison" }, table);
   box.replaceChildren(el("h3", { tabindex: "-1" }, "Result"), region, el("p", {}, note));
   box.firstElementChild.focus();
@@ -705,10 +705,10 @@ function showResult() {
 
 // -- views and theme --------------------------------------------------------------------------------------------------
 
-/** The hash is "#report", "#pictures&task=...", "#blind", or the place of a chapter in the report. */
+/** Show the view that the hash names: "#report", "#pictures&task=...", "#blind", or a chapter of the report. */
 function route() {
   const [name, ...rest] = location.hash.slice(1).split("&");
-  if (name === "main") return; // the link that skips the head
+  if (name === "main") return; // the link that skips the header
   const view = VIEWS.includes(name) ? name : "report";
   const changed = byId(view).hidden;
   for (const id of VIEWS) byId(id).hidden = id !== view;
@@ -762,6 +762,6 @@ byId("pictures").addEventListener("keydown", (event) => {
 });
 route();
 document.addEventListener("DOMContentLoaded", () => {
-  if (!byId("pictures").hidden) drawGallery(); // rows that came before their pictures had been read
+  if (!byId("pictures").hidden) drawGallery(); // rows drawn before their images were parsed
   if (zoom.open) drawZoom();
 });

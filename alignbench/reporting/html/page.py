@@ -1,8 +1,8 @@
-"""The report as one HTML file that opens from disk and needs no network: tables, plots, pictures, a blind comparison.
+"""The report as one HTML file that opens from disk and needs no network: tables, plots, images, a blind comparison.
 
-``page.html`` is the frame, ``page.css`` its looks, ``page.js`` what moves; all three are put into the file. A policy in
-its head forbids every connection, and every script but that one. Thumbnails stand at the end as base64, one element
-for a prompt's row, and become pictures only when their row comes near the window.
+``page.html`` is the template, ``page.css`` the style, ``page.js`` the script; all three are inlined. A policy in the
+head forbids all connections and all other scripts. Thumbnails are stored at the end as base64, one element per prompt's
+row, and are decoded only when their row comes near the window.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ WEBP_SIDE = 16383  # pixels; the format allows no more
 PANEL = "Reward hacking at a glance"
 PANEL_NOTE = """\
 Paired change against {base}, after Holm's correction (p < 0.05). Reward hacking: the training reward rose while another
-score fell. An empty circle is no evidence of either direction, and no proof that nothing changed."""
+score fell. An empty circle means no evidence of either direction; it does not prove that nothing changed."""
 
 
 class Figure(Protocol):
-    """A plot. ``caption`` is its text for those who do not see it, too."""
+    """A plot. ``caption`` also serves as its alternative text."""
 
     @property
     def name(self) -> str: ...
@@ -63,10 +63,10 @@ def build(
     figures: Sequence[Figure] = (),
     images: Mapping[str, Image.Image] | None = None,
 ) -> Path:
-    """Write ``<name>.html`` into ``out``.
+    """Write ``<name>.html`` into ``out`` and return its path.
 
-    ``sections``: what the report says, in markdown and tables, with ``images`` by the names of their files. ``hacked``:
-    method -> the measures that fell while its training reward rose.
+    ``sections``: the report's text and tables; ``images``: file name -> image, for the images that the text shows;
+    ``hacked``: method -> the measures that fell while its training reward rose.
     """
     title, lead, chapters = _chapters(sections, images or {})
     after = next((i + 1 for i, (name, _) in enumerate(chapters) if name.startswith("Results")), len(chapters))
@@ -87,7 +87,7 @@ def build(
         "held": markdown.text(_held(shown, list(layers), side)),
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         "script": script,
-        "pictures": "".join(_rows(shown, layers)),
+        "images": "".join(_rows(shown, layers)),
     }
     path = out / f"{results.manifest.name}.html"
     frame = string.Template((HERE / "page.html").read_text(encoding="utf-8"))
@@ -96,63 +96,63 @@ def build(
 
 
 def _policy(script: str) -> str:
-    """Nothing is fetched. Pictures: those in the page, and the originals beside it; styles: SVG has them everywhere."""
+    """Return the policy: fetch nothing; allow images of the page and originals beside it, and the styles of SVG."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     rules = {"default-src": "'none'", "script-src": f"'sha256-{digest}'", "style-src": "'unsafe-inline'"}
     rules |= {"img-src": "data: file: 'self'", "base-uri": "'none'", "form-action": "'none'"}
     return "; ".join(f"{name} {rule}" for name, rule in rules.items())
 
 
-# -- what the report says ---------------------------------------------------------------------------------------------
+# -- text and tables --------------------------------------------------------------------------------------------------
 
 
 def _chapters(
     sections: Sequence[str | Table], images: Mapping[str, Image.Image]
 ) -> tuple[str, str, list[tuple[str, str]]]:
-    """(title, what stands before the first heading, [(heading, the rest of its chapter)]), all HTML."""
+    """Return (title, text before the first heading, [(heading, body of its chapter)]), all HTML."""
     title, lead = "", ""
-    found: list[tuple[str, str]] = []
+    chapters: list[tuple[str, str]] = []
     for section in sections:
         if isinstance(section, Table):
-            name = found[-1][0] if found else title
+            name = chapters[-1][0] if chapters else title
             body = _scrolling(section.html(_plain(name)), _plain(name))
         else:
-            body = markdown.blocks(section, lambda words, file: _picture(words, images[file]))
+            body = markdown.blocks(section, lambda words, file: _image(words, images[file]))
         for element in re.split(r"(?=<h2>)", body):
             heading = re.match(r"<h([12])>(.*?)</h\1>\n?", element, re.DOTALL)
             rest = element[heading.end() :] if heading else element
             if heading and heading[1] == "1":
                 title = heading[2]
             elif heading:
-                found.append((heading[2], ""))
-            if found:
-                found[-1] = (found[-1][0], f"{found[-1][1]}{rest}\n")
+                chapters.append((heading[2], ""))
+            if chapters:
+                chapters[-1] = (chapters[-1][0], f"{chapters[-1][1]}{rest}\n")
             else:
                 lead += f"{rest}\n"
-    return title, lead, found
+    return title, lead, chapters
 
 
 def _plain(element: str) -> str:
-    """The text of some HTML of ours."""
+    """Return the text of our HTML."""
     return html.unescape(re.sub("<[^>]*>", "", element))
 
 
 def _scrolling(table: str, name: str) -> str:
-    """A wide table scrolls within its box; the box takes the focus, so that the arrow keys scroll it."""
+    """Return the table in a box that scrolls and takes the focus, so that the arrow keys work."""
     return f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {markdown.text(name)}">\n{table}</div>'
 
 
-def _picture(words: str, original: Image.Image) -> str:
-    """Return an image of the report as WebP within the page."""
-    picture = original.convert("RGB")
-    picture.thumbnail((WEBP_SIDE, WEBP_SIDE))
+def _image(words: str, original: Image.Image) -> str:
+    """Return an image of the report as WebP inlined in the page."""
+    image = original.convert("RGB")
+    image.thumbnail((WEBP_SIDE, WEBP_SIDE))
     encoded = io.BytesIO()
-    picture.save(encoded, "WEBP", quality=85)
+    image.save(encoded, "WEBP", quality=85)
     source = f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}"
-    size = f'width="{picture.width}" height="{picture.height}"'
+    size = f'width="{image.width}" height="{image.height}"'
     name = markdown.text(words)
-    image = f'<img class="grid" src="{source}" alt="{name}" {size}>'
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{image}</div>'
+    element = f'<img class="grid" src="{source}" alt="{name}" {size}>'
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{element}</div>'
 
 
 def _chapter(number: int, name: str, body: str) -> str:
@@ -160,13 +160,13 @@ def _chapter(number: int, name: str, body: str) -> str:
 
 
 def stamps(manifest: Manifest) -> list[str]:
-    """What no reader of a number may miss."""
-    said = ["REHEARSAL: no number here means anything"] if manifest.rehearsal else []
-    return said + ([f"SUBSET: the first {manifest.subset} prompts"] if manifest.subset else [])
+    """Return the warnings shown at the top of every page: rehearsal, subset of prompts."""
+    rehearsal = ["REHEARSAL: no number here means anything"] if manifest.rehearsal else []
+    return rehearsal + ([f"SUBSET: the first {manifest.subset} prompts"] if manifest.subset else [])
 
 
 def _panel(analysis: Analysis, hacked: Mapping[str, Sequence[Measure]]) -> list[tuple[str, str]]:
-    """Which scores of which method rose and fell; nothing where there is nothing to compare with."""
+    """Return the chapter on which scores of which methods rose and fell; empty without a base model."""
     if not analysis.compared:
         return []
     heads = "".join(
@@ -177,8 +177,8 @@ def _panel(analysis: Analysis, hacked: Mapping[str, Sequence[Measure]]) -> list[
     for label in analysis.compared:
         cells = "".join(_verdict(analysis, measure, label) for measure in analysis.measures)
         fell = ", ".join(measure.name for measure in hacked.get(label, ()))
-        said = "not known on what it was trained" if label not in analysis.trained else "not shown"
-        flag = f"<strong>reward hacking</strong>: {markdown.text(fell)} fell" if fell else said
+        clear = "training reward unknown" if label not in analysis.trained else "not shown"
+        flag = f"<strong>reward hacking</strong>: {markdown.text(fell)} fell" if fell else clear
         kind = ' class="bad"' if fell else ""
         name = f'<th scope="row"><bdi>{markdown.text(label)}</bdi></th>'
         rows.append(f"<tr{kind}>{name}{cells}<td>{flag}</td></tr>\n")
@@ -206,20 +206,20 @@ def _plots(figures: Sequence[Figure]) -> list[tuple[str, str]]:
 
 
 def own_ids(svg: str, name: str) -> str:
-    """An SVG to stand within HTML beside others: no declarations, and every id, and what refers to one, renamed."""
+    """Return the SVG for use inside HTML: without declarations, and with ids and references to them made unique."""
     svg = svg[svg.index("<svg") :]
     prefix = re.sub(r"\W", "-", name) + "-"
     svg = re.sub(r'(\sid=")([^"]+")', rf"\g<1>{prefix}\g<2>", svg)
     return re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\g<1>{prefix}", svg)
 
 
-# -- pictures and their scores ----------------------------------------------------------------------------------------
+# -- images and their scores ------------------------------------------------------------------------------------------
 
 
 def _data(
     results: Results, analysis: Analysis, shown: Gallery, layers: Sequence[tuple[int, int]], out: Path
 ) -> dict[str, Any]:
-    """What the script reads. ``scores[measure][method]`` is flat: prompt, seed, image."""
+    """Return the data of the script. ``scores[measure][method]`` is flat, in order of prompt, seed, image."""
     values = gallery.cube(shown, analysis, results.scores)
     signs = [{True: 1, False: -1, None: 0}[measure.higher_is_better] for measure in analysis.measures]
     apart = gallery.disagreement(_means(values), [measure.evaluator for measure in analysis.measures], signs)
@@ -228,8 +228,8 @@ def _data(
         {"name": m.name, "evaluator": m.evaluator, "role": m.role, "unit": m.unit, "sign": sign, "decimals": places}
         for m, sign, places in zip(analysis.measures, signs, decimals)
     ]
-    scores = [[_rounded(one.ravel(), places + 2) for one in each] for each, places in zip(values, decimals)]
-    found = {
+    scores = [[_rounded(cube.ravel(), places + 2) for cube in cubes] for cubes, places in zip(values, decimals)]
+    data = {
         "name": results.manifest.name,
         "methods": shown.methods,
         "seeds": [[None if seed == UNTRAINED else seed for seed in seeds] for seeds in shown.seeds],
@@ -242,12 +242,12 @@ def _data(
         "disagreement": _rounded(apart, 4),
         "originals": _originals(results, out),
     }
-    digest = hashlib.sha256(json.dumps([found["name"], found["methods"], shown.prompts, scores]).encode()).hexdigest()
-    return {**found, "digest": digest[:12]}
+    digest = hashlib.sha256(json.dumps([data["name"], data["methods"], shown.prompts, scores]).encode()).hexdigest()
+    return {**data, "digest": digest[:12]}
 
 
 def _means(values: NDArray) -> NDArray:
-    """(measure, method, prompt): over a prompt's seeds and images, as far as there are scores."""
+    """Return (measure, method, prompt) means over the scores of a prompt's seeds and images; nan without any."""
     counts = np.isfinite(values).sum((3, 4))
     return np.where(counts > 0, np.nansum(values, (3, 4)) / np.maximum(counts, 1), np.nan)
 
@@ -257,31 +257,31 @@ def _rounded(values: NDArray, decimals: int) -> list[float | None]:
 
 
 def _originals(results: Results, out: Path) -> str | None:
-    """The store's pictures as seen from the page, if near: a page that is sent away tells of no folder far from it."""
+    """Return the path from the page to the store's images, or None if far: a shared page must not reveal folders."""
     path = Path(os.path.relpath(str(results.store / "images"), str(out))).as_posix()
     return None if path.startswith(("/", "../../../")) else quote(path)
 
 
 def _held(shown: Gallery, layers: Sequence[tuple[int, int]], side: int) -> str:
-    """Which pictures the page holds, and which it does not."""
+    """Return the sentence on which images the page contains, and which were left out."""
     total = shown.layers()
     if not shown.files:
-        return "The store has no pictures yet."
-    counted = f"{len(layers)} of {len(total)} sets of pictures (a training seed and an image index each)"
-    which = "every picture" if len(layers) == len(total) else counted
-    said = f"This page holds {which}, as thumbnails of at most {side} pixels."
-    left = [f"image {shown.images[index]} of {_training(shown, seed)}" for seed, index in total[len(layers) :]]
-    return f"{said} Left out, for size: {'; '.join(left)}." if left else said
+        return "The store has no images yet."
+    counted = f"{len(layers)} of {len(total)} sets of images (one training seed and one image index each)"
+    which = "every image" if len(layers) == len(total) else counted
+    text = f"This page contains {which}, as thumbnails of at most {side} pixels."
+    left = [f"image {shown.images[index]} of {_run_name(shown, seed)}" for seed, index in total[len(layers) :]]
+    return f"{text} Left out to limit its size: {'; '.join(left)}." if left else text
 
 
-def _training(shown: Gallery, number: int) -> str:
-    """``seed 3``, or ``training 1`` where methods have other seeds."""
+def _run_name(shown: Gallery, number: int) -> str:
+    """Return ``seed 3``, or ``training run 1`` if methods have different seeds."""
     seeds = {seeds[number] for seeds in shown.seeds if len(seeds) > number and seeds != [UNTRAINED]}
-    return f"seed {seeds.pop()}" if len(seeds) == 1 else f"training {number + 1}"
+    return f"seed {seeds.pop()}" if len(seeds) == 1 else f"training run {number + 1}"
 
 
 def _rows(shown: Gallery, layers: Mapping[tuple[int, int], Mapping[Place, bytes | str]]) -> Iterator[str]:
-    """One element a row of pictures. A line for each method: base64 and where the original is, or "!" and a reason."""
+    """Yield one element per row. A line for each method: base64 and the original's path, or "!" and a reason."""
     for number, ((seed, index), cells) in enumerate(layers.items()):
         for prompt in range(len(shown.prompts)):
             places = [Place(method, seed, index, prompt) for method in range(len(shown.methods))]

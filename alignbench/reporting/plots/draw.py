@@ -1,8 +1,8 @@
-"""Figures of a report, for a paper's column and for a page: matplotlib, SVG and PNG, the same numbers the same bytes.
+"""Figures of a report, for a column of a paper and for the page: SVG and PNG by matplotlib, reproducible to the byte.
 
-Every method has one colour, marker and line style in all figures, by its row in the sweep; grey print tells them apart.
-Text in the SVG is drawn as paths, because fonts differ between machines; what a figure says is in its caption, which
-serves as alternative text. Panels are light, so that they can be read on a dark page, too.
+Every method keeps one colour, marker and line style in all figures, chosen by its row in the sweep and distinguishable
+in grey print. Text in SVG is drawn as paths, because fonts differ between machines; the caption summarizes the figure
+and serves as its alternative text. Panels are light, so that they are readable on a dark page.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from typing import TYPE_CHECKING
 
 from alignbench.reporting.analysis import learning_curves
 from alignbench.reporting.analysis.results import Results
-
-if TYPE_CHECKING:
-    from alignbench.reporting.analysis.comparison import Analysis
 from alignbench.reporting.plots.scores import draw_forest, draw_overview, draw_profiles
 from alignbench.reporting.plots.style import Figure
 from alignbench.reporting.plots.training import draw_costs, draw_hacking, draw_scatter, draw_signs, draw_training
 
+if TYPE_CHECKING:
+    from alignbench.reporting.analysis.comparison import Analysis
+
 
 def figures(results: Results, analysis: Analysis) -> list[Figure]:
-    """All that the store has the numbers for, in the order in which they are worth looking at."""
+    """Return every figure for which the store has numbers, the most informative first."""
     records = learning_curves.training(results)
-    found = learning_curves.learning_curves(results, analysis, records)
-    about = results.manifest
-    stamp = "REHEARSAL" if about.rehearsal else "SUBSET" if about.subset else ""  # no figure may leave it out
+    curves = learning_curves.learning_curves(results, analysis, records)
+    manifest = results.manifest
+    stamp = "REHEARSAL" if manifest.rehearsal else "SUBSET" if manifest.subset else ""  # required on every figure
     makers: list[Callable[[], Figure | None]] = [
         lambda: draw_overview(analysis, stamp),
         lambda: draw_forest(analysis, stamp),
         lambda: draw_training(records, analysis, stamp),
-        *(partial(draw_costs, found, measure, analysis, stamp) for measure in learning_curves.directed(analysis)),
-        lambda: draw_hacking(found, analysis, stamp),
-        lambda: draw_signs(found, analysis, records, stamp),
-        lambda: draw_scatter(found, analysis, stamp),
+        *(partial(draw_costs, curves, measure, analysis, stamp) for measure in learning_curves.directed(analysis)),
+        lambda: draw_hacking(curves, analysis, stamp),
+        lambda: draw_signs(curves, analysis, records, stamp),
+        lambda: draw_scatter(curves, analysis, stamp),
         lambda: draw_profiles(analysis, stamp),
     ]
     return [figure for make in makers if (figure := make()) is not None]

@@ -7,11 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from alignbench.reporting.analysis import learning_curves
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from alignbench.reporting.analysis.comparison import Analysis
 from alignbench.reporting.plots.style import (
     GRID,
     GROUND,
@@ -20,25 +15,34 @@ from alignbench.reporting.plots.style import (
     colour,
     draw_legend,
     finish,
+    finite,
     legend_height,
-    listed,
     make_panels,
     measure_title,
     method_style,
     new_canvas,
     shorten_ticks,
 )
+from alignbench.reporting.tables import listed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from alignbench.reporting.analysis.comparison import Analysis
 
 
 def draw_overview(analysis: Analysis, stamp: str) -> Figure | None:
-    """In place of the papers' radar charts (LeapAlign's figure 1b), whose areas depend on the order of their axes."""
+    """Draw all final scores on one scale; None without any gain.
+
+    Replaces the papers' radar charts (LeapAlign's figure 1b), whose areas depend on the order of their axes.
+    """
     rows = []
     for measure in learning_curves.directed(analysis):
         sign = 1.0 if measure.higher_is_better else -1.0
         changes = {label: change.estimate for label, change in analysis.changes[measure].items()}
-        best = max((sign * each.mean for each in changes.values() if np.isfinite(each.mean)), default=0.0)
+        best = max((sign * change.mean for change in changes.values() if np.isfinite(change.mean)), default=0.0)
         if best > 0:
-            scaled = {label: sign * np.array(each[:3]) / best for label, each in changes.items()}
+            scaled = {label: sign * np.array(change[:3]) / best for label, change in changes.items()}
             rows.append((measure, scaled))
     if not rows:
         return None
@@ -64,27 +68,23 @@ def draw_overview(analysis: Analysis, stamp: str) -> Figure | None:
         axes.set_xlabel(f"0: {analysis.base}, 1: best mean")
         draw_legend(canvas, labels, analysis, linestyle="none")
         best_of = [
-            f"{measure.name}: {max(labels, key=lambda label: _finite(scaled[label][0]))}" for measure, scaled in rows
+            f"{measure.name}: {max(labels, key=lambda label: finite(scaled[label][0]))}" for measure, scaled in rows
         ]
         caption = (
-            f"Every score at the end of training, scaled so that {analysis.base} is 0 and the best mean is 1; bars are "
+            f"Final scores, scaled so that {analysis.base} is 0 and the best mean is 1; bars are "
             f"95 % intervals of the paired change. Best means: {'; '.join(best_of)}."
         )
-        return finish(canvas, "overview", "All scores at the end", caption)
-
-
-def _finite(value: float) -> float:
-    return value if np.isfinite(value) else -np.inf
+        return finish(canvas, "overview", "All final scores", caption)
 
 
 def _whisker(axes: Axes, mean: float, lo: float, hi: float, y: float, shade: str) -> None:
-    """A 95 % interval, if it is known."""
+    """Draw the interval, if it is known."""
     if np.isfinite(lo) and np.isfinite(hi):
         axes.plot([lo, hi], [y, y], color=shade, linewidth=0.9, solid_capstyle="butt", zorder=1.5)
 
 
 def draw_forest(analysis: Analysis, stamp: str) -> Figure | None:
-    """Paired changes against base, a panel per measure."""
+    """Draw paired changes against base, one panel per measure; None without any."""
     measures = [m for m in analysis.measures if any(np.isfinite(c.estimate.mean) for c in analysis.changes[m].values())]
     if not measures or analysis.base is None:
         return None
@@ -110,38 +110,38 @@ def draw_forest(analysis: Analysis, stamp: str) -> Figure | None:
             axes.set_ylim(len(labels) - 0.5, -0.5)
             shorten_ticks(axes.xaxis)
         verdicts = [
-            f"{measure.name}: {listed(told)}"
+            f"{measure.name}: {listed(significant)}"
             for measure in measures
             if (
-                told := [
+                significant := [
                     f"{label} {c.verdict}"
                     for label, c in analysis.changes[measure].items()
                     if c.verdict in ("up", "down")
                 ]
             )
         ]
-        said = f" Told apart: {'; '.join(verdicts)}." if verdicts else " None of the changes can be told from zero."
+        summary = f" Significant: {'; '.join(verdicts)}." if verdicts else " No change is significant."
         caption = (
             f"Paired change of every score against {analysis.base} (line at 0), with 95 % intervals over prompts and "
-            f"training seeds. Filled: p < 0.05 after Holm's correction; open: cannot tell.{said}"
+            f"training seeds. Filled: p < 0.05 after Holm's correction; open: cannot tell.{summary}"
         )
         return finish(canvas, "forest", f"Paired change against {analysis.base}", caption)
 
 
 def draw_profiles(analysis: Analysis, stamp: str) -> Figure | None:
+    """Draw performance profiles of the final scores; None without any gain."""
     scores = learning_curves.normalised(analysis)
     if not scores:
         return None
-    every = np.concatenate([each for found in scores.values() for each in found.values()])
+    every = np.concatenate([seeds for by_label in scores.values() for seeds in by_label.values()])
     taus = np.linspace(min(0.0, float(every.min())) - 0.05, max(1.0, float(every.max())) + 0.05, 241)
-    labels = [label for label in analysis.trained if any(len(found[label]) for found in scores.values())]
+    labels = [label for label in analysis.trained if any(len(by_label[label]) for by_label in scores.values())]
     with new_canvas(1.75 + legend_height(labels), stamp) as canvas:
         axes = canvas.subplots()
         halves = []
         for label in labels:
-            share, lo, hi = learning_curves.profile(
-                [found[label] for found in scores.values() if len(found[label])], taus
-            )
+            own = [by_label[label] for by_label in scores.values() if len(by_label[label])]
+            share, lo, hi = learning_curves.profile(own, taus)
             shade = colour(label, analysis.labels)
             if np.isfinite(lo).all():
                 axes.fill_between(taus, lo, hi, color=shade, alpha=0.12, linewidth=0, step=None)
@@ -153,7 +153,7 @@ def draw_profiles(analysis: Analysis, stamp: str) -> Figure | None:
         draw_legend(canvas, labels, analysis)
         names = listed([measure.name for measure in scores])
         caption = (
-            f"Performance profiles at the end of training: the share of runs (measure x training seed; of {names})"
+            f"Performance profiles at the end of training: the share of runs (measure x training seed; {names})"
             " whose normalised score exceeds a threshold, with pointwise 95 % bands. "
             f"Above one half: {', '.join(halves)}."
         )

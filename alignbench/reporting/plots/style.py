@@ -1,4 +1,4 @@
-"""Shared style of all figures: colours, markers, panels, legends, and the bytes that they are saved as."""
+"""Style shared by all figures: colours, markers, panels, legends and file formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from alignbench.reporting.analysis.comparison import Analysis, Measure
 
-# Okabe and Ito's eight, without their yellow, which nobody sees on a light ground; black comes first, as the base does
+# Okabe and Ito's eight colours without yellow, which is invisible on a light ground; black first, for the base
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 1, 1, 1, 1, 1)))
@@ -57,7 +57,7 @@ STYLE: Any = {
 
 
 class Figure(NamedTuple):
-    """``name``: of its files; ``caption``: what it shows, in words that can stand for it."""
+    """A finished figure. ``name``: stem of its files; ``caption``: a description that can replace it."""
 
     name: str
     title: str
@@ -67,27 +67,28 @@ class Figure(NamedTuple):
 
 
 def colour(label: str, labels: Sequence[str]) -> str:
-    """#RRGGBB of a method, by its place among the rows of the sweep."""
+    """Return a method's #RRGGBB, by its position among the rows of the sweep."""
     return COLOURS[labels.index(label) % len(COLOURS)]
 
 
 def marker(label: str, labels: Sequence[str]) -> str:
+    """Return a method's marker, by its position among the rows of the sweep."""
     return MARKERS[labels.index(label) % len(MARKERS)]
 
 
 def line(label: str, labels: Sequence[str]) -> Any:
-    """A line style; with more than 35 methods, two of them may look alike."""
+    """Return a method's line style; with more than 35 methods, two may look alike."""
     return LINES[labels.index(label) % len(LINES)]
 
 
 @contextmanager
 def new_canvas(height: float, stamp: str) -> Iterator[Canvas]:
-    """A figure of column width, ``height`` inches. ``stamp``: a word across it."""
+    """Yield a figure of column width, ``height`` inches high. ``stamp``: a word across it."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own settings would change the bytes
+        matplotlib.rcdefaults()  # ignore the user's settings, which would change the bytes
         matplotlib.rcParams.update(STYLE)
         canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
         canvas.text(0.5, 0.5, stamp, size=26, rotation=25, alpha=0.25, ha="center", va="center", zorder=10)
@@ -95,6 +96,7 @@ def new_canvas(height: float, stamp: str) -> Iterator[Canvas]:
 
 
 def finish(canvas: Canvas, name: str, title: str, caption: str) -> Figure:
+    """Render the canvas as SVG and PNG without dates, so that equal figures are equal files."""
     svg, png = io.StringIO(), io.BytesIO()
     canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     canvas.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
@@ -102,7 +104,7 @@ def finish(canvas: Canvas, name: str, title: str, caption: str) -> Figure:
 
 
 def make_panels(canvas: Canvas, count: int, across: str = "", columns: int = 2, **shared: Any) -> list[Axes]:
-    """``count`` panels, row by row; the places left over stay empty. ``across``: label below every column's last."""
+    """Return ``count`` panels, row by row. ``across``: x label of the last panel of each column."""
     rows = -(-count // columns)
     axes = np.atleast_1d(canvas.subplots(rows, columns, squeeze=False, **shared)).ravel()
     for empty in axes[count:]:
@@ -114,7 +116,7 @@ def make_panels(canvas: Canvas, count: int, across: str = "", columns: int = 2, 
 
 
 def method_style(label: str, analysis: Analysis, **more: Any) -> dict[str, Any]:
-    """Of a method's line."""
+    """Return matplotlib's keywords for a method's line."""
     labels = analysis.labels
     about = {"color": colour(label, labels), "marker": marker(label, labels), "linestyle": line(label, labels)}
     return about | {"label": label, "markeredgecolor": GROUND, "markeredgewidth": 0.3} | more
@@ -123,7 +125,7 @@ def method_style(label: str, analysis: Analysis, **more: Any) -> dict[str, Any]:
 def draw_legend(
     canvas: Canvas, labels: Sequence[str], analysis: Analysis, extra: Sequence[Any] = (), **more: Any
 ) -> None:
-    """One for the whole figure, below it."""
+    """Draw one legend for the whole figure, below it."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **method_style(label, analysis, **more)) for label in labels] + list(extra)
@@ -133,29 +135,31 @@ def draw_legend(
 
 
 def legend_height(labels: Sequence[str]) -> float:
-    """Inches that ``_legend`` will take."""
+    """Return the height in inches of ``draw_legend``'s legend."""
     columns = max(1, int(52 / (max(map(len, labels), default=1) + 7)))
     return 0.13 * -(-len(labels) // columns) + 0.05
 
 
 def shorten_ticks(axis: Any, count: int = 4) -> None:
-    """Few, and 12k for 12,000."""
+    """Draw few ticks, and write 12k for 12,000."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    def said(value: float, _: int) -> str:
+    def short(value: float, _: int) -> str:
         for unit, size in (("M", 1e6), ("k", 1e3)):
             if abs(value) >= size:
                 return f"{value / size:g}{unit}"
         return f"{value:g}"
 
     axis.set_major_locator(MaxNLocator(count))
-    axis.set_major_formatter(FuncFormatter(said))
+    axis.set_major_formatter(FuncFormatter(short))
 
 
 def measure_title(measure: Measure) -> str:
+    """Return the measure's name with its arrow and role."""
     arrow = {True: " \u2191", False: " \u2193", None: ""}[measure.higher_is_better]
     return f"{measure.name}{arrow} [{measure.role}]"
 
 
-def listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+def finite(value: float) -> float:
+    """Return the value, or -inf if it is nan, as a key for ``max``."""
+    return value if np.isfinite(value) else -np.inf

@@ -1,4 +1,4 @@
-"""Figures about the course of training: rewards, quality against cost, reward hacking, gradients and drift."""
+"""Figures about the course of training: rewards, scores against cost, reward hacking and drift."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ import pandas as pd
 from alignbench.reporting.analysis import learning_curves
 from alignbench.reporting.analysis.learning_curves import AXES, Divergence, LearningCurve
 from alignbench.reporting.analysis.stats import curve_draws
-from alignbench.reporting.table import DECIMALS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from alignbench.reporting.analysis.comparison import Analysis, Measure
-from alignbench.reporting.plots.scores import _finite
 from alignbench.reporting.plots.style import (
     INK,
     LINES,
@@ -29,18 +22,25 @@ from alignbench.reporting.plots.style import (
     colour,
     draw_legend,
     finish,
+    finite,
     legend_height,
-    listed,
     make_panels,
     measure_title,
     method_style,
     new_canvas,
     shorten_ticks,
 )
+from alignbench.reporting.table import DECIMALS
+from alignbench.reporting.tables import listed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from alignbench.reporting.analysis.comparison import Analysis, Measure
 
 
 def draw_training(records: pd.DataFrame, analysis: Analysis, stamp: str) -> Figure | None:
-    """The training reward of every method against four costs: means over seeds, smoothed over a tenth of training."""
+    """Draw the training reward against four costs: means over seeds, smoothed over a tenth of training."""
     known = set(records["label"].unique())
     labels = [label for label in analysis.trained if label in known]
     if not labels or "reward_mean" not in records:
@@ -58,38 +58,39 @@ def draw_training(records: pd.DataFrame, analysis: Analysis, stamp: str) -> Figu
         draw_legend(canvas, labels, analysis)
         ends = [f"{label} {_last(records[records['label'] == label]):.4g}" for label in labels]
         caption = (
-            "Training reward, on the pictures that each method made while it trained, against updates, images, network "
-            "evaluations (NFE) and GPU-seconds; means over seeds and a tenth of training. "
+            "Training reward on the images that each method generated during training, against updates, images, "
+            "network evaluations (NFE) and GPU-seconds; means over seeds and a tenth of training. "
             f"Last tenth: {', '.join(ends)}."
         )
         return finish(canvas, "training", "Training reward against cost", caption)
 
 
-def _smoothed(mine: pd.DataFrame, axis: str) -> tuple[Any, Any]:
-    """Mean cost and mean reward over seeds, by update; rewards as a centred mean over a tenth of the updates."""
-    means = mine.groupby("update", sort=True).agg(cost=(axis, "mean"), reward=("reward_mean", "mean"))
+def _smoothed(records: pd.DataFrame, axis: str) -> tuple[Any, Any]:
+    """Return mean cost and mean reward over seeds, by update; rewards as a centred mean over a tenth of the updates."""
+    means = records.groupby("update", sort=True).agg(cost=(axis, "mean"), reward=("reward_mean", "mean"))
     window = max(1, len(means) // 10)
     return means["cost"].to_numpy(), means["reward"].rolling(window, center=True, min_periods=1).mean().to_numpy()
 
 
-def _last(mine: pd.DataFrame) -> float:
-    return float(mine.loc[mine["update"] > 0.9 * mine["update"].max(), "reward_mean"].mean())
+def _last(records: pd.DataFrame) -> float:
+    return float(records.loc[records["update"] > 0.9 * records["update"].max(), "reward_mean"].mean())
 
 
-def draw_costs(found: Sequence[LearningCurve], measure: Measure, analysis: Analysis, stamp: str) -> Figure | None:
-    """One score against four costs, from the base model on."""
-    if not found:
+def draw_costs(curves: Sequence[LearningCurve], measure: Measure, analysis: Analysis, stamp: str) -> Figure | None:
+    """Draw one score against four costs, starting from the base model."""
+    if not curves:
         return None
-    labels = [course.label for course in found]
-    means = {course.label: _interval(course, measure) for course in found}
+    labels = [curve.label for curve in curves]
+    means = {curve.label: _interval(curve, measure) for curve in curves}
+    start = means[labels[-1]][0][0]  # base's mean
     with new_canvas(2.75 + legend_height(labels), stamp) as canvas:
         for axes, (axis, name) in zip(make_panels(canvas, len(AXES), sharey=True), AXES.items()):
-            for course in found:
-                mean, lo, hi = means[course.label]
-                shade = colour(course.label, analysis.labels)
-                axes.fill_between(course.cost(axis), lo, hi, color=shade, alpha=0.12, linewidth=0)
-                axes.plot(course.cost(axis), mean, **method_style(course.label, analysis))
-            axes.axhline(mean[0], color=INK, linewidth=0.5, zorder=0)
+            for curve in curves:
+                mean, lo, hi = means[curve.label]
+                shade = colour(curve.label, analysis.labels)
+                axes.fill_between(curve.cost(axis), lo, hi, color=shade, alpha=0.12, linewidth=0)
+                axes.plot(curve.cost(axis), mean, **method_style(curve.label, analysis))
+            axes.axhline(start, color=INK, linewidth=0.5, zorder=0)
             axes.set_xlabel(name)
             axes.set_xlim(left=0)
             shorten_ticks(axes.xaxis)
@@ -97,52 +98,52 @@ def draw_costs(found: Sequence[LearningCurve], measure: Measure, analysis: Analy
         canvas.supylabel(measure_title(measure), fontsize=6.5)
         draw_legend(canvas, labels, analysis)
         digits = DECIMALS.get(measure.unit, 3)
-        ends = [f"{label} {each[0][-1]:.{digits}f}" for label, each in means.items()]
+        ends = [f"{label} {mean[-1]:.{digits}f}" for label, (mean, _, _) in means.items()]
         caption = (
             f"{measure.name} [{measure.role}] at every milestone, against updates, images, network evaluations (NFE) "
-            f"and GPU-seconds, with 95 % intervals of the paired change against {analysis.base}, whose "
-            f"{mean[0]:.{digits}f} is the line. At the end: {', '.join(ends)}."
+            f"and GPU-seconds, with 95 % intervals of the paired change against {analysis.base} (line at "
+            f"{start:.{digits}f}). At the end: {', '.join(ends)}."
         )
         safe = re.sub(r"[^\w.-]", "_", measure.name)
         return finish(canvas, f"cost-{safe}", f"{measure.name} against cost", caption)
 
 
-def _interval(course: LearningCurve, measure: Measure) -> tuple[Any, Any, Any]:
-    """(K,) means, and the limits of base's mean + the paired change."""
+def _interval(curve: LearningCurve, measure: Measure) -> tuple[Any, Any, Any]:
+    """Return (K,) means, and the limits of base's mean plus the paired change."""
     sign = -1.0 if measure.higher_is_better is False else 1.0
-    gains, draws = course.gains(measure)
-    start = _base(course, measure)
+    gains, draws = curve.gains(measure)
+    start = _base(curve, measure)
     lo, hi = np.quantile(sign * draws, [0.025, 0.975], axis=0) if np.isfinite(gains).all() else (np.nan * gains,) * 2
     return start + sign * gains, start + lo, start + hi
 
 
-def _base(course: LearningCurve, measure: Measure) -> float:
-    return float(curve_draws(course.values[measure], course.strata(measure), draws=2)[0][0])
+def _base(curve: LearningCurve, measure: Measure) -> float:
+    return float(curve_draws(curve.values[measure], curve.strata(measure), draws=2)[0][0])
 
 
-def draw_hacking(found: Sequence[LearningCurve], analysis: Analysis, stamp: str) -> Figure | None:
-    """A panel per method: every score's gain, scaled by the best of any method, and where it parts from the reward."""
-    parted = learning_curves.divergences(found) if found else {}
-    if not parted:
+def draw_hacking(curves: Sequence[LearningCurve], analysis: Analysis, stamp: str) -> Figure | None:
+    """Draw the scaled gain of every score, one panel per method, and mark where it diverges from the reward."""
+    by_label = learning_curves.divergences(curves) if curves else {}
+    if not by_label:
         return None
     measures = learning_curves.directed(analysis)
-    scale = {m: max(float(np.nanmax(np.abs(c.gains(m)[0]))) for c in found) or 1.0 for m in measures}
+    scale = {m: max(float(np.nanmax(np.abs(c.gains(m)[0]))) for c in curves) or 1.0 for m in measures}
     styles = dict(zip([m for m in measures if m.role != "train"], cycle(zip(LINES[1:], MARKERS))))
     from matplotlib.lines import Line2D
 
-    with new_canvas(-(-len(found) // 2) * 1.15 + 0.25 + 0.12 * -(-(len(measures) + 1) // 2), stamp) as canvas:
-        for axes, course in zip(make_panels(canvas, len(found), "updates", sharex=True, sharey=True), found):
-            shade = colour(course.label, analysis.labels)
+    with new_canvas(-(-len(curves) // 2) * 1.15 + 0.25 + 0.12 * -(-(len(measures) + 1) // 2), stamp) as canvas:
+        for axes, curve in zip(make_panels(canvas, len(curves), "updates", sharex=True, sharey=True), curves):
+            shade = colour(curve.label, analysis.labels)
             for measure in measures:
-                gains = course.gains(measure)[0] / scale[measure]
+                gains = curve.gains(measure)[0] / scale[measure]
                 style, mark = styles.get(measure, ("-", ""))
                 width = 1.8 if measure.role == "train" else 0.9
                 axes.plot(
-                    course.updates, gains, color=shade, linestyle=style, marker=mark, linewidth=width, markersize=2.5
+                    curve.updates, gains, color=shade, linestyle=style, marker=mark, linewidth=width, markersize=2.5
                 )
-                _mark_parting(axes, course, parted[course.label].get(measure), gains)
+                _mark_divergence(axes, curve, by_label[curve.label].get(measure), gains)
             axes.axhline(0, color=INK, linewidth=0.5, zorder=0)
-            axes.set_title(course.label, color=INK)
+            axes.set_title(curve.label, color=INK)
             shorten_ticks(axes.xaxis)
         canvas.supylabel(f"scaled gain over {analysis.base}", fontsize=6.5)
         handles = [
@@ -150,86 +151,85 @@ def draw_hacking(found: Sequence[LearningCurve], analysis: Analysis, stamp: str)
                    linewidth=1.8 if m.role == "train" else 0.9, markersize=2.5, label=f"{m.name} [{m.role}]")
             for m in measures
         ]  # fmt: skip
-        handles.append(Line2D([], [], **RING, label="parts from the reward"))
+        handles.append(Line2D([], [], **RING, label="diverges from the reward"))
         canvas.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, handlelength=3)
-        told = [
-            f"{label}: {measure.name} from update {each.update:g}"
-            for label, mine in parted.items()
-            for measure, each in mine.items()
-            if each.update is not None
+        diverged = [
+            f"{label}: {measure.name} from update {divergence.update:g}"
+            for label, by_measure in by_label.items()
+            for measure, divergence in by_measure.items()
+            if divergence.update is not None
         ]
-        said = f"They part: {'; '.join(told)}." if told else "No score parts from the reward."
+        summary = f"Diverging: {'; '.join(diverged)}." if diverged else "No score diverges from the reward."
         caption = (
             f"Gain of every score over {analysis.base} at each milestone, one panel per method, as a share of the "
             "largest of any method. Thick: the training reward; circles: the first step at which a score is "
-            f"significantly below its own earlier maximum while the reward still rises. {said}"
+            f"significantly below its own earlier maximum while the reward still rises. {summary}"
         )
-        return finish(canvas, "hacking", "Where reward and quality part", caption)
+        return finish(canvas, "hacking", "Where reward and quality diverge", caption)
 
 
 RING: Any = {"marker": "o", "markersize": 6, "markerfacecolor": "none", "markeredgecolor": INK, "linestyle": "none"}
 
 
-def _mark_parting(axes: Axes, course: LearningCurve, parted: Divergence | None, gains: Any) -> None:
-    if parted is not None and parted.update is not None:
-        k = int(np.flatnonzero(course.updates == parted.update)[0])
-        axes.plot([parted.update], [gains[k]], **RING)
+def _mark_divergence(axes: Axes, curve: LearningCurve, divergence: Divergence | None, gains: Any) -> None:
+    if divergence is not None and divergence.update is not None:
+        k = int(np.flatnonzero(curve.updates == divergence.update)[0])
+        axes.plot([divergence.update], [gains[k]], **RING)
 
 
-def draw_signs(found: Sequence[LearningCurve], analysis: Analysis, records: pd.DataFrame, stamp: str) -> Figure | None:
-    """What is neither good nor bad in itself, over updates: distance from the base model, picture statistics, drift."""
+def draw_signs(curves: Sequence[LearningCurve], analysis: Analysis, records: pd.DataFrame, stamp: str) -> Figure | None:
+    """Draw what is neither good nor bad in itself: distance from the base model, image statistics, drift."""
     neutral = [measure for measure in analysis.measures if measure.higher_is_better is None]
-    if not found:
+    if not curves:
         return None
-    labels = [course.label for course in found]
+    labels = [curve.label for curve in curves]
     panels: list[tuple[str, Callable[[LearningCurve], tuple[Any, Any, Any]]]] = [
         (measure.name, partial(_interval, measure=measure)) for measure in neutral
     ]
-    panels.append(("drift of the network", lambda course: (learning_curves.drifts(course, records),) * 3))
+    panels.append(("drift of the network", lambda curve: (learning_curves.drifts(curve, records),) * 3))
     with new_canvas(-(-len(panels) // 2) * 1.2 + 0.2 + legend_height(labels), stamp) as canvas:
         for axes, (title, values) in zip(make_panels(canvas, len(panels), "updates"), panels):
-            for course in found:
-                mean, lo, hi = values(course)
-                axes.fill_between(
-                    course.updates, lo, hi, color=colour(course.label, analysis.labels), alpha=0.12, linewidth=0
-                )
-                axes.plot(course.updates, mean, **method_style(course.label, analysis))
+            for curve in curves:
+                mean, lo, hi = values(curve)
+                shade = colour(curve.label, analysis.labels)
+                axes.fill_between(curve.updates, lo, hi, color=shade, alpha=0.12, linewidth=0)
+                axes.plot(curve.updates, mean, **method_style(curve.label, analysis))
             axes.set_title(title)
             axes.set_xlim(left=0)
             shorten_ticks(axes.xaxis)
             shorten_ticks(axes.yaxis)
         draw_legend(canvas, labels, analysis)
         names = listed([title for title, _ in panels])
-        ends = {course.label: float(learning_curves.drifts(course, records)[-1]) for course in found}
-        moved = f" Furthest at the end: {max(ends, key=lambda label: _finite(ends[label]))}." if ends else ""
+        ends = {curve.label: float(learning_curves.drifts(curve, records)[-1]) for curve in curves}
+        moved = f" Largest drift at the end: {max(ends, key=lambda label: finite(ends[label]))}." if ends else ""
         caption = f"Signs of change over training that are neither good nor bad in themselves: {names}.{moved}"
         return finish(canvas, "signs", "Signs of change", caption)
 
 
-def draw_scatter(found: Sequence[LearningCurve], analysis: Analysis, stamp: str) -> Figure | None:
-    """Other scores against the training reward: a method's path from the base model to its end."""
+def draw_scatter(curves: Sequence[LearningCurve], analysis: Analysis, stamp: str) -> Figure | None:
+    """Draw other scores against the training reward: each method's path from the base model to its end."""
     rewards = [measure for measure in learning_curves.directed(analysis) if measure.role == "train"]
     others = [measure for measure in learning_curves.directed(analysis) if measure.role != "train"]
-    if not found or not rewards or not others:
+    if not curves or not rewards or not others:
         return None
-    reward, labels = rewards[0], [course.label for course in found]
+    reward, labels = rewards[0], [curve.label for curve in curves]
     with new_canvas(-(-len(others) // 2) * 1.3 + 0.2 + legend_height(labels), stamp) as canvas:
         for axes, measure in zip(make_panels(canvas, len(others), measure_title(reward), sharex=True), others):
-            for course in found:
-                across, up = (_interval(course, each)[0] for each in (reward, measure))
-                axes.plot(across, up, **method_style(course.label, analysis, marker="", linewidth=0.8))
+            for curve in curves:
+                across, up = (_interval(curve, axis)[0] for axis in (reward, measure))
+                axes.plot(across, up, **method_style(curve.label, analysis, marker="", linewidth=0.8))
                 axes.plot(
-                    across[1:-1], up[1:-1], **method_style(course.label, analysis, linestyle="none", markersize=1.8)
+                    across[1:-1], up[1:-1], **method_style(curve.label, analysis, linestyle="none", markersize=1.8)
                 )
-                axes.plot(across[-1:], up[-1:], **method_style(course.label, analysis, linestyle="none", markersize=5))
+                axes.plot(across[-1:], up[-1:], **method_style(curve.label, analysis, linestyle="none", markersize=5))
             axes.plot(across[:1], up[:1], marker="*", markersize=6, color=INK, linestyle="none", zorder=3)
             axes.set_title(measure_title(measure))
             shorten_ticks(axes.xaxis)
             shorten_ticks(axes.yaxis)
         draw_legend(canvas, labels, analysis)
         caption = (
-            f"Other scores against the training reward {reward.name}, on the same evaluation pictures: from "
-            f"{analysis.base} (star) over the milestones (small) to the end (large). A path that turns down while it "
-            "goes right trades quality for reward."
+            f"Other scores against the training reward {reward.name}, on the same evaluation images: from "
+            f"{analysis.base} (star) through the milestones (small) to the end (large). A path that turns down while "
+            "moving right trades quality for reward."
         )
         return finish(canvas, "scatter", "Other scores against the training reward", caption)
