@@ -157,7 +157,7 @@ def test_no_black_picture_is_written(tmp_path, capsys, part, name, words):
     assert debug_sweep(path, tmp_path / "store", "--only", "method=base") == 2
     (status,) = (tmp_path / "store").glob("images/*/status.json")
     reason = read_json(status)["reason"]
-    assert re.search(rf"^generation: picture 0 of the prompt '.*': {words}; choose backend.dtype: float32 if", reason)
+    assert re.search(rf"^generation: image 0 of the prompt '.*': {words}; set backend.dtype: float32 if", reason)
     assert reason in " ".join(capsys.readouterr().err.split())
     assert not list((tmp_path / "store").rglob("*.png"))
 

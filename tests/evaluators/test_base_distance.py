@@ -240,6 +240,6 @@ def test_folders_that_do_not_match(folders, capsys):
     assert verb(folders, f"base_distance.base={folders / 'base'}") == 1
     said = capsys.readouterr().err
     assert "base_distance.base" in said
-    assert "picture 1, is in one of the two folders alone; pictures are paired by prompt and index" in said
+    assert "image 1, is in only one of the two folders; images are paired by prompt and index" in said
     assert said.count("\n") == 1
     assert not (folders / "scores.csv").exists()
