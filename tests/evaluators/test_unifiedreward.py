@@ -474,7 +474,7 @@ def test_a_prompt_with_an_image_s_token_is_refused(server):
 
 @pytest.fixture(scope="module", params=["Qwen2_5_VL", "Qwen3_VL"])
 def local(request, tmp_path_factory):
-    folder = tiny_qwen.judge_folder(tmp_path_factory.mktemp("judge"), request.param)
+    folder = tiny_qwen.qwen_vl_folder(tmp_path_factory.mktemp("judge"), request.param)
     return UnifiedReward(weights=str(folder), max_new_tokens=12)
 
 
