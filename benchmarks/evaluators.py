@@ -156,7 +156,7 @@ INSIDE = {"hpsv2": time_hpsv2, "imagereward": time_imagereward}
 
 
 def time_ours(make: Callable[[], Any], request: dict) -> tuple[dict[str, float], list[float]]:
-    """Return seconds per image of ``score``, by a loaded evaluator with new prompts and by a new one; and the scores."""
+    """Return seconds per image of ``score``, by a loaded evaluator with new prompts and by a new one; and scores."""
     from PIL import Image
 
     from alignbench.prompts import Prompt
@@ -294,7 +294,8 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 ways.append(("one call", row["calls"].removesuffix(loading) + ", as it is"))
             for our_calls, calls in ways:
                 speed = ours[row["evaluator"], our_calls]
-                compared.append({**row, "calls": calls, "alignbench": speed, "speedup": speed / row["images_per_second"]})
+                ratio = speed / row["images_per_second"]
+                compared.append({**row, "calls": calls, "alignbench": speed, "speedup": ratio})
     return compared
 
 

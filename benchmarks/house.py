@@ -258,7 +258,7 @@ AT_HOME = """\
 import os, sys
 sys.path.insert(0, os.getcwd())
 import alignbench
-alignbench.__path__.append(os.getcwd())  # take methods, evaluators and reports from this checkout, whatever is installed
+alignbench.__path__.append(os.getcwd())  # methods, evaluators and reports of this checkout, not installed ones
 """
 COUNT = """\
 import importlib

@@ -17,7 +17,7 @@ from alignbench.rehearsal import tiny_backends, tiny_evaluators
 STAMP = "REHEARSAL"
 SIZE, BATCH, PROMPTS, RANK = 32, 24, 6, 4  # pixels; images; evaluation prompts; LoRA rank
 IMAGES_PER_PROMPT = 2
-LR, EMA = 1e-3, 0.5  # large, so that a few updates change the images: else the weights that made them could not be told
+LR, EMA = 1e-3, 0.5  # large, so that a few updates visibly change the images
 BATCHES = 2  # the budget of most rows
 BACKENDS = ("flux", *tiny_backends.BUILDERS)
 REMOTE = ("revision", "base_revision", "clip_revision", "server", "served_model", "engine", "processor", "architecture")
@@ -98,7 +98,7 @@ class Shrink:
         return evaluation | {"protocol": protocol, "evaluators": evaluators, "limit": limit}
 
     def evaluator(self, plain: dict[str, Any]) -> dict[str, Any]:
-        """Return an evaluator with a small checkpoint. Those of the shapes world stay, and plug-ins keep their files."""
+        """Return the evaluator with a small checkpoint. Those of the shapes world stay, plug-ins keep their files."""
         name = plain.get("name")
         if "shapes" in plain.values() or (
             name not in tiny_evaluators.PACKAGED and name not in tiny_evaluators.BUILDERS

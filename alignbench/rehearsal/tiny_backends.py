@@ -146,7 +146,7 @@ QWEN3_CHAT = (  # Qwen3's template for turns without tools, with thinking on or 
 
 
 def flux2_folder(folder: Path, *, distilled: bool = False) -> Path:
-    """Save a Flux2KleinPipeline with 2 + 2 blocks and a Qwen3 as deep as the layers that are read; return its folder."""
+    """Save a Flux2KleinPipeline with 2 + 2 blocks and a Qwen3 as deep as it is read; return the folder."""
     import torch
     from diffusers import (
         AutoencoderKLFlux2,
