@@ -643,7 +643,7 @@ def test_attributes_bind_to_their_objects():
 
 
 def test_a_colour_classifier_can_be_handed_in():
-    """Where the detector knows no colours, ``color_of`` does."""
+    """``color_of`` names colours for a detector that does not."""
     objects = geneval.group([thing("dog", color=None)], "colors")
     metadata = {"tag": "colors", "include": [wants("dog", color="green")]}
     assert not geneval.correct(objects, metadata)

@@ -417,7 +417,7 @@ def test_requests_run_side_by_side_and_rows_keep_their_order(server):
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(server, monkeypatch):
-    """It goes from the environment into a header, never into settings, rows, warnings or errors, even if quoted back."""
+    """It goes from the environment into a header, never into settings, rows, warnings or errors, even if quoted."""
     monkeypatch.setenv(unifiedreward.KEY, SECRET)
     evaluator = asking(server)
     with pytest.warns(UserWarning, match="no such model") as warned:

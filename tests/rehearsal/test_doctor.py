@@ -248,7 +248,7 @@ def test_install_makes_the_environment(monkeypatch, capsys):
 
 
 def test_golden_scores_do_not_depend_on_the_device():
-    """Where the precision would depend on the device, golden scores fix it."""
+    """Golden scores fix the precision if it would depend on the device."""
     for name in NAMES:
         evaluator = doctor.golden_evaluator(Registry(), name)
         assert "dtype" not in msgspec.structs.asdict(evaluator) or evaluator.dtype == "float32"

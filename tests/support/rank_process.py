@@ -37,8 +37,8 @@ def together(what: str, folder: Path, *words: str, ranks: int = 2, expect: int =
     processes = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        said = (folder / f"{what}{rank}.log").open("w")
-        processes.append(subprocess.Popen(command, env=os.environ | shared | own, stdout=said, stderr=said))
+        log = (folder / f"{what}{rank}.log").open("w")
+        processes.append(subprocess.Popen(command, env=os.environ | shared | own, stdout=log, stderr=log))
     try:
         codes = [process.wait(PATIENCE) for process in processes]
     finally:
@@ -180,8 +180,7 @@ def guide(folder: Path) -> None:
 
 def execute(folder: Path, fails: str = "") -> None:
     """Execute the task in task.json. On the rank ``fails``, the second update raises, unexpectedly for the others."""
-    from alignbench import run
-    from alignbench.run import process_group
+    from alignbench.run import process_group, worker
     from alignbench.training import state
 
     process_group.GRACE = 5.0
@@ -194,9 +193,9 @@ def execute(folder: Path, fails: str = "") -> None:
             return descend(self)
 
         state.TrainState.descend = falls
-    said = run.execute(json.loads((folder / "task.json").read_text()))
-    note("execute", folder, said)
-    sys.exit(said["state"] != "done")
+    result = worker.execute(json.loads((folder / "task.json").read_text()))
+    note("execute", folder, result)
+    sys.exit(result["state"] != "done")
 
 
 if __name__ == "__main__":
