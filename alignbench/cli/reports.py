@@ -66,6 +66,7 @@ def report(request: Request, out: str | None, formats: str | None) -> int:
     chosen = formats.split(",") if formats else FORMATS
     check_formats(chosen)
     store = Store(request.folder)  # may be read-only
+    store.check_folder()
     name, manifest = request.manifest(store)
     results = Results(store.root, manifest, status_table.handed_out(submissions.submissions(store, name)), sweep=name)
     paths = build(results, Path(out or f"outputs/{manifest.name}"), chosen)

@@ -103,14 +103,19 @@ class Store:
     def _lock(self, name: str) -> Path:
         return self.root / "locks" / f"{name}.lock"
 
-    def check_writable(self) -> None:
-        """UserError unless files can be made in the store. Writes nothing itself."""
+    def check_folder(self) -> Path:
+        """Return the store's folder, or the folder that it would be made in. Raise UserError if a file is there."""
         place = self.root.absolute()
         while not os.path.lexists(place):
             place = place.parent
         if not place.is_dir():
             what = "it is a file" if place == self.root.absolute() else f"{place} is not a folder"
             raise UserError(f"--store {self.root}: cannot be used, {what}; name a folder")
+        return place
+
+    def check_writable(self) -> None:
+        """Raise UserError unless files can be made in the store. Write nothing."""
+        place = self.check_folder()
         if not os.access(place, os.W_OK | os.X_OK):
             raise UserError(f"--store {self.root}: {place} is not writable; choose another folder")
 

@@ -5,14 +5,14 @@ import re
 import pytest
 import torch
 from support import tiny
-from support.compiling import calls, near, traced  # noqa: F401 - a fixture
+from support.compiling import calls, near
 from support.tiny import PROMPTS
 from support.tiny_sweep import PLUGIN, alignbench, sweep_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignbench.backends import pipeline
 from alignbench.config import UserError
-from alignbench.experiment import spec
+from alignbench.experiment import ids
 from alignbench.experiment.document import read
 from alignbench.experiment.plan import resolve
 from alignbench.flow import seeded
@@ -96,7 +96,7 @@ def test_the_environments_choice_is_not_ours(load, monkeypatch):
 
 
 @pytest.mark.parametrize("load", ["flux"], indirect=True)
-def test_compiled_blocks_have_it_too(load, traced):  # noqa: F811 - the fixture
+def test_compiled_blocks_have_it_too(load, traced):
     """Together with ``compile``: 1e-5 in float32."""
     changes = {"tune": "lora", "attention": "_native_math"}
     near(calls(load(compile=True, **changes)), calls(load(**changes)), 1e-5)
@@ -139,7 +139,7 @@ def test_other_families_have_torchs_alone(tmp_path, family):
 def test_runs_by_torchs_choice_keep_their_ids(tmp_path, monkeypatch):
     """What is hashed has no such word unless another kernel is asked for, which rounds otherwise; the base's too."""
     hashed = []
-    monkeypatch.setattr(spec, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
+    monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     for changes in ({}, {"attention": "_native_math"}):
         resolve(read(sweep_file(tmp_path, {"base": {"backend": changes}})), Registry([PLUGIN]))
     found = [content["backend"].get("attention") for content in hashed if "backend" in content]

@@ -1,5 +1,5 @@
 """What somebody sees who names a model that cannot be used: one line of the command line, before a model is loaded;
-and pictures that are no pictures are not written.
+and images that are not images are not written.
 """
 
 import json
@@ -131,7 +131,7 @@ def test_no_compiler(tmp_path, capsys, monkeypatch, compiler):
     assert re.search(pattern, read_json(status)["reason"])
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- images ------------------------------------------------------------------------------------------------------------
 
 
 def overflow(folder: Path, part: str, name: str) -> None:
@@ -149,8 +149,8 @@ def overflow(folder: Path, part: str, name: str) -> None:
         ("vae", "decoder.conv_in.bias", "its decoded pixels are not finite"),
     ],
 )
-def test_no_black_picture_is_written(tmp_path, capsys, part, name, words):
-    """Weights that overflow: generation fails with the prompt and the place, and there is no picture."""
+def test_no_black_image_is_written(tmp_path, capsys, part, name, words):
+    """Weights that overflow: generation fails with the prompt and the step, and no image is written."""
     folder = shutil.copytree(SHAPES, tmp_path / "model")
     overflow(folder, part, name)
     path = sweep_file(tmp_path, of(model=str(folder)))
@@ -163,7 +163,7 @@ def test_no_black_picture_is_written(tmp_path, capsys, part, name, words):
 
 
 def test_the_image_and_the_step_are_the_right_ones():
-    """Of a pass with several pictures, the one that overflows and the step after which it is not finite."""
+    """The error names the image of a pass that overflows and the step after which it is not finite."""
 
     class Overflows(GaussianFlow):
         def at(self, **_):
@@ -180,6 +180,6 @@ def test_the_image_and_the_step_are_the_right_ones():
     step = int((Overflows().sigmas(4) < 0.6).int().argmax()) + 1
     assert 1 < step <= 4
     with pytest.raises(
-        UserError, match=rf"^picture 0 of the prompt 'b': its latents are not finite after step {step} of"
+        UserError, match=rf"^image 0 of the prompt 'b': its latents are not finite after step {step} of"
     ):
         list(generate(Overflows(), prompts, protocol))

@@ -8,7 +8,7 @@ from support.tiny_sweep import PLUGIN, sweep_file
 from torch._dynamo.utils import counters
 
 from alignbench.config import UserError
-from alignbench.experiment import spec
+from alignbench.experiment import ids
 from alignbench.experiment.document import read
 from alignbench.experiment.plan import resolve
 from alignbench.flow import seeded
@@ -65,7 +65,7 @@ def test_parts_of_compiled_blocks_are_refused(load, traced):
 def test_uncompiled_runs_keep_their_ids(tmp_path, monkeypatch):
     """What is hashed has no such word unless blocks are compiled, which rounds otherwise; the base model's too."""
     hashed = []
-    monkeypatch.setattr(spec, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
+    monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     for changes in ({}, {"compile": True}):
         resolve(read(sweep_file(tmp_path, {"base": {"backend": changes}})), Registry([PLUGIN]))
     found = [content["backend"].get("compile") for content in hashed if "backend" in content]

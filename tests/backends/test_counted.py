@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.tiny_sweep import sweep_file
+from support.tiny_sweep import PLUGIN, sweep_file
 
 from alignbench.backends.cost import formulas
 from alignbench.backends.cost.counted import Counted, Outline, counted
@@ -111,7 +111,7 @@ def cells(tmp_path, plugin: str):
     """A trained run of the tiny sweep, with the packaged backend and with the plug-in's."""
     file = tmp_path / "plain.py"
     file.write_text(plugin)
-    registry = Registry([str(file), str(Path(__file__).with_name("bright.py"))])
+    registry = Registry([str(file), PLUGIN])
     found = []
     for name in ("flux", "plain"):
         plan = resolve(read(sweep_file(tmp_path, {"base": {"backend": {"name": name}}})), registry)

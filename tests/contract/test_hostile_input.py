@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from support.report_tables import costs, manifest, page, results, scores, section, stored
-from test_report import with_files
+from support.report_tables import costs, manifest, page, results, scores, section, stored, with_files
 
 from alignbench.config import UserError
 from alignbench.reporting import report

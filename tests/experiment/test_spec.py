@@ -159,7 +159,7 @@ def test_the_packaged_sweeps_are_valid_and_share(tmp_path):
 
 def test_an_installed_package_can_bring_methods(monkeypatch):
     """An entry point of ``alignbench.plugins`` names a module; its classes are listed, and count as plug-ins."""
-    point = EntryPoint("mine", "bright", plugins.GROUP)
+    point = EntryPoint("mine", "support.bright_plugin", plugins.GROUP)
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == plugins.GROUP else [])
     found = Registry()
     assert "last" in found.names("method")

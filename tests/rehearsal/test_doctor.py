@@ -16,7 +16,7 @@ from torchvision.transforms.functional import InterpolationMode
 from alignbench import evaluator, official
 from alignbench.cli import main
 from alignbench.plugins import Registry
-from alignbench.rehearsal import doctor
+from alignbench.rehearsal import doctor, tiny_clip, tiny_evaluators
 from alignbench.testing.evaluator_contract import picture
 
 NAMES = Registry().names("evaluator")
@@ -195,7 +195,7 @@ def test_what_is_wrong_is_exit_code_2(capsys, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_published_scores_are_compared_if_images_and_weights_exist(capsys, tmp_path, monkeypatch):
     """With both, scores agree or are WRONG; otherwise what is missing is named. A different image is not scored."""
-    made = doctor.small.checkpoint("imagereward", tmp_path)
+    made = tiny_evaluators.checkpoint("imagereward", tmp_path)
     evaluator = Registry().make("evaluator", {"name": "imagereward", **made}, "x")
     words = ["-e", "imagereward", "--references", str(tmp_path), *(f"imagereward.{k}={v}" for k, v in made.items())]
     monkeypatch.setattr(doctor, "packages", lambda: iter(()))
@@ -225,7 +225,7 @@ def test_published_scores_are_compared_if_images_and_weights_exist(capsys, tmp_p
 
 def test_published_scores_of_hpsv2_need_its_v2_0_file(tmp_path):
     """They need v2.0, not the v2.1 checkpoint that tables use; the error names the file and how to fetch it."""
-    folder = doctor.small.hps_folder(tmp_path / "hps")
+    folder = tiny_clip.hps_folder(tmp_path / "hps")
     (tmp_path / "hpsv2").mkdir()
     picture(40, 40, 1).save(tmp_path / "hpsv2" / "demo_image.jpg")  # by chance, that of seed 0 scores 0.2876
     anchor = doctor.ANCHORS[0]._replace(sha256="")

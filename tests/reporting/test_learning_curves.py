@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from support import fake_learning_curves as made_up
-from test_report import with_runs
+from support.report_tables import with_runs
 
 from alignbench.config import UserError
 from alignbench.reporting import curves_section, report

@@ -20,8 +20,7 @@ from PIL import Image
 from scipy.stats import binomtest, kendalltau
 from support import photo_store
 from support.browser import Visit, browser, until
-from support.report_tables import TASKS, draw_images, results
-from test_report import with_runs
+from support.report_tables import TASKS, draw_images, results, with_runs
 
 from alignbench.reporting import report, tables
 from alignbench.reporting.analysis.comparison import analyse

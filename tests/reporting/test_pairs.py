@@ -12,9 +12,8 @@ import pandas as pd
 import pytest
 from msgspec import structs
 from PIL import Image
-from support.report_tables import METRICS, draw_images, manifest, scores
+from support.report_tables import METRICS, draw_images, manifest, scores, with_files, with_runs
 from support.tiny_sweep import alignbench
-from test_report import with_files, with_runs
 
 from alignbench.config import UserError
 from alignbench.reporting import compare

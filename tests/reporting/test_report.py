@@ -25,6 +25,8 @@ from support.report_tables import (
     scores,
     section,
     stored,
+    with_files,
+    with_runs,
 )
 
 from alignbench import cli
@@ -35,22 +37,6 @@ from alignbench.reporting.analysis.results import COSTS, Results
 from alignbench.reporting.table import Cell, Column, Table, escape, interval, number
 from alignbench.store import files
 from alignbench.store.manifest import UNTRAINED, Manifest, ManifestNote, write_manifest
-
-
-def with_runs(plan, change):
-    """The manifest with ``change(run)``, its new fields, in each of its runs."""
-    return structs.replace(plan, runs=[structs.replace(run, **change(run)) for run in plan.runs])
-
-
-def with_files(plan, file="scores/{images}/{evaluator}.parquet"):
-    """The manifest with a file and its evaluator's settings for every score."""
-
-    def filed(run, score):
-        own = {"file": file.format(images=run.images, evaluator=score.evaluator), "settings": {"name": score.evaluator}}
-        return structs.replace(score, **own)
-
-    return with_runs(plan, lambda run: {"scores": [filed(run, score) for score in run.scores]})
-
 
 # ---------------------------------------------------------------------------------------------------------- the page
 
@@ -463,7 +449,9 @@ def test_the_report_stays_the_same_however_its_scores_were_read(tmp_path, writab
 
 def test_reports_need_no_torch():
     """Importing the report, and every report module beside it, loads no torch."""
-    code = "import sys; from alignbench.reporting import report; report._words('table2'); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from alignbench.reporting import report; report._words('table2'); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -20,12 +20,13 @@ from alignbench.run import code_snapshot
 ROOT = Path(__file__).parents[2]
 FACTS = """
 import json, alignbench, alignbench.methods, alignbench.run.provenance
-from alignbench import official, prompts, sweep, weights
+from alignbench import official, prompts, weights
+from alignbench.experiment import document
 from alignbench.plugins import Registry
 from alignbench.cli.common import EPILOG
 print(json.dumps({
     "home": alignbench.__file__, "entries": [str(entry.path) for entry in Registry().entries.values()],
-    "sweeps": [str(path) for path in sweep.sweeps().values()], "environments": list(official.environments()),
+    "sweeps": [str(path) for path in document.sweeps().values()], "environments": list(official.environments()),
     "prompts": len(prompts.load_prompts("shapes/test")), "model": str(weights.locate("shapes", "", shapes="model")),
     "epilog": EPILOG, "version": alignbench.run.provenance.installed("alignbench"),
 }))
@@ -58,7 +59,9 @@ def test_a_snapshot_holds_every_file_and_nothing_else(taken):
     mine = {path for path in mine if "__pycache__" not in path.parts}
     copied = [path for path in taken.path.rglob("*") if path.is_file()]
     assert len(copied) == len(mine) + 1
-    assert {"hpsv3.py", "quickstart.yaml", "requirements-hpsv2.txt", "bright.py"} <= {path.name for path in copied}
+    assert {"hpsv3.py", "quickstart.yaml", "requirements-hpsv2.txt", "bright_plugin.py"} <= {
+        path.name for path in copied
+    }
     assert all(path.stat().st_mode & 0o222 == 0 for path in copied)
 
 

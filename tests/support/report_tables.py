@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pandas as pd
+from msgspec import structs
 from PIL import Image, ImageDraw
 
 from alignbench.reporting import report
@@ -130,3 +131,18 @@ def section(text, heading):
 
 def row_of(table, label):
     return next(line for line in table.splitlines() if line.startswith(f"| {label}"))
+
+
+def with_runs(plan, change):
+    """The manifest with ``change(run)``, its new fields, in each of its runs."""
+    return structs.replace(plan, runs=[structs.replace(run, **change(run)) for run in plan.runs])
+
+
+def with_files(plan, file="scores/{images}/{evaluator}.parquet"):
+    """The manifest with a file and its evaluator's settings for every score."""
+
+    def filed(run, score):
+        own = {"file": file.format(images=run.images, evaluator=score.evaluator), "settings": {"name": score.evaluator}}
+        return structs.replace(score, **own)
+
+    return with_runs(plan, lambda run: {"scores": [filed(run, score) for score in run.scores]})

@@ -34,7 +34,7 @@ from alignbench.methods.leapalign import LeapAlign
 from alignbench.methods.refl import ReFL
 from alignbench.testing.method_contract import unclocked
 from alignbench.training import batches as batches_module
-from alignbench.training import loop
+from alignbench.training import loop, state
 from alignbench.training.checkpoint import (
     FINAL,
     load_records,
@@ -77,16 +77,16 @@ class Blackbox(AlignMethod):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_common_random_numbers(method, micro, monkeypatch):
     """Batch t has the same prompts, text and noise whatever the method and the micro-batch."""
-    seen, draw = [], batches_module.draw_batch
+    seen, draw = [], state.draw_batch
 
     def spy(*args):
         seen.append(draw(*args))
         return seen[-1]
 
-    monkeypatch.setattr(batches_module, "draw_batch", spy)
+    monkeypatch.setattr(state, "draw_batch", spy)
     run(method, settings(batches=3, micro_batch=micro, drift_every=None))
     Blackbox.seen.clear()
-    monkeypatch.setattr(batches_module, "draw_batch", draw)
+    monkeypatch.setattr(state, "draw_batch", draw)
     run(Blackbox(), settings(batches=3))
     assert [p for b in seen for p in b.prompts] == [p for b in Blackbox.seen for p in b.prompts]
     assert torch.equal(torch.cat([b.noise for b in seen]), torch.cat([b.noise for b in Blackbox.seen]))

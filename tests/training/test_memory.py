@@ -19,7 +19,7 @@ from alignbench.backends.cost.formulas import GPUS
 from alignbench.evaluator import Reward, Term
 from alignbench.evaluators.hpsv2 import HPSv2
 from alignbench.evaluators.pickscore import PickScore
-from alignbench.experiment import spec
+from alignbench.experiment import ids
 from alignbench.experiment.document import read
 from alignbench.experiment.plan import draft, resolve
 from alignbench.flow import seeded
@@ -168,7 +168,7 @@ def test_decoder_and_reward_keep_one_slice(shapes, ask):
 def test_no_slices_leave_every_id_as_it_was(tmp_path, monkeypatch):
     """What is hashed of a run that sets none has no such word."""
     hashed = []
-    monkeypatch.setattr(spec, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
+    monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     for training in ({}, {"reward_slice": 1}):
         resolve(read(sweep_file(tmp_path, {"base": {"training": training}})), Registry([PLUGIN]))
     found = [content["training"].get("reward_slice") for content in hashed if "training" in content]

@@ -23,7 +23,7 @@ from support.training_runs import settings as training
 from alignbench.analytic import PROMPTS, AffineFlow, QuadraticReward
 from alignbench.backends.cost.formulas import GPUS
 from alignbench.config import UserError, decode, merge
-from alignbench.experiment import ids, spec
+from alignbench.experiment import ids
 from alignbench.experiment.document import read
 from alignbench.experiment.plan import draft, resolve
 from alignbench.experiment.spec import Budget, Protocol, Training
@@ -76,7 +76,7 @@ def test_milestones_that_cannot_be_are_refused(milestones, budget, said):
 def test_no_milestones_leave_every_id_as_it_was(tmp_path, monkeypatch):
     """What is hashed of a run without milestones has no such word, so ids of earlier stores stand; with them it has."""
     hashed = []
-    monkeypatch.setattr(spec, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
+    monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     for changes in ({}, MILESTONES):
         resolve(read(sweep_file(tmp_path, changes)), Registry([PLUGIN]))
     runs = [content["training"] for content in hashed if "training" in content]

@@ -12,7 +12,7 @@ from torch import nn
 from alignbench.analytic import PROMPTS, AffineFlow, QuadraticReward
 from alignbench.backends.flux import Flux
 from alignbench.config import UserError
-from alignbench.experiment import spec
+from alignbench.experiment import ids, spec
 from alignbench.experiment.document import read
 from alignbench.experiment.plan import resolve
 from alignbench.experiment.spec import Optimizer, check_parts
@@ -270,7 +270,7 @@ def test_parts_are_masters_already():
 def test_float32_leaves_every_id_as_it_was(tmp_path, monkeypatch):
     """What is hashed of a run has the word only where it is not float32."""
     hashed = []
-    monkeypatch.setattr(spec, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
+    monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     backend = {"dtype": "bfloat16"}
     for training in ({}, {"optimizer": {"weights": "stochastic"}}):
         changes = {"base": {"training": training, "backend": backend}}

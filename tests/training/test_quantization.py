@@ -9,7 +9,7 @@ from torch import nn
 
 from alignbench.analytic import AffineFlow
 from alignbench.config import UserError
-from alignbench.experiment import spec
+from alignbench.experiment import ids
 from alignbench.experiment.document import read
 from alignbench.experiment.plan import resolve
 from alignbench.experiment.spec import check_parts
@@ -179,7 +179,7 @@ def test_blocks_are_of_whole_tensors():
 def test_float32_leaves_every_id_as_it_was(tmp_path, monkeypatch):
     """What is hashed of a run has the word only where it is not float32."""
     hashed = []
-    monkeypatch.setattr(spec, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
+    monkeypatch.setattr(ids, "content_id", lambda content: hashed.append(content) or f"{len(hashed):010}")
     for training in ({}, {"optimizer": {"moments": "8bit"}}):
         resolve(read(sweep_file(tmp_path, {"base": {"training": training}})), Registry([PLUGIN]))
     found = [content["training"]["optimizer"].get("moments") for content in hashed if "training" in content]
