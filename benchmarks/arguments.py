@@ -1,4 +1,4 @@
-"""Arguments of a benchmark, and where its figures go: only a run of the default size replaces the committed ones."""
+"""Arguments of benchmarks, and the folder of their results: only a run with default options replaces committed ones."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TRIALS = RESULTS.parent.parent / "outputs" / "benchmarks"
 def parse(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None, free: Sequence[str] = ()
 ) -> argparse.Namespace:
-    """Return what was given, and in ``out`` the folder of the figures.
+    """Return the parsed arguments, with the folder of the results in ``out``.
 
-    Without ``--out`` it is ``benchmarks/results``, or ``outputs/benchmarks`` if an option that is not ``free`` has
-    another value than its default.
+    Without ``--out`` it is ``benchmarks/results``, or ``outputs/benchmarks`` if any option that is not ``free`` differs
+    from its default.
     """
     parser.add_argument(
-        "--out", type=Path, help="folder of the figures (default: benchmarks/results; of a trial outputs/benchmarks)"
+        "--out", type=Path, help="folder of the results (default: benchmarks/results; for a trial outputs/benchmarks)"
     )
     given = parser.parse_args(arguments)
     trial = any(value != parser.get_default(name) for name, value in vars(given).items() if name not in (*free, "out"))

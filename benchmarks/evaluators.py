@@ -2,15 +2,15 @@
 
     python benchmarks/evaluators.py [--size small|real] [--repeats 3]
 
-Each package runs in its own environment (installed if missing), and is timed inside its process, in the two ways that
-people call it: once per image, and once per prompt with the list of its images. Loading is stated both ways. For
-``hpsv2`` it belongs to every call, as the package reads the checkpoint anew each time (timed on a few calls: they are
-all alike); elsewhere it happens once. "as it is" compares that with ours when loaded: what remains in a long scoring
-run. ImageReward's one call for several prompts, ``inference_rank``, reads every prompt with every image; "diagonal" is
-what of it scores the pairs. Opening the PNG files counts on both sides, importing packages on neither.
+Each package runs in its own environment (installed if missing) and is timed inside its process, in the two ways that
+people call it: once per image, and once per prompt with all its images. Times are given with and without loading.
+``hpsv2`` loads in every call, because the package reads the checkpoint each time (only a few calls are timed, as all
+take equally long); everything else loads once. "as it is" compares hpsv2 with its loading to ours without, as in a long
+scoring run. ImageReward's only call for several prompts, ``inference_rank``, scores every prompt with every image;
+"diagonal" counts only the matching pairs. Times include opening the PNG files, but not importing packages.
 
-With a GPU both sides run there, each in its own precision: ``hpsv2`` in fp16 autocast, everything else in fp32. Figures
-go to benchmarks/results/evaluators-<size>.json and .md, of a GPU to evaluators-<size>-gpu.json and .md.
+With a GPU both sides run there, each in its own precision: ``hpsv2`` in fp16 autocast, everything else in fp32. Results
+go to benchmarks/results/evaluators-<size>.json and .md, with a GPU to evaluators-<size>-gpu.json and .md.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from arguments import parse
 
 HERE = Path(__file__).resolve().parent
 SIDE = 512  # of the images
-PROMPTS = {"small": (8, 4), "real": (2, 2), "gpu": (8, 4)}  # and images for each
-FEW = 2, 4  # prompts and images, of the calls that load a model each
-HPS = {  # small: 12 M parameters in its vision part; real: ViT-H's 632 M
+PROMPTS = {"small": (8, 4), "real": (2, 2), "gpu": (8, 4)}  # prompts, images per prompt
+FEW = 2, 4  # prompts and images for the calls that each load a model
+HPS = {  # small: a vision transformer of 12 M parameters; real: ViT-H, 632 M
     "small": {
         "embed_dim": 256,
         "vision_cfg": {"image_size": 224, "layers": 6, "width": 400, "head_width": 80, "patch_size": 14},
@@ -52,7 +52,7 @@ IMAGEREWARD = {  # vision transformer and BERT; real: ViT-L and BERT-base, with 
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """By the clock with a GPU; without one, seconds of one CPU thread, which other work alters little."""
+    """Return wall-clock seconds with a GPU, else CPU seconds of one thread, which other load hardly changes."""
     import torch
 
     if not torch.cuda.is_available():
@@ -71,7 +71,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def engine_script(path: str) -> Any:
-    """The engine's script, as a module: how it prepares its package is part of what is timed."""
+    """Import the engine's script, which prepares its package for timing as it does for scoring."""
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("engine", path)
@@ -83,13 +83,14 @@ def engine_script(path: str) -> Any:
 
 
 def by_prompt(request: dict) -> list[tuple[str, list[str]]]:
+    """Return (prompt, its images) for every prompt."""
     texts = list(dict.fromkeys(request["prompts"]))
     pairs = list(zip(request["prompts"], request["images"]))
     return [(text, [image for prompt, image in pairs if prompt == text]) for text in texts]
 
 
 def time_hpsv2(request: dict) -> tuple[dict[str, float], list[float]]:
-    """Seconds per image of ``hpsv2.score`` as it is, then with the checkpoint already in the model; the scores."""
+    """Return seconds per image of ``hpsv2.score``, as it is and with the checkpoint already loaded, and the scores."""
     import torch
 
     read = torch.load
@@ -108,18 +109,18 @@ def time_hpsv2(request: dict) -> tuple[dict[str, float], list[float]]:
         took = seconds(lambda: [score(images, prompt, cp=request["checkpoint"]) for prompt, images in calls])
         return took / sum(len(images) for _, images in calls)
 
-    per_image(singles[:1])  # the model is built once
+    per_image(singles[:1])  # builds the model
     prompts, images = FEW
-    found = {"per image, loading included": per_image(singles[:images])}
-    found |= {"per prompt, loading included": per_prompt(lists[:prompts])}
+    times = {"per image, loading included": per_image(singles[:images])}
+    times |= {"per prompt, loading included": per_prompt(lists[:prompts])}
     torch.load = lambda *arguments, **settings: {"state_dict": None}
     engine.img_score.model_dict["model"].load_state_dict = lambda state: None
-    found |= {"per image": per_image(singles), "per prompt": per_prompt(lists)}
-    return found, [float(score(image, prompt, cp=request["checkpoint"])[0]) for prompt, image in singles]
+    times |= {"per image": per_image(singles), "per prompt": per_prompt(lists)}
+    return times, [float(score(image, prompt, cp=request["checkpoint"])[0]) for prompt, image in singles]
 
 
 def time_imagereward(request: dict) -> tuple[dict[str, float], list[float]]:
-    """Seconds per image of ``ImageReward.score``, without gradient as its README calls it; the scores."""
+    """Return seconds per image of ``ImageReward.score``, without gradient as in its README, and the scores."""
     import torch
 
     engine = engine_script(request["script"])
@@ -141,11 +142,11 @@ def time_imagereward(request: dict) -> tuple[dict[str, float], list[float]]:
 
     with torch.no_grad():
         model.score(request["prompts"][0], request["images"][0])
-        found = {"per image": seconds(per_image), "per prompt": seconds(per_prompt)}
+        times = {"per image": seconds(per_image), "per prompt": seconds(per_prompt)}
         square = seconds(diagonal)
         scores = [model.score(prompt, image) for prompt, image in zip(request["prompts"], request["images"])]
-    found |= {f"{how}, loading included": time + loading for how, time in found.items()} | {"diagonal": square}
-    return {how: time / len(request["images"]) for how, time in found.items()}, scores
+    times |= {f"{calls}, loading included": time + loading for calls, time in times.items()} | {"diagonal": square}
+    return {calls: time / len(request["images"]) for calls, time in times.items()}, scores
 
 
 INSIDE = {"hpsv2": time_hpsv2, "imagereward": time_imagereward}
@@ -155,7 +156,7 @@ INSIDE = {"hpsv2": time_hpsv2, "imagereward": time_imagereward}
 
 
 def time_ours(make: Callable[[], Any], request: dict) -> tuple[dict[str, float], list[float]]:
-    """Seconds per image of one ``score`` by a loaded evaluator that knows no prompt yet, and by a fresh one; scores."""
+    """Return seconds per image of ``score``, by a loaded evaluator with new prompts and by a new one; and scores."""
     from PIL import Image
 
     from alignbench.prompts import Prompt
@@ -166,13 +167,14 @@ def time_ours(make: Callable[[], Any], request: dict) -> tuple[dict[str, float],
 
     evaluator = make()
     score(evaluator, [f"warm {text}" for text in request["prompts"]])
-    found = {"one call": seconds(lambda: score(evaluator, request["prompts"]))}
+    times = {"one call": seconds(lambda: score(evaluator, request["prompts"]))}
     scores = score(evaluator, request["prompts"])
-    found["one call, loading included"] = seconds(lambda: score(make(), request["prompts"]))
-    return {how: time / len(request["images"]) for how, time in found.items()}, scores
+    times["one call, loading included"] = seconds(lambda: score(make(), request["prompts"]))
+    return {calls: time / len(request["images"]) for calls, time in times.items()}, scores
 
 
 def time_theirs(engine: str, request: dict, folder: Path) -> tuple[dict[str, float], list[float]]:
+    """Return what ``INSIDE[engine]`` measures in the engine's own environment."""
     import subprocess
 
     from alignbench import official
@@ -188,27 +190,27 @@ def time_theirs(engine: str, request: dict, folder: Path) -> tuple[dict[str, flo
     return times, scores
 
 
-def pictures(folder: Path, texts: int, each: int) -> tuple[list[str], list[str]]:
-    """Paths of texts x each images, and the prompt of each."""
+def make_images(folder: Path, prompt_count: int, per_prompt: int) -> tuple[list[str], list[str]]:
+    """Return the paths of prompt_count x per_prompt images, and the prompt of each image."""
     from alignbench.testing.evaluator_contract import picture
 
     paths, prompts = [], []
-    for i in range(texts * each):
+    for i in range(prompt_count * per_prompt):
         paths.append(str(folder / f"{i}.png"))
         picture(SIDE, SIDE, i).save(paths[-1])
-        prompts.append(f"a red circle beside {i // each} blue squares, oil on canvas")
+        prompts.append(f"a red circle beside {i // per_prompt} blue squares, oil on canvas")
     return paths, prompts
 
 
 def draw(name: str, shape: tuple[int, ...]) -> Any:
-    """Random numbers of mean 0 and variance 1, quickly: a billion of them are needed."""
+    """Return random numbers of mean 0 and variance 1, faster than ``random_weights.draw``: a billion are needed."""
     import torch
 
     return torch.randn(shape, device="cuda" if torch.cuda.is_available() else "cpu").cpu()
 
 
 def hps_folder(folder: Path, config: dict[str, Any]) -> Path:
-    """The official layout at any size."""
+    """Save an HPSv2.1 of any size in the official layout."""
     import torch
     from open_clip import CLIP
 
@@ -226,7 +228,7 @@ def hps_folder(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def contestants(folder: Path, size: str) -> dict[str, tuple[Callable[[], Any], dict[str, str]]]:
-    """Engine -> how we make our evaluator, and what the official one is told."""
+    """Return {engine: (constructor of our evaluator, request for the official package)}."""
     from unittest import mock
 
     from alignbench.evaluators.hpsv2 import CHECKPOINT as HPS_CHECKPOINT
@@ -248,9 +250,9 @@ def contestants(folder: Path, size: str) -> dict[str, tuple[Callable[[], Any], d
 
 
 def measure(size: str, repeats: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Rows of figures; the best of the repeats, ours and theirs in turns, as other work slows the machine at times.
+    """Return a row per way of calling each engine, and how far our scores are from the official ones.
 
-    And how far our scores are from theirs.
+    Times are the best of the repeats, which alternate between the two sides, because other load may slow the machine.
     """
     import numpy as np
 
@@ -258,9 +260,9 @@ def measure(size: str, repeats: int) -> tuple[list[dict[str, Any]], dict[str, st
     best: dict[tuple[str, str, str], float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        images, prompts = pictures(folder, *counts(size))
-        for engine, (make, told) in contestants(folder, size).items():
-            request = {"images": images, "prompts": prompts, **told}
+        images, prompts = make_images(folder, *counts(size))
+        for engine, (make, official) in contestants(folder, size).items():
+            request = {"images": images, "prompts": prompts, **official}
             for repeat in range(repeats):
                 print(f"{engine}: {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
                 both = {"alignbench": time_ours(make, request), "official": time_theirs(engine, request, folder)}
@@ -269,20 +271,20 @@ def measure(size: str, repeats: int) -> tuple[list[dict[str, Any]], dict[str, st
                     f"at most {abs(ours - theirs).max():.1g} apart, of {abs(theirs).mean():.2g}"
                 )
                 for side, (times, _) in both.items():
-                    for how, time_taken in times.items():
-                        key = (engine, side, how)
-                        best[key] = min(best.get(key, float("inf")), time_taken)
-    rows = [{"evaluator": e, "engine": s, "calls": how, "seconds_per_image": t} for (e, s, how), t in best.items()]
+                    for calls, taken in times.items():
+                        key = (engine, side, calls)
+                        best[key] = min(best.get(key, float("inf")), taken)
+    rows = [{"evaluator": e, "engine": s, "calls": calls, "seconds_per_image": t} for (e, s, calls), t in best.items()]
     return [{**row, "images_per_second": 1 / row["seconds_per_image"]} for row in rows], gaps
 
 
 def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Our images per second over theirs, for every way of calling them, loading in or out on both sides.
+    """Return a row per official way of calling, with our speed-up: with loading on both sides, or on neither.
 
-    And hpsv2 as it is, with its loading at every call, over ours without.
+    For hpsv2 also as it is: its calls, which each load the model, against ours without loading.
     """
     ours = {(r["evaluator"], r["calls"]): r["images_per_second"] for r in rows if r["engine"] == "alignbench"}
-    found = []
+    compared = []
     for row in rows:
         if row["engine"] == "official":
             loading = ", loading included"
@@ -291,13 +293,14 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if loads and row["evaluator"] == "hpsv2":
                 ways.append(("one call", row["calls"].removesuffix(loading) + ", as it is"))
             for our_calls, calls in ways:
-                mine = ours[row["evaluator"], our_calls]
-                found.append({**row, "calls": calls, "alignbench": mine, "speedup": mine / row["images_per_second"]})
-    return found
+                speed = ours[row["evaluator"], our_calls]
+                ratio = speed / row["images_per_second"]
+                compared.append({**row, "calls": calls, "alignbench": speed, "speedup": ratio})
+    return compared
 
 
 def counts(size: str) -> tuple[int, int]:
-    """Prompts, and images for each."""
+    """Return the numbers of prompts and of images per prompt."""
     import torch
 
     return PROMPTS["gpu" if torch.cuda.is_available() else size]
@@ -306,8 +309,7 @@ def counts(size: str) -> tuple[int, int]:
 def machine(size: str) -> dict[str, Any]:
     import torch
 
-    texts, each = counts(size)
-
+    prompts, per_prompt = counts(size)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line for line in lines if line.startswith("model name")), ":").partition(":")[2]
     return {
@@ -319,7 +321,7 @@ def machine(size: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "precision": "fp32, of the official hpsv2 fp16 autocast" if torch.cuda.is_available() else "fp32",
-        "images": f"{texts} prompts x {each}, {SIDE} x {SIDE}",
+        "images": f"{prompts} prompts x {per_prompt}, {SIDE} x {SIDE}",
         "weights": "random, " + {"small": "far smaller than the real models", "real": "of the real sizes"}[size],
     }
 
@@ -338,15 +340,15 @@ def main() -> None:
     parser.add_argument("--size", choices=HPS, default="small")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
-    arguments = parse(parser, free=["size", "inside"])  # either size has figures of its own
+    arguments = parse(parser, free=["size", "inside"])  # each size has its own results
     if arguments.inside:
         engine, request = arguments.inside
         print(json.dumps(INSIDE[engine](json.loads(Path(request).read_text()))))
         return
     import torch
 
-    found, gaps = measure(arguments.size, arguments.repeats)
-    about, rows = machine(arguments.size) | gaps, speedups(found)
+    measured, gaps = measure(arguments.size, arguments.repeats)
+    about, rows = machine(arguments.size) | gaps, speedups(measured)
     name = f"evaluators-{arguments.size}{'-gpu' * torch.cuda.is_available()}"
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

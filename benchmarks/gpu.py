@@ -1,16 +1,17 @@
-"""What FLUX.1-dev costs on one GPU: a forward, a training sample of each method, the largest batch, an image.
+"""Measure what FLUX.1-dev costs on one GPU: a forward, a training sample of each method, the largest batch, an image.
 
     python benchmarks/gpu.py [--minutes 8] [--small]
 
-The real configuration with random weights (never zeros, which run faster), random text states, a random ViT-H as
-HPSv2.1: nothing is downloaded. What is timed is what users run: the backend's ``velocity``, ``train``, ``generate``,
-``score``. Text encoders are left out: every prompt is encoded once per run. Figures are printed as they come, and kept
-after each phase in benchmarks/results/gpu-<card>.json and .md; a phase that does not fit into the minutes is skipped.
-``--small`` runs every phase with small models, on a CPU if there is no GPU: its figures mean nothing.
+The model has the real configuration with random weights (never zeros, which run faster), random text states and a
+random ViT-H as HPSv2.1: nothing is downloaded. Timed is what users run: the backend's ``velocity``, ``train``,
+``generate`` and ``score``. Text encoders are left out, since every prompt is encoded once per run. Results are printed
+as they come and saved after each phase in benchmarks/results/gpu-<card>.json and .md; a phase that does not fit into
+the minutes is skipped. ``--small`` runs every phase with small models, on a CPU if there is no GPU: its results mean
+nothing.
 
-Utilisation is the FLOPs of alignbench/cost.py over time and rate. "MFU": what the mathematics needs, against the
-card's peak. "HFU": with what block checkpointing computes again. "of ceiling": HFU against the rate at which this very
-card multiplies the matrices of the model's own blocks, measured first.
+Utilisation is the FLOPs of alignbench/backends/cost over time and rate. "MFU" counts what the mathematics needs,
+against the card's peak. "HFU" adds what block checkpointing recomputes. "of ceiling" is the HFU against the rate at
+which this card multiplies the matrices of the model's blocks, measured first.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from alignbench.prompts import Prompt
 from alignbench.training.loop import train
 
 PEAK = 989e12  # FLOP/s: dense bfloat16 of an H100 or H200 SXM, by its datasheet
-TEXT_ENCODERS = 9.8  # GB in bfloat16, which stay on the GPU in a real run
+TEXT_ENCODERS = 9.8  # GB in bfloat16, which a real run keeps on the GPU
 PROMPTS = [Prompt(str(i), f"a photo of {i} red circles above a blue square, oil on canvas") for i in range(64)]
 VAE = {"in_channels": 3, "out_channels": 3, "scaling_factor": 0.3611, "shift_factor": 0.1159}
 VAE |= {"use_quant_conv": False, "use_post_quant_conv": False}
@@ -74,10 +75,10 @@ SMALL_JUDGE = {
 
 
 class World(NamedTuple):
-    """What is measured, and at which sizes (pixels): ``size`` is the main one."""
+    """The model under test, and the image sizes (pixels) to measure; ``size`` is the main one."""
 
     device: torch.device
-    model: Model  # its costs
+    model: Model  # FLOPs and memory
     flow: FluxFlow
     settings: Flux
     pipeline: Any
@@ -88,12 +89,12 @@ class World(NamedTuple):
     steps: int  # of a training rollout
 
     def flops(self, size: int) -> float:
-        """Of one forward of one sample."""
+        """Return the FLOPs of one forward of one sample."""
         return self.model.transformer.forward(self.model.tokens(size, self.words))
 
 
 class Sheet:
-    """The figures so far, on the screen and on disk."""
+    """A table of results, printed row by row and saved on disk."""
 
     def __init__(self, results: Path, minutes: float, about: dict[str, Any]) -> None:
         self.results, self.minutes, self.about = results, minutes, about
@@ -110,7 +111,7 @@ class Sheet:
         print(f"[{self.seconds:4.0f} s] {what}: {_line(self.rows[-1])}", flush=True)
 
     def used(self, hardware: float, seconds: float, tokens: int) -> dict[str, float]:
-        """The hardware's FLOPs against the ceiling at that many tokens, or at the nearest."""
+        """Return the FLOPs computed over those of the ceiling at the nearest number of tokens."""
         if not self.ceilings:
             return {}
         near = min(self.ceilings, key=lambda rows: abs(rows - tokens))
@@ -151,7 +152,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def world(small: bool, device: torch.device, folder: Path) -> World:
-    """Everything on ``device``. The backend looks for image sizes in ``folder``."""
+    """Build everything on ``device``. The backend reads the autoencoder's configuration from ``folder``."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
     configs = SMALL if small else FLUX_1_DEV
@@ -182,7 +183,7 @@ def world(small: bool, device: torch.device, folder: Path) -> World:
 
 
 def randomised(module: Any, scale: float = 0.02) -> Any:
-    """Weights ~ N(0, scale^2); those of norms around 1."""
+    """Draw the weights from N(0, scale^2), those of norms around 1; return the module."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             norm = parameter.ndim == 1 and ("norm" in name or "ln_" in name) and name.endswith("weight")
@@ -191,7 +192,7 @@ def randomised(module: Any, scale: float = 0.02) -> Any:
 
 
 class RandomText(PromptEncoder):
-    """Random text states in the encoders' place, the same for the same prompt."""
+    """Random text states in place of the encoders', equal for equal prompts."""
 
     def __init__(self, shape: dict[str, Any], words: int, device: torch.device) -> None:
         super().__init__(device)
@@ -203,7 +204,7 @@ class RandomText(PromptEncoder):
 
 
 def random_judge(config: dict[str, Any] | None, device: torch.device) -> HPSv2:
-    """HPSv2.1 with random weights in memory, in the place of its checkpoint."""
+    """Return HPSv2.1 with random weights in memory instead of a checkpoint."""
     import open_clip
 
     config = config or open_clip.get_model_config("ViT-H-14")
@@ -218,7 +219,7 @@ def random_judge(config: dict[str, Any] | None, device: torch.device) -> HPSv2:
 
 
 def with_adapters(it: World) -> World:
-    """LoRA put on as for training, but with a B that has learnt something: a zero would have no gradient behind it."""
+    """Add LoRA as for training, but with a nonzero B, since A has no gradient while B is zero."""
     it.settings.prepare(it.pipeline)
     flow = FluxFlow(it.pipeline, it.settings, it.flow._text, it.device)
     with torch.no_grad():
@@ -232,7 +233,7 @@ def with_adapters(it: World) -> World:
 
 
 def clock(work: Callable[[], Any], device: torch.device, repeats: int = 5, warm: int = 2) -> float:
-    """Median seconds of ``work``, by events on a GPU."""
+    """Return the median seconds of ``work``, timed with events on a GPU."""
     for _ in range(warm):
         work()
     times = []
@@ -251,7 +252,8 @@ def clock(work: Callable[[], Any], device: torch.device, repeats: int = 5, warm:
     return statistics.median(times)
 
 
-def cleared(device: torch.device) -> None:
+def free_memory(device: torch.device) -> None:
+    """Free cached GPU memory, and reset the record of its peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -262,11 +264,11 @@ def cleared(device: torch.device) -> None:
 
 
 def ceilings(it: World, sheet: Sheet) -> None:
-    """The rate of the blocks' own matrix products in bfloat16, weighted as the model has them; and of a copy."""
+    """Measure the rate of the blocks' matrix products in bfloat16, weighted as in the model, and of a copy."""
     width = it.model.transformer.width
     layers = [linear for linear in it.model.transformer.linears() if linear.rows != "sample" and linear.n_in >= width]
     shapes = Counter((linear.n_in, linear.n_out) for linear in layers if linear.n_out >= width)
-    shapes[width, 3 * width] = 0  # a fused projection: not in the model, for comparison
+    shapes[width, 3 * width] = 0  # a fused projection, which the model does not have, for comparison
     for size in it.sizes:
         rows, flops, seconds, rates = it.model.tokens(size, it.words).both, 0.0, 0.0, {}
         for (n_in, n_out), count in shapes.items():
@@ -289,7 +291,7 @@ def inputs(it: World, size: int, n: int) -> tuple[torch.Tensor, Cond]:
 
 
 def forward(it: World, sheet: Sheet, what: str, size: int, n: int = 1, goal: str = "", **more: Any) -> torch.Tensor:
-    """One row: ``velocity`` without gradient, as in a rollout. Its answer."""
+    """Add a row for ``velocity`` without gradient, as in a rollout; return its output."""
     flow, (x, cond) = it.flow.at(size=size), inputs(it, size, n)
     with torch.no_grad():
         seconds = clock(lambda: flow.velocity(x, 0.5, cond), it.device)
@@ -301,7 +303,7 @@ def forward(it: World, sheet: Sheet, what: str, size: int, n: int = 1, goal: str
 
 
 def forwards(it: World, sheet: Sheet) -> None:
-    """The network alone, uncompiled: by image size and batch."""
+    """Time the network alone, uncompiled, by image size and batch."""
     for size, n in itertools.product(it.sizes, (1, 4)):
         goal = "75 ms" if (size, n) == (it.size, 1) else ""
         forward(it, sheet, "", size, n, goal)
@@ -309,7 +311,7 @@ def forwards(it: World, sheet: Sheet) -> None:
 
 
 def pure_bfloat16(it: World, sheet: Sheet) -> None:
-    """For comparison: diffusers' own call, with every tensor in bfloat16 and no autocast."""
+    """Time diffusers' own call for comparison, with every tensor in bfloat16 and no autocast."""
     flow, (x, cond) = it.flow, inputs(it, it.size, 1)
     call = {"hidden_states": x.bfloat16(), "encoder_hidden_states": cond.tensors["text"], "return_dict": False}
     call |= {"timestep": torch.full((1,), 0.5, device=it.device, dtype=torch.bfloat16)}
@@ -323,33 +325,37 @@ def pure_bfloat16(it: World, sheet: Sheet) -> None:
 
 
 def attention(it: World, sheet: Sheet) -> None:
-    """The same forward with one kernel of attention at a time."""
+    """Time the same forward with each attention kernel."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
-        with sdpa_kernel(getattr(SDPBackend, name)), told(sheet, f"forward, {it.size} px, batch 1, {name.lower()}"):
+        with (
+            sdpa_kernel(getattr(SDPBackend, name)),
+            failure_as_row(sheet, f"forward, {it.size} px, batch 1, {name.lower()}"),
+        ):
             forward(it, sheet, f", {name.lower()}", it.size)
 
 
 def adapted(it: World, sheet: Sheet) -> None:
-    """What the adapters cost in a forward."""
+    """Time a forward with adapters."""
     forward(it, sheet, ", with adapters", it.size)
 
 
 class Step(NamedTuple):
-    """One training sample, on average."""
+    """The average cost of one training sample."""
 
     seconds: float
     peak: float  # GB
     model: float  # FLOPs that the mathematics needs
-    hardware: float  # and those with checkpointing's repetitions
+    hardware: float  # FLOPs with checkpointing's recomputation
 
 
 def step(it: World, method: Any, size: int, n: int = 1, updates: int = 3, **more: Any) -> Step:
-    """``updates`` updates of ``train`` with batches of n; the first one, which warms up, is not counted if there are
-    more. ``more``: settings of training.
+    """Measure ``updates`` updates of ``train`` with batches of n.
+
+    The first update warms up and is not counted if there are more. ``more``: settings of training.
     """
-    cleared(it.device)
+    free_memory(it.device)
     reward = Reward(Term(it.judge, margin=None))
     training = Training(budget=Budget(updates=updates), batch=n, micro_batch=n, drift_every=None, **more)
     accelerator = Accelerator(cpu=it.device.type == "cpu")
@@ -360,74 +366,74 @@ def step(it: World, method: Any, size: int, n: int = 1, updates: int = 3, **more
     full = it.flow._settings.tune == "full"
     f, b = it.model.transformer.forward(tokens), it.model.transformer.backward(tokens, full)
     decode = it.model.decoder.forward(size) * spent["decodes"]
-    pathwise = 0 if method.stochastic else 1  # is the decoder differentiated?
+    pathwise = 0 if method.stochastic else 1  # 1 if the decoder is differentiated
     model = spent["nfe_forward"] * f + spent["nfe_grad"] * (f + b) + decode * (1 + pathwise)
     hardware = model + spent["nfe_grad"] * f + decode * pathwise
     images = spent["images"] or records[-1]["images"]
     return Step(spent["seconds"] / images, records[-1]["peak_memory_bytes"] / 1e9, model / images, hardware / images)
 
 
-def training_row(it: World, sheet: Sheet, what: str, found: Step, size: int, goal: str = "") -> None:
-    seconds, tokens = found.seconds, it.model.tokens(size, it.words).both
-    shares = {"mfu": found.model / seconds / PEAK, "hfu": found.hardware / seconds / PEAK}
-    shares |= sheet.used(found.hardware, seconds, tokens)
-    sheet.add(what, seconds, "s per sample", goal, **shares, peak_GB=found.peak)
+def training_row(it: World, sheet: Sheet, what: str, cost: Step, size: int, goal: str = "") -> None:
+    seconds, tokens = cost.seconds, it.model.tokens(size, it.words).both
+    shares = {"mfu": cost.model / seconds / PEAK, "hfu": cost.hardware / seconds / PEAK}
+    shares |= sheet.used(cost.hardware, seconds, tokens)
+    sheet.add(what, seconds, "s per sample", goal, **shares, peak_GB=cost.peak)
 
 
 def leapalign(it: World, sheet: Sheet) -> None:
-    """The main figure."""
-    found = step(it, LeapAlign(steps=it.steps), it.size)
-    training_row(it, sheet, f"LeapAlign, {it.size} px, batch 1", found, it.size, "2.4 s")
-    both = found.peak + TEXT_ENCODERS
-    sheet.add(f"peak memory, LeapAlign, {it.size} px, batch 1", found.peak, "GB", "40 GB", with_text_encoders=both)
+    """Measure the main result."""
+    cost = step(it, LeapAlign(steps=it.steps), it.size)
+    training_row(it, sheet, f"LeapAlign, {it.size} px, batch 1", cost, it.size, "2.4 s")
+    both = cost.peak + TEXT_ENCODERS
+    sheet.add(f"peak memory, LeapAlign, {it.size} px, batch 1", cost.peak, "GB", "40 GB", with_text_encoders=both)
 
 
 def methods(it: World, sheet: Sheet) -> None:
-    """The other methods that differentiate the reward. ReFL and DRTune draw where they stop: more updates for them."""
+    """Measure other methods that differentiate the reward; ReFL and DRTune draw where to stop and need more updates."""
     few, some = it.steps // 2, max(1, it.steps // 2 - 1)
     for method, updates in (
         (ReFL(steps=it.steps, last_n=some), 5),
         (DRTune(steps=it.steps, m=some), 5),
         (DRaFTLV(steps=it.steps), 3),
     ):
-        found = step(it, method, it.size, updates=updates if few > 2 else 2)
-        training_row(it, sheet, f"{type(method).__name__}, {it.size} px, batch 1", found, it.size)
+        cost = step(it, method, it.size, updates=updates if few > 2 else 2)
+        training_row(it, sheet, f"{type(method).__name__}, {it.size} px, batch 1", cost, it.size)
 
 
 def other_sizes(it: World, sheet: Sheet) -> None:
     for size in it.sizes:
         if size != it.size:
-            found = step(it, LeapAlign(steps=it.steps), size)
-            training_row(it, sheet, f"LeapAlign, {size} px, batch 1", found, size)
+            cost = step(it, LeapAlign(steps=it.steps), size)
+            training_row(it, sheet, f"LeapAlign, {size} px, batch 1", cost, size)
 
 
 def policy_gradient(it: World, sheet: Sheet) -> None:
-    """One group of four images: a rollout and one update from four moves."""
+    """Measure one group of four images: a rollout, and one update from four moves."""
     window = min(4, it.steps - 1)
     method = MixGRPO(steps=it.steps, group=4, updates_per_rollout=1, window=window)
-    found = step(it, method, it.size, n=4, updates=1)
-    training_row(it, sheet, f"MixGRPO, {it.size} px, a group of 4, {window} moves", found, it.size)
+    cost = step(it, method, it.size, n=4, updates=1)
+    training_row(it, sheet, f"MixGRPO, {it.size} px, a group of 4, {window} moves", cost, it.size)
 
 
 def largest_batch(it: World, sheet: Sheet) -> None:
-    """Of LeapAlign, until memory is full. With few steps of the sampler: those without gradient keep nothing."""
+    """Find LeapAlign's largest batch. Few sampling steps suffice, as steps without gradient keep nothing in memory."""
     fits, peak = 0, 0.0
     for n in (2, 4, 8, 16, 24, 32, 48) if it.device.type == "cuda" else (2, 4):
         try:
-            found = step(it, LeapAlign(steps=4), it.size, n, updates=1)
+            cost = step(it, LeapAlign(steps=4), it.size, n, updates=1)
         except torch.OutOfMemoryError:
             sheet.add(f"LeapAlign, {it.size} px, batch {n}", None, "out of memory")
             break
-        fits, peak = n, found.peak
+        fits, peak = n, cost.peak
         print(f"[{sheet.seconds:4.0f} s] batch {n} fits: {peak:.1f} GB", flush=True)
         if sheet.seconds > 60 * sheet.minutes - 30:
             break
-    cleared(it.device)
+    free_memory(it.device)
     sheet.add(f"largest batch tried that fits, LeapAlign, {it.size} px", fits, "samples", peak_GB=peak)
 
 
 def evaluation(it: World, sheet: Sheet, what: str = "", goal: str = "3.8 s") -> None:
-    """Images as for a table: 50 steps, decoded and scored."""
+    """Time images as for a report: 50 steps, decoded and scored."""
     steps = 50 if it.steps > 4 else 4
     protocol = Protocol(prompts="", images_per_prompt=1, steps=steps, size=it.size)
 
@@ -436,9 +442,9 @@ def evaluation(it: World, sheet: Sheet, what: str = "", goal: str = "3.8 s") -> 
         made = [image for _, _, image in generate(it.flow, prompts, protocol)]
         it.judge.score(made, prompts)
 
-    cleared(it.device)
-    made = 2  # what one pass of 720 px holds
-    seconds = clock(lambda: images(made), it.device, repeats=1, warm=0) / made
+    free_memory(it.device)
+    count = 2  # one pass of 720 px
+    seconds = clock(lambda: images(count), it.device, repeats=1, warm=0) / count
     flops = steps * it.flops(it.size) + it.model.decoder.forward(it.size)
     shares = {"mfu": flops / seconds / PEAK, **sheet.used(flops, seconds, it.model.tokens(it.size, it.words).both)}
     what = f"evaluation image, {it.size} px, {steps} steps, decoded and scored{what}"
@@ -447,7 +453,7 @@ def evaluation(it: World, sheet: Sheet, what: str = "", goal: str = "3.8 s") -> 
 
 @contextlib.contextmanager
 def compiled(transformer: Any) -> Iterator[None]:
-    """Its blocks compiled, one kind at a time, for the very shapes that come; on a CPU only traced, which is quick."""
+    """Compile the blocks, one kind at a time, for exact shapes. On a CPU they are only traced, which is quick."""
     backend = "inductor" if torch.cuda.is_available() else "aot_eager"
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=32):
         transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
@@ -460,7 +466,7 @@ def compiled(transformer: Any) -> Iterator[None]:
 
 
 def compiled_rollouts(it: World, sheet: Sheet) -> None:
-    """What ``backend.compile`` gives without gradient."""
+    """Measure what ``backend.compile`` gains without gradient."""
     plain = forward(it, sheet, ", with adapters, again", it.size)
     with compiled(it.flow.transformer):
         x, cond = inputs(it, it.size, 1)
@@ -474,27 +480,27 @@ def compiled_rollouts(it: World, sheet: Sheet) -> None:
 
 
 def compiled_training(it: World, sheet: Sheet) -> None:
-    """The same with gradient."""
+    """Measure what ``backend.compile`` gains with gradient."""
     with compiled(it.flow.transformer):
         began = sheet.seconds
-        found = step(it, LeapAlign(steps=it.steps), it.size)
-        training_row(it, sheet, f"LeapAlign, {it.size} px, batch 1, compiled", found, it.size, "2.4 s")
+        cost = step(it, LeapAlign(steps=it.steps), it.size)
+        training_row(it, sheet, f"LeapAlign, {it.size} px, batch 1, compiled", cost, it.size, "2.4 s")
         sheet.add("compiling, training: three updates with it", sheet.seconds - began, "s")
 
 
 def masters(it: World, sheet: Sheet) -> None:
-    """Adapters in bfloat16, with float32 masters in the optimizer: the same bits without the casts. They stay so."""
-    found = step(it, LeapAlign(steps=it.steps), it.size, optimizer=Optimizer(weights="master"))
-    training_row(it, sheet, f"LeapAlign, {it.size} px, batch 1, adapters in bfloat16", found, it.size)
+    """Measure adapters in bfloat16 with float32 masters: the same bits without casts. The adapters stay in bfloat16."""
+    cost = step(it, LeapAlign(steps=it.steps), it.size, optimizer=Optimizer(weights="master"))
+    training_row(it, sheet, f"LeapAlign, {it.size} px, batch 1, adapters in bfloat16", cost, it.size)
     forward(it, sheet, ", with adapters in bfloat16", it.size)
     with compiled(it.flow.transformer):
         forward(it, sheet, ", with adapters in bfloat16, compiled", it.size, goal="75 ms")
 
 
 def all_weights(it: World, sheet: Sheet) -> None:
-    """A full fine-tune on one card: bfloat16 weights rounded stochastically, 8-bit moments, the average on the host.
+    """Measure a full fine-tune on one GPU: stochastically rounded bfloat16 weights, 8-bit moments, EMA on the host.
 
-    The adapters are gone afterwards, and the network has moved.
+    This deletes the adapters and changes the network's weights.
     """
     transformer = it.flow.transformer
     transformer.delete_adapters("default")
@@ -505,12 +511,12 @@ def all_weights(it: World, sheet: Sheet) -> None:
     settings = structs.replace(it.settings, tune="full")
     it = it._replace(flow=FluxFlow(it.pipeline, settings, it.flow._text, it.device))
     optimizer = Optimizer(weights="stochastic", moments="8bit")
-    found = step(it, LeapAlign(steps=it.steps), it.size, optimizer=optimizer, ema_on_host=True)
-    training_row(it, sheet, f"LeapAlign, {it.size} px, batch 1, all weights", found, it.size)
+    cost = step(it, LeapAlign(steps=it.steps), it.size, optimizer=optimizer, ema_on_host=True)
+    training_row(it, sheet, f"LeapAlign, {it.size} px, batch 1, all weights", cost, it.size)
 
 
 def kernels(it: World, sheet: Sheet) -> None:
-    """Where a forward and a step spend their time: the longest kernels, in gpu-<card>-kernels.txt."""
+    """Write the kernels that take longest in a forward and a backward to gpu-<card>-kernels.txt."""
     from torch.profiler import ProfilerActivity, profile
 
     flow, (x, cond) = it.flow, inputs(it, it.size, 1)
@@ -518,24 +524,24 @@ def kernels(it: World, sheet: Sheet) -> None:
     by = "self_cuda_time_total" if it.device.type == "cuda" else "self_cpu_time_total"
     tables = []
     for what in ("forward", "forward and backward"):
-        with profile(activities=kinds) as seen, torch.set_grad_enabled(what != "forward"):
+        with profile(activities=kinds) as profiled, torch.set_grad_enabled(what != "forward"):
             v = flow.velocity(x, 0.5, cond)
             if v.requires_grad:
                 v.sum().backward()
             if it.device.type == "cuda":
                 torch.cuda.synchronize()
-        tables.append(f"{what}, {it.size} px, batch 1\n{seen.key_averages().table(sort_by=by, row_limit=25)}")
+        tables.append(f"{what}, {it.size} px, batch 1\n{profiled.key_averages().table(sort_by=by, row_limit=25)}")
     path = sheet.results / f"gpu-{sheet.about['name']}-kernels.txt"
     path.write_text("\n\n".join(tables))
     print(f"[{sheet.seconds:4.0f} s] {path}", flush=True)
 
 
 @contextlib.contextmanager
-def told(sheet: Sheet, what: str) -> Iterator[None]:
-    """A failure becomes a row, and the rest goes on: minutes on a GPU are dear."""
+def failure_as_row(sheet: Sheet, what: str) -> Iterator[None]:
+    """Turn an exception into a row, so that the other phases still run: minutes on a GPU are expensive."""
     try:
         yield
-    except Exception as error:  # whatever a kernel or a compiler raises
+    except Exception as error:  # kernels and compilers raise many types
         sheet.add(what, None, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
@@ -558,19 +564,19 @@ def run(it: World, sheet: Sheet, phases: Sequence[Phase]) -> None:
         if sheet.seconds + 60 * minutes > 60 * sheet.minutes:
             sheet.add(name, None, f"skipped: it takes up to {minutes} minutes")
             continue
-        with told(sheet, name):
+        with failure_as_row(sheet, name):
             work(it, sheet)
-        cleared(it.device)
+        free_memory(it.device)
         sheet.write()
 
 
 def main(arguments: Sequence[str] | None = None) -> Sheet:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8, help="phases that would end later are skipped")
+    parser.add_argument("--minutes", type=float, default=8, help="skip phases that would end later")
     parser.add_argument("--small", action="store_true", help="small models, to try the benchmark itself")
     given = parse(parser, arguments)
     if not (torch.cuda.is_available() or given.small):
-        raise SystemExit("benchmarks/gpu.py: torch finds no GPU; --small tries the benchmark on a CPU")
+        raise SystemExit("benchmarks/gpu.py: torch finds no GPU; use --small to try the benchmark on a CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     card = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
     about = {
@@ -584,7 +590,7 @@ def main(arguments: Sequence[str] | None = None) -> Sheet:
     sheet.write()
     with tempfile.TemporaryDirectory() as temporary:
         it = world(given.small, device, Path(temporary) / "model")
-        print(f"[{sheet.seconds:4.0f} s] the model is there, on {card}", flush=True)
+        print(f"[{sheet.seconds:4.0f} s] the model is ready, on {card}", flush=True)
         run(it, sheet, BARE)
         run(with_adapters(it), sheet, ADAPTED)
     sheet.write()

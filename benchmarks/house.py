@@ -1,18 +1,18 @@
-"""Measure the structure of a checkout, so that before and after stand side by side.
+"""Measure the structure of a checkout, to compare before and after.
 
     python benchmarks/house.py                              this checkout
     python benchmarks/house.py OLD NEW --json FILE          a column each; FILE keeps the numbers
-    python benchmarks/house.py benchmarks/results/house-before.json .        kept numbers as columns, too
+    python benchmarks/house.py benchmarks/results/house-before.json .        stored numbers as a column too
     python benchmarks/house.py --timed                      also the time of `--help` and of a report on 1,000 runs
 
-Everything but the last two groups is read from syntax trees, so the layout does not matter and nothing is imported.
-"Code" is alignbench, methods, evaluators and reports; tests and benchmarks count in the first group only.
+All but the last two groups are read from syntax trees: any layout works, and nothing is imported. "Code" is alignbench,
+methods, evaluators and reports; tests and benchmarks count only in the first group.
 
-Imports are those at run time, inside functions too, without `if TYPE_CHECKING`. `from a.b import c` is an import of
-the module a.b.c if there is one, otherwise of a.b; that a.b.c also runs the `__init__` of a and a.b does not count.
-Folders beside alignbench/ have the names that pyproject.toml gives them: methods/refl.py is alignbench.methods.refl. A
-package is a folder. Cycles are the groups of files (or packages) that all reach each other; floors, the longest chain
-of imports once each such group counts as one.
+Imports are those at run time, also inside functions, but not under `if TYPE_CHECKING`. `from a.b import c` imports the
+module a.b.c if it exists, otherwise a.b; running the `__init__` of a and a.b does not count. Folders beside alignbench/
+have the names that pyproject.toml gives them: methods/refl.py is alignbench.methods.refl. A package is a folder. A
+cycle is a group of files (or packages) that all reach each other. Floors are the length of the longest chain of
+imports, where a cycle counts as one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Graph = Mapping[str, set[str]]
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkouts", nargs="*", metavar="CHECKOUT", help="folders, or files that --json wrote")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the numbers here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--timed", action="store_true", help="also time `--help` and `report`: some minutes")
     arguments = parser.parse_args(words)
     columns: dict[str, dict[str, Any]] = {}
@@ -62,14 +62,14 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def revision(root: Path) -> str:
-    """Return the commit's short name, with a + if files differ from it; of no repository, the folder's name."""
+    """Return the short commit hash, with a + if files differ from it, or the folder's name outside a repository."""
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() or root.resolve().name
 
 
 def measure(root: Path) -> dict[str, Any]:
-    """Measure everything that needs no clock."""
+    """Return all measures except those of time."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sources(root, CODE)}
     return {
         **sizes(root),
@@ -84,8 +84,8 @@ def measure(root: Path) -> dict[str, Any]:
 
 def sources(root: Path, folders: Iterable[str]) -> list[Path]:
     """Return the Python files below these folders of a checkout."""
-    found = (path for folder in folders for path in sorted((root / folder).rglob("*.py")))
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    paths = (path for folder in folders for path in sorted((root / folder).rglob("*.py")))
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts)]
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -102,8 +102,8 @@ def sizes(root: Path) -> dict[str, Any]:
             lines[place] += len(path.read_text(encoding="utf-8").splitlines())
     rooms = [(n, place) for place, n in files.items() if place.partition("/")[0] in CODE]
     largest, room = max(rooms, default=(0, ""))
-    each = {f"{place}: files, lines": [files[place], lines[place]] for place in sorted(files)}
-    return each | {"largest folder of code, files": [largest, room]}
+    counts = {f"{place}: files, lines": [files[place], lines[place]] for place in sorted(files)}
+    return counts | {"largest folder of code, files": [largest, room]}
 
 
 # -- imports ----------------------------------------------------------------------------------------------------------
@@ -145,18 +145,18 @@ def imported(node: ast.AST, package: Sequence[str]) -> Iterator[str]:
 
 
 def graphs(files: Graph) -> dict[str, Any]:
-    """Floors and cycles of imports, between files and between packages."""
+    """Count floors and cycles of imports, between files and between packages."""
     packages: dict[str, set[str]] = defaultdict(set)
     for file, others in files.items():
-        here = file.rpartition("/")[0]
-        packages[here] |= {other.rpartition("/")[0] for other in others} - {here}
-    found: dict[str, Any] = {}
+        package = file.rpartition("/")[0]
+        packages[package] |= {other.rpartition("/")[0] for other in others} - {package}
+    measures: dict[str, Any] = {}
     for name, graph in (("files", files), ("packages", packages)):
         groups = components(graph)
         rings = sorted(sorted(group) for group in groups if len(group) > 1)
-        found[f"floors of imports between {name}"] = floors(graph, groups)
-        found[f"cycles of imports between {name}"] = [len(rings), *(" ".join(ring) for ring in rings)]
-    return found
+        measures[f"floors of imports between {name}"] = floors(graph, groups)
+        measures[f"cycles of imports between {name}"] = [len(rings), *(" ".join(ring) for ring in rings)]
+    return measures
 
 
 def components(graph: Graph) -> list[frozenset[str]]:
@@ -166,7 +166,7 @@ def components(graph: Graph) -> list[frozenset[str]]:
 
 
 def reachable(graph: Graph, start: str) -> set[str]:
-    """Return all that ``start`` imports, directly or by way of others."""
+    """Return everything that ``start`` imports, directly or indirectly."""
     seen: set[str] = set()
     todo = [start]
     while todo:
@@ -178,11 +178,11 @@ def reachable(graph: Graph, start: str) -> set[str]:
 
 def floors(graph: Graph, groups: Iterable[frozenset[str]]) -> int:
     """Return the number of nodes on the longest chain in the graph of components."""
-    group = {node: found for found in groups for node in found}
-    below = {found: {group[other] for node in found for other in graph[node]} - {found} for found in group.values()}
+    home = {node: group for group in groups for node in group}
+    below = {group: {home[other] for node in group for other in graph[node]} - {group} for group in home.values()}
     height: dict[frozenset[str], int] = {}
-    for found in TopologicalSorter(below).static_order():
-        height[found] = 1 + max((height[other] for other in below[found]), default=0)
+    for group in TopologicalSorter(below).static_order():
+        height[group] = 1 + max((height[other] for other in below[group]), default=0)
     return max(height.values(), default=0)
 
 
@@ -190,7 +190,7 @@ def floors(graph: Graph, groups: Iterable[frozenset[str]]) -> int:
 
 
 def functions(root: Path, trees: Mapping[Path, ast.Module]) -> dict[str, Any]:
-    """Count functions of code, and the lines that they have."""
+    """Count the functions of the code and their lines."""
     lengths = sorted(
         (node.end_lineno - node.lineno + 1, f"{path.relative_to(root).as_posix()}: {node.name}")
         for path, tree in trees.items()
@@ -208,44 +208,44 @@ def functions(root: Path, trees: Mapping[Path, ast.Module]) -> dict[str, Any]:
 
 
 def repetition(trees: Mapping[Path, ast.Module]) -> dict[str, Any]:
-    """Return the share of code lines in a block of six that stands in another place too, in percent."""
+    """Return the percentage of code lines that are part of a block of six lines found elsewhere too."""
     files = [code_lines(path.read_text(encoding="utf-8"), tree) for path, tree in trees.items()]
     places: dict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
     for i, lines in enumerate(files):
         for k in range(len(lines) - BLOCK + 1):
             places[tuple(lines[k : k + BLOCK])].append((i, k))
-    repeated = {(i, k + j) for found in places.values() if len(found) > 1 for i, k in found for j in range(BLOCK)}
+    repeated = {(i, k + j) for same in places.values() if len(same) > 1 for i, k in same for j in range(BLOCK)}
     return {"code lines in repeated blocks, %": percent(len(repeated), sum(map(len, files)))}
 
 
 def code_lines(text: str, tree: ast.Module) -> list[str]:
-    """Return the lines with white space folded, without blank ones, comments, imports and lone punctuation."""
+    """Return lines with white space folded, leaving out blank lines, comments, imports and lone punctuation."""
     nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
-    passed = {i for node in nodes for i in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
-    folded = (" ".join(line.split()) for i, line in enumerate(text.splitlines(), 1) if i not in passed)
+    skipped = {i for node in nodes for i in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    folded = (" ".join(line.split()) for i, line in enumerate(text.splitlines(), 1) if i not in skipped)
     return [line for line in folded if re.search(r"\w", line) and not line.startswith("#")]
 
 
 def docstrings(trees: Iterable[ast.Module]) -> dict[str, Any]:
-    """Count docstrings of classes and functions, and those that begin as a fragment does."""
+    """Count docstrings of classes and functions, and those that begin like a fragment."""
     nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, (*FUNCTION, ast.ClassDef)))
-    found = [text for node in nodes if (text := ast.get_docstring(node))]
-    fragments = sum(bool(FRAGMENT.match(text)) for text in found)
+    texts = [text for node in nodes if (text := ast.get_docstring(node))]
+    fragments = sum(bool(FRAGMENT.match(text)) for text in texts)
     return {
-        "docstrings": len(found),
+        "docstrings": len(texts),
         "docstrings that are fragments": fragments,
-        "docstrings that are fragments, %": percent(fragments, len(found)),
+        "docstrings that are fragments, %": percent(fragments, len(texts)),
     }
 
 
 def vocabulary(paths: Iterable[Path]) -> dict[str, int]:
-    """Count words that have a better one."""
-    found = Counter(
+    """Count words for which there is a better one."""
+    counts = Counter(
         word.lower().replace("pictures", "picture")
         for path in paths
         for word in WORDS.findall(path.read_text(encoding="utf-8"))
     )
-    return {f"word: {word}": found[word] for word in ("picture", "nobody", "somebody", "trainings")}
+    return {f"word: {word}": counts[word] for word in ("picture", "nobody", "somebody", "trainings")}
 
 
 def percent(part: int, whole: int) -> float:
@@ -258,7 +258,7 @@ AT_HOME = """\
 import os, sys
 sys.path.insert(0, os.getcwd())
 import alignbench
-alignbench.__path__.append(os.getcwd())  # methods and its sisters are this checkout's, whatever is installed
+alignbench.__path__.append(os.getcwd())  # methods, evaluators and reports of this checkout, not installed ones
 """
 COUNT = """\
 import importlib
@@ -284,13 +284,13 @@ print(json.dumps(report.measure(root, 3)["measured"]["alignbench report"]))
 
 
 def made(root: Path, sweep: str, trees: Mapping[Path, ast.Module]) -> int | None:
-    """Return how many times resolving a packaged sweep decodes settings; None if the checkout cannot resolve one."""
-    homes = [home(root, trees, name, gives) for name, gives in (("read", "Document"), ("resolve", "Plan"))]
-    return int(child(root, AT_HOME + COUNT, sweep, *filter(None, homes))) if all(homes) else None
+    """Count how often resolving a packaged sweep decodes settings; None if the checkout cannot resolve one."""
+    modules = [module_of(root, trees, name, gives) for name, gives in (("read", "Document"), ("resolve", "Plan"))]
+    return int(child(root, AT_HOME + COUNT, sweep, *filter(None, modules))) if all(modules) else None
 
 
-def home(root: Path, trees: Mapping[Path, ast.Module], name: str, gives: str) -> str | None:
-    """Return the module whose top level has ``def name(...) -> gives``; None if there is none."""
+def module_of(root: Path, trees: Mapping[Path, ast.Module], name: str, gives: str) -> str | None:
+    """Return the module that defines ``def name(...) -> gives`` at its top level; None if no module does."""
     for path, tree in trees.items():
         for node in tree.body:
             if isinstance(node, FUNCTION) and node.name == name and node.returns and ast.unparse(node.returns) == gives:
@@ -311,22 +311,22 @@ def child(root: Path, code: str, *words: str) -> str:
 
 
 def timed(root: Path, rounds: int = 15) -> dict[str, Any]:
-    """Time `alignbench --help` against a bare start of Python, and a report on 1,000 runs; needs CHECKOUT/.venv."""
+    """Time `alignbench --help` against starting Python, and a report on 1,000 runs. Needs CHECKOUT/.venv."""
     bin = Path(python(root)).parent
     bare, ours = [str(bin / "python"), "-c", "pass"], [str(bin / "alignbench"), "--help"]
     used = [seconds(command) for _ in range(rounds + 1) for command in (bare, ours)][2:]  # the first pair warms up
     ratios = [help / start for start, help in zip(used[::2], used[1::2])]
     with tempfile.TemporaryDirectory() as folder:
-        found = json.loads(child(root, REPORT, folder))
+        used_by_report = json.loads(child(root, REPORT, folder))
     return {
         "--help, CPU of a bare Python's start": round(statistics.median(ratios), 2),
-        "report on 1,000 runs, CPU s": round(found["cpu"], 2),
-        "report on 1,000 runs, peak MB": round(found["mb"]),
+        "report on 1,000 runs, CPU s": round(used_by_report["cpu"], 2),
+        "report on 1,000 runs, peak MB": round(used_by_report["mb"]),
     }
 
 
 def seconds(command: Sequence[str]) -> float:
-    """Return the CPU seconds of one process, which other work on the machine alters less than the clock's."""
+    """Return the CPU seconds of one process, which depend less on other load than wall-clock seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -337,7 +337,7 @@ def seconds(command: Sequence[str]) -> float:
 
 
 def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return all measures as Markdown, a column per checkout; folders that only one of them has are in it too."""
+    """Return a Markdown table of all measures, a column per checkout, with every folder that any of them has."""
     names = list(dict.fromkeys(name for measures in columns.values() for name in measures))
     folders = sorted(name for name in names if name.endswith(": files, lines"))
     rows = [
@@ -351,9 +351,9 @@ def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Write a measure in one cell: of a list only the beginning of its texts."""
+    """Format a measure for one cell; of a list, only the beginning."""
     if isinstance(value, list):
-        shown = ", ".join(cell(each) for each in value[:2])
+        shown = ", ".join(cell(entry) for entry in value[:2])
         return shown if len(shown) <= 72 else f"{shown[:69]}..."
     return "" if value is None else f"{value:,}" if isinstance(value, int | float) else str(value)
 

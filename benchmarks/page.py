@@ -1,10 +1,10 @@
-"""The report's page of ten methods and 400 prompts: seconds to build, bytes, and how soon Chromium shows it.
+"""Measure the report's page for ten methods and 400 prompts: seconds to build it, its size, and how soon it is shown.
 
     python benchmarks/page.py [--prompts 400] [--side 1024] [--different 40]
 
-On a made-up store (tests/scenery.py) of pictures with the spectrum of photographs; ``--different`` of them differ, the
-others are links to these, which saves disk and time but no decoding. Chromium opens the file three times. Figures go to
-benchmarks/results/page.json and .md.
+The store is made up (tests/support/photo_store.py), with images whose spectrum is that of photographs; ``--different``
+of them differ, and the others are links to these, which saves disk and time but no decoding. Chromium opens the file
+three times. Results go to benchmarks/results/page.json and .md.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ TIMES = """() => {
 
 
 def opening(chrome: Any, path: Path) -> dict[str, float]:
-    """Seconds from the start of navigation; and from a click on "Images" until the first row has its images."""
+    """Return the seconds until the page is loaded, until images show after a click, and until the last row shows."""
     visit = Visit(chrome, path)
     until(visit.page, "performance.getEntriesByType('navigation')[0].loadEventEnd > 0")
-    found = visit.page.evaluate(TIMES)
+    times = visit.page.evaluate(TIMES)
     start = time.monotonic()
     visit.page.click("nav >> text=Images")
     until(visit.page, "document.querySelector('.row img')?.complete")
-    found["first row of pictures, after a click"] = time.monotonic() - start
+    times["first row of pictures, after a click"] = time.monotonic() - start
     start = time.monotonic()
     visit.page.evaluate("document.querySelector('.row:last-child').scrollIntoView()")
     until(visit.page, "document.querySelector('.row:last-child img')?.complete")
-    found["last row, after a jump to the end"] = time.monotonic() - start
+    times["last row, after a jump to the end"] = time.monotonic() - start
     assert not visit.complaints, visit.complaints
     visit.context.close()
-    return found
+    return times
 
 
 def main() -> None:
@@ -72,9 +72,9 @@ def main() -> None:
         size = {"prompts": arguments.prompts, "side": arguments.side, "different": arguments.different}
         given = photo_store.make(root / "store", labels=labels, seeds=(0,), **size)
         analysis = analyse(given.manifest, given.scores)
-        said = report.sections(given.manifest, given.costs, analysis)
+        sections = report.sections(given.manifest, given.costs, analysis)
         start, cpu = time.monotonic(), time.process_time()
-        path = build(given, analysis, root / "outputs/made_up", sections=said, hacked={})
+        path = build(given, analysis, root / "outputs/made_up", sections=sections, hacked={})
         seconds, cpu = time.monotonic() - start, time.process_time() - cpu
         with browser() as chrome:
             times = [opening(chrome, path) for _ in range(OPENED)]
@@ -85,7 +85,7 @@ def main() -> None:
     facts |= {"load before": round(load, 1), "python": platform.python_version(), "chromium": version}
     facts |= {"methods": METHODS, **size}
     rows = {"build, s": seconds, "build, s of CPU": cpu, "file, MB": megabytes}
-    rows |= {f"{name}, s (median of {OPENED})": statistics.median(each[name] for each in times) for name in times[0]}
+    rows |= {f"{name}, s (median of {OPENED})": statistics.median(seen[name] for seen in times) for name in times[0]}
     text = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     table = "\n".join(f"| {name} | {value:.2f} |" for name, value in rows.items())
     head = f"# The report's page, {METHODS} methods x {arguments.prompts} prompts"

@@ -1,21 +1,22 @@
-"""A training step of alignbench against the same step by FlowBP's own functions, on one CPU thread.
+"""Compare a training step of alignbench with the same step by FlowBP's own functions, on one CPU thread.
 
     git clone https://github.com/RuoyuWang-2077/FlowBP DIR
     python benchmarks/peers.py --flowbp DIR [--pairs 9] [--methods leapalign,refl]
 
-Nothing of FlowBP (arXiv 2606.11075) is part of alignbench: its ``train_*_one_step`` are imported from the clone and run
-as they are. Both sides have the same Flux, weights, noise, embeddings, steps with gradient, reward and optimizer, and
-the released settings for FLUX.1-dev. First all parameters' gradients are compared; if they differ by more than
-rounding, that is the end. Then seconds of CPU time, both sides in turn, in one process; ratios are medians over pairs.
+No code of FlowBP (arXiv 2606.11075) is part of alignbench: its ``train_*_one_step`` functions are imported from the
+clone and run unmodified. Both sides have the same Flux, weights, noise, embeddings, steps with gradient, reward and
+optimizer, and the released settings for FLUX.1-dev. First the gradients of all parameters are compared; the benchmark
+stops if they differ by more than rounding. Then both sides are timed in turn, in CPU seconds of one process; ratios are
+medians over pairs.
 
-What FlowBP is handed, beside its own code:
+What is replaced around FlowBP's code:
 1. Modules that no step calls (``UNUSED``) are empty, so that neither wandb nor a GPU is needed.
-2. In its modules ``torch`` has our noise for ``randn``; float32 for ``bfloat16``, because FlowBP rounds latents between
-   the steps and alignbench does not; the CPU's autocast. ``dist`` is a group of one.
+2. In its modules, ``torch.randn`` returns our noise; ``torch.bfloat16`` is float32, because FlowBP rounds latents
+   between steps and alignbench does not; autocast is the CPU's. ``dist`` is a group of one.
 3. Functions that draw steps return those that our method draws.
-4. The network and the decoder are called as our backend calls them: autocast for the network alone, float32 out.
-Neither side averages weights: FlowBP does so outside of its step. Few CPUs have instructions for bfloat16: in it only
-gradients are compared, of 64 px. Figures go to benchmarks/results/peers.json and .md.
+4. The network and the decoder are called as our backend calls them: autocast only for the network, outputs in float32.
+Neither side averages weights: FlowBP does so outside its step. Few CPUs have bfloat16 instructions, so in bfloat16 only
+gradients are compared, at 64 px. Results go to benchmarks/results/peers.json and .md.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ HERE = Path(__file__).resolve().parent
 URL = "https://github.com/RuoyuWang-2077/FlowBP"
 TRAINERS = "flowbp.trainers.flux1"
 SCHEDULER = "flowbp.schedulers.fm_euler_discrete_with_pred_x0"
-UNUSED = (  # what the trainers import to start, save, log and evaluate a run
+UNUSED = (  # modules that the trainers import to start, save, log and evaluate a run
     *("wandb", "flowbp.eval.runners.online", "flowbp.dataset.latent_flux_rl_datasets"),
     *(f"flowbp.utils.{name}" for name in ("checkpoint", "communications_flux", "debug_utils", "ema_utils")),
     *(f"flowbp.utils.{name}" for name in ("fsdp_util", "hpsv2_transforms", "logging_", "parallel_states")),
@@ -78,17 +79,17 @@ VAE |= {"use_quant_conv": False, "use_post_quant_conv": False}
 
 
 class Twin(NamedTuple):
-    """A method in FlowBP's words."""
+    """The settings and draws of a method under FlowBP's names."""
 
-    goal: float  # of our seconds over FlowBP's
-    exact: dict[str, Any] | None  # settings that make gradients bitwise equal; None: FlowBP rounds otherwise
+    goal: float  # for our seconds over FlowBP's
+    exact: dict[str, Any] | None  # settings that make gradients bitwise equal; None: FlowBP rounds differently
     named: dict[str, str]  # FlowBP's name of each of our settings
-    draws: Callable[[Any, torch.Generator], dict[str, Callable[..., Any]]]  # (method, rng) -> by the names they replace
-    settings: dict[str, Any] = {}  # noqa: RUF012 - never mutated; where FlowBP's released ones are not our defaults
+    draws: Callable[[Any, torch.Generator], dict[str, Callable[..., Any]]]  # (method, rng) -> {replaced name: function}
+    settings: dict[str, Any] = {}  # noqa: RUF012 - never mutated; released settings that are not our defaults
 
 
 def pair(steps: int, k: int, j: int) -> dict[str, Callable[..., Any]]:
-    """FlowBP counts the steps of a leap from the image: 1 is the last."""
+    """Return the draw of a leap, whose steps FlowBP counts from the image: 1 is the last."""
     return {"sample_jk_indices": lambda *_: (torch.tensor([steps - k, steps - j]), k, j)}
 
 
@@ -151,7 +152,7 @@ TWINS = {
 
 
 class Judge(Evaluator):
-    """The cosine between a small random network's features of the pixels, and random features of the prompt."""
+    """The cosine of a small random network's features of the pixels and random features of the prompt."""
 
     name: ClassVar[str] = "judge"
     version: ClassVar[str] = "1"
@@ -178,12 +179,12 @@ class Judge(Evaluator):
         return {"image_features": nn.functional.normalize(image), "text_features": nn.functional.normalize(text)}
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        found = self.features(pixels, self.tokens([prompt.text for prompt in prompts]))
-        return torch.einsum("bc,bc->b", found["image_features"], found["text_features"])
+        features = self.features(pixels, self.tokens([prompt.text for prompt in prompts]))
+        return torch.einsum("bc,bc->b", features["image_features"], features["text_features"])
 
 
 def model(folder: Path, precision: str, small: bool) -> Any:
-    """2 + 4 blocks of width 256 with random weights, 256 image and 64 text tokens; or a smaller one."""
+    """Return a Flux of 2 + 4 blocks of width 256 with random weights, or a smaller one."""
     from diffusers import AutoencoderKL
     from support.tiny import flux_folder
 
@@ -197,7 +198,7 @@ def model(folder: Path, precision: str, small: bool) -> Any:
             vae.save_pretrained(folder / "vae")
     flow = Flux(model=str(folder), size=64 if small else 256, dtype=precision, max_sequence_length=64).load()
     for parameter in flow.transformer.parameters():
-        # A file's weights start anywhere in memory, a copy's at a multiple of 64 bytes; products are rounded otherwise
+        # Weights from a file start anywhere in memory, copies at multiples of 64 bytes, which changes the rounding
         parameter.data = parameter.data.clone()
     return flow
 
@@ -206,17 +207,17 @@ TRAINING = Training(
     budget=Budget(updates=10**9),
     batch=1,
     drift_every=None,
-    # nothing moves and nothing is clipped, so that every repetition does the same work
+    # weights hardly change and nothing is clipped, so that every repetition does the same work
     optimizer=Optimizer(lr=1e-12, clip=1e9, ema=None),
 )
-STEP = 1  # the batch that both sides train on
+STEP = 1  # index of the batch that both sides train on
 
 
 # -- our side ---------------------------------------------------------------------------------------------------------
 
 
 class Ours:
-    """A step as ``train`` makes it."""
+    """Our side: a step as ``train`` makes it."""
 
     def __init__(self, method: Any, flow: Any, prompts: Sequence[Prompt]) -> None:
         self.run = TrainState(method, flow, TRAINING, Accelerator(cpu=True))
@@ -238,26 +239,26 @@ class Ours:
 
 
 class Clone(NamedTuple):
-    """What was imported for one method."""
+    """The modules imported for one method."""
 
     trainer: ModuleType
-    modules: list[ModuleType]  # all of FlowBP's own, its trainer among them
+    modules: list[ModuleType]  # all of FlowBP's modules, including the trainer
     scheduler: Any
 
 
 def load(path: Path, method: str) -> Clone:
-    """FlowBP's trainer of this method, imported afresh. SystemExit with one line if it cannot be."""
+    """Import FlowBP's trainer of this method afresh. Raise SystemExit with one line if that fails."""
     if not path.is_dir():
-        refuse(f"{path} is no folder; get it by: git clone {URL} {path}")
+        refuse(f"{path} is not a folder; get it with: git clone {URL} {path}")
     for name in (f"{TRAINERS}.{method}", SCHEDULER):
         file = f"{name.replace('.', '/')}.py"
         if not (path / file).is_file():
-            refuse(f"{path} is no clone of FlowBP, it has no {file}; get one by: git clone {URL}")
+            refuse(f"{path} is not a clone of FlowBP: it has no {file}; get one with: git clone {URL}")
     with importable(path):
         try:
             trainer = importlib.import_module(f"{TRAINERS}.{method}")
             scheduler = importlib.import_module(SCHEDULER).FlowMatchEulerDiscreteWithPredX0Scheduler
-        except Exception as error:  # whatever somebody else's modules raise
+        except Exception as error:  # foreign modules may raise anything
             refuse(f"{path} cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}")
         own = [m for name, m in sys.modules.items() if name.startswith("flowbp.") and getattr(m, "__file__", None)]
     return Clone(trainer, own, scheduler)
@@ -268,19 +269,19 @@ def refuse(what: str) -> NoReturn:
 
 
 class Unused(ModuleType):
-    """A module to import from, with nothing that can be called."""
+    """A module from which any name can be imported, but nothing called."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # a ``__file__`` above all
+        if name.startswith("__"):  # in particular ``__file__``
             raise AttributeError(name)
         return Unused(f"{self.__name__}.{name}")
 
 
 @contextmanager
 def importable(path: Path) -> Iterator[None]:
-    """``flowbp`` is that of ``path``. Afterwards all modules are again as they were."""
+    """Make ``flowbp`` importable from ``path``. Afterwards all modules are as they were before."""
     before = dict(sys.modules)
-    package = ModuleType("flowbp.trainers")  # its own __init__ imports the trainers of all models
+    package = ModuleType("flowbp.trainers")  # the original __init__ imports the trainers of all models
     package.__path__ = [str(path / "flowbp" / "trainers")]
     sys.modules.update({name: Unused(name) for name in UNUSED}, **{"flowbp.trainers": package})
     sys.path.insert(0, str(path.resolve()))
@@ -294,7 +295,7 @@ def importable(path: Path) -> Iterator[None]:
 
 
 class View:
-    """A module, some of whose names are ours."""
+    """A module with some of its names replaced."""
 
     def __init__(self, module: ModuleType, **own: Any) -> None:
         self._module = module
@@ -305,11 +306,11 @@ class View:
 
 
 class Network:
-    """The transformer as FSDP gives it in a world of one: it clips its own gradients. Its answer is float32."""
+    """The transformer as FSDP wraps it for one rank: it clips its own gradients. Its output is float32."""
 
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer
-        self.gradients: list[Tensor | None] = []  # of the last step, which ends by forgetting them
+        self.gradients: list[Tensor | None] = []  # of the last step, which deletes them at its end
 
     def __call__(self, **inputs: Any) -> tuple[Tensor]:
         return (self.transformer(**inputs)[0].float(),)
@@ -322,7 +323,7 @@ class Network:
 
 
 class Decoder:
-    """The autoencoder as our backend calls it: in its own precision, outside of autocast."""
+    """The autoencoder as our backend calls it: in its own precision, without autocast."""
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
@@ -333,7 +334,7 @@ class Decoder:
 
 
 class Theirs:
-    """FlowBP's step of one method on a copy of ``flow``'s network, which starts with the weights of before any step."""
+    """FlowBP's step of one method, on a copy of ``flow``'s network with its initial weights."""
 
     def __init__(self, name: str, method: Any, flow: Any, prompts: Sequence[Prompt], clone: Clone) -> None:
         from diffusers.optimization import get_scheduler
@@ -343,7 +344,7 @@ class Theirs:
         copies = method.n if name == "draft_lv" else 0
         noises = [unpack(batch.noise, flow.grid), *(batch.randn_like(batch.noise) for _ in range(copies))]
         draws = twin.draws(method, batch.step_rng)
-        see(clone, itertools.cycle(noises), draws, flow._settings.dtype == "bfloat16")
+        patch_modules(clone, itertools.cycle(noises), draws, flow._settings.dtype == "bfloat16")
         settings = TRAINING.optimizer
         self.network = Network(copy.deepcopy(flow.transformer))
         optimizer = torch.optim.AdamW(
@@ -377,8 +378,8 @@ class Theirs:
         return self.network.gradients
 
 
-def see(clone: Clone, noises: Iterator[Tensor], draws: dict[str, Any], half: bool) -> None:
-    """What FlowBP's modules see as ``torch`` and ``dist``, and functions in place of their own."""
+def patch_modules(clone: Clone, noises: Iterator[Tensor], draws: dict[str, Any], half: bool) -> None:
+    """Replace ``torch``, ``dist`` and the drawing functions in FlowBP's modules."""
     own = {"randn": lambda *_, **__: next(noises), "bfloat16": torch.float32}
     own["autocast"] = lambda *_, **__: torch.autocast("cpu", torch.bfloat16, enabled=half)
     own["amp"] = View(torch.amp, autocast=lambda *_: torch.autocast("cpu", enabled=False))  # around the reward
@@ -392,28 +393,29 @@ def see(clone: Clone, noises: Iterator[Tensor], draws: dict[str, Any], half: boo
             module.dist = View(torch.distributed, all_reduce=lambda *_, **__: None)
 
 
-# -- a row, and what is kept ------------------------------------------------------------------------------------------
+# -- rows and their table ---------------------------------------------------------------------------------------------
 
 
-def apart(ours: Sequence[Tensor], theirs: Sequence[Tensor | None]) -> float:
-    """|difference| / |theirs| over all parameters; a parameter without gradient has a zero."""
+def relative_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor | None]) -> float:
+    """Return |difference| / |theirs| over all parameters; a missing gradient counts as zero."""
     pairs = [(a.double(), torch.zeros_like(a).double() if b is None else b.double()) for a, b in zip(ours, theirs)]
     square = sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(b.square().sum()) for _, b in pairs)
     return square**0.5
 
 
 def row(name: str, flow: Any, path: Path, pairs: int) -> dict[str, Any]:
-    """Gradients first, then seconds; of a network in bfloat16 gradients alone. SystemExit if the gradients differ."""
+    """Compare gradients, then time both sides, with float32 weights only. Raise SystemExit if gradients differ."""
     twin, precision = TWINS[name], flow._settings.dtype
     if twin.exact is not None:
-        equal(name, precision, sides(name, flow, path, twin.settings | twin.exact), 0.0)
+        check_gradients(name, precision, sides(name, flow, path, twin.settings | twin.exact), 0.0)
     both = sides(name, flow, path, twin.settings)
     bound = 0.0 if twin.exact == {} else BOUND[precision]
-    found = {"method": name, "apart": equal(name, precision, both, bound), "bound": bound, "exact": twin.exact}
+    difference = check_gradients(name, precision, both, bound)
+    measured = {"method": name, "apart": difference, "bound": bound, "exact": twin.exact}
     if precision == "float32":
         ours, theirs = both
-        found |= {**compare(ours.step, theirs.step, pairs)._asdict(), "goal": twin.goal}
-    return found
+        measured |= {**compare(ours.step, theirs.step, pairs)._asdict(), "goal": twin.goal}
+    return measured
 
 
 def sides(name: str, flow: Any, path: Path, settings: dict[str, Any]) -> tuple[Ours, Theirs]:
@@ -421,20 +423,20 @@ def sides(name: str, flow: Any, path: Path, settings: dict[str, Any]) -> tuple[O
     return Ours(method, flow, prompts), Theirs(name, method, flow, prompts, load(path, name))
 
 
-def equal(name: str, precision: str, both: tuple[Ours, Theirs], bound: float) -> float:
-    """How far the gradients of one step are from one another. SystemExit beyond the bound."""
+def check_gradients(name: str, precision: str, both: tuple[Ours, Theirs], bound: float) -> float:
+    """Return the relative difference of one step's gradients. Raise SystemExit if it exceeds ``bound``."""
     for side in both:
         side.step()
     ours, theirs = both
-    distance = apart(ours.gradients, theirs.gradients)
-    if not distance <= bound:
-        what = f"gradients differ from FlowBP's by {distance:.1e} of their norm, allowed is {bound:.0e}"
+    difference = relative_difference(ours.gradients, theirs.gradients)
+    if not difference <= bound:
+        what = f"gradients differ from FlowBP's by {difference:.1e} of their norm; {bound:.0e} is allowed"
         raise SystemExit(f"benchmarks/peers.py: {name}, {precision}: {what}")
-    return distance
+    return difference
 
 
 def version(path: Path, methods: Sequence[str]) -> str:
-    """The clone's commit, or a digest of the files that are run."""
+    """Return the clone's commit, or without git a digest of the files that are run."""
     if (path / ".git").exists():
         commit, changes = (git(path, *words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
         return f"{commit}{', with changes' if changes else ''}"
@@ -476,14 +478,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--pairs", type=int, default=9, help="how often both sides are timed")
     parser.add_argument("--methods", default=",".join(TWINS), help="only these, separated by commas")
     parser.add_argument("--precisions", default=",".join(BOUND), help="of the network, separated by commas")
-    parser.add_argument("--note", help="a line on the clone, to keep with the figures")
+    parser.add_argument("--note", help="a line on the clone, to store with the results")
     parser.add_argument("--small", action="store_true", help="a small model, to try the benchmark itself")
     given = parse(parser, arguments, free=["flowbp", "note"])
     names = given.methods.split(",")
     if odd := sorted(set(names) - set(TWINS)):
-        raise SystemExit(f"benchmarks/peers.py: --methods: FlowBP has no {odd[0]!r}; choose of {', '.join(TWINS)}")
+        raise SystemExit(f"benchmarks/peers.py: --methods: FlowBP has no {odd[0]!r}; choose from {', '.join(TWINS)}")
     for name in names:
-        load(given.flowbp, name)  # so that a folder which does not serve is refused before anything is measured
+        load(given.flowbp, name)  # refuses an unusable folder before anything is measured
     sys.path.insert(0, str(HERE.parent / "tests"))
     torch.set_num_threads(1)
     about = {"date": date.today().isoformat(), "FlowBP": version(given.flowbp, names)}

@@ -1,13 +1,13 @@
-"""How long a report takes: 1,000 runs and 1,000,000 scores, against pandas' own reading of the same numbers.
+"""Time a report on 1,000 runs and 1,000,000 scores, against pandas reading the same numbers.
 
-    python benchmarks/report.py        makes the store below a temporary folder, measures, writes benchmarks/results
+    python benchmarks/report.py        makes the store in a temporary folder, measures, writes benchmarks/results
 
-One store of 111 methods with nine training seeds and a base, five evaluators and 200 prompts, and the same scores as
-CSV and as JSONL, a file each. Every measurement is a process of its own with one thread, and reads files that are in
-the page cache: `alignbench report --format md` (states, costs, provenance, intervals, corrections, every table), the
-first after new scores (which decodes every file) and the next (which reads the kept tables), and what one would write
-by hand: read every file, concatenate, mean by method and metric. Seconds are of the CPU, which other work on the
-machine alters less than the clock; ratios are of one round; medians over rounds are shown.
+The store has 111 methods with nine training seeds and a base, five evaluators and 200 prompts; the same scores are also
+written as CSV and JSONL, file by file. Every measurement is a process with one thread that reads files from the page
+cache: `alignbench report --format md` (states, costs, provenance, intervals, corrections, every table), the first after
+new scores (which decodes every file) and the next (which reads the stored tables); and a script that one would write by
+hand: read every file, concatenate, average by method and metric. Seconds are CPU seconds, which depend less on other
+load than wall-clock seconds. Ratios are taken within a round; medians over rounds are shown.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ print(frame.groupby(["label", "metric"])["score"].mean().unstack())
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--keep", metavar="DIR", help="make the store here, or use the one that is there")
+    parser.add_argument("--keep", metavar="DIR", help="make the store in DIR, or use the one in it")
     arguments = parse(parser, free=["keep"])
     root = Path(arguments.keep or tempfile.mkdtemp())
     try:
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def make(root: Path) -> None:
-    """The store, and the same scores in ``csv`` and ``jsonl``."""
+    """Write the store, and the same scores in ``csv`` and ``jsonl``."""
     rng = np.random.default_rng(0)
     prompts = pd.DataFrame(
         {
@@ -105,7 +105,7 @@ def make(root: Path) -> None:
 
 
 def planned(label: str, seed: int) -> dict:
-    """One run of a manifest."""
+    """Return one run of a manifest."""
     id = f"{label.replace(' ', '-')}-{seed}"
     settings = {
         "backend": {"name": "flux", "model": "made up"},
@@ -135,7 +135,7 @@ def planned(label: str, seed: int) -> dict:
 
 
 def finish(root: Path, run: dict) -> None:
-    """What a finished run leaves behind, apart from scores."""
+    """Write the files of a finished run, apart from scores."""
     folder = root / "runs" / run["id"]
     files.write_json(folder / "status.json", {"state": "done"})
     origin = {
@@ -160,7 +160,7 @@ def finish(root: Path, run: dict) -> None:
 
 
 def measure(root: Path, rounds: int) -> dict:
-    """Medians of seconds, megabytes and ratios; every round runs all commands one after the other."""
+    """Return medians of seconds, megabytes and ratios. Every round runs all commands in turn."""
     bin = Path(sys.executable).parent
     words = ["bench", "--store", root / "store", "--format", "md", "--out", root / "out"]
     commands = {
@@ -170,27 +170,27 @@ def measure(root: Path, rounds: int) -> dict:
         "pandas, JSONL": [sys.executable, "-c", BY_HAND, root / "jsonl", "jsonl"],
         "alignbench --help": [bin / "alignbench", "--help"],
     }
-    found: dict[str, list] = {name: [] for name in commands}
+    rounds_of: dict[str, list] = {name: [] for name in commands}
     for i in range(rounds + 1):
         for name, command in commands.items():
             if name.endswith("the first"):
                 shutil.rmtree(root / "store" / "tables", ignore_errors=True)
-            taken = run(list(map(str, command)))
+            used = run(list(map(str, command)))
             if i:  # the first round fills the page cache
-                found[name].append(taken)
-    middle = {
-        name: {key: statistics.median(each[key] for each in taken) for key in ("seconds", "cpu", "mb")}
-        for name, taken in found.items()
+                rounds_of[name].append(used)
+    medians = {
+        name: {key: statistics.median(used[key] for used in uses) for key in ("seconds", "cpu", "mb")}
+        for name, uses in rounds_of.items()
     }
     for name in ("pandas, CSV", "pandas, JSONL"):
-        ratios = [theirs["cpu"] / ours["cpu"] for theirs, ours in zip(found[name], found["alignbench report"])]
-        middle[name]["times as long"] = statistics.median(ratios)
+        ratios = [theirs["cpu"] / ours["cpu"] for theirs, ours in zip(rounds_of[name], rounds_of["alignbench report"])]
+        medians[name]["times as long"] = statistics.median(ratios)
     return {
         "runs": METHODS * SEEDS + 1,
         "scores": (METHODS * SEEDS + 1) * PROMPTS * len(EVALUATORS),
         "rounds": rounds,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "measured": middle,
+        "measured": medians,
     }
 
 
@@ -202,7 +202,7 @@ print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)"""
 
 
 def run(command: list[str]) -> dict[str, float]:
-    """Seconds by the clock and of CPU, and the peak of resident memory (MB), of one process and its start."""
+    """Return wall-clock and CPU seconds and peak resident memory (MB) of one process, its start included."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ARROW_IO_THREADS"), "1")
     start = time.perf_counter()
     watched = [sys.executable, "-c", WATCH, *command]
@@ -212,14 +212,14 @@ def run(command: list[str]) -> dict[str, float]:
     return {"seconds": seconds, "cpu": cpu, "mb": mb}
 
 
-def show(found: dict, out: Path) -> None:
-    """Print the figures, and write report.json and .md."""
+def show(results: dict, out: Path) -> None:
+    """Print the results, and write report.json and .md."""
     rows = []
-    for name, each in found["measured"].items():
-        ratio = f"{each['times as long']:.1f}" if "times as long" in each else ""
-        rows.append(f"| {name} | {each['cpu']:.2f} | {each['seconds']:.2f} | {each['mb']:.0f} | {ratio} |")
-    head = f"{found['runs']:,} runs, {found['scores']:,} scores; medians of {found['rounds']} rounds"
-    head += f"; {found['machine']}.\n"
+    for name, used in results["measured"].items():
+        ratio = f"{used['times as long']:.1f}" if "times as long" in used else ""
+        rows.append(f"| {name} | {used['cpu']:.2f} | {used['seconds']:.2f} | {used['mb']:.0f} | {ratio} |")
+    head = f"{results['runs']:,} runs, {results['scores']:,} scores; medians of {results['rounds']} rounds"
+    head += f"; {results['machine']}.\n"
     lines = [
         "# A report against pandas",
         "",
@@ -229,7 +229,7 @@ def show(found: dict, out: Path) -> None:
     text = "\n".join([*lines, "| --- | --: | --: | --: | --: |", *rows]) + "\n"
     print(text)
     files.write(out / "report.md", text)
-    files.write_json(out / "report.json", found)
+    files.write_json(out / "report.json", results)
 
 
 if __name__ == "__main__":

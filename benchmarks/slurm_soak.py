@@ -1,10 +1,11 @@
-"""What alignbench and submitit add to SLURM: 500 runs that do nothing, as one array, beside 500 times ``true``.
+"""Measure what alignbench and submitit add to SLURM: an array of 500 empty runs, against 500 times ``true``.
 
     python benchmarks/slurm_soak.py [--runs 500]
 
-On a SLURM that it starts itself (root on Debian, see tests/slurm/cluster.py). A run's job is the real one, ``srun
-python -m alignbench.run.slurm_job`` on a copy of the code, with a task that has no stages: it reads its task and ends,
-without importing torch. Every job must have ended well, once. Figures go to benchmarks/results/slurm-soak.json and .md.
+The benchmark starts a SLURM of its own (as root on Debian, see tests/slurm/cluster.py). A run's job is the real one,
+``srun python -m alignbench.run.slurm_job`` on a copy of the code, with a task without stages: it reads the task and
+exits without importing torch. Every job must succeed, exactly once. Results go to benchmarks/results/slurm-soak.json
+and .md.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from alignbench.store.stages import Stage  # noqa: E402
 
 
 def ours(folder: Path, runs: int) -> str:
-    """Submit them as the launcher does; the array's id."""
-    array = slurm.Array(Stage.TRAIN, [None] * runs, resources.Resources())  # type: ignore[list-item]  # no cell is looked at
+    """Submit empty runs as the launcher does; return the array's id."""
+    array = slurm.Array(Stage.TRAIN, [None] * runs, resources.Resources())  # type: ignore[list-item]  # cells are not read
     code = take(folder)
     jobs = folder / "jobs" / "soak"
     write_json(jobs / "0.json", {"tasks": [{"stages": []}] * runs})
@@ -45,13 +46,13 @@ def ours(folder: Path, runs: int) -> str:
 
 
 def plain(cluster: Cluster, runs: int) -> str:
-    """The same number of jobs that are one ``srun true`` each; the array's id."""
+    """Submit as many jobs of one ``srun true`` each; return the array's id."""
     return cluster.sbatch(f"--array=0-{runs - 1}", "--output=/dev/null", script="srun true")
 
 
 def measure(cluster: Cluster, name: str, job: str, runs: int, submitted: float) -> dict[str, Any]:
-    """Wait for an array: seconds by the clock until the last job has ended, and per job, as SLURM accounts for it."""
-    handed = time.monotonic()
+    """Wait for an array; return wall-clock seconds until its last job ended, and SLURM's seconds per job."""
+    accepted = time.monotonic()
     waiting = ["squeue", "--noheader", "--array", "--jobs", f"{job},{job}"]
     while subprocess.run(waiting, capture_output=True, text=True, check=True).stdout.strip():
         time.sleep(1.0)
@@ -69,7 +70,7 @@ def measure(cluster: Cluster, name: str, job: str, runs: int, submitted: float) 
     return {
         "jobs": name,
         "runs": runs,
-        "submit_seconds": handed - submitted,
+        "submit_seconds": accepted - submitted,
         "seconds": ended - submitted,
         "seconds_per_run": (ended - submitted) / runs,
         "job_seconds": sum(int(elapsed) for *_, elapsed in rows) / runs,
@@ -103,8 +104,8 @@ def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=500)
-    given = parse(parser)
-    runs = given.runs
+    arguments = parse(parser)
+    runs = arguments.runs
     with running() as cluster, tempfile.TemporaryDirectory() as folder:
         about, rows = machine(), []
         for name in ("srun true", "alignbench"):
@@ -115,9 +116,9 @@ def main() -> None:
         pickles = list(Path(folder).rglob("*.pkl"))
     if pickles:
         raise SystemExit(f"pickles in the store: {pickles}")
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "slurm-soak.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    (given.out / "slurm-soak.md").write_text(table(about, rows))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "slurm-soak.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    (arguments.out / "slurm-soak.md").write_text(table(about, rows))
     print(table(about, rows))
 
 

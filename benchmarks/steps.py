@@ -1,16 +1,16 @@
-"""What alignbench adds to a model's own calls, on one CPU thread: a training step of every method, and sampling.
+"""Measure what alignbench adds to a model's own calls, on one CPU thread: training steps and sampling.
 
     python benchmarks/steps.py [--pairs 5] [--methods leapalign,refl]
 
-- step: one batch as ``train`` makes it, with everything around it (noise, metrics, checks), against the sum of its
-  parts alone: each call of the network, the decoder and the reward that it made, with the same input and its own
-  backward, and the optimizer's update. Goal: at most 1.05.
-- sampling, by models of width 32 ("tiny") and 256 ("wide"): ``integrate`` against ``FluxPipeline.__call__`` with the
-  same embeddings, whose latents must be equal. Goal: at most 0.95 and 1.00.
-- twelve images at once, per image, against one.
+- step: one batch of ``train`` with everything around it (noise, metrics, checks), against its parts alone: each call of
+  the network, the decoder and the reward, repeated with the same input and its own backward, and the optimizer's
+  update. Goal: at most 1.05.
+- sampling with models of width 32 ("tiny") and 256 ("wide"): ``integrate`` against ``FluxPipeline.__call__`` with the
+  same embeddings; their latents must agree. Goal: at most 0.95 and 1.00.
+- twelve images at once against one after the other.
 
-Both sides in turn, in one process; seconds are of CPU time, so other work alters little. Ratios are medians over pairs.
-Figures go to benchmarks/results/steps.json and .md.
+Both sides take turns in one process. Seconds are CPU seconds, which other load hardly changes; ratios are medians over
+pairs. Results go to benchmarks/results/steps.json and .md.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from alignbench.training.state import TrainState
 
 HERE = Path(__file__).resolve().parent
 STEPS = 10  # of the sampler in training
-SETTINGS: dict[str, dict[str, Any]] = {  # what cannot be as published with so few steps and images
+SETTINGS: dict[str, dict[str, Any]] = {  # published settings that need more steps or images
     "refl": {"last_n": 5},
     "drtune": {"m": 5},
     "dancegrpo": {"group": 4, "updates_per_rollout": 2},
@@ -57,7 +57,7 @@ GOALS = {"step": 1.05, "tiny": 0.95, "wide": 1.00}
 
 
 class Pair(NamedTuple):
-    """Seconds of both sides, median, and their ratio: median, least, largest."""
+    """Median seconds of both sides, and the median, least and largest of their ratios."""
 
     ours: float
     other: float
@@ -67,10 +67,10 @@ class Pair(NamedTuple):
 
 
 def compare(ours: Callable[[], Any], other: Callable[[], Any], pairs: int) -> Pair:
-    """Both in turn, the first time of each not counted."""
-    found = [(clock(ours), clock(other)) for _ in range(pairs + 1)][1:]
-    ratios = [a / b for a, b in found]
-    a, b = (statistics.median(side) for side in zip(*found))
+    """Time both in turn; the first call of each is not counted."""
+    seconds = [(clock(ours), clock(other)) for _ in range(pairs + 1)][1:]
+    ratios = [a / b for a, b in seconds]
+    a, b = (statistics.median(side) for side in zip(*seconds))
     return Pair(a, b, statistics.median(ratios), min(ratios), max(ratios))
 
 
@@ -85,15 +85,15 @@ def clock(work: Callable[[], Any]) -> float:
 
 @dataclass
 class Call:
-    """One call of a network, a decoder or a reward, to be made again alone."""
+    """A call of a network, a decoder or a reward, which can be repeated alone."""
 
     work: Callable[[torch.Tensor], torch.Tensor]
     x: torch.Tensor
-    wants: bool  # does its input want a gradient?
-    grad: bool  # was a graph kept?
-    backward: str = ""  # "all": through it, to the weights too; "input": to its input alone; "": none
+    wants: bool  # whether its input needs a gradient
+    grad: bool  # whether a graph was built
+    backward: str = ""  # "all": to input and weights; "input": to its input alone; "": none
 
-    def again(self) -> None:
+    def repeat(self) -> None:
         x = self.x.clone().requires_grad_(self.wants)
         with torch.set_grad_enabled(self.grad):
             y = self.work(x)
@@ -104,12 +104,12 @@ class Call:
 
 
 class Recorder:
-    """A flow, or the calls of a reward, that keeps what was called."""
+    """A flow that records its calls, and those of a ``RecordedReward``."""
 
     def __init__(self, flow: Any, accelerator: Any) -> None:
         self._flow = flow
         self.calls: list[Call] = []
-        self.inside = False  # a loss' backward
+        self.inside = False  # whether a loss' backward is running
         inner = accelerator.backward
 
         def backward(loss: torch.Tensor) -> None:
@@ -148,7 +148,7 @@ class RecordedReward(Reward):
 
 
 def step(name: str, flow: Any, batch: int, pairs: int) -> dict[str, Any]:
-    """One row: a method's step against its parts."""
+    """Return a row that compares a method's step with its parts."""
     settings = {"name": name, "steps": STEPS, **SETTINGS.get(name, {})}
     method = Registry().make("method", settings, "method")
     batch = max(batch, getattr(method, "group", 1))
@@ -177,21 +177,21 @@ def step(name: str, flow: Any, batch: int, pairs: int) -> dict[str, Any]:
     def alone() -> None:
         run.optimizer.zero_grad()
         for call in calls:
-            call.again()
+            call.repeat()
         for _ in range(updates):
             run.synchronize_gradients()
             run.optimizer_step()
 
-    found = compare(make(flow, reward, run), alone, pairs)
+    pair = compare(make(flow, reward, run), alone, pairs)
     nfe = {key: counts[f"nfe_{key}"] / batch for key in ("forward", "grad", "recomputed")}
-    return {"method": name, "batch": batch, **nfe, **found._asdict(), "goal": GOALS["step"]}
+    return {"method": name, "batch": batch, **nfe, **pair._asdict(), "goal": GOALS["step"]}
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
 
 
 def sampling(folder: Path, size: int, pairs: int, what: str) -> dict[str, Any]:
-    """The loop against the pipeline's own, 20 steps."""
+    """Return a row that compares ``integrate`` with the pipeline's own loop, for 20 steps."""
     from diffusers import FluxPipeline
 
     steps = 20
@@ -209,13 +209,13 @@ def sampling(folder: Path, size: int, pairs: int, what: str) -> dict[str, Any]:
     def theirs() -> torch.Tensor:
         return pipeline(**given, latents=noise, output_type="latent").images
 
-    apart = ((ours() - theirs()).norm() / theirs().norm()).item()
-    assert apart < 1e-5, f"the two differ by {apart}"
+    difference = ((ours() - theirs()).norm() / theirs().norm()).item()
+    assert difference < 1e-5, f"the two differ by {difference}"
     return {"model": what, **compare(ours, theirs, pairs)._asdict(), "goal": GOALS[what]}
 
 
 def together(flow: Any, pairs: int, what: str, count: int = 12) -> dict[str, Any]:
-    """A rollout of ``count`` images against as many of one."""
+    """Return a row that compares a rollout of ``count`` images with ``count`` rollouts of one."""
     texts = [f"a photo of {i} red circles" for i in range(count)]
     cond, noise = flow.encode(texts), flow.noise(count, [seeded("noise", i) for i in range(count)])
     sigmas = flow.sigmas(STEPS)

@@ -162,7 +162,7 @@ def doctor(
     names = evaluators or ",".join(known.names("evaluator"))
     chosen = scoring.evaluator_settings(known, names, list(words))
     lines = []
-    for line in doctor.look(known, chosen, Path(references) if references else cache() / "references"):
+    for line in doctor.run_checks(known, chosen, Path(references) if references else cache() / "references"):
         lines.append(line)
         print(f"{line.part}: {line.verdict}", file=sys.stderr)
     print(doctor.table(lines))

@@ -120,12 +120,12 @@ def score(
     from alignbench.evaluation import folders, scoring
     from alignbench.reporting import score_summary
 
-    judges = scoring.judges(registry(plugin), evaluators, list(words))
-    chosen = folders.pictures(Path(folder), prompts)
-    for judge in judges:
-        judge.check([picture.prompt for picture in chosen])
-    bases = [scoring.partners(judge, chosen, prompts) for judge in judges]
-    scored = [(judge, scoring.score_pictures(judge, chosen, base)) for judge, base in zip(judges, bases)]
+    chosen = scoring.make_evaluators(registry(plugin), evaluators, list(words))
+    images = folders.folder_images(Path(folder), prompts)
+    for evaluator in chosen:
+        evaluator.check([image.prompt for image in images])
+    bases = [scoring.base_images(evaluator, images, prompts) for evaluator in chosen]
+    scored = [(evaluator, scoring.score_images(evaluator, images, base)) for evaluator, base in zip(chosen, bases)]
     for path in score_summary.save(scored, Path(out), list(plugin)):
         print(f"written: {path}", file=sys.stderr)
     print(score_summary.summary(scored).markdown())
@@ -168,8 +168,8 @@ def import_(**given: Any) -> int:
     store, known = usable_store(asked.store), registry(asked.plugin)
     if asked.words and not asked.evaluators:
         raise UserError(f"{asked.words[0]}: there is no evaluator for this setting; name one with -e")
-    judges = scoring.judges(known, asked.evaluators, list(asked.words)) if asked.evaluators else []
-    run, changed = import_rows.add(store, import_rows.asked(asked), judges, known)
-    print("\n".join(import_rows.told(run, changed)))
+    evaluators = scoring.make_evaluators(known, asked.evaluators, list(asked.words)) if asked.evaluators else []
+    run, changed = import_rows.import_row(store, import_rows.parse_request(asked), evaluators, known)
+    print("\n".join(import_rows.summary_lines(run, changed)))
     print(f"the table: alignbench report {asked.sweep} --store {asked.store}")
     return DONE

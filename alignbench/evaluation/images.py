@@ -1,4 +1,4 @@
-"""Evaluation images: each a function of (weights, protocol, prompt, index) and of nothing else."""
+"""Generate evaluation images, each a function of (weights, protocol, prompt, index) and of nothing else."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from alignbench.prompts import Prompt
 
 # Matrix kernels round differently for different batch shapes, so the shape is fixed by the image size alone: last and
-# resumed batches are padded to it. (At one shape a row's bits depend neither on its place nor on its neighbours.)
-VALUES_PER_PASS = 2**18  # latent numbers: one 1024 px image of FLUX.1, four of 512 px
+# resumed batches are padded to it. (At a fixed shape, a row's bits depend on neither its position nor its neighbours.)
+VALUES_PER_PASS = 2**18  # latent values: one 1024 px image of FLUX.1, four of 512 px
 IMAGES_PER_PASS = 16
 
 
@@ -33,10 +33,10 @@ def generate(
     *,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Prompt, int, Image]]:
-    """Yield (prompt, index, image), prompt by prompt, without the (prompt id, index) pairs in ``done``.
+    """Yield (prompt, index, image), prompt by prompt, skipping the (prompt id, index) pairs in ``done``.
 
-    ``flow`` carries the weights to be evaluated; its ``at(size=, guidance=)`` gives the view that makes the images.
-    ``shard`` = (rank, ranks) makes every ranks-th of the missing images, so all ranks need the same ``done``. Noise is
+    ``flow`` carries the weights to evaluate; its ``at(size=, guidance=)`` returns the view that generates the images.
+    ``shard`` = (rank, ranks) selects every ranks-th missing image, so all ranks must pass the same ``done``. Noise is
     drawn on the CPU from (seed, prompt id, index).
     """
     flow = flow.at(size=protocol.size, guidance=protocol.guidance)
@@ -56,7 +56,7 @@ def _images_per_pass(flow: Any) -> int:
 
 
 def _pixels(flow: Any, items: Sequence[tuple[Prompt, int]], protocol: Protocol, sigmas: Tensor) -> Tensor:
-    """(B, 3, H, W) for B = len(items)."""
+    """Return pixels (B, 3, H, W) for B = len(items)."""
     noise = flow.noise(len(items), [seeded(protocol.seed, prompt.id, index) for prompt, index in items])
     tuned = protocol.steps if protocol.tuned_steps is None else protocol.tuned_steps
     cond = flow.encode([prompt.text for prompt, _ in items])
@@ -72,17 +72,17 @@ def _pixels(flow: Any, items: Sequence[tuple[Prompt, int]], protocol: Protocol, 
 
 
 def _require_finite(finite: Tensor, items: Sequence[tuple[Prompt, int]]) -> None:
-    """UserError for the first image that is not, which would be written as a black one.
+    """Raise UserError for the first image with a value that is not finite; it would be saved as a black image.
 
-    ``finite`` (N + 1, B): after each step, and once decoded.
+    ``finite`` (N + 1, B): one row after each of the N steps, and one after decoding.
     """
     if finite.all():
         return
     row = int(finite.all(0).logical_not().int().argmax())
     step, steps = int(finite[:, row].logical_not().int().argmax()), len(finite) - 1
     (prompt, index) = items[row]
-    place = (
+    cause = (
         f"latents are not finite after step {step + 1} of {steps}" if step < steps else "decoded pixels are not finite"
     )
-    instead = "choose backend.dtype: float32 if bfloat16 overflows, or look at the weights, whose training may diverge"
-    raise UserError(f"picture {index} of the prompt {prompt.text!r}: its {place}; {instead}")
+    instead = "set backend.dtype: float32 if bfloat16 overflows, or check whether the training run diverged"
+    raise UserError(f"image {index} of the prompt {prompt.text!r}: its {cause}; {instead}")

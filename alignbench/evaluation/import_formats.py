@@ -1,6 +1,6 @@
-"""What other projects write about pictures, read: FlowBP's scores.json, UniRL's scores.jsonl, GenEval's results.jsonl.
+"""Readers of other projects' score files: FlowBP's scores.json, UniRL's scores.jsonl, GenEval's results.jsonl.
 
-Each reader gives the rows of its file as a ``Source``; alignbench/importing.py puts one into a store. Read in:
+Each reader returns a ``Source``, which ``import_rows`` puts into a store. The formats are those of:
 
 - FlowBP: RuoyuWang-2077/FlowBP at 34c93f9, flowbp/eval/offline_ckpt_eval.py (scores.json), runners/online.py
   (eval_step_N.json), rewards/ (scales);
@@ -8,8 +8,8 @@ Each reader gives the rows of its file as a ``Source``; alignbench/importing.py 
   unirl-reward-service/reward_service/scorers/;
 - GenEval: djghosh13/geneval at 16f1681, evaluation/evaluate_images.py.
 
-Scores stay in the scale of the file, under a name that says whose they are: nothing in these files proves version,
-weights or preprocessing, so that none of them may enter a column of our own evaluators.
+Scores keep the file's scale, under a name that says whose they are. They never enter a column of our own evaluators,
+because nothing in these files proves the scorer's version, weights or preprocessing.
 """
 
 from __future__ import annotations
@@ -18,134 +18,143 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench.config import UserError, read_text
-from alignbench.evaluation import folders
+from alignbench.evaluation.folders import folder_images
 from alignbench.evaluator import Metric
 from alignbench.prompts import Prompt, load_prompts, parse_prompt
 
-UNKNOWN = "unknown"  # in place of a setting that nobody told us
-NO_SCORE = -10.0  # what FlowBP's UnifiedReward scorer gives for an answer without a number
+UNKNOWN = "unknown"  # in place of a setting that is not known
+NO_SCORE = -10.0  # FlowBP's UnifiedReward score of an answer without a number
 
 
-class Row(NamedTuple):
-    """One picture. ``group``: the place of its prompt in the source's list; ``place``: which of the prompt's pictures.
+class ImportedImage(NamedTuple):
+    """An image of a source and its scores.
 
-    ``scores``: by the source's own key; None where it says that there is none.
+    ``prompt_index``: position of its prompt in the source's list. ``image_index`` counts the images of one prompt.
+    ``scores``: by the source's own key; None where the source has no score.
     """
 
     prompt: Prompt
-    group: int
-    place: int
-    picture: Path
+    prompt_index: int
+    image_index: int
+    file: Path
     scores: dict[str, float | None]
-    words: str = ""  # why a checker said so
+    reason: str = ""  # of a checker's verdict
 
 
 class Source(NamedTuple):
-    """``metrics``: by the source's own key. ``protocol``: what the source says of it. ``remarks``: for the report."""
+    """Everything that a file or folder of another project says.
+
+    ``metrics``: by the source's own key. ``protocol``: the settings that the source states. ``remarks``: sentences for
+    the report.
+    """
 
     kind: str
-    rows: list[Row]
+    images: list[ImportedImage]
     metrics: dict[str, Metric]
     protocol: dict[str, Any]
     remarks: list[str]
 
 
-def read(kind: str, path: Path, prompts: str | None = None, images: Path | None = None) -> Source:
-    """The source at ``path``. UserError if it is not what ``kind`` says, with the place.
+def read(kind: str, path: Path, prompts: str | None = None, image_folder: Path | None = None) -> Source:
+    """Return the source at ``path``. Raise UserError, with the line or key, if it does not have the format ``kind``.
 
-    ``prompts``: for "images", as for ``scoring.pictures``; else a list from which prompts get their task and metadata.
-    ``images``: where the pictures are now, if not where the file says.
+    ``prompts``: for "images", as for ``folder_images``; else the list that supplies the prompts' tags and metadata.
+    ``image_folder``: where the images are now, if not where the file says.
     """
     if kind == "images":
-        chosen = folders.pictures(path, prompts)
-        rows = [Row(picture.prompt, 0, picture.place, picture.file, {}) for picture in chosen]
-        return Source(kind, _apart(rows, path), {}, {}, [])
-    source = READERS[kind](path, images)
-    return source._replace(rows=_with_list(_apart(source.rows, path), prompts, path))
+        images = [
+            ImportedImage(image.prompt, 0, image.image_index, image.file, {}) for image in folder_images(path, prompts)
+        ]
+        return Source(kind, _number_images(images, path), {}, {}, [])
+    source = READERS[kind](path, image_folder)
+    return source._replace(images=_take_prompts(_number_images(source.images, path), prompts, path))
 
 
-def _apart(rows: list[Row], path: Path) -> list[Row]:
-    """Every row with a place of its own: where a list repeats a prompt, these are further pictures of one prompt."""
-    size = 1 + max(row.place for row in rows)
-    groups: dict[str, list[int]] = {}
-    seen, out = set[tuple[str, int]](), []
-    for row in rows:
-        known = groups.setdefault(row.prompt.id, [])
-        if row.group not in known:
-            known.append(row.group)
-        place = row.place + size * known.index(row.group)
-        if (row.prompt.id, place) in seen:
-            raise UserError(f"{path}: '{row.prompt.text[:60]}', picture {row.place}, is there twice; keep one of them")
-        seen.add((row.prompt.id, place))
-        out.append(row._replace(place=place))
-    return out
+def _number_images(images: list[ImportedImage], path: Path) -> list[ImportedImage]:
+    """Return the images with unique (prompt, image index): a prompt that the list repeats has further images."""
+    size = 1 + max(image.image_index for image in images)
+    positions: dict[str, list[int]] = {}
+    seen, numbered = set[tuple[str, int]](), []
+    for image in images:
+        known = positions.setdefault(image.prompt.id, [])
+        if image.prompt_index not in known:
+            known.append(image.prompt_index)
+        index = image.image_index + size * known.index(image.prompt_index)
+        if (image.prompt.id, index) in seen:
+            what = f"'{image.prompt.text[:60]}', image {image.image_index}, appears twice; keep one of them"
+            raise UserError(f"{path}: {what}")
+        seen.add((image.prompt.id, index))
+        numbered.append(image._replace(image_index=index))
+    return numbered
 
 
-def _with_list(rows: list[Row], prompts: str | None, path: Path) -> list[Row]:
-    """The rows with the prompts of a list, found by their text."""
+def _take_prompts(images: list[ImportedImage], prompts: str | None, path: Path) -> list[ImportedImage]:
+    """Return the images with the prompts of the list ``prompts``, matched by their text."""
     if prompts is None:
-        return rows
-    known = {_plain(prompt.text): prompt for prompt in load_prompts(prompts, "--prompts")}
-    if odd := next((row.prompt.text for row in rows if row.prompt.text not in known), None):
-        raise UserError(f"{path}: '{odd[:60]}' is not in --prompts {prompts}; name the list that these pictures are of")
-    return [row._replace(prompt=known[row.prompt.text]) for row in rows]
+        return images
+    by_text = {_single_spaced(prompt.text): prompt for prompt in load_prompts(prompts, "--prompts")}
+    if odd := next((image.prompt.text for image in images if image.prompt.text not in by_text), None):
+        what = f"'{odd[:60]}' is not in --prompts {prompts}; name the list that these images were made from"
+        raise UserError(f"{path}: {what}")
+    return [image._replace(prompt=by_text[image.prompt.text]) for image in images]
 
 
 # -- FlowBP -----------------------------------------------------------------------------------------------------------
 
-JUDGED = ("unifiedreward", "ur-align", "ur-iq")  # five scales in words, divided by 5
-FLOWBP = {  # its scorers: our name of the metric, the scale in its file
+UNIFIEDREWARD = ("unifiedreward", "ur-align", "ur-iq")  # a judge's answers from 1 to 5, divided by 5
+FLOWBP_METRICS = {  # its scorers: our name of the metric, and the unit in its file
     "hpsv2": ("hpsv2.1", "cosine"),
     "hpsv3": ("hpsv3", "mu"),
     "imagereward": ("imagereward", "standardised"),
     "pickscore": ("pickscore", "logit / 26"),
     "clipscore": ("clipscore", "cosine"),
-    **{name: (name, "1-5, divided by 5") for name in JUDGED},
+    **{name: (name, "1-5, divided by 5") for name in UNIFIEDREWARD},
 }
 
 
-def flowbp(path: Path, images: Path | None) -> Source:
-    """scores.json of flowbp.eval.offline_ckpt_eval, or eval_step_N.json of training; a folder that has the former."""
+def read_flowbp(path: Path, image_folder: Path | None) -> Source:
+    """Read scores.json of flowbp.eval.offline_ckpt_eval (or its folder), or eval_step_N.json of training."""
     file = path / "scores.json" if path.is_dir() else path
     data = _json(file)
     items = data.get("scores") if isinstance(data, dict) else None
     if not isinstance(items, list) or not items:
         what = 'expected an object with a list "scores", as offline_ckpt_eval --score writes it'
-        raise UserError(f"{file}: is no scores.json of FlowBP: {what}")
+        raise UserError(f"{file}: not a scores.json of FlowBP: {what}")
     averages = data.get("avg_scores")
     names = data.get("reward_names") or [name for name in averages or () if name != "mean"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f'{file}: names no scorer: expected "reward_names" or "avg_scores"')
-    rows = [_flowbp_row(item, names, f"{file}: scores[{i}]", file.parent, images) for i, item in enumerate(items)]
-    rows.sort(key=lambda row: (row.group, row.place))
+        raise UserError(f'{file}: no scorers are named: expected "reward_names" or "avg_scores"')
+    images = [
+        _flowbp_image(item, names, f"{file}: scores[{i}]", file.parent, image_folder) for i, item in enumerate(items)
+    ]
+    images.sort(key=lambda image: (image.prompt_index, image.image_index))
     protocol = {"steps": data.get("num_steps"), "guidance": data.get("guidance_scale")}
     protocol["size"] = _size(data.get("width"), data.get("height"))
     if data.get("seed") is not None:
         protocol["seed"] = f"{data['seed']} ({data.get('seed_formula', 'formula unknown')})"
-    metrics = {name: _metric(*FLOWBP[name], "flowbp") if name in FLOWBP else _strange(name, "flowbp") for name in names}
-    absent = ", ".join(name for name in FLOWBP if name not in names)
-    remarks = (
-        [f"without {absent}: FlowBP passes over scorers that were not asked for or not available"] if absent else []
-    )
-    return Source("flowbp", rows, metrics, {k: v for k, v in protocol.items() if v is not None}, remarks)
+    metrics = {name: _metric(name, FLOWBP_METRICS, "flowbp") for name in names}
+    absent = ", ".join(name for name in FLOWBP_METRICS if name not in names)
+    remarks = [f"without {absent}: FlowBP skips scorers that were not requested or not available"] if absent else []
+    return Source("flowbp", images, metrics, {k: v for k, v in protocol.items() if v is not None}, remarks)
 
 
-def _flowbp_row(item: Any, names: Sequence[str], spot: str, folder: Path, images: Path | None) -> Row:
-    text, group, place = (_field(item, key, spot) for key in ("prompt", "prompt_idx", "img_idx"))
+def _flowbp_image(item: Any, names: Sequence[str], spot: str, folder: Path, image_folder: Path | None) -> ImportedImage:
+    text, prompt_index, image_index = (_field(item, key, spot) for key in ("prompt", "prompt_idx", "img_idx"))
     scores = {name: _number(item.get(name), f"{spot}.{name}") for name in names}
-    scores = {name: None if name in JUDGED and score == NO_SCORE else score for name, score in scores.items()}
-    named = str(item.get("image", f"{group:05d}_{place:02d}.png"))  # eval_step_N.json names none
-    return Row(_prompt(text, spot), group, place, _picture(named, 1, folder, images), scores)
+    scores = {name: None if name in UNIFIEDREWARD and score == NO_SCORE else score for name, score in scores.items()}
+    named = str(item.get("image", f"{prompt_index:05d}_{image_index:02d}.png"))  # eval_step_N.json names no files
+    file = _locate(named, 1, folder, image_folder)
+    return ImportedImage(_prompt(text, spot), prompt_index, image_index, file, scores)
 
 
 # -- UniRL ------------------------------------------------------------------------------------------------------------
 
-UNIRL = {  # "<reward>/<sub-metric>" of its reward service
+UNIRL_METRICS = {  # "<reward>/<sub-metric>" of its reward service: our name of the metric, and the unit
     "hpsv2/hpsv2": ("hpsv2", "cosine"),  # 2.0 or 2.1: the service's setting, not in the file
     "hpsv3/hpsv3": ("hpsv3", "mu"),
     "pickscore/pickscore": ("pickscore", "logit / 26"),
@@ -157,34 +166,34 @@ UNIRL = {  # "<reward>/<sub-metric>" of its reward service
 UNIRL_FILE = re.compile(r"p(\d+)_s(\d+)\.png")
 
 
-def unirl(path: Path, images: Path | None) -> Source:
-    """scores.jsonl of benchmarks.run; or its folder, with summary.json and images/ in it."""
+def read_unirl(path: Path, image_folder: Path | None) -> Source:
+    """Read scores.jsonl of benchmarks.run, or its folder, which has summary.json and images/ too."""
     file = path / "scores.jsonl" if path.is_dir() else path
-    rows = [_unirl_row(item, spot, file.parent / "images", images) for spot, item in _lines(file)]
-    names = sorted({name for row in rows for name in row.scores})
+    images = [_unirl_image(item, spot, file.parent / "images", image_folder) for spot, item in _lines(file)]
+    names = sorted({name for image in images for name in image.scores})
     if not names:
         raise UserError(f"{file}: no line has a score; was the reward service down?")
-    metrics = {name: _metric(*UNIRL[name], "unirl") if name in UNIRL else _strange(name, "unirl") for name in names}
+    metrics = {name: _metric(name, UNIRL_METRICS, "unirl") for name in names}
     summary = file.parent / "summary.json"
     about = _json(summary) if summary.is_file() else {}
     subset = isinstance(about, dict) and about.get("subset")
-    return Source(
-        "unirl", rows, metrics, {}, ["SUBSET: its summary says that not all prompts were used"] * bool(subset)
-    )
+    remarks = ["SUBSET: its summary says that not all prompts were used"] if subset else []
+    return Source("unirl", images, metrics, {}, remarks)
 
 
-def _unirl_row(item: Any, spot: str, folder: Path, images: Path | None) -> Row:
+def _unirl_image(item: Any, spot: str, folder: Path, image_folder: Path | None) -> ImportedImage:
     if isinstance(item, dict) and "acc" in item and "image" not in item:
-        raise UserError(f"{spot}: is of a benchmark of texts; there are no pictures in it")
+        raise UserError(f"{spot}: a result of a text benchmark, which has no images")
     text, named = _field(item, "prompt", spot), _field(item, "image", spot)
     parts = UNIRL_FILE.fullmatch(Path(named).name)
     if parts is None:
-        raise UserError(f'{spot}: "image": {named!r} is not called p<prompt>_s<sample>.png, as UniRL\'s are')
+        raise UserError(f'{spot}: "image": expected a name like p<prompt>_s<sample>.png, got {named!r}')
     scores = item.get("scores") or {}  # null: every reward failed
     if not isinstance(scores, dict):
         raise UserError(f'{spot}: "scores": expected an object of numbers, or null')
     numbers = {name: _number(score, f"{spot}: scores.{name}") for name, score in scores.items()}
-    return Row(_prompt(text, spot), int(parts[1]), int(parts[2]), _picture(named, 1, folder, images), numbers)
+    file = _locate(named, 1, folder, image_folder)
+    return ImportedImage(_prompt(text, spot), int(parts[1]), int(parts[2]), file, numbers)
 
 
 # -- GenEval ----------------------------------------------------------------------------------------------------------
@@ -192,52 +201,49 @@ def _unirl_row(item: Any, spot: str, folder: Path, images: Path | None) -> Row:
 GENEVAL_FILE = re.compile(r"(\d+)[/\\]samples[/\\](\d+)\.png$")
 
 
-def geneval(path: Path, images: Path | None) -> Source:
-    """results.jsonl of evaluation/evaluate_images.py; a folder that has it."""
+def read_geneval(path: Path, image_folder: Path | None) -> Source:
+    """Read results.jsonl of evaluation/evaluate_images.py, or its folder."""
     file = path / "results.jsonl" if path.is_dir() else path
-    rows = [_geneval_row(item, spot, file.parent, images) for spot, item in _lines(file)]
-    rows.sort(key=lambda row: (row.group, row.place))  # the script lists folders as they come
+    images = [_geneval_image(item, spot, file.parent, image_folder) for spot, item in _lines(file)]
+    images.sort(key=lambda image: (image.prompt_index, image.image_index))  # the script lists folders in any order
     metric = Metric("geneval (official)", "fraction", by_task=True)
-    return Source("geneval", rows, {"correct": metric}, {}, [])
+    return Source("geneval", images, {"correct": metric}, {}, [])
 
 
-def _geneval_row(item: Any, spot: str, folder: Path, images: Path | None) -> Row:
+def _geneval_image(item: Any, spot: str, folder: Path, image_folder: Path | None) -> ImportedImage:
     text, tag, named = (_field(item, key, spot) for key in ("prompt", "tag", "filename"))
     parts = GENEVAL_FILE.search(named)
     if parts is None:
-        raise UserError(f'{spot}: "filename": {named!r} is not of the form 00000/samples/0000.png, as GenEval\'s are')
+        raise UserError(f'{spot}: "filename": expected a path like 00000/samples/0000.png, got {named!r}')
     if not isinstance(item.get("correct"), bool):
         raise UserError(f'{spot}: "correct": expected true or false, got {item.get("correct")!r}')
     try:
         metadata = json.loads(item.get("metadata") or "{}")
     except (ValueError, TypeError):
-        raise UserError(f'{spot}: "metadata" is not JSON, as GenEval\'s is') from None
+        raise UserError(f'{spot}: "metadata": expected JSON in a string') from None
     prompt = _prompt(text, spot, {**metadata, "tag": tag} if isinstance(metadata, dict) else {"tag": tag})
-    picture = _picture(named, 3, folder, images)
-    return Row(
-        prompt,
-        int(parts[1]),
-        int(parts[2]),
-        picture,
-        {"correct": float(item["correct"])},
-        " ".join(str(item.get("reason") or "").split()),
-    )
+    scores: dict[str, float | None] = {"correct": float(item["correct"])}
+    reason = " ".join(str(item.get("reason") or "").split())
+    file = _locate(named, 3, folder, image_folder)
+    return ImportedImage(prompt, int(parts[1]), int(parts[2]), file, scores, reason)
 
 
-READERS: dict[str, Callable[[Path, Path | None], Source]] = {"flowbp": flowbp, "unirl": unirl, "geneval": geneval}
-KINDS = ("images", *READERS)
+READERS: dict[str, Callable[[Path, Path | None], Source]] = {
+    "flowbp": read_flowbp,
+    "unirl": read_unirl,
+    "geneval": read_geneval,
+}
 
 
-# -- their parts ------------------------------------------------------------------------------------------------------
+# -- shared by the readers --------------------------------------------------------------------------------------------
 
 
-def _metric(name: str, unit: str, whose: str) -> Metric:
-    return Metric(f"{name} ({whose})", unit)
-
-
-def _strange(name: str, whose: str) -> Metric:
-    """Of a scorer that is not in the code we read: neither its scale is known, nor which direction is better."""
-    return Metric(f"{name} ({whose})", "unit unknown", higher_is_better=None)
+def _metric(key: str, known: Mapping[str, tuple[str, str]], project: str) -> Metric:
+    """Return the metric of a scorer. Neither unit nor direction is known of one that is missing from ``known``."""
+    if key not in known:
+        return Metric(f"{key} ({project})", "unit unknown", higher_is_better=None)
+    name, unit = known[key]
+    return Metric(f"{name} ({project})", unit)
 
 
 def _json(file: Path) -> Any:
@@ -248,15 +254,15 @@ def _json(file: Path) -> Any:
 
 
 def _lines(file: Path) -> list[tuple[str, Any]]:
-    """(place, object) of every line of a .jsonl file."""
-    found = list(_parsed(file))
-    if not found:
+    """Return (place, object) for every line of a .jsonl file."""
+    lines = list(_parsed_lines(file))
+    if not lines:
         raise UserError(f"{file}: the file is empty")
-    return found
+    return lines
 
 
-def _parsed(file: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(read_text(file).split("\n"), 1):  # not splitlines(): it splits at U+2028, too
+def _parsed_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(read_text(file).split("\n"), 1):  # not splitlines(), which also splits at U+2028
         if line.strip():
             try:
                 yield f"{file}:{number}", json.loads(line)
@@ -280,39 +286,39 @@ def _field(item: Any, key: str, spot: str) -> Any:
 
 
 def _number(value: Any, spot: str) -> float | None:
-    """None for what is no finite number: null, NaN, inf. UserError for text and the like."""
+    """Return a finite number, or None for null, NaN and inf. Raise UserError for anything else."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{spot}: expected a number, got {value!r:.60}")
     try:
         return float(value) if math.isfinite(value) else None
-    except OverflowError:  # a whole number of hundreds of digits
+    except OverflowError:  # an integer of hundreds of digits
         return None
 
 
-def _plain(text: str) -> str:
-    """Spaces as alignbench's public prompt sets have them, so that the same prompt has the same id."""
+def _single_spaced(text: str) -> str:
+    """Return the text spaced as in alignbench's public prompt sets, so that the same prompt has the same id."""
     return " ".join(text.split())
 
 
 def _prompt(text: str, spot: str, metadata: dict[str, Any] | None = None) -> Prompt:
-    return parse_prompt(json.dumps({**(metadata or {}), "prompt": _plain(text)}), spot)
+    return parse_prompt(json.dumps({**(metadata or {}), "prompt": _single_spaced(text)}), spot)
 
 
-def _picture(named: str, parts: int, folder: Path, images: Path | None) -> Path:
-    """Where the picture is: in ``images``, if given; else as named, or beside its file. May be missing.
+def _locate(named: str, parts: int, folder: Path, image_folder: Path | None) -> Path:
+    """Return the path of an image file: in ``image_folder`` if given, else as named, else in ``folder``.
 
-    ``parts``: how many of the last parts of its name are told apart there.
+    The file may be missing. ``parts``: how many parts at the end of ``named`` to keep within a folder.
     """
     tail = Path(*Path(named.replace("\\", "/")).parts[-parts:])
-    if images is not None:
-        return images / tail
-    return next((place for place in (Path(named), folder / tail) if os.path.isfile(place)), folder / tail)
+    if image_folder is not None:
+        return image_folder / tail
+    return Path(named) if os.path.isfile(named) else folder / tail
 
 
 def _size(width: Any, height: Any) -> Any:
-    """Pixels of a square; "720 x 512" of another rectangle; None if not told."""
+    """Return the pixels of a square's side, "720 x 512" for another rectangle, None if unknown."""
     if width is None or height is None:
         return None
     return width if width == height else f"{width} x {height}"

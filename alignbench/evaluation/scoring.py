@@ -1,4 +1,7 @@
-"""Score pictures, a sweep's or anybody's: files are read in threads, a bad one is marked, every other one is scored."""
+"""Score images, from a sweep or from any folder.
+
+Files are read in threads. An image that cannot be read or scored is marked with its error; all others are scored.
+"""
 
 from __future__ import annotations
 
@@ -8,73 +11,70 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alignbench.config import UserError, did_you_mean, parse_assignment
+from alignbench.evaluation.folders import FolderImage, folder_images
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt
 
 if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
-from alignbench.evaluation.folders import Picture, pictures
 
 T = TypeVar("T")
 
-READERS = 8  # threads that decode pictures while the model scores others
-PER_PASS = 128  # pictures in memory at a time
+READERS = 8  # threads that decode images while the model scores others
+PER_PASS = 128  # images in memory at a time
 
 
 def in_threads(function: Callable[..., T], *arguments: Iterable[Any]) -> Iterator[T]:
-    """``map`` in order, several at a time: pictures are decoded without holding Python's lock."""
+    """Yield ``map(function, *arguments)`` in order, computed in threads: Pillow decodes without holding the GIL."""
     with ThreadPoolExecutor(READERS) as pool:
         yield from pool.map(function, *arguments)
 
 
-def read_picture(file: Path) -> Image | str:
-    """The file's picture in RGB, or what is wrong with it."""
+def read_image(file: Path) -> Image | str:
+    """Return the image in RGB, or a text that says why it cannot be read."""
     from PIL import Image
 
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except Exception as error:  # whatever Pillow raises for whatever the file holds
+    except Exception as error:  # Pillow raises many types, depending on what the file contains
         return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def score_rows(
     evaluator: Any, images: Sequence[Image | str], prompts: Sequence[Prompt], base: Sequence[Image | str] | None = None
 ) -> pd.DataFrame:
-    """A row per picture: the evaluator's metrics, "ok", "error", and "raw" if it keeps answers.
+    """Return a row per image: the evaluator's metrics, "ok", "error", and "raw" if the evaluator keeps answers.
 
-    ``base``: of a paired evaluator, the pictures to compare with. Text in place of a picture is its error. If the
-    evaluator fails, pictures are scored one by one, so that one bad picture costs no other its score. If it fails for
-    all of them, the error is the evaluator's, and raised.
+    ``base``: the images that a paired evaluator compares with. A text in place of an image is its error. If the
+    evaluator fails, images are scored one by one, so that a bad image does not cost the others their scores. If it
+    fails for every image, its error is raised.
     """
     import pandas as pd
 
     names = [metric.name for metric in evaluator.metrics]
-    wrong = [
-        next((picture for picture in row if isinstance(picture, str)), None) for row in zip(images, base or images)
-    ]
-    good = [i for i, error in enumerate(wrong) if error is None]
+    unreadable = [next((image for image in row if isinstance(image, str)), None) for row in zip(images, base or images)]
+    good = [i for i, error in enumerate(unreadable) if error is None]
     columns = [images, prompts] if base is None else [images, prompts, base]
-    found = _scored(evaluator, *([column[i] for i in good] for column in columns))
-    found = found.set_index(pd.Index(good, dtype=int)).reindex(range(len(images)))
-    frame = found[names].astype(float)
+    scores = _score(evaluator, *([column[i] for i in good] for column in columns))
+    scores = scores.set_index(pd.Index(good, dtype=int)).reindex(range(len(images)))
+    frame = scores[names].astype(float)
     frame["ok"] = frame[names].notna().all(axis=1)
-    told = found["error"] if "error" in found else [None] * len(found)
-    frame["error"] = pd.Series(
-        [_error(bad, ok, error) for bad, ok, error in zip(wrong, frame["ok"], told)], frame.index, object
-    )
-    return frame.join(found["raw"].astype(object)) if "raw" in found else frame
+    reported = scores["error"] if "error" in scores else [None] * len(scores)
+    errors = [_error(*causes) for causes in zip(unreadable, frame["ok"], reported)]
+    frame["error"] = pd.Series(errors, frame.index, object)
+    return frame.join(scores["raw"].astype(object)) if "raw" in scores else frame
 
 
-def _error(wrong: str | None, ok: bool, told: Any) -> str | None:
-    if wrong is not None:
-        return wrong
-    return None if ok else str(told) if isinstance(told, str) and told else "the score is not a number"
+def _error(unreadable: str | None, ok: bool, reported: Any) -> str | None:
+    if unreadable is not None:
+        return unreadable
+    return None if ok else str(reported) if isinstance(reported, str) and reported else "the score is not a number"
 
 
-def _scored(evaluator: Any, *columns: Sequence[Any]) -> pd.DataFrame:
-    """``columns``: images, prompts, and of a paired evaluator the base model's images."""
+def _score(evaluator: Any, *columns: Sequence[Any]) -> pd.DataFrame:
+    """Return the evaluator's table. ``columns``: images, prompts and, if it is paired, the base model's images."""
     count = len(columns[0])
     try:
         return _checked(evaluator, evaluator.score(*columns), count)
@@ -83,10 +83,10 @@ def _scored(evaluator: Any, *columns: Sequence[Any]) -> pd.DataFrame:
     except Exception:
         if count < 2:
             raise
-        return _one_by_one(evaluator, *columns)
+        return _score_one_by_one(evaluator, *columns)
 
 
-def _one_by_one(evaluator: Any, *columns: Sequence[Any]) -> pd.DataFrame:
+def _score_one_by_one(evaluator: Any, *columns: Sequence[Any]) -> pd.DataFrame:
     import pandas as pd
 
     rows, failures = [], []
@@ -106,45 +106,53 @@ def _checked(evaluator: Any, frame: pd.DataFrame, count: int) -> pd.DataFrame:
     missing = [metric.name for metric in evaluator.metrics if metric.name not in frame]
     if len(frame) != count or missing:
         what = f"no column '{missing[0]}'" if missing else f"{len(frame)} rows"
-        raise UserError(f"evaluator {evaluator.name}: made {what} for {count} images; one row per image")
+        raise UserError(f"evaluator {evaluator.name}: returned {what} for {count} images; return one row per image")
     return frame.reset_index(drop=True)
 
 
-def partners(evaluator: Any, chosen: Sequence[Picture], prompts: str | None = None) -> list[Picture] | None:
-    """To each picture that of its prompt and index in the folder ``evaluator.base``; None if it is not paired.
+def base_images(evaluator: Any, images: Sequence[FolderImage], prompts: str | None = None) -> list[FolderImage] | None:
+    """Return for each image that of the same prompt and index in ``evaluator.base``; None if it is not paired.
 
-    UserError unless both folders hold the same prompts and indices. ``prompts``: as for ``pictures``.
+    Raise UserError unless both folders hold the same prompts and indices. ``prompts``: as for ``folder_images``.
     """
     if not evaluator.paired:
         return None
     where = f"{evaluator.name}.base"
     if evaluator.base is None:
-        raise UserError(f"{where}: name the folder of the base model's pictures, {where}=FOLDER")
-    found = {(p.prompt.id, p.place): p for p in pictures(Path(evaluator.base), prompts)}
-    wanted = {(p.prompt.id, p.place): p for p in chosen}
-    if odd := [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
-        one = (wanted | found)[min(odd)]
-        what = f"'{one.prompt.text[:60]}', picture {one.place}, is in one of the two folders alone"
-        raise UserError(f"{where}: {evaluator.base}: {what}; pictures are paired by prompt and index")
-    return [found[p.prompt.id, p.place] for p in chosen]
+        raise UserError(f"{where}: name the folder of the base model's images, {where}=FOLDER")
+    ours = {(image.prompt.id, image.image_index): image for image in images}
+    theirs = {(image.prompt.id, image.image_index): image for image in folder_images(Path(evaluator.base), prompts)}
+    if unpaired := ours.keys() ^ theirs.keys():
+        image = (ours | theirs)[min(unpaired)]
+        what = f"'{image.prompt.text[:60]}', image {image.image_index}, is in only one of the two folders"
+        raise UserError(f"{where}: {evaluator.base}: {what}; images are paired by prompt and index")
+    return [theirs[image.prompt.id, image.image_index] for image in images]
 
 
-def score_pictures(evaluator: Any, chosen: Sequence[Picture], base: Sequence[Picture] | None = None) -> pd.DataFrame:
-    """A row per picture: file, prompt_id, tag, index, and what ``score_rows`` has of it. ``base``: its ``partners``."""
+def score_images(
+    evaluator: Any, images: Sequence[FolderImage], base: Sequence[FolderImage] | None = None
+) -> pd.DataFrame:
+    """Return a row per image: file, prompt_id, tag, index, and the columns of ``score_rows``.
+
+    ``base``: what ``base_images`` returns.
+    """
     import pandas as pd
 
     frames = []
-    for part in passes([picture.prompt.id for picture in chosen]):
-        here = chosen[part]
-        columns = [list(in_threads(read_picture, [p.file for p in c[part]])) for c in (chosen, base) if c is not None]
-        found = score_rows(evaluator, columns[0], [p.prompt for p in here], *columns[1:])
-        about = [(str(p.file), p.prompt.id, p.prompt.tag, p.place) for p in here]
-        frames.append(pd.DataFrame(about, columns=["file", "prompt_id", "tag", "index"]).join(found))
+    for rows in passes([image.prompt.id for image in images]):
+        sides = [side[rows] for side in (images, base) if side is not None]
+        pixels = [list(in_threads(read_image, [image.file for image in side])) for side in sides]
+        scores = score_rows(evaluator, pixels[0], [image.prompt for image in sides[0]], *pixels[1:])
+        about = [(str(image.file), image.prompt.id, image.prompt.tag, image.image_index) for image in sides[0]]
+        frames.append(pd.DataFrame(about, columns=["file", "prompt_id", "tag", "index"]).join(scores))
     return pd.concat(frames, ignore_index=True)
 
 
 def passes(prompts: Sequence[str]) -> Iterator[slice]:
-    """Slices of at most ``PER_PASS`` rows that part no run of equal prompt ids, unless one alone is longer."""
+    """Yield slices of at most ``PER_PASS`` rows that keep a prompt's images together.
+
+    ``prompts``: the prompt id of each row. Only a prompt with more than ``PER_PASS`` images is split.
+    """
     start = 0
     while start < len(prompts):
         end = min(start + PER_PASS, len(prompts))
@@ -157,21 +165,24 @@ def passes(prompts: Sequence[str]) -> Iterator[slice]:
         start = end
 
 
-def judges(registry: Registry, names: str, assignments: Sequence[str]) -> list[Any]:
-    """``hpsv2.1,pickscore`` (metrics or evaluators), with ``pickscore.weights=shapes``: proven usable."""
+def make_evaluators(registry: Registry, names: str, assignments: Sequence[str]) -> list[Any]:
+    """Return the evaluators that the command line names, their weights checked. Raise UserError for a mistake.
+
+    ``names``: evaluators or metrics, ``hpsv2.1,pickscore``. ``assignments``: settings, ``pickscore.weights=shapes``.
+    """
     chosen = evaluator_settings(registry, names, assignments)
-    made = [registry.make("evaluator", {"name": name, **own}, f"-e {name}") for name, own in chosen.items()]
-    for evaluator in made:
+    evaluators = [registry.make("evaluator", {"name": name, **given}, f"-e {name}") for name, given in chosen.items()]
+    for evaluator in evaluators:
         evaluator.files()
-    return made
+    return evaluators
 
 
 def evaluator_settings(registry: Registry, names: str, assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Evaluators by name, with the settings that the assignments give them."""
+    """Return {evaluator: its assigned settings}. Arguments as for ``make_evaluators``."""
     known = {name: name for name in registry.names("evaluator")}
     for name in list(known):
         metrics = getattr(registry.get("evaluator", name, "-e"), "metrics", ())
-        if isinstance(metrics, tuple):  # of some evaluators, settings decide
+        if isinstance(metrics, tuple):  # else a property, which depends on settings
             known |= {metric.name: name for metric in metrics}
     chosen = []
     for word in names.split(","):
@@ -182,6 +193,6 @@ def evaluator_settings(registry: Registry, names: str, assignments: Sequence[str
     for place, value in map(parse_assignment, assignments):
         name, _, field = place.partition(".")
         if known.get(name) not in settings or not field:
-            raise UserError(f"{place}: write <evaluator>.<setting>=<value>, of {', '.join(settings)}")
+            raise UserError(f"{place}: write <evaluator>.<setting>=<value>; the evaluators are {', '.join(settings)}")
         settings[known[name]][field] = value
     return settings

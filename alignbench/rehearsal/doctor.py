@@ -1,10 +1,11 @@
-"""What `alignbench doctor` looks at: packages, weights, official engines, and whether scores are what they were.
+"""Checks of `alignbench doctor`: packages, weights, official engines, and whether evaluators give the same scores.
 
-Golden scores: every built-in evaluator scores pictures made here with its small checkpoint (small.py), and must give
-the numbers in golden.json. No real weights are needed, so a library that changed a resize, an activation or
-a tokenizer is noticed on any machine. ``python -m alignbench.rehearsal.doctor`` makes the file anew, for developers.
+Golden scores: every built-in evaluator scores generated images with its small checkpoint (tiny_evaluators.py) and must
+reproduce the numbers in golden.json. No real weights are needed, so any machine notices a library that changed a
+resize, an activation or a tokenizer. For developers, ``python -m alignbench.rehearsal.doctor`` rewrites the file.
 
-Published scores: with real weights and the pictures of the sources named here, evaluators must give what was published.
+Published scores: with real weights and the images of the sources named here, evaluators must reproduce what was
+published.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import hashlib
 import json
 import platform
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,33 +34,38 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-FINE, NOTE, WRONG = "ok", "-", "WRONG"  # NOTE: neither; something that is not there, and need not be
+FINE, NOTE, WRONG = "ok", "-", "WRONG"  # NOTE: something is missing that is not required
 
 
 class Line(NamedTuple):
-    """One thing looked at. ``text``: one line; what to do about it, if there is something to do."""
+    """The result of one check. ``text``: one line, with what to do if there is something to do."""
 
     part: str
     verdict: str
     text: str
 
 
-def look(registry: Registry, chosen: dict[str, dict[str, Any]], references: Path) -> Iterator[Line]:
-    """Everything about the evaluators ``chosen`` (name -> settings), as it is found out."""
+def run_checks(registry: Registry, chosen: dict[str, dict[str, Any]], references: Path) -> Iterator[Line]:
+    """Yield the result of each check as it completes.
+
+    ``chosen``: {evaluator: settings}. ``references``: the folder with the images of published scores.
+    """
     yield from packages()
-    yield from _backends(registry)
+    for name in registry.names("backend"):
+        yield _check_files(f"{name}: weights", partial(registry.make, "backend", {"name": name}, name))
     for name, settings in chosen.items():
-        yield from _weights(registry, name, settings)
+        described = {"name": name, **DEFAULTS.get(name, {}), **settings}
+        yield _check_files(f"{name}: weights", partial(registry.make, "evaluator", described, name))
     yield from _engines()
     for name in chosen:
-        yield _golden(registry, name)
+        yield _check_golden(registry, name)
     for anchor in ANCHORS:
         if anchor.evaluator in chosen:
-            yield _published(registry, anchor, chosen[anchor.evaluator], references)
+            yield _check_published(registry, anchor, chosen[anchor.evaluator], references)
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Return a row per line, in columns; commands can be copied as they stand."""
+    """Return a row per check, in columns; commands are not wrapped and can be copied."""
     return text_table(lines)
 
 
@@ -66,29 +73,27 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def packages() -> Iterator[Line]:
-    """Python, the device, and every package that alignbench needs, against what it asks for."""
+    """Check Python, every package that alignbench requires and its version, and the device."""
     import torch
     from packaging.requirements import Requirement
 
     yield Line("python", FINE, platform.python_version())
     for requirement in map(Requirement, requires("alignbench") or ()):
-        if requirement.marker is not None:  # of the extras
-            continue
-        yield _package(requirement)
+        if requirement.marker is None:  # else it belongs to an extra
+            yield _check_package(requirement)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Line("device", FINE, ", ".join(gpus) or f"no GPU; {torch.get_num_threads()} CPU threads")
 
 
-def _package(requirement: Any) -> Line:
+def _check_package(requirement: Any) -> Line:
+    name, wanted = requirement.name, requirement.specifier
     try:
-        found = version(requirement.name)
+        installed = version(name)
     except PackageNotFoundError:
-        return Line(requirement.name, WRONG, f"not installed; pip install '{requirement}'")
-    if not requirement.specifier.contains(found, prereleases=True):
-        return Line(requirement.name, WRONG, f"{found} is not {requirement.specifier}; pip install '{requirement}'")
-    return Line(
-        requirement.name, FINE, f"{found} {f'({requirement.specifier})' if requirement.specifier else ''}".strip()
-    )
+        return Line(name, WRONG, f"not installed; pip install '{requirement}'")
+    if not wanted.contains(installed, prereleases=True):
+        return Line(name, WRONG, f"{installed} is not {wanted}; pip install '{requirement}'")
+    return Line(name, FINE, f"{installed} ({wanted})" if wanted else installed)
 
 
 def _engines() -> Iterator[Line]:
@@ -102,18 +107,8 @@ def _engines() -> Iterator[Line]:
 DEFAULTS = {"geneval": {"detector": "mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth"}}
 
 
-def _backends(registry: Registry) -> Iterator[Line]:
-    for name in registry.names("backend"):
-        yield _files(f"{name}: weights", lambda: registry.make("backend", {"name": name}, name))  # noqa: B023 - called at once
-
-
-def _weights(registry: Registry, name: str, settings: dict[str, Any]) -> Iterator[Line]:
-    described = {"name": name, **DEFAULTS.get(name, {}), **settings}
-    yield _files(f"{name}: weights", lambda: registry.make("evaluator", described, name))
-
-
-def _files(part: str, make: Any) -> Line:
-    """Where its files are and their hash; or what is missing, with the command that fetches it."""
+def _check_files(part: str, make: Callable[[], Any]) -> Line:
+    """Report the folders and the hash of a component's files, or what is missing and the command that fetches it."""
     from alignbench.digests import fingerprint
 
     try:
@@ -130,7 +125,7 @@ def _files(part: str, make: Any) -> Line:
 # -- golden scores ----------------------------------------------------------------------------------------------------
 
 GOLDEN = Path(__file__).with_name("golden.json")
-TOLERANCE = 1e-4  # of a column's standard deviation over the pictures: see docs/evaluators.md for what passes and fails
+TOLERANCE = 1e-4  # of a column's standard deviation over the images: docs/evaluators.md says what passes and fails
 SIZES = ((224, 224), (300, 180), (96, 333), (40, 56), (17, 23), (512, 512), (130, 90), (90, 130))  # (height, width)
 MODES = ("RGB",) * 6 + ("RGBA", "L")
 TEXTS = (
@@ -139,30 +134,30 @@ TEXTS = (
     "a photo of a dog " * 8,
     "x",
 )
-LINE = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}  # so that GenEval can be asked, too
-FIXED: dict[str, dict[str, Any]] = {  # settings that a device or a sweep's model would decide
+LINE = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}  # for GenEval, which checks them
+FIXED: dict[str, dict[str, Any]] = {  # settings that would otherwise depend on the device or on a sweep's model
     "hpsv3": {"dtype": "float32"},
     "unifiedreward": {"dtype": "float32"},
     "picture_stats": {"patch": 4},
 }
 
 
-def golden_pictures() -> list[Image]:
-    """Eight pictures of many shapes and modes."""
-    pictures = [drawn(height, width, seed) for seed, (height, width) in enumerate(SIZES)]
-    pictures = [image.convert(mode) for image, mode in zip(pictures, MODES)]
-    transparent = pictures[MODES.index("RGBA")]
-    transparent.putalpha(drawn(transparent.height, transparent.width, len(SIZES)).convert("L"))
-    return pictures
+def golden_images() -> list[Image]:
+    """Return eight images of many shapes and modes."""
+    images = [draw_image(height, width, seed) for seed, (height, width) in enumerate(SIZES)]
+    images = [image.convert(mode) for image, mode in zip(images, MODES)]
+    transparent = images[MODES.index("RGBA")]
+    transparent.putalpha(draw_image(transparent.height, transparent.width, len(SIZES)).convert("L"))
+    return images
 
 
 def golden_prompts() -> list[Prompt]:
-    """Four prompts, each of two pictures."""
+    """Return four prompts, each for two images."""
     return [Prompt(f"golden {i // 2}", TEXTS[i // 2], metadata=LINE) for i in range(len(SIZES))]
 
 
-def drawn(height: int, width: int, seed: int) -> Image:
-    """An RGB picture of smooth patches with noise, in whole numbers throughout: equal to the bit on every machine."""
+def draw_image(height: int, width: int, seed: int) -> Image:
+    """Return an RGB image of smooth patches with noise, bitwise equal on every machine: only integers are computed."""
     import numpy as np
     from PIL import Image
 
@@ -177,61 +172,61 @@ def drawn(height: int, width: int, seed: int) -> Image:
 
 
 def golden_evaluator(registry: Registry, name: str) -> Any:
-    """The evaluator with its small checkpoint, if it needs one."""
+    """Return the evaluator, with its small checkpoint if it needs weights."""
     weightless = getattr(registry.get("evaluator", name, name), "files", None) is Evaluator.files
     checkpoint = {} if weightless else tiny_evaluators.checkpoint(name, cache() / "small")
     settings = {**checkpoint, **FIXED.get(name, {})}
     return registry.make("evaluator", {"name": name, **settings}, name)
 
 
-def probed(evaluator: Any) -> dict[str, list[float]]:
-    """What the evaluator makes of the golden pictures, column by column, in full precision."""
+def probe_scores(evaluator: Any) -> dict[str, list[float]]:
+    """Return {column: values} of the evaluator's ``probe`` on the golden images, in full precision."""
     with warnings.catch_warnings(), without_tf32():
-        warnings.simplefilter("ignore")  # of prompts that are cut: some are made to be
-        frame = evaluator.probe(golden_pictures(), golden_prompts())
+        warnings.simplefilter("ignore")  # some prompts are truncated on purpose
+        frame = evaluator.probe(golden_images(), golden_prompts())
     return {str(name): [float(value) for value in frame[name]] for name in frame}
 
 
-def gap(found: dict[str, list[float]], golden: dict[str, list[float]]) -> tuple[float, str]:
-    """How far ``found`` is from ``golden``, in standard deviations of the golden column; and where that is."""
+def largest_gap(scores: dict[str, list[float]], golden: dict[str, list[float]]) -> tuple[float, str]:
+    """Return the largest difference, in standard deviations of the golden column, and a text that locates it."""
     import numpy as np
 
-    if found.keys() != golden.keys():
-        return float("inf"), f"columns are {', '.join(found)}, were {', '.join(golden)}"
-    worst = (0.0, "nowhere")
+    if scores.keys() != golden.keys():
+        return float("inf"), f"columns are {', '.join(scores)}, were {', '.join(golden)}"
+    largest = (0.0, "nowhere")
     for column, values in golden.items():
-        apart: np.ndarray = np.abs(np.array(found[column]) - np.array(values)) / np.std(values)
-        apart[np.isnan(apart)] = np.inf
-        at = int(apart.argmax())
-        height, width = SIZES[at]
-        where = f"{column} of picture {at + 1} ({MODES[at]}, {width} x {height}): {found[column][at]:.6g}"
-        worst = max(worst, (float(apart[at]), f"{where} instead of {values[at]:.6g}"), key=lambda each: each[0])
-    return worst
+        gaps: np.ndarray = np.abs(np.array(scores[column]) - np.array(values)) / np.std(values)
+        gaps[np.isnan(gaps)] = np.inf
+        i = int(gaps.argmax())
+        height, width = SIZES[i]
+        where = f"{column} of image {i + 1} ({MODES[i]}, {width} x {height}): {scores[column][i]:.6g}"
+        largest = max(largest, (float(gaps[i]), f"{where} instead of {values[i]:.6g}"), key=lambda pair: pair[0])
+    return largest
 
 
-def _golden(registry: Registry, name: str) -> Line:
+def _check_golden(registry: Registry, name: str) -> Line:
     part = f"{name}: golden scores"
-    held = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    if name not in held["scores"]:
-        return Line(part, NOTE, "has none; the built-in evaluators do")
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    if name not in golden["scores"]:
+        return Line(part, NOTE, "none; only the built-in evaluators have golden scores")
     try:
-        apart, where = gap(probed(golden_evaluator(registry, name)), held["scores"][name])
-    except Exception as error:  # whatever a changed library raises is what this is here to find
+        gap, where = largest_gap(probe_scores(golden_evaluator(registry, name)), golden["scores"][name])
+    except Exception as error:  # a changed library may raise anything; finding that is the point of this check
         return Line(part, WRONG, f"cannot be computed: {type(error).__name__}: {' '.join(str(error).split())}")
-    if apart <= TOLERANCE:
-        return Line(part, FINE, f"agree to {apart:.0e} of their spread (random weights; allowed {TOLERANCE:.0e})")
-    made = ", ".join(f"{package} {number}" for package, number in held["versions"].items())
-    return Line(part, WRONG, f"differ by {apart:.1g} of their spread: {where}; they were made with {made}")
+    if gap <= TOLERANCE:
+        return Line(part, FINE, f"agree to {gap:.0e} of their spread (random weights; allowed {TOLERANCE:.0e})")
+    made_with = ", ".join(f"{package} {number}" for package, number in golden["versions"].items())
+    return Line(part, WRONG, f"differ by {gap:.1g} of their spread: {where}; they were made with {made_with}")
 
 
 MADE_WITH = ("torch", "torchvision", "transformers", "open_clip_torch", "pillow", "numpy", "tokenizers")
 
 
 def write_golden() -> None:
-    """golden.json, from this environment: after a change that is meant to move scores."""
+    """Write golden.json from this environment, after a change that is meant to move scores."""
     registry = Registry()
     names = registry.names("evaluator")
-    scores = {name: probed(golden_evaluator(registry, name)) for name in names}
+    scores = {name: probe_scores(golden_evaluator(registry, name)) for name in names}
     versions = {package: version(package) for package in MADE_WITH}
     text = json.dumps({"versions": versions, "scores": scores}, indent=1)
     GOLDEN.write_text(text + "\n", encoding="utf-8")
@@ -242,14 +237,14 @@ def write_golden() -> None:
 
 
 class Anchor(NamedTuple):
-    """Scores that were published for pictures that can be had. ``sha256``: the pictures' first digits, where known."""
+    """Published scores of images that are publicly available. ``sha256``: the first digits of the images', if known."""
 
     evaluator: str
     prompt: str
-    scores: dict[str, float]  # by the picture's file below the folder of references
+    scores: dict[str, float]  # by the image's file within the folder of references
     tolerance: float
     source: str
-    checkpoint: str = ""  # the file of the weights' folder, if not the evaluator's own
+    checkpoint: str = ""  # file name within the weights' folder, if not the evaluator's default
     sha256: str = ""
 
 
@@ -258,7 +253,7 @@ ANCHORS = (
         "hpsv2",
         "A cat with two horns on its head",
         {"hpsv2/demo_image.jpg": 0.2876},
-        0.003,  # published from half precision, and by a torchvision whose resize is not known
+        0.003,  # published in half precision, from an unknown version of torchvision's resize
         "assets/demo_image.jpg of github.com/tgxs002/HPSv2, by HPSv2 v2.0 (issue 27 there)",
         "HPS_v2_compressed.pt",
         "798dfb5b",
@@ -272,35 +267,35 @@ ANCHORS = (
     ),
 )
 UNTRIED = (
-    "Published scores could not be compared where alignbench was written: no real weights were at hand. "
-    "What agrees above agrees on small random ones."
+    "Published scores were not compared when alignbench was written, because no real weights were available. "
+    "Golden scores above agree on small random weights."
 )
 
 
-def _published(registry: Registry, anchor: Anchor, settings: dict[str, Any], references: Path) -> Line:
-    """The published scores against the evaluator's, if weights and pictures are there; else what is missing."""
+def _check_published(registry: Registry, anchor: Anchor, settings: dict[str, Any], references: Path) -> Line:
+    """Compare the evaluator's scores with the published ones, or report which weights or images are missing."""
     part = f"{anchor.evaluator}: published scores"
     missing = [file for file in anchor.scores if not (references / file).is_file()]
     if missing:
-        what = f"not compared: {references} has no {', '.join(missing)}; from {anchor.source}"
+        what = f"not compared: {references} has no {', '.join(missing)}; get them from {anchor.source}"
         return Line(part, NOTE, what)
     files = [references / file for file in anchor.scores]
     for file in files:
         if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(anchor.sha256):
-            return Line(part, WRONG, f"{file} is another picture: its sha256 does not begin with {anchor.sha256}")
+            return Line(part, WRONG, f"{file} is a different image: its sha256 does not begin with {anchor.sha256}")
     try:
-        found = _scores(_original(registry, anchor, settings), files, anchor.prompt)
+        scores = _scores(_original(registry, anchor, settings), files, anchor.prompt)
     except Missing as error:
         return Line(part, NOTE, f"not compared: {error}")
     except UserError as error:
         return Line(part, WRONG, str(error))
-    apart = max(abs(a - b) for a, b in zip(found, anchor.scores.values()))
-    shown = f"{', '.join(f'{score:.4f}' for score in found)}; published: {', '.join(map(str, anchor.scores.values()))}"
-    return Line(part, FINE if apart <= anchor.tolerance else WRONG, f"{shown} (allowed {anchor.tolerance})")
+    gap = max(abs(score - published) for score, published in zip(scores, anchor.scores.values()))
+    shown = f"{', '.join(f'{score:.4f}' for score in scores)}; published: {', '.join(map(str, anchor.scores.values()))}"
+    return Line(part, FINE if gap <= anchor.tolerance else WRONG, f"{shown} (allowed {anchor.tolerance})")
 
 
 def _original(registry: Registry, anchor: Anchor, settings: dict[str, Any]) -> Any:
-    """The evaluator with the checkpoint that the scores were published for."""
+    """Return the evaluator with the checkpoint that made the published scores."""
     evaluator: Any = registry.make("evaluator", {"name": anchor.evaluator, **settings}, anchor.evaluator)
     if not anchor.checkpoint:
         return evaluator

@@ -19,25 +19,25 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def source_digest() -> str:
-    """Return the hash of the modules that make tiny models: folders of models carry it, and are made anew with them."""
+    """Return the hash of the modules that make tiny models. Their folders' names contain it."""
     here = Path(__file__)
     return content_id([digest(path) for path in sorted([here, *here.parent.glob("tiny_*.py")])])
 
 
 def make(build: Callable[[Path], Any], folder: Path) -> None:
-    """``build(folder)``, whole or not at all. Two processes may make the same."""
+    """Call ``build`` so that ``folder`` appears complete or not at all. Two processes may make the same folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         build(unfinished := Path(temporary) / "made")
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process was faster, with the same content
+            if not folder.exists():  # else another process made the same content first
                 raise
 
 
 def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Uniform numbers of mean 0 and variance 1 that depend on ``name`` and ``shape`` alone, to the last bit."""
+    """Return uniform numbers of mean 0 and variance 1 that depend, to the last bit, only on ``name`` and ``shape``."""
     import numpy as np
     import torch
 
@@ -47,28 +47,28 @@ def draw(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(uniform * np.float32(12**0.5)).reshape(shape)
 
 
-SHARPER = 4.0  # queries that are normalised: else random attention sees everything alike
+SHARPER = 4.0  # factor on query norms, without which random attention weighs all tokens alike
 
 
 def random_state(shapes: Mapping[str, tuple[int, ...]], gain: float = 1.0) -> dict[str, Tensor]:
-    """Random weights by name, of about the given gain; of one dimension: around 1 (norms' weights) or around 0."""
+    """Return random weights by name, layers with about the given gain; vectors are around 1 (weights) or 0 (biases)."""
 
-    def one(name: str, shape: tuple[int, ...]) -> Tensor:
+    def random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 1:
             return float(name.endswith("weight")) + 0.1 * draw(name, shape)
         return gain * draw(name, shape) / math.prod(shape[1:]) ** 0.5
 
-    return {name: one(name, shape) for name, shape in shapes.items()}
+    return {name: random_tensor(name, shape) for name, shape in shapes.items()}
 
 
 def randomised(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with random weights in place of its own; single numbers and indices stay."""
+    """Return the state dict with random weights in place of its own; scalars and integer tensors stay."""
     kept = {name: t for name, t in state.items() if not t.ndim or not t.is_floating_point()}
     return {**random_state({n: tuple(t.shape) for n, t in state.items() if n not in kept}), **kept}
 
 
 def save_randomised(model: Any, folder: Path) -> None:
-    """A transformers model in ``folder``, its weights made random under the names that the hub's files have."""
+    """Save a transformers model in ``folder`` with random weights, seeded by the names that the hub's files have."""
     from safetensors.torch import load_file, save_file
 
     model.save_pretrained(folder)
@@ -79,10 +79,11 @@ def save_randomised(model: Any, folder: Path) -> None:
 
 
 def linear_shapes(prefix: str, *sizes: tuple[str, int, int]) -> Shapes:
-    """{name: shape} of linear layers (name, inputs, outputs)."""
+    """Return {name: shape} of linear layers (name, inputs, outputs)."""
     weights: Shapes = {f"{prefix}{name}.weight": (outputs, inputs) for name, inputs, outputs in sizes}
     return weights | {f"{prefix}{name}.bias": (outputs,) for name, inputs, outputs in sizes}
 
 
 def norm_shapes(*names: tuple[str, int]) -> Shapes:
+    """Return {name: shape} of normalisation layers (name, size)."""
     return {f"{name}.{kind}": (size,) for name, size in names for kind in ("weight", "bias")}

@@ -1,7 +1,7 @@
-"""The whole of a sweep in minutes: its rows, stages, evaluators and launcher, with the shapes world and small models.
+"""Rehearsals: a whole sweep in minutes, with its rows, stages, evaluators and launcher, but small models.
 
-A function of the sweep's document alone. Methods keep their settings; the model, prompts, sizes and budgets become
-small, and evaluators get small random checkpoints. Everything is named REHEARSAL: no number of it means anything.
+A rehearsal is a function of the sweep's document alone. Methods keep their settings; models, prompts, sizes and budgets
+become small, and evaluators get small random checkpoints. All outputs are named REHEARSAL: their numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ from alignbench.experiment.document import Document
 from alignbench.rehearsal import tiny_backends, tiny_evaluators
 
 STAMP = "REHEARSAL"
-SIZE, BATCH, PROMPTS, PICTURES, RANK = 32, 24, 6, 2, 4  # pixels; images; of evaluation; each; of adapters
-LR, EMA = 1e-3, 0.5  # large, so that a few updates show in the pictures: else nobody saw which weights made them
-BATCHES = 2  # that a budget lasts in most rows
-BACKENDS = ("flux", *tiny_backends.MADE)
+SIZE, BATCH, PROMPTS, RANK = 32, 24, 6, 4  # pixels; images; evaluation prompts; LoRA rank
+IMAGES_PER_PROMPT = 2
+LR, EMA = 1e-3, 0.5  # large, so that a few updates visibly change the images
+BATCHES = 2  # the budget of most rows
+BACKENDS = ("flux", *tiny_backends.BUILDERS)
 REMOTE = ("revision", "base_revision", "clip_revision", "server", "served_model", "engine", "processor", "architecture")
 
 
 def rehearse(document: Document, store: Path) -> Document:
-    """The sweep's rehearsal. Small checkpoints are made below ``store/rehearsal`` where they are not there yet."""
+    """Return the sweep's rehearsal. Small checkpoints that are missing are made in ``store/rehearsal``."""
     backend = document.data.get("base", {}).get("backend", {})
     if backend.get("name") not in BACKENDS:
-        has = f"only the backends {', '.join(BACKENDS)} have a small model"
-        raise UserError(f"{document.path}: --rehearse: {has}, not {backend.get('name')}")
-    smaller = Smaller(document, store / "rehearsal")
+        what = f"only the backends {', '.join(BACKENDS)} have a small model"
+        raise UserError(f"{document.path}: --rehearse: {what}, not {backend.get('name')}")
+    shrink = Shrink(document, store / "rehearsal")
     return replace(
         document,
-        data=smaller.data(),
-        run_sets=[(place, smaller(place, value)) for place, value in document.run_sets if not smaller.drops(place)],
+        data=shrink.data(),
+        run_sets=[(path, shrink(path, value)) for path, value in document.run_sets if not shrink.drops(path)],
         command=f"{document.command} --rehearse",
         rehearsal=True,
     )
 
 
-class Smaller:
-    """Settings of a run, by their dotted path, as the rehearsal has them."""
+class Shrink:
+    """A function from a run's setting, by its dotted path, to its value in the rehearsal."""
 
     def __init__(self, document: Document, folder: Path) -> None:
         self.document, self.folder = document, folder
@@ -48,17 +49,17 @@ class Smaller:
         model = tiny_backends.backend(family, folder)
         self.prompts = [tiny_backends.PROMPTS.get(family, f"shapes/{split}") for split in ("train", "test")]
         self.backend = {**model, "size": SIZE, "dtype": "float32"}
-        # in place of somebody's weights: the base model's
+        # the base model's weights, in place of published ones
         self.published = {"weights": model["model"], "subfolder": "transformer", "kind": "transformer"}
         sets = [override.get("set", {}) for override in data.get("overrides", [])]
         axes = [{axis: value} for axis, values in data.get("grid", {}).items() for value in values]
-        places = [{"training": data["base"].get("training", {})}, *sets, *axes, dict(document.run_sets)]
-        micro = [value for place in places for value in _all(place, "training.micro_batch") if value]
+        parts = [{"training": data["base"].get("training", {})}, *sets, *axes, dict(document.run_sets)]
+        micro = [value for part in parts for value in _values(part, "training.micro_batch") if value]
         self.batch = 2 * max(micro) if micro else BATCH  # two micro-batches of the largest
         self.budget = {kind: n for kind, n in data["base"].get("training", {}).get("budget", {}).items() if n}
 
     def data(self) -> dict[str, Any]:
-        """The document's."""
+        """Return the rehearsal's document."""
         data = dict(self.document.data)
         data["name"] = f"{data.get('name', 'sweep')}-{STAMP}"
         data["base"] = {part: self(part, value) for part, value in data["base"].items()}
@@ -78,46 +79,54 @@ class Smaller:
             }
         if "overrides" in data:
             data["overrides"] = [
-                override | {"set": self.set(override.get("set", {}))} for override in data["overrides"]
+                override | {"set": self.override(override.get("set", {}))} for override in data["overrides"]
             ]
         data["evaluation"] = self.evaluation(data.get("evaluation", {}))
         return data
 
-    def set(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        return {place: self(place, value) for place, value in wanted.items() if not self.drops(place)}
+    def override(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {path: self(path, value) for path, value in values.items() if not self.drops(path)}
 
     def evaluation(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         protocol = self("evaluation.protocol", evaluation.get("protocol", {}))
-        protocol |= {"size": SIZE, "images_per_prompt": min(PICTURES, protocol.get("images_per_prompt", PICTURES))}
+        protocol |= {
+            "size": SIZE,
+            "images_per_prompt": min(IMAGES_PER_PROMPT, protocol.get("images_per_prompt", IMAGES_PER_PROMPT)),
+        }
         evaluators = [self.evaluator(plain) for plain in evaluation.get("evaluators", [])]
         limit = min(PROMPTS, evaluation.get("limit") or PROMPTS)
         return evaluation | {"protocol": protocol, "evaluators": evaluators, "limit": limit}
 
     def evaluator(self, plain: dict[str, Any]) -> dict[str, Any]:
-        """With a small checkpoint. The shapes world's are small already; plug-ins have their own files or none."""
+        """Return the evaluator with a small checkpoint. Those of the shapes world stay, plug-ins keep their files."""
         name = plain.get("name")
-        if "shapes" in plain.values() or (name not in tiny_evaluators.PACKAGED and name not in tiny_evaluators.MADE):
+        if "shapes" in plain.values() or (
+            name not in tiny_evaluators.PACKAGED and name not in tiny_evaluators.BUILDERS
+        ):
             return plain
         kept = {key: value for key, value in plain.items() if key not in REMOTE}
-        words = {"max_new_tokens": 8} if name == "unifiedreward" else {}
-        return kept | tiny_evaluators.checkpoint(str(name), self.folder) | words
+        shorter = {"max_new_tokens": 8} if name == "unifiedreward" else {}
+        return kept | tiny_evaluators.checkpoint(str(name), self.folder) | shorter
 
-    def drops(self, place: str) -> bool:
-        """Is this a setting of an evaluator or of a repository that the rehearsal has replaced?"""
-        return ".evaluator." in place or place in ("backend.revision", "method.revision")
+    def drops(self, path: str) -> bool:
+        """Return whether the setting belongs to an evaluator or a repository that the rehearsal replaces."""
+        return ".evaluator." in path or path in ("backend.revision", "method.revision")
 
-    def __call__(self, place: str, value: Any, i: int = 0) -> Any:
-        """``i``: of the value on its axis of the grid, where different values must stay different."""
-        if isinstance(value, list) and place == "reward":
-            return [self(place, part, i) for part in value]
+    def __call__(self, path: str, value: Any, i: int = 0) -> Any:
+        """Return the setting's value in the rehearsal.
+
+        ``i``: index of the value on its axis of the grid, where different values must stay different.
+        """
+        if isinstance(value, list) and path == "reward":
+            return [self(path, part, i) for part in value]
         if isinstance(value, dict):
-            if place.endswith("evaluator"):
+            if path.endswith("evaluator"):
                 return self.evaluator(value)
-            if place == "method" and value.get("name") == "checkpoint":
+            if path == "method" and value.get("name") == "checkpoint":
                 return {key: part for key, part in value.items() if key != "revision"} | self.published
-            return {key: self(f"{place}.{key}", part, i) for key, part in value.items()}
-        if place.startswith("training.budget."):
-            return self.spent(place.rpartition(".")[2], value)
+            return {key: self(f"{path}.{key}", part, i) for key, part in value.items()}
+        if path.startswith("training.budget."):
+            return self.budget_limit(path.rpartition(".")[2], value)
         return {
             **{f"backend.{key}": value for key, value in self.backend.items()},
             "backend.size": SIZE * (i + 1),
@@ -133,23 +142,23 @@ class Smaller:
             "method.weights": self.published["weights"],
             "evaluation.protocol.prompts": self.prompts[1],
             "evaluation.protocol.size": SIZE,
-        }.get(place, value)
+        }.get(path, value)
 
-    def spent(self, kind: str, value: Any) -> Any:
-        """A budget in the same proportion to the sweep's own as there: a row with three times as much keeps that."""
-        least = {"images": BATCHES * self.batch, "updates": BATCHES, "nfe": BATCHES * self.batch * 25, "gpu_seconds": 5}
-        if kind not in least or not isinstance(value, int | float):
+    def budget_limit(self, kind: str, value: Any) -> Any:
+        """Return a budget in proportion to the base's: a row with three times the budget still has three times."""
+        small = {"images": BATCHES * self.batch, "updates": BATCHES, "nfe": BATCHES * self.batch * 25, "gpu_seconds": 5}
+        if kind not in small or not isinstance(value, int | float):
             return value
-        few = BATCHES if kind == "updates" else 1  # a milestone stands before the end
-        return max(few, round(least[kind] * value / self.budget.get(kind, value)))
+        minimum = BATCHES if kind == "updates" else 1  # so that a milestone comes before the end
+        return max(minimum, round(small[kind] * value / self.budget.get(kind, value)))
 
 
-def _all(place: dict[str, Any], path: str) -> list[Any]:
-    """The values of ``path`` in settings written as nested parts, as dotted paths, or as both."""
-    found = []
-    for key, value in place.items():
+def _values(settings: dict[str, Any], path: str) -> list[Any]:
+    """Return the values of ``path`` in settings that are written as nested mappings, dotted paths, or both."""
+    values = []
+    for key, value in settings.items():
         if key == path:
-            found.append(value)
+            values.append(value)
         elif path.startswith(f"{key}.") and isinstance(value, dict):
-            found += _all(value, path.removeprefix(f"{key}."))
-    return found
+            values += _values(value, path.removeprefix(f"{key}."))
+    return values

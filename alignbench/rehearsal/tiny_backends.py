@@ -1,7 +1,7 @@
-"""Small random models of the backends' families, as pipeline folders in the official layout: for rehearsals and tests.
+"""Small random models of the backends' families, as pipeline folders in the official layout, for rehearsals and tests.
 
-FLUX.1's is the packaged shapes model. The others' pictures mean nothing, but every line of code between a prompt and a
-picture runs. They are the same on every machine, as small.py's checkpoints are.
+FLUX.1's is the packaged shapes model. The others' images mean nothing, but every line of code between a prompt and an
+image runs. Like the checkpoints of tiny_evaluators.py, they are the same on every machine.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from alignbench.rehearsal import random_weights, tiny_clip, tiny_qwen
 
 
 def backend(name: str, folder: Path) -> dict[str, Any]:
-    """Settings that point the built-in backend ``name`` at its small model, made within ``folder`` if need be."""
+    """Return settings that point the built-in backend ``name`` at its small model; make it in ``folder`` if missing."""
     if name == "flux":
         return {"model": "shapes", "max_sequence_length": 16}
     made = folder.resolve() / f"{name}-{random_weights.source_digest()[:8]}"
     if not made.exists():
         with weights.quiet():
-            random_weights.make(MADE[name], made)
+            random_weights.make(BUILDERS[name], made)
     if name == "sit":
         return {"model": str(made), "vae": str(made / "vae"), "heads": 2}
     return {"model": str(made), "max_sequence_length": LENGTHS[name]}
 
 
 def randomise(module: Any) -> None:
-    """Random parameters, by their names; buffers stay."""
+    """Set the parameters to random numbers seeded by their names; buffers stay."""
     module.load_state_dict(random_weights.randomised(dict(module.named_parameters())), strict=False)
 
 
 def autoencoder(cls: Any, channels: int, **settings: Any) -> Any:
-    """An AutoencoderKL, or one like it, of two levels: a 32 px image is 16 x 16 latents, 8 x 8 tokens."""
+    """Return an AutoencoderKL (or ``cls``) with two levels: a 32 px image becomes 16 x 16 latents, 8 x 8 tokens."""
     import torch
 
     vae = cls(
@@ -56,7 +56,7 @@ def autoencoder(cls: Any, channels: int, **settings: Any) -> Any:
 
 
 def t5_tokenizer(words: tuple[str, ...] = ()) -> Any:
-    """A T5 tokenizer of ``words`` and single characters."""
+    """Return a T5 tokenizer that knows ``words`` and single characters."""
     from transformers import T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
@@ -66,9 +66,10 @@ def t5_tokenizer(words: tuple[str, ...] = ()) -> Any:
 
 
 def sd3_folder(folder: Path, *, t5: bool = True, dynamic: bool = False, dual: tuple[int, ...] = (0, 1)) -> Path:
-    """A StableDiffusion3Pipeline with three blocks. ``dual`` ones attend within the image too, as SD3.5-medium's do.
+    """Save a StableDiffusion3Pipeline with three blocks, and return its folder.
 
-    ``t5``: with the third text encoder. ``dynamic``: a shift by the number of tokens.
+    ``t5``: with the third text encoder. ``dynamic``: shift the sampling grid by the number of tokens. ``dual``: blocks
+    with a second attention within the image, as in SD3.5-medium.
     """
     from diffusers import (
         AutoencoderKL,
@@ -137,7 +138,7 @@ def sd3_folder(folder: Path, *, t5: bool = True, dynamic: bool = False, dual: tu
     return folder
 
 
-QWEN3_CHAT = (  # what Qwen3's template says about turns without tools, and to a model that shall not think
+QWEN3_CHAT = (  # Qwen3's template for turns without tools, with thinking on or off
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
@@ -145,7 +146,7 @@ QWEN3_CHAT = (  # what Qwen3's template says about turns without tools, and to a
 
 
 def flux2_folder(folder: Path, *, distilled: bool = False) -> Path:
-    """A Flux2KleinPipeline with 2 + 2 blocks, and a Qwen3 that is as deep as it is read."""
+    """Save a Flux2KleinPipeline with 2 + 2 blocks and a Qwen3 as deep as it is read; return the folder."""
     import torch
     from diffusers import (
         AutoencoderKLFlux2,
@@ -185,7 +186,7 @@ def flux2_folder(folder: Path, *, distilled: bool = False) -> Path:
         guidance_embeds=False,
     )
     vae = autoencoder(AutoencoderKLFlux2, 4)
-    with torch.no_grad():  # not the mean 0 and variance 1 of a new one
+    with torch.no_grad():  # a new one has mean 0 and variance 1, which would hide a missing normalisation
         vae.bn.running_mean.copy_(0.3 * random_weights.draw("bn.running_mean", (16,)))
         vae.bn.running_var.copy_(1 + 0.3 * random_weights.draw("bn.running_var", (16,)))
     randomise(text_encoder)
@@ -203,7 +204,7 @@ def flux2_folder(folder: Path, *, distilled: bool = False) -> Path:
 
 
 def sit_folder(folder: Path) -> Path:
-    """A SiT of two blocks for 32 px: the official checkpoint, the same as published weights, and an autoencoder."""
+    """Save a SiT of two blocks for 32 px, as official checkpoint and as published weights, with its autoencoder."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -217,6 +218,6 @@ def sit_folder(folder: Path) -> Path:
     return folder
 
 
-MADE: dict[str, Callable[[Path], Any]] = {"sd3": sd3_folder, "flux2": flux2_folder, "sit": sit_folder}
-PROMPTS = {"sit": "imagenet/classes"}  # what a family's models can read where they cannot read shapes/train, /test
-LENGTHS = {"sd3": 16, "flux2": 128}  # tokens of a prompt; of Qwen3's bytes, its chat template alone has 60
+BUILDERS: dict[str, Callable[[Path], Any]] = {"sd3": sd3_folder, "flux2": flux2_folder, "sit": sit_folder}
+PROMPTS = {"sit": "imagenet/classes"}  # of families whose models cannot read shapes/train and shapes/test
+LENGTHS = {"sd3": 16, "flux2": 128}  # tokens of a prompt; Qwen3's chat template alone takes 60

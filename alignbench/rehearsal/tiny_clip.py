@@ -11,7 +11,7 @@ from alignbench.rehearsal.random_weights import Shapes, linear_shapes, random_st
 
 
 def clip_tokenizer() -> Any:
-    """A byte-level CLIP tokenizer without merges: ids 0..1 are the start and end tokens."""
+    """Return a character-level CLIP tokenizer without merges; ids 0 and 1 are the start and end tokens."""
     from transformers import CLIPTokenizer
 
     letters = string.ascii_lowercase + string.digits
@@ -28,7 +28,7 @@ HPS_CONFIG: dict[str, Any] = {
 
 
 def hps_folder(folder: Path) -> Path:
-    """HPS_v2.1_compressed.pt in the official layout ({"state_dict": open_clip tensors in fp16}) and its config."""
+    """Save HPS_v2.1_compressed.pt in the official layout ({"state_dict": open_clip tensors in fp16}) and its config."""
     import torch
     from open_clip import CLIP
 
@@ -40,12 +40,12 @@ def hps_folder(folder: Path) -> Path:
 
 
 def pickscore_folder(folder: Path) -> Path:
-    """A two-layer CLIPModel with LAION's activation."""
+    """Save a two-layer CLIPModel with LAION's activation."""
     return clip_folder(folder, hidden_act="gelu")
 
 
 def clip_folder(folder: Path, hidden_act: str = "quick_gelu", features: int = 32) -> Path:
-    """A two-layer CLIPModel with its processor, saved by transformers. OpenAI's activation by default."""
+    """Save a two-layer CLIPModel with its processor as transformers does, by default with OpenAI's activation."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     tokenizer = clip_tokenizer()
@@ -75,11 +75,12 @@ HEAD_SIZES = ((0, 768, 1024), (2, 1024, 128), (4, 128, 64), (6, 64, 16), (7, 16,
 
 
 def head_shapes(prefix: str = "") -> Shapes:
+    """Return {name: shape} of the head's five linear layers."""
     return linear_shapes(f"{prefix}layers.", *((str(i), inputs, outputs) for i, inputs, outputs in HEAD_SIZES))
 
 
 def aesthetic_head(path: Path) -> Path:
-    """LAION's .pth layout: a plain state dict of its five linear layers."""
+    """Save a head in LAION's .pth layout: a plain state dict of its five linear layers."""
     import torch
 
     torch.save(random_state(head_shapes(), gain=1.5), path)
@@ -90,6 +91,6 @@ HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 
 
 def aesthetic_folder(folder: Path) -> Path:
-    """The head, and a CLIP with as many features as it reads."""
+    """Save an aesthetic head, and a CLIP with the number of features that it reads."""
     clip_folder(folder / "clip", features=768)
     return aesthetic_head(folder / HEAD_FILE)

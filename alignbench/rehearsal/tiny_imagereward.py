@@ -12,7 +12,7 @@ from alignbench.rehearsal.tiny_clip import head_shapes
 
 
 def imagereward_shapes(width: int, depth: int, layers: int, inner: int, words: int) -> Shapes:
-    """Every tensor of ImageReward.pt, for a vision transformer and a BERT of these sizes."""
+    """Return {name: shape} of every tensor of ImageReward.pt, for a vision transformer and a BERT of these sizes."""
     vit, bert = "blip.visual_encoder.", "blip.text_encoder."
     shapes: Shapes = {
         f"{vit}cls_token": (1, 1, width),
@@ -41,7 +41,7 @@ def imagereward_shapes(width: int, depth: int, layers: int, inner: int, words: i
 
 
 def imagereward_folder(folder: Path, width: int = 128, depth: int = 2, layers: int = 2, inner: int = 96) -> Path:
-    """ImageReward.pt, med_config.json and BERT's vocab.txt in the official layout. The head makes scores of about 1."""
+    """Save ImageReward.pt, med_config.json and BERT's vocab.txt in the official layout; scores are about 1 in size."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
 from alignbench.rehearsal.random_weights import draw
 from alignbench.rehearsal.tiny_clip import clip_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def mask2former_state(
@@ -23,7 +24,7 @@ def mask2former_state(
     inner: tuple[int, int] = (16, 24),
     queries: int = 20,
 ) -> dict[str, Tensor]:
-    """Random tensors under mmdet 3.x's names for a Mask2Former with Swin, whose window is 7; 80 classes."""
+    """Return random tensors, by mmdet 3.x's names, of a Mask2Former for 80 classes with a Swin of window 7."""
     state: dict[str, Tensor] = {}
 
     def put(name: str, *shape: int, bias: bool = True, scale: float | None = None) -> None:
@@ -97,7 +98,7 @@ def mask2former_state(
 
 
 def swin_index(window: int) -> Tensor:
-    """Swin's relative_position_index: which row of the table the pair (i, j) of a window's pixels reads."""
+    """Return Swin's relative_position_index: the row of the bias table for each pair (i, j) of a window's pixels."""
     import torch
 
     y, x = (torch.arange(window**2).div(window, rounding_mode="floor"), torch.arange(window**2) % window)
@@ -105,7 +106,7 @@ def swin_index(window: int) -> Tensor:
 
 
 def mask2former_file(path: Path, state: Mapping[str, Tensor] | None = None) -> Path:
-    """A checkpoint as OpenMMLab publishes it: in torch's older format, with a ``meta`` of plain values."""
+    """Save a checkpoint as OpenMMLab publishes it: in torch's older format, with a ``meta`` of plain values."""
     import torch
 
     meta = {"env_info": "", "config": "", "epoch": 1, "CLASSES": ("person", "bicycle"), "PALETTE": None}
@@ -118,6 +119,6 @@ DETECTOR_FILE = "mask2former.pth"
 
 
 def geneval_folder(folder: Path) -> Path:
-    """Mask2Former, and the CLIP that names colours."""
+    """Save a Mask2Former, and the CLIP that classifies colours."""
     clip_folder(folder / "clip")
     return mask2former_file(folder / DETECTOR_FILE)

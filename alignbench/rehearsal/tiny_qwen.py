@@ -12,7 +12,7 @@ QWEN_SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
-QWEN_CHAT = (  # what Qwen2-VL's and Qwen2.5-VL's templates say about one turn with images
+QWEN_CHAT = (  # Qwen2-VL's and Qwen2.5-VL's templates for one turn with images
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
@@ -22,7 +22,7 @@ QWEN_CHAT = (  # what Qwen2-VL's and Qwen2.5-VL's templates say about one turn w
 
 
 def qwen_tokenizer(folder: Path) -> dict[str, int | None]:
-    """tokenizer.json and its configuration: bytes without merges, then Qwen's special tokens. Returns their ids."""
+    """Save a tokenizer of bytes without merges and of Qwen's special tokens; return {special token: id}."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -46,7 +46,7 @@ def qwen_tokenizer(folder: Path) -> dict[str, int | None]:
 
 
 def qwen2vl_base(folder: Path, width: int = 64) -> Path:
-    """What HPSv3 reads of Qwen2-VL-7B-Instruct, in the hub's layout: configuration, tokenizer and preprocessing."""
+    """Save the files of Qwen2-VL-7B-Instruct that HPSv3 reads: configuration, tokenizer and preprocessing."""
     folder.mkdir(parents=True, exist_ok=True)
     ids = qwen_tokenizer(folder)
     vision: dict[str, Any] = {
@@ -94,7 +94,7 @@ QWEN_PREPROCESSOR = {
 
 
 def hpsv3_shapes(words: int, width: int = 64, inner: int = 96, layers: int = 2) -> Shapes:
-    """Every tensor of HPSv3.safetensors for ``qwen2vl_base``, by the names of transformers 4.45."""
+    """Return {name: shape} of every tensor of HPSv3.safetensors for ``qwen2vl_base``, named as in transformers 4.45."""
     tower, kv = 32, width // 2
     shapes: Shapes = {
         "visual.patch_embed.proj.weight": (tower, 3, 2, 14, 14),
@@ -120,7 +120,7 @@ def hpsv3_shapes(words: int, width: int = 64, inner: int = 96, layers: int = 2) 
 
 
 def hpsv3_folder(folder: Path) -> Path:
-    """HPSv3.safetensors in the official layout (bfloat16, the head in float32), and its base model's files."""
+    """Save HPSv3.safetensors in the official layout (bfloat16, the head in float32) and its base model's files."""
     from safetensors.torch import save_file
 
     qwen2vl_base(folder)
@@ -130,8 +130,8 @@ def hpsv3_folder(folder: Path) -> Path:
     return folder
 
 
-def judge_folder(folder: Path, kind: str = "Qwen2_5_VL") -> Path:
-    """A Qwen2_5_VL or Qwen3_VL of two layers that can be asked, with random weights, in the hub's layout."""
+def qwen_vl_folder(folder: Path, kind: str = "Qwen2_5_VL") -> Path:
+    """Save a Qwen2_5_VL or Qwen3_VL of two layers that generates text, with random weights, in the hub's layout."""
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)

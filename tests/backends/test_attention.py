@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import tiny
 from support.compiling import calls, near
-from support.small_backends import PROMPTS
+from support.tiny import PROMPTS
 from support.tiny_sweep import PLUGIN, alignbench, sweep_file
 from torch.utils._python_dispatch import TorchDispatchMode
 

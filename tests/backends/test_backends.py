@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import torch
 from support.flops import counted as flops
-from support.small_backends import PROMPTS
+from support.tiny import PROMPTS
 
 from alignbench.analytic import Quadratic
 from alignbench.backends.cost.formulas import Tokens

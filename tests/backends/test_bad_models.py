@@ -147,15 +147,15 @@ def overflow(folder: Path, part: str, name: str) -> None:
         ("vae", "decoder.conv_in.bias", "its decoded pixels are not finite"),
     ],
 )
-def test_no_black_picture_is_written(tmp_path, capsys, part, name, words):
-    """Weights that overflow: generation fails with the prompt and the place, and no image is written."""
+def test_no_black_image_is_written(tmp_path, capsys, part, name, words):
+    """Weights that overflow: generation fails with the prompt and the step, and no image is written."""
     folder = shutil.copytree(SHAPES, tmp_path / "model")
     overflow(folder, part, name)
     path = sweep_file(tmp_path, of(model=str(folder)))
     assert debug_sweep(path, tmp_path / "store", "--only", "method=base") == 2
     (status,) = (tmp_path / "store").glob("images/*/status.json")
     reason = read_json(status)["reason"]
-    assert re.search(rf"^generation: picture 0 of the prompt '.*': {words}; choose backend.dtype: float32 if", reason)
+    assert re.search(rf"^generation: image 0 of the prompt '.*': {words}; set backend.dtype: float32 if", reason)
     assert reason in " ".join(capsys.readouterr().err.split())
     assert not list((tmp_path / "store").rglob("*.png"))
 
@@ -178,6 +178,6 @@ def test_the_image_and_the_step_are_the_right_ones():
     step = int((Overflows().sigmas(4) < 0.6).int().argmax()) + 1
     assert 1 < step <= 4
     with pytest.raises(
-        UserError, match=rf"^picture 0 of the prompt 'b': its latents are not finite after step {step} of"
+        UserError, match=rf"^image 0 of the prompt 'b': its latents are not finite after step {step} of"
     ):
         list(generate(Overflows(), prompts, protocol))

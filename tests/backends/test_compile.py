@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.compiling import calls, near
-from support.small_backends import PROMPTS
+from support.tiny import PROMPTS
 from support.tiny_sweep import PLUGIN, sweep_file
 from torch._dynamo.utils import counters
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import rank_process
-from support.small_backends import PROMPTS
+from support.tiny import PROMPTS
 from support.tiny_sweep import PLUGIN, alignbench, debug_sweep, same, sweep_file
 
 from alignbench.backends import stored_embeddings

@@ -1,4 +1,4 @@
-"""Committed figures of the benchmarks are replaced by whole runs alone."""
+"""Only a full run of a benchmark replaces its committed results."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ SCRIPTS = [
     for path in sorted(BENCHMARKS.glob("*.py"))
     if path.stem not in ("arguments", "house") and "results" in path.read_text()
 ]
-FREE = {"evaluators": {"size", "inside"}, "peers": {"flowbp", "note"}, "report": {"keep"}}  # they make nothing smaller
+# Options that do not change what is measured
+FREE = {"evaluators": {"size", "inside"}, "peers": {"flowbp", "note"}, "report": {"keep"}}
 
 
 class Parsed(Exception):
-    """The end of a script that was asked for its options alone."""
+    """The end of a script that only has to define its options."""
 
 
 def options(script: Path, monkeypatch) -> tuple[argparse.ArgumentParser, list[str]]:
-    """The parser of a script's ``main``, and the options that it calls free."""
+    """Return the parser of a script's ``main``, and the options that it declares free."""
     monkeypatch.setattr(sys, "argv", [script.name])
     monkeypatch.setattr(sys, "path", list(sys.path))
     spec = importlib.util.spec_from_file_location(f"options_of_{script.stem}", script)
@@ -44,9 +45,10 @@ def options(script: Path, monkeypatch) -> tuple[argparse.ArgumentParser, list[st
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_smaller_run_leaves_committed_figures_alone(script, monkeypatch):
-    """Of every benchmark: any option that changes what is measured sends the figures elsewhere, unless --out names a
-    folder; without such an option they go to benchmarks/results, and nothing else in the script names that folder.
+def test_a_smaller_run_does_not_replace_committed_results(script, monkeypatch):
+    """Any option that changes what is measured sends results elsewhere, unless --out names a folder.
+
+    Without such options they go to benchmarks/results, and nothing else in the script names that folder.
     """
     parser, free = options(script, monkeypatch)
     assert set(free) == FREE.get(script.stem, set())

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py measures what it says, on small models: it runs at full size where minutes are dear."""
+"""benchmarks/gpu.py measures correctly on small models, before it runs at full size, where minutes are expensive."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def sheet(gpu, tmp_path):
     return gpu.Sheet(tmp_path, 5, {"name": "test", "card": "CPU"})
 
 
-def test_the_arithmetic_is_of_the_model_that_runs(world):
-    """The parameters that FLOPs are counted of are those of the transformer; none of its weights is zero."""
+def test_flops_are_those_of_the_model_that_runs(world):
+    """FLOPs are counted for the transformer's parameters, and no weight matrix is zero."""
     transformer = world.pipeline.transformer
     assert world.model.transformer.parameters == sum(p.numel() for p in transformer.parameters())
     assert all((p != 0).any() for p in transformer.parameters())
 
 
-def test_a_forward_is_the_backends_own(gpu, world, sheet):
-    """The row's answer is ``velocity``'s, finite; its utilisation is FLOPs over seconds over the peak."""
+def test_a_forward_is_the_backends(gpu, world, sheet):
+    """The row's output is ``velocity``'s and finite; its utilisation is FLOPs / seconds / peak."""
     answer = gpu.forward(world, sheet, "", world.size)
     x, cond = gpu.inputs(world, world.size, 1)
     with torch.no_grad():
@@ -54,9 +54,9 @@ def test_a_forward_is_the_backends_own(gpu, world, sheet):
 
 
 def test_a_training_sample_costs_its_forwards_and_backwards(gpu, world):
-    """LeapAlign of N steps: N forwards, 2 backwards, one decode there and back; checkpointing repeats the latter two.
+    """N steps of LeapAlign cost N forwards, 2 backwards, a decode and its backward; checkpointing repeats 2 and 1.
 
-    The second and third update of three count. Adapters have a gradient, and memory is seen.
+    Only the second and third of three updates count. Adapters move, and peak memory is measured.
     """
     trained = gpu.with_adapters(world)
     before = [p.detach().clone() for p in trained.flow.parameters()]
@@ -72,10 +72,8 @@ def test_a_training_sample_costs_its_forwards_and_backwards(gpu, world):
 
 
 @pytest.mark.slow
-def test_all_weights_are_trained_once_the_adapters_are_gone(gpu, tmp_path, sheet):
-    """After LeapAlign with adapters in bfloat16: every parameter of the model's own moves, and a backward through the
-    weights counts; adapters are bfloat16 beside masters, all of the model's matrices afterwards too.
-    """
+def test_all_weights_train_after_the_adapters_are_deleted(gpu, tmp_path, sheet):
+    """After adapters in bfloat16, every matrix of the model trains in bfloat16, and its backward is counted."""
     it = gpu.with_adapters(gpu.world(True, CPU, tmp_path / "model"))
     gpu.masters(it, sheet)
     assert {p.dtype for p in it.flow.parameters()} == {torch.bfloat16}
@@ -90,8 +88,8 @@ def test_all_weights_are_trained_once_the_adapters_are_gone(gpu, tmp_path, sheet
     assert everything["mfu"] * everything["value"] > adapters["mfu"] * adapters["value"]
 
 
-def test_a_phase_fails_or_is_skipped_alone(gpu, world, sheet, tmp_path):
-    """One that raises and one that would take too long are rows; what comes after them is measured, and kept."""
+def test_a_failed_or_skipped_phase_does_not_stop_the_others(gpu, world, sheet, tmp_path):
+    """A phase that raises and one that would take too long are rows; later phases are measured and saved."""
 
     def broken(it, sheet):
         raise RuntimeError("no such\nkernel")
@@ -109,8 +107,8 @@ def test_a_phase_fails_or_is_skipped_alone(gpu, world, sheet, tmp_path):
     assert (tmp_path / "gpu-test.md").read_text().count("\n| ") == 4
 
 
-def test_ceilings_are_weighted_as_the_blocks_are(gpu, world, sheet):
-    """One rate per image size, between the slowest and the fastest of its matrices."""
+def test_ceilings_are_weighted_like_the_blocks(gpu, world, sheet):
+    """There is one rate per image size, between those of its slowest and fastest matrix."""
     gpu.ceilings(world, sheet)
     *rows, copy = sheet.rows
     assert len(sheet.ceilings) == len(world.sizes) == len(rows)

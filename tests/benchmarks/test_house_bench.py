@@ -1,4 +1,4 @@
-"""benchmarks/house.py finds in a tiny tree what was put there."""
+"""benchmarks/house.py measures a tiny tree correctly."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def parsed(paths) -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text()) for path in paths}
 
 
-def test_files_and_lines_are_counted_where_they_lie(found):
-    """A folder has its own files, "in all" those below it too; hidden folders are passed over."""
+def test_files_and_lines_are_counted_per_folder(found):
+    """A folder counts its own files, "in all" those of its subfolders too; hidden folders are skipped."""
     assert found["alignbench: files, lines"] == [3, 13]
     assert found["alignbench/rooms: files, lines"] == [3, 25]
     assert found["alignbench, in all: files, lines"] == [6, 38]
@@ -76,7 +76,7 @@ def test_files_and_lines_are_counted_where_they_lie(found):
 
 
 def test_imports_are_resolved_to_files(house, tree):
-    """Submodules where there are some, else the module; relative ones, late ones; none of TYPE_CHECKING."""
+    """Imports resolve to submodules if they exist, relative and late ones included, but not under TYPE_CHECKING."""
     trees = parsed(house.sources(tree, house.CODE))
     rooms = "alignbench/rooms"
     assert house.imports(tree, trees) == {
@@ -90,8 +90,8 @@ def test_imports_are_resolved_to_files(house, tree):
     }
 
 
-def test_floors_and_cycles_are_those_of_the_condensed_graph(found, house):
-    """base < left = right < rooms < top < last; a package that imports its own root, which imports it, is a cycle."""
+def test_floors_and_cycles_of_the_condensed_graph(found, house):
+    """base < left = right < rooms < top < last; a package and a root that import each other are a cycle."""
     assert found["floors of imports between files"] == 5
     assert found["cycles of imports between files"] == [1, "alignbench/rooms/left.py alignbench/rooms/right.py"]
     assert found["floors of imports between packages"] == 2
@@ -103,15 +103,15 @@ def test_floors_and_cycles_are_those_of_the_condensed_graph(found, house):
     assert house.graphs({})["floors of imports between files"] == 0
 
 
-def test_functions_have_the_lines_from_def_to_end(found):
-    """Four functions of code: 2, 3, 19 and 20 lines."""
+def test_a_functions_lines_are_counted_from_def_to_end(found):
+    """The tree has four functions of 2, 3, 19 and 20 lines."""
     assert found["functions"] == 4
     assert found["function, median lines"] == 19
     assert found["function, longest"] == [20, "methods/last.py: loss"]
 
 
-def test_a_block_of_six_lines_that_stands_twice_is_repeated(found, house, tmp_path):
-    """Blanks, comments, imports and lone punctuation between its lines do not hide it; five lines are no block."""
+def test_a_block_of_six_lines_found_twice_is_repeated(found, house, tmp_path):
+    """Blank lines, comments, imports and lone punctuation in between do not hide it; five lines are not a block."""
     assert found["code lines in repeated blocks, %"] == round(100 * 12 / 23, 2)
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text("x = 1\ny = 2\nz = 3\nu = 4\nv = 5\n")
@@ -121,26 +121,26 @@ def test_a_block_of_six_lines_that_stands_twice_is_repeated(found, house, tmp_pa
 
 
 def test_words_and_fragments_are_counted(found):
-    """Whole words of either case; fragments by the first word of a docstring of a function or a class."""
+    """Whole words count in either case; fragments are found by the first word of a function's or class's docstring."""
     assert [found[f"word: {word}"] for word in ("picture", "nobody", "somebody", "trainings")] == [2, 1, 1, 0]
     assert found["docstrings"] == 3
     assert found["docstrings that are fragments"] == 2
     assert found["docstrings that are fragments, %"] == 66.67
 
 
-def test_a_checkout_that_resolves_no_sweep_has_no_calls(found):
+def test_a_checkout_that_cannot_resolve_a_sweep_has_no_calls(found):
     """A tree without ``read(...) -> Document`` and ``resolve(...) -> Plan`` gets None, not a number."""
     assert found["Registry.make calls, quickstart"] is None
 
 
-def test_calls_of_make_are_those_of_the_checkout_itself(house):
-    """This checkout resolves its quickstart with some calls for each of its eleven runs."""
+def test_calls_of_make_are_counted_in_the_checkout(house):
+    """Resolving this checkout's quickstart calls ``make`` at least once for each of its eleven runs."""
     trees = parsed(house.sources(ROOT, house.CODE))
     assert house.made(ROOT, "quickstart", trees) >= 11
 
 
-def test_numbers_kept_are_a_column_again(house, tree, tmp_path, capsys):
-    """A file of --json stands for its checkout: the table has a column for each, and a row for each folder."""
+def test_stored_numbers_are_a_column(house, tree, tmp_path, capsys):
+    """A file of --json stands for its checkout: the table has a column for each, and a row per folder."""
     kept = tmp_path / "kept.json"
     house.main([str(tree), "--json", str(kept)])
     (name,) = json.loads(kept.read_text())
@@ -157,7 +157,7 @@ def test_numbers_kept_are_a_column_again(house, tree, tmp_path, capsys):
 
 
 def test_a_commit_with_changes_has_a_plus(house, tmp_path):
-    """The column of a repository is its commit, marked if files differ from it."""
+    """A repository's column is named by its commit, with a + if files differ from it."""
     for words in (
         ["init", "-q"],
         ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "one"],

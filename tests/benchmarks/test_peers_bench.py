@@ -1,4 +1,4 @@
-"""benchmarks/peers.py compares with the clone it is given, and refuses what is no clone or computes something else."""
+"""benchmarks/peers.py compares with the given clone, and refuses one that is unusable or computes something else."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def peers():
 
 @pytest.fixture
 def clone(tmp_path):
-    """A folder as a clone is laid out, with a ReFL of our own in FlowBP's place."""
+    """A folder with the layout of a clone, and our own ReFL in place of FlowBP's."""
     files = {"schedulers/fm_euler_discrete_with_pred_x0.py": SCHEDULER, "trainers/flux1/refl.py": REFL}
     files["trainers/__init__.py"] = "raise RuntimeError('the trainers of all models')"
     for name, text in files.items():
@@ -98,8 +98,8 @@ def run(peers, clone: Path, results: Path):
     return peers.main(["--flowbp", str(clone), "--out", str(results), "--note", "written for a test", *few])
 
 
-def test_the_same_step_has_bitwise_the_same_gradients_and_both_are_timed(peers, clone, tmp_path):
-    """ReFL written down a second time, with our noise, step, reward and weights: equal, and the figures are kept."""
+def test_equal_steps_have_bitwise_equal_gradients_and_are_timed(peers, clone, tmp_path):
+    """ReFL written again, with our noise, step, reward and weights, has equal gradients; results are saved."""
     run(peers, clone, tmp_path / "results")
     kept = json.loads((tmp_path / "results" / "peers.json").read_text())
     (row,) = kept["float32"]
@@ -120,33 +120,35 @@ def test_the_same_step_has_bitwise_the_same_gradients_and_both_are_timed(peers, 
     ],
     ids=["scale", "step"],
 )
-def test_other_gradients_end_it(peers, clone, tmp_path, was, now):
-    """A loss that is off by a thousandth, a step beside the drawn one: no figures, and no success."""
+def test_different_gradients_stop_the_benchmark(peers, clone, tmp_path, was, now):
+    """A loss that is off by a thousandth, or another step than the drawn one, stops it without results."""
     trainer = clone / "flowbp" / "trainers" / "flux1" / "refl.py"
     assert was in trainer.read_text()
     trainer.write_text(trainer.read_text().replace(was, now))
-    with pytest.raises(SystemExit, match=r"refl, float32: gradients differ from FlowBP's by .* allowed is 0e\+00$"):
+    with pytest.raises(SystemExit, match=r"refl, float32: gradients differ from FlowBP's by .*; 0e\+00 is allowed$"):
         run(peers, clone, tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
-def test_what_is_no_clone_is_refused_in_one_line(peers, clone, tmp_path):
-    """A folder that is not there, another folder, a method's missing file, a clone that cannot be imported."""
-    with pytest.raises(SystemExit, match=r"--flowbp: .*nowhere is no folder; get it by: git clone https://\S+ \S+$"):
+def test_unusable_clones_are_refused_in_one_line(peers, clone, tmp_path):
+    """A missing folder, another folder, a missing file of a method and a clone that cannot be imported are refused."""
+    with pytest.raises(
+        SystemExit, match=r"--flowbp: .*nowhere is not a folder; get it with: git clone https://\S+ \S+$"
+    ):
         peers.main(["--flowbp", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match=r"is no clone of FlowBP, it has no flowbp/trainers/flux1/leapalign\.py; .*$"):
+    with pytest.raises(SystemExit, match=r"not a clone of FlowBP: it has no flowbp/trainers/flux1/leapalign\.py; "):
         peers.main(["--flowbp", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"is no clone of FlowBP, it has no flowbp/trainers/flux1/drtune\.py; .*$"):
+    with pytest.raises(SystemExit, match=r"not a clone of FlowBP: it has no flowbp/trainers/flux1/drtune\.py; "):
         peers.main(["--flowbp", str(clone), "--methods", "refl,drtune"])
     (clone / "flowbp" / "trainers" / "flux1" / "refl.py").write_text("import flowbp.utils.elsewhere\n")
     with pytest.raises(SystemExit, match=r"cannot be imported: ModuleNotFoundError: No module named 'flowbp\.utils'$"):
         peers.main(["--flowbp", str(clone), "--methods", "refl"])
-    with pytest.raises(SystemExit, match=r"--methods: FlowBP has no 'vggflow'; choose of leapalign, refl, .*$"):
+    with pytest.raises(SystemExit, match=r"--methods: FlowBP has no 'vggflow'; choose from leapalign, refl, .*$"):
         peers.main(["--flowbp", str(clone), "--methods", "refl,vggflow"])
 
 
 def test_loading_leaves_no_trace(peers, clone):
-    """Every load is of the folder it is given, and neither FlowBP nor the empty modules stay importable."""
+    """Every load imports anew, and neither FlowBP nor the empty modules stay importable."""
     before, paths = dict(sys.modules), list(sys.path)
     loaded = peers.load(clone, "refl")
     assert Path(loaded.trainer.__file__).parent == clone / "flowbp" / "trainers" / "flux1"
@@ -157,7 +159,7 @@ def test_loading_leaves_no_trace(peers, clone):
 
 
 def test_a_version_is_the_commit_or_the_content(peers, clone):
-    """Without git a digest of the files that are run, which follows their content; with git the commit, and changes."""
+    """The version is the commit, marked if there are changes, or without git a digest of the files that are run."""
     digest = peers.version(clone, ["refl"])
     assert digest.startswith("no commit is known; content ")
     trainer = clone / "flowbp" / "trainers" / "flux1" / "refl.py"
@@ -173,13 +175,13 @@ def test_a_version_is_the_commit_or_the_content(peers, clone):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_active_step_is_told(peers, seed):
-    """FlowBP-Bridge asks for the active steps before j, and for those behind it: with j they are the drawn ones."""
+def test_every_active_step_is_handed_over(peers, seed):
+    """FlowBP-Bridge asks for the active steps before j and after j; together with j they are the drawn ones."""
     method = Registry().make("method", {"name": "flowbp_bridge"}, "method")
     j, active = method.draw(peers.seeded(seed))
-    told = peers.TWINS["flowbp_bridge"].draws(method, peers.seeded(seed))
-    indices, k, where = told["sample_jk_indices"]()
+    functions = peers.TWINS["flowbp_bridge"].draws(method, peers.seeded(seed))
+    indices, k, where = functions["sample_jk_indices"]()
     assert indices.tolist() == [method.steps - k, method.steps - j]
     assert where == j
-    segment = told["_sample_segment_indices"]
+    segment = functions["_sample_segment_indices"]
     assert [*segment(0, j), j, *segment(j + 1, method.steps - j - 1)] == sorted(active)

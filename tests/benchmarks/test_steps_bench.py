@@ -1,4 +1,4 @@
-"""benchmarks/steps.py makes the very calls again that a method made."""
+"""benchmarks/steps.py repeats exactly the calls that a method made."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def steps():
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 class Line:
-    """v = w x."""
+    """A flow with v = w x."""
 
     def __init__(self) -> None:
         self.w = torch.tensor(2.0, requires_grad=True)
@@ -34,8 +34,8 @@ class Line:
         return self.w * x
 
 
-def test_a_call_is_made_again_with_its_own_backward(steps):
-    """Without a graph, with one that nobody used, to the input alone, or to the weights too: and the same gradient."""
+def test_a_call_is_repeated_with_its_own_backward(steps):
+    """Gradients are equal without a graph, with an unused one, and with backward to the input or the weights."""
     flow, accelerator = Line(), SimpleNamespace(backward=lambda loss: loss.backward())
     recorder = steps.Recorder(flow, accelerator)
     x = torch.tensor([1.0, 3.0], requires_grad=True)
@@ -50,12 +50,12 @@ def test_a_call_is_made_again_with_its_own_backward(steps):
     assert flow.w.grad == 4.0
     flow.w.grad = None
     for call in recorder.calls:
-        call.again()
+        call.repeat()
     assert flow.w.grad == 4.0
 
 
-def test_a_row_has_the_calls_of_the_method(steps):
-    """LeapAlign: ten steps a sample, two of them with gradient; both sides take time."""
+def test_a_row_counts_the_methods_calls(steps):
+    """LeapAlign takes ten steps per sample, two of them with gradient; both sides take time."""
     flow = steps.Flux(model="shapes", size=32, max_sequence_length=16, dtype="float32").load()
     row = steps.step("leapalign", flow, 2, pairs=1)
     assert (row["forward"], row["grad"], row["recomputed"]) == (8, 2, 0)

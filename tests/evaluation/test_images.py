@@ -33,43 +33,43 @@ def protocol(**settings):
     return Protocol(**{"prompts": "x", "images_per_prompt": 2, "steps": 3, "size": 32, **settings})
 
 
-def made(images):
-    """(prompt id, index) -> sha256 of the image's bytes."""
+def digests(images):
+    """Return {(prompt id, index): sha256 of the image's bytes}."""
     return {(prompt.id, index): hashlib.sha256(image.tobytes()).hexdigest() for prompt, index, image in images}
 
 
 @pytest.fixture(scope="module")
 def all_at_once(flow):
-    return made(generate(flow, PROMPTS, protocol()))
+    return digests(generate(flow, PROMPTS, protocol()))
 
 
 @pytest.mark.parametrize("together", [1, 3, 8])
-def test_images_do_not_depend_on_what_is_asked_for_together(flow, all_at_once, together):
-    """Asked for 1, 3 or 8 prompts at a time, all images are byte-identical to one request for everything."""
+def test_images_do_not_depend_on_the_batch(flow, all_at_once, together):
+    """Generated for 1, 3 or 8 prompts at a time, images are byte-identical to those of one call for all prompts."""
     parts = [PROMPTS[i : i + together] for i in range(0, len(PROMPTS), together)]
-    assert all_at_once == {k: v for part in parts for k, v in made(generate(flow, part, protocol())).items()}
+    assert all_at_once == {k: v for part in parts for k, v in digests(generate(flow, part, protocol())).items()}
 
 
 def test_images_do_not_depend_on_order_or_ranks(flow, all_at_once):
     """Reversed prompts, and three ranks' shards together, give the same bytes."""
-    assert made(generate(flow, PROMPTS[::-1], protocol())) == all_at_once
-    shards = [made(generate(flow, PROMPTS, protocol(), shard=(rank, 3))) for rank in range(3)]
+    assert digests(generate(flow, PROMPTS[::-1], protocol())) == all_at_once
+    shards = [digests(generate(flow, PROMPTS, protocol(), shard=(rank, 3))) for rank in range(3)]
     assert sum(map(len, shards)) == len(all_at_once)
     assert shards[0] | shards[1] | shards[2] == all_at_once
 
 
 def test_a_resumed_run_makes_only_what_is_missing(flow, all_at_once):
-    """Pairs in ``done`` are skipped; the others keep their bytes; nothing to do is no work."""
+    """Pairs in ``done`` are skipped; the others keep their bytes; if all are done, nothing is generated."""
     done = set(list(all_at_once)[1:8])
-    rest = made(generate(flow, PROMPTS, protocol(), done))
+    rest = digests(generate(flow, PROMPTS, protocol(), done))
     assert rest == {key: value for key, value in all_at_once.items() if key not in done}
     assert list(generate(flow, PROMPTS, protocol(), set(all_at_once))) == []
 
 
 def test_every_image_has_its_own_noise(flow, all_at_once):
-    """Indices and prompt ids differ in noise even for one text; another seed changes every image."""
+    """Every index and prompt id has its own noise, even for equal texts; another seed changes every image."""
     assert len(set(all_at_once.values())) == len(all_at_once) == 18
-    other = made(generate(flow, PROMPTS, protocol(seed=1)))
+    other = digests(generate(flow, PROMPTS, protocol(seed=1)))
     assert all(other[key] != value for key, value in all_at_once.items())
 
 
@@ -77,8 +77,8 @@ def test_the_protocol_sets_size_and_guidance(flow, folder):
     """Images follow the protocol's size, guidance and steps, not the training flow's, and equal FluxPipeline's."""
     from diffusers import FluxPipeline
 
-    wanted = protocol(images_per_prompt=1, steps=4, guidance=5.0, size=40)
-    ours = next(generate(flow, PROMPTS[:1], wanted))[2]
+    four_steps = protocol(images_per_prompt=1, steps=4, guidance=5.0, size=40)
+    ours = next(generate(flow, PROMPTS[:1], four_steps))[2]
     pipe = FluxPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 40, "width": 40, "max_sequence_length": WORDS}
@@ -90,7 +90,7 @@ def test_the_protocol_sets_size_and_guidance(flow, folder):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """A flow that has left its base."""
+    """A flow whose weights differ from the base model's."""
     flow = Flux(model=str(folder), size=32, dtype="float32", max_sequence_length=WORDS).load()
     with torch.no_grad():
         for i, parameter in enumerate(flow.parameters()):
@@ -99,17 +99,17 @@ def trained(folder):
 
 
 def test_all_steps_tuned_is_the_plain_sampler(trained):
-    """Hybrid inference with as many tuned steps as steps: the same bytes."""
-    plain = made(generate(trained, PROMPTS[:2], protocol(steps=4)))
-    assert made(generate(trained, PROMPTS[:2], protocol(steps=4, tuned_steps=4))) == plain
+    """Hybrid inference with ``tuned_steps = steps`` gives the same bytes."""
+    plain = digests(generate(trained, PROMPTS[:2], protocol(steps=4)))
+    assert digests(generate(trained, PROMPTS[:2], protocol(steps=4, tuned_steps=4))) == plain
 
 
 @pytest.mark.parametrize("tuned", [1, 2, 3])
-def test_hybrid_inference_changes_the_model_on_the_way(trained, tuned):
+def test_hybrid_inference_switches_to_the_base_model(trained, tuned):
     """The trained model makes the first steps and the base model the rest: the images of a plain loop, bitwise."""
     flow, prompt = trained.at(size=32, guidance=2.0), PROMPTS[0]
-    wanted = protocol(steps=4, tuned_steps=tuned, guidance=2.0, images_per_prompt=_images_per_pass(flow))
-    images = [image for _, _, image in generate(trained, [prompt], wanted)]
+    hybrid = protocol(steps=4, tuned_steps=tuned, guidance=2.0, images_per_prompt=_images_per_pass(flow))
+    images = [image for _, _, image in generate(trained, [prompt], hybrid)]
     rngs = [seeded(0, prompt.id, index) for index in range(len(images))]
     x, t, cond = flow.noise(len(images), rngs), flow.sigmas(4), flow.encode([prompt.text] * len(images))
     with torch.no_grad():
@@ -121,8 +121,8 @@ def test_hybrid_inference_changes_the_model_on_the_way(trained, tuned):
     assert images[0].tobytes() != plain.tobytes()
 
 
-def test_the_pass_is_sized_by_the_image_alone(flow):
-    """Small images go 16 at a time, one 1024 px image of FLUX.1's 4096 tokens x 64 goes alone."""
+def test_the_pass_size_depends_only_on_the_image_size(flow):
+    """Small images are generated 16 at a time; a 1024 px image of FLUX.1 (4096 tokens x 64) alone."""
 
     class Large:
         def noise(self, n, generators):
@@ -132,7 +132,7 @@ def test_the_pass_is_sized_by_the_image_alone(flow):
     assert _images_per_pass(Large()) == 1
 
 
-def test_generation_trains_nothing(flow):
+def test_generation_has_no_side_effects(flow):
     """No graph is built, no gradient appears, and the global generator is not read or moved."""
     before = torch.get_rng_state()
     list(generate(flow, PROMPTS[:1], protocol()))

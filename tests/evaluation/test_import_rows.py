@@ -1,5 +1,4 @@
-"""Rows that were made elsewhere: what a file says is kept, what it does not say stays unknown, and bad files change
-nothing."""
+"""Imported rows: what a file says is kept, what it does not say stays unknown, and bad files change nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from support.tiny_sweep import alignbench
 
 from alignbench.config import UserError
 from alignbench.evaluation import import_rows
-from alignbench.evaluation.import_formats import FLOWBP, read
+from alignbench.evaluation.import_formats import FLOWBP_METRICS, read
 from alignbench.launch import cleanup
 from alignbench.plugins import Registry
 from alignbench.prompts import prompt_id
@@ -43,7 +42,7 @@ def draw(path: Path, color: int = 0, size: tuple[int, int] = (32, 32)) -> Path:
 
 
 def flowbp(folder: Path, gain: float = 0.0, texts: list[str] = TEXTS, each: int = 2, **changes: Any) -> Path:
-    """As offline_ckpt_eval --score leaves it: pictures, and scores.json with the paths of another machine."""
+    """Write what offline_ckpt_eval --score writes: images, and scores.json with the paths of another machine."""
     rng, rows = np.random.default_rng(0), []
     for i, text in enumerate(texts):
         for j in range(each):
@@ -60,7 +59,7 @@ def flowbp(folder: Path, gain: float = 0.0, texts: list[str] = TEXTS, each: int 
 
 
 def unirl(folder: Path) -> Path:
-    """As benchmarks.run leaves it: images/, scores.jsonl, summary.json. One picture has no score at all."""
+    """Write what benchmarks.run writes: images/, scores.jsonl, summary.json. One image has no score at all."""
     lines = []
     for i, text in enumerate(TEXTS):
         draw(folder / "images" / f"p{i:05d}_s0.png", 20 * i)
@@ -72,7 +71,7 @@ def unirl(folder: Path) -> Path:
 
 
 def geneval(folder: Path, each: int = 2) -> Path:
-    """As evaluate_images.py leaves it, folders in the order in which the disk lists them."""
+    """Write what evaluate_images.py writes, with the folders in an arbitrary order."""
     rng, lines = random.Random(0), []
     for i, (text, tag) in enumerate(zip(TEXTS, TASKS)):
         metadata = {"tag": tag, "include": [{"class": "circle", "count": 1}], "prompt": text}
@@ -88,14 +87,14 @@ def geneval(folder: Path, each: int = 2) -> Path:
     return folder
 
 
-def take(store: Path, kind: str, path: Path, *options: str) -> int:
+def do_import(store: Path, kind: str, path: Path, *options: str) -> int:
     return alignbench("import", kind, str(path), *options, store=store)
 
 
 def sweep(store: Path, name: str = "imported") -> dict[str, Any]:
-    found = read_json(store / "sweeps" / f"{name}.json")
-    assert found is not None
-    return found
+    manifest = read_json(store / "sweeps" / f"{name}.json")
+    assert manifest is not None
+    return manifest
 
 
 def scores(store: Path, name: str = "imported") -> pd.DataFrame:
@@ -103,8 +102,9 @@ def scores(store: Path, name: str = "imported") -> pd.DataFrame:
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+    """Return {path: (time, bytes)} of every file in ``folder``."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
 def report(store: Path, name: str = "imported") -> str:
@@ -121,9 +121,9 @@ def section(text: str, heading: str) -> str:
 
 
 def test_flowbps_scores_are_kept_as_they_are(tmp_path):
-    """Every number of the file is in the store, under a name that says whose it is, in the file's own scale."""
+    """Every number of the file is in the store, in the file's own scale, under a name that says who made it."""
     folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
-    assert take(store, "flowbp", folder, "--label", "A") == 0
+    assert do_import(store, "flowbp", folder, "--label", "A") == 0
     rows = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["scores"]
     found = scores(store).set_index(["metric", "prompt_id", "index"])["score"]
     for key, name in (("hpsv2", "hpsv2.1"), ("pickscore", "pickscore")):
@@ -136,10 +136,10 @@ def test_flowbps_scores_are_kept_as_they_are(tmp_path):
 
 
 def test_an_answer_without_a_score_is_missing_and_counted(tmp_path, capsys):
-    """-10 of a UnifiedReward metric is no number: the mean is that of the other pictures, and it is said."""
+    """-10 from UnifiedReward is a missing score: the mean is over the other images, and the report counts it."""
     folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
-    assert take(store, "flowbp", folder, "--label", "A") == 0
-    assert "ur-align (flowbp): 1 of 12 pictures have no score" in capsys.readouterr().out
+    assert do_import(store, "flowbp", folder, "--label", "A") == 0
+    assert "ur-align (flowbp): 1 of 12 images have no score" in capsys.readouterr().out
     found = scores(store)
     judged = found[found["metric"] == "ur-align (flowbp)"]
     assert (~judged["ok"]).sum() == 1
@@ -148,28 +148,28 @@ def test_an_answer_without_a_score_is_missing_and_counted(tmp_path, capsys):
 
 
 def test_minus_ten_of_another_scorer_is_a_number(tmp_path):
-    """HPSv3 has no end below: only a judge's -10 stands for no answer."""
+    """HPSv3 has no lower bound: -10 means a missing answer only for UnifiedReward."""
     folder = flowbp(tmp_path / "eval", reward_names=["hpsv3"])
     data = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     for row in data["scores"]:
         row["hpsv3"] = -10.0
     (folder / "scores.json").write_text(json.dumps(data))
-    assert all(row.scores["hpsv3"] == -10.0 for row in read("flowbp", folder).rows)
+    assert all(image.scores["hpsv3"] == -10.0 for image in read("flowbp", folder).images)
 
 
 def test_the_report_says_which_scorers_are_absent(tmp_path):
-    """FlowBP passes over scorers without a word; each of its scorers is either a column or named as absent."""
+    """FlowBP skips scorers silently; each of its scorers is either a column or named as absent."""
     store = tmp_path / "store"
-    take(store, "flowbp", flowbp(tmp_path / "eval"), "--label", "A")
+    do_import(store, "flowbp", flowbp(tmp_path / "eval"), "--label", "A")
     text = report(store)
-    for name, (ours, _) in FLOWBP.items():
+    for name, (ours, _) in FLOWBP_METRICS.items():
         there = name in ("hpsv2", "pickscore", "ur-align")
         assert (f"{ours} (flowbp)" in text) == there
         assert (name in section(text, "Imported rows").split("without ")[1].split(":")[0].split(", ")) != there
 
 
-def test_sums_and_shares_of_groups_are_no_scores(tmp_path):
-    """FlowBP's "mean" adds up scales and sentinels, its "<task>_accuracy" stands beside the wrong pictures."""
+def test_aggregates_are_not_imported_as_scores(tmp_path):
+    """FlowBP's "mean" adds up different scales and sentinels; its "<task>_accuracy" is stored with the wrong images."""
     found = read("flowbp", flowbp(tmp_path / "eval"))
     assert set(found.metrics) == {"hpsv2", "pickscore", "ur-align"}
     logged = {"step": 5, "avg_scores": {"hpsv2": 0.3, "mean": 1.0}, "scores": []}
@@ -181,19 +181,19 @@ def test_sums_and_shares_of_groups_are_no_scores(tmp_path):
     assert online.protocol == {}
 
 
-def test_a_scorer_that_we_do_not_know_has_no_direction(tmp_path):
-    """Its numbers are kept; neither up nor down is called better."""
+def test_an_unknown_scorer_has_no_direction(tmp_path):
+    """Its numbers are kept, but the report calls neither higher nor lower better."""
     folder = flowbp(tmp_path / "eval", reward_names=["hpsv2", "mystery"])
     metric = read("flowbp", folder).metrics["mystery"]
     assert (metric.unit, metric.higher_is_better) == ("unit unknown", None)
-    assert all(row.scores["mystery"] is None for row in read("flowbp", folder).rows)
+    assert all(image.scores["mystery"] is None for image in read("flowbp", folder).images)
 
 
-def test_a_repeated_prompt_has_further_pictures(tmp_path):
-    """A list that repeats a prompt gives one cluster of all its pictures; none is lost, none replaced."""
+def test_a_repeated_prompt_keeps_all_its_images(tmp_path):
+    """If a list repeats a prompt, all its images count as images of one prompt; none is lost or replaced."""
     texts = ["a cross", "a ring", "a cross"]
-    rows = read("flowbp", flowbp(tmp_path / "eval", texts=texts)).rows
-    assert sorted((row.prompt.text, row.place) for row in rows) == [
+    images = read("flowbp", flowbp(tmp_path / "eval", texts=texts)).images
+    assert sorted((image.prompt.text, image.image_index) for image in images) == [
         *(("a cross", i) for i in range(4)),
         *(("a ring", i) for i in range(2)),
     ]
@@ -205,7 +205,7 @@ def test_a_repeated_prompt_has_further_pictures(tmp_path):
 def test_unirls_scores_are_kept_as_they_are(tmp_path):
     """Every number of the file; null and NaN are missing; an unknown reward keeps its name."""
     folder, store = unirl(tmp_path / "bench"), tmp_path / "store"
-    assert take(store, "unirl", folder, "--label", "A") == 0
+    assert do_import(store, "unirl", folder, "--label", "A") == 0
     found = scores(store)
     kept = found[(found["metric"] == "hpsv3 (unirl)") & found["ok"]].set_index("prompt_id")["score"]
     assert kept.to_dict() == {prompt_id(text): 8.0 + i for i, text in enumerate(TEXTS) if i != 1}
@@ -213,65 +213,65 @@ def test_unirls_scores_are_kept_as_they_are(tmp_path):
     assert "SUBSET" in section(report(store), "Imported rows")
 
 
-def test_a_file_of_texts_is_refused(tmp_path, capsys):
-    """UniRL's text benchmarks have a scores.jsonl, too."""
+def test_a_text_benchmark_is_refused(tmp_path, capsys):
+    """UniRL's text benchmarks also write a scores.jsonl."""
     (tmp_path / "scores.jsonl").write_text('{"id": "a1", "acc": 0.5, "n": 4}\n')
-    assert take(tmp_path / "store", "unirl", tmp_path, "--label", "A") == 1
-    assert "scores.jsonl:1: is of a benchmark of texts" in capsys.readouterr().err
+    assert do_import(tmp_path / "store", "unirl", tmp_path, "--label", "A") == 1
+    assert "scores.jsonl:1: a result of a text benchmark" in capsys.readouterr().err
 
 
 # ---- GenEval
 
 
-def test_genevals_score_is_its_own_summarys(tmp_path):
+def test_genevals_score_equals_its_own_summary(tmp_path):
     """The mean in the table is the unweighted mean of the task means, as summary_scores.py prints it."""
     folder, store = geneval(tmp_path / "out"), tmp_path / "store"
-    assert take(store, "geneval", folder, "--label", "A") == 0
+    assert do_import(store, "geneval", folder, "--label", "A") == 0
     lines = pd.read_json(folder / "results.jsonl", orient="records", lines=True)
     overall = np.mean([task["correct"].mean() for _, task in lines.groupby("tag")])
     row = next(line for line in section(report(store), "Results").splitlines() if line.startswith("| A "))
     assert row.split("|")[2].split()[0] == f"{overall:.3f}"
 
 
-def test_why_geneval_said_no_is_kept(tmp_path):
-    """The reason stands in the row of scores, on one line; the prompt's metadata are at hand for scoring."""
+def test_genevals_reasons_are_kept(tmp_path):
+    """The reason is kept with the score, on one line; the prompt's metadata are available for scoring."""
     folder, store = geneval(tmp_path / "out"), tmp_path / "store"
-    take(store, "geneval", folder, "--label", "A")
+    do_import(store, "geneval", folder, "--label", "A")
     table = pd.read_parquet(store / sweep(store)["runs"][0]["scores"][0]["file"])
     wrong = table[table["geneval (official)"] == 0]
     assert set(wrong["raw"]) == {"expected circle>=1, found 0 and more"}
-    assert read("geneval", folder).rows[0].prompt.metadata["include"] == [{"class": "circle", "count": 1}]
+    assert read("geneval", folder).images[0].prompt.metadata["include"] == [{"class": "circle", "count": 1}]
 
 
 def test_the_order_of_lines_does_not_matter(tmp_path):
-    """os.listdir gives folders in any order: a file with its lines turned round is the same row."""
+    """os.listdir lists folders in any order: a file with its lines reversed is the same row."""
     folder, store = geneval(tmp_path / "out"), tmp_path / "store"
-    take(store, "geneval", folder, "--label", "A")
+    do_import(store, "geneval", folder, "--label", "A")
     before = files(store)
     lines = (folder / "results.jsonl").read_text().splitlines()
     (folder / "results.jsonl").write_text("\n".join(reversed(lines)))
-    assert take(store, "geneval", folder, "--label", "A") == 0
+    assert do_import(store, "geneval", folder, "--label", "A") == 0
     assert files(store) == before
 
 
-def test_pictures_that_moved_are_found(tmp_path):
-    """--images names the folder where they are now."""
+def test_moved_images_are_found(tmp_path):
+    """--images names the folder that holds them now."""
     folder = geneval(tmp_path / "out")
     shutil.move(folder / "results.jsonl", tmp_path / "results.jsonl")
     shutil.move(folder, tmp_path / "moved")
-    assert not any(row.picture.is_file() for row in read("geneval", tmp_path / "results.jsonl").rows)
-    found = read("geneval", tmp_path / "results.jsonl", images=tmp_path / "moved").rows
-    assert all(row.picture.is_file() for row in found)
+    assert not any(image.file.is_file() for image in read("geneval", tmp_path / "results.jsonl").images)
+    images = read("geneval", tmp_path / "results.jsonl", image_folder=tmp_path / "moved").images
+    assert all(image.file.is_file() for image in images)
 
 
-# ---- pictures, and our own scores of them
+# ---- images, and our own scores of them
 
 
 @pytest.mark.slow
-def test_our_own_pictures_come_back_with_our_own_scores(swept, tmp_path, capsys):
-    """Pictures of a sweep, imported and scored by the same evaluators, have bitwise the sweep's scores.
+def test_our_own_images_have_the_same_scores_when_imported(swept, tmp_path, capsys):
+    """Images of a sweep, imported and scored by the same evaluators, have bitwise the sweep's scores.
 
-    So that `compare` of the row with its own import finds nothing, in every metric.
+    `compare` of the row with its own import therefore finds no difference in any metric.
     """
     store = tmp_path / "store"
     shutil.copytree(swept / "store", store)
@@ -279,7 +279,7 @@ def test_our_own_pictures_come_back_with_our_own_scores(swept, tmp_path, capsys)
     run = manifest.rows["Last"][0]
     folder, judges = store / "images" / run.images, ["-e", "bright,geneval", "geneval.detector=shapes"]
     options = ["--prompts", "shapes/test", "--label", "Again", *judges]
-    assert take(store, "images", folder, *options) == 0
+    assert do_import(store, "images", folder, *options) == 0
     own = Results(store, manifest.only([run])).scores
     place = {"metric": str, "prompt_id": str, "index": int}
     theirs, mine = (frame.astype(place).sort_values(list(place))["score"] for frame in (scores(store), own))
@@ -291,10 +291,10 @@ def test_our_own_pictures_come_back_with_our_own_scores(swept, tmp_path, capsys)
     assert text.count("\nNo prompt differs.") == 3
 
 
-def test_pictures_are_copied_whole(tmp_path):
-    """The store has the very bytes, with their hash; the report stands on its own when the source is gone."""
+def test_images_are_copied_byte_by_byte(tmp_path):
+    """The store has the same bytes; the report still works once the source is deleted."""
     folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
-    take(store, "flowbp", folder, "--label", "A")
+    do_import(store, "flowbp", folder, "--label", "A")
     kept = store / "images" / sweep(store)["runs"][0]["images"]
     table = pd.read_parquet(kept / "manifest.parquet").set_index(["text", "index"])
     for i, text in enumerate(TEXTS):
@@ -306,58 +306,58 @@ def test_pictures_are_copied_whole(tmp_path):
     assert (store.parent / "report" / "imported-grid.png").is_file()
 
 
-def test_a_picture_that_cannot_be_read_is_marked(tmp_path, capsys):
-    """It costs no other picture its place, is counted, and leaves a grey tile."""
+def test_an_unreadable_image_is_marked(tmp_path, capsys):
+    """It is counted, and all other images keep their places."""
     folder, store = flowbp(tmp_path / "eval", each=1), tmp_path / "store"
     (folder / "00001_00.png").write_bytes((folder / "00001_00.png").read_bytes()[:60])
     (folder / "00002_00.png").unlink()
-    assert take(store, "flowbp", folder, "--label", "A", "-e", "bright") == 0
-    assert "2 of 6 pictures are not there" in capsys.readouterr().out
+    assert do_import(store, "flowbp", folder, "--label", "A", "-e", "bright") == 0
+    assert "2 of 6 images are missing or cannot be read" in capsys.readouterr().out
     found = scores(store)
     bright = found[found["metric"] == "brightness"]
     assert bright["ok"].sum() == 4
-    assert found[found["metric"] == "hpsv2.1 (flowbp)"]["ok"].all()  # its score was made when it was there
-    assert "2 of 6 pictures" in report(store)
+    assert found[found["metric"] == "hpsv2.1 (flowbp)"]["ok"].all()  # the score was computed while the file existed
+    assert "2 of 6 images" in report(store)
 
 
-def test_without_scores_there_is_a_gallery(tmp_path, capsys):
-    """Pictures alone make a page with a grid and no column of scores."""
+def test_images_without_scores_make_a_gallery(tmp_path, capsys):
+    """Images alone make a page with a grid and no column of scores."""
     folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
     (tmp_path / "list.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
-    assert take(store, "images", folder, "--prompts", str(tmp_path / "list.jsonl"), "--label", "A") == 0
-    assert "scores: none (a gallery alone; -e scores it)" in capsys.readouterr().out
+    assert do_import(store, "images", folder, "--prompts", str(tmp_path / "list.jsonl"), "--label", "A") == 0
+    assert "scores: none (only a gallery; add scores with -e)" in capsys.readouterr().out
     assert "imported-grid.png" in report(store)
 
 
-def test_more_scores_may_come_later(tmp_path, capsys):
-    """The same pictures again, with -e: one row, with the scores of both times; once there, nothing changes."""
+def test_scores_can_be_added_later(tmp_path, capsys):
+    """Importing the same images again with -e gives one row with both scores; importing once more changes nothing."""
     folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
-    take(store, "flowbp", folder, "--label", "A")
-    assert take(store, "flowbp", folder, "--label", "A", "-e", "bright") == 0
+    do_import(store, "flowbp", folder, "--label", "A")
+    assert do_import(store, "flowbp", folder, "--label", "A", "-e", "bright") == 0
     assert set(scores(store)["evaluator"]) >= {"bright", "hpsv2.1 (flowbp)"}
     assert len(sweep(store)["runs"]) == 1
     before = files(store)
-    assert take(store, "flowbp", folder, "--label", "A") == 0
-    assert "is there already, nothing changed" in capsys.readouterr().out
+    assert do_import(store, "flowbp", folder, "--label", "A") == 0
+    assert "already imported, nothing changed" in capsys.readouterr().out
     assert files(store) == before
 
 
-def test_a_score_that_a_row_lacks_is_a_dash(tmp_path):
-    """A metric of one row alone is a dash in the others, which rest on all their trainings all the same."""
+def test_a_missing_score_is_a_dash(tmp_path):
+    """A metric that only one row has is a dash in the others, which still count all their training runs."""
     store = tmp_path / "store"
-    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
-    take(store, "flowbp", flowbp(tmp_path / "b", 0.1), "--label", "B", "-e", "bright")
+    do_import(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
+    do_import(store, "flowbp", flowbp(tmp_path / "b", 0.1), "--label", "B", "-e", "bright")
     row = next(line for line in section(report(store), "Results").splitlines() if line.startswith("| A "))
     assert row.split("|")[1].strip() == "A"
     assert row.split("|")[5].strip() == "—"
 
 
-def test_one_column_has_one_judge(tmp_path, capsys):
-    """Rows scored with another setting of an evaluator do not come into its column."""
+def test_a_column_has_one_evaluator(tmp_path, capsys):
+    """Rows scored with another setting of an evaluator are refused."""
     store = tmp_path / "store"
-    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A", "-e", "bright")
+    do_import(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A", "-e", "bright")
     before = files(store)
-    code = take(store, "flowbp", flowbp(tmp_path / "b", 0.1), "--label", "B", "-e", "bright", "bright.power=2")
+    code = do_import(store, "flowbp", flowbp(tmp_path / "b", 0.1), "--label", "B", "-e", "bright", "bright.power=2")
     assert code == 1
     assert "-e bright: other rows of this sweep were scored with other settings" in capsys.readouterr().err
     assert files(store) == before
@@ -366,70 +366,70 @@ def test_one_column_has_one_judge(tmp_path, capsys):
 # ---- the sweep
 
 
-def test_the_same_content_twice_changes_nothing(tmp_path):
-    """Not one byte, nor a time of a file, from a copy of the folder neither."""
+def test_importing_the_same_content_twice_changes_nothing(tmp_path):
+    """No byte and no file time changes, even from a copy of the folder."""
     folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
-    take(store, "flowbp", folder, "--label", "A", "-e", "bright")
+    do_import(store, "flowbp", folder, "--label", "A", "-e", "bright")
     before = files(store)
     shutil.copytree(folder, tmp_path / "copy")
-    assert take(store, "flowbp", tmp_path / "copy", "--label", "A", "-e", "bright") == 0
+    assert do_import(store, "flowbp", tmp_path / "copy", "--label", "A", "-e", "bright") == 0
     assert files(store) == before
 
 
-def test_a_list_of_another_name_is_the_same_content(tmp_path):
-    """What counts is what the prompts are, not what their file is called."""
+def test_the_name_of_the_list_is_not_content(tmp_path):
+    """The prompts count, not the name of their file."""
     folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
-    take(store, "images", folder, "--label", "A", "--prompts", str(tmp_path / "a.jsonl"))
+    do_import(store, "images", folder, "--label", "A", "--prompts", str(tmp_path / "a.jsonl"))
     before = files(store)
-    assert take(store, "images", folder, "--label", "A", "--prompts", str(tmp_path / "b.jsonl")) == 0
+    assert do_import(store, "images", folder, "--label", "A", "--prompts", str(tmp_path / "b.jsonl")) == 0
     assert files(store) == before
 
 
-def test_other_content_under_a_label_is_refused(tmp_path, capsys):
-    """The line says what differs and what to do; --replace does it, and what nobody needs any more can go."""
+def test_different_content_under_a_label_is_refused(tmp_path, capsys):
+    """The error says what differs and what to do; --replace does it, and gc can then delete the old images."""
     store, other = tmp_path / "store", flowbp(tmp_path / "b", 0.1)
-    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
+    do_import(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
     old, before = sweep(store)["runs"][0]["images"], files(store)
-    assert take(store, "flowbp", other, "--label", "A") == 1
-    assert "other content (pictures, scores); say --replace, or choose another --label" in capsys.readouterr().err
+    assert do_import(store, "flowbp", other, "--label", "A") == 1
+    assert "other content (images, scores); use --replace, or choose another --label" in capsys.readouterr().err
     assert files(store) == before
-    assert take(store, "flowbp", other, "--label", "A", "--replace") == 0
+    assert do_import(store, "flowbp", other, "--label", "A", "--replace") == 0
     assert [run["label"] for run in sweep(store)["runs"]] == ["A"]
     assert f"images {old}" in [item.what for item in cleanup.unused(Store(store))]
 
 
-def test_what_an_import_made_is_in_use(tmp_path, capsys):
-    """gc finds nothing to delete; status calls every row done."""
+def test_imported_files_are_in_use(tmp_path, capsys):
+    """gc finds nothing to delete; status shows every row as done."""
     store = tmp_path / "store"
-    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A", "-e", "bright")
-    take(store, "geneval", geneval(tmp_path / "b"), "--label", "B", "--seed", "3")
+    do_import(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A", "-e", "bright")
+    do_import(store, "geneval", geneval(tmp_path / "b"), "--label", "B", "--seed", "3")
     assert cleanup.unused(Store(store)) == []
     capsys.readouterr()
     assert alignbench("status", store=store, plugin=False) == 0
     assert "imported: 2 done" in capsys.readouterr().out
 
 
-def test_imports_at_the_same_time_lose_no_row(tmp_path):
+def test_concurrent_imports_lose_no_row(tmp_path):
     """Four at once into one sweep: four rows."""
     folders = [flowbp(tmp_path / name, i / 10) for i, name in enumerate("abcd")]
     with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(_add, tmp_path / "store", f) for f in folders]:
+        for done in [pool.submit(import_flowbp, tmp_path / "store", f) for f in folders]:
             done.result()
     assert sorted(sweep(tmp_path / "store")["cases"]) == ["a", "b", "c", "d"]
 
 
-def _add(store: Path, folder: Path, *judges: Any) -> None:
-    wanted = import_rows.Wanted("flowbp", folder, folder.name, "imported", "")
-    import_rows.add(Store(store), wanted, judges, Registry())
+def import_flowbp(store: Path, folder: Path, *evaluators: Any) -> None:
+    request = import_rows.ImportRequest("flowbp", folder, folder.name, "imported", "")
+    import_rows.import_row(Store(store), request, evaluators, Registry())
 
 
-@pytest.mark.parametrize("after", [0, 13, 25, 31, 38])  # pictures, their table, scores, the sweep
+@pytest.mark.parametrize("after", [0, 13, 25, 31, 38])  # images, their table, scores, the sweep
 def test_a_kill_leaves_nothing_half_made(tmp_path, monkeypatch, after):
-    """Whatever file an import is stopped at: no row is there, and the next import makes the undisturbed store."""
+    """Killed at any file, an import leaves no row, and the next one makes the same store as an undisturbed one."""
     folder, store, whole = flowbp(tmp_path / "eval"), tmp_path / "store", tmp_path / "whole"
-    take(whole, "flowbp", folder, "--label", "A")
+    do_import(whole, "flowbp", folder, "--label", "A")
     written = [0]
 
     def flush(path: Path) -> None:
@@ -438,10 +438,10 @@ def test_a_kill_leaves_nothing_half_made(tmp_path, monkeypatch, after):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("alignbench.store.files.flush", flush)
-    assert take(store, "flowbp", folder, "--label", "A") == 130
+    assert do_import(store, "flowbp", folder, "--label", "A") == 130
     monkeypatch.undo()
     assert Store(store).manifests() == []
-    assert take(store, "flowbp", folder, "--label", "A") == 0
+    assert do_import(store, "flowbp", folder, "--label", "A") == 0
     content = [{name: data for name, (_, data) in files(root).items()} for root in (store, whole)]
     assert content[0] == content[1]
 
@@ -449,11 +449,11 @@ def test_a_kill_leaves_nothing_half_made(tmp_path, monkeypatch, after):
 # ---- what is not known
 
 
-def test_what_nobody_told_is_unknown(tmp_path):
-    """Costs, seeds, roles and settings are said to be unknown: neither zero nor guessed; base cost nothing."""
+def test_what_is_not_stated_is_unknown(tmp_path):
+    """Costs, seeds, roles and settings are shown as unknown, neither zero nor guessed; the base model cost nothing."""
     store = tmp_path / "store"
-    take(store, "geneval", geneval(tmp_path / "a"), "--label", "Base", "--base")
-    take(store, "geneval", geneval(tmp_path / "b"), "--label", "A")
+    do_import(store, "geneval", geneval(tmp_path / "a"), "--label", "Base", "--base")
+    do_import(store, "geneval", geneval(tmp_path / "b"), "--label", "A")
     text = report(store)
     row = next(line for line in section(text, "Results").splitlines() if line.startswith("| A "))
     assert [cell.strip() for cell in row.split("|")[-8:-1]] == ["unknown"] * 7
@@ -477,11 +477,11 @@ def test_what_nobody_told_is_unknown(tmp_path):
     assert frame[(frame["role"] == "cost") & (frame["method"] == "A")]["mean"].isna().all()
 
 
-def test_the_interval_is_that_of_the_numbers(tmp_path):
-    """A row's mean and interval are ``stats.mean_interval`` of the file's numbers; the change that of their pairs."""
+def test_intervals_are_computed_from_the_imported_scores(tmp_path):
+    """Mean and interval are ``stats.mean_interval`` of the file's numbers; the change is that of their pairs."""
     store, folders = tmp_path / "store", [flowbp(tmp_path / "a"), flowbp(tmp_path / "b", 0.1)]
-    take(store, "flowbp", folders[0], "--label", "Base", "--base")
-    take(store, "flowbp", folders[1], "--label", "B")
+    do_import(store, "flowbp", folders[0], "--label", "Base", "--base")
+    do_import(store, "flowbp", folders[1], "--label", "B")
     report(store)
     frame = pd.read_csv(store.parent / "report/imported.csv").set_index(["method", "metric"])
     cubes = []
@@ -495,13 +495,15 @@ def test_the_interval_is_that_of_the_numbers(tmp_path):
     assert np.allclose([row["change"], row["change_lo"], row["change_hi"]], change[:3])
 
 
-def test_numbered_trainings_are_trainings(tmp_path):
-    """Three imports with seeds are one row over three trainings; what is said of one training is not said."""
+def test_numbered_imports_are_training_seeds(tmp_path):
+    """Three imports with seeds are one row of three training runs, without the warning for a single run."""
     store = tmp_path / "store"
-    take(store, "flowbp", flowbp(tmp_path / "base"), "--label", "Base", "--base")
+    do_import(store, "flowbp", flowbp(tmp_path / "base"), "--label", "Base", "--base")
     for seed in range(3):
         assert (
-            take(store, "flowbp", flowbp(tmp_path / str(seed), 0.1 + seed / 20), "--label", "A", "--seed", str(seed))
+            do_import(
+                store, "flowbp", flowbp(tmp_path / str(seed), 0.1 + seed / 20), "--label", "A", "--seed", str(seed)
+            )
             == 0
         )
     text = report(store)
@@ -514,31 +516,30 @@ def test_numbered_trainings_are_trainings(tmp_path):
 
 
 def test_stated_settings_are_marked_as_stated(tmp_path):
-    """--protocol fills what the file leaves open, and the page says that somebody said so."""
+    """--protocol sets what the file leaves open, and the page says that the importer stated it."""
     store = tmp_path / "store"
-    take(store, "geneval", geneval(tmp_path / "a"), "--label", "A", "--protocol", "steps=50,guidance=3.5")
+    do_import(store, "geneval", geneval(tmp_path / "a"), "--label", "A", "--protocol", "steps=50,guidance=3.5")
     text = report(store)
     assert "steps = 50 (as stated by the importer); guidance = 3.5 (as stated by the importer)" in text
-    assert "size = 32 (measured on the pictures)" in text
+    assert "size = 32 (measured on the images)" in text
     assert "unknown: prompts, weights, seed" in text
 
 
-def test_a_reward_that_was_said_decides_the_roles(tmp_path):
-    """The column of the reward is [train], also by another project's port; the others are [held-out] once all rows
-    have said theirs."""
+def test_a_stated_reward_decides_the_roles(tmp_path):
+    """The reward's column is [train], by another project's port too; others are [held-out] if all rows state theirs."""
     store = tmp_path / "store"
-    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "Base", "--base")
-    take(store, "flowbp", flowbp(tmp_path / "b", 0.1), "--label", "B", "--trained-on", "hpsv2.1")
+    do_import(store, "flowbp", flowbp(tmp_path / "a"), "--label", "Base", "--base")
+    do_import(store, "flowbp", flowbp(tmp_path / "b", 0.1), "--label", "B", "--trained-on", "hpsv2.1")
     assert "hpsv2.1 (flowbp), cosine ↑ [train] | pickscore (flowbp), logit / 26 ↑ [held-out]" in report(store)
-    take(store, "flowbp", flowbp(tmp_path / "c", 0.2), "--label", "C")
+    do_import(store, "flowbp", flowbp(tmp_path / "c", 0.2), "--label", "C")
     assert "pickscore (flowbp), logit / 26 ↑ [unknown]" in report(store)
 
 
-def test_rows_of_other_settings_are_told_apart(tmp_path):
-    """A setting in which rows differ is no setting of the sweep; each row's own is told."""
+def test_differing_settings_are_listed_row_by_row(tmp_path):
+    """A setting that differs between rows is shown for each row instead of for the sweep."""
     store = tmp_path / "store"
-    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
-    take(store, "flowbp", flowbp(tmp_path / "b", num_steps=28), "--label", "B")
+    do_import(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
+    do_import(store, "flowbp", flowbp(tmp_path / "b", num_steps=28), "--label", "B")
     protocol = section(report(store), "Protocol")
     assert "- evaluation, steps: differs" in protocol
     assert "- **but A**: steps = 50" in protocol
@@ -565,12 +566,12 @@ def but(row: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (row | changes).items() if value is not ...}
 
 
-BAD = {  # what is wrong: (kind, the file, the line)
+BAD = {  # mistake: (kind, content of the file, error message)
     "cut off": ("flowbp", table(ROW)[:-9], r"scores.json: not JSON: .*; was it cut off"),
     "an empty file": ("flowbp", "", "scores.json: not JSON"),
-    "meta.json": ("flowbp", json.dumps([ROW]), 'is no scores.json of FlowBP: expected an object with a list "scores"'),
-    "no rows": ("flowbp", table(), "is no scores.json of FlowBP"),
-    "no scorer": ("flowbp", table(ROW, reward_names=[]), "names no scorer"),
+    "meta.json": ("flowbp", json.dumps([ROW]), 'not a scores.json of FlowBP: expected an object with a list "scores"'),
+    "no rows": ("flowbp", table(), "not a scores.json of FlowBP"),
+    "no scorer": ("flowbp", table(ROW, reward_names=[]), "no scorers are named"),
     "no prompt": ("flowbp", table(but(ROW, prompt=...)), r'scores.json: scores\[0\]: "prompt" is missing'),
     "a prompt of numbers": ("flowbp", table(but(ROW, prompt=7)), r'scores\[0\]: "prompt": expected text, got 7'),
     "an empty prompt": ("flowbp", table(but(ROW, prompt="  ")), r"scores\[0\]: the prompt is empty"),
@@ -578,7 +579,7 @@ BAD = {  # what is wrong: (kind, the file, the line)
     "an index of text": ("flowbp", table(but(ROW, img_idx="0")), r'"img_idx": expected a whole number, got \'0\''),
     "a negative index": ("flowbp", table(but(ROW, prompt_idx=-1)), r'"prompt_idx": expected a whole number, got -1'),
     "a score of text": ("flowbp", table(but(ROW, hpsv2="0.3")), r"scores\[0\].hpsv2: expected a number, got '0.3'"),
-    "a row twice": ("flowbp", table(ROW, ROW), "'a ring', picture 0, is there twice"),
+    "a row twice": ("flowbp", table(ROW, ROW), "'a ring', image 0, appears twice"),
     "a row of text": ("flowbp", table("x"), r"scores\[0\]: expected an object"),
     "not UTF-8": ("flowbp", b'{"scores": "\xff"}', r"scores.json: not UTF-8 text \(byte 12\)"),
     "a line that is no JSON": ("unirl", lines(LINE, "nan?"), "scores.jsonl:2: not JSON"),
@@ -586,42 +587,53 @@ BAD = {  # what is wrong: (kind, the file, the line)
     "no line": ("unirl", "\n", "scores.jsonl: the file is empty"),
     "no score at all": ("unirl", lines(but(LINE, scores=None)), "no line has a score"),
     "a list of scores": ("unirl", lines(but(LINE, scores=[1])), '"scores": expected an object of numbers, or null'),
-    "another name": ("unirl", lines(but(LINE, image="a.png")), r"'a.png' is not called p<prompt>_s<sample>.png"),
-    "a picture twice": ("unirl", lines(LINE, LINE), "is there twice"),
+    "another name": (
+        "unirl",
+        lines(but(LINE, image="a.png")),
+        r"expected a name like p<prompt>_s<sample>.png, got 'a.png'",
+    ),
+    "an image twice": ("unirl", lines(LINE, LINE), "appears twice"),
     "no verdict": ("geneval", lines(but(RESULT, correct=None)), '"correct": expected true or false, got None'),
     "no task": ("geneval", lines(but(RESULT, tag=...)), 'results.jsonl:1: "tag" is missing'),
-    "another layout": ("geneval", lines(but(RESULT, filename="a.png")), r"is not of the form 00000/samples/0000.png"),
-    "bad metadata": ("geneval", lines(but(RESULT, metadata="{")), '"metadata" is not JSON'),
+    "another layout": (
+        "geneval",
+        lines(but(RESULT, filename="a.png")),
+        r"expected a path like 00000/samples/0000.png, got 'a.png'",
+    ),
+    "bad metadata": ("geneval", lines(but(RESULT, metadata="{")), '"metadata": expected JSON in a string'),
 }
 FILES = {"flowbp": "scores.json", "unirl": "scores.jsonl", "geneval": "results.jsonl"}
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_file_is_one_line(case, tmp_path, capsys):
-    """Where, what, what instead; exit code 1; and no store is made."""
+    """The error says where, what and what instead; the exit code is 1; no store is made."""
     kind, content, expected = BAD[case]
     (tmp_path / FILES[kind]).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-    assert take(tmp_path / "store", kind, tmp_path, "--label", "A") == 1
+    assert do_import(tmp_path / "store", kind, tmp_path, "--label", "A") == 1
     refused(capsys, expected)
     assert not (tmp_path / "store").exists()
 
 
 def refused(capsys: Any, expected: str) -> None:
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1
-    assert re.search(expected, said), said
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert re.search(expected, error), error
 
 
-OPTIONS = {  # what is wrong: (options, the line)
-    "a negative seed": (["--seed", "-1"], "--seed -1: number trainings 0, 1"),
-    "a base with a seed": (["--base", "--seed", "0"], "--base: is the model before any training"),
+OPTIONS = {  # mistake: (options, error message)
+    "a negative seed": (["--seed", "-1"], "--seed -1: number training runs 0, 1"),
+    "a base with a seed": (["--base", "--seed", "0"], "--base: this is the model before any training"),
     "a label of nothing": (["--label", " "], "--label ' ': give the row a name"),
     "a label of two lines": (["--label", "a\nb"], "give the row a name, on one line"),
     "a sweep that is a path": (["--sweep", "../x"], "--sweep '../x': becomes a file name"),
-    "a sweep of ours": (["--sweep", "quickstart"], "--sweep quickstart: is the name of a sweep that alignbench makes"),
+    "a sweep of ours": (
+        ["--sweep", "quickstart"],
+        "--sweep quickstart: this name belongs to a sweep that alignbench runs",
+    ),
     "an unknown setting": (
         ["--protocol", "step=50"],
-        "--protocol step=50: write setting=value,..., of steps, guidance",
+        "--protocol step=50: write setting=value,...; the settings are steps, guidance",
     ),
     "a setting without value": (["--protocol", "steps"], "--protocol steps: write setting=value"),
     "half a step": (["--protocol", "guidance=1,steps=2.5"], r"--protocol.steps: expected a whole number"),
@@ -640,40 +652,41 @@ OPTIONS = {  # what is wrong: (options, the line)
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_a_bad_option_is_one_line(case, tmp_path, capsys):
-    """Before anything is written."""
+    """The error comes before anything is written."""
     options, expected = OPTIONS[case]
     label = [] if "--label" in options else ["--label", "A"]
-    assert take(tmp_path / "store", "flowbp", flowbp(tmp_path / "eval"), *label, *options) == 1
+    assert do_import(tmp_path / "store", "flowbp", flowbp(tmp_path / "eval"), *label, *options) == 1
     refused(capsys, expected)
     assert not (tmp_path / "store").exists()
 
 
-def test_what_the_pictures_deny_is_refused(tmp_path, capsys):
-    """A stated size that the pictures do not have is a mistake."""
+def test_a_stated_size_that_the_images_contradict_is_refused(tmp_path, capsys):
+    """--protocol size=64 for images of 32 pixels is an error."""
     folder = geneval(tmp_path / "out")
-    assert take(tmp_path / "store", "geneval", folder, "--label", "A", "--protocol", "size=64") == 1
-    refused(capsys, "--protocol size=64: the pictures are 32 pixels; leave it out")
+    assert do_import(tmp_path / "store", "geneval", folder, "--label", "A", "--protocol", "size=64") == 1
+    refused(capsys, "--protocol size=64: the images are 32 pixels; leave it out")
 
 
-def test_pictures_of_another_size_than_the_file_says_are_told(tmp_path, capsys):
-    """FlowBP takes pictures that lie there already: they may be of another run than the scores."""
+def test_a_size_that_contradicts_the_file_is_a_remark(tmp_path, capsys):
+    """FlowBP reuses images that exist already: they may come from another run than the scores."""
     folder = flowbp(tmp_path / "eval", width=720, height=720)
-    assert take(tmp_path / "store", "flowbp", folder, "--label", "A") == 0
-    assert "the pictures are 32 pixels, its file says 720: are they those that were scored?" in capsys.readouterr().out
+    assert do_import(tmp_path / "store", "flowbp", folder, "--label", "A") == 0
+    remark = "the images are 32 pixels, but its file says 720: are they the scored images?"
+    assert remark in capsys.readouterr().out
 
 
-def test_a_label_has_numbered_trainings_or_one_unknown(tmp_path, capsys):
-    """One of both kinds under a label would be left out of its mean; --replace makes way."""
+def test_a_label_has_numbered_seeds_or_one_unknown_seed(tmp_path, capsys):
+    """Mixing both under a label is refused, as one kind would be left out of the mean; --replace allows it."""
     store, other = tmp_path / "store", flowbp(tmp_path / "b", 0.1)
-    take(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
-    assert take(store, "flowbp", other, "--label", "A", "--seed", "0") == 1
-    refused(capsys, "--label A: has trainings with a seed and one without; number all of them")
-    assert take(store, "flowbp", other, "--label", "A", "--seed", "0", "--replace") == 0
+    do_import(store, "flowbp", flowbp(tmp_path / "a"), "--label", "A")
+    assert do_import(store, "flowbp", other, "--label", "A", "--seed", "0") == 1
+    refused(capsys, "--label A: has training runs with a seed and one without; number them all")
+    assert do_import(store, "flowbp", other, "--label", "A", "--seed", "0", "--replace") == 0
     assert [run["seed"] for run in sweep(store)["runs"]] == [0]
 
 
-PROMPTS = {  # what is wrong: (the list, the line)
-    "another length": ("a\nb\nc\nd\ne\n", "12 pictures are no equal number for each of the 5 prompts"),
+PROMPTS = {  # mistake: (content of the list, error message)
+    "another length": ("a\nb\nc\nd\ne\n", "12 images cannot be divided equally among the 5 prompts"),
     "a prompt twice": ("a ring\na ring\n", "list.txt:2: the prompt 'a ring' is already on line 1"),
     "not UTF-8": (b"a\xff\n", "list.txt: not UTF-8 text"),
     "nothing": ("", "list.txt: the file is empty"),
@@ -682,51 +695,52 @@ PROMPTS = {  # what is wrong: (the list, the line)
 
 @pytest.mark.parametrize("case", PROMPTS)
 def test_a_bad_list_is_one_line(case, tmp_path, capsys):
-    """Pictures whose prompts are not clear are refused before anything is written."""
+    """Images whose prompts are unclear are refused before anything is written."""
     content, expected = PROMPTS[case]
     (tmp_path / "list.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     folder = flowbp(tmp_path / "eval")
     options = ["--prompts", str(tmp_path / "list.txt"), "--label", "A"]
-    assert take(tmp_path / "store", "images", folder, *options) == 1
+    assert do_import(tmp_path / "store", "images", folder, *options) == 1
     refused(capsys, expected)
     assert not (tmp_path / "store").exists()
 
 
-def test_bytes_that_are_no_text_in_genevals_layout(tmp_path, capsys):
-    """A metadata.jsonl that is not UTF-8 is one line, too."""
+def test_metadata_that_is_not_utf8_is_one_line(tmp_path, capsys):
+    """A metadata.jsonl of GenEval's layout that is not UTF-8 is a one-line error."""
     folder = geneval(tmp_path / "out")
     (folder / "00000/metadata.jsonl").write_bytes(b"\xff\xfe")
-    assert take(tmp_path / "store", "images", folder, "--label", "A") == 1
+    assert do_import(tmp_path / "store", "images", folder, "--label", "A") == 1
     refused(capsys, "metadata.jsonl: not UTF-8 text")
 
 
-def test_scores_and_pictures_of_a_geneval_run_are_of_the_same_prompts(tmp_path):
-    """Its folder read as pictures, and its results, name the same prompts, places and files."""
+def test_a_geneval_run_read_as_images_or_as_scores_has_the_same_prompts(tmp_path):
+    """Its folder read as images and its results give the same prompts, indices and files."""
     folder = geneval(tmp_path / "out")
-    found = [
-        {(r.prompt.id, r.prompt.tag, r.place, r.picture) for r in read(k, folder).rows} for k in ("images", "geneval")
-    ]
-    assert found[0] == found[1]
+    as_images, as_scores = (
+        {(image.prompt.id, image.prompt.tag, image.image_index, image.file) for image in read(kind, folder).images}
+        for kind in ("images", "geneval")
+    )
+    assert as_images == as_scores
 
 
-def test_a_list_gives_prompts_their_task(tmp_path):
-    """FlowBP's and UniRL's files have no tasks: --prompts finds them by the text, spaces aside."""
+def test_a_list_supplies_the_prompts_tags(tmp_path):
+    """FlowBP's and UniRL's files have no tags: --prompts supplies them by the text, whatever the spaces."""
     items = [{"prompt": f"{text}", "tag": tag} for text, tag in zip(TEXTS, TASKS)]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     folder = flowbp(tmp_path / "eval", texts=[f" {text.replace(' ', '  ')}" for text in TEXTS])
-    rows = read("flowbp", folder, str(tmp_path / "list.jsonl")).rows
-    assert [row.prompt.tag for row in rows] == [tag for tag in TASKS for _ in range(2)]
-    assert [row.prompt.id for row in rows] == [prompt_id(text) for text in TEXTS for _ in range(2)]
+    images = read("flowbp", folder, str(tmp_path / "list.jsonl")).images
+    assert [image.prompt.tag for image in images] == [tag for tag in TASKS for _ in range(2)]
+    assert [image.prompt.id for image in images] == [prompt_id(text) for text in TEXTS for _ in range(2)]
 
 
 def test_a_paired_evaluator_is_refused(tmp_path):
-    """It compares pictures of the same noise, which is not known of imported ones."""
-    with pytest.raises(UserError, match="-e base_distance: compares with the base model's pictures of the same noise"):
-        _add(tmp_path / "store", flowbp(tmp_path / "eval"), SimpleNamespace(name="base_distance", paired=True))
+    """It compares images of the same noise, which is unknown for imported images."""
+    with pytest.raises(UserError, match="-e base_distance: compares with the base model's images of the same noise"):
+        import_flowbp(tmp_path / "store", flowbp(tmp_path / "eval"), SimpleNamespace(name="base_distance", paired=True))
 
 
-def test_an_import_needs_no_torch(tmp_path):
-    """Without -e nothing heavy is loaded, from the command line to the manifest."""
+def test_importing_does_not_load_torch(tmp_path):
+    """Without -e, `alignbench import` does not load torch."""
     folder = flowbp(tmp_path / "eval")
     words = ["import", "flowbp", str(folder), "--label", "A", "--store", str(tmp_path / "store")]
     code = (
@@ -735,17 +749,17 @@ def test_an_import_needs_no_torch(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_picture_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
-    """What was looked at is what is kept."""
+def test_an_image_that_changes_during_the_import_is_noticed(tmp_path, monkeypatch):
+    """The bytes that were inspected are the bytes that are kept."""
     folder = flowbp(tmp_path / "eval")
-    real = import_rows._look
+    inspect = import_rows._inspect
 
-    def looking(file: Path) -> import_rows.Look:
-        found = real(file)
+    def inspect_and_change(file: Path) -> import_rows.Inspection:
+        inspection = inspect(file)
         draw(file, 250)
-        return found
+        return inspection
 
-    monkeypatch.setattr(import_rows, "_look", looking)
-    with pytest.raises(UserError, match="was changed while it was imported"):
-        _add(tmp_path / "store", folder)
+    monkeypatch.setattr(import_rows, "_inspect", inspect_and_change)
+    with pytest.raises(UserError, match="the file changed during the import"):
+        import_flowbp(tmp_path / "store", folder)
     assert not (tmp_path / "store/sweeps").exists()

@@ -1,4 +1,4 @@
-"""Distance from the base model's pictures: closed forms, and in a sweep the very pictures of the Base row."""
+"""Distance from the base model's images: closed forms, and in a sweep the exact images of the Base row."""
 
 import json
 import shutil
@@ -37,13 +37,13 @@ def score(images, base):
 
 
 class TestBaseDistance(EvaluatorContract):
-    """A paired evaluator keeps the promises of every evaluator."""
+    """The evaluator contract for a paired evaluator."""
 
     evaluator = DISTANCE
 
 
-def test_it_is_two_minus_two_cosines():
-    """|f - g|^2 of unit features is 2 (1 - f.g), picture by picture, and does not depend on which side is the base."""
+def test_distance_is_two_minus_two_cosines():
+    """|f - g|^2 of unit features is 2 (1 - f.g), image by image, and symmetric in image and base."""
     f, g = DISTANCE._clip.features(IMAGES), DISTANCE._clip.features(OTHERS)
     found = score(IMAGES, OTHERS)
     np.testing.assert_allclose(found, 2 * (1 - (f * g).sum(1)), atol=1e-6)
@@ -51,14 +51,14 @@ def test_it_is_two_minus_two_cosines():
     assert (found > 1e-4).all()
 
 
-def test_a_picture_is_at_no_distance_from_itself():
-    """Exactly zero, not zero up to rounding; and no picture is no row."""
+def test_an_image_has_distance_zero_from_itself():
+    """The distance is exactly zero, without rounding; no images give no rows."""
     assert score(IMAGES, [image.copy() for image in IMAGES]).tolist() == [0, 0, 0]
     assert len(score([], [])) == 0
 
 
-def test_a_picture_whose_partner_cannot_be_read_costs_no_other_its_score():
-    """Its row says why; the others have the values they would have alone."""
+def test_an_unreadable_base_image_costs_no_other_score():
+    """Its row has the error; the others have the values that they have alone."""
     frame = score_rows(DISTANCE, IMAGES, PROMPTS, [OTHERS[0], "cannot be read: truncated", OTHERS[2]])
     assert frame["ok"].tolist() == [True, False, True]
     assert frame["error"][1] == "cannot be read: truncated"
@@ -70,7 +70,7 @@ def test_a_picture_whose_partner_cannot_be_read_costs_no_other_its_score():
 
 @pytest.fixture(scope="module", params=["full", pytest.param("lora", marks=pytest.mark.slow)])
 def alone(request, tmp_path_factory):
-    """A finished sweep without a Base row, fully fine-tuned or by adapters: its folder, and its cases' changes."""
+    """A finished sweep without a Base row, fully fine-tuned or with adapters: its folder and its changes."""
     folder = tmp_path_factory.mktemp(request.param)
     backend = {} if request.param == "full" else {"tune": "lora", "lora_rank": 2}
     changes = {"base": {"backend": backend}, "cases": [LAST], "grid": {"training.seed": [0]}, "evaluation": DISTANCES}
@@ -79,26 +79,26 @@ def alone(request, tmp_path_factory):
 
 
 def image_sets(folder: Path) -> dict[str, dict[str, bytes]]:
-    """Image set -> its pictures by name."""
+    """Return {image set: {file name: bytes}}."""
     return {
-        path.name: {picture.name: picture.read_bytes() for picture in path.glob("*.png")}
+        path.name: {image.name: image.read_bytes() for image in path.glob("*.png")}
         for path in (folder / "store" / "images").iterdir()
     }
 
 
-def test_the_worker_makes_the_pictures_of_the_base_row(alone, tmp_path):
-    """A sweep without a Base row has the very image set that a Base row makes: same id, same bytes."""
+def test_the_worker_generates_the_images_of_the_base_row(alone, tmp_path):
+    """A sweep without a Base row has the image set that a Base row makes: same id, same bytes."""
     folder, changes = alone
     path = sweep_file(tmp_path, changes | {"cases": [BASE], "grid": {}})
     assert debug_sweep(path, tmp_path / "store") == 0
-    ((name, pictures),) = image_sets(tmp_path).items()
-    assert len(pictures) == 4
-    assert image_sets(folder)[name] == pictures
+    ((name, images),) = image_sets(tmp_path).items()
+    assert len(images) == 4
+    assert image_sets(folder)[name] == images
     assert len(image_sets(folder)) == 2
 
 
 def test_distances_of_a_sweep(alone):
-    """Those of the stored pictures, recomputed by hand; training has moved them all."""
+    """Distances equal those computed by hand from the stored images, and training has moved all images."""
     folder, _ = alone
     run = read_json(Store(folder / "store").manifests()[0])["runs"][0]
     (entry,) = run["scores"]
@@ -114,8 +114,8 @@ def test_distances_of_a_sweep(alone):
     assert (frame["base_distance"] > 0).all()
 
 
-def test_the_base_row_is_at_distance_zero(alone, tmp_path, capsys):
-    """Added to the sweep, it makes no image set and its distances are exactly 0; the report's column has no arrow."""
+def test_the_base_row_has_distance_zero(alone, tmp_path, capsys):
+    """Added to the sweep, it adds no image set, its distances are exactly 0, and the report's column has no arrow."""
     folder, changes = alone
     shutil.copytree(folder / "store", tmp_path / "store")
     path = sweep_file(tmp_path, changes | {"cases": [BASE, LAST]})
@@ -134,7 +134,7 @@ def test_the_base_row_is_at_distance_zero(alone, tmp_path, capsys):
 
 
 def test_further_is_neither_better_nor_worse():
-    """However sure a change is, no method wins by it, and it is no sign of reward hacking."""
+    """No method wins by a distance, however certain the change, nor is it a sign of reward hacking."""
     (metric,) = DISTANCE.metrics
     neutral = Measure("base_distance", **metric._asdict())
     for change in (-0.1, 0.1):
@@ -145,14 +145,14 @@ def test_further_is_neither_better_nor_worse():
 
 
 def compared(folder: Path, evaluation=None, **changes):
-    """label -> ids of the base's image set and of its own, and the file of its distances."""
+    """Return {label: (id of the base's image set, own id, file of the distances)}."""
     changes |= {"cases": [BASE, LAST], "evaluation": DISTANCES | (evaluation or {})}
     plan = resolve(read(sweep_file(folder, changes), seeds="0"), Registry([PLUGIN]))
     return {cell.spec.label: (cell.base, cell.images, plan.scored(cell)[0].file) for cell in plan.cells}
 
 
-def test_what_is_compared_with_is_part_of_the_id(tmp_path):
-    """Other evaluation steps: another base image set and another file; a row that mixes models in has the same one."""
+def test_the_base_image_set_is_part_of_the_id(tmp_path):
+    """Other evaluation steps change the base image set and the file; a row with hybrid inference keeps both."""
     first = compared(tmp_path)
     slower = compared(tmp_path, {"protocol": {"steps": 3}})
     why = {"match": {"label": "Last"}, "set": {"evaluation.protocol.tuned_steps": 1}, "reason": "its release does"}
@@ -164,8 +164,8 @@ def test_what_is_compared_with_is_part_of_the_id(tmp_path):
     assert mixed["Last"][1] != first["Last"][1]
 
 
-def test_base_pictures_that_fail_are_the_reason(tmp_path, capsys):
-    """If they cannot be made (here: written), the distances say so, other scores are there, and a rerun mends it."""
+def test_failed_base_images_are_the_reason(tmp_path, capsys):
+    """If they cannot be made (here: written), the distances say so, other scores exist, and a rerun repairs it."""
     evaluators = [*DISTANCES["evaluators"], {"name": "bright"}]
     changes = {"cases": [LAST], "grid": {"training.seed": [0]}, "evaluation": {"evaluators": evaluators}}
     path = sweep_file(tmp_path, changes)
@@ -182,7 +182,7 @@ def test_base_pictures_that_fail_are_the_reason(tmp_path, capsys):
 
 
 def test_the_base_model_has_no_milestones(tmp_path):
-    """Its images are made for the end alone: a milestone that training did not reach leaves no trace."""
+    """Its images are made only for the end; a milestone that training did not reach leaves no trace."""
     changes = {"cases": [LAST], "grid": {"training.seed": [0]}, "evaluation": DISTANCES}
     path = sweep_file(tmp_path, changes | {"base": {"training": {"milestones": [1, 9]}}})
     assert debug_sweep(path, tmp_path / "store") == 0
@@ -192,8 +192,8 @@ def test_the_base_model_has_no_milestones(tmp_path):
     assert [path.name for path in (tmp_path / "store" / "runs").iterdir()] == [run["id"]]
 
 
-def test_a_sweep_takes_no_folder(tmp_path):
-    """``base`` is for `alignbench score`: in a sweep it could only contradict the sweep's own base model."""
+def test_a_sweep_refuses_a_base_folder(tmp_path):
+    """``base`` is only for `alignbench score`; in a sweep it could contradict the sweep's base model."""
     path = sweep_file(tmp_path, {"evaluation": {"evaluators": [{"name": "base_distance", "base": str(tmp_path)}]}})
     with pytest.raises(UserError, match=r"evaluators\[0\].base: a sweep makes the base model's images itself"):
         resolve(read(path), Registry([PLUGIN]))
@@ -204,7 +204,7 @@ def test_a_sweep_takes_no_folder(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path):
-    """A list of two prompts, and two folders with two pictures of each, named as alignbench does."""
+    """A list of two prompts, and two folders with two images of each, named as alignbench names them."""
     (tmp_path / "list.txt").write_text("a red circle\na blue square\n")
     for folder, start in (("tuned", 0), ("base", 10)):
         (tmp_path / folder).mkdir()
@@ -220,7 +220,7 @@ def verb(folder, *words):
 
 
 def test_score_pairs_two_folders(folders):
-    """Pictures meet those of the same prompt and index; the settings beside the table name the base folder."""
+    """Images are paired by prompt and index; the settings beside the table name the base folder."""
     assert verb(folders, f"base_distance.base={folders / 'base'}") == 0
     table = pd.read_csv(folders / "scores.csv").set_index(["prompt_id", "index"])["score"]
     for i, prompt in enumerate(load_prompts(str(folders / "list.txt"))):
@@ -232,14 +232,14 @@ def test_score_pairs_two_folders(folders):
 
 
 def test_folders_that_do_not_match(folders, capsys):
-    """One line that names the folder and the first picture without a partner; no folder at all: how to name one."""
+    """The error names the folder and the first unpaired image; without a folder it says how to name one."""
     assert verb(folders) == 1
-    assert "base_distance.base: name the folder of the base model's pictures" in capsys.readouterr().err
+    assert "base_distance.base: name the folder of the base model's images" in capsys.readouterr().err
     lost = sorted((folders / "base").iterdir())[1]
     lost.unlink()
     assert verb(folders, f"base_distance.base={folders / 'base'}") == 1
     said = capsys.readouterr().err
     assert "base_distance.base" in said
-    assert "picture 1, is in one of the two folders alone; pictures are paired by prompt and index" in said
+    assert "image 1, is in only one of the two folders; images are paired by prompt and index" in said
     assert said.count("\n") == 1
     assert not (folders / "scores.csv").exists()

@@ -1,7 +1,9 @@
 """Evaluators equal the official computation; rewards equal scores; GenEval's rules hold."""
 
 import hashlib
+import itertools
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -86,7 +88,7 @@ def pixels(n, side=80):
 
 
 def official_hps(folder, image, text):
-    """hpsv2.score restated: its transform (img_score.py, image_transform with resize_longest_max) and its cosine."""
+    """Restate hpsv2.score: its transform (img_score.py, image_transform with resize_longest_max) and its cosine."""
     import open_clip
     from torchvision.transforms import functional as V
 
@@ -107,14 +109,14 @@ def official_hps(folder, image, text):
 
 
 def test_hps_equals_the_official_computation(hps, images):
-    """Five sizes, odd characters and an over-long prompt: within 1e-6 of hpsv2's own preprocessing and cosine."""
+    """Scores of five sizes, odd characters and a long prompt are within 1e-6 of hpsv2's preprocessing and cosine."""
     ours = hps.score(images, PROMPTS)["hpsv2.1"]
     theirs = [official_hps(hps.checkpoint.parent, i, t) for i, t in zip(images, TEXTS)]
     assert np.abs(ours - theirs).max() < 1e-6
     assert np.ptp(theirs) > 0.01  # the random model does tell images apart
 
 
-def test_hps_reads_a_file_a_folder_or_an_architecture(hps, tmp_path, images):
+def test_hps_loads_a_file_a_folder_or_an_architecture(hps, tmp_path, images):
     """The .pt file itself scores like its folder; without a configuration beside it, ``architecture`` is used."""
     file = hps.checkpoint.parent / "HPS_v2.1_compressed.pt"
     assert HPSv2(weights=str(file)).score(images[:1], PROMPTS[:1]).equals(hps.score(images[:1], PROMPTS[:1]))
@@ -129,7 +131,7 @@ def test_hps_reads_a_file_a_folder_or_an_architecture(hps, tmp_path, images):
 
 
 def official_pickscore(folder, image, text):
-    """The README's calc_probs before its softmax, with Pillow's preprocessing and transformers 5's pooler_output."""
+    """Restate the README's calc_probs before its softmax, with Pillow's preprocessing and transformers 5."""
     from transformers import AutoProcessor, CLIPImageProcessorPil, CLIPModel
 
     model, processor = CLIPModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
@@ -146,7 +148,7 @@ def official_pickscore(folder, image, text):
 
 
 def test_pickscore_equals_the_official_computation(pick, images):
-    """Five sizes and odd prompts: within 1e-4 of the README's snippet, on a scale of 100."""
+    """Scores of five sizes and odd prompts are within 1e-4 of the README's snippet, on a scale of 100."""
     ours = pick.score(images, PROMPTS)["pickscore"]
     theirs = [official_pickscore(pick.folder, i, t) for i, t in zip(images, TEXTS)]
     assert np.abs(ours - theirs).max() < 1e-4
@@ -154,7 +156,7 @@ def test_pickscore_equals_the_official_computation(pick, images):
 
 
 def test_pickscore_preprocessing_is_pillows(pick):
-    """Shortest edge bicubic, centre crop, mean and std, done by hand with Pillow: equal to 1e-6."""
+    """Bicubic shortest edge, centre crop, mean and std equal those made by hand with Pillow, to 1e-6."""
     image = picture(100, 160, seed=0)
     edge = image.resize((int(56 * 160 / 100), 56), Image.BICUBIC)
     left = (edge.width - 56) // 2
@@ -166,7 +168,7 @@ def test_pickscore_preprocessing_is_pillows(pick):
 
 
 def test_pickscores_tensor_path_is_near_pillows(pick, images):
-    """Normalised pixels of the differentiable path: on average within 0.006 of the official ones, at most 0.25."""
+    """Normalised pixels of the differentiable path differ from the official ones by 0.006 on average, 0.25 at most."""
     for image in images:
         official = torch.as_tensor(pick._clip.image_processor(images=[image], return_tensors="pt")["pixel_values"])
         gap = (pick._clip.preprocess(to_tensor(image)[None]) - official).abs()
@@ -185,7 +187,7 @@ def test_pickscores_reward_unit(pick):
 
 
 def openai_pixels(image, side):
-    """OpenAI's and ImageReward's preprocessing, restated with Pillow and plain arithmetic."""
+    """Restate OpenAI's and ImageReward's preprocessing with Pillow and plain arithmetic."""
     scale = side / min(image.size)
     width, height = (side if length == min(image.size) else int(scale * length) for length in image.size)
     image = image.convert("RGB").resize((width, height), Image.BICUBIC)
@@ -196,7 +198,7 @@ def openai_pixels(image, side):
 
 
 def attend(q, k, v, heads, mask=None):
-    """(tokens, channels) attention; ``mask``: which keys may be seen."""
+    """Attend over (tokens, channels); ``mask``: visible keys."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, k, v))
     logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
     logits = logits if mask is None else logits.masked_fill(~mask, -1e4)
@@ -204,7 +206,7 @@ def attend(q, k, v, heads, mask=None):
 
 
 def official_imagereward(folder, image, text):
-    """ImageReward.score restated on its own tensor names: vit.py, med.py with cross-attention, MLP, standardisation."""
+    """Restate ImageReward.score on its tensor names: vit.py, med.py with cross-attention, MLP, standardisation."""
     from transformers import BertTokenizer
 
     state = torch.load(folder / "ImageReward.pt", weights_only=True)
@@ -249,15 +251,15 @@ def official_imagereward(folder, image, text):
 
 
 def test_imagereward_equals_the_official_computation(image_reward, images):
-    """Five sizes, odd characters and an over-long prompt: within 2e-6 of the package's computation, on a scale of 1."""
+    """Scores of five sizes, odd characters and a long prompt are within 2e-6 of the package's, on a scale of 1."""
     ours = image_reward.score(images, PROMPTS)["imagereward"]
     theirs = [official_imagereward(image_reward.folder, i, t) for i, t in zip(images, TEXTS)]
     assert np.abs(ours - theirs).max() < 2e-6
     assert np.ptp(theirs) > 0.1
 
 
-def test_imagereward_looks_at_the_image_and_at_the_prompt(image_reward, images):
-    """Another image or another prompt is another score."""
+def test_imagereward_depends_on_image_and_prompt(image_reward, images):
+    """Another image or another prompt changes the score."""
     same, image, text = image_reward.score([images[0]] * 2 + [images[3]], [PROMPTS[0], PROMPTS[1], PROMPTS[0]])[
         "imagereward"
     ]
@@ -266,7 +268,7 @@ def test_imagereward_looks_at_the_image_and_at_the_prompt(image_reward, images):
 
 
 def test_imagereward_reads_35_tokens(image_reward, images):
-    """33 words and their two ends are all that count: what comes later changes nothing, what comes before does."""
+    """Only 33 words and the two end tokens count: later words change nothing, earlier ones do."""
     words = [["red"] * 33, ["red"] * 33 + ["blue"] * 9, ["red"] * 32 + ["blue"]]
     texts = [Prompt(str(i), " ".join(line)) for i, line in enumerate(words)]
     with pytest.warns(UserWarning, match="imagereward: 1 of 3 prompts are longer than 35 tokens"):
@@ -275,8 +277,8 @@ def test_imagereward_reads_35_tokens(image_reward, images):
     assert abs(whole - other) > 1e-4
 
 
-def test_another_checkpoint_is_not_taken_for_imagereward(image_reward, tmp_path, images):
-    """One tensor less, or none of its tensors: named, where the package would score with random weights."""
+def test_imagereward_refuses_another_checkpoint(image_reward, tmp_path, images):
+    """Missing tensors are named, whereas the package would score with random weights."""
     folder = shutil.copytree(image_reward.folder, tmp_path / "copy")
     state = torch.load(folder / "ImageReward.pt", weights_only=True)
     del state["mlp.layers.7.bias"]
@@ -290,7 +292,7 @@ def test_another_checkpoint_is_not_taken_for_imagereward(image_reward, tmp_path,
 
 
 def as_open_clip(model, quick_gelu):
-    """The same weights in open_clip's own ViT, whose code is independent of transformers'."""
+    """Load the same weights into open_clip's own ViT, whose code is independent of transformers'."""
     import open_clip
 
     def stack(source, target, ours, layers):
@@ -336,7 +338,7 @@ def open_clip_cosine(twin, tokenizer, image, text):
 
 
 def test_clipscore_is_the_cosine_of_a_quickgelu_model(clip_score, images):
-    """open_clip's own ViT with QuickGELU, OpenAI's preprocessing: equal to 1e-6. With GELU it would differ."""
+    """It equals open_clip's ViT with QuickGELU and OpenAI's preprocessing to 1e-6; with GELU it would differ."""
     ours = clip_score.score(images[:4], PROMPTS[:4])["clipscore"]
     model, tokenizer = clip_score._clip.model, clip_score._clip.tokenizer
     quick, gelu = (as_open_clip(model, quick_gelu) for quick_gelu in (True, False))
@@ -347,7 +349,7 @@ def test_clipscore_is_the_cosine_of_a_quickgelu_model(clip_score, images):
 
 
 def test_a_clip_with_missing_weights_is_refused(clip_score, tmp_path, images):
-    """transformers would score with random weights in place of the missing ones: they are named instead."""
+    """Missing weights are named, whereas transformers would score with random ones."""
     folder = shutil.copytree(clip_score.folder, tmp_path / "clip")
     state = load_file(folder / "model.safetensors")
     state["more.weight"] = state.pop("visual_projection.weight")
@@ -357,7 +359,7 @@ def test_a_clip_with_missing_weights_is_refused(clip_score, tmp_path, images):
 
 
 def test_the_aesthetic_score_is_affine_in_the_unit_feature(aesthetic, images):
-    """No activation stands between its layers, so their product is one row and one offset: within 1e-5 of them."""
+    """Without activations between its layers, their product is one row and an offset: scores agree to 1e-5."""
     state = torch.load(aesthetic.weights, weights_only=True)
     row, offset = torch.eye(768), torch.zeros(768)
     for i in (0, 2, 4, 6, 7):
@@ -374,8 +376,8 @@ def test_the_aesthetic_score_is_affine_in_the_unit_feature(aesthetic, images):
     assert np.ptp(ours) > 0.01
 
 
-def test_the_aesthetic_head_wants_openais_clip(aesthetic, clip_score, tmp_path):
-    """Other features than ViT-L/14's 768, or GELU, would give plausible nonsense: refused before anything is loaded."""
+def test_the_aesthetic_head_needs_openais_clip(aesthetic, clip_score, tmp_path):
+    """Other features than ViT-L/14's 768, or GELU, would give plausible nonsense and are refused before loading."""
     gelu = tiny_clip.clip_folder(tmp_path / "gelu", "gelu", 768)
     for folder, has in ((clip_score.folder, "32 features with quick_gelu"), (gelu, "768 features with gelu")):
         with pytest.raises(UserError, match=has):
@@ -386,8 +388,8 @@ def test_the_aesthetic_head_wants_openais_clip(aesthetic, clip_score, tmp_path):
         Aesthetic(weights=str(tmp_path / "head.pth"), clip=aesthetic.clip).files()
 
 
-def test_a_head_of_another_layout_is_named(aesthetic, tmp_path, images):
-    """Missing and unexpected tensors are named; a file with objects in it is not opened."""
+def test_a_head_of_another_layout_is_refused(aesthetic, tmp_path, images):
+    """Missing and unexpected tensors are named; a file with pickled objects is not opened."""
     state = torch.load(aesthetic.weights, weights_only=True)
     state["layers.8.weight"] = state.pop("layers.7.weight")
     torch.save(state, tmp_path / "other.pth")
@@ -397,7 +399,7 @@ def test_a_head_of_another_layout_is_named(aesthetic, tmp_path, images):
             Aesthetic(weights=str(tmp_path / name), clip=aesthetic.clip).score(images[:1], PROMPTS[:1])
 
 
-# -- what evaluators promise -------------------------------------------------------------------------------------------
+# -- the evaluators' contract -----------------------------------------------------------------------------------------
 
 
 class TestHPSv2(EvaluatorContract):
@@ -433,7 +435,7 @@ class TestAesthetic(EvaluatorContract):
 
 
 class TestGenEval(EvaluatorContract):
-    """On renders of the shapes world: every other one shows its own prompt, the rest show their neighbour's."""
+    """The contract on renders of the shapes world: every other image shows its prompt, the rest a neighbour's."""
 
     evaluator = GenEval(detector="shapes")
 
@@ -447,7 +449,7 @@ class TestGenEval(EvaluatorContract):
         return [Image.fromarray((image * 255).round().astype(np.uint8)) for image in pixels]
 
     def test_it_tells_right_from_wrong(self):
-        """By both rules."""
+        """Verdicts hold by both rules."""
         assert self.evaluator.score(self.images(), self.prompts()).to_numpy().tolist() == [
             [1, 1],
             [0, 0],
@@ -477,8 +479,8 @@ def test_the_reward_refuses_other_scales(scorer):
             scorer.reward(wrong, PROMPTS[:1])
 
 
-def test_a_text_is_read_up_to_its_end_alone(hps):
-    """Attention is causal, so that leaving out the padding changes no text feature beyond rounding, nor one without."""
+def test_padding_after_a_text_does_not_matter(hps):
+    """Attention is causal, so leaving out the padding changes text features only by rounding."""
     model = hps._model
     for text in ("", "a red circle", "a red circle beside a blue square, oil on canvas", "x " * 100):
         with torch.no_grad():
@@ -503,7 +505,7 @@ def truncate(path):
 
 @pytest.mark.parametrize("spoil", [truncate, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"junk" * 99)])
 def test_a_spoilt_weight_file_is_one_clear_line(scorer, tmp_path, spoil):
-    """Truncated, empty or of another kind: named by ``files`` before anything is loaded."""
+    """``files`` names a truncated, empty or foreign file before anything is loaded."""
     copy = shutil.copytree(scorer.files()[0].parent, tmp_path / "copy")
     (heavy,) = (p for p in copy.iterdir() if p.suffix in (".pt", ".pth", ".safetensors"))
     spoil(heavy)
@@ -514,8 +516,8 @@ def test_a_spoilt_weight_file_is_one_clear_line(scorer, tmp_path, spoil):
 
 
 @pytest.mark.parametrize("scorer", ["hps", "pick", "image_reward", "clip_score"], indirect=True)
-def test_missing_weights_say_what_instead(scorer, tmp_path):
-    """A folder without weights, a path that is not there, a hub id that was never fetched."""
+def test_missing_weights_say_what_to_do(scorer, tmp_path):
+    """A folder without weights, a missing path and a hub id that was never fetched are one-line errors."""
     for name, says in [
         (str(tmp_path), "has no|is missing"),
         ("./x", "there is no file or folder"),
@@ -538,8 +540,8 @@ assert not {{"torch", "transformers", "open_clip"}} & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_pickled_code_runs_only_if_this_very_file_is_trusted(tmp_path, monkeypatch):
-    """Not without the variable, not with another file's hash; with its own, which the error tells, it is read."""
+def test_pickled_code_runs_only_if_the_file_is_trusted(tmp_path, monkeypatch):
+    """The variable must hold the file's own hash, which the error states; then the file is read."""
 
     class Trap:
         def __reduce__(self):
@@ -558,8 +560,8 @@ def test_pickled_code_runs_only_if_this_very_file_is_trusted(tmp_path, monkeypat
     assert (tmp_path / "sprung").exists()
 
 
-def test_a_smaller_clip_reads_as_much_as_it_can():
-    """The shapes world's PickScore has 24 positions: a longer prompt is cut there and counted, as at 77."""
+def test_a_smaller_clip_truncates_earlier():
+    """The shapes world's PickScore has 24 positions: longer prompts are truncated there and counted, as at 77."""
     pick, image = PickScore(weights="shapes"), picture(64, 64, 0)
     with pytest.warns(UserWarning, match="pickscore: 1 of 1 prompts are longer than 24 tokens"):
         (long,) = pick.score([image], [Prompt("p", "red circle " * 60)])["pickscore"]
@@ -567,12 +569,12 @@ def test_a_smaller_clip_reads_as_much_as_it_can():
         assert pick.score([image], [Prompt("p", "red circle " * 40)])["pickscore"].tolist() == [long]
 
 
-# -- official engines --------------------------------------------------------------------------------------------------
+# -- official engines -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scorer", ["hps", "image_reward"], indirect=True)
 def test_the_official_engine_says_how_to_install_it(scorer, images, monkeypatch, tmp_path):
-    """Without its environment, scoring is one clear line; the files that determine the score are the same."""
+    """Without its environment, scoring is a one-line error; the files that determine the score are the same."""
     monkeypatch.setenv("ALIGNBENCH_CACHE", str(tmp_path))
     official = msgspec.structs.replace(scorer, engine="official")
     assert official.files() == scorer.files()
@@ -582,7 +584,7 @@ def test_the_official_engine_says_how_to_install_it(scorer, images, monkeypatch,
 
 @pytest.mark.parametrize("scorer", ["hps", "image_reward"], indirect=True)
 def test_the_official_engine_gives_no_reward(scorer):
-    """It says so before training (``differentiable``), and refuses."""
+    """It says so before training (``differentiable``), and ``reward`` refuses."""
     official = msgspec.structs.replace(scorer, engine="official")
     assert (scorer.differentiable, official.differentiable) == (True, False)
     with pytest.raises(UserError, match=f"{scorer.name}.engine: 'official' gives no training reward"):
@@ -593,7 +595,7 @@ def test_the_official_engine_gives_no_reward(scorer):
 
 
 def thing(label, x=0.0, y=0.0, color="red", score=0.95, side=10.0):
-    """A detection whose box of ``side`` pixels is centred on (x, y)."""
+    """Return a detection whose box of ``side`` pixels is centred on (x, y)."""
     half = side / 2
     return SimpleNamespace(label=label, color=color, score=score, box=(x - half, y - half, x + half, y + half))
 
@@ -607,7 +609,7 @@ def wants(label, count=1, **more):
 
 
 def test_an_object_must_be_there():
-    """single_object and two_object: every class is found above 0.3, whatever else is in the picture."""
+    """single_object and two_object: every class is found above 0.3, whatever else is in the image."""
     assert verdict([thing("dog"), thing("cat")], "single_object", wants("dog"))
     assert not verdict([thing("cat")], "single_object", wants("dog"))
     assert not verdict([thing("dog", score=0.3)], "single_object", wants("dog"))  # strictly above
@@ -627,7 +629,7 @@ def test_counting_is_exact(n):
 
 
 def test_colour_is_judged_on_the_most_confident_objects():
-    """The top ``count`` objects must all have the colour; less confident ones are not looked at."""
+    """The top ``count`` objects must all have the colour; less confident ones are ignored."""
     red, blue = thing("dog"), thing("dog", color="blue", score=0.5)
     assert verdict([blue, red], "colors", wants("dog", color="red"))
     assert not verdict([blue, red], "colors", wants("dog", color="blue"))
@@ -643,7 +645,7 @@ def test_attributes_bind_to_their_objects():
 
 
 def test_a_colour_classifier_can_be_handed_in():
-    """Where the detector knows no colours, ``color_of`` does."""
+    """``color_of`` names colours for a detector that does not."""
     objects = geneval.group([thing("dog", color=None)], "colors")
     metadata = {"tag": "colors", "include": [wants("dog", color="green")]}
     assert not geneval.correct(objects, metadata)
@@ -667,26 +669,19 @@ def test_at_most_sixteen_of_a_class_are_kept_best_first():
     assert [round(each.score, 2) for each in found] == [round(0.70 - 0.01 * i, 2) for i in range(16)]
 
 
-def official_relations(box_a, box_b):
-    """evaluate_images.py's relative_position, word for word."""
-    boxes = np.array([box_a, box_b])[:, :4].reshape(2, 2, 2)
-    center_a, center_b = boxes.mean(axis=-2)
-    dim_a, dim_b = np.abs(np.diff(boxes, axis=-2))[..., 0, :]
-    offset = center_a - center_b
-    revised_offset = np.maximum(np.abs(offset) - 0.1 * (dim_a + dim_b), 0) * np.sign(offset)
-    if np.all(np.abs(revised_offset) < 1e-3):
+def relations_by_rule(a, b):
+    """Return GenEval's relations of box ``a`` to box ``b``, one axis at a time.
+
+    An axis decides if the distance of the centres along it, less a tenth of both sides, is more than half of their
+    distance in the plane.
+    """
+    apart = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
+    sides = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
+    beyond = [math.copysign(max(abs(gap) - 0.1 * side, 0), gap) for gap, side in zip(apart, sides)]
+    if max(map(abs, beyond)) < 1e-3:
         return set()
-    dx, dy = revised_offset / np.linalg.norm(offset)
-    relations = set()
-    if dx < -0.5:
-        relations.add("left of")
-    if dx > 0.5:
-        relations.add("right of")
-    if dy < -0.5:
-        relations.add("above")
-    if dy > 0.5:
-        relations.add("below")
-    return relations
+    names = (("left of", "right of"), ("above", "below"))
+    return {name[gap > 0] for name, gap in zip(names, beyond) if abs(gap) / math.hypot(*apart) > 0.5}
 
 
 def boxes(n, seed):
@@ -697,39 +692,29 @@ def boxes(n, seed):
 
 
 def test_relations_are_the_official_ones():
-    """On 4,000 random pairs of boxes, and on coinciding ones."""
+    """Relations agree on 4,000 random pairs of boxes and on coinciding ones."""
     for a, b in zip(boxes(4000, seed=0), boxes(4000, seed=1)):
-        assert geneval.relations(a, b) == official_relations(a, b)
+        assert geneval.relations(a, b) == relations_by_rule(a, b)
         assert geneval.relations(a, a) == set()
 
 
-def official_verdict(objects, metadata):
-    """evaluate_images.py's evaluate, word for word, but for its reasons; its colours are those of the detections."""
-    correct, matched_groups = True, []
-    for req in metadata.get("include", []):
-        matched = True
-        found_objects = objects.get(req["class"], [])[: req["count"]]
-        if len(found_objects) < req["count"]:
-            correct = matched = False
-        else:
-            if "color" in req:
-                colors = [found.color for found in found_objects]
-                if colors.count(req["color"]) < req["count"]:
-                    correct = matched = False
-            if "position" in req and matched:
-                expected_rel, target_group = req["position"]
-                if matched_groups[target_group] is None:
-                    correct = matched = False
-                else:
-                    for obj in found_objects:
-                        for target_obj in matched_groups[target_group]:
-                            if expected_rel not in official_relations(obj.box, target_obj.box):
-                                correct = matched = False
-        matched_groups.append(found_objects if matched else None)
-    for req in metadata.get("exclude", []):
-        if len(objects.get(req["class"], [])) >= req["count"]:
-            correct = False
-    return correct
+def verdict_by_rule(objects, metadata):
+    """Return whether every group that the prompt asks for is there, and nothing that it excludes.
+
+    A group is the most certain objects of a class, as many as asked for, each of the colour and in the relation to each
+    of the target group, which itself has to be there.
+    """
+    groups = [objects.get(wanted["class"], [])[: wanted["count"]] for wanted in metadata["include"]]
+    there: list[bool] = []
+    for wanted, group in zip(metadata["include"], groups):
+        held = len(group) == wanted["count"] and all(each.color == wanted.get("color", each.color) for each in group)
+        if held and "position" in wanted:
+            relation, target = wanted["position"]
+            pairs = itertools.product(group, groups[target])
+            held = there[target] and all(relation in relations_by_rule(one.box, other.box) for one, other in pairs)
+        there.append(held)
+    unwanted = metadata.get("exclude", [])
+    return all(there) and all(len(objects.get(each["class"], [])) < each["count"] for each in unwanted)
 
 
 def test_verdicts_are_the_official_ones():
@@ -744,13 +729,13 @@ def test_verdicts_are_the_official_ones():
         things = [thing(*one, spot(), spot(), color, rng.choice([0.3, 0.31, 0.9, 0.91])) for *one, color in chosen]
         objects = geneval.group(things, line["tag"])
         right = geneval.correct(objects, line)
-        assert right == official_verdict(objects, line)
+        assert right == verdict_by_rule(objects, line)
         seen.add((line["tag"], right))
     assert seen == {(tag, right) for tag in scene.TASKS for right in (True, False)}
 
 
 def test_relations_mirror():
-    """Flipping the picture swaps left and right; swapping the boxes swaps both pairs; a transpose swaps the axes."""
+    """Flipping the image swaps left and right; swapping the boxes swaps both pairs; a transpose swaps the axes."""
     flip = {"left of": "right of", "right of": "left of"}
     swap = {**flip, "above": "below", "below": "above"}
     turn = {"left of": "above", "right of": "below", "above": "left of", "below": "right of"}
@@ -766,13 +751,13 @@ def test_relations_mirror():
 
 
 def test_touching_boxes_have_no_relation():
-    """Closer than a tenth of the summed sizes: no relation; diagonal neighbours may have two."""
+    """Boxes closer than a tenth of their summed sizes have no relation; diagonal neighbours may have two."""
     assert geneval.relations((0, 0, 10, 10), (1.9, 0, 11.9, 10)) == set()
     assert geneval.relations((0, 0, 10, 10), (50, 50, 60, 60)) == {"left of", "above"}
 
 
 def test_overall_is_the_mean_of_task_means():
-    """Not the mean over images: a task with more images weighs no more."""
+    """A task with more images does not weigh more."""
     assert geneval.overall({"a": [1, 1, 1, 1], "b": [0]}) == 0.5
     assert geneval.overall({"a": iter([1, 0]), "b": [1, 1, 1, 0], "c": [0]}) == pytest.approx((0.5 + 0.75) / 3)
 
@@ -786,7 +771,7 @@ def test_the_shapes_detector_and_the_official_rules_agree():
             pixels = (scene.render(scene.sample_scene(rng, shown)) * 255).round().astype(np.uint8)
             image, prompt = Image.fromarray(pixels), Prompt("0", line["prompt"], line["tag"], line)
             official, strict = evaluator.score([image], [prompt]).iloc[0]
-            assert official == official_verdict(geneval.group(checker.detect(pixels), line["tag"]), line)
+            assert official == verdict_by_rule(geneval.group(checker.detect(pixels), line["tag"]), line)
             assert official >= strict
             right += official
     assert len(LINES[::3]) <= right < 3 * len(LINES[::3])

@@ -1,4 +1,4 @@
-"""GenEval's prompts: the official test list to the byte, and a training list that keeps clear of it."""
+"""GenEval's prompts: the byte-identical official test list, and a training list without its prompts."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def train_list():
 
 
 def read(text: str) -> tuple:
-    """What a prompt says, read from its words alone: ((class, count, colour, relation to the first), ...)."""
+    """Parse a prompt's words alone into ((class, count, colour, relation to the first), ...)."""
     what = text.removeprefix("a photo of ")
     first, _, rest = what.partition(" ")
     if first in geneval.NUMBERS.values():
@@ -49,14 +49,14 @@ def noun(words: str) -> tuple:
 
 
 def says(line: dict) -> tuple:
-    """The same of a line's include clauses."""
+    """Return the same for a line's include clauses."""
     clauses = line["include"]
     assert all(clause["position"][1] == 0 for clause in clauses if "position" in clause)
     return tuple((c["class"], c["count"], c.get("color"), c.get("position", [None])[0]) for c in clauses)
 
 
 def test_the_test_list_is_the_official_file(test_list):
-    """Written as the official generator writes it: 85,209 bytes with the official sha256."""
+    """Written like the official generator's, it has 85,209 bytes and the official sha256."""
     written = "".join(f"{json.dumps(prompt.metadata)}\n" for prompt in test_list).encode()
     assert (len(written), hashlib.sha256(written).hexdigest()) == (85209, OFFICIAL)
     tasks = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
@@ -65,15 +65,15 @@ def test_the_test_list_is_the_official_file(test_list):
 
 
 def test_other_draws_are_refused(monkeypatch):
-    """Were numpy to draw other numbers, there would be a line and no list."""
+    """If numpy drew other numbers, there would be an error and no list."""
     monkeypatch.setattr(geneval, "OFFICIAL_SEED", 44)
     with pytest.raises(UserError, match="draws other prompts than the official ones"):
         geneval.test()
 
 
 @pytest.mark.parametrize("split", ["test", "train"])
-def test_metadata_say_what_the_prompt_says(split, request):
-    """Reading the words of a prompt gives its classes, counts, colours and relation; counting forbids one more."""
+def test_metadata_match_the_prompt(split, request):
+    """Parsing a prompt gives the classes, counts, colours and relation of its metadata; counting excludes one more."""
     prompts = request.getfixturevalue(f"{split}_list")
     GenEval(detector="shapes").check(prompts)
     for prompt in prompts:
@@ -84,7 +84,7 @@ def test_metadata_say_what_the_prompt_says(split, request):
 
 
 def test_the_training_list(train_list, test_list):
-    """50,000 lines in the proportions 7:5:3:1:1:0; none of them a test prompt; different where there are enough."""
+    """It has 50,000 lines in the proportions 7:5:3:1:1:0, no test prompt, and no repeats where there are enough."""
     by_task = {task: [p.text for p in train_list if p.tag == task] for task in geneval.PROPORTIONS}
     counts = {"position": 20588, "counting": 14706, "color_attr": 8824, "colors": 2941, "two_object": 2941}
     assert {task: len(texts) for task, texts in by_task.items()} == counts
@@ -96,7 +96,7 @@ def test_the_training_list(train_list, test_list):
 
 
 def test_the_training_list_is_the_same_everywhere(train_list):
-    """Its sha256, for all versions of Python and numpy; another seed gives another list."""
+    """Its sha256 is fixed for all versions of Python and numpy; another seed gives another list."""
     texts = "\n".join(prompt.text for prompt in train_list)
     assert hashlib.sha256(texts.encode()).hexdigest() == (
         "7ceea2c23355108af113104f31c63af1e911cac77599cacc6938ffcd563e6d93"
@@ -118,7 +118,7 @@ def test_shares_are_largest_remainders():
 
 
 def test_the_pools_are_counted_right():
-    """POOL holds the number of different prompts of a task: all of them are found by drawing long enough."""
+    """POOL is a task's number of distinct prompts: enough draws find all of them."""
     rng = random.Random(0)
     for task in ("counting", "colors", "two_object"):
         found = {line["prompt"] for line in geneval._draw(task, 20 * geneval.POOL[task], set(), rng)}
@@ -126,7 +126,7 @@ def test_the_pools_are_counted_right():
 
 
 def test_generated_lists_by_name(tmp_path, monkeypatch):
-    """A misspelt name lists both; a folder of that name is a path like any other."""
+    """The error for a misspelt name lists both; a folder of that name is an ordinary path."""
     with pytest.raises(UserError, match=r"no prompts 'geneval/tets'; did you mean 'geneval/test'"):
         load_prompts("geneval/tets")
     monkeypatch.chdir(tmp_path)

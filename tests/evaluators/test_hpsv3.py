@@ -1,4 +1,4 @@
-"""HPSv3: the prompt, the picture and the positions are the package's; what does not fit is refused in one line."""
+"""HPSv3: prompt, image and positions equal the package's; unsuitable files are refused in one line."""
 
 import hashlib
 import random
@@ -47,17 +47,17 @@ class TestHPSv3(EvaluatorContract):
         self.evaluator = port
 
 
-# -- what the model is given ------------------------------------------------------------------------------------------
+# -- the model's inputs -----------------------------------------------------------------------------------------------
 
 
 def test_the_rubric_is_the_packages():
-    """The bytes of hpsv3 1.0.0's INSTRUCTION and prompt_with_special_token."""
+    """The rubric has the bytes of hpsv3 1.0.0's INSTRUCTION and prompt_with_special_token."""
     digest = hashlib.sha256(hpsv3.RUBRIC.read_bytes()).hexdigest()
     assert digest == "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
 
 
-def test_the_chat_is_what_qwens_template_makes_of_it(port):
-    """System line, one image, the rubric with the prompt in its place, whatever the prompt holds."""
+def test_the_chat_follows_qwens_template(port):
+    """It has a system line, one image and the rubric with the prompt, whatever the prompt contains."""
     for text in TEXTS:
         rubric = hpsv3.RUBRIC.read_text().replace("{text_prompt}", text)
         content = [{"type": "image"}, {"type": "text", "text": rubric}]
@@ -67,8 +67,8 @@ def test_the_chat_is_what_qwens_template_makes_of_it(port):
         )
 
 
-def test_tokens_cut_in_two_are_the_tokens_of_the_whole(port):
-    """Around the image's token the chat is tokenised in two parts: with it in between, that is the whole's tokens."""
+def test_tokenising_in_two_parts_equals_tokenising_the_whole(port):
+    """The parts before and after the image token, joined by it, have the tokens of the whole chat."""
     for text in TEXTS:
         whole = port._tokenizer(hpsv3.chat(text))["input_ids"]
         assert port._tokens(text, [1, 2, 2]).tolist() == whole
@@ -90,7 +90,7 @@ def test_sizes_are_qwens():
 
 
 def test_patches_are_qwens(images):
-    """Pillow's resize, then rescaled, normalised and cut as transformers' processor does: equal to 1e-6."""
+    """Pillow's resize, rescaling, normalising and cutting equal transformers' processor to 1e-6."""
     from transformers import Qwen2VLImageProcessor
 
     for image in images:
@@ -102,11 +102,11 @@ def test_patches_are_qwens(images):
         assert theirs["image_grid_thw"].tolist() == [grid]
 
 
-# -- what the model computes ------------------------------------------------------------------------------------------
+# -- the model's outputs ----------------------------------------------------------------------------------------------
 
 
 def as_a_language_model(port, image, text):
-    """The score by a plain Qwen2, which knows no axes: its input is the chat with image features put in by hand."""
+    """Score with a plain Qwen2, without axes: its input is the chat with the image features inserted by hand."""
     from transformers import Qwen2Config, Qwen2Model
 
     vision = port._model["model"].visual
@@ -135,13 +135,13 @@ def test_positions_are_plain_and_frequencies_rounded(port, images):
 
 
 def test_every_frequency_is_a_bfloat16(port):
-    """Of the language model and of the vision tower, also when everything else is float32."""
+    """Frequencies of the language model and the vision tower are, even if everything else is float32."""
     buffers = {name: x for name, x in port._model.named_buffers() if name.endswith("inv_freq")}
     assert len(buffers) >= 2
     assert all(torch.equal(x, x.bfloat16().to(x.dtype)) for x in buffers.values())
 
 
-def test_a_batch_of_all_shapes_is_its_singles(port, images):
+def test_a_batch_of_all_shapes_equals_single_images(port, images):
     """Padding on the right and images of other grids change nothing."""
     together = port.score(images, PROMPTS)["hpsv3"].to_numpy()
     alone = [port.score([image], [prompt])["hpsv3"][0] for image, prompt in zip(images, PROMPTS)]
@@ -149,7 +149,7 @@ def test_a_batch_of_all_shapes_is_its_singles(port, images):
 
 
 def test_half_precision_is_near(port, folder, images):
-    """In bfloat16 the scores move by rounding alone, and the head stays in float32."""
+    """In bfloat16 scores change only by rounding, and the head stays in float32."""
     half = HPSv3(weights=str(folder), base=str(folder), dtype="bfloat16")
     gap = half.score(images, PROMPTS)["hpsv3"] - port.score(images, PROMPTS)["hpsv3"]
     assert np.abs(gap).max() < 0.1
@@ -159,7 +159,7 @@ def test_half_precision_is_near(port, folder, images):
 
 @torch.no_grad()
 def test_the_tensor_path_is_near_pillows(port, images):
-    """Resized in floats and never rounded to 8 bits: within 0.02, where pictures differ by more than 0.1."""
+    """Resizing in floats, without rounding to 8 bits, changes scores by under 0.02; images differ by more than 0.1."""
     score = port.score(images, PROMPTS)["hpsv3"].to_numpy()
     reward = [port.reward(to_tensor(i)[None], [p]).item() for i, p in zip(images, PROMPTS)]
     assert np.abs(score - reward).max() < 0.02
@@ -188,8 +188,8 @@ def refused(says, act):
     assert "\n" not in str(error.value)
 
 
-def test_missing_files_say_what_instead(folder, tmp_path):
-    """No checkpoint, no base, ids that were never fetched: one line, with the command that fetches what is read."""
+def test_missing_files_say_what_to_do(folder, tmp_path):
+    """A missing checkpoint, base or unfetched id is one line, with the command that fetches it."""
     base = str(folder)
     refused(r"HPSv3\.safetensors is missing", lambda: HPSv3(weights=str(tmp_path), base=base).files())
     refused(r"hf download a/b HPSv3\.safetensors", lambda: HPSv3(weights="a/b", base=base).files())
@@ -198,7 +198,7 @@ def test_missing_files_say_what_instead(folder, tmp_path):
 
 
 def test_a_truncated_checkpoint_is_one_clear_line(folder, tmp_path):
-    """Found by its header, before anything is loaded."""
+    """Its header reveals it before anything is loaded."""
     whole = (folder / hpsv3.CHECKPOINT).read_bytes()
     (tmp_path / hpsv3.CHECKPOINT).write_bytes(whole[: len(whole) // 2])
     refused("cannot be read: truncated", lambda: HPSv3(weights=str(tmp_path), base=str(folder)).files())
@@ -223,7 +223,7 @@ def test_another_architecture_is_refused(folder, tmp_path, images, spoil, says):
 
 
 def test_another_tokenizer_is_refused(folder, tmp_path, images):
-    """The special token must be the last of the embeddings: with another vocabulary, every id would be another."""
+    """The special token must be the last embedding: another vocabulary would shift every id."""
     base = tiny_qwen.qwen2vl_base(tmp_path)
     text = (base / "tokenizer.json").read_text().replace("<|video_pad|>", "<|im_start|>")
     (base / "tokenizer.json").write_text(text)
@@ -234,8 +234,8 @@ def test_another_tokenizer_is_refused(folder, tmp_path, images):
     )
 
 
-def test_what_would_score_something_else_is_refused(port, folder, images):
-    """A prompt with the rubric's own tokens, a picture too narrow to resize, pixels on another scale."""
+def test_unsuitable_inputs_are_refused(port, folder, images):
+    """A prompt with the rubric's tokens, an image too narrow to resize and pixels on another scale are refused."""
     for token in ("<|Reward|>", "<|image_pad|>"):
         refused("holds <", lambda token=token: port.check([Prompt("p", f"a {token}")]))
     with pytest.raises(ValueError, match="an image of 500 x 2 is too narrow"):
@@ -246,7 +246,7 @@ def test_what_would_score_something_else_is_refused(port, folder, images):
 
 
 def test_the_official_engine_gives_no_reward(folder):
-    """It says so before training, and in the reward itself."""
+    """It says so before training, and ``reward`` raises an error."""
     evaluator = HPSv3(weights=str(folder), base=str(folder), engine="official")
     assert not evaluator.differentiable
     refused("gives no training reward", lambda: evaluator.reward(torch.zeros(1, 3, 8, 8), PROMPTS[:1]))

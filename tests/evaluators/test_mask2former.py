@@ -1,4 +1,4 @@
-"""GenEval's official detector without mmdet: what it sees, how its answer is read, its checkpoint; and its colours."""
+"""GenEval's official detector without mmdet: its inputs, outputs, checkpoint and colours."""
 
 import math
 import shutil
@@ -33,15 +33,15 @@ def clip_folder(tmp_path_factory):
 
 @pytest.fixture
 def fifth(monkeypatch):
-    """The same code at a fifth of the size."""
+    """The same code at a fifth of the input size."""
     monkeypatch.setattr(mask2former, "SCALE", (160, 266))
 
 
-# -- before the network -----------------------------------------------------------------------------------------------
+# -- preprocessing ----------------------------------------------------------------------------------------------------
 
 
 def cv2_resize(image, height, width):
-    """cv2's fixed-point bilinear resize, pixel by pixel: weights in 2048ths, 4 bits dropped, then 16, then 2."""
+    """Restate cv2's fixed-point bilinear resize by pixel: weights in 2048ths, 4 bits dropped, then 16, then 2."""
 
     def taps(old, new):
         for i in range(new):
@@ -70,15 +70,15 @@ def cv2_resize(image, height, width):
 
 @pytest.mark.parametrize(("old", "new"), [((7, 5), (19, 23)), ((20, 31), (9, 8)), ((1, 1), (3, 2)), ((6, 9), (6, 9))])
 def test_resizing_is_cv2s(old, new):
-    """Larger, smaller, from one pixel, and to the same size (then the identity): equal to plain loops, to the bit."""
+    """Enlarging, shrinking, one pixel and the same size (the identity) equal plain loops, bitwise."""
     image = np.random.default_rng(0).integers(0, 256, (*old, 3), dtype=np.uint8)
     resized = mask2former.resize(image, *new)
     assert np.array_equal(resized, cv2_resize(image, *new))
     assert old != new or np.array_equal(resized, image)
 
 
-def test_halving_is_the_mean_of_four_not_antialiased_further():
-    """At exactly half the size: the rounded mean of each 2 x 2 block; at a quarter, the middle 2 x 2 of each block."""
+def test_halving_averages_four_pixels_and_nothing_is_antialiased():
+    """Half the size is the rounded mean of each 2 x 2 block; a quarter, that of each block's middle 2 x 2."""
     image = np.random.default_rng(1).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     blocks = image.reshape(8, 2, 12, 2, 3).astype(int).sum((1, 3))
     assert np.array_equal(mask2former.resize(image, 8, 12), (blocks + 2) // 4)
@@ -98,13 +98,13 @@ def test_halving_is_the_mean_of_four_not_antialiased_further():
     ],
 )
 def test_images_fit_without_stretching(size, inside, padded):
-    """As large as fits (800, 1333), padded to multiples of 32 on the right and below."""
+    """Images are as large as fits (800, 1333), and padded right and below to multiples of 32."""
     pixels, found = mask2former.prepare(np.zeros((*size, 3), np.uint8))
     assert (found, tuple(pixels.shape)) == (inside, (1, 3, *padded))
 
 
 def test_the_network_sees_red_first():
-    """Red, green and blue of the file meet their own mean and deviation; the padding is grey 128, normalised."""
+    """Red, green and blue use their own mean and deviation; the padding is grey 128, normalised."""
     image = np.zeros((100, 90, 3), np.uint8)
     image[:] = (250, 100, 20)
     pixels, (height, width) = mask2former.prepare(image)
@@ -114,11 +114,11 @@ def test_the_network_sees_red_first():
         assert torch.equal(part, ((torch.tensor(color) - mean) / std)[:, None, None].expand_as(part))
 
 
-# -- after it ---------------------------------------------------------------------------------------------------------
+# -- outputs ----------------------------------------------------------------------------------------------------------
 
 
 def stretch(grid, height, width):
-    """Bilinear interpolation of a list of rows, pixel centres aligned, by plain loops."""
+    """Interpolate a list of rows bilinearly, with aligned pixel centres, in plain loops."""
 
     def taps(i, old, new):
         at = max((i + 0.5) * old / new - 0.5, 0)
@@ -139,7 +139,7 @@ def stretch(grid, height, width):
 
 
 def read_plainly(classes, masks, padded, inside, size):
-    """(score, label, box, pixels) of the best 100 of all pairs of query and class, best pair first."""
+    """Return (score, label, box, pixels) of the best 100 pairs of query and class, best first."""
     pairs = []
     for query, logits in enumerate(classes):
         total = sum(math.exp(x) for x in logits)
@@ -156,8 +156,8 @@ def read_plainly(classes, masks, padded, inside, size):
     return found
 
 
-def test_answers_are_read_as_mmdet_reads_them():
-    """Equal to plain loops in scores, classes, boxes and pixels; a query without a pixel has score 0 and no box."""
+def test_outputs_are_decoded_as_by_mmdet():
+    """Scores, classes, boxes and pixels equal plain loops; a query without pixels has score 0 and no box."""
     generator = torch.Generator().manual_seed(0)
     classes = torch.randn(4, 41, generator=generator, dtype=torch.float64)
     masks = torch.randn(4, 5, 6, generator=generator, dtype=torch.float64) * 3
@@ -177,7 +177,7 @@ def test_answers_are_read_as_mmdet_reads_them():
 
 
 def test_both_generations_of_names_mean_the_same():
-    """mmdet 2.x's names and 3.x's convert to the same tensors, and no number is lost on the way."""
+    """mmdet 2.x's names and 3.x's convert to the same tensors, and no value is lost."""
     state = tiny_mask2former.mask2former_state()
     new, old = mask2former.convert(state), mask2former.convert(tiny.mmdet_2(state))
     assert tiny.mmdet_2(state).keys() != state.keys()
@@ -244,8 +244,8 @@ def test_the_converted_model_finds_what_mmdet_finds(checkpoint):
     assert [each.score for each in found[:5]] == pytest.approx([score for _, _, score in MMDET], abs=2e-5)
 
 
-def test_only_what_is_above_is_returned(checkpoint, fifth):
-    """``above`` drops objects, and changes none."""
+def test_only_objects_above_the_threshold_are_returned(checkpoint, fifth):
+    """``above`` drops objects, and changes no other."""
     detector, image = Mask2Former(checkpoint, "x"), np.asarray(picture(40, 50, seed=0))
     every, few = detector.detect(image), detector.detect(image, above=0.3)
     assert 0 < len(few) < len(every) == 100
@@ -277,7 +277,7 @@ def spoilt(change):
     ],
 )
 def test_another_checkpoint_is_one_clear_line(state, says, tmp_path):
-    """Missing and unexpected tensors are named; another model, size or set of classes is told."""
+    """Missing and unexpected tensors are named; another model, size or set of classes is reported."""
     path = tiny_mask2former.mask2former_file(tmp_path / "other.pth", state)
     with pytest.raises(UserError, match=says) as error:
         mask2former.load(path, "geneval.detector")
@@ -298,8 +298,8 @@ def test_no_code_of_a_checkpoint_runs(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_damaged_download_is_told_by_its_name(checkpoint, tmp_path):
-    """OpenMMLab's names end with the first digits of the sha256: others are refused."""
+def test_a_damaged_download_is_recognised_by_its_name(checkpoint, tmp_path):
+    """OpenMMLab's names end with the first digits of the sha256; files that do not match are refused."""
     import hashlib
 
     right = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:8]
@@ -316,7 +316,7 @@ def evaluator(checkpoint, clip_folder):
 
 
 class TestGenEvalByMask2Former(EvaluatorContract):
-    """Every other image is asked for what the detector finds in it, in the colour that CLIP names."""
+    """The contract with prompts that, for every other image, name the detected object and CLIP's colour."""
 
     @pytest.fixture(autouse=True)
     def _evaluator(self, checkpoint, clip_folder, fifth):
@@ -337,12 +337,12 @@ class TestGenEvalByMask2Former(EvaluatorContract):
         }
 
     def test_it_tells_right_from_wrong(self):
-        """By the official rule."""
+        """Verdicts hold by the official rule."""
         assert self.evaluator.score(self.images(), self.prompts())["geneval"].tolist() == [1, 0, 1, 0, 1]
 
 
 class Painted:
-    """A detector of painted pictures: what stands where is known, as for Mask2Former its mask is."""
+    """A detector for painted images, whose objects and masks are known."""
 
     def __init__(self, *things):
         self.things = [thing if len(thing) == 3 else (*thing, 0.95) for thing in things]
@@ -355,7 +355,7 @@ class Painted:
 
 
 class Averages:
-    """Names a colour by the mean of what is cut out."""
+    """A colour classifier that uses the mean of the crop."""
 
     def name(self, image, found):
         red, _, blue = np.asarray(geneval.cut_out(image, found)).reshape(-1, 3).mean(0)
@@ -387,7 +387,7 @@ TWICE = [("dog", DOG), ("dog", CAT)]
     ],
 )
 def test_each_task_is_verified_on_masks(tag, include, exclude, things, verdicts, monkeypatch):
-    """On a picture with a red square on the left, a blue one on the right and white around: all six tasks."""
+    """All six tasks hold on a white image with a red square on the left and a blue one on the right."""
     image = Image.new("RGB", (100, 100), "white")
     for box, color in ((DOG, "red"), (CAT, "blue")):
         ImageDraw.Draw(image).rectangle([box[0], box[1], box[2] - 1, box[3] - 1], fill=color)
@@ -401,7 +401,7 @@ def test_each_task_is_verified_on_masks(tag, include, exclude, things, verdicts,
 
 
 def test_a_turned_photograph_is_turned_back(monkeypatch):
-    """EXIF says how to hold a picture: the detector sees it upright, as files are read by mmdet and the script."""
+    """The detector sees images upright, rotated by EXIF, as mmdet and the official script read files."""
     image = picture(30, 40, seed=0)
     turned = image.copy()
     turned.getexif()[0x0112] = 6  # to be turned by 90 degrees
@@ -422,7 +422,7 @@ def colors(clip_folder):
 
 
 def test_an_object_is_cut_out_on_grey():
-    """Inside the mask the picture, elsewhere #999, and of that the box."""
+    """The crop is the object's box, with #999 outside the mask."""
     image, mask = picture(30, 40, seed=1), np.zeros((30, 40), bool)
     mask[5:12, 8:20], mask[6, 9] = True, False
     cut = np.asarray(geneval.cut_out(image, mask2former.Detection("dog", (8.0, 5.0, 20.0, 12.0), 1.0, mask)))
@@ -432,7 +432,7 @@ def test_an_object_is_cut_out_on_grey():
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 61), (61, 100), (9, 33), (57, 58), (1, 7)])
 def test_crops_are_prepared_as_by_open_clip(colors, size):
-    """Shortest edge, centre crop (odd borders too), normalisation: open_clip's own transform, to the bit."""
+    """Shortest edge, centre crop (odd borders too) and normalisation equal open_clip's transform, bitwise."""
     from open_clip.transform import image_transform
 
     processor = colors.model.image_processor
@@ -446,7 +446,7 @@ def unit(features):
 
 
 def test_a_colour_is_the_mean_of_three_sentences(colors):
-    """A row per colour: the normalised mean of the three sentences' normalised features, computed one by one."""
+    """A colour's row is the normalised mean of three sentences' normalised features, computed one by one."""
     rows = colors.classifier("dog")
     for color, row in zip(COLORS, rows, strict=True):
         sentences = [f"a photo of a {color} dog", f"a photo of a {color}-colored dog", f"a photo of a {color} object"]
@@ -458,21 +458,21 @@ def test_a_colour_is_the_mean_of_three_sentences(colors):
 
 
 def test_the_nearest_colour_is_named(colors, monkeypatch):
-    """Were the ten colours' features those of ten pictures, each picture would be named by its own."""
-    pictures = [picture(48, 48, seed) for seed in range(10)]
+    """If the ten colours' features are those of ten images, each image gets its own colour."""
+    images = [picture(48, 48, seed) for seed in range(10)]
     with torch.no_grad():
-        inputs = [colors.prepare(image)[None] for image in pictures]
+        inputs = [colors.prepare(image)[None] for image in images]
         rows = torch.stack([unit(colors.model.model.get_image_features(pixel_values=x)) for x in inputs])
     monkeypatch.setitem(colors._classifiers, "dog", rows)
     whole = mask2former.Detection("dog", (0, 0, 48, 48), 1.0, np.ones((48, 48), bool))
-    assert [colors.name(image, whole) for image in pictures] == list(COLORS)
+    assert [colors.name(image, whole) for image in images] == list(COLORS)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_files_name_the_detector_and_clip(checkpoint, clip_folder):
-    """The shapes detector needs none; Mask2Former its checkpoint and CLIP's folder."""
+    """The shapes detector needs no files; Mask2Former needs its checkpoint and CLIP's folder."""
     assert GenEval(detector="shapes").files() == []
     files = evaluator(checkpoint, clip_folder).files()
     assert checkpoint in files
@@ -480,8 +480,8 @@ def test_files_name_the_detector_and_clip(checkpoint, clip_folder):
     assert evaluator(checkpoint.parent, clip_folder).files() == files  # a folder with one .pth
 
 
-def test_what_is_missing_says_how_to_get_it(checkpoint, clip_folder, tmp_path):
-    """No detector, a folder without or with several, no CLIP, one of GELU, a file of neither format."""
+def test_missing_files_say_how_to_get_them(checkpoint, clip_folder, tmp_path):
+    """No detector, none or several in a folder, no CLIP, a GELU CLIP and a foreign file are one-line errors."""
     shutil.copy(checkpoint, tmp_path / "a.pth")
     shutil.copy(checkpoint, tmp_path / "b.pth")
     (tmp_path / "empty").mkdir()

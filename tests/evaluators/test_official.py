@@ -1,4 +1,4 @@
-"""Environments of official engines are made whole or not at all, share what is not pinned, and fail in one line."""
+"""Official engines' environments: complete or absent, sharing what is not pinned, with one-line errors."""
 
 import pytest
 
@@ -20,7 +20,7 @@ json.dump({"scores": scores, "versions": {"msgspec": msgspec.__version__}}, open
 
 @pytest.fixture
 def engines(tmp_path, monkeypatch):
-    """A folder of engines of our own, and an empty cache: 'echo' scores a prompt by its length and pins nothing."""
+    """A folder of test engines and an empty cache; 'echo' scores a prompt by its length and pins nothing."""
     folder = tmp_path / "engines"
     folder.mkdir()
     (folder / "echo.py").write_text(SCRIPT)
@@ -37,7 +37,7 @@ def scores(*texts):
 
 @pytest.mark.slow
 def test_an_environment_shares_what_it_does_not_pin(engines):
-    """Its script imports the running environment's packages, and what is installed in it comes before them."""
+    """Its script imports the running environment's packages, but its own packages come first."""
     import msgspec
 
     said = []
@@ -54,7 +54,7 @@ def test_an_environment_shares_what_it_does_not_pin(engines):
 
 @pytest.mark.slow
 def test_installing_again_does_nothing(engines):
-    """The second call makes no environment, and says where the first one lies."""
+    """The second call makes no environment and returns the first one's folder."""
     folder, said = official.install("echo-official", lambda line: None), []
     stamp = (folder / "pyvenv.cfg").stat().st_mtime_ns
     assert official.install("echo-official", said.append) == folder
@@ -64,7 +64,7 @@ def test_installing_again_does_nothing(engines):
 
 @pytest.mark.slow
 def test_a_failed_installation_leaves_nothing(engines, tmp_path):
-    """A requirement that cannot be met: one line, and an environment that is not there."""
+    """A requirement that cannot be met is a one-line error and leaves no environment."""
     (engines / "requirements-echo.txt").write_text("./no-such-folder\n")
     with pytest.raises(UserError, match=r"requirements-echo.txt: failed with exit code 1: .*no-such-folder") as error:
         official.install("echo-official", lambda line: None)
@@ -74,7 +74,7 @@ def test_a_failed_installation_leaves_nothing(engines, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_pins_are_another_environment(engines):
+def test_other_pins_need_another_environment(engines):
     """After a change of the requirements the old environment no longer counts as installed."""
     official.install("echo-official", lambda line: None)
     (engines / "requirements-echo.txt").write_text("# something else\n")
@@ -83,14 +83,14 @@ def test_other_pins_are_another_environment(engines):
 
 @pytest.mark.slow
 def test_a_script_that_fails_is_one_line(engines):
-    """Its last words, and the environment's name."""
+    """The error has the script's last line and the environment's name."""
     official.install("echo-official", lambda line: None)
     with pytest.raises(UserError, match="echo-official: failed with exit code 1: ValueError: the package broke"):
         scores("a", "boom")
 
 
 def test_unknown_environments_are_refused(engines):
-    """The line lists what exists."""
+    """The error lists the existing ones."""
     with pytest.raises(UserError, match=r"no environment 'hps'.*echo-official"):
         official.install("hps")
 
@@ -105,6 +105,6 @@ def test_every_shipped_engine_is_a_script_with_pinned_requirements():
         assert (official.HERE / f"{path.stem.removeprefix('requirements-')}.py").is_file()
 
 
-def test_no_image_needs_no_environment(engines):
-    """An empty table costs no process."""
+def test_no_images_need_no_environment(engines):
+    """An empty table starts no process."""
     assert scores().empty

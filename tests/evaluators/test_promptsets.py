@@ -1,4 +1,4 @@
-"""Public prompt sets: from the hub cache alone, the same list from the same file, and one line where it is missing."""
+"""Public prompt sets: read only from the hub cache, the same list from the same file, one-line errors if missing."""
 
 import json
 
@@ -13,7 +13,7 @@ REVISION = "0" * 40
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A function that puts a text into the hub's cache as a set's file."""
+    """A function that stores a text in the hub's cache as a set's file."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
     def put(name, text):
@@ -29,7 +29,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_hpdv2_is_its_whole_test_split_in_order(hub):
-    """The prompts of test.json, one line of plain text each."""
+    """The list has the prompts of test.json, each one line of plain text."""
     texts = [f"prompt  {i}\n of a list" for i in range(400)]
     hub("hpdv2/test", json.dumps([{"prompt": text, "rank": [1]} for text in texts]))
     assert [p.text for p in load_prompts("hpdv2/test")] == [f"prompt {i} of a list" for i in range(400)]
@@ -41,7 +41,7 @@ def mjhq(order):
 
 
 def test_mjhq_is_fifty_of_each_category_whatever_the_files_order(hub, tmp_path):
-    """500 distinct prompts, 50 of each of ten categories, the same for the same file in another order."""
+    """It has 500 distinct prompts, 50 of each of ten categories, the same for any order of the file."""
     hub("mjhq/500", mjhq(1))
     first = load_prompts("mjhq/500")
     assert len({p.id for p in first}) == 500
@@ -52,7 +52,7 @@ def test_mjhq_is_fifty_of_each_category_whatever_the_files_order(hub, tmp_path):
 
 
 def test_mjhq_train_holds_no_prompt_of_the_test(hub):
-    """25,000 distinct prompts, none of mjhq/500, though its text has other spaces; the same in another order."""
+    """It has 25,000 distinct prompts, none of mjhq/500 even with other spaces, the same for any order of the file."""
     items = [(f"{i:05}", {"category": f"c{i % 10}", "prompt": f" prompt  {i % 26000}"}) for i in range(30000)]
     hub("mjhq/train", json.dumps(dict(items)))
     first = load_prompts("mjhq/train")
@@ -64,7 +64,7 @@ def test_mjhq_train_holds_no_prompt_of_the_test(hub):
 
 
 def test_drawbench_and_parti(hub):
-    """A list of texts; a table with a category, whose texts may hold quotes, and a repeated line counts once."""
+    """DrawBench is a list of texts; Parti a table with categories and quotes, where a repeated line counts once."""
     hub("drawbench", json.dumps([f"text {i}" for i in range(200)]))
     assert len(load_prompts("drawbench")) == 200
     lines = ["Prompt\tCategory\tChallenge\tNote", *(f'a "sign" {i}\tArts\tBasic\t' for i in range(1631))]
@@ -76,7 +76,7 @@ def test_drawbench_and_parti(hub):
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_missing_set_says_how_to_get_it(name, hub):
-    """One line with the command and the licence; nothing is downloaded."""
+    """The error is one line with the command and the licence; nothing is downloaded."""
     with pytest.raises(UserError, match=r"not in the hub cache; fetch it once with `hf download .*licence") as caught:
         load_prompts(name)
     assert "\n" not in str(caught.value)
@@ -84,7 +84,7 @@ def test_a_missing_set_says_how_to_get_it(name, hub):
 
 @pytest.mark.parametrize("text", ["[]", "{}", "not json", '[{"text": "a"}]'])
 def test_another_file_is_refused(text, hub):
-    """A list of another length or form is not taken for the set."""
+    """A list of another length or form is not accepted as the set."""
     hub("hpdv2/test", text)
     with pytest.raises(UserError, match=r"HPDv2|instead of 400"):
         load_prompts("hpdv2/test")
@@ -92,7 +92,7 @@ def test_another_file_is_refused(text, hub):
 
 @pytest.mark.slow
 def test_hpdv2_train_is_fifty_thousand_readable_prompts(hub):
-    """Distinct, the same for the comparisons in another order, none in Chinese or with a control character."""
+    """They are distinct, the same for any order of the comparisons, without Chinese or control characters."""
     texts = [f"prompt  {i}" for i in range(50_400)]
     odd = ["一只猫", "a\x07bell", "é and ~ are fine"]
     hub("hpdv2/train", json.dumps([{"prompt": text, "human_preference": [1, 0]} for text in [*texts, *odd, *texts]]))
@@ -105,7 +105,7 @@ def test_hpdv2_train_is_fifty_thousand_readable_prompts(hub):
 
 
 def test_a_prompt_is_refused_only_where_no_encoder_reads_it(tmp_path):
-    """T5 has no token for '{': an error for T5 alone, and none beside an encoder that reads bytes, as FLUX.1's CLIP."""
+    """T5 has no token for '{': an error if T5 is alone, but not beside an encoder of bytes, as FLUX.1's CLIP is."""
     from support.tiny import t5_tokenizer
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""UnifiedReward: the questions' bytes, what is read from answers, and what happens when there is none."""
+"""UnifiedReward: the questions' bytes, how answers are parsed, and what happens without an answer."""
 
 import base64
 import contextlib
@@ -39,7 +39,7 @@ def images(n, size=(40, 64)):
 
 
 def columns(frame):
-    """The numbers of a frame, as lists."""
+    """Return the numbers of a frame, as lists."""
     return frame.drop(columns=["raw", "error"]).to_numpy().tolist()
 
 
@@ -47,7 +47,7 @@ def columns(frame):
 
 
 def verdict(image, question):
-    """What the stub writes: numbers that depend on the picture and on the caption, to many digits."""
+    """Return the stub's answer: numbers of many digits that depend on the image and the caption."""
     red, green, blue = np.asarray(image, dtype=float).mean((0, 1)) / 255 * 4 + 1
     if "Final Score" in question:
         return f"circle (object): 1\nFinal Score: {(red if 'alignment' in question else green):.6f}"
@@ -57,7 +57,7 @@ def verdict(image, question):
 
 
 class Stub(BaseHTTPRequestHandler):
-    """One request to an OpenAI-compatible server. A caption that names a mishap gets it."""
+    """A request handler of an OpenAI-compatible server; a caption that names a mishap gets it."""
 
     protocol_version = "HTTP/1.1"
 
@@ -70,8 +70,8 @@ class Stub(BaseHTTPRequestHandler):
         assert self.path == "/v1/chat/completions"
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         (message,) = body["messages"]
-        picture, question = message["content"]
-        head, _, data = picture["image_url"]["url"].partition(",")
+        image, question = message["content"]
+        head, _, data = image["image_url"]["url"].partition(",")
         assert head == "data:image/png;base64"
         image = Image.open(io.BytesIO(base64.b64decode(data)))
         assert (image.format, image.mode) == ("PNG", "RGB")
@@ -113,7 +113,7 @@ class Stub(BaseHTTPRequestHandler):
 
 
 def flaky(handler):
-    """Busy twice, then well."""
+    """Answer "busy" twice, then normally."""
     handler.server.tries += 1
     if handler.server.tries < 3:
         handler.reply(503, {"error": "loading"})
@@ -122,7 +122,7 @@ def flaky(handler):
 
 
 def drip(handler):
-    """A byte at a time: no single read is slow."""
+    """Send one byte at a time, so that no single read is slow."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -134,7 +134,7 @@ def drip(handler):
 
 
 def half(handler):
-    """The head promises more than comes."""
+    """Send less than the header announces."""
     handler.reply(200, b'{"choices": [', length=500)
     handler.close_connection = True
     handler.connection.shutdown(socket.SHUT_WR)
@@ -173,12 +173,12 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 64  # connections that may wait; five make clients try again after seconds
 
     def handle_error(self, *args):
-        """Clients that give up are part of the tests."""
+        """Ignore clients that give up, which is part of the tests."""
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """The stub, on a port of its own; waiting between two tries is short."""
+    """The stub on its own port, with short waits between retries."""
     stub = Server(("127.0.0.1", 0), Stub)
     stub.url = f"http://127.0.0.1:{stub.server_port}"
     stub.counting, stub.gate = threading.Lock(), None
@@ -203,7 +203,7 @@ class TestUnifiedReward(EvaluatorContract):
         self.evaluator = asking(server, template=template)
 
 
-# -- what is asked ----------------------------------------------------------------------------------------------------
+# -- questions ---------------------------------------------------------------------------------------------------------
 
 DIGESTS = {
     "acs": "88d1d1c5f0fba9dc6f112022ffbabf86f6ad64df58047a7c7293814f91c39ea9",
@@ -216,7 +216,7 @@ DIGESTS = {
 
 @pytest.mark.parametrize("file", DIGESTS)
 def test_questions_are_verbatim(file):
-    """The bytes of the sources that prompts/SOURCES.md names; the caption stands in brackets at the end."""
+    """Questions have the bytes of the sources in prompts/SOURCES.md, with the caption in brackets at the end."""
     data = (unifiedreward.PROMPTS / f"unifiedreward-{file}.txt").read_bytes()
     assert hashlib.sha256(data).hexdigest() == DIGESTS[file]
     assert data.endswith(b"Text Caption: [{prompt}]")
@@ -225,7 +225,7 @@ def test_questions_are_verbatim(file):
 
 
 def test_the_server_gets_image_then_question(server):
-    """Greedy, with the template's token limit, the served name, and the picture in its own size, losslessly."""
+    """Requests are greedy, with the template's token limit, the served name, and the lossless image in its own size."""
     asking(server).score(images(1), prompts("a dog"))
     (body,) = server.bodies
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("UnifiedReward", 0, 4096)
@@ -237,7 +237,7 @@ def test_the_server_gets_image_then_question(server):
 
 
 def test_flowbp_asks_twice_about_a_square(server):
-    """Alignment, then quality, of the picture at 512 x 512."""
+    """It asks for alignment, then quality, of the image at 512 x 512."""
     frame = asking(server, template="flowbp").score(images(1), prompts("a dog"))
     assert server.sizes == [(512, 512)] * 2
     asked = [body["messages"][0]["content"][1]["text"] for body in server.bodies]
@@ -245,11 +245,11 @@ def test_flowbp_asks_twice_about_a_square(server):
     assert frame["raw"][0].count("Final Score") == 2
 
 
-# -- what is read -----------------------------------------------------------------------------------------------------
+# -- answers ----------------------------------------------------------------------------------------------------------
 
 
-def test_metrics_are_the_template_s(server):
-    """UR-Align is alignment, UR-IQ the mean of coherence and style, and the parts stand beside them."""
+def test_metrics_are_the_templates(server):
+    """UR-Align is alignment, UR-IQ the mean of coherence and style, and the parts are columns too."""
     frame = asking(server).score(images(3), prompts("a", "bb", "ccc"))
     assert list(frame) == ["ur_align_acs", "ur_iq_acs", "ur_coherence_acs", "ur_style_acs", "raw", "error"]
     np.testing.assert_allclose(frame["ur_iq_acs"], (frame["ur_coherence_acs"] + frame["ur_style_acs"]) / 2)
@@ -270,7 +270,7 @@ def test_metrics_are_the_template_s(server):
     ],
 )
 def test_numbers_are_read(answer, value):
-    """The first one behind the label, with or without a fraction, whatever stands around it."""
+    """The first number after the label is read, with or without a fraction, whatever surrounds it."""
     assert parse(Answer(answer), "Alignment Score (1-5):") == value
 
 
@@ -287,21 +287,21 @@ def test_numbers_are_read(answer, value):
         ("Alignment Score (1-5): 5.01", "not from 1 to 5"),
     ],
 )
-def test_other_answers_are_not(answer, says):
-    """No label, no number, or one that the question does not allow: an error that says which."""
+def test_other_answers_are_errors(answer, says):
+    """No label, no number or a number out of range is an error that says which."""
     with pytest.raises(ValueError, match=says):
         parse(Answer(answer), "Alignment Score (1-5):")
 
 
 def test_a_number_that_may_lack_digits_is_not_read():
-    """An answer that was cut off within its last number has no such number; earlier ones stand."""
+    """An answer cut off within its last number lacks that number; earlier ones are kept."""
     cut = Answer("Alignment Score (1-5): 3.5\nStyle Score (1-5): 2.6", cut=True)
     assert parse(cut, "Alignment Score (1-5):") == 3.5
     with pytest.raises(ValueError, match="cut off"):
         parse(cut, "Style Score (1-5):")
 
 
-# -- what goes wrong --------------------------------------------------------------------------------------------------
+# -- failures ---------------------------------------------------------------------------------------------------------
 
 SAYS = {
     "drip": "no answer in 5 s",
@@ -324,13 +324,13 @@ SAYS = {
 
 @pytest.mark.slow
 def test_every_mishap_marks_its_own_row(server, monkeypatch):
-    """Fifteen ways to fail, each between two good rows: those have the scores they have alone, in their places."""
+    """Fifteen ways to fail, each between two good rows, leave the good rows' scores as they are alone."""
     texts = [text for mishap in SAYS for text in (f"good {mishap}", mishap)]
-    pictures = images(len(texts))
+    asked = images(len(texts))
     monkeypatch.setattr(unifiedreward, "TRIES", 1)
     with pytest.warns(UserWarning, match=r"15 of 30 images have no complete score"):
-        frame = asking(server, timeout=PATIENCE).score(pictures, prompts(*texts))
-    alone = asking(server).score(pictures[::2], prompts(*texts[::2]))
+        frame = asking(server, timeout=PATIENCE).score(asked, prompts(*texts))
+    alone = asking(server).score(asked[::2], prompts(*texts[::2]))
     assert columns(frame[::2]) == columns(alone)
     assert frame["error"][::2].isna().all()
     for text, error in zip(texts[1::2], frame["error"][1::2]):
@@ -338,8 +338,8 @@ def test_every_mishap_marks_its_own_row(server, monkeypatch):
     assert set(SAYS) | {"flaky"} == set(MISHAPS)
 
 
-def test_a_failed_part_is_missing_alone(server):
-    """Coherence without style: alignment and coherence stand, UR-IQ and style are NaN, and the words are kept."""
+def test_only_a_failed_part_is_missing(server):
+    """Without style, alignment and coherence are kept, UR-IQ and style are NaN, and the answer is kept."""
     with pytest.warns(UserWarning, match="1 of 1"):
         frame = asking(server).score(images(1), prompts("no style"))
     align, iq, coherence, style = columns(frame)[0]
@@ -350,7 +350,7 @@ def test_a_failed_part_is_missing_alone(server):
 
 
 def test_tables_keep_words_and_reasons(server):
-    """What a sweep stores of a judge: its numbers, whether they are all there, why not, and its words."""
+    """A sweep stores a judge's numbers, whether all exist, the errors, and the answers."""
     with pytest.warns(UserWarning, match="2 of 3"):
         rows = score_rows(asking(server), images(3), prompts("a", "prose", "down"))
     assert list(rows)[-3:] == ["ok", "error", "raw"]
@@ -362,21 +362,21 @@ def test_tables_keep_words_and_reasons(server):
 
 
 def test_words_without_scores_are_kept(server):
-    """What cannot be parsed can still be read."""
+    """An answer that cannot be parsed is kept in "raw"."""
     with pytest.warns(UserWarning, match="2 of 2"):
         frame = asking(server).score(images(2), prompts("prose", "empty"))
     assert frame["raw"].tolist() == ["A lovely picture!", ""]
 
 
 def test_a_busy_server_is_asked_again(server):
-    """Two failures of the passing kind cost two more requests, and nothing else."""
+    """Two temporary failures cost two more requests, and nothing else."""
     frame = asking(server).score(images(1), prompts("flaky"))
     assert columns(frame) == [[2, 3.5, 3, 4]]
     assert len(server.bodies) == 3
 
 
 def test_tries_are_bounded(server):
-    """Three for what may pass, one for what will not."""
+    """There are three tries for temporary failures, and one for permanent ones."""
     for mishap, tries in (("down", 3), ("hang up", 3), ("unknown", 1), ("html", 1)):
         server.bodies.clear()
         with pytest.raises(UserError, match="none of 1 images was answered"):
@@ -384,8 +384,8 @@ def test_tries_are_bounded(server):
         assert len(server.bodies) == tries, mishap
 
 
-def test_a_server_that_is_not_there_is_one_clear_line(server):
-    """Nothing listens: said at once, with the command that starts one."""
+def test_a_missing_server_is_one_clear_line(server):
+    """If nothing listens, the error comes at once, with the command that starts a server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         absent = asking(server, server=f"http://127.0.0.1:{free.getsockname()[1]}")
@@ -395,7 +395,7 @@ def test_a_server_that_is_not_there_is_one_clear_line(server):
 
 
 def test_a_server_of_another_model_is_one_clear_line(server):
-    """Or of no model: what it offers is listed, before any image is sent."""
+    """The error lists what the server offers, if anything, before any image is sent."""
     server.offered = ["llama", "qwen"]
     with pytest.raises(UserError, match="offers llama, qwen, not 'UnifiedReward'"):
         asking(server).score(images(1), prompts("a"))
@@ -403,7 +403,7 @@ def test_a_server_of_another_model_is_one_clear_line(server):
 
 
 def test_requests_run_side_by_side_and_rows_keep_their_order(server):
-    """Eight at once and never more, and answers that come in any order land in the rows of their images."""
+    """At most eight run at once, and answers in any order get to the rows of their images."""
     server.gate = threading.Barrier(8)  # the first eight are answered when all of them are there
     texts = [f"{'x' * (i % 7)}" for i in range(40)]
     together = asking(server, concurrency=8).score(images(40), prompts(*texts))
@@ -417,7 +417,7 @@ def test_requests_run_side_by_side_and_rows_keep_their_order(server):
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(server, monkeypatch):
-    """From the environment into a header; never into settings, rows, warnings or errors, even if quoted back."""
+    """It goes from the environment into a header, never into settings, rows, warnings or errors, even if quoted."""
     monkeypatch.setenv(unifiedreward.KEY, SECRET)
     evaluator = asking(server)
     with pytest.warns(UserWarning, match="no such model") as warned:
@@ -432,7 +432,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, monkeypatch):
 
 
 def test_what_a_number_means_is_in_its_name(server, tmp_path):
-    """Another template or revision is another version, and another template another column."""
+    """Another template or revision changes the version, and another template the column."""
     first, second = asking(server), asking(server, template="acs_2", revision="refs/pr/1")
     assert (first.version, second.version) == ("1-acs-0123abcd", "1-acs_2-refs_pr_1")
     assert not {metric.name for metric in first.metrics} & {metric.name for metric in second.metrics}
@@ -458,39 +458,39 @@ def test_what_a_number_means_is_in_its_name(server, tmp_path):
     ],
 )
 def test_impossible_settings_are_refused(server, settings, says):
-    """Before anything is asked."""
+    """They are refused before any request."""
     with pytest.raises(UserError, match=says):
         asking(server, **settings)
 
 
-def test_a_prompt_with_an_image_s_token_is_refused(server):
+def test_a_prompt_with_an_image_token_is_refused(server):
     """The model would look for an image within the caption."""
     with pytest.raises(UserError, match=r"holds <\|image_pad\|>"):
         asking(server).check(prompts("a <|image_pad|>"))
 
 
-# -- the model, here --------------------------------------------------------------------------------------------------
+# -- the local model ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["Qwen2_5_VL", "Qwen3_VL"])
 def local(request, tmp_path_factory):
-    folder = tiny_qwen.judge_folder(tmp_path_factory.mktemp("judge"), request.param)
+    folder = tiny_qwen.qwen_vl_folder(tmp_path_factory.mktemp("judge"), request.param)
     return UnifiedReward(weights=str(folder), max_new_tokens=12)
 
 
 def as_the_repository(folder, image, text, tokens):
-    """UnifiedReward's own script restated: Pillow's resize, Qwen's processor, greedy generation, what was added."""
+    """Restate UnifiedReward's own script: Pillow's resize, Qwen's processor, greedy generation, the new tokens."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     side = 2 * processor.image_processor.patch_size
     height, width = smart_resize(image.height, image.width, factor=side, min_pixels=3136, max_pixels=12845056)
-    picture = image.convert("RGB").resize((width, height), Image.BICUBIC)
+    resized = image.convert("RGB").resize((width, height), Image.BICUBIC)
     question = unifiedreward.text("acs", text)
     chat = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     chat += f"<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
-    inputs = processor(text=[chat], images=[picture], padding=True, return_tensors="pt")
+    inputs = processor(text=[chat], images=[resized], padding=True, return_tensors="pt")
     with torch.no_grad():
         written = model.eval().generate(**inputs, max_new_tokens=tokens, do_sample=False)
     trimmed = [out[len(given) :] for given, out in zip(inputs["input_ids"], written)]
@@ -498,18 +498,18 @@ def as_the_repository(folder, image, text, tokens):
 
 
 def test_the_model_is_asked_as_in_the_repository(local):
-    """Two checkpoint families, pictures of several shapes: the same words, and no score in random ones."""
-    pictures = [picture(*size, seed) for seed, size in enumerate([(64, 64), (90, 50), (33, 120)])]
+    """Two checkpoint families give the script's answers for images of several shapes; random answers have no scores."""
+    asked = [picture(*size, seed) for seed, size in enumerate([(64, 64), (90, 50), (33, 120)])]
     with pytest.warns(UserWarning, match="3 of 3"):
-        frame = local.score(pictures, prompts("a dog", "x {y}", ""))
-    theirs = [as_the_repository(local.folder, i, t, 12) for i, t in zip(pictures, ("a dog", "x {y}", ""))]
+        frame = local.score(asked, prompts("a dog", "x {y}", ""))
+    theirs = [as_the_repository(local.folder, i, t, 12) for i, t in zip(asked, ("a dog", "x {y}", ""))]
     assert frame["raw"].tolist() == theirs
     assert len(set(theirs)) > 1
     assert frame["error"].str.contains("has no number").all()
 
 
 def test_a_model_that_writes_scores_is_read(local, monkeypatch):
-    """From generated tokens to columns; without its end token the last number may lack digits."""
+    """Generated tokens become columns; without the end token, the last number may lack digits and is not read."""
     said = "Alignment Score (1-5): 2.5\nCoherence Score (1-5): 3\nStyle Score (1-5): 4"
     ids = local._processor.tokenizer(said)["input_ids"]
     end = local._model.generation_config.eos_token_id[0]
@@ -527,7 +527,7 @@ def test_a_model_that_writes_scores_is_read(local, monkeypatch):
 
 
 def test_wrong_checkpoints_are_one_clear_line(local, tmp_path):
-    """A folder without weights, an id never fetched, a LLaVA checkpoint, a tensor that is not there."""
+    """A folder without weights, an unfetched id, a LLaVA checkpoint and a missing tensor are one-line errors."""
     from safetensors.torch import load_file, save_file
 
     for name, says in [(str(tmp_path), "has no weights"), ("a/b", "hf download a/b")]:
@@ -548,8 +548,8 @@ def test_wrong_checkpoints_are_one_clear_line(local, tmp_path):
         wrong.files()
 
 
-def test_files_are_the_checkpoint_s(local, server):
-    """Weights, configuration, tokenizer and preprocessing; of a server only the questions can be read."""
+def test_files_are_the_checkpoints(local, server):
+    """They are weights, configuration, tokenizer and preprocessing; for a server, only the questions."""
     names = {path.name for path in local.files()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "merges.txt"} <= names
     assert [path.stem for path in asking(server, template="flowbp").files()] == [

@@ -226,14 +226,14 @@ def test_whatever_is_killed_the_same_command_resumes(swept, tmp_path, stage, how
     if how == "ctrl-c":
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 130
-        assert (tmp_path / "said").read_text().splitlines()[-1].startswith("alignbench: interrupted")
+        assert (tmp_path / "stderr").read_text().splitlines()[-1].startswith("alignbench: interrupted")
     elif how == "kill -9 the sweep":
         process.kill()
         process.wait()
     else:
         os.kill(worker(tmp_path), signal.SIGKILL)
         assert process.wait(PATIENCE) == 2
-        assert "Last, seed 0 failed: the worker was killed while" in (tmp_path / "said").read_text()
+        assert "Last, seed 0 failed: the worker was killed while" in (tmp_path / "stderr").read_text()
         assert tables(tmp_path / "store")[1]["state"].tolist() == ["done", "failed"]
     assert start(tmp_path).wait(PATIENCE) == 0
     assert tables(tmp_path / "store")[1]["state"].tolist() == ["done", "done"]

@@ -20,7 +20,7 @@ from PIL import Image
 from scipy.stats import binomtest, kendalltau
 from support import photo_store
 from support.browser import Visit, browser, until
-from support.report_tables import TASKS, draw_pictures, results, with_runs
+from support.report_tables import TASKS, draw_images, results, with_runs
 
 from alignbench.reporting import report, tables
 from alignbench.reporting.analysis.comparison import analyse
@@ -277,7 +277,7 @@ def test_further_images_come_as_far_as_the_budget_allows(tmp_path, monkeypatch):
 def test_every_row_holds_its_own_methods_images(tmp_path):
     """Line by line, the base64 of a row is the image of that prompt by that method, as the store has it."""
     given = results(tmp_path)
-    draw_pictures(tmp_path, given.manifest)
+    draw_images(tmp_path, given.manifest)
     (tmp_path / "images/ReFL0/2.png").unlink()
     text = built(given, tmp_path)
     rows = dict(re.findall(r'<script type="text/plain" id="t0-(\d+)">(.*?)</script>', text, re.DOTALL))
@@ -332,7 +332,7 @@ def spoil(given, root) -> None:
 def test_no_text_becomes_markup(tmp_path):
     """Hostile prompts, labels, tasks and reasons: the page has our scripts alone and no handler, and drops nothing."""
     given = results(tmp_path)
-    draw_pictures(tmp_path, given.manifest)
+    draw_images(tmp_path, given.manifest)
     spoil(given, tmp_path)
     text = built(given, tmp_path)
     reader = Reader(text)
@@ -760,7 +760,7 @@ def test_sides_and_order_are_drawn_from_the_seed(visit):
 def test_bad_input_in_the_browser(visit, tmp_path, what):
     """Hostile texts, missing images, an empty store, no base: no script of theirs runs, no error, all views work."""
     given = results(tmp_path)
-    draw_pictures(tmp_path, given.manifest)
+    draw_images(tmp_path, given.manifest)
     if what == "nasty":
         spoil(given, tmp_path)
     if what == "empty":

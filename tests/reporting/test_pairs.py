@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from msgspec import structs
 from PIL import Image
-from support.report_tables import METRICS, draw_pictures, manifest, scores, with_files, with_runs
+from support.report_tables import METRICS, draw_images, manifest, scores, with_files, with_runs
 from support.tiny_sweep import alignbench
 
 from alignbench.config import UserError
@@ -41,7 +41,7 @@ def make(root: Path, name: str = "made_up", seeds=(0, 1), protocol: dict[str, An
     plan = with_files(plan, "scores/{images}/{evaluator}@1-abc.parquet")
     frame = scores(plan, PROMPTS)
     frame = frame if change is None else change(frame)
-    draw_pictures(root, plan, PROMPTS)
+    draw_images(root, plan, PROMPTS)
     for run in plan.runs:
         write_scores(root, run, frame[frame["run"] == run.id])
     write_manifest(root / "sweeps" / f"{name}-0123456789.json", plan)

@@ -17,7 +17,7 @@ from support.report_tables import (
     LABELS,
     TASKS,
     costs,
-    draw_pictures,
+    draw_images,
     manifest,
     page,
     results,
@@ -321,7 +321,7 @@ def test_the_tidy_file_has_one_row_per_method_and_measure(tmp_path):
 def test_the_grid_has_a_row_per_method_and_a_column_per_prompt(tmp_path):
     """Ten prompts of all tasks, six methods, 32 px images enlarged four times with their pixels intact."""
     given = results(tmp_path)
-    draw_pictures(tmp_path, given.manifest)
+    draw_images(tmp_path, given.manifest)
     paths = report.build(given, tmp_path / "out")
     names = [path.name for path in paths]
     assert names[:4] == ["made_up.md", "made_up.csv", "made_up.tex", "made_up-grid.png"]
@@ -340,7 +340,7 @@ def test_a_page_alone_is_the_page_of_the_whole_report(tmp_path):
     """``--format html`` gives the bytes that all formats give, grid included, and no other file; markdown without png
     names no file that is not there."""
     given = results(tmp_path)
-    draw_pictures(tmp_path, given.manifest)
+    draw_images(tmp_path, given.manifest)
     whole = report.build(given, tmp_path / "out")[-1].read_bytes()
     alone = report.build(given, tmp_path / "alone", ["html"])
     assert list((tmp_path / "alone").iterdir()) == alone
@@ -353,7 +353,7 @@ def test_a_page_alone_is_the_page_of_the_whole_report(tmp_path):
 def test_a_missing_image_leaves_a_grey_tile(tmp_path):
     """A method without images keeps its row in the grid."""
     given = results(tmp_path)
-    draw_pictures(tmp_path, given.manifest)
+    draw_images(tmp_path, given.manifest)
     for seed in (0, 1):
         (tmp_path / f"images/ReFL{seed}/manifest.parquet").unlink()
     with Image.open(report.build(given, tmp_path / "out", ["png"])[0]) as sheet:
@@ -387,7 +387,7 @@ def test_prompts_of_the_grid_are_chosen_by_rule():
 def test_a_report_is_made_twice_alike(tmp_path):
     """The same store gives the same bytes: the pages, the CSV and the images."""
     given = results(tmp_path)
-    draw_pictures(tmp_path, given.manifest)
+    draw_images(tmp_path, given.manifest)
     first = [path.read_bytes() for path in report.build(given, tmp_path / "a")]
     assert [path.read_bytes() for path in report.build(given, tmp_path / "b")] == first
 
@@ -395,7 +395,7 @@ def test_a_report_is_made_twice_alike(tmp_path):
 def on_disk(root: Path, given: Results) -> Manifest:
     """Write a store with what ``given`` has, and return its manifest."""
     plan, frame = with_files(given.manifest), given.scores
-    draw_pictures(root, plan)
+    draw_images(root, plan)
     for run in plan.runs:
         mine = frame[(frame["run"] == run.id)]
         for score in run.scores:

@@ -1,4 +1,4 @@
-"""Pathwise methods at fixed steps on an affine flow, and closed forms of their gradients."""
+"""Pathwise methods at fixed steps on an affine flow, and the closed forms of their gradients."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class LeapAt(LeapAlign):
 
 
 class RewardLog(QuadraticReward):
-    """A reward that keeps the latents it was shown."""
+    """A reward that records the latents it is given."""
 
     def __init__(self, margin=None):
         super().__init__(MU, margin)
@@ -57,7 +57,7 @@ class RewardLog(QuadraticReward):
 
 
 def make_flow(steps=N):
-    """An affine flow that has been trained: its biases are not zero."""
+    """Return an affine flow with nonzero biases, as after training."""
     flow = AffineFlow(steps)
     with torch.no_grad():
         flow.bias.normal_(generator=seeded("bias", steps))
@@ -65,14 +65,14 @@ def make_flow(steps=N):
 
 
 def gradient(method, reward=REWARD, flow=None):
-    """(N, dim) gradient of the bias."""
+    """Return the gradient (N, dim) of the bias after one batch."""
     flow = flow or make_flow(method.steps)
     backpropagate(method, flow, reward, make_batch(flow, range(B)))
     return gradients_of(flow)[0]
 
 
 class Path:
-    """The deterministic trajectory and all that the closed forms need, from a plain loop."""
+    """The deterministic trajectory and the other terms of the closed forms, from a plain loop."""
 
     def __init__(self, steps=N, flow=None):
         self.flow = flow or make_flow(steps)
@@ -88,16 +88,16 @@ class Path:
         self.identity = torch.eye(self.flow.dim, dtype=torch.float64)
 
     def predicted(self, i):
-        """x0hat_i."""
+        """Return x0hat_i."""
         return self.x[i] - self.t[i] * self.v[i]
 
     def back(self, gradient, factor):
-        """(I - factor A)^T gradient, for row vectors."""
+        """Return (I - factor A)^T gradient, for row vectors."""
         return gradient @ (self.identity - factor * self.flow.A)
 
 
 def stacked(rows, steps=N):
-    """{step: (B, dim) gradient per sample} -> (steps, dim), the mean over samples; zero where there is none."""
+    """Return (steps, dim): the mean over samples of {step: gradient (B, dim)}, zero for missing steps."""
     table = torch.zeros(steps, 3, dtype=torch.float64)
     for i, row in rows.items():
         table[i] = row.mean(0)
@@ -105,4 +105,5 @@ def stacked(rows, steps=N):
 
 
 def close(actual, expected):
+    """Assert equality up to float64 rounding."""
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)

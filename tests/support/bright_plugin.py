@@ -1,4 +1,4 @@
-"""A plug-in file, as a user would write one: a reward for bright pictures, and methods that go wrong on demand."""
+"""A plug-in file as a user would write it: a reward for bright images, and methods that fail on demand."""
 
 import os
 from typing import ClassVar
@@ -10,7 +10,7 @@ from alignbench.flow import integrate
 
 
 class Bright(Evaluator):
-    """The mean of all pixels."""
+    """The mean of all pixels of an image."""
 
     name: ClassVar[str] = "bright"
     version: ClassVar[str] = "1"
@@ -29,7 +29,7 @@ class Bright(Evaluator):
 
 
 class Broken(Evaluator):
-    """Fails for as long as ALIGNBENCH_TEST_BROKEN is set."""
+    """An evaluator that fails while ALIGNBENCH_TEST_BROKEN is set."""
 
     name: ClassVar[str] = "broken"
     version: ClassVar[str] = "1"
@@ -42,7 +42,7 @@ class Broken(Evaluator):
 
 
 class Last(AlignMethod):
-    """The gradient of the last step only."""
+    """A method that differentiates the last step only."""
 
     name: ClassVar[str] = "last"
     steps: int = 2
@@ -56,7 +56,7 @@ class Last(AlignMethod):
 
 
 class Stopped(Last):
-    """``last``, but ALIGNBENCH_TEST_STOP decides what happens in a batch: "3:KeyboardInterrupt", "0:RuntimeError"."""
+    """``last``, but ALIGNBENCH_TEST_STOP raises an error in a batch: "3:KeyboardInterrupt", "0:RuntimeError"."""
 
     name: ClassVar[str] = "stopped"
 

@@ -1,4 +1,4 @@
-"""Chromium without a window, for the tests of the report's page: no network, every complaint of the page noted."""
+"""Headless Chromium for the tests of the report's page: no network, and every complaint of the page is recorded."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ALONE = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
-ALONE += ("--disable-component-update", "--disable-sync")
+OPTIONS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+OPTIONS += ("--disable-component-update", "--disable-sync")
 
 
 def chromium() -> str:
-    """The browser's path: CHROMIUM, or what is installed."""
+    """Return the path in the variable CHROMIUM, or that of an installed Chromium; raise FileNotFoundError if none."""
     named = [os.environ.get("CHROMIUM"), *map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))]
-    found = next((path for path in named if path), None)
-    if found is None:
+    path = next(filter(None, named), None)
+    if path is None:
         raise FileNotFoundError("no Chromium: `apt-get install chromium`, or set CHROMIUM to the path of one")
-    return found
+    return path
 
 
 @contextmanager
 def browser() -> Iterator[Any]:
+    """Yield a running Chromium."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium(), args=[*ALONE])
+        opened = playwright.chromium.launch(executable_path=chromium(), args=[*OPTIONS])
         yield opened
         opened.close()
 
 
 def until(page: Any, expression: str, seconds: float = 60) -> None:
-    """Wait for it to hold. Playwright's own waiting evaluates text in the page, which the page's policy forbids."""
+    """Wait until ``expression`` holds. The page's policy forbids Playwright's own waiting, which evaluates text."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression):
         assert time.monotonic() < end, f"never: {expression}"
@@ -42,17 +43,21 @@ def until(page: Any, expression: str, seconds: float = 60) -> None:
 
 
 class Visit:
-    """A page that was opened from a file. ``complaints``: console errors, exceptions, dialogs, requests elsewhere."""
+    """A page opened from a file. ``complaints``: console errors, exceptions, dialogs, requests to other addresses."""
 
     def __init__(self, opened: Any, path: Path, fragment: str = "", **context: Any) -> None:
         self.context = opened.new_context(**{"viewport": {"width": 1280, "height": 900}} | context)
         self.page = self.context.new_page()
         self.complaints: list[str] = []
-        self.page.on("console", lambda said: said.type in ("error", "warning") and self.complaints.append(said.text))
+        self.page.on("console", self._logged)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("dialog", self._answer)
         self.page.on("request", self._requested)
         self.page.goto(path.as_uri() + fragment)
+
+    def _logged(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
 
     def _answer(self, dialog: Any) -> None:
         if dialog.type != "confirm":

@@ -1,4 +1,4 @@
-"""A made-up store with milestones: methods whose gains over training are known."""
+"""A made-up store with milestones, whose methods have known gains over training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METRICS = (  # evaluator, role, name, unit, higher is better, by task, level, sp
     ("picture_stats", "check", "grid_energy", "contrast", None, False, 0.0, 0.1),
     ("picture_stats", "check", "saturation", "fraction", None, False, 0.4, 0.05),
 )
-# at the end, in spreads: the training reward, every other score; ``fold``: share of training after which others fall
+# at the end, in spreads: training reward, other scores, and the share of training after which the others fall
 GAINS = {
     "ReFL": (2.0, 0.8, 0.5),
     "DRaFT-LV": (1.0, 0.6, None),
@@ -37,7 +37,7 @@ NFE = {"ReFL": (12, 1), "DRaFT-LV": (24, 1), "DRTune": (20, 5), "LeapAlign": (23
 
 
 def gain(label: str, metric: str, update: float) -> float:
-    """Of a method over the base model after so many updates, in spreads."""
+    """Return a method's gain over the base model after ``update`` updates, in spreads."""
     if label == "Base" or update == 0:
         return 0.0
     reward, other, fold = GAINS[label]
@@ -60,14 +60,14 @@ def made(
     noise: float = 0.3,
     labels: tuple[str, ...] = METHODS,
 ) -> Results:
-    """The store on disk. ``noise``: of a picture's score against the base model's, in spreads."""
+    """Write the store and return its results. ``noise``: spread of an image's score around the base model's."""
     plan: dict[str, Any] = {"name": "made_up", "sweep": "made_up.yaml", "cases": list(labels), "runs": []}
     plan |= {"protocol": {"images_per_prompt": images, "steps": 8}, "prompts": prompts, "training_evaluator": "hpsv2"}
     common = np.random.default_rng(0).normal(size=(len(METRICS), prompts, images))
     for label in labels:
         for seed in (-1,) if label == "Base" else seeds:
             rng = np.random.default_rng([METHODS.index(label), seed + 1])
-            lean = 0 if seed == -1 else 0.1 * rng.normal(size=len(METRICS))
+            seed_effect = 0 if seed == -1 else 0.1 * rng.normal(size=len(METRICS))
             steps = [*UPDATES] if label != "Base" else [0]
             parts = []
             for update in steps if milestones or label == "Base" else steps[-1:]:
@@ -75,7 +75,7 @@ def made(
                 parts.append({"update": update, "images": name, "scores": _scores(name)})
                 values = common + (0 if seed == -1 else noise * rng.normal(size=common.shape))
                 for n, (_, _, metric, *_) in enumerate(METRICS):
-                    values[n] += gain(label, metric, update) + (lean[n] if label != "Base" else 0)
+                    values[n] += gain(label, metric, update) + (seed_effect[n] if label != "Base" else 0)
                 _write(root, parts[-1]["scores"], values)
             run = {"id": f"{label}-{seed}", "label": label, "method": label.lower(), "seed": seed, "notes": []}
             run |= {"settings": {}, "images": parts[-1]["images"], "scores": parts[-1]["scores"]}
@@ -123,7 +123,7 @@ def _train(root: Path, label: str, seed: int, rng: np.random.Generator) -> None:
     frame["seconds"] = (update + 1) * (forward + 3 * grad) / 10
     frame["reward_calls"], frame["peak_memory_bytes"] = frame["images"], 2**29
     frame["drift"] = 0.002 * GAINS[label][0] * (update + 1)
-    rewards = [gain(label, "hpsv2.1", each + 1) for each in update]
+    rewards = [gain(label, "hpsv2.1", i + 1) for i in update]
     frame["reward_mean"] = 0.28 + 0.02 * (np.array(rewards) + 0.3 * rng.normal(size=len(update)))
     files.write_frame(folder / "train.parquet", frame)
     files.write_json(

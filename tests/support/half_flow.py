@@ -8,6 +8,6 @@ from alignbench.analytic import AffineFlow
 
 
 class HalfFlow(AffineFlow):
-    """Says that it computes in bfloat16; but for its weights it does so in float64."""
+    """A flow that reports bfloat16 and has bfloat16 weights, but otherwise computes in float64."""
 
     dtype = torch.bfloat16

@@ -1,4 +1,4 @@
-"""A made-up store with pictures that look a little like photographs: for the page's tests and benchmark."""
+"""A made-up store with images that resemble photographs, for the page's tests and benchmark."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = ("base", "ReFL", "DRaFT-LV", "DRTune", "LeapAlign", "DanceGRPO", "MixGR
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, ...], slope: float) -> NDArray:
-    """Noise whose amplitude falls with frequency to the power ``slope``, as photographs' does with 1; unit variance."""
+    """Return unit-variance noise with amplitude ~ frequency^-slope; photographs have slope 1."""
     grids = np.meshgrid(*(np.fft.fftfreq(size) * size for size in shape), indexing="ij")
     frequency = np.sqrt(sum(grid**2 for grid in grids))
     frequency.flat[0] = np.inf
@@ -29,28 +29,28 @@ def noise(rng: np.random.Generator, shape: tuple[int, ...], slope: float) -> NDA
 
 
 def scene(prompt: int, method: int, side: int) -> Image.Image:
-    """Ridges under a sky. The prompt sets the place, the method its colours, contrast and grain."""
+    """Draw ridges under a sky. The prompt sets the place, the method its colours, contrast and grain."""
     rng = np.random.default_rng(prompt)
     hue, taste = rng.random(), np.random.default_rng((method, 7))
     saturation, contrast = taste.uniform(0.25, 0.75), taste.uniform(0.75, 1.15)
     hue += taste.uniform(-0.04, 0.04)
     row = np.linspace(0, 1, side)[:, None, None]
     low, high = (np.array(colorsys.hsv_to_rgb(hue % 1, saturation * s, v)) for s, v in ((0.35, 0.98), (0.9, 0.75)))
-    picture = np.broadcast_to(high + (low - high) * row, (side, side, 3)).copy()
-    picture += 0.06 * noise(rng, (side, side), 1.6)[:, :, None]
+    image = np.broadcast_to(high + (low - high) * row, (side, side, 3)).copy()
+    image += 0.06 * noise(rng, (side, side), 1.6)[:, :, None]
     for depth in range(4):
         ridge = 0.35 + 0.14 * depth + 0.07 * noise(rng, (side,), 1.3)
         below = np.arange(side)[:, None] > ridge[None] * side
         color = colorsys.hsv_to_rgb((hue + 0.45 + 0.05 * depth) % 1, saturation, 0.72 - 0.16 * depth)
         texture = 1 + 0.22 * noise(rng, (side, side), 1.0 + 0.2 * taste.random())
-        picture[below] = (np.array(color) * texture[:, :, None])[below]
-    picture = 0.5 + (picture - 0.5) * contrast
-    return Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8))
+        image[below] = (np.array(color) * texture[:, :, None])[below]
+    image = 0.5 + (image - 0.5) * contrast
+    return Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8))
 
 
 def prompt_text(prompt: int) -> str:
-    what = f"A photograph of a {PLACES[prompt % 6]} {TIMES[prompt // 6 % 6]}"
-    return f"{what}, number {prompt}" + ", wide angle, very detailed, with a small wooden house on the left" * (
+    scenery = f"A photograph of a {PLACES[prompt % 6]} {TIMES[prompt // 6 % 6]}"
+    return f"{scenery}, number {prompt}" + ", wide angle, very detailed, with a small wooden house on the left" * (
         prompt % 3 == 0
     )
 
@@ -58,7 +58,7 @@ def prompt_text(prompt: int) -> str:
 def make(
     root: Path, labels=LABELS, prompts=24, images=1, side=256, seeds=(0, 1), different=None, name="made_up"
 ) -> Results:
-    """The store's pictures in ``root``, and its results. ``different``: so many differ, the rest are links."""
+    """Write the store's images in ``root``; return its results. ``different``: number of images that are not links."""
     plan = manifest(seeds=seeds, labels=labels, name=name)
     protocol = plan.protocol | {"images_per_prompt": images, "size": side}
     plan = structs.replace(plan, prompts=prompts, protocol=protocol)

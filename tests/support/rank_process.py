@@ -1,4 +1,4 @@
-"""What the processes of tests/test_ranks.py do: ``python ranked.py WHAT FOLDER [words]``, with their environment."""
+"""Work of several ranks: ``python -m support.rank_process WHAT FOLDER [words]``, run in processes by ``together``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GUIDED = [
 
 
 def together(what: str, folder: Path, *words: str, ranks: int = 2, expect: int = 0) -> list[Any]:
-    """Run ``what`` in ``ranks`` processes; what each noted."""
+    """Run ``what`` in ``ranks`` processes, and return what each of them noted."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -37,8 +37,8 @@ def together(what: str, folder: Path, *words: str, ranks: int = 2, expect: int =
     processes = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        said = (folder / f"{what}{rank}.log").open("w")
-        processes.append(subprocess.Popen(command, env=os.environ | shared | own, stdout=said, stderr=said))
+        log = (folder / f"{what}{rank}.log").open("w")
+        processes.append(subprocess.Popen(command, env=os.environ | shared | own, stdout=log, stderr=log))
     try:
         codes = [process.wait(PATIENCE) for process in processes]
     finally:
@@ -51,7 +51,7 @@ def together(what: str, folder: Path, *words: str, ranks: int = 2, expect: int =
 
 
 class Sent(TorchDispatchMode):
-    """Counts what goes from rank to rank, by the operation's name."""
+    """A count of the collective operations, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,14 +59,15 @@ class Sent(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # first what it does with its parts
+            return NotImplemented  # count the operations on its shards instead
         if op.namespace == "c10d":
             self.counts[op.overloadpacket.__name__] += 1
         return op(*args, **(kwargs or {}))
 
 
-def note(what: str, folder: Path, said: Any) -> None:
-    (folder / f"{what}{os.environ.get('RANK', '0')}.json").write_text(json.dumps(said))
+def note(what: str, folder: Path, result: Any) -> None:
+    """Save what this rank has to report."""
+    (folder / f"{what}{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
 
 
 def flow(folder: Path, tune: str, accelerator=None, dtype: str = "float32", guided: tuple[str, str] | None = None):
@@ -77,12 +78,12 @@ def flow(folder: Path, tune: str, accelerator=None, dtype: str = "float32", guid
     if guided:
         family, gradient = guided
         wanted = {"name": family, **backend(family, folder), "guidance": 3.0, "negative_gradient": gradient}
-        if family == "sit":  # whose prompts are classes
+        if family == "sit":  # its prompts are class names
             (folder / "classes.txt").write_text("\n".join(f"prompt number {i}" for i in range(1000)))
             wanted["classes"] = str(folder / "classes.txt")
     made = Registry().make("backend", {**wanted, "size": 32, "dtype": dtype, "tune": tune, "lora_rank": 4}, "backend")
     loaded = made.load(accelerator)
-    if tune == "lora":  # B is zero at first, and A then has no gradient
+    if tune == "lora":  # while B is zero, A has no gradient
         with torch.no_grad():
             for i, p in enumerate(loaded.parameters()):
                 p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
@@ -111,9 +112,9 @@ def trained(
     folder: Path, ranks, parallel: str, tune: str, name: str, kept: Path, batches: int = 2, guided=None,
     dtype: str = "float32", **more,
 ) -> dict:  # fmt: skip
-    """Records, and how often anything was gathered or scattered in each batch; checkpoints in ``kept``.
+    """Train; return the records and the count of collective operations of each batch.
 
-    ``more``: settings of training.
+    ``kept``: folder of the checkpoints. ``more``: settings of training.
     """
     from alignbench.analytic import PROMPTS, QuadraticReward
     from alignbench.testing.method_contract import unclocked
@@ -140,47 +141,46 @@ def trained(
 
 
 def halved(folder: Path, ranks, kind: str, kept: Path) -> list[dict]:
-    """Records of two batches with weights in bfloat16."""
+    """Return the records of two batches with weights in bfloat16."""
     options = {"dtype": "bfloat16", "optimizer": {"weights": kind}}
     return trained(folder, ranks, "ddp", "full", "leapalign", kept, **options)["records"]
 
 
 def train(folder: Path) -> None:
-    """Every method, both ways to train it and both ways to share it; and one process's checkpoint, resumed."""
+    """Train every case with DDP and FSDP, and resume the checkpoint of one process."""
     from alignbench.run.process_group import ProcessGroup
 
-    ranks, said = ProcessGroup(), {}
+    ranks, results = ProcessGroup(), {}
     for tune, name in CASES:
         for parallel in ("ddp", "fsdp"):
             kept = folder / f"{tune}-{name}-{parallel}"
-            said[kept.name] = trained(folder, ranks, parallel, tune, name, kept)
+            results[kept.name] = trained(folder, ranks, parallel, tune, name, kept)
     for tune in ("full", "lora"):
-        said[f"{tune}-resumed"] = trained(folder, ranks, "fsdp", tune, "leapalign", folder / f"{tune}-stopped")
-    for batches in (1, 2):  # the second goes on where the first ended
+        results[f"{tune}-resumed"] = trained(folder, ranks, "fsdp", tune, "leapalign", folder / f"{tune}-stopped")
+    for batches in (1, 2):  # the second resumes the first
         trained(folder, ranks, "fsdp", "full", "leapalign", folder / "full-host", batches, ema_on_host=True)
     for kind in HALVES:
-        said[kind] = halved(folder, ranks, kind, folder / f"{kind}-two")
-    said["sliced"] = trained(folder, ranks, "fsdp", "lora", "leapalign", folder / "sliced", reward_slice=1)
-    note("train", folder, said)
+        results[kind] = halved(folder, ranks, kind, folder / f"{kind}-two")
+    results["sliced"] = trained(folder, ranks, "fsdp", "lora", "leapalign", folder / "sliced", reward_slice=1)
+    note("train", folder, results)
     ranks.close()
 
 
 def guide(folder: Path) -> None:
-    """The other families, all weights trained in parts, with guidance."""
+    """Train all weights of the other families with FSDP and guidance."""
     from alignbench.run.process_group import ProcessGroup
 
-    ranks, said = ProcessGroup(), {}
+    ranks, results = ProcessGroup(), {}
     for guided in GUIDED:
         kept = folder / f"{guided[0]}-fsdp"
-        said[guided[0]] = trained(folder, ranks, "fsdp", "full", "leapalign", kept, guided=guided)["records"]
-    note("guide", folder, said)
+        results[guided[0]] = trained(folder, ranks, "fsdp", "full", "leapalign", kept, guided=guided)["records"]
+    note("guide", folder, results)
     ranks.close()
 
 
 def execute(folder: Path, fails: str = "") -> None:
-    """The task in task.json. On the rank ``fails`` the second update falls over, where no other rank expects it."""
-    from alignbench import run
-    from alignbench.run import process_group
+    """Execute the task in task.json. On the rank ``fails``, the second update raises, unexpectedly for the others."""
+    from alignbench.run import process_group, worker
     from alignbench.training import state
 
     process_group.GRACE = 5.0
@@ -193,9 +193,9 @@ def execute(folder: Path, fails: str = "") -> None:
             return optimizer_step(self)
 
         state.TrainState.optimizer_step = falls
-    said = run.execute(json.loads((folder / "task.json").read_text()))
-    note("execute", folder, said)
-    sys.exit(said["state"] != "done")
+    result = worker.execute(json.loads((folder / "task.json").read_text()))
+    note("execute", folder, result)
+    sys.exit(result["state"] != "done")
 
 
 if __name__ == "__main__":

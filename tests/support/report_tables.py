@@ -1,4 +1,4 @@
-"""Made-up results with known effects, from which tests make reports."""
+"""Made-up results with known effects, for tests of reports."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def manifest(seeds=(0, 1), labels=LABELS, name="made_up"):
 
 
 def scores(plan, prompts=60, images=2):
-    """Scores with a common part for all methods; a method's gains, in spreads, are GAINS = (trained on, all others)."""
+    """Return scores with a common part for all methods, and gains (training reward, others) of GAINS, in spreads."""
     rng = np.random.default_rng(0)
     frames = []
     for evaluator, role, metric, _, _, level, spread in METRICS:
@@ -88,15 +88,15 @@ def results(folder=None, **options):
 
 
 def stored(folder, plan, scores, costs):
-    """The results of a store that has these scores and costs, whatever lies in ``folder``."""
-    found = Results(folder or "absent", plan)
-    found.scores, found.costs = scores, costs
-    return found
+    """Return results with these scores and costs, whatever ``folder`` contains."""
+    made = Results(folder or "absent", plan)
+    made.scores, made.costs = scores, costs
+    return made
 
 
-def draw_pictures(root, plan, prompts=60):
-    """Image sets as the store keeps them: a disc whose colour is the method's."""
-    for number_, run in enumerate(plan.runs):
+def draw_images(root, plan, prompts=60):
+    """Write the image sets of the store: discs with a colour for each run and prompt."""
+    for number, run in enumerate(plan.runs):
         folder = root / "images" / run.images
         folder.mkdir(parents=True)
         rows = []
@@ -112,15 +112,17 @@ def draw_pictures(root, plan, prompts=60):
                 "file": f"{prompt}.png",
             }
             rows.append(row)
-            picture = Image.new("RGB", (32, 32), (30, 30, 30))
-            color = tuple(np.random.default_rng((number_, prompt)).integers(60, 255, 3).tolist())
-            ImageDraw.Draw(picture).ellipse((6, 6, 6 + 2 * (number_ % 10) + 4, 24), fill=color)
-            picture.save(folder / f"{prompt}.png")
+            image = Image.new("RGB", (32, 32), (30, 30, 30))
+            color = tuple(np.random.default_rng((number, prompt)).integers(60, 255, 3).tolist())
+            ImageDraw.Draw(image).ellipse((6, 6, 6 + 2 * (number % 10) + 4, 24), fill=color)
+            image.save(folder / f"{prompt}.png")
         pd.DataFrame(rows).to_parquet(folder / "manifest.parquet")
 
 
-def page(given):
-    return report.markdown(report.sections(given.manifest, given.costs, analyse(given.manifest, given.scores)))
+def page(results):
+    """Return the report in Markdown."""
+    analysis = analyse(results.manifest, results.scores)
+    return report.markdown(report.sections(results.manifest, results.costs, analysis))
 
 
 def section(text, heading):

@@ -1,4 +1,4 @@
-"""Tiny random flow models in the official layout, built at test time."""
+"""Tiny random flow models in the official layout, built by the tests, and prompts that they can encode."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ FLUX_DEV_SCHEDULER = {  # scheduler/scheduler_config.json of FLUX.1-dev
     "max_image_seq_len": 4096,
 }
 FLUX_SCHNELL_SCHEDULER = {**FLUX_DEV_SCHEDULER, "shift": 1.0, "use_dynamic_shifting": False}
+PROMPTS = ["a photo of a red circle", "two blue square"]  # also the names of classes
 WORDS = [f"▁{word}" for word in ("a", "photo", "of", "red", "green", "blue", "circle", "square", "two", "above")]
 
 
 def t5_tokenizer(length: int = 512):
+    """Return a T5 tokenizer that knows WORDS and single letters."""
     from transformers import T5TokenizerFast
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
@@ -31,7 +33,7 @@ def t5_tokenizer(length: int = 512):
 
 
 def flux_parts(guidance: bool = True, t5_length: int = 512, scale: float = 1.0, **transformer_config) -> dict:
-    """The parts of a FluxPipeline with 2 + 2 blocks; ``scale`` > 1 makes the random velocity field less trivial."""
+    """Return the parts of a FluxPipeline with 2 + 2 blocks; ``scale`` > 1 makes the random velocity less trivial."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -87,7 +89,7 @@ def flux_parts(guidance: bool = True, t5_length: int = 512, scale: float = 1.0, 
 
 
 def flux_folder(folder: Path, **options) -> Path:
-    """A FluxPipeline folder: 2x autoencoder and 2x2 packing, so a 32 px image is 8 x 8 = 64 tokens of 16 channels."""
+    """Save a FluxPipeline; a 32 px image is 8 x 8 = 64 tokens of 16 channels (2x autoencoder, 2 x 2 packing)."""
     from diffusers import FluxPipeline
 
     FluxPipeline(**flux_parts(**options)).save_pretrained(folder)
@@ -95,7 +97,7 @@ def flux_folder(folder: Path, **options) -> Path:
 
 
 def mmdet_2(state: dict) -> dict:
-    """mmdet 3.x's names as 2.x has them: its layers number their attentions, in the order in which they run."""
+    """Return mmdet 3.x's state dict under the names of 2.x, whose layers number their attentions in order."""
     renamed = {}
     for name, tensor in state.items():
         if ".pixel_decoder.encoder." in name:

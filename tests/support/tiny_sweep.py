@@ -1,4 +1,4 @@
-"""A sweep of seconds on the packaged model: what the tests of the spine run."""
+"""A sweep of the packaged model that takes seconds, and helpers to run it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import yaml
 
 from alignbench.config import merge
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model is slower with more, above all on a busy machine
-MEASURED = ["seconds", "peak_memory_bytes"]  # what two equal runs may differ in
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads slow so small a model down
+MEASURED = ["seconds", "peak_memory_bytes"]  # columns that may differ between equal runs
 PLUGIN = str(Path(__file__).with_name("bright_plugin.py"))
 SWEEP: dict[str, Any] = {
     "schema": 1,
@@ -37,14 +37,14 @@ SWEEP: dict[str, Any] = {
 
 
 def sweep_file(folder: Path, changes: dict[str, Any] | None = None, name: str = "tiny.yaml") -> str:
-    """The tiny sweep with ``changes`` laid over it, as a file."""
+    """Write the tiny sweep with ``changes`` merged into it, and return its path."""
     path = folder / name
     path.write_text(yaml.safe_dump(merge(SWEEP, changes or {}), sort_keys=False))
     return str(path)
 
 
 def alignbench(*words: str, store: Path | None = None, plugin: bool = True) -> int:
-    """The command line, in this process; ``store`` and the test plug-in are added. Exit code."""
+    """Run the command line in this process, with ``store`` and the test plug-in; return the exit code."""
     from alignbench.cli import main
 
     verb, *rest = words
@@ -53,12 +53,12 @@ def alignbench(*words: str, store: Path | None = None, plugin: bool = True) -> i
 
 
 def debug_sweep(path: str, store: Path, *words: str) -> int:
-    """`alignbench sweep` in this process."""
+    """Run `alignbench sweep` in this process; return the exit code."""
     return alignbench("sweep", path, *words, "--launcher", "debug", store=store)
 
 
 def tables(store: Path, name: str = "tiny") -> Sequence[Any]:
-    """The two frames of the latest sweep in ``store``."""
+    """Return the tables of scores and costs of the latest sweep in ``store``."""
     from alignbench.reporting.analysis.results import Results
     from alignbench.store.artefacts import Store
     from alignbench.store.manifest import read_manifest
@@ -68,7 +68,7 @@ def tables(store: Path, name: str = "tiny") -> Sequence[Any]:
 
 
 def same(left: Path, right: Path) -> None:
-    """Two stores hold the same weights, records, images and scores, bit by bit."""
+    """Assert that two stores have bitwise the same weights, records, images and scores."""
     import pandas as pd
     from safetensors.numpy import load_file
 

@@ -13,13 +13,9 @@ from alignbench.methods.dancegrpo import DanceGRPO
 from alignbench.methods.leapalign import LeapAlign
 from alignbench.testing.method_contract import unclocked
 from alignbench.training import loop
-from alignbench.training.checkpoint import (
-    FINAL,
-    read_state,
-    saved_states,
-)
+from alignbench.training.checkpoint import FINAL, read_state, saved_states
 
-PROCESSES = multiprocessing.get_context("forkserver")  # real processes, but torch is imported once for all of them
+PROCESSES = multiprocessing.get_context("forkserver")  # separate processes that share one import of torch
 PROCESSES.set_forkserver_preload(["alignbench.testing.method_contract", "torch._dynamo"])
 
 STEPS, BATCH = 4, 8
@@ -28,14 +24,14 @@ GRPO = DanceGRPO(steps=STEPS, group=4, updates_per_rollout=2)
 
 
 def settings(batches=6, **changes):
-    """Six batches of eight, a checkpoint after each."""
+    """Return settings for six batches of eight with a checkpoint after each, or with ``changes``."""
     optimizer = Optimizer(lr=0.03, **changes.pop("optimizer", {}))
     given = {"budget": Budget(images=batches * BATCH), "batch": BATCH, "checkpoint_every": 1} | changes
     return Training(optimizer=optimizer, **given)
 
 
 def run(method, training=None, folder=None, flow=None, reward=None, **more):
-    """(flow, records) of one run."""
+    """Train; return (flow, records)."""
     flow = flow or AffineFlow(STEPS)
     stream = loop.train(
         method,
@@ -51,12 +47,12 @@ def run(method, training=None, folder=None, flow=None, reward=None, **more):
 
 
 def newest(folder):
-    """The folder's last training state."""
+    """Return the folder's last training state."""
     return read_state(saved_states(folder)[0])
 
 
 def same_run(folder, flow, undisturbed, records):
-    """Every weight, average and record of a resumed run is the undisturbed one's, bitwise."""
+    """Assert that a resumed run has bitwise the weights, averages and records of an undisturbed one."""
     state, whole = newest(folder / "resumed"), newest(folder / "whole")
     assert unclocked(records) == unclocked(undisturbed)
     assert torch.equal(flow.bias, whole["flow"]["bias"])
@@ -68,7 +64,7 @@ def same_run(folder, flow, undisturbed, records):
 
 
 class CtrlC(AffineFlow):
-    """Ctrl-C in the network call after which none are ``left``."""
+    """A flow that raises KeyboardInterrupt in the last of ``left`` network calls."""
 
     left = 0
 
