@@ -106,7 +106,7 @@ class Store:
         return self.root / "locks" / f"{name}.lock"
 
     def check_folder(self) -> Path:
-        """Return the store's folder, or the existing one in which it would be made. Raise UserError if a file is there."""
+        """Return the store's folder, or the one in which it would be made. Raise UserError if a file is there."""
         place = self.root.absolute()
         while not os.path.lexists(place):
             place = place.parent

@@ -454,7 +454,7 @@ def test_a_checkpoint_that_is_missing_stops_the_sweep_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"seed": 3}, r"overrides\[0\].set: evaluation.protocol.seed: must be the same for every row, or images cannot"),
+        ({"seed": 3}, r"overrides\[0\].set: evaluation.protocol.seed: must be the same for every row, or images"),
         ({"prompts": "shapes/val"}, "evaluation.protocol.prompts: must be the same for every row"),
         ({"images_per_prompt": 2}, "evaluation.protocol.images_per_prompt: must be the same for every row"),
         ({"size": 64}, "choose from evaluation.protocol.steps, evaluation.protocol.guidance, evaluation.protocol.w"),
