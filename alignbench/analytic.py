@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from alignbench.evaluator import Evaluator, Reward, Term
+from alignbench.evaluator import Evaluator, Prompt, Reward, Term
 from alignbench.flow import Cond, Flow, counted, recomputing, seeded
-from alignbench.prompts import Prompt
 
 PROMPTS = tuple(Prompt(f"p{i}", f"prompt number {i}") for i in range(7))
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from alignbench.prompts import Prompt
+    from alignbench.evaluator import Prompt
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FILES = (*PROCESSOR_FILES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from alignbench.config import Config
 
@@ -20,7 +20,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from alignbench.prompts import Prompt
+
+class Prompt(NamedTuple):
+    """A prompt.
+
+    - ``id``: from ``prompt_id``; ``text``: the prompt itself.
+    - ``tag``: its task, such as one of GenEval's six, or its style; may be empty.
+    - ``metadata``: the whole object on its line of a .jsonl file; None for other lists.
+    """
+
+    id: str
+    text: str
+    tag: str = ""
+    metadata: dict[str, Any] | None = None
 
 
 class Metric(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alignbench.prompts import Prompt
+from alignbench.evaluator import Prompt
 
 
 @dataclass(frozen=True)

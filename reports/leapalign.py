@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from alignbench.reporting.table import Cell, Column, Table
+from alignbench.reporting.text.table import Cell, Column, Table
 
 BEATS = (("LeapAlign", ("ReFL", "DRaFT-LV", "DRTune")),)
 

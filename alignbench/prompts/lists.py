@@ -13,9 +13,10 @@ import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from alignbench.config import UserError, did_you_mean, read_text
+from alignbench.evaluator import Prompt
 from alignbench.prompts import geneval, public
 from alignbench.prompts.public import SETS
 
@@ -30,20 +31,6 @@ def classes() -> list[dict[str, Any]]:
 
 
 GENERATED = {"geneval/train": geneval.train, "geneval/test": geneval.test, "imagenet/classes": classes}
-
-
-class Prompt(NamedTuple):
-    """A prompt.
-
-    - ``id``: from ``prompt_id``; ``text``: the prompt itself.
-    - ``tag``: its task, such as one of GenEval's six, or its style; may be empty.
-    - ``metadata``: the whole object on its line of a .jsonl file; None for other lists.
-    """
-
-    id: str
-    text: str
-    tag: str = ""
-    metadata: dict[str, Any] | None = None
 
 
 def prompt_id(text: str) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 from alignbench.reporting import image_grid
 from alignbench.reporting.analysis.pairs import Result, Side, disagreements, protocols
 from alignbench.reporting.improvement_section import p_text
-from alignbench.reporting.table import DECIMALS, Cell, Column, Table, escape, interval, number
 from alignbench.reporting.tables import title
+from alignbench.reporting.text.table import DECIMALS, Cell, Column, Table, escape, interval, number
 from alignbench.store import artefacts, files
 from alignbench.store.manifest import UNTRAINED
 

@@ -37,8 +37,8 @@ from alignbench.reporting.analysis.learning_curves import (
 from alignbench.reporting.analysis.published import Point, Printed, Reference, departures
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.analysis.stats import Array, MeanEstimate
-from alignbench.reporting.table import DECIMALS, Cell, Column, Section, Table, escape, interval, number
 from alignbench.reporting.tables import estimate_cell
+from alignbench.reporting.text.table import DECIMALS, Cell, Column, Section, Table, escape, interval, number
 from alignbench.store.artefacts import Store, milestone_expected
 from alignbench.store.manifest import Manifest
 

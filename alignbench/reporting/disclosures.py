@@ -10,8 +10,8 @@ import pandas as pd
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.comparison import Analysis
 from alignbench.reporting.analysis.results import Results
-from alignbench.reporting.table import escape, number
-from alignbench.reporting.tables import DAGGER, DOUBLE_DAGGER, eight_bit, finished_runs, hybrid, listed, title
+from alignbench.reporting.tables import DAGGER, DOUBLE_DAGGER, eight_bit, finished_runs, hybrid, title
+from alignbench.reporting.text.table import escape, listed, number
 from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun
 
 

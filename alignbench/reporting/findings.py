@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
-from alignbench.reporting.table import Cell, Column, Section, Table, escape
-from alignbench.reporting.tables import change_text, changes_table, hacked, label_means, listed, task_table, title
+from alignbench.reporting.tables import change_text, changes_table, hacked, label_means, task_table, title
+from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, listed
 from alignbench.store.manifest import Manifest
 
 POOLED_NOTE = """\

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from alignbench.reporting.analysis.comparison import Analysis, Comparison
-from alignbench.reporting.table import Cell, Column, Section, Table, escape, interval, number
+from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval, number
 
 IQM = "iqm_gain"
 NOTE = """\

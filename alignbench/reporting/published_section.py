@@ -14,7 +14,7 @@ from alignbench.reporting.analysis.published import (
     Reference,
     compare,
 )
-from alignbench.reporting.table import Cell, Column, Section, Table, escape, interval
+from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval
 from alignbench.store.manifest import Manifest
 
 NOTE = """\

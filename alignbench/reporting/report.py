@@ -43,8 +43,8 @@ from alignbench.reporting.findings import (
 )
 from alignbench.reporting.html import page
 from alignbench.reporting.plots import draw
-from alignbench.reporting.table import Section, Table, escape
 from alignbench.reporting.tables import changes_table, hacked, main_table, marks, task_table, tidy
+from alignbench.reporting.text.table import Section, Table, escape
 from alignbench.store.files import write
 from alignbench.store.manifest import Manifest
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from alignbench.config import UserError
 from alignbench.plugins import Registry
 from alignbench.reporting.analysis.stats import mean_interval
-from alignbench.reporting.table import Cell, Column, Table, interval
+from alignbench.reporting.text.table import Cell, Column, Table, interval
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ import pandas as pd
 from alignbench.reporting import improvement_section
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.comparison import Analysis, Comparison, Measure, better, worse
-from alignbench.reporting.table import DECIMALS, Cell, Column, Table, interval, number
+from alignbench.reporting.text.table import DECIMALS, Cell, Column, Table, interval, number
 from alignbench.store.manifest import Manifest
 
 MIB = 2**20
@@ -186,11 +186,6 @@ def _tidy_compared(change: Comparison) -> list[float | str | None]:
 def _tidy_improved(analysis: Analysis, measure: Measure, label: str) -> list[float | str | None]:
     share = analysis.improved.get(measure, {}).get(label)
     return [None] * 6 if share is None else [*share.estimate[:3], share.estimate.p, share.p_holm, share.verdict]
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return ``a, b and c``."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def change_text(estimate: stats.MeanEstimate, measure: Measure) -> str:

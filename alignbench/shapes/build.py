@@ -1,4 +1,6 @@
-"""Remake every file under assets/ from fixed seeds:  python -m alignbench.shapes.build [stage ...] [--work DIR]
+"""Remake every file under assets/ from fixed seeds.
+
+    python -m alignbench.shapes.build [stage ...] [--work DIR]
 
 Stages run in the order below and leave their results for later stages in the work folder, so any one can be run again.
 On one machine the results are deterministic; another CPU may round differently, which changes weights but not

@@ -205,8 +205,11 @@ def splits() -> dict[str, list[dict]]:
 
 
 def auxiliary() -> list[dict]:
-    """Return coloured counts and coloured positions, used in pretraining only. They are not a GenEval task; with them
-    no held-out combination of words is the only one of its kind ('two circles' is unseen, 'two red circles' is not)."""
+    """Return coloured counts and coloured positions, used in pretraining only.
+
+    They are not a GenEval task; with them no held-out combination of words is the only one of its kind ('two circles'
+    is unseen, 'two red circles' is not).
+    """
     counts = [metadata("counting", [clause(s, n, c)]) for s in SHAPES for n in (2, 3, 4) for c in COLOURS]
     sides = [
         metadata("position", [clause(a, 1, ca), clause(b, 1, cb, r)])

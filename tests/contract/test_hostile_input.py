@@ -13,7 +13,7 @@ from alignbench.config import UserError
 from alignbench.reporting import report
 from alignbench.reporting.analysis.comparison import analyse
 from alignbench.reporting.analysis.results import Results
-from alignbench.reporting.table import Cell, Column, Table, tex
+from alignbench.reporting.text.table import Cell, Column, Table, tex
 from alignbench.store.files import write_frame
 from alignbench.store.manifest import Manifest, ManifestMetric, ManifestRun, ManifestScore
 

@@ -18,7 +18,7 @@ from alignbench.reporting.analysis import learning_curves, published, stats
 from alignbench.reporting.analysis.comparison import Measure, analyse
 from alignbench.reporting.analysis.learning_curves import LearningCurve
 from alignbench.reporting.analysis.results import Results
-from alignbench.reporting.table import Table
+from alignbench.reporting.text.table import Table
 from alignbench.store import files
 from alignbench.store.manifest import ManifestMilestone
 

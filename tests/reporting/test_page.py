@@ -24,8 +24,9 @@ from support.report_tables import TASKS, draw_images, results, with_runs
 
 from alignbench.reporting import report, tables
 from alignbench.reporting.analysis.comparison import analyse
-from alignbench.reporting.html import gallery, markdown, page
-from alignbench.reporting.table import Cell, Column, Table, escape
+from alignbench.reporting.html import gallery, page
+from alignbench.reporting.text import markdown
+from alignbench.reporting.text.table import Cell, Column, Table, escape
 from alignbench.store.manifest import ManifestNote
 
 NASTY = (

@@ -34,7 +34,7 @@ from alignbench.reporting import disclosures, image_grid, report, tables
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.comparison import Measure, analyse
 from alignbench.reporting.analysis.results import COSTS, Results
-from alignbench.reporting.table import Cell, Column, Table, escape, interval, number
+from alignbench.reporting.text.table import Cell, Column, Table, escape, interval, number
 from alignbench.store import files
 from alignbench.store.manifest import UNTRAINED, Manifest, ManifestNote, write_manifest
 

@@ -400,7 +400,7 @@ def test_a_sweep_of_base_checkpoint_and_hybrid(tmp_path, capsys):
     assert alignbench("report", path, "--out", str(tmp_path / "out"), store=tmp_path / "store", plugin=False) == 0
     page = capsys.readouterr().out
     assert "| Hybrid †" in page
-    assert "the row makes these steps, the base model the rest: Hybrid, the first 1 of 2 steps." in page
+    assert "the row takes these steps, the base model the rest: Hybrid, the first 1 of 2 steps." in page
     assert (
         "- Hybrid: evaluation.protocol.tuned_steps = 1, evaluation.protocol.guidance = 2.0. its authors sample so"
         in page

@@ -59,8 +59,10 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Analysis:
-    """Numbers of one sweep: ``means[measure][label]``; and if there is a ``base``, ``changes[measure][label]``,
-    ``improved[measure][label]`` (the probability of improvement) and ``gains[label]`` (over the measures ``summed``).
+    """Numbers of one sweep: ``means[measure][label]``, and if there is a ``base``, what changed against it.
+
+    That is ``changes[measure][label]``, ``improved[measure][label]`` (the probability of improvement) and
+    ``gains[label]`` (over the measures ``summed``).
     """
 
     labels: list[str]

@@ -26,9 +26,10 @@ from PIL import Image
 
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
 from alignbench.reporting.analysis.results import Results
-from alignbench.reporting.html import gallery, markdown
+from alignbench.reporting.html import gallery
 from alignbench.reporting.html.gallery import Gallery, Place
-from alignbench.reporting.table import DECIMALS, Table
+from alignbench.reporting.text import markdown
+from alignbench.reporting.text.table import DECIMALS, Table
 from alignbench.store import files
 from alignbench.store.manifest import UNTRAINED, Manifest
 

@@ -23,7 +23,7 @@ from alignbench.reporting.plots.style import (
     new_canvas,
     shorten_ticks,
 )
-from alignbench.reporting.tables import listed
+from alignbench.reporting.text.table import listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

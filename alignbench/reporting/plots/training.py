@@ -30,8 +30,7 @@ from alignbench.reporting.plots.style import (
     new_canvas,
     shorten_ticks,
 )
-from alignbench.reporting.table import DECIMALS
-from alignbench.reporting.tables import listed
+from alignbench.reporting.text.table import DECIMALS, listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
