@@ -42,13 +42,13 @@ def test_every_kind_of_figure_is_there(drawn):
         assert "nan" not in figure.caption
 
 
-def test_pictures_are_a_column_wide_on_a_light_ground(drawn):
+def test_figures_are_a_column_wide_on_a_light_ground(drawn):
     """3.3 inches at 200 dpi; opaque, so that a dark page does not shine through; the SVG is XML of the same width."""
     _, _, figures = drawn
     for figure in figures:
-        with Image.open(io.BytesIO(figure.png)) as picture:
-            assert picture.width == round(style.WIDTH * style.DPI)
-            pixels = np.asarray(picture.convert("RGBA"))
+        with Image.open(io.BytesIO(figure.png)) as image:
+            assert image.width == round(style.WIDTH * style.DPI)
+            pixels = np.asarray(image.convert("RGBA"))
         assert (pixels[..., 3] == 255).all()
         assert (pixels[0, 0, :3] == 255).all()
         assert ET.fromstring(figure.svg).get("width") == f"{style.WIDTH * 72:g}pt"
