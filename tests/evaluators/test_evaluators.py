@@ -718,7 +718,7 @@ def verdict_by_rule(objects, metadata):
 
 
 def test_verdicts_are_the_official_ones():
-    """On 6,000 random sets of objects, on and off the grid: right and wrong ones in every task."""
+    """Verdicts agree on 6,000 random sets of objects, on and off the grid, right and wrong ones in every task."""
     rng, seen = random.Random(0), set()
     for _ in range(6000):
         line = rng.choice(LINES)

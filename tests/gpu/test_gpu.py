@@ -318,7 +318,7 @@ def test_the_average_follows_on_a_stream_of_its_own():
 
 @pytest.mark.parametrize("name", ["hpsv2", "pickscore", "imagereward", "clipscore", "aesthetic", "base_distance"])
 def test_a_gpus_scores_are_the_cpus(name, tmp_path, monkeypatch):
-    """As the harness asks for them, within 1e-4 of the scores' size."""
+    """Scores as the harness requests them agree within 1e-4 of their size."""
     settings = tiny_evaluators.checkpoint(name, tmp_path)
     images, prompts = [random_image(96, 128, seed) for seed in range(6)], PROMPTS[:6]
     base = [[random_image(96, 128, seed) for seed in range(6, 12)]]

@@ -41,7 +41,7 @@ def images() -> list[Image.Image]:
 
 
 def prompts() -> list[Prompt]:
-    """As many prompts as images."""
+    """Return as many prompts as images."""
     return [Prompt(f"p{i}", TEXTS[i % len(TEXTS)]) for i in range(len(images()))]
 
 

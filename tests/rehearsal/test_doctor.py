@@ -53,7 +53,7 @@ def test_this_environment_reproduces_the_golden_scores(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hpsv2", "imagereward", "clipscore", "unifiedreward"])
 def test_the_order_of_sums_is_tolerated(name, monkeypatch):
-    """Without oneDNN, one image at a time, with another number of threads: within a fifth of the tolerance."""
+    """Without oneDNN, image by image and with other threads, scores stay within a fifth of the tolerance."""
     monkeypatch.setattr(evaluator, "SCORED_AT_ONCE", {"cpu": 1, "cuda": 1})
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - min(threads, 2))

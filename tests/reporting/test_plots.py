@@ -78,7 +78,7 @@ report.build(Results({str(results.store)!r}, read_manifest(Path("manifest.json")
 
 
 def test_a_method_has_one_look_everywhere():
-    """By its place among the rows: no other row changes it; eleven by marker and colour, and line, tell apart 35."""
+    """The row's position alone sets it; line with colour, and line with marker, each tell 35 rows apart."""
     labels = [f"method {i}" for i in range(35)]
     assert style.colour("method 3", labels) == style.colour("method 3", labels[:5]) == style.COLOURS[3]
     looks = [(style.colour(x, labels), style.line(x, labels)) for x in labels]

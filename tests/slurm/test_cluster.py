@@ -43,7 +43,7 @@ def test_a_requeued_task_keeps_its_id_and_its_successor_waits(cluster, tmp_path)
 
 
 def test_the_controller_and_a_node_go_and_come_back(cluster, tmp_path):
-    """Neither a restart of slurmctld nor a drained node ends a job; new jobs go to the other node."""
+    """A restart of slurmctld or a drained node ends no job, and new jobs go to the other node."""
     job = cluster.sbatch("-c1", "-w", NODES[0], "-o", "/dev/null", "-D", str(tmp_path), script="touch on; sleep 3")
     cluster.wait((tmp_path / "on").exists)
     cluster.restart_controller()
