@@ -1,4 +1,4 @@
-"""What a researcher subclasses: ``AlignMethod``, and the losses that it returns."""
+"""The class that a researcher subclasses, ``AlignMethod``, and the losses that it returns."""
 
 from __future__ import annotations
 

@@ -192,12 +192,12 @@ def time_theirs(engine: str, request: dict, folder: Path) -> tuple[dict[str, flo
 
 def make_images(folder: Path, prompt_count: int, per_prompt: int) -> tuple[list[str], list[str]]:
     """Return the paths of prompt_count x per_prompt images, and the prompt of each image."""
-    from alignbench.testing.evaluator_contract import picture
+    from alignbench.testing.evaluator_contract import random_image
 
     paths, prompts = [], []
     for i in range(prompt_count * per_prompt):
         paths.append(str(folder / f"{i}.png"))
-        picture(SIDE, SIDE, i).save(paths[-1])
+        random_image(SIDE, SIDE, i).save(paths[-1])
         prompts.append(f"a red circle beside {i // per_prompt} blue squares, oil on canvas")
     return paths, prompts
 

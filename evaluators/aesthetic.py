@@ -62,7 +62,7 @@ class Aesthetic(Evaluator):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the CLIPModel lies. UserError if nowhere."""
+        """Folder of the CLIPModel; UserError if it cannot be found."""
         return self.requirements()[1].path
 
     def files(self) -> list[Path]:

@@ -97,7 +97,7 @@ class ImageReward(Evaluator):
 
     @cached_property
     def tokenizer_folder(self) -> Path:
-        """Where the vocabulary lies. UserError if nowhere."""
+        """Folder of the vocabulary; UserError if it cannot be found."""
         return self.requirements()[1].path
 
     def files(self) -> list[Path]:

@@ -65,7 +65,7 @@ class PickScore(Evaluator):
 
     @cached_property
     def processor_folder(self) -> Path:
-        """Where image preprocessing and tokenizer lie. UserError if nowhere."""
+        """Folder of image preprocessing and tokenizer; UserError if it cannot be found."""
         return self.requirements()[-1].path
 
     def files(self) -> list[Path]:

@@ -19,6 +19,6 @@ def swept(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(swept, tmp_path) -> Path:
-    """The same, to be spoilt."""
+    """Return a copy of that folder, for tests that change it."""
     shutil.copytree(swept / "store", tmp_path / "store")
     return tmp_path

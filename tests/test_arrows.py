@@ -1,4 +1,4 @@
-"""Who may import whom: the storeys of docs/design.md, computed from the syntax trees."""
+"""Imports between packages: the storeys of docs/design.md, computed from the syntax trees."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_packages_import_upwards_in_the_list_only(module):
 
 @pytest.mark.parametrize("folder", BESIDE)
 def test_what_stands_beside_the_harness_imports_little_of_it(folder):
-    """A method imports the contract alone; an evaluator also prompts, shapes and official; a report its table."""
+    """A method imports only the contract; an evaluator also prompts, shapes and official; a report only its tables."""
     allowed = BESIDE[folder].split()
     for module in (name for name in FILES if package(name) == folder):
         for name in imported(module) & FILES.keys():

@@ -72,7 +72,7 @@ def test_every_command_parses(page, command):
 
 
 @pytest.mark.parametrize("command", sorted({said for _, said in commands() if re.match(r"alignbench ls\b", said)}))
-def test_every_list_that_is_shown_comes(command, capsys):
+def test_every_list_that_is_shown_is_printed(command, capsys):
     """``alignbench ls`` and its kinds end with 0 and print something."""
     assert main(shlex.split(command)[1:]) == 0
     assert capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_every_sweep_that_is_named_exists():
 
 
 def shown_outputs() -> list[tuple[str, list[str]]]:
-    """Return (command, lines of output) for every block in which a command stands with what it prints."""
+    """Return (command, lines of output) for every block that shows a command with its output."""
     blocks = [body for path in PAGES for language, body in BLOCK.findall(text(path)) if language == "console"]
     split = (block.removeprefix("$ ").splitlines() for block in blocks)
     return [(lines[0], [line for line in lines[1:] if line.strip() != "..."]) for lines in split]
@@ -98,7 +98,7 @@ def shown_outputs() -> list[tuple[str, list[str]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "lines"), shown_outputs())
 def test_outputs_that_are_shown_are_printed(command, lines, capsys, monkeypatch, tmp_path):
-    """On a machine without weights: the same words in the same order, whatever the spacing and rules of a table."""
+    """On a machine without weights, the output has the same words in the same order, whatever the spacing and rules."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     main(shlex.split(command)[1:])
@@ -117,7 +117,7 @@ def examples(page: str) -> dict[str, str]:
 
 
 def test_every_python_block_names_its_file():
-    """So that the next test runs all of them; those of README have a test of their own."""
+    """Each block of Python names its file, so that the next test runs it; README's have a test of their own."""
     count = sum(language == "python" for path in DOCS.glob("*.md") for language, _ in BLOCK.findall(text(path)))
     assert count == len(examples("adding-a-method.md")) + len(examples("adding-an-evaluator.md")) == 4
 
@@ -187,7 +187,7 @@ def listed() -> list[str]:
 
 
 def test_every_package_has_its_line():
-    """In docs/design.md and in README's map; README names each module of the contract."""
+    """docs/design.md and README's map list every package; README names each module of the contract."""
     assert sorted(listed()) == sorted(packages())
     tree = text(ROOT / "README.md").partition("## How it is built")[2]
     assert set(re.findall(r"(?m)^  (\w+)/ ", tree)) == packages() - {"prompts", "testing"}
@@ -219,7 +219,7 @@ def imported(tree: ast.Module) -> set[str]:
 
 
 def test_readme_shows_every_verb():
-    """The five verbs in the first block, all others in the second."""
+    """README shows the five main verbs in its first block, all others in the second."""
     shown = {command.split()[1] for page, command in commands() if page == "README.md"}
     assert {verb.name for group in GROUPS.values() for verb in group} <= shown
 
@@ -229,7 +229,7 @@ def lines(path: str) -> int:
 
 
 def test_line_counts():
-    """Of method files: least, most and median. Of the reading order: the sum, to a hundred, in README and design.md."""
+    """design.md has the range and median of methods' lines; README and design.md the reading order's, to a hundred."""
     counts = sorted(len(text(path).splitlines()) for path in (ROOT / "methods").glob("*.py") if path.stem != "__init__")
     said = f"A method file has {counts[0]} to {counts[-1]} lines (median {statistics.median(counts):.0f})"
     assert said in text(DOCS / "design.md")
@@ -245,7 +245,7 @@ def test_line_counts():
 
 
 def test_readme_has_the_hours_of_the_sweeps():
-    """Training + evaluation, as the header of each sweep; a slow test compares the headers with `alignbench plan`."""
+    """README has the hours of each sweep's header; a slow test compares the headers with `alignbench plan`."""
     rows = re.findall(r"(?m)^\| (`[^|]+) \|[^|]+\| ([\d.]+ \+ [^|]+) \|$", text(ROOT / "README.md"))
     assert len(rows) > 10
     told = {}
@@ -259,7 +259,7 @@ def test_readme_has_the_hours_of_the_sweeps():
 
 @pytest.mark.parametrize("name", ["quickstart", "shapes", "shapes_methods"])
 def test_durations_are_the_same_everywhere(name):
-    """What a sweep of the shapes world takes: README and the header use the same words."""
+    """README and the sweep's header give the same duration, in the same words."""
     said = re.search(r"(seven minutes|a quarter of an hour|about an hour|about ten minutes)", header(find(name)), re.I)
     assert said
     assert said[1].lower() in text(ROOT / "README.md").lower()

@@ -51,7 +51,7 @@ def _skip_last_collection() -> None:
         collector.freeze()
 
 
-@click.command("report", cls=Verb, short_help="Write a sweep's tables: markdown, CSV, LaTeX, HTML, plots.")
+@click.command("report", cls=Verb, short_help="Write a sweep's report: Markdown, CSV, LaTeX, HTML, plots.")
 @click.option("--out", metavar="DIR", help="Folder for the report (default: outputs/<sweep>).")
 @click.option("--format", "formats", metavar="A,B", help="Formats among md, csv, tex, html, svg, png (default: all).")
 @sweep_options(plugins=False)
@@ -101,7 +101,7 @@ def compare(a: str, b: str, evaluators: str | None, out: str | None, store: str)
     return DONE
 
 
-@click.command("score", cls=Verb, short_help="Score any folder of images: a table, and means with intervals.")
+@click.command("score", cls=Verb, short_help="Score a folder of images: a table, and means with intervals.")
 @click.argument("folder", metavar="FOLDER")
 @settings_words
 @click.option("-e", "--evaluators", metavar="A,B", required=True, help="Evaluators or metrics.")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from alignbench.store.manifest import Manifest
 
 
-@click.command("sweep", cls=Verb, short_help="Run whatever a sweep is missing: train, generate, score.")
+@click.command("sweep", cls=Verb, short_help="Run everything a sweep still needs: train, generate, score.")
 @ONLY
 @click.option(
     "--launcher",
@@ -208,7 +208,7 @@ def rerun(run: str, into: str | None, store: str) -> int:
     return code
 
 
-@click.command("gc", cls=Verb, short_help="Delete what no sweep in the store needs any longer.")
+@click.command("gc", cls=Verb, short_help="Delete files that no sweep in the store needs any longer.")
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @STORE
 def gc(yes: bool, store: str) -> int:

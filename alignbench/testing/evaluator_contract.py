@@ -39,7 +39,7 @@ class EvaluatorContract:
 
     def images(self) -> list[Image]:
         """Return as many images, all of one size: smooth, colourful, and different."""
-        return [picture(64, 64, seed) for seed in range(5)]
+        return [random_image(64, 64, seed) for seed in range(5)]
 
     def pixels(self) -> Tensor:
         """Return the same images as (5, 3, H, W) pixels in [0, 1]."""
@@ -131,7 +131,7 @@ class EvaluatorContract:
         assert gradient[1:].abs().sum() == 0
 
 
-def picture(height: int, width: int, seed: int) -> Image:
+def random_image(height: int, width: int, seed: int) -> Image:
     """Return an RGB image of large smooth patches with a little noise: neither flat nor white noise."""
     rng = np.random.default_rng(seed)
     patches = fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((width, height), Resampling.BICUBIC)

@@ -13,7 +13,7 @@ from alignbench.rehearsal.tiny_backends import backend
 
 @pytest.fixture(scope="module", params=["flux", "sd3", "flux2"])
 def load(request, tmp_path_factory):
-    """A function that loads a small model, with adapters that have moved."""
+    """Return a function that loads a tiny model with adapters after an update."""
     folder, family = tmp_path_factory.mktemp(request.param), request.param
     wanted = {"model": "shapes", "max_sequence_length": 16} if family == "flux" else backend(family, folder)
     wanted |= {"name": family, "size": 32, "dtype": "float32", "tune": "lora", "lora_rank": 4}
@@ -31,7 +31,7 @@ def load(request, tmp_path_factory):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Graphs are made as ever, and run by torch's own kernels: seconds, where inductor's take minutes."""
+    """Trace graphs as usual but run them with torch's own kernels, in seconds instead of inductor's minutes."""
     monkeypatch.setattr(kernels, "COMPILER", "aot_eager")
     torch._dynamo.reset()
     yield

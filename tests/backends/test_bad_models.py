@@ -161,7 +161,7 @@ def test_no_black_image_is_written(tmp_path, capsys, part, name, words):
 
 
 def test_the_image_and_the_step_are_the_right_ones():
-    """Of a pass with several images, the one that overflows and the step after which it is not finite."""
+    """Among several images, the error names the one that overflows, and the step after which it is not finite."""
 
     class Overflows(GaussianFlow):
         def at(self, **_):

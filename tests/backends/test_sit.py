@@ -409,7 +409,7 @@ def test_wrong_settings_are_one_clear_line(make, folder, tmp_path):
 
 
 def test_it_is_planned_without_any_file(tmp_path, capsys):
-    """From the published configuration, with the commands that fetch both parts."""
+    """The plan uses the published configuration and names the commands that fetch both parts."""
     path = Path(
         sweep_file(tmp_path, {"base": {"backend": {"name": "sit", "size": 256}, "prompts": "imagenet/classes"}})
     )

@@ -226,7 +226,7 @@ def test_a_damaged_row_is_told(one):
     assert torch.equal(stored_embeddings.StoredEmbeddings(folder, CPU)([TEXTS[1]]).tensors["text"], before)
 
 
-def test_a_prompt_that_nobody_named_is_told(one):
+def test_a_prompt_without_an_embedding_is_named(one):
     """One line with the prompt and what to set."""
     with pytest.raises(
         UserError, match=r"no embedding of the prompt 'a cat', .*; choose backend.embeddings: computed$"

@@ -104,8 +104,8 @@ def test_a_file_can_extend_another(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"- a\n- b", None])
-def test_a_file_that_is_no_settings(tmp_path, content) -> None:
-    """Not UTF-8, a list, absent: one line with the file's name."""
+def test_a_file_without_settings_is_named(tmp_path, content) -> None:
+    """A file that is not UTF-8, holds a list or is absent gives one line with its name."""
     path = tmp_path / "a.yaml"
     if content is not None:
         path.write_bytes(content)

@@ -16,7 +16,7 @@ from alignbench.evaluator import Evaluator, Metric
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt, prompt_id
 from alignbench.reporting.score_summary import summary
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 
 TEXTS = ["a red circle", "two blue squares", "a green ring"]
 
@@ -126,9 +126,9 @@ def test_a_missing_file_of_a_list_is_refused(listed):
 def test_bad_files_do_not_cost_others_their_scores(listed):
     """Truncated, empty and non-image files are marked with the reason; RGBA, grey, 1 x 1 and large ones are scored."""
     folder = listed / "images"
-    picture(40, 30, 0).save(folder / "0-good.png")
-    picture(40, 30, 1).convert("RGBA").save(folder / "1-alpha.png")
-    picture(40, 30, 2).convert("L").save(folder / "2-grey.png")
+    random_image(40, 30, 0).save(folder / "0-good.png")
+    random_image(40, 30, 1).convert("RGBA").save(folder / "1-alpha.png")
+    random_image(40, 30, 2).convert("L").save(folder / "2-grey.png")
     Image.new("RGB", (1, 1)).save(folder / "3-small.png")
     Image.new("RGB", (3000, 2000)).save(folder / "4-large.png")
     (folder / "5-cut.png").write_bytes((folder / "0-good.png").read_bytes()[:200])
@@ -145,7 +145,7 @@ def test_bad_files_do_not_cost_others_their_scores(listed):
 def test_a_decompression_bomb_is_not_opened(listed):
     """A file of a few kilobytes that claims 200 million pixels is marked, and its neighbour is scored."""
     folder = listed / "images"
-    picture(40, 30, 0).save(folder / "0-good.png")
+    random_image(40, 30, 0).save(folder / "0-good.png")
     Image.new("1", (20_000, 10_000)).save(folder / "1-bomb.png")
     assert (folder / "1-bomb.png").stat().st_size < 100_000
     chosen = [FolderImage(file, Prompt("p", "p"), i) for i, file in enumerate(sorted(folder.iterdir()))]

@@ -23,11 +23,11 @@ from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.store.artefacts import Store
 from alignbench.store.files import read_json
 from alignbench.testing import EvaluatorContract
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 
 DISTANCE = BaseDistance(weights="shapes")
 PROMPTS = [Prompt(text, text) for text in ("a red circle", "a blue square", "a red circle")]
-IMAGES, OTHERS = ([picture(32, 32, seed) for seed in range(start, start + 3)] for start in (0, 3))
+IMAGES, OTHERS = ([random_image(32, 32, seed) for seed in range(start, start + 3)] for start in (0, 3))
 BASE, LAST = {"label": "Base", "method": {"name": "base"}}, {"label": "Last", "method": {"name": "last"}}
 DISTANCES = {"evaluators": [{"name": "base_distance", "weights": "shapes"}]}
 
@@ -210,7 +210,7 @@ def folders(tmp_path):
         (tmp_path / folder).mkdir()
         for i, prompt in enumerate(load_prompts(str(tmp_path / "list.txt"))):
             for index in range(2):
-                picture(32, 32, start + 2 * i + index).save(tmp_path / folder / f"{prompt.id}-{index}.png")
+                random_image(32, 32, start + 2 * i + index).save(tmp_path / folder / f"{prompt.id}-{index}.png")
     return tmp_path
 
 
@@ -226,7 +226,7 @@ def test_score_pairs_two_folders(folders):
     for i, prompt in enumerate(load_prompts(str(folders / "list.txt"))):
         for index in range(2):
             seed = 2 * i + index
-            expected = score([picture(32, 32, seed)], [picture(32, 32, 10 + seed)])[0]
+            expected = score([random_image(32, 32, seed)], [random_image(32, 32, 10 + seed)])[0]
             assert table[prompt.id, index] == pytest.approx(expected, rel=1e-4)
     assert json.loads((folders / "scores.json").read_text())["base_distance"]["settings"]["base"].endswith("base")
 

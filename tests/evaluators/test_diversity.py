@@ -9,11 +9,11 @@ from PIL import Image
 
 from alignbench.evaluators.diversity import Diversity
 from alignbench.prompts import Prompt
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 
 DIVERSITY = Diversity(weights="shapes")
 A, B = Prompt("a", "a red circle"), Prompt("b", "a blue square")
-IMAGES = [picture(32, 32, seed) for seed in range(5)]
+IMAGES = [random_image(32, 32, seed) for seed in range(5)]
 PROMPTS = [A, B, A, A, B]
 
 

@@ -33,7 +33,7 @@ from alignbench.prompts import Prompt
 from alignbench.rehearsal import tiny_clip, tiny_imagereward
 from alignbench.shapes import checker, scene
 from alignbench.testing import EvaluatorContract
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 
 SIZES = [(64, 64), (100, 60), (60, 100), (256, 256), (33, 47)]  # (height, width): larger, smaller and not square
 TEXTS = ["a red circle", "Two blue squares &amp; a Triangle, café!", "a", "x " * 100, "a red circle"]
@@ -42,7 +42,7 @@ PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(TEXTS)]
 
 @pytest.fixture(scope="module")
 def images():
-    return [picture(*size, seed=i) for i, size in enumerate(SIZES)]
+    return [random_image(*size, seed=i) for i, size in enumerate(SIZES)]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ LINES = [line for task in scene.grammar().values() for line in task[::7]]  # som
 
 
 def pixels(n, side=80):
-    return torch.stack([to_tensor(picture(side, side, seed)) for seed in range(n)])
+    return torch.stack([to_tensor(random_image(side, side, seed)) for seed in range(n)])
 
 
 # -- HPSv2.1 ----------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_pickscore_equals_the_official_computation(pick, images):
 
 def test_pickscore_preprocessing_is_pillows(pick):
     """Bicubic shortest edge, centre crop, mean and std equal those made by hand with Pillow, to 1e-6."""
-    image = picture(100, 160, seed=0)
+    image = random_image(100, 160, seed=0)
     edge = image.resize((int(56 * 160 / 100), 56), Image.BICUBIC)
     left = (edge.width - 56) // 2
     x = to_tensor(edge.crop((left, 0, left + 56, 56)))
@@ -562,7 +562,7 @@ def test_pickled_code_runs_only_if_the_file_is_trusted(tmp_path, monkeypatch):
 
 def test_a_smaller_clip_truncates_earlier():
     """The shapes world's PickScore has 24 positions: longer prompts are truncated there and counted, as at 77."""
-    pick, image = PickScore(weights="shapes"), picture(64, 64, 0)
+    pick, image = PickScore(weights="shapes"), random_image(64, 64, 0)
     with pytest.warns(UserWarning, match="pickscore: 1 of 1 prompts are longer than 24 tokens"):
         (long,) = pick.score([image], [Prompt("p", "red circle " * 60)])["pickscore"]
     with pytest.warns(UserWarning, match="1 of 1"):
@@ -718,7 +718,7 @@ def verdict_by_rule(objects, metadata):
 
 
 def test_verdicts_are_the_official_ones():
-    """On 6,000 random sets of objects, on and off the grid: right and wrong ones in every task."""
+    """Verdicts agree on 6,000 random sets of objects, on and off the grid, right and wrong ones in every task."""
     rng, seen = random.Random(0), set()
     for _ in range(6000):
         line = rng.choice(LINES)

@@ -17,7 +17,7 @@ from alignbench.evaluators.hpsv3 import HPSv3
 from alignbench.prompts import Prompt
 from alignbench.rehearsal import tiny_qwen
 from alignbench.testing import EvaluatorContract
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 
 pytestmark = pytest.mark.slow  # one multimodal language model, many times
 
@@ -38,7 +38,7 @@ def port(folder):
 
 @pytest.fixture(scope="module")
 def images():
-    return [picture(*size, seed=i) for i, size in enumerate(SIZES)]
+    return [random_image(*size, seed=i) for i, size in enumerate(SIZES)]
 
 
 class TestHPSv3(EvaluatorContract):
@@ -168,7 +168,7 @@ def test_the_tensor_path_is_near_pillows(port, images):
 
 def test_the_reward_has_a_gradient_in_every_pixel(port):
     """The gradient is finite, and equals the central difference along its signs."""
-    x = to_tensor(picture(40, 56, 0))[None].mul(0.8).add(0.1).requires_grad_()
+    x = to_tensor(random_image(40, 56, 0))[None].mul(0.8).add(0.1).requires_grad_()
     (gradient,) = torch.autograd.grad(port.reward(x, PROMPTS[:1]).sum(), x)
     assert gradient.isfinite().all()
     assert (gradient != 0).float().mean() > 0.99
@@ -239,7 +239,7 @@ def test_unsuitable_inputs_are_refused(port, folder, images):
     for token in ("<|Reward|>", "<|image_pad|>"):
         refused("holds <", lambda token=token: port.check([Prompt("p", f"a {token}")]))
     with pytest.raises(ValueError, match="an image of 500 x 2 is too narrow"):
-        port.score([picture(2, 500, 0)], PROMPTS[:1])
+        port.score([random_image(2, 500, 0)], PROMPTS[:1])
     for wrong in (lambda x: x * 255, lambda x: x * 2 - 1):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
             port.reward(wrong(to_tensor(images[0])[None]), PROMPTS[:1])

@@ -18,7 +18,7 @@ from alignbench.prompts import Prompt
 from alignbench.prompts.geneval import CLASSES, COLORS
 from alignbench.rehearsal import tiny_clip, tiny_mask2former
 from alignbench.testing import EvaluatorContract
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_the_official_size_is_transformers_default():
     assert (backbone.embed_dim, list(backbone.depths), list(backbone.num_heads)) == (96, [2, 2, 18, 2], [3, 6, 12, 24])
 
 
-MMDET = [  # the class, pixels and score of the best objects in picture(60, 80, seed=3)
+MMDET = [  # the class, pixels and score of the best objects in random_image(60, 80, seed=3)
     (77, 3177, 0.783256),
     (77, 3164, 0.757747),
     (77, 2637, 0.746276),
@@ -238,7 +238,9 @@ MMDET = [  # the class, pixels and score of the best objects in picture(60, 80, 
 
 def test_the_converted_model_finds_what_mmdet_finds(checkpoint):
     """Classes, masks and scores of the five best objects, as mmdet 3.3.0 itself gave them for this checkpoint."""
-    found = sorted(Mask2Former(checkpoint, "x").detect(np.asarray(picture(60, 80, seed=3))), key=lambda d: -d.score)
+    found = sorted(
+        Mask2Former(checkpoint, "x").detect(np.asarray(random_image(60, 80, seed=3))), key=lambda d: -d.score
+    )
     assert [each.label for each in found[:5]] == [CLASSES[label] for label, _, _ in MMDET]
     assert [each.mask.sum() for each in found[:5]] == pytest.approx([pixels for _, pixels, _ in MMDET], abs=1)
     assert [each.score for each in found[:5]] == pytest.approx([score for _, _, score in MMDET], abs=2e-5)
@@ -246,7 +248,7 @@ def test_the_converted_model_finds_what_mmdet_finds(checkpoint):
 
 def test_only_objects_above_the_threshold_are_returned(checkpoint, fifth):
     """``above`` drops objects, and changes no other."""
-    detector, image = Mask2Former(checkpoint, "x"), np.asarray(picture(40, 50, seed=0))
+    detector, image = Mask2Former(checkpoint, "x"), np.asarray(random_image(40, 50, seed=0))
     every, few = detector.detect(image), detector.detect(image, above=0.3)
     assert 0 < len(few) < len(every) == 100
     assert [each[:3] for each in few] == [each[:3] for each in every if each.score > 0.3]
@@ -402,7 +404,7 @@ def test_each_task_is_verified_on_masks(tag, include, exclude, things, verdicts,
 
 def test_a_turned_photograph_is_turned_back(monkeypatch):
     """The detector sees images upright, rotated by EXIF, as mmdet and the official script read files."""
-    image = picture(30, 40, seed=0)
+    image = random_image(30, 40, seed=0)
     turned = image.copy()
     turned.getexif()[0x0112] = 6  # to be turned by 90 degrees
     seen = []
@@ -423,7 +425,7 @@ def colors(clip_folder):
 
 def test_an_object_is_cut_out_on_grey():
     """The crop is the object's box, with #999 outside the mask."""
-    image, mask = picture(30, 40, seed=1), np.zeros((30, 40), bool)
+    image, mask = random_image(30, 40, seed=1), np.zeros((30, 40), bool)
     mask[5:12, 8:20], mask[6, 9] = True, False
     cut = np.asarray(geneval.cut_out(image, mask2former.Detection("dog", (8.0, 5.0, 20.0, 12.0), 1.0, mask)))
     expected = np.where(mask[..., None], np.asarray(image), 0x99)[5:12, 8:20]
@@ -437,7 +439,7 @@ def test_crops_are_prepared_as_by_open_clip(colors, size):
 
     processor = colors.model.image_processor
     official = image_transform(56, is_train=False, mean=tuple(processor.image_mean), std=tuple(processor.image_std))
-    image = picture(*size, seed=2)
+    image = random_image(*size, seed=2)
     torch.testing.assert_close(colors.prepare(image), official(image), rtol=0, atol=1e-6)
 
 
@@ -459,7 +461,7 @@ def test_a_colour_is_the_mean_of_three_sentences(colors):
 
 def test_the_nearest_colour_is_named(colors, monkeypatch):
     """If the ten colours' features are those of ten images, each image gets its own colour."""
-    images = [picture(48, 48, seed) for seed in range(10)]
+    images = [random_image(48, 48, seed) for seed in range(10)]
     with torch.no_grad():
         inputs = [colors.prepare(image)[None] for image in images]
         rows = torch.stack([unit(colors.model.model.get_image_features(pixel_values=x)) for x in inputs])

@@ -5,7 +5,7 @@ import pytest
 from alignbench import official
 from alignbench.config import UserError
 from alignbench.prompts import Prompt
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 
 SCRIPT = """
 import json, sys
@@ -31,7 +31,7 @@ def engines(tmp_path, monkeypatch):
 
 
 def scores(*texts):
-    images = [picture(8, 8, seed) for seed in range(len(texts))]
+    images = [random_image(8, 8, seed) for seed in range(len(texts))]
     return official.score("echo", "length", "model.pt", images, [Prompt(text, text) for text in texts])
 
 

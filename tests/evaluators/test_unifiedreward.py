@@ -24,7 +24,7 @@ from alignbench.experiment.ids import evaluator_content
 from alignbench.prompts import Prompt
 from alignbench.rehearsal import tiny_qwen
 from alignbench.testing import EvaluatorContract
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 
 SECRET = "sk-very-secret"
 PATIENCE = 5.0  # seconds: what a good answer never takes, even on a busy machine
@@ -35,7 +35,7 @@ def prompts(*texts):
 
 
 def images(n, size=(40, 64)):
-    return [picture(*size, seed) for seed in range(n)]
+    return [random_image(*size, seed) for seed in range(n)]
 
 
 def columns(frame):
@@ -499,7 +499,7 @@ def as_the_repository(folder, image, text, tokens):
 
 def test_the_model_is_asked_as_in_the_repository(local):
     """Two checkpoint families give the script's answers for images of several shapes; random answers have no scores."""
-    asked = [picture(*size, seed) for seed, size in enumerate([(64, 64), (90, 50), (33, 120)])]
+    asked = [random_image(*size, seed) for seed, size in enumerate([(64, 64), (90, 50), (33, 120)])]
     with pytest.warns(UserWarning, match="3 of 3"):
         frame = local.score(asked, prompts("a dog", "x {y}", ""))
     theirs = [as_the_repository(local.folder, i, t, 12) for i, t in zip(asked, ("a dog", "x {y}", ""))]

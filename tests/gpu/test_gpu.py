@@ -30,7 +30,7 @@ from alignbench.plugins import Registry
 from alignbench.prompts import load_prompts
 from alignbench.rehearsal import tiny_evaluators
 from alignbench.store.artefacts import Store
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 from alignbench.testing.method_contract import unclocked
 from alignbench.training.batches import draw_batch
 from alignbench.training.checkpoint import FINAL, load_records
@@ -318,10 +318,10 @@ def test_the_average_follows_on_a_stream_of_its_own():
 
 @pytest.mark.parametrize("name", ["hpsv2", "pickscore", "imagereward", "clipscore", "aesthetic", "base_distance"])
 def test_a_gpus_scores_are_the_cpus(name, tmp_path, monkeypatch):
-    """As the harness asks for them, within 1e-4 of the scores' size."""
+    """Scores as the harness requests them agree within 1e-4 of their size."""
     settings = tiny_evaluators.checkpoint(name, tmp_path)
-    images, prompts = [picture(96, 128, seed) for seed in range(6)], PROMPTS[:6]
-    base = [[picture(96, 128, seed) for seed in range(6, 12)]]
+    images, prompts = [random_image(96, 128, seed) for seed in range(6)], PROMPTS[:6]
+    base = [[random_image(96, 128, seed) for seed in range(6, 12)]]
 
     def scores() -> np.ndarray:
         evaluator = Registry().make("evaluator", {"name": name, **settings}, "evaluator")

@@ -232,7 +232,7 @@ def test_impossible_ablations_are_refused(method, where):
 
 
 def test_defaults_are_the_paper():
-    """Without an ablation: two leaps, the sampler's image, both distances, any pair of steps, both parts at k."""
+    """Defaults are two leaps, the sampler's image, both distances, any pair of steps, and both parts at k."""
     method = LeapAlign()
     assert (method.leaps, method.reward_input, method.similarity) == (2, "x_0", "both")
     assert (method.timesteps, method.distance, method.single_step_at_k) == ((0.0, 1.0), None, True)

@@ -422,7 +422,7 @@ def test_vgg_at_the_base_model(eta):
 
 @pytest.mark.parametrize("s", range(1, N))
 def test_vgg_is_refl_where_its_pull_is_t(s):
-    """Where (2 / d T) Rs eta_s = t_s the gradient at the base model is ReFL's."""
+    """If (2 / d T) Rs eta_s = t_s, the gradient at the base model is ReFL's."""
     path = Path()
     at = (s,) if s == N - 1 else (s, N - 1)
     method = VGGAt(**FREE, at=at, eta_schedule="constant", reward_scale=float(path.t[s]) * DIM / 2 * len(at))

@@ -283,7 +283,7 @@ def test_costs_per_image(method, batch, forward, grad, decodes):
 
 
 def test_defaults_are_the_papers():
-    """For FLUX.1-dev: LeapAlign alpha 0.3, tau 0.1, 25 steps; the baselines of its appendix E."""
+    """Defaults are those for FLUX.1-dev: LeapAlign alpha 0.3, tau 0.1, 25 steps; the baselines of its appendix E."""
     leap = LeapAlign()
     assert (leap.alpha, leap.tau, leap.steps) == (0.3, 0.1, 25)
     assert (ReFL().last_n, DRaFTLV().n, DRaFTLV().lv_reduction) == (11, 2, "sum")

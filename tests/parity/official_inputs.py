@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from alignbench.prompts import Prompt
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 
 SIZES = {  # (height, width)
     "square": (512, 512),
@@ -33,15 +33,15 @@ TEXTS = [
 
 
 def images() -> list[Image.Image]:
-    """Every size in RGB, then grey, transparent, palette and black-and-white pictures, already converted to RGB."""
-    rgb = [picture(*size, seed=i) for i, size in enumerate(SIZES.values())]
-    other = [picture(90, 130, seed=i).convert(mode) for i, mode in enumerate(("L", "RGBA", "P", "1", "CMYK"))]
+    """Return an RGB image of every size, then grey, transparent, palette, black-and-white and CMYK ones, as RGB."""
+    rgb = [random_image(*size, seed=i) for i, size in enumerate(SIZES.values())]
+    other = [random_image(90, 130, seed=i).convert(mode) for i, mode in enumerate(("L", "RGBA", "P", "1", "CMYK"))]
     other[1].putalpha(Image.linear_gradient("L").resize(other[1].size))
     return rgb + [image.convert("RGB") for image in other]
 
 
 def prompts() -> list[Prompt]:
-    """As many prompts as images."""
+    """Return as many prompts as images."""
     return [Prompt(f"p{i}", TEXTS[i % len(TEXTS)]) for i in range(len(images()))]
 
 

@@ -12,13 +12,13 @@ from alignbench import official
 from alignbench.evaluators import mask2former
 from alignbench.evaluators.mask2former import Mask2Former
 from alignbench.rehearsal import tiny_mask2former
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 
 pytestmark = pytest.mark.parity
 
 
 class Theirs(NamedTuple):
-    """What mmdet saw and found in each picture."""
+    """Answers of mmdet, one per image: prepared pixels, logits and objects."""
 
     images: list[Image.Image]
     arrays: list[dict[str, np.ndarray]]
@@ -28,11 +28,11 @@ class Theirs(NamedTuple):
 SIZES = [(512, 512), (1024, 1024), (364, 531), (90, 700), (17, 23)]  # (height, width)
 
 
-def pictures() -> list[Image.Image]:
-    """One of one colour first, saturated, so that red and blue cannot be confused; then sizes, then modes of files."""
-    modes = [picture(90, 130, seed=9).convert(mode) for mode in ("L", "P", "RGBA")]
+def images_to_detect() -> list[Image.Image]:
+    """Return an image of one colour, in which swapped red and blue would show, then all sizes and file modes."""
+    modes = [random_image(90, 130, seed=9).convert(mode) for mode in ("L", "P", "RGBA")]
     modes[-1].putalpha(Image.linear_gradient("L").resize((130, 90)))
-    sized = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
+    sized = [random_image(*size, seed=seed) for seed, size in enumerate(SIZES)]
     return [Image.new("RGB", (120, 100), (255, 32, 0)), *sized, *modes]
 
 
@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory):
 def theirs(checkpoint, tmp_path_factory):
     official.install("mmdet-official")
     folder = tmp_path_factory.mktemp("mmdet")
-    images = pictures()
+    images = images_to_detect()
     files = [folder / f"{number}.png" for number in range(len(images))]
     for image, file in zip(images, files):
         image.save(file)
@@ -81,9 +81,9 @@ def test_the_network_answers_as_mmdets(checkpoint, theirs):
 
 
 def test_the_same_objects_are_found(checkpoint, theirs):
-    """All 100 of every picture: classes and boxes equal, scores within 7e-6, masks but for pixels at zero.
+    """All 100 objects of every image: classes and boxes equal, scores within 7e-6, masks except for pixels at zero.
 
-    Not in the picture of one colour: there attention's thresholds fall on whole regions, and rounding decides.
+    The image of one colour is left out: there attention's thresholds fall on whole regions, and rounding decides.
     """
     detector = Mask2Former(checkpoint, "x")
     for image, found in list(zip(theirs.images, theirs.arrays))[1:]:

@@ -38,7 +38,7 @@ def test_the_architecture_is_the_packages(environment):
 
 
 def test_the_answer_names_the_pinned_package(port, tmp_path):
-    """What scored is recorded: the version that the requirements pin."""
+    """The answer names the package's version, which is the one that the requirements pin."""
     request = {"checkpoint": port.checkpoint, "images": [], "prompts": []}
     answer = official.run("hpsv2", request, tmp_path)
     assert (answer["scores"], answer["versions"]["hpsv2x"]) == ([], "1.2.0")

@@ -36,7 +36,7 @@ def test_single_scores_agree_to_the_last_bit(port, theirs):
 
 
 def test_the_answer_names_the_pinned_packages(port, tmp_path):
-    """What scored is recorded: the versions that the requirements pin."""
+    """The answer names the packages' versions, which are those that the requirements pin."""
     request = {"checkpoint": port.folder / CHECKPOINT, "images": [], "prompts": []}
     beside = {"med_config": port.folder / CONFIG, "tokenizer": port.tokenizer_folder}
     answer = official.run("imagereward", {**request, **beside}, tmp_path)

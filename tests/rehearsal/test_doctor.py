@@ -17,7 +17,7 @@ from alignbench import evaluator, official
 from alignbench.cli import main
 from alignbench.plugins import Registry
 from alignbench.rehearsal import doctor, tiny_clip, tiny_evaluators
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 
 NAMES = Registry().names("evaluator")
 LONG = ("geneval", "hpsv3", "unifiedreward")
@@ -53,7 +53,7 @@ def test_this_environment_reproduces_the_golden_scores(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hpsv2", "imagereward", "clipscore", "unifiedreward"])
 def test_the_order_of_sums_is_tolerated(name, monkeypatch):
-    """Without oneDNN, one image at a time, with another number of threads: within a fifth of the tolerance."""
+    """Without oneDNN, image by image and with other threads, scores stay within a fifth of the tolerance."""
     monkeypatch.setattr(evaluator, "SCORED_AT_ONCE", {"cpu": 1, "cuda": 1})
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - min(threads, 2))
@@ -205,11 +205,11 @@ def test_published_scores_are_compared_if_images_and_weights_exist(capsys, tmp_p
     assert "has no imagereward/1.webp, imagereward/2.webp" in text
     (tmp_path / "imagereward").mkdir()
     for i, file in enumerate(published.scores):
-        picture(64, 80, i).save(tmp_path / file, lossless=True)
+        random_image(64, 80, i).save(tmp_path / file, lossless=True)
     code, rows = run_doctor(capsys, *words)
     assert (code, rows[row][0]) == (2, "WRONG")
     prompts = [doctor.Prompt("p", published.prompt)] * 4
-    scores = evaluator.score([picture(64, 80, i) for i in range(4)], prompts)["imagereward"]
+    scores = evaluator.score([random_image(64, 80, i) for i in range(4)], prompts)["imagereward"]
     fitting = published._replace(scores=dict(zip(published.scores, scores)))
     monkeypatch.setattr(doctor, "ANCHORS", (fitting,))
     assert run_doctor(capsys, *words)[1][row][0] == "ok"
@@ -227,7 +227,7 @@ def test_published_scores_of_hpsv2_need_its_v2_0_file(tmp_path):
     """They need v2.0, not the v2.1 checkpoint that tables use; the error names the file and how to fetch it."""
     folder = tiny_clip.hps_folder(tmp_path / "hps")
     (tmp_path / "hpsv2").mkdir()
-    picture(40, 40, 1).save(tmp_path / "hpsv2" / "demo_image.jpg")  # by chance, that of seed 0 scores 0.2876
+    random_image(40, 40, 1).save(tmp_path / "hpsv2" / "demo_image.jpg")  # by chance, that of seed 0 scores 0.2876
     anchor = doctor.ANCHORS[0]._replace(sha256="")
     line = doctor._check_published(Registry(), anchor, {"weights": str(folder)}, tmp_path)
     assert line.verdict == "-"

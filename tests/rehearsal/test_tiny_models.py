@@ -11,7 +11,7 @@ from alignbench.config import UserError
 from alignbench.plugins import Registry
 from alignbench.prompts import parse_prompt
 from alignbench.rehearsal import random_weights, tiny_clip, tiny_evaluators
-from alignbench.testing.evaluator_contract import picture
+from alignbench.testing.evaluator_contract import random_image
 
 A = [[-0.9690280556678772, 0.15309657156467438], [-0.9235105514526367, 1.3015536069869995]]  # draw("a", (2, 2))
 EVALUATORS = sorted({*Registry().names("evaluator")} - {"picture_stats"})  # which has no weights
@@ -31,7 +31,7 @@ def test_every_built_in_evaluator_scores_with_its_small_checkpoint(name, folder)
     more = {"max_new_tokens": 4} if name == "unifiedreward" else {}
     evaluator = Registry().make("evaluator", {"name": name, **settings, **more}, name)
     assert evaluator.files()
-    images = [picture(60, 80, 0), picture(50, 40, 1)]
+    images = [random_image(60, 80, 0), random_image(50, 40, 1)]
     base = [images] if evaluator.paired else []
     frame = evaluator.score(images, [parse_prompt(LINE, "x")] * 2, *base)
     if name == "unifiedreward":

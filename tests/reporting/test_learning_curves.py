@@ -234,7 +234,7 @@ def test_a_performance_profile_counts_runs():
 
 
 def test_normalised_scores_have_base_at_zero_and_the_best_mean_at_one(whole):
-    """By measure; without the training reward, and without measures on which nobody gains."""
+    """Scores are normalised by measure, without the training reward and measures on which no method gains."""
     _, analysis, _ = whole
     found = learning_curves.normalised(analysis)
     assert [measure.name for measure in found] == ["pickscore", "geneval"]

@@ -42,7 +42,7 @@ NASTY = (
 
 
 class Reader(HTMLParser):
-    """What a reader sees: text outside of scripts and styles; and every element with its attributes."""
+    """Parser of a page: its text outside scripts and styles, and every element with its attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def data_of(text: str) -> dict:
 
 @pytest.mark.parametrize("text", [*NASTY, "a_b_c", "[x](y)", "[^1]", "# no heading", "- no list", "+1", "~x~", "a\\b"])
 def test_html_undoes_what_markdown_escapes(text):
-    """What ``table.escape`` writes for markdown, ``markup.inline`` reads: the reader sees the text, no element."""
+    """``markdown.inline`` undoes ``table.escape``: the reader sees the text, and no element arises."""
     shown = markdown.inline(escape(text))
     assert "<" not in shown
     assert html.unescape(shown) == " ".join(text.replace("\u202e", "").split())
@@ -413,7 +413,7 @@ def go(web, view: str) -> None:
 
 
 def shown_methods(web) -> list[str]:
-    """Of the first row, as soon as it is filled."""
+    """Return the methods of the first row, once it is filled."""
     until(web, "document.querySelector('.row figure') !== null")
     return web.locator(".row").first.locator("figcaption > b").all_text_contents()
 
@@ -513,7 +513,7 @@ def test_sorting(visit, made):
 
 @pytest.mark.slow
 def test_a_view_can_be_linked(visit):
-    """What is chosen stands in the address; opened anew, the address gives the same view, enlarged images too."""
+    """The address holds all choices: opening it again gives the same view, enlarged images included."""
     web = visit("#pictures")
     web.select_option("[name=task]", label="colors")
     web.select_option("[name=sort]", "gain")

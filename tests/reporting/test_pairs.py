@@ -283,7 +283,7 @@ BAD = {  # what is wrong: (A, B, options, the line)
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_name_is_one_line(case, made, capsys):
-    """With what there is, and exit code 1."""
+    """The line says which names exist; the exit code is 1."""
     a, b, options, expected = BAD[case]
     assert alignbench("compare", a, b, *options, store=made[0].root, plugin=False) == 1
     said = capsys.readouterr()

@@ -42,13 +42,13 @@ def test_every_kind_of_figure_is_there(drawn):
         assert "nan" not in figure.caption
 
 
-def test_pictures_are_a_column_wide_on_a_light_ground(drawn):
+def test_figures_are_a_column_wide_on_a_light_ground(drawn):
     """3.3 inches at 200 dpi; opaque, so that a dark page does not shine through; the SVG is XML of the same width."""
     _, _, figures = drawn
     for figure in figures:
-        with Image.open(io.BytesIO(figure.png)) as picture:
-            assert picture.width == round(style.WIDTH * style.DPI)
-            pixels = np.asarray(picture.convert("RGBA"))
+        with Image.open(io.BytesIO(figure.png)) as image:
+            assert image.width == round(style.WIDTH * style.DPI)
+            pixels = np.asarray(image.convert("RGBA"))
         assert (pixels[..., 3] == 255).all()
         assert (pixels[0, 0, :3] == 255).all()
         assert ET.fromstring(figure.svg).get("width") == f"{style.WIDTH * 72:g}pt"
@@ -78,7 +78,7 @@ report.build(Results({str(results.store)!r}, read_manifest(Path("manifest.json")
 
 
 def test_a_method_has_one_look_everywhere():
-    """By its place among the rows: no other row changes it; eleven by marker and colour, and line, tell apart 35."""
+    """The row's position alone sets it; line with colour, and line with marker, each tell 35 rows apart."""
     labels = [f"method {i}" for i in range(35)]
     assert style.colour("method 3", labels) == style.colour("method 3", labels[:5]) == style.COLOURS[3]
     looks = [(style.colour(x, labels), style.line(x, labels)) for x in labels]

@@ -167,8 +167,8 @@ def test_rehearsals_subsets_and_missing_prompts_are_never_compared():
 
 
 def test_leapaligns_table_is_as_printed():
-    """Trailing zeros are kept, the GenEval means are those of the six tasks to the last digit, and nobody's error is
-    printed."""
+    """Trailing zeros are kept, the GenEval means are those of the six tasks to the last digit, and no row has an
+    error."""
     general, tasks = published.load("leapalign-table2"), published.load("leapalign-table2-geneval")
     printed = {figure[:2]: figure.value for figure in [*general.numbers, *tasks.numbers]}
     assert printed["LeapAlign", "HPSv2.1"] == "0.4092"
@@ -212,7 +212,7 @@ def test_the_page_has_the_published_numbers(tmp_path, monkeypatch):
     ],
 )
 def test_a_bad_table_is_named_with_its_line(tmp_path, csv, message):
-    """What is no table of numbers is refused, with file and line; so are an unknown name and a misspelt setting."""
+    """A malformed table is refused, with file and line; so are an unknown name and a misspelt setting."""
     (tmp_path / "p.csv").write_text(csv + "\n")
     entry = "p: {citation: c, url: u, place: t, protocol: {}, metrics: {b: {metric: pickscore}}}\n"
     (tmp_path / "sources.yaml").write_text(entry)

@@ -159,7 +159,7 @@ def test_overrides_show_their_reason_once():
 
 
 def test_settings_are_printed_as_resolved():
-    """What all runs share stands once, a method's own settings in its line; training seeds make no difference."""
+    """Shared settings are printed once, a method's own in its line; training seeds are not printed."""
     text = section(page(results()), "Settings")
     assert text.count("backend, name = flux, model = shapes") == 1
     assert text.count("training, batch = 16, budget.images = 480") == 1

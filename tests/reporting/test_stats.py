@@ -40,7 +40,7 @@ def test_a_method_equals_itself_exactly():
 
 
 def test_a_constant_shift_is_certain():
-    """What differs by the same amount in every picture differs without doubt, however noisy the scores are."""
+    """A difference that is the same in every image is certain, however noisy the scores are."""
     values = np.round(np.random.default_rng(1).normal(size=(44, 4, 2)), 2)
     found = stats.paired_difference(values + 0.5, values)
     assert found[:3] == pytest.approx((0.5, 0.5, 0.5))
@@ -98,7 +98,7 @@ def test_two_level_variance_is_unbiased():
 
 
 def test_the_interval_covers():
-    """Of 500 simulated studies with three seeds, 92 to 98 % of the 95 % intervals hold the true mean."""
+    """In 92 to 98 % of 500 simulated studies with three seeds, the 95 % interval holds the true mean."""
     assert 0.92 <= coverage((1, 0.15, 1)) <= 0.98
 
 
@@ -167,13 +167,13 @@ def test_an_untrained_method_meets_every_seed():
 
 
 def test_missing_scores_are_left_out_in_pairs():
-    """A picture without a score leaves its pair, a prompt without any leaves the difference and is counted, an empty
-    seed leaves it without taking prompts along."""
+    """A missing score removes its pair; a prompt without any score is dropped and counted; a seed without any score is
+    dropped, and no prompt with it."""
     rng = np.random.default_rng(9)
     values, base = rng.normal(size=(44, 4, 3)), rng.normal(size=(44, 4, 1))
-    base[0, 1] = np.nan  # one picture
+    base[0, 1] = np.nan  # one image
     values[1, :, 2] = np.nan  # one prompt under one seed
-    values[:, :, 1] = np.nan  # one training that failed
+    values[:, :, 1] = np.nan  # one training run that failed
     found = stats.paired_difference(values, base)
     kept = np.r_[0, 2:44]
     difference = (values - base)[np.ix_(kept, range(4), [0, 2])]
@@ -194,7 +194,7 @@ def test_order_does_not_matter():
 
 
 def test_one_prompt_and_no_prompt_have_no_interval():
-    """One prompt has a mean and no spread; no prompt has neither; nobody divides by zero."""
+    """One prompt has a mean and no spread; no prompt has neither; nothing is divided by zero."""
     one = stats.mean_interval(np.ones((1, 4, 2)))
     assert one.mean == 1
     assert np.isnan([one.lo, one.hi, one.se, one.p]).all()
@@ -242,7 +242,7 @@ def test_the_same_data_give_the_same_numbers():
 
 @pytest.mark.slow
 def test_the_probability_of_improvement_is_that_of_normal_data():
-    """Paired differences N(d, s): the share of pictures that win tends to Phi(d / s), on each side of one half."""
+    """Paired differences N(d, s): the share of images that win tends to Phi(d / s), on each side of one half."""
     rng = np.random.default_rng(17)
     base = rng.normal(size=(20000, 1, 1)) * 10
     for shift in (-1.0, 0.0, 0.5):

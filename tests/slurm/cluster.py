@@ -164,7 +164,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables of every command and every daemon."""
+        """Return the variables of every command and every daemon."""
         return {"SLURM_CONF": str(self.conf), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 
     # -- from nothing to idle nodes -----------------------------------------------------------------------------------

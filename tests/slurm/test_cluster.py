@@ -17,7 +17,7 @@ COUNT = "echo ${SLURM_RESTART_COUNT:-0} >> restarts-$SLURM_ARRAY_TASK_ID"
 
 
 def test_a_task_waits_for_its_own_predecessor_and_falls_with_it(cluster, tmp_path):
-    """Of two arrays, the successor of a failed task is cancelled and those of the others run; sacct agrees."""
+    """With two linked arrays, the successor of a failed task is cancelled and the others run; sacct agrees."""
     options = ["--array=0-2%2", "-c1", "-o", "/dev/null", "-D", str(tmp_path)]
     first = cluster.sbatch(*options, script="test $SLURM_ARRAY_TASK_ID != 1 && touch first-$SLURM_ARRAY_TASK_ID")
     after = [f"--dependency=aftercorr:{first}", "--kill-on-invalid-dep=yes"]
@@ -43,7 +43,7 @@ def test_a_requeued_task_keeps_its_id_and_its_successor_waits(cluster, tmp_path)
 
 
 def test_the_controller_and_a_node_go_and_come_back(cluster, tmp_path):
-    """Neither a restart of slurmctld nor a drained node ends a job; new jobs go to the other node."""
+    """A restart of slurmctld or a drained node ends no job, and new jobs go to the other node."""
     job = cluster.sbatch("-c1", "-w", NODES[0], "-o", "/dev/null", "-D", str(tmp_path), script="touch on; sleep 3")
     cluster.wait((tmp_path / "on").exists)
     cluster.restart_controller()

@@ -83,7 +83,7 @@ def test_damaged_json_is_no_json(tmp_path):
 
 @pytest.mark.parametrize("place", ["store", "store/below"])
 def test_a_store_that_is_a_file(tmp_path, place):
-    """Not even root can write there: one line says so before anything else happens."""
+    """A store that is a file, or lies below one, is refused in one line, and the file stays as it was."""
     (tmp_path / "store").write_text("mine")
     with pytest.raises(UserError, match=r"^--store .*name a folder"):
         Store(tmp_path / place).check_writable()

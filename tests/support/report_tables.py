@@ -134,12 +134,12 @@ def row_of(table, label):
 
 
 def with_runs(plan, change):
-    """The manifest with ``change(run)``, its new fields, in each of its runs."""
+    """Return the manifest with the fields ``change(run)`` set in each of its runs."""
     return structs.replace(plan, runs=[structs.replace(run, **change(run)) for run in plan.runs])
 
 
 def with_files(plan, file="scores/{images}/{evaluator}.parquet"):
-    """The manifest with a file and its evaluator's settings for every score."""
+    """Return the manifest with a file and its evaluator's settings for every score."""
 
     def filed(run, score):
         own = {"file": file.format(images=run.images, evaluator=score.evaluator), "settings": {"name": score.evaluator}}

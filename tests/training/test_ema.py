@@ -44,8 +44,8 @@ def test_an_average_that_comes_late_is_the_same(kind, method, tmp_path):
     assert ends[0] == ends[1] == ends[2]
 
 
-def test_nobody_waits_for_it(monkeypatch):
-    """The computation goes on while the thread is held up; who reads the average waits for it."""
+def test_training_does_not_wait_for_the_average(monkeypatch):
+    """Training continues while the thread is held up; reading the average waits for it."""
     held, lerp = threading.Event(), EMA._lerp
 
     def until_told(self, *arguments):

@@ -227,7 +227,7 @@ def through(flow, x=None, cast=False):
 
 
 def test_adapters_need_no_copy_of_what_enters_them():
-    """Without peft's cast to float32: the same velocity and gradients, bit by bit, and a copy less for each adapter."""
+    """Without peft's cast to float32, velocity and gradients are bitwise the same, with one copy less per adapter."""
     flow = adapted("bfloat16")
     v, gradients, copies = through(flow)
     v_cast, gradients_cast, copies_cast = through(flow, cast=True)

@@ -168,7 +168,7 @@ def test_milestones_outlive_kill_9(tmp_path):
 # -- images and scores -------------------------------------------------------------------------------------------------
 
 
-def test_every_milestone_has_its_pictures_and_scores(swept):
+def test_every_milestone_has_its_images_and_scores(swept):
     """The first prompts' images of the milestones' own weights, and a row of scores each; nothing beyond the end."""
     run, root = trained(swept), swept / "store"
     end = pd.read_parquet(root / "images" / run.images / "manifest.parquet")
