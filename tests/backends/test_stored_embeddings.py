@@ -266,10 +266,10 @@ SCRIPT = """
     import sys, time
     from pathlib import Path
     import torch
-    from alignbench import embeddings
+    from alignbench.backends import stored_embeddings as embeddings
     from alignbench.plugins import Registry
     from alignbench.rehearsal.tiny_backends import backend
-    from alignbench.store.files import Store
+    from alignbench.store.artefacts import Store
 
     store, hang = Path(sys.argv[1]), len(sys.argv) > 2
     embeddings.FILE_BYTES = 2**14

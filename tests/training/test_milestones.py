@@ -298,7 +298,7 @@ def test_a_sweep_with_milestones_goes_on_after_kill_9(undisturbed, tmp_path, sta
     sweep_file(tmp_path, MILESTONES)
     process = start(tmp_path)
     until(tmp_path, "sweeps/*.json", process)
-    first = trained(tmp_path)["milestones"][0].images
+    first = trained(tmp_path).milestones[0].images
     run, _ = trainer(tmp_path)
     wait = {
         "training": f"runs/{run}/weights-000001.safetensors",
