@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return shell_complete(cli, {}, "alignbench", COMPLETE, instruction)
         with cli.make_context("alignbench", list(sys.argv[1:] if argv is None else argv)) as context:
             code = cli.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout:  # None if it was closed
+            sys.stdout.flush()
         return code
     except Exit as end:  # --help and --version
         return end.exit_code
