@@ -2,7 +2,7 @@
 
 Names are read from source text, so that listing them imports nothing; only the classes that a sweep uses are imported.
 A class is found if it stands at the top level of its file, has ``name = "..."`` in its body, and derives from
-``AlignMethod`` or ``Evaluator``, directly or through another class that does.
+``AlignMethod``, ``Evaluator`` or ``PipelineBackend``, directly or through another class that does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROOTS: dict[str, Kind] = {
     "GuidedBackend": "backend",
 }
 
-
+BASES = "AlignMethod, Evaluator or PipelineBackend"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
@@ -78,7 +78,7 @@ class Registry:
         for path in map(Path, self.plugins):
             entries = list(_scan(path, f"alignbench_plugin_{path.stem}_{digest(path)[:8]}", True, kinds))
             if not entries:
-                raise UserError(f"{path}: no class in it derives from AlignMethod or Evaluator and sets name = '...'")
+                raise UserError(f"{path}: no class in it derives from {BASES} and sets name = '...'")
             self._add(entries)
 
     def _add(self, entries: Iterable[Entry]) -> None:

@@ -125,7 +125,7 @@ def fit(request: Request, method: str | None, only: Sequence[str], gpu: str, ran
     assumed, known = gpu_named(gpu), request.registry()
     drafted = draft(request.with_method(method, "table2"), known)
     cells = [cell for cell in selected(drafted, only) if cell.trains]
-    if method:
+    if method is not None:
         cells = [cell for cell in cells if cell.spec.method["name"] == method]
     specs = [cell.spec for cell in cells]
     text, fits = page(drafted.document.name, specs, known, assumed, Group(ranks, parallel))

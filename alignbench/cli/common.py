@@ -43,22 +43,29 @@ class Verb(click.Command):
     def _spelt_out(self, ctx: click.Context, args: Sequence[str]) -> Iterator[str]:
         """Yield ``args`` with one value per option: ``--only a b`` as ``--only a --only b``, ``-e=a`` as ``-e a``.
 
-        Raise UsageError if an option lacks its value: click would take the next option for it.
+        Raise UsageError if an option lacks its value, which click would take from the next option, if a flag has one,
+        or if an option of one value is repeated: click would ignore the first.
         """
-        valued = (option for option in self.params if isinstance(option, click.Option) and not option.is_flag)
-        known = {name: option for option in valued for name in option.opts}
-        rest = list(args)
+        known = {name: option for option in self.params if isinstance(option, click.Option) for name in option.opts}
+        rest, given = list(args), set[str | None]()
         while rest and rest[0] != "--":
             word = rest.pop(0)
             name, equals, value = word.partition("=")
-            if name not in known:
+            option = known.get(name)
+            if option is None or option.is_flag:
+                if option and equals:
+                    raise click.UsageError(f"{name}: takes no value; leave out '={value}'", ctx)
                 yield word
                 continue
+            if option.name in given and not option.multiple:
+                form = f"{name} {option.make_metavar(ctx)}"
+                raise click.UsageError(f"{name}: is given twice; give it once, as {form}", ctx)
+            given.add(option.name)
             values = [value] if equals else []
-            while rest and not equals and not _is_option(rest[0]) and (not values or isinstance(known[name], Several)):
+            while rest and not equals and not _is_option(rest[0]) and (not values or isinstance(option, Several)):
                 values.append(rest.pop(0))
             if not values:
-                raise click.UsageError(f"{name}: its value {known[name].make_metavar(ctx)} is missing", ctx)
+                raise click.UsageError(f"{name}: its value {option.make_metavar(ctx)} is missing", ctx)
             for value in values:
                 yield from (name, value)
         yield from rest
@@ -87,7 +94,7 @@ class Count(click.ParamType):
     name = "count"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if not str(value).isdigit() or int(value) < 1:
+        if not str(value).isdecimal() or int(value) < 1:
             self.fail(f"'{value}' is not a whole number of 1 or more", param, ctx)
         return int(value)
 
@@ -136,7 +143,10 @@ STORE = click.option(
     "--store", metavar="DIR", default="store", type=str, help="Folder that keeps the results (default: store)."
 )
 PLUGIN = click.option(
-    "--plugin", metavar="FILE", multiple=True, help="Python file with your own methods or evaluators; repeatable."
+    "--plugin",
+    metavar="FILE",
+    multiple=True,
+    help="Python file with your own methods, evaluators or backends; repeatable.",
 )
 ONLY = click.option(
     "--only",
@@ -249,7 +259,7 @@ class Request:
 
         document = self.document(default)
         cases = document.data.get("cases") or []
-        if not name or any((case.get("method") or {}).get("name") == name for case in cases):
+        if name is None or any((case.get("method") or {}).get("name") == name for case in cases):
             return document
         cases = [*cases, {"label": name, "method": {"name": name}}]
         return Document(document.path, document.data | {"cases": cases}, document.run_sets, document.command)
@@ -266,11 +276,14 @@ class Request:
         from alignbench.store.manifest import read_manifest
 
         by_name = store.root / "sweeps" / f"{self.words[0]}.json"
-        path = by_name if by_name.is_file() else store.root / "sweeps" / self.document().manifest
+        if by_name.is_file():
+            return by_name.stem, read_manifest(by_name)
+        document = self.document()
+        path = store.root / "sweeps" / document.manifest
         if not path.is_file():
             known = ", ".join(path.stem for path in store.manifests())
             raise UserError(
-                f"{' '.join(self.words)}: was not run in {store.root} as it stands; "
+                f"{document.command}: was not run in {store.root} as it stands; "
                 f"run `alignbench sweep` with the same words (in the store: {known or 'nothing'})"
             )
         return path.stem, read_manifest(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -91,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return shell_complete(cli, {}, "alignbench", COMPLETE, instruction)
         with cli.make_context("alignbench", list(sys.argv[1:] if argv is None else argv)) as context:
             code = cli.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout:  # None if it was closed
+            sys.stdout.flush()
         return code
     except Exit as end:  # --help and --version
         return end.exit_code
@@ -104,6 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the output was piped into `head`
         sys.stdout = None  # type: ignore[assignment]  # nothing left to flush
         return DONE
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        sys.stdout = None  # type: ignore[assignment]  # nothing left to flush
+        return _refuse(f"the output cannot be written: {error.strerror}")
     except Exception as error:
         from alignbench.config import UserError  # imported late: its dependencies would double the time of --help
 

@@ -92,6 +92,7 @@ def compare(a: str, b: str, evaluators: str | None, out: str | None, store: str)
     from alignbench.store.artefacts import Store
 
     place = Store(store)
+    place.check_folder()
     left, right = pairs.find(place, a), pairs.find(place, b)
     pair, remarks = pairs.compare(place, left, right, evaluators.split(",") if evaluators else ())
     text = compare.page(place, left, right, pair, remarks)

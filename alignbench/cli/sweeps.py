@@ -56,9 +56,13 @@ def sweep(
     track: Sequence[str],
 ) -> int:
     """Run everything of a sweep that the store does not have yet: train, generate, score."""
+    from alignbench.config import UserError
     from alignbench.launch.local import check_launcher
 
     check_launcher(launcher)
+    if launcher != "slurm" and (slurm is not None or wait):
+        option = "--wait" if slurm is None else "--slurm"
+        raise UserError(f"{option}: --launcher {launcher} ignores it; leave it out, or choose --launcher slurm")
     store = request.store()
     plan = request.plan()
     cells = selected(plan, only)
@@ -113,7 +117,7 @@ def status(request: Request) -> int:
         try:
             manifest = read_manifest(path)
         except UserError as error:  # concerns one sweep; the others are still shown
-            print(error, file=sys.stderr)
+            print(f"alignbench: {error}", file=sys.stderr)
             continue
         rows = status_table.rows(store, manifest, submissions.read(store, path.stem))
         print(f"{path.stem}: {status_table.summary(rows)}  (alignbench report {manifest.sweep or path.stem})")
@@ -196,6 +200,7 @@ def rerun(run: str, into: str | None, store: str) -> int:
     from alignbench.store.artefacts import Store
 
     place = Store(store)
+    place.check_folder()
     remark, copy = rerun.original_code(place, run)
     if remark:
         print(remark, flush=True)
@@ -214,9 +219,8 @@ def rerun(run: str, into: str | None, store: str) -> int:
 def gc(yes: bool, store: str) -> int:
     """List what no sweep in the store refers to, with sizes, and delete it once you confirm."""
     from alignbench.launch import cleanup
-    from alignbench.store.artefacts import Store
 
-    place = Store(store)
+    place = usable_store(store)
     items = cleanup.unused(place)
     for item in items:
         print(f"{cleanup.human_size(item.size):>9}  {item.what}: {item.why}")

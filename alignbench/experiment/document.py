@@ -86,8 +86,13 @@ def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, l
 
 
 def _find(path: str) -> Path:
-    packaged = sweeps().get(path)
-    return packaged if packaged and not Path(path).is_file() else Path(path)
+    file, packaged = Path(path), sweeps()
+    if path in packaged and not file.is_file():
+        return packaged[path]
+    if not path or not (file.suffix or len(file.parts) > 1 or file.exists()):
+        known = did_you_mean(path, packaged, "packaged sweeps")
+        raise UserError(f"{path or repr(path)}: there is no such file, and no packaged sweep of this name{known}")
+    return file
 
 
 def sweeps() -> dict[str, Path]:

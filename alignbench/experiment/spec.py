@@ -56,7 +56,7 @@ class Training(Config):
     micro_batch: Count | None = None  # images per backward pass on one rank; None: batch / ranks
     reward_slice: Count | None = None  # images decoded and rewarded at a time, with gradient; None: a whole micro-batch
     ema_on_host: bool = False  # keep the average of the weights in host memory instead of beside the weights
-    seed: Annotated[int, Meta(ge=0)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  # 64 bits, as in tables of scores
     checkpoint_every: Count = 25  # batches; not part of the run id
     keep: Count = 2  # checkpoints; more than one, in case the disk damages one; not part of the run id
     drift_every: Count | None = 10  # batches between measurements of drift from the base model; not part of the run id

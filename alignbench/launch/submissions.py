@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from alignbench.launch import slurm
 from alignbench.store.artefacts import Store
 from alignbench.store.files import read_json, write_json
@@ -64,12 +66,13 @@ def read(store: Store, sweep: str | None = None) -> list[Submission]:
     """Return all launches, or those of one sweep, latest first. Unreadable and invalid records are skipped."""
     records = []
     for path in (store.root / "jobs").glob(f"*/{FILE}"):
-        with suppress(TypeError, KeyError, ValueError, OSError):
+        with suppress(TypeError, KeyError, OSError, msgspec.ValidationError):
             data = read_json(path) or {}
-            jobs = [JobEntry(**entry) for entry in data.pop("tickets")]
-            if all(JOB.fullmatch(entry.job) for entry in jobs):
-                about = {key: data[key] for key in Submission._fields if key not in ("folder", "jobs")}
-                records.append(Submission(folder=path.parent, jobs=jobs, **about))
+            jobs = [[entry[key] for key in JobEntry._fields] for entry in data["tickets"]]
+            about = data | {"folder": path.parent, "jobs": jobs}
+            record = msgspec.convert([about[key] for key in Submission._fields], Submission)
+            if all(JOB.fullmatch(entry.job) for entry in record.jobs):
+                records.append(record)
     chosen = [record for record in records if sweep is None or record.sweep == sweep]
     return sorted(chosen, key=lambda record: -record.submitted)
 

@@ -96,7 +96,8 @@ def _disagreeing(root: artefacts.Store, a: Side, b: Side, result: Result) -> Ite
         lines.append(f"- {gap} ({number(case.a, decimals)}, {number(case.b, decimals)}): {escape(case.prompt)}")
         lines += [f"  - {name}: {path or 'no image'}" for name, path in zip("AB", case.images)]
     yield f"### {escape(title(result.measure))}"
-    yield "\n".join(lines) if lines else "No prompt differs."
+    nothing = "No prompt differs." if len(result.pairs) else "No prompt has a score of both."
+    yield "\n".join(lines) if lines else nothing
 
 
 def sheet(root: artefacts.Store, a: Side, b: Side, results: Sequence[Result]) -> Any:

@@ -60,21 +60,30 @@ def stack(sheets: Sequence[Image.Image]) -> Image.Image:
 
 def _tile_size(rows: Sequence[tuple[str, Sequence[Path | None]]]) -> int:
     """Return a multiple of a small image's side, so that pixels stay square; at most LARGEST for large images."""
-    first = next((file for _, files in rows for file in files if file is not None), None)
+    first = next((image for _, files in rows for file in files if (image := _read(file)) is not None), None)
     if first is None:
         return SMALLEST
-    with Image.open(first) as image:
-        side = max(image.size)
+    side = max(first.size)
     return side * math.ceil(SMALLEST / side) if side < SMALLEST else min(side, LARGEST)
 
 
-def _tile(file: Path | None, tile: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+def _read(file: Path | None) -> Image.Image | None:
+    """Return the image; None without a file, or if it cannot be read as an image."""
     if file is None:
+        return None
+    try:
+        with Image.open(file) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _tile(file: Path | None, tile: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+    image = _read(file)
+    if image is None:
         missing = Image.new("RGB", (tile, tile), (225, 225, 225))
         ImageDraw.Draw(missing).text((GAP, tile // 2 - FONT // 2), "no image", GREY, font)
         return missing
-    with Image.open(file) as opened:
-        image = opened.convert("RGB")
     larger = image.width <= tile and tile % image.width == 0
     return image.resize((tile, tile), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
 

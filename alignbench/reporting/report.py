@@ -45,7 +45,7 @@ from alignbench.reporting.html import page
 from alignbench.reporting.plots import draw
 from alignbench.reporting.tables import changes_table, hacked, main_table, marks, task_table, tidy
 from alignbench.reporting.text.table import Section, Table, escape
-from alignbench.store.files import write
+from alignbench.store.files import read_frame, write
 from alignbench.store.manifest import Manifest
 
 REPORTS = "alignbench.reports"
@@ -260,7 +260,7 @@ def _image_set(results: Results, label: str) -> pd.DataFrame | None:
     for run in sorted(results.manifest.rows.get(label, []), key=lambda run: run.seed):
         folder = results.store / "images" / run.images
         if (folder / "manifest.parquet").is_file():
-            images = pd.read_parquet(folder / "manifest.parquet")
+            images = read_frame(folder / "manifest.parquet")
             images = images[images["index"] == images["index"].min()]
             paths = [folder / file for file in images["file"]]
             return images.assign(path=[path if path.is_file() else None for path in paths])

@@ -39,7 +39,7 @@ class Artefact:
     def failure(self) -> str | None:
         """Reason why the last attempt failed; None after a success and before any attempt."""
         status = read_json(self.status) or {}
-        return status.get("reason", "no reason was recorded") if status.get("state") == "failed" else None
+        return str(status.get("reason") or "no reason was recorded") if status.get("state") == "failed" else None
 
     @property
     def busy(self) -> bool:

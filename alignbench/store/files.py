@@ -51,7 +51,7 @@ def cannot_write(path: Path | str, error: OSError) -> str:
     """Return one line that says why ``path`` cannot be written and what to do."""
     if error.errno in DISK_FULL:
         return f"{path}: no space left on the disk; free some and run the same command again, finished work is kept"
-    return f"{path}: cannot be written: {error.strerror or error}; choose another --store, or fix its permissions"
+    return f"{path}: cannot be written: {error.strerror or error}; choose another folder, or fix its permissions"
 
 
 def flush(path: Path) -> None:
@@ -68,13 +68,25 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path | str) -> dict[str, Any] | None:
-    """Return the content of a JSON file, or None if the file is absent or truncated (by a power failure)."""
+    """Return the object in a JSON file; None if there is none, because the file is absent, truncated or damaged."""
     try:
         with open(path, "rb") as file:
-            return json.loads(file.read())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+            content = json.loads(file.read())
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
     write(path, lambda temporary: frame.to_parquet(temporary, index=False))
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """Return a table that ``write_frame`` has written. Raise UserError if it is damaged."""
+    import pandas as pd
+    import pyarrow as pa
+
+    try:
+        return pd.read_parquet(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it, and run the sweep again") from None

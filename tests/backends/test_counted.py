@@ -33,7 +33,7 @@ class Plain(Flux):
     name: ClassVar[str] = "plain"
     cost_model: ClassVar = None
 """
-BROKEN = SAME + "\n    def outline(self):\n        raise ValueError('of the plug-in')\n"
+BROKEN = SAME + "\n    def outline(self):\n        raise ValueError('of the\\n plug-in')\n"
 UNABLE = SAME + "\n    outline: ClassVar = None\n"
 
 

@@ -247,7 +247,7 @@ def test_a_file_that_is_not_a_sweep(text, line, folder, capsys):
 @pytest.mark.parametrize(
     ("source", "line"),
     [
-        ("x = 1\n", "no class in it derives from AlignMethod or Evaluator and sets name"),
+        ("x = 1\n", "no class in it derives from AlignMethod, Evaluator or PipelineBackend and sets"),
         (
             "import nowhere_at_all\nfrom alignbench import AlignMethod\nclass M(AlignMethod):\n    name = 'last'\n",
             "nowhere",
@@ -378,6 +378,21 @@ def test_the_version_is_printed(capsys):
         ),
         (["compare", "a", "b", "c"], "unexpected extra argument"),
         (["status", "--plugin", "x"], "there is no option '--plugin'"),
+        (["logs", "-f=1", "x"], r"-f: takes no value; leave out '=1' \(see `alignbench logs --help`\)"),
+        (["logs", "x", "--follow=yes"], "--follow: takes no value; leave out '=yes'"),
+        (["compare", "a", "-e", "x", "b", "-e", "y"], "-e: is given twice; give it once, as -e M,N"),
+        (["compare", "a", "-e", "x", "b", "--evaluators=y"], "--evaluators: is given twice"),
+        (["plan", "quickstart", "--limit", "²"], "--limit: '²' is not a whole number"),
+        (["plan", "quickstrat"], "quickstrat: there is no such file, .*; did you mean 'quickstart'"),
+        (["plan", ""], "'': there is no such file"),
+        (["plan", "nothing.yaml"], "nothing.yaml: cannot be read: No such file"),
+        (["run", "--method", ""], "quickstart: cases.*label: expected text of length >= 1"),
+        (["sweep", "quickstart", "--wait"], "--wait: --launcher local ignores it"),
+        (["sweep", "quickstart", "--slurm", "x"], "--slurm: --launcher local ignores it"),
+        (
+            ["plan", "quickstart", "--seeds", str(2**64)],
+            "training.seed: expected a whole number <= 9223372036854775807",
+        ),
     ],
 )
 def test_a_mistake_in_the_words_gives_one_line(words, line, capsys):
@@ -434,6 +449,35 @@ def test_bash_completes(words, expected, tmp_path, capsys):
     show = "printf '%s\\n' \"${COMPREPLY[@]}\""
     done = subprocess.run(["bash", "-c", f"{script}\n{ask}\n{show}"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout.split(), done.stderr) == (expected, "")
+
+
+@pytest.mark.parametrize("words", [["gc"], ["rerun", "x"], ["compare", "a", "b"], ["logs", "x"]])
+def test_a_file_is_not_a_store(words, tmp_path, capsys):
+    """Verbs without a sweep refuse a file as the store, too."""
+    (tmp_path / "store").write_text("mine")
+    assert main([*words, "--store", str(tmp_path / "store")]) == 1
+    assert re.fullmatch(r"alignbench: --store .* it is a file; name a folder\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("words", ["--help", "ls"])
+def test_output_that_cannot_be_written_is_one_line(words):
+    """Standard output on a full disk: exit code 1, and one line that says so."""
+    done = subprocess.run(
+        f"{sys.executable} -m alignbench.cli {words} > /dev/full",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "the output cannot be written: No space left on device" in done.stderr
+
+
+def test_a_closed_output_is_not_a_failure():
+    """`alignbench ls >&-` gives exit code 0 and nothing on stderr."""
+    ls = f"{sys.executable} -m alignbench.cli ls >&-"
+    done = subprocess.run(["bash", "-c", ls], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_reader_that_stops_early_is_not_a_failure():

@@ -22,7 +22,7 @@ from alignbench.launch.pending import unfinished
 from alignbench.launch.slurm import arrays
 from alignbench.plugins import Registry
 from alignbench.store.artefacts import Store
-from alignbench.store.files import write, write_json
+from alignbench.store.files import read_json, write, write_json
 from alignbench.store.stages import Stage
 
 
@@ -225,12 +225,19 @@ def record(store: Store, **changes) -> None:
 
 
 def test_an_invalid_record_is_skipped(tmp_path):
-    """Records with unsafe job ids, missing keys or invalid JSON are skipped, and the others are read."""
+    """Records with unsafe job ids, missing keys, wrong types or invalid JSON are skipped, and the others are read."""
     store = Store(tmp_path)
     record(store)
     record(store, job="7_0; rm -rf ~")
     write_json(tmp_path / "jobs" / "half" / submissions.FILE, {"sweep": "tiny-1"})
     write(tmp_path / "jobs" / "broken" / submissions.FILE, b"\x80\x04pickle")
+    write(tmp_path / "jobs" / "list" / submissions.FILE, "[]")
+    valid = read_json(tmp_path / "jobs" / "tiny-0" / submissions.FILE) or {}
+    entry = valid["tickets"][0]
+    for place, change in enumerate(
+        ({"submitted": "x"}, {"pid": "x"}, {"tickets": 3}, {"tickets": [entry | {"makes": 5}]})
+    ):
+        write_json(tmp_path / "jobs" / f"wrong-{place}" / submissions.FILE, valid | change)
     assert [submission.jobs[0].job for submission in submissions.read(store, "tiny-1")] == ["7_0"]
 
 

@@ -351,11 +351,13 @@ def test_a_page_alone_is_the_page_of_the_whole_report(tmp_path):
 
 
 def test_a_missing_image_leaves_a_grey_tile(tmp_path):
-    """A method without images keeps its row in the grid."""
+    """A method without images, or with damaged ones, keeps its row in the grid."""
     given = results(tmp_path)
     draw_images(tmp_path, given.manifest)
     for seed in (0, 1):
         (tmp_path / f"images/ReFL{seed}/manifest.parquet").unlink()
+    for file in (tmp_path / "images").glob("B*/*.png"):
+        file.write_bytes(b"cut off")
     with Image.open(report.build(given, tmp_path / "out", ["png"])[0]) as sheet:
         row = np.asarray(sheet)[-5 * 132 : -5 * 132 + 128, -132:-4]
     assert (row[:8] == 225).all()

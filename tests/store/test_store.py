@@ -18,7 +18,7 @@ from alignbench.config import UserError
 from alignbench.reporting.analysis.results import COSTS, Results
 from alignbench.store import locks as stores
 from alignbench.store.artefacts import Store, locked
-from alignbench.store.files import read_json, write, write_frame, write_json
+from alignbench.store.files import read_frame, read_json, write, write_frame, write_json
 from alignbench.store.locks import Lock, LockLost, alive
 from alignbench.store.manifest import Manifest, ManifestMetric, ManifestRun, ManifestScore
 
@@ -79,6 +79,25 @@ def test_damaged_json_is_no_json(tmp_path):
     (tmp_path / "a.json").write_text('{"state": "do')
     assert read_json(tmp_path / "a.json") is None
     assert read_json(tmp_path / "b.json") is None
+    assert read_json(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ['"done"', "[]", "3", "null"])
+def test_json_that_is_not_an_object_is_no_status(store, content):
+    """Whatever the file of a status holds, the run is neither done nor failed; a failure may lack its reason."""
+    run = store.run("refl-0", trains=True)
+    write(run.product, b"weights")
+    write(run.status, content)
+    assert (run.done, run.state, run.failure) == (False, None, None)
+    write(run.status, '{"state": "failed", "reason": null}')
+    assert run.failure == "no reason was recorded"
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    """The error says which file to delete."""
+    write(tmp_path / "manifest.parquet", b"PAR1 cut")
+    with pytest.raises(UserError, match=r"manifest.parquet: cannot be read .*; delete it, and run the sweep again$"):
+        read_frame(tmp_path / "manifest.parquet")
 
 
 @pytest.mark.parametrize("place", ["store", "store/below"])

@@ -186,7 +186,7 @@ def test_settings(folder, capsys):
     ("source", "line"),
     [
         (None, "mine.py: cannot be read"),
-        ("x = 1\n", "no class in it derives from AlignMethod or Evaluator and sets name"),
+        ("x = 1\n", "no class in it derives from AlignMethod, Evaluator or PipelineBackend and sets"),
         (
             "import nowhere_at_all\nfrom alignbench import AlignMethod\nclass M(AlignMethod):\n    name = 'm'\n",
             "nowhere",

@@ -178,7 +178,8 @@ def count_model(backend: Any) -> CountedModel | None:
         except UserError:
             raise
         except Exception as error:  # plug-in code may raise anything on tensors without memory
-            what = f"its model does not run without weights ({type(error).__name__}: {error})"
+            why = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+            what = f"its model does not run without weights ({why})"
             raise UserError(f"backend {backend.name}: {what}") from error
         _cache()[key] = model
     return _cache()[key]

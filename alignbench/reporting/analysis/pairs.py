@@ -19,6 +19,7 @@ from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.comparison import Analysis, Comparison, Measure, analyse
 from alignbench.reporting.analysis.results import Results
 from alignbench.store import artefacts
+from alignbench.store.files import read_frame
 from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun, ManifestScore, read_manifest
 
 TOP = 5  # prompts per metric
@@ -241,7 +242,7 @@ def _images(root: artefacts.Store, run: ManifestRun) -> dict[tuple[str, int], tu
     artefact = root.images(run.images)
     if not artefact.done:
         return {}
-    table = pd.read_parquet(artefact.product)
+    table = read_frame(artefact.product)
     paths = [artefact.folder / file for file in table["file"]]
     shown = [path if path.is_file() else None for path in paths]
     return dict(zip(zip(table["prompt_id"], table["index"]), zip(table["text"], shown)))

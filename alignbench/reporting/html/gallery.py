@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alignbench.reporting.analysis.comparison import Analysis
+from alignbench.store.files import read_frame
 
 if TYPE_CHECKING:
     from alignbench.reporting.analysis.results import Results
@@ -81,7 +82,7 @@ def collect(results: Results, analysis: Analysis) -> Gallery:
             run = results.manifest.by_seed[label, seed]
             folder = results.store / "images" / run.images
             if (folder / "manifest.parquet").is_file():
-                images = pd.read_parquet(folder / "manifest.parquet")
+                images = read_frame(folder / "manifest.parquet")
                 lists[method, number] = images.assign(path=[folder / file for file in images["file"]])
             else:
                 state = states[run.id]
