@@ -230,7 +230,8 @@ def test_another_tokenizer_is_refused(folder, tmp_path, images):
     (base / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     wrong = HPSv3(weights=str(folder), base=str(base))
     refused(
-        "has embeddings for 265 tokens, the tokenizer of hpsv3.base has", lambda: wrong.score(images[:1], PROMPTS[:1])
+        "has embeddings for 265 tokens, but the tokenizer of hpsv3.base has",
+        lambda: wrong.score(images[:1], PROMPTS[:1]),
     )
 
 
