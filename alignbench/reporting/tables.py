@@ -38,10 +38,9 @@ def main_table(analysis: Analysis, costs: pd.DataFrame, marked: Mapping[str, str
     """
     columns = [Column("method"), *map(_column, analysis.measures)]
     columns += [Column(name, unit, decimals=decimals) for _, name, unit, _, decimals in COSTS]
-    best = {measure: analysis.best(measure) for measure in analysis.measures}
     rows, spent = [], _cost_cells(costs)
     for label in analysis.labels:
-        cells = [_mean_cell(analysis, measure, label, *best[measure]) for measure in analysis.measures]
+        cells = [_mean_cell(analysis, measure, label) for measure in analysis.measures]
         flag = (marked or {}).get(label, "") + " **(reward hacking)**" * bool(hacked(analysis, label))
         rows.append([Cell(label, mark=flag + _seeds_mark(analysis, label)), *cells, *spent.get(label, NO_COSTS)])
     return Table(columns, rows)
@@ -82,9 +81,8 @@ def _column(measure: Measure) -> Column:
     return Column(title(measure), measure.unit, measure.higher_is_better, measure.role, decimals)
 
 
-def _mean_cell(analysis: Analysis, measure: Measure, label: str, best: str | None, close: Sequence[str]) -> Cell:
-    mark = "(=)" if label in close else ""
-    return estimate_cell(analysis.means[measure][label], measure)._replace(bold=label == best, mark=mark)
+def _mean_cell(analysis: Analysis, measure: Measure, label: str) -> Cell:
+    return estimate_cell(analysis.means[measure][label], measure)._replace(bold=label == analysis.bold(measure))
 
 
 def estimate_cell(found: stats.MeanEstimate, measure: Measure) -> Cell:

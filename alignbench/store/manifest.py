@@ -147,6 +147,7 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
     milestone_prompts: int | None = None
     rehearsal: bool = False
     prompts: int = 0  # number of evaluation prompts
+    primary: str = ""  # metric that the sweep names as its primary measure
     cases: list[str] = field(default_factory=list)  # labels, in the order of the table
     runs: list[ManifestRun]
     plugins: list[str] = field(default_factory=list)

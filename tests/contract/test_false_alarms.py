@@ -55,7 +55,7 @@ def alarms(analysis):
         for name, table in tables.items()
         for measure, column in table.items()
     }
-    bold = {f"bold {measure.name}": analysis.best(measure)[0] is not None for measure in MEASURES}
+    bold = {f"bold {measure.name}": analysis.bold(measure) is not None for measure in MEASURES}
     improved = any(said[f"improved {measure.name}"].count("cannot tell") < METHODS for measure in MEASURES)
     return (
         {name: any(each in ("up", "down") for each in column) for name, column in said.items()}

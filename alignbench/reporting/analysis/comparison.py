@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from msgspec import structs
 from numpy.typing import NDArray
 
 from alignbench.reporting.analysis import stats
+from alignbench.reporting.analysis.ranking import Ranking, rank
 from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun
 
@@ -46,6 +48,7 @@ class Comparison(NamedTuple):
     estimate: MeanEstimate
     p_holm: float
     equal: float = 0.0  # the mean if there is no difference
+    weights: bool = False  # it speaks of the very weights that were scored, not of what another training run would give
 
     @property
     def verdict(self) -> str:
@@ -56,13 +59,21 @@ class Comparison(NamedTuple):
             return "cannot tell"
         return "up" if self.estimate.mean > self.equal else "down"
 
+    @property
+    def said(self) -> str:
+        """The verdict in words; with one training run it is one on these weights."""
+        return f"{self.verdict} (these weights)" if self.weights and self.verdict in ("up", "down") else self.verdict
+
 
 @dataclass(frozen=True)
 class Analysis:
     """Numbers of one sweep: ``means[measure][label]``, and if there is a ``base``, what changed against it.
 
     That is ``changes[measure][label]``, ``improved[measure][label]`` (the probability of improvement) and
-    ``gains[label]`` (over the measures ``summed``).
+    ``gains[label]`` (over the measures ``summed``). ``pairs[measure][a, b]``: the paired difference a - b of two
+    compared rows, a before b in the order of the table, with Holm over all pairs of the measure. ``primary``: the
+    measure that the first screen speaks of, None if nothing independent of the training reward was measured.
+    ``unstable``: rows whose training runs differ more than those of the others.
     """
 
     labels: list[str]
@@ -75,6 +86,10 @@ class Analysis:
     improved: dict[Measure, dict[str, Comparison]] = field(default_factory=dict)
     gains: dict[str, Comparison] = field(default_factory=dict)
     summed: list[Measure] = field(default_factory=list)
+    pairs: dict[Measure, dict[tuple[str, str], Comparison]] = field(default_factory=dict)
+    rankings: dict[Measure, Ranking] = field(default_factory=dict)
+    primary: Measure | None = None
+    unstable: dict[Measure, list[str]] = field(default_factory=dict)
 
     @functools.cached_property
     def trained(self) -> list[str]:
@@ -98,7 +113,8 @@ class Analysis:
             pooled = self._pool(measure, strata, count)
             by_pair |= zip(chosen, stats.mean_intervals(differences, strata, pooled=pooled))
         estimates = [by_pair[pair] for pair in pairs]
-        return list(map(Comparison, estimates, stats.holm([estimate.p for estimate in estimates])))
+        holm = stats.holm([estimate.p for estimate in estimates])
+        return [Comparison(found, p, weights=self.of_weights(*pair)) for found, p, pair in zip(estimates, holm, pairs)]
 
     def _pool(self, measure: Measure, strata: NDArray | None, trained: int) -> stats.SeedSpread | None:
         """Return the spread between training runs of differences in which ``trained`` of the two rows are trained."""
@@ -123,7 +139,11 @@ class Analysis:
                 estimates = stats.improvements(signed, sign * data.values[self.base or ""], strata, pooled=pooled)
                 shares |= zip([(measure, label) for label in labels], estimates)
         holm = dict(zip(shares, stats.holm([share.p for share in shares.values()])))
-        return {m: {k: Comparison(shares[m, k], holm[m, k], 0.5) for k in self.compared} for m in directed if self.base}
+        return {
+            m: {k: Comparison(shares[m, k], holm[m, k], 0.5, self.of_weights(k)) for k in self.compared}
+            for m in directed
+            if self.base
+        }
 
     def _kinds(self) -> list[tuple[list[str], bool]]:
         """Return (labels, pooled): rows trained here, whose spread between runs is pooled, and the others."""
@@ -153,7 +173,10 @@ class Analysis:
             spread = stats.pool_seeds(parts, strata) if pooled else None
             estimates |= zip(labels, stats.mean_intervals(parts, strata, pooled=spread))
         holm = stats.holm([estimates[label].p for label in self.compared])
-        return chosen, {label: Comparison(estimates[label], p) for label, p in zip(self.compared, holm)}
+        return chosen, {
+            label: Comparison(estimates[label], p, weights=self.of_weights(label))
+            for label, p in zip(self.compared, holm)
+        }
 
     def _gain(self, measure: Measure, label: str) -> stats.Array:
         values = self.scores[measure].values
@@ -181,19 +204,78 @@ class Analysis:
         """Return task -> label -> mean over the task's prompts."""
         return {str(task): self.averages(measure, str(task)) for task in np.unique(self.scores[measure].tags)}
 
-    def best(self, measure: Measure) -> tuple[str | None, list[str]]:
-        """Return (winner, rows not distinguishable from it); no winner unless its gain over base survives Holm."""
+    def bold(self, measure: Measure) -> str | None:
+        """Return the leader if its gain over base is shown, for the method and not only for these weights."""
+        leader = self.rankings[measure].leader
+        change = self.changes[measure].get(leader or "")
+        return leader if change is not None and not change.weights and better(change, measure) else None
+
+    def of_weights(self, *labels: str) -> bool:
+        """Return whether a comparison of these rows speaks of the scored weights only: some row is one training run."""
+        return any(label != self.base and not self._generalizes(label) for label in labels)
+
+    def _generalizes(self, label: str) -> bool:
+        """Return whether it is known how much the row's training runs differ: it has seeds, and some row has two."""
+        return label in self.trained and max(len(self.seeds[trained]) for trained in self.trained) > 1
+
+    def all_pairs(self, measure: Measure) -> dict[tuple[str, str], Comparison]:
+        """Return the paired differences of all pairs of compared rows (of all rows without a base), Holm over all."""
+        pairs = list(itertools.combinations(self.compared or self.labels, 2))
+        return dict(zip(pairs, self.compare(measure, pairs)))
+
+    def ranking(self, measure: Measure) -> Ranking:
+        """Return the order of the rows of ``pairs``; empty for a measure of which neither direction is better."""
+        if measure.higher_is_better is None:
+            return Ranking()
         sign = 1 if measure.higher_is_better else -1
-        measured = {k: sign * v.mean for k, v in self.means[measure].items() if np.isfinite(v.mean)}
-        if not measured or self.base is None:
-            return None, []
-        leader = max(measured, key=measured.__getitem__)
-        change = self.changes[measure].get(leader)
-        if change is None or not better(change, measure):
-            return None, []
-        rivals = [label for label in self.compared if label in measured and label != leader]
-        close = self.compare(measure, [(leader, rival) for rival in rivals])
-        return leader, [rival for rival, result in zip(rivals, close) if not better(result, measure)]
+        rows = [k for k in self.compared or self.labels if np.isfinite(self.means[measure][k].mean)]
+        means, prompts = self._common_means(measure, rows)
+        wins = [(a, b) for (a, b), pair in self.pairs[measure].items() if better(pair, measure)]
+        wins += [(b, a) for (a, b), pair in self.pairs[measure].items() if worse(pair, measure)]
+        used = {label: self.means[measure][label].prompts for label in rows}
+        return rank({label: sign * mean for label, mean in means.items()}, wins, prompts, used)
+
+    def _common_means(self, measure: Measure, labels: Sequence[str]) -> tuple[dict[str, float], int]:
+        """Return label -> mean over the common prompts of ``labels``, scored with each of their seeds; and how many.
+
+        Empty if there is no such prompt.
+        """
+        data = self.scores[measure]
+        grids = {label: stats.prompt_means(data.values[label]) for label in labels}
+        grids = {label: grid[:, ~np.isnan(grid).all(0)] for label, grid in grids.items()}
+        whole = np.all([~np.isnan(grid).any(1) for grid in grids.values()], axis=0) if grids else np.array([], bool)
+        if not whole.any():
+            return {}, 0
+        tasks = data.tags[whole] if measure.by_task else np.zeros(whole.sum())
+        by_task = [tasks == task for task in np.unique(tasks)]
+        means = {label: grid[whole].mean(1) for label, grid in grids.items()}
+        return {k: float(np.mean([mean[task].mean() for task in by_task])) for k, mean in means.items()}, int(
+            whole.sum()
+        )
+
+    def seed_changes(self, measure: Measure, label: str) -> dict[int, float]:
+        """Return training seed -> paired change against base with this seed, over the prompts of ``changes``."""
+        data = self.scores[measure]
+        grid = stats.prompt_means(data.values[label] - data.values[self.base or ""])
+        seeds = ~np.isnan(grid).all(0)
+        whole = ~np.isnan(grid[:, seeds]).any(1) & seeds.any()
+        numbers = np.array(self._axis(label))[seeds]
+        tasks = data.tags[whole] if measure.by_task else np.zeros(whole.sum())
+        by_task = [grid[whole][tasks == task][:, seeds].mean(0) for task in np.unique(tasks)]
+        return dict(zip(numbers.tolist(), np.mean(by_task, axis=0).tolist())) if by_task else {}
+
+    def _axis(self, label: str) -> list[int]:
+        """Return the training seeds of the last axis of the row's scores."""
+        return [UNTRAINED] if label not in self.trained else sorted({s for k in self.trained for s in self.seeds[k]})
+
+    def detectable(self, measure: Measure) -> float:
+        """Return the true paired change against base that this study finds with a probability of 80 %.
+
+        Median over the rows, at the level of Holm's first step, for the errors that were observed; nan if unknown.
+        """
+        estimates = [change.estimate for change in self.changes[measure].values() if change.estimate.se > 0]
+        sizes = [stats.detectable(found.se, found.df, ALPHA / len(estimates)) for found in estimates]
+        return float(np.median(sizes)) if sizes else np.nan
 
     def coverage(self, measure: Measure, label: str, images: int) -> tuple[int, int]:
         """Return (valid scores, expected scores) for runs of ``images`` images each."""
@@ -217,7 +299,8 @@ def analyse(manifest: Manifest, scores: pd.DataFrame) -> Analysis:
     seeds = {label: sorted({run.seed for run in runs}) for label, runs in rows.items()}
     base = next((label for label, runs in rows.items() if runs and all(run.is_base for run in runs)), None)
     measures = _measures(manifest.runs)
-    return completed(Analysis(labels, base, seeds, measures, cubes(scores, measures, seeds)))
+    primary = _primary(measures, manifest.primary)
+    return completed(Analysis(labels, base, seeds, measures, cubes(scores, measures, seeds), primary=primary))
 
 
 def completed(analysis: Analysis) -> Analysis:
@@ -226,11 +309,21 @@ def completed(analysis: Analysis) -> Analysis:
         analysis.means[measure] = analysis.averages(measure)
         pairs = [(label, analysis.base) for label in analysis.compared if analysis.base is not None]
         analysis.changes[measure] = dict(zip([a for a, _ in pairs], analysis.compare(measure, pairs)))
+        analysis.pairs[measure] = analysis.all_pairs(measure)
+        analysis.rankings[measure] = analysis.ranking(measure)
     analysis.improved.update(analysis.probabilities())
     summed, gains = analysis.summary()
     analysis.summed.extend(summed)
     analysis.gains.update(gains)
     return analysis
+
+
+def _primary(measures: Sequence[Measure], named: str = "") -> Measure | None:
+    """Return the measure of this name; by default the first check, else the first held-out one that has a direction."""
+    if named:
+        return next((measure for measure in measures if measure.name == named), None)
+    directed = [measure for measure in measures if measure.higher_is_better is not None]
+    return next((m for role in ("check", "held-out") for m in directed if m.role == role), None)
 
 
 def _measures(runs: Iterable[ManifestRun]) -> list[Measure]:

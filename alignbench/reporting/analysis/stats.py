@@ -320,6 +320,11 @@ def two_level_se(values: ArrayLike, strata: ArrayLike | None = None) -> float:
     return float(np.sqrt(levels.prompts[0] + levels.seeds[0])) if levels else np.nan
 
 
+def detectable(se: float, df: float, alpha: float, power: float = 0.8) -> float:
+    """Return the true difference that a two-sided t test at level ``alpha`` finds with probability ``power``."""
+    return float(se * (stdtrit(df, 1 - alpha / 2) + stdtrit(df, power)))
+
+
 def holm(p_values: ArrayLike) -> Array:
     """Return Holm's step-down adjusted p-values; rejecting those <= alpha keeps the family-wise error <= alpha.
 
