@@ -123,12 +123,13 @@ def method_style(label: str, analysis: Analysis, **more: Any) -> dict[str, Any]:
 
 
 def draw_legend(
-    canvas: Canvas, labels: Sequence[str], analysis: Analysis, extra: Sequence[Any] = (), **more: Any
+    canvas: Canvas, labels: Sequence[str], analysis: Analysis, names: Sequence[str] = (), **more: Any
 ) -> None:
-    """Draw one legend for the whole figure, below it."""
+    """Draw one legend for the whole figure, below it. ``names``: what to call the labels, if otherwise."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], **method_style(label, analysis, **more)) for label in labels] + list(extra)
+    looks = [method_style(label, analysis, **more) for label in labels]
+    handles = [Line2D([], [], **look | {"label": name}) for look, name in zip(looks, names or labels)]
     longest = max((len(str(handle.get_label())) for handle in handles), default=1)
     columns = max(1, min(len(handles), int(52 / (longest + 7))))
     canvas.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.6)
@@ -140,18 +141,57 @@ def legend_height(labels: Sequence[str]) -> float:
     return 0.13 * -(-len(labels) // columns) + 0.05
 
 
+def short(value: float, _: int = 0) -> str:
+    """Return 12k for 12,000, as the text of a tick."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
 def shorten_ticks(axis: Any, count: int = 4) -> None:
     """Draw few ticks, and write 12k for 12,000."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    def short(value: float, _: int) -> str:
-        for unit, size in (("M", 1e6), ("k", 1e3)):
-            if abs(value) >= size:
-                return f"{value / size:g}{unit}"
-        return f"{value:g}"
-
     axis.set_major_locator(MaxNLocator(count))
     axis.set_major_formatter(FuncFormatter(short))
+
+
+def set_scale(axes: Axes, values: Sequence[float], ratio: float = 5.0) -> None:
+    """Make the x axis logarithmic if positive ``values`` span more than ``ratio``, with few and short tick labels."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if min(values) <= 0 or max(values) <= ratio * min(values):
+        shorten_ticks(axes.xaxis)
+        return
+    axes.set_xscale("log")
+    steps = (1.0, 2.0, 5.0) if max(values) < 200 * min(values) else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def mark_values(axes: Axes, values: Sequence[float]) -> None:
+    """Put ticks at these increasing ``values`` and name those that have room; a log axis if they are spaced so."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+    gaps, ratios = np.diff(values), np.diff(np.log(values)) if values[0] > 0 else np.zeros(1)
+    logarithmic = len(values) > 2 and ratios.min() > 0 and np.ptp(ratios) / ratios.max() < np.ptp(gaps) / gaps.max()
+    if logarithmic:
+        axes.set_xscale("log")
+    places = np.log(values) if logarithmic else np.asarray(values)
+    shown: list[int] = []
+    for i, place in enumerate(places):
+        if not shown or place - places[shown[-1]] > 0.18 * (places[-1] - places[0]):
+            shown.append(i)
+    axes.xaxis.set_major_locator(FixedLocator(list(values)))
+    axes.xaxis.set_major_formatter(FixedFormatter([short(v) if i in shown else "" for i, v in enumerate(values)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def primary_first(analysis: Analysis) -> list[Measure]:
+    """Return all measures, the primary one first."""
+    return sorted(analysis.measures, key=lambda measure: measure != analysis.primary)
 
 
 def measure_title(measure: Measure) -> str:
