@@ -192,7 +192,7 @@ def table(analysis: Analysis, measure: Measure, costs: pd.DataFrame, manifest: M
     based = analysis.base is not None
     columns = [Column("method")]
     about = (measure.unit, measure.higher_is_better, measure.role)
-    what = f"{title(measure)}, change" if based else title(measure)
+    what = f"change in {title(measure)}" if based else title(measure)
     columns.append(Column(what, *about, digits + based, signed=based))
     columns += [Column("gain, held-out measures", "SD of base", True, signed=True)] if analysis.gains else []
     columns += [Column(name) for name in ("rank", "time to train", "flag")]
@@ -203,7 +203,7 @@ def table(analysis: Analysis, measure: Measure, costs: pd.DataFrame, manifest: M
         cells = [Cell(label), first._replace(bold=label == analysis.bold(measure))]
         cells += [Cell(*analysis.gains[label].estimate[:3])] if analysis.gains else []
         cells.append(Cell(_rank(ranking.ranks.get(label))))
-        cells.append(Cell(f"{multiples[label]:.2f} x" if label in multiples else None))
+        cells.append(Cell(f"{multiples[label]:.2f}×" if label in multiples else None))
         rows.append([*cells, Cell("; ".join(flags(analysis, measure, label)) or "none")])
     return Table(columns, rows)
 

@@ -19,6 +19,7 @@ from alignbench.reporting.plots.style import (
     colour,
     draw_legend,
     finish,
+    label_rows,
     legend_height,
     make_panels,
     mark_values,
@@ -132,7 +133,7 @@ def draw_tradeoff(analysis: Analysis, costs: pd.DataFrame, stamp: str) -> Figure
             set_scale(axes, [*by_label.values()])
             axes.set_xlabel(name)
             shorten_ticks(axes.yaxis)
-        canvas.supylabel(f"change, {measure_title(measure)}", fontsize=6.5)
+        label_rows(drawn, f"change, {measure_title(measure)}")
         canvas.draw_without_rendering()
         canvas.set_layout_engine("none")
         for axes, by_label, front in zip(drawn, panels.values(), fronts):

@@ -130,15 +130,30 @@ def draw_legend(
 
     looks = [method_style(label, analysis, **more) for label in labels]
     handles = [Line2D([], [], **look | {"label": name}) for look, name in zip(looks, names or labels)]
-    longest = max((len(str(handle.get_label())) for handle in handles), default=1)
-    columns = max(1, min(len(handles), int(52 / (longest + 7))))
+    columns = _columns([str(handle.get_label()) for handle in handles])
     canvas.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.6)
 
 
 def legend_height(labels: Sequence[str]) -> float:
     """Return the height in inches of ``draw_legend``'s legend."""
-    columns = max(1, int(52 / (max(map(len, labels), default=1) + 7)))
-    return 0.13 * -(-len(labels) // columns) + 0.05
+    return 0.13 * -(-len(labels) // _columns(labels)) + 0.05
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Return the largest number of columns in which the labels fit, filled one column after the other."""
+    for columns in range(len(labels), 1, -1):
+        parts = np.array_split([len(label) + 7 for label in labels], columns)
+        if sum(max(part) for part in parts) <= 56:
+            return columns
+    return 1
+
+
+def label_rows(panels: Sequence[Axes], text: str) -> None:
+    """Write the y label at the first panel of each row: one for the whole figure would slip towards its legend."""
+    for axes in panels:
+        spec = axes.get_subplotspec()
+        if spec is not None and spec.is_first_col():
+            axes.set_ylabel(text)
 
 
 def short(value: float, _: int = 0) -> str:
