@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
+from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.reporting.analysis.swept import all_on_lines
 from alignbench.reporting.tables import change_text, estimate_cell, hacked, label_means, title
 from alignbench.reporting.text.table import DECIMALS, Cell, Column, Section, Table, escape, interval, listed
@@ -27,7 +28,7 @@ def sections(analysis: Analysis, costs: pd.DataFrame, manifest: Manifest) -> lis
         return [told]
     first = {"check": "the first check", "held-out": "the first held-out score"}.get(measure.role, "")
     chosen = "as the sweep says" if manifest.primary else f"{first}, since the sweep names none"
-    return [told, table(analysis, measure, costs, manifest), _legend(analysis, measure, chosen)]
+    return [told, table(analysis, measure, costs, manifest), _legend(analysis, measure, costs, chosen)]
 
 
 def rows_in_order(analysis: Analysis, manifest: Manifest) -> list[str]:
@@ -50,9 +51,15 @@ def answer(analysis: Analysis, measure: Measure, costs: pd.DataFrame) -> str:
     rows = _scored(analysis, measure)
     if not rows:
         others = f" other than {escape(analysis.base)}" if analysis.base else ""
-        return f"**Nothing can be concluded: no row{others} has a score on {_name(measure)}.**"
+        what = f"no row{others} has a score on {_name(measure)}"
+        return f"**Nothing can be concluded: {what if analysis.compared else 'there is no row to compare'}.**"
     if len(rows) == 1 and analysis.base is None:
         return f"**Nothing can be compared: only {escape(rows[0])} has a score on {_name(measure)}.**"
+    changes = [analysis.changes[measure][label].estimate for label in rows if analysis.base]
+    if changes and all(change.mean == 0 and not change.se > 0 for change in changes):
+        return (
+            f"**Nothing can be concluded: no score on {_name(measure)} differs from {escape(analysis.base or '')}'s.**"
+        )
     ranking = analysis.rankings[measure]
     leader = ranking.leader
     if not ranking.order:
@@ -89,6 +96,8 @@ def _result(analysis: Analysis, measure: Measure, leader: str) -> str:
         return f"{best}, {mean}{_rivals(analysis, measure, leader)}; without a base model, no change can be given"
     base = escape(analysis.base or "")
     size = f"{change_text(change.estimate, measure)} against {base}"
+    if alone:
+        best = f"{row} {row.verb('has', 'have')} a score on {_name(measure)}"
     if change.verdict == "not measured":
         return f"{best}, but no prompt has a score of both it and {base}"
     if change.verdict == "spread unknown":
@@ -144,7 +153,7 @@ def _cost(costs: pd.DataFrame, leader: str, rows: Sequence[str]) -> str:
     if leader not in multiples:
         return "the cost of its training is unknown"
     cheapest = min(multiples, key=lambda label: multiples[label])
-    if leader == cheapest:
+    if multiples[leader] < 1.005:
         return "no row took less time to train"
     return f"training took {multiples[leader]:.2f} times as long as that of the cheapest, {escape(cheapest)}"
 
@@ -155,7 +164,10 @@ def _harm(analysis: Analysis, label: str) -> str:
         return f"**reward hacking: its training reward rose while {_names(fell)} fell**"
     if fell := fallen(analysis, label):
         return f"worse than {escape(analysis.base or '')} on {_names(fell)}"
-    return "no score is shown to be worse" if analysis.base else ""
+    verdicts = {changes[label].verdict for changes in analysis.changes.values() if label in changes}
+    if verdicts <= {"not measured", "spread unknown"}:
+        return "whether any score fell cannot be told" if analysis.base else ""
+    return "no score is shown to be worse"
 
 
 def _sensitivity(analysis: Analysis, measure: Measure, rows: Sequence[str]) -> str:
@@ -195,17 +207,23 @@ def table(analysis: Analysis, measure: Measure, costs: pd.DataFrame, manifest: M
     what = f"change in {title(measure)}" if based else title(measure)
     columns.append(Column(what, *about, digits + based, signed=based))
     columns += [Column("gain, held-out measures", "SD of base", True, signed=True)] if analysis.gains else []
-    columns += [Column(name) for name in ("rank", "time to train", "flag")]
+    ranked, timed = len(ranking.order) > 1, len(multiples) > 1
+    columns += [Column("rank")] * ranked + [Column("time to train")] * timed + [Column("flag")]
     rows = []
     for label in rows_in_order(analysis, manifest):
         found = analysis.changes[measure][label].estimate if based else analysis.means[measure][label]
-        first = Cell(*found[:3]) if based else estimate_cell(found, measure)
+        first = _cell(found) if based else estimate_cell(found, measure)
         cells = [Cell(label), first._replace(bold=label == analysis.bold(measure))]
-        cells += [Cell(*analysis.gains[label].estimate[:3])] if analysis.gains else []
-        cells.append(Cell(_rank(ranking.ranks.get(label))))
-        cells.append(Cell(f"{multiples[label]:.2f}×" if label in multiples else None))
+        cells += [_cell(analysis.gains[label].estimate)] if analysis.gains else []
+        cells += [Cell(_rank(ranking.ranks.get(label)))] * ranked
+        cells += [Cell(f"{multiples[label]:.2f}×" if label in multiples else None)] * timed
         rows.append([*cells, Cell("; ".join(flags(analysis, measure, label)) or "none")])
     return Table(columns, rows)
+
+
+def _cell(found: MeanEstimate) -> Cell:
+    """Return the mean and its interval; one of no width, from scores that are all alike, is unknown."""
+    return Cell(*found[:3]) if found.lo < found.hi else Cell(found.mean, np.nan, np.nan)
 
 
 def flags(analysis: Analysis, measure: Measure, label: str) -> list[str]:
@@ -247,7 +265,7 @@ def _rank(ends: tuple[int, int] | None) -> str | None:
     return f"{ends[0]} to {ends[1]}" if ends[0] < ends[1] else f"{ends[0]}"
 
 
-def _legend(analysis: Analysis, measure: Measure, chosen: str) -> str:
+def _legend(analysis: Analysis, measure: Measure, costs: pd.DataFrame, chosen: str) -> str:
     parts = [f"The primary measure is {_name(measure)}: {chosen}."]
     if analysis.base:
         parts.append(
@@ -257,8 +275,10 @@ def _legend(analysis: Analysis, measure: Measure, chosen: str) -> str:
     if analysis.gains:
         names = escape(listed([m.name for m in analysis.summed]))
         parts.append(f"Gain: over {names}, in standard deviations of the base model's scores.")
-    parts.append("Rank: the places that the comparisons of all pairs leave open (95 %, all rows together).")
-    parts.append("Time: training, in multiples of the cheapest row.")
+    if len(analysis.rankings[measure].order) > 1:
+        parts.append("Rank: the places that the comparisons of all pairs leave open (95 %, all rows together).")
+    if len(cost_multiples(costs, analysis.labels)) > 1:
+        parts.append("Time to train: in multiples of the cheapest row.")
     return " ".join(parts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -177,10 +177,10 @@ def _steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, ...]]:
     return lines
 
 
-def draw_bar(axes: Axes, found: MeanEstimate, x: float, shade: str) -> None:
+def draw_bar(axes: Axes, found: MeanEstimate, x: float, shade: str, **more: Any) -> None:
     """Draw a vertical interval, if it is known."""
     if np.isfinite(found.lo) and np.isfinite(found.hi):
-        axes.plot([x, x], [found.lo, found.hi], color=shade, linewidth=0.9, solid_capstyle="butt", zorder=1.5)
+        axes.plot([x, x], [found.lo, found.hi], color=shade, linewidth=0.9, solid_capstyle="butt", zorder=1.5, **more)
 
 
 def draw_swept(axis: Swept, analysis: Analysis, stamp: str) -> Figure | None:
@@ -194,13 +194,16 @@ def draw_swept(axis: Swept, analysis: Analysis, stamp: str) -> Figure | None:
     legend = legend_height(names) if len(names) > 1 else 0.0
     with new_canvas(-(-len(measures) // 2) * 1.25 + 0.2 + legend, stamp) as canvas:
         for axes, measure in zip(make_panels(canvas, len(measures), axis.name), measures):
-            for line in axis.lines:
-                _swept_line(axes, analysis, measure, line, estimates[measure])
+            for i, line in enumerate(axis.lines):
+                aside = DODGE * (i - (len(axis.lines) - 1) / 2)
+                _swept_line(axes, analysis, measure, line, estimates[measure], aside)
+            axes.margins(x=0.12)
             if analysis.base:
                 axes.axhline(0, color=INK, linewidth=0.6, zorder=0)
             axes.set_title(measure_title(measure))
             mark_values(axes, axis.values)
             shorten_ticks(axes.yaxis)
+            axes.autoscale_view()
         what = f"Paired change of every score against {analysis.base} (line at 0)" if analysis.base else "Every score"
         if len(names) > 1:
             draw_legend(canvas, [line.points[0][1] for line in axis.lines], analysis, names=names)
@@ -220,20 +223,31 @@ def _changes_or_means(analysis: Analysis, measure: Measure) -> dict[str, MeanEst
     return {label: change.estimate for label, change in analysis.changes[measure].items()}
 
 
-def _swept_line(axes: Axes, analysis: Analysis, measure: Measure, line: Line, found: dict[str, MeanEstimate]) -> None:
-    """Draw one line with its intervals, and beside each point a dot for each training seed, if there are several."""
+DODGE = 2.5  # points (1/72 inch) between lines, so that their intervals do not cover each other
+
+
+def _swept_line(
+    axes: Axes, analysis: Analysis, measure: Measure, line: Line, found: dict[str, MeanEstimate], aside: float
+) -> None:
+    """Draw a line, ``aside`` points to the right, with intervals, and dots for training seeds if there are several."""
     from matplotlib.transforms import ScaledTranslation
 
     first = line.points[0][1]
     shade = colour(first, analysis.labels)
-    aside = axes.transData + ScaledTranslation(4 / 72, 0, axes.figure.dpi_scale_trans)
+    moved = [
+        axes.transData + ScaledTranslation((aside + more) / 72, 0, axes.figure.dpi_scale_trans)
+        for more in (0, 4 if aside == 0 else 1.5)
+    ]
     points = [(value, found[label], label) for value, label in line.points if np.isfinite(found[label].mean)]
-    axes.plot([x for x, *_ in points], [each.mean for _, each, _ in points], **method_style(first, analysis))
+    means = [each.mean for _, each, _ in points]
+    axes.plot([x for x, *_ in points], means, **method_style(first, analysis, transform=moved[0]))
     for x, each, label in points:
-        draw_bar(axes, each, x, shade)
+        draw_bar(axes, each, x, shade, transform=moved[0])
         seeds = analysis.seed_changes(measure, label) if analysis.base else {}
+        heights = [each.mean, each.lo, each.hi, *seeds.values()]  # what is drawn aside does not set the axes by itself
+        axes.update_datalim([(x, height) for height in heights if np.isfinite(height)])
         if len(seeds) > 1:
-            axes.plot([x] * len(seeds), [*seeds.values()], ".", color=shade, markersize=2.8, transform=aside)
+            axes.plot([x] * len(seeds), [*seeds.values()], ".", color=shade, markersize=2.4, transform=moved[1])
 
 
 def _best(line: Line, measure: Measure, found: dict[str, MeanEstimate]) -> str:
