@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,11 +13,12 @@ import pandas as pd
 from msgspec import structs
 from numpy.typing import NDArray
 
+from alignbench.reporting import names
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.ranking import Ranking, rank
 from alignbench.reporting.analysis.run_spread import RunSpread
 from alignbench.reporting.analysis.stats import MeanEstimate
-from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun
+from alignbench.store.manifest import UNTRAINED, Manifest
 
 ALPHA = 0.05
 ROLES = ("train", "held-out", "check", "unknown")  # in the order of the table's columns; unknown: imported rows
@@ -33,6 +34,7 @@ class Measure(NamedTuple):
     by_task: bool = False
     role: str = "held-out"
     version: str = ""
+    world: str = ""  # "shapes": scored by the shapes world's own small model or checker, not by the published one
 
 
 class Scores(NamedTuple):
@@ -300,7 +302,7 @@ def analyse(manifest: Manifest, scores: pd.DataFrame) -> Analysis:
     rows = {label: manifest.rows.get(label, []) for label in labels}
     seeds = {label: sorted({run.seed for run in runs}) for label, runs in rows.items()}
     base = next((label for label, runs in rows.items() if runs and all(run.is_base for run in runs)), None)
-    measures = _measures(manifest.runs)
+    measures = _measures(manifest)
     primary = _primary(measures, manifest.primary)
     return completed(Analysis(labels, base, seeds, measures, cubes(scores, measures, seeds), primary=primary))
 
@@ -328,15 +330,18 @@ def _primary(measures: Sequence[Measure], named: str = "") -> Measure | None:
     return next((m for role in ("check", "held-out") for m in directed if m.role == role), None)
 
 
-def _measures(runs: Iterable[ManifestRun]) -> list[Measure]:
-    """Return every metric that some run is scored on, by role, then in the order of the sweep."""
+def _measures(manifest: Manifest) -> list[Measure]:
+    """Return every metric that some run is scored on: by role, then in the papers' order, then in the sweep's."""
     measures: dict[tuple[str, str], Measure] = {}
-    for score in (score for run in runs for score in run.scores):
+    for score in (score for run in manifest.runs for score in run.scores):
+        settings = score.settings or {"world": manifest.world}  # an early version did not record them
+        world = "shapes" if "shapes" in settings.values() else ""
         for metric in score.metrics:
-            if (score.evaluator, metric.name) not in measures:
-                about = {"role": score.role, "version": score.version, **structs.asdict(metric)}
+            known = measures.get((score.evaluator, metric.name))
+            if known is None or (world and not known.world):  # one scorer of the shapes world marks the column
+                about = {"role": score.role, "version": score.version, "world": world, **structs.asdict(metric)}
                 measures[score.evaluator, metric.name] = Measure(score.evaluator, **about)
-    return sorted(measures.values(), key=lambda measure: ROLES.index(measure.role))
+    return sorted(measures.values(), key=lambda measure: (ROLES.index(measure.role), names.place(measure.name)))
 
 
 def cubes(frame: pd.DataFrame, measures: Sequence[Measure], seeds: dict[str, list[int]]) -> dict[Measure, Scores]:
