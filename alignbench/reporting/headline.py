@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from alignbench.reporting import names
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
 from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.reporting.analysis.swept import all_on_lines
-from alignbench.reporting.tables import change_text, estimate_cell, hacked, label_means, title
-from alignbench.reporting.text.table import DECIMALS, Cell, Column, Section, Table, escape, interval, listed
+from alignbench.reporting.tables import change_text, estimate_cell, hacked, label_means
+from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval, listed
 from alignbench.store.manifest import Manifest
 
 NAMED = 4  # rows that a sentence names; of more it gives the number
@@ -24,7 +25,8 @@ def sections(analysis: Analysis, costs: pd.DataFrame, manifest: Manifest) -> lis
     if measure is None:
         return [_without_primary(manifest)]
     told = answer(analysis, measure, costs)
-    if not _scored(analysis, measure):
+    rows = _scored(analysis, measure)
+    if not rows or _all_alike(analysis, measure, rows):
         return [told]
     first = {"check": "the first check", "held-out": "the first held-out score"}.get(measure.role, "")
     chosen = "as the sweep says" if manifest.primary else f"{first}, since the sweep names none"
@@ -55,11 +57,9 @@ def answer(analysis: Analysis, measure: Measure, costs: pd.DataFrame) -> str:
         return f"**Nothing can be concluded: {what if analysis.compared else 'there is no row to compare'}.**"
     if len(rows) == 1 and analysis.base is None:
         return f"**Nothing can be compared: only {escape(rows[0])} has a score on {_name(measure)}.**"
-    changes = [analysis.changes[measure][label].estimate for label in rows if analysis.base]
-    if changes and all(change.mean == 0 and not change.se > 0 for change in changes):
-        return (
-            f"**Nothing can be concluded: no score on {_name(measure)} differs from {escape(analysis.base or '')}'s.**"
-        )
+    if _all_alike(analysis, measure, rows):
+        what = f"every score on {_name(measure)} is that of {escape(analysis.base or '')} on the same image"
+        return f"**Nothing can be concluded: {what}.**"
     ranking = analysis.rankings[measure]
     leader = ranking.leader
     if not ranking.order:
@@ -92,7 +92,7 @@ def _result(analysis: Analysis, measure: Measure, leader: str) -> str:
     change = analysis.changes[measure].get(leader)
     if change is None:
         found = estimate_cell(analysis.means[measure][leader], measure)
-        mean = interval(analysis.means[measure][leader].mean, found.lo, found.hi, DECIMALS.get(measure.unit, 3))
+        mean = interval(analysis.means[measure][leader].mean, found.lo, found.hi, names.decimals(measure))
         return f"{best}, {mean}{_rivals(analysis, measure, leader)}; without a base model, no change can be given"
     base = escape(analysis.base or "")
     size = f"{change_text(change.estimate, measure)} against {base}"
@@ -183,9 +183,8 @@ def _sensitivity(analysis: Analysis, measure: Measure, rows: Sequence[str]) -> s
     if not np.isfinite(size):
         return f"With {listed(sizes)}, it is unknown what difference could have been seen."
     what = "true change of these weights" if all(change.weights for change in changes) else "true change"
-    digits = DECIMALS.get(measure.unit, 3)
-    found = f"a {what} of {size:.{digits}f} is found with a probability of 80 %, a smaller one less often"
-    return f"With {listed(sizes)}, {found}."
+    found = f"{size:.{names.change_decimals(measure)}f} is found with a probability of 80 %, a smaller one less often"
+    return f"With {listed(sizes)}, a {what} of {found}."
 
 
 def _sentence(parts: Iterable[str]) -> str:
@@ -199,13 +198,14 @@ def _sentence(parts: Iterable[str]) -> str:
 
 def table(analysis: Analysis, measure: Measure, costs: pd.DataFrame, manifest: Manifest) -> Table:
     """Return the headline table, one row per compared row: change, gain over held-out measures, rank, cost, flags."""
-    digits = DECIMALS.get(measure.unit, 3)
     ranking, multiples = analysis.rankings[measure], cost_multiples(costs, analysis.labels)
     based = analysis.base is not None
     columns = [Column("method")]
     about = (measure.unit, measure.higher_is_better, measure.role)
-    what = f"change in {title(measure)}" if based else title(measure)
-    columns.append(Column(what, *about, digits + based, signed=based))
+    what = f"change in {_title(measure)}" if based else _title(measure)
+    columns.append(
+        Column(what, *about, names.change_decimals(measure) if based else names.decimals(measure), signed=based)
+    )
     columns += [Column("gain, held-out measures", "SD of base", True, signed=True)] if analysis.gains else []
     ranked, timed = len(ranking.order) > 1, len(multiples) > 1
     columns += [Column("rank")] * ranked + [Column("time to train")] * timed + [Column("flag")]
@@ -273,8 +273,7 @@ def _legend(analysis: Analysis, measure: Measure, costs: pd.DataFrame, chosen: s
             "best row, if its gain is shown."
         )
     if analysis.gains:
-        names = escape(listed([m.name for m in analysis.summed]))
-        parts.append(f"Gain: over {names}, in standard deviations of the base model's scores.")
+        parts.append(f"Gain: over {_names(analysis.summed)}, in standard deviations of the base model's scores.")
     if len(analysis.rankings[measure].order) > 1:
         parts.append("Rank: the places that the comparisons of all pairs leave open (95 %, all rows together).")
     if len(cost_multiples(costs, analysis.labels)) > 1:
@@ -290,12 +289,23 @@ def _scored(analysis: Analysis, measure: Measure) -> list[str]:
     return [label for label in rows if np.isfinite(analysis.means[measure][label].mean)]
 
 
+def _title(measure: Measure) -> str:
+    return names.measure_name(measure) + ", by task" * measure.by_task
+
+
+def _all_alike(analysis: Analysis, measure: Measure, rows: Sequence[str]) -> bool:
+    """Return whether every score is that of base on the same image."""
+    values = analysis.scores[measure].values
+    gaps = [values[label] - values[analysis.base] for label in rows] if analysis.base else [np.array([np.nan])]
+    return all((gap[np.isfinite(gap)] == 0).all() and np.isfinite(gap).any() for gap in gaps)
+
+
 def _name(measure: Measure) -> str:
-    return f"{escape(measure.name)} [{measure.role}]"
+    return f"{escape(names.measure_name(measure))} [{measure.role}]"
 
 
 def _names(measures: Iterable[Measure], plain: bool = False) -> str:
-    text = listed([measure.name for measure in measures])
+    text = listed([names.measure_name(measure) for measure in measures])
     return text if plain else escape(text)
 
 

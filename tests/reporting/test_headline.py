@@ -9,10 +9,12 @@ import pytest
 from msgspec import structs
 from support import grid_tables, report_tables
 
-from alignbench.reporting import headline, report
+from alignbench.reporting import headline, names, report
 from alignbench.reporting.analysis.comparison import analyse
 from alignbench.reporting.analysis.swept import all_on_lines, swept
 from alignbench.reporting.plots.scores import draw_forest, draw_swept, draw_tradeoff
+from alignbench.reporting.tables import hacked
+from alignbench.reporting.text.table import listed
 
 
 def first_screen(plan, scores, costs=None):
@@ -33,7 +35,7 @@ def test_the_sentence_is_made_of_the_papers_questions():
 
     Every number is one of the analysis.
     """
-    plan = report_tables.manifest(labels=("base", "ReFL", "DRaFT-LV", "DRTune"))
+    plan = report_tables.manifest(seeds=(0, 1, 2), labels=("base", "ReFL", "DRaFT-LV", "DRTune"))
     scores, costs = report_tables.scores(plan), report_tables.costs(plan)
     analysis = analyse(plan, scores)
     told, *_ = first_screen(plan, scores, dearer(costs, {"DRaFT-LV": 82.0}))
@@ -41,15 +43,15 @@ def test_the_sentence_is_made_of_the_papers_questions():
     ranking = analysis.rankings[geneval]
     assert (geneval.name, ranking.leader, ranking.top[1:]) == ("geneval", "DRaFT-LV", ["DRTune"])
     change = analysis.changes[geneval]["DRaFT-LV"].estimate
-    assert told.startswith(f"**DRaFT-LV has the best geneval [check]: {change.mean:+.4f} [{change.lo:+.4f}, ")
+    assert told.startswith(f"**DRaFT-LV has the best GenEval [check]: {change.mean:+.4f} [{change.lo:+.4f}, ")
     assert "against base, not separable from DRTune.**" in told
     assert "Training took 2.00 times as long as that of the cheapest, ReFL; no score is shown to be worse." in told
-    assert f"With 2 training seeds and 60 prompts, a true change of {analysis.detectable(geneval):.3f} is" in told
+    assert f"With 3 training seeds and 60 prompts, a true change of {analysis.detectable(geneval):.4f} is" in told
 
 
 def test_the_table_is_in_the_order_of_the_primary_measure():
     """Best first; each row with change, rank interval, multiple of the cheapest and flag; bold as in the results."""
-    plan = report_tables.manifest()
+    plan = report_tables.manifest(seeds=(0, 1, 2))
     scores = report_tables.scores(plan)
     costs = dearer(report_tables.costs(plan), {"LeapAlign": 61.5})
     analysis = analyse(plan, scores)
@@ -57,7 +59,7 @@ def test_the_table_is_in_the_order_of_the_primary_measure():
     assert [row[0] for row in rows] == analysis.rankings[analysis.primary].order
     assert [row[1].startswith("**") for row in rows] == [True, False, False, False, False]
     assert (rows[0][3:], rows[-1][3:5]) == (["1", "1.50×", "none"], ["5", "1.00×"])
-    assert rows[-1][5] == "reward hacking: pickscore, geneval and geneval_strict fell"
+    assert rows[-1][5] == "reward hacking: PickScore, GenEval and GenEval strict fell"
     assert "the first check, since the sweep names none" in legend
 
 
@@ -66,7 +68,7 @@ def test_the_sweep_decides_which_measure_is_primary():
     plan = structs.replace(report_tables.manifest(), primary="pickscore")
     scores = report_tables.scores(plan)
     told, rows, legend = first_screen(plan, scores)
-    assert told.startswith("**LeapAlign has the best pickscore [held-out]: ")
+    assert told.startswith("**LeapAlign has the best PickScore [held-out]: ")
     assert len(rows) == 5
     assert "as the sweep says" in legend
     told, rows, _ = first_screen(structs.replace(plan, primary="hpsv3"), scores)
@@ -80,7 +82,7 @@ def test_one_training_run_speaks_of_these_weights():
     """Neither the sentence names the method as the better one, nor is any row bold."""
     plan = report_tables.manifest(seeds=(0,))
     told, rows, _ = first_screen(plan, report_tables.scores(plan))
-    assert told.startswith("**These weights of LeapAlign have the best geneval [check]: +")
+    assert told.startswith("**These weights of LeapAlign have the best GenEval [check]: +")
     assert "a true change of these weights of 0.0" in told
     assert not any("**" in cell for row in rows for cell in row)
 
@@ -96,21 +98,23 @@ def test_what_a_reader_must_know_is_a_flag():
     flags = {row[0]: row[-1] for row in first_screen(plan, scores)[1]}
     assert flags["LeapAlign"] == "48 of 60 prompts"
     assert flags["DRTune"] == "2 of 3 seeds"
-    assert flags["DanceGRPO"] == "worse than base on geneval_strict"
+    assert flags["DanceGRPO"] == "worse than base on GenEval strict"
     analysis = analyse(plan, scores)
-    analysis.unstable[analysis.primary] = ["DRaFT-LV"]
-    assert headline.flags(analysis, analysis.primary, "DRaFT-LV") == ["unstable between seeds on geneval"]
+    vars(analysis)["unstable"] = {analysis.primary: ["DRaFT-LV"]}
+    assert headline.flags(analysis, analysis.primary, "DRaFT-LV") == ["unstable between seeds on GenEval"]
 
 
 def test_no_gain_is_said_as_such():
     """A best row that is not separable from base, or is worse than base, does not lead."""
-    plan = report_tables.manifest(labels=("base", "DanceGRPO"))
+    plan = report_tables.manifest(seeds=(0, 1, 2), labels=("base", "DanceGRPO"))
     told, *_ = first_screen(plan, report_tables.scores(plan))
-    assert told.startswith("**DanceGRPO is not separable from base on geneval [check]: ")
-    plan = report_tables.manifest(labels=("base", "ReFL"))
+    assert told.startswith("**DanceGRPO is not separable from base on GenEval [check]: ")
+    plan = report_tables.manifest(seeds=(0, 1, 2), labels=("base", "ReFL"))
     told, *_ = first_screen(plan, report_tables.scores(plan))
-    assert told.startswith("**No row improves geneval [check]: ReFL is worse than base, -0.1")
-    assert "Reward hacking: its training reward rose while pickscore, geneval and geneval_strict fell" in told
+    assert told.startswith("**No row improves GenEval [check]: ReFL is worse than base, -0.1")
+    fell = [names.measure_name(measure) for measure in hacked(analyse(plan, report_tables.scores(plan)), "ReFL")]
+    assert fell
+    assert f"Reward hacking: its training reward rose while {listed(fell)} fell" in told
 
 
 def unknown_roles(plan):
@@ -128,9 +132,13 @@ BAD = {
     "one prompt": (lambda plan: plan, lambda scores: scores[scores["prompt_id"] == "p0000"], "1 prompt cannot show"),
     "all missing": (lambda plan: plan, lambda scores: scores.assign(ok=False), "no row other than base has a score"),
     "no scores": (lambda plan: plan, lambda scores: scores[:0], "no row other than base has a score"),
-    "constant": (lambda plan: plan, lambda scores: scores.assign(score=1.0), "no score on geneval [check] differs"),
+    "constant": (
+        lambda plan: plan,
+        lambda scores: scores.assign(score=1.0),
+        "every score on GenEval [check] is",
+    ),
     "unknown roles": (unknown_roles, lambda scores: scores, "Nothing can be concluded: every score is"),
-    "one label twice": (twice, lambda scores: scores, "the best geneval"),
+    "one label twice": (twice, lambda scores: scores, "GenEval"),
     "no common prompt": (
         lambda plan: plan,
         lambda scores: scores[(scores["label"] != "ReFL") == (scores["prompt_id"] < "p0030")],
@@ -166,14 +174,14 @@ def test_bad_input_is_told_in_words(case, seeds):
     ("labels", "words"),
     [
         (("base",), "Nothing can be concluded: there is no row to compare."),
-        (("ReFL",), "Nothing can be compared: only ReFL has a score on geneval [check]."),
-        (("ReFL", "LeapAlign"), "LeapAlign has the best geneval [check], 0.7"),
-        (("base", "LeapAlign"), "LeapAlign improves geneval [check]: +0.1"),
+        (("ReFL",), "Nothing can be compared: only ReFL has a score on GenEval [check]."),
+        (("ReFL", "LeapAlign"), "LeapAlign has the best GenEval [check], 0.7"),
+        (("base", "LeapAlign"), "LeapAlign improves GenEval [check]: +0.1"),
     ],
 )
 def test_too_few_rows_are_told_in_words(labels, words):
     """Only base, only one row, no base, one method: each has its sentence, and no column that compares nothing."""
-    plan = report_tables.manifest(labels=labels)
+    plan = report_tables.manifest(seeds=(0, 1, 2), labels=labels)
     told, rows, legend = first_screen(plan, report_tables.scores(plan))
     assert words in told
     assert ("Rank" in legend) == ("LeapAlign" in labels and "ReFL" in labels)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from alignbench.reporting.analysis import learning_curves
+from alignbench.reporting.names import measure_name
 from alignbench.reporting.plots.labels import name_points
 from alignbench.reporting.plots.style import (
     GROUND,
@@ -84,7 +85,7 @@ def _decided(analysis: Analysis, measures: Sequence[Measure], labels: Sequence[s
     for measure in measures:
         verdicts = [analysis.changes[measure][label].verdict for label in labels]
         counts = [f"{verdicts.count(way)} {way}" for way in ("up", "down") if way in verdicts]
-        told += [f"{measure.name} {' and '.join(counts)}"] if counts else []
+        told += [f"{measure_name(measure)} {' and '.join(counts)}"] if counts else []
     of = " (these weights)" if all(map(analysis.of_weights, labels)) else ""
     return f"Of {len(labels)}{of}: {'; '.join(told)}." if told else f"No change is significant{of}."
 
@@ -144,9 +145,9 @@ def draw_tradeoff(analysis: Analysis, costs: pd.DataFrame, stamp: str) -> Figure
             name_points(canvas, axes, points, [*(bar for bar in bars if np.isfinite(bar).all()), *steps, zero])
         best = "; ".join(f"{name}: {listed(front)}" for name, front in zip(panels, fronts))
         caption = (
-            f"Paired change in {measure.name} [{measure.role}] over {analysis.base} (line at 0), with 95 % intervals, "
-            "against the cost of training, a mean over finished training runs. Steps: rows whose mean no row of equal "
-            f"or lower cost reaches ({best}). Means alone decide that, so chance has a part in it."
+            f"Paired change in {measure_name(measure)} [{measure.role}] over {analysis.base} (line at 0), with 95 % "
+            "intervals, against the cost of training, a mean over finished training runs. Steps: rows whose mean no "
+            f"row of equal or lower cost reaches ({best}). Means alone decide that, so chance has a part in it."
         )
         return finish(canvas, "tradeoff", "Quality against cost", caption)
 
@@ -210,7 +211,7 @@ def draw_swept(axis: Swept, analysis: Analysis, stamp: str) -> Figure | None:
         top = [f"{line.name}: {_best(line, measures[0], estimates[measures[0]])}" for line in axis.lines]
         caption = (
             f"{what} against {axis.path}, with 95 % intervals; small dots: single training seeds. Rows on a line "
-            f"differ in nothing else. Best mean of {measures[0].name}, whether or not it is separable from the others: "
+            f"differ in nothing else. Best mean of {measure_name(measures[0])}, separable from the others or not: "
             f"{'; '.join(top)}."
         )
         safe = re.sub(r"[^\w.-]", "_", axis.path)
@@ -280,7 +281,7 @@ def draw_profiles(analysis: Analysis, stamp: str) -> Figure | None:
         axes.set_ylabel("share of runs above \u03c4")
         axes.set_ylim(-0.03, 1.03)
         draw_legend(canvas, labels, analysis)
-        names = listed([measure.name for measure in scores])
+        names = listed([measure_name(measure) for measure in scores])
         caption = (
             f"Performance profiles at the end of training: the share of runs (measure x training seed; {names})"
             " whose normalised score exceeds a threshold, with pointwise 95 % bands. "

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from alignbench.reporting.names import measure_name
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
@@ -212,7 +214,7 @@ def primary_first(analysis: Analysis) -> list[Measure]:
 def measure_title(measure: Measure) -> str:
     """Return the measure's name with its arrow and role."""
     arrow = {True: " \u2191", False: " \u2193", None: ""}[measure.higher_is_better]
-    return f"{measure.name}{arrow} [{measure.role}]"
+    return f"{measure_name(measure)}{arrow} [{measure.role}]"
 
 
 def finite(value: float) -> float:

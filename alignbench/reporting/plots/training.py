@@ -14,6 +14,7 @@ import pandas as pd
 from alignbench.reporting.analysis import learning_curves
 from alignbench.reporting.analysis.learning_curves import AXES, Divergence, LearningCurve
 from alignbench.reporting.analysis.stats import curve_draws
+from alignbench.reporting.names import measure_name
 from alignbench.reporting.plots.labels import lines_height, many, name_lines
 from alignbench.reporting.plots.style import (
     INK,
@@ -101,12 +102,12 @@ def draw_costs(curves: Sequence[LearningCurve], measure: Measure, analysis: Anal
         digits = DECIMALS.get(measure.unit, 3)
         ends = [f"{label} {mean[-1]:.{digits}f}" for label, (mean, _, _) in means.items()]
         caption = (
-            f"{measure.name} [{measure.role}] at every milestone, against updates, images, network evaluations (NFE) "
-            f"and GPU-seconds, with 95 % intervals of the paired change against {analysis.base} (line at "
-            f"{start:.{digits}f}). At the end: {', '.join(ends)}."
+            f"{measure_name(measure)} [{measure.role}] at every milestone, against updates, images, network "
+            f"evaluations (NFE) and GPU-seconds, with 95 % intervals of the paired change against {analysis.base} "
+            f"(line at {start:.{digits}f}). At the end: {', '.join(ends)}."
         )
         safe = re.sub(r"[^\w.-]", "_", measure.name)
-        return finish(canvas, f"cost-{safe}", f"{measure.name} against cost", caption)
+        return finish(canvas, f"cost-{safe}", f"{measure_name(measure)} against cost", caption)
 
 
 def _interval(curve: LearningCurve, measure: Measure) -> tuple[Any, Any, Any]:
@@ -150,13 +151,13 @@ def draw_hacking(curves: Sequence[LearningCurve], analysis: Analysis, stamp: str
         label_rows(panels, "scaled gain")
         handles = [
             Line2D([], [], color=INK, linestyle=styles.get(m, ("-", ""))[0], marker=styles.get(m, ("-", ""))[1],
-                   linewidth=1.8 if m.role == "train" else 0.9, markersize=2.5, label=f"{m.name} [{m.role}]")
+                   linewidth=1.8 if m.role == "train" else 0.9, markersize=2.5, label=f"{measure_name(m)} [{m.role}]")
             for m in measures
         ]  # fmt: skip
         handles.append(Line2D([], [], **RING, label="diverges from the reward"))
         canvas.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, handlelength=3)
         diverged = [
-            f"{label}: {measure.name} from update {divergence.update:g}"
+            f"{label}: {measure_name(measure)} from update {divergence.update:g}"
             for label, by_measure in by_label.items()
             for measure, divergence in by_measure.items()
             if divergence.update is not None
@@ -186,7 +187,7 @@ def draw_signs(curves: Sequence[LearningCurve], analysis: Analysis, records: pd.
         return None
     labels = [curve.label for curve in curves]
     panels: list[tuple[str, Callable[[LearningCurve], tuple[Any, Any, Any]]]] = [
-        (measure.name, partial(_interval, measure=measure)) for measure in neutral
+        (measure_name(measure), partial(_interval, measure=measure)) for measure in neutral
     ]
     panels.append(("drift of the network", lambda curve: (learning_curves.drifts(curve, records),) * 3))
     with new_canvas(lines_height(len(panels), labels, 1.2), stamp) as canvas:
@@ -233,7 +234,7 @@ def draw_scatter(curves: Sequence[LearningCurve], analysis: Analysis, stamp: str
             shorten_ticks(axes.yaxis)
         name_lines(canvas, panels, labels, analysis)
         caption = (
-            f"Other scores against the training reward {reward.name}, on the same evaluation images: from "
+            f"Other scores against the training reward {measure_name(reward)}, on the same evaluation images: from "
             f"{analysis.base} (star) through the milestones (small) to the end (large). A path that turns down while "
             "moving right trades quality for reward."
         )
