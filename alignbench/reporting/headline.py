@@ -70,7 +70,7 @@ def answer(analysis: Analysis, measure: Measure, costs: pd.DataFrame) -> str:
         return f"**No row leads on {_name(measure)}**: {why}. {_sensitivity(analysis, measure, rows)}"
     result = _result(analysis, measure, leader)
     result = f"**{result[0].upper()}{result[1:]}.**"
-    aside = _sentence([_cost(costs, leader, rows), _harm(analysis, leader)])
+    aside = _sentence([_cost(costs, leader, rows), _harm(analysis, leader), *_gaps(analysis, measure, leader)])
     return " ".join(filter(None, [result, aside, _sensitivity(analysis, measure, rows)]))
 
 
@@ -155,7 +155,7 @@ def _cost(costs: pd.DataFrame, leader: str, rows: Sequence[str]) -> str:
     cheapest = min(multiples, key=lambda label: multiples[label])
     if multiples[leader] < 1.005:
         return "no row took less time to train"
-    return f"training took {multiples[leader]:.2f} times as long as that of the cheapest, {escape(cheapest)}"
+    return f"training took {_times(multiples[leader])} times as long as that of the cheapest, {escape(cheapest)}"
 
 
 def _harm(analysis: Analysis, label: str) -> str:
@@ -183,7 +183,7 @@ def _sensitivity(analysis: Analysis, measure: Measure, rows: Sequence[str]) -> s
     if not np.isfinite(size):
         return f"With {listed(sizes)}, it is unknown what difference could have been seen."
     what = "true change of these weights" if all(change.weights for change in changes) else "true change"
-    found = f"{size:.{names.change_decimals(measure)}f} is found with a probability of 80 %, a smaller one less often"
+    found = f"{size:.2g} is found with a probability of 80 %, a smaller one less often"
     return f"With {listed(sizes)}, a {what} of {found}."
 
 
@@ -202,7 +202,7 @@ def table(analysis: Analysis, measure: Measure, costs: pd.DataFrame, manifest: M
     based = analysis.base is not None
     columns = [Column("method")]
     about = (measure.unit, measure.higher_is_better, measure.role)
-    what = f"change in {_title(measure)}" if based else _title(measure)
+    what = f"{'change in ' * based}{names.measure_name(measure)}"
     columns.append(
         Column(what, *about, names.change_decimals(measure) if based else names.decimals(measure), signed=based)
     )
@@ -216,7 +216,7 @@ def table(analysis: Analysis, measure: Measure, costs: pd.DataFrame, manifest: M
         cells = [Cell(label), first._replace(bold=label == analysis.bold(measure))]
         cells += [_cell(analysis.gains[label].estimate)] if analysis.gains else []
         cells += [Cell(_rank(ranking.ranks.get(label)))] * ranked
-        cells += [Cell(f"{multiples[label]:.2f}×" if label in multiples else None)] * timed
+        cells += [Cell(f"{_times(multiples[label])}×" if label in multiples else None)] * timed
         rows.append([*cells, Cell("; ".join(flags(analysis, measure, label)) or "none")])
     return Table(columns, rows)
 
@@ -233,6 +233,12 @@ def flags(analysis: Analysis, measure: Measure, label: str) -> list[str]:
         found.append(f"reward hacking: {_names(fell, plain=True)} fell")
     elif fell := fallen(analysis, label):
         found.append(f"worse than {analysis.base} on {_names(fell, plain=True)}")
+    return found + _gaps(analysis, measure, label)
+
+
+def _gaps(analysis: Analysis, measure: Measure, label: str) -> list[str]:
+    """Return what the row's numbers rest on, where that is less or less certain than for the others."""
+    found = []
     if uneven := [m for m, labels in analysis.unstable.items() if label in labels]:
         found.append(f"unstable between seeds on {_names(uneven, plain=True)}")
     ranking = analysis.rankings[measure]
@@ -259,14 +265,19 @@ def cost_multiples(costs: pd.DataFrame, labels: Sequence[str]) -> dict[str, floa
     return {label: seconds / min(spent.values()) for label, seconds in spent.items()}
 
 
+def _times(multiple: float) -> str:
+    return f"{multiple:.2f}" if multiple < 9.995 else f"{multiple:,.1f}"
+
+
 def _rank(ends: tuple[int, int] | None) -> str | None:
     if ends is None:
         return None
-    return f"{ends[0]} to {ends[1]}" if ends[0] < ends[1] else f"{ends[0]}"
+    return f"{ends[0]}–{ends[1]}" if ends[0] < ends[1] else f"{ends[0]}"
 
 
 def _legend(analysis: Analysis, measure: Measure, costs: pd.DataFrame, chosen: str) -> str:
-    parts = [f"The primary measure is {_name(measure)}: {chosen}."]
+    by_task = " It is the mean of task means." if measure.by_task else ""
+    parts = [f"The primary measure is {_name(measure)}: {chosen}.{by_task}"]
     if analysis.base:
         parts.append(
             f"Change: same prompt and noise, row minus {escape(analysis.base)}, with its 95 % interval; **bold**: the "
@@ -287,10 +298,6 @@ def _legend(analysis: Analysis, measure: Measure, costs: pd.DataFrame, chosen: s
 def _scored(analysis: Analysis, measure: Measure) -> list[str]:
     rows = analysis.compared if analysis.base else analysis.labels
     return [label for label in rows if np.isfinite(analysis.means[measure][label].mean)]
-
-
-def _title(measure: Measure) -> str:
-    return names.measure_name(measure) + ", by task" * measure.by_task
 
 
 def _all_alike(analysis: Analysis, measure: Measure, rows: Sequence[str]) -> bool:

@@ -46,7 +46,7 @@ def test_the_sentence_is_made_of_the_papers_questions():
     assert told.startswith(f"**DRaFT-LV has the best GenEval [check]: {change.mean:+.4f} [{change.lo:+.4f}, ")
     assert "against base, not separable from DRTune.**" in told
     assert "Training took 2.00 times as long as that of the cheapest, ReFL; no score is shown to be worse." in told
-    assert f"With 3 training seeds and 60 prompts, a true change of {analysis.detectable(geneval):.4f} is" in told
+    assert f"With 3 training seeds and 60 prompts, a true change of {analysis.detectable(geneval):.2g} is" in told
 
 
 def test_the_table_is_in_the_order_of_the_primary_measure():

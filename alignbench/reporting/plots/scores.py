@@ -16,6 +16,7 @@ from alignbench.reporting.plots.labels import name_points
 from alignbench.reporting.plots.style import (
     GROUND,
     INK,
+    PANEL,
     Figure,
     colour,
     draw_legend,
@@ -61,7 +62,7 @@ def draw_forest(analysis: Analysis, labels: Sequence[str], stamp: str) -> Figure
             for y, label in enumerate(labels):
                 _forest_row(axes, analysis, measure, label, y)
             axes.axvline(0, color=INK, linewidth=0.6, zorder=0)
-            axes.set_title(measure_title(measure))
+            axes.set_title(measure_title(measure, PANEL))
             axes.set_yticks(range(len(labels)), labels)
             axes.set_ylim(len(labels) - 0.5, -0.5)
             axes.grid(visible=False, axis="y")
@@ -201,7 +202,7 @@ def draw_swept(axis: Swept, analysis: Analysis, stamp: str) -> Figure | None:
             axes.margins(x=0.12)
             if analysis.base:
                 axes.axhline(0, color=INK, linewidth=0.6, zorder=0)
-            axes.set_title(measure_title(measure))
+            axes.set_title(measure_title(measure, PANEL))
             mark_values(axes, axis.values)
             shorten_ticks(axes.yaxis)
             axes.autoscale_view()

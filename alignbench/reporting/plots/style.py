@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 1, 1, 1, 1, 1)))
+PANEL = 22  # characters over a panel of half that width
 WIDTH = 3.3  # inches: a column of a two-column paper
 DPI = 200
 GROUND, INK, GRID = "#FFFFFF", "#222222", "#DDDDDD"
@@ -211,10 +212,11 @@ def primary_first(analysis: Analysis) -> list[Measure]:
     return sorted(analysis.measures, key=lambda measure: measure != analysis.primary)
 
 
-def measure_title(measure: Measure) -> str:
-    """Return the measure's name with its arrow and role."""
-    arrow = {True: " \u2191", False: " \u2193", None: ""}[measure.higher_is_better]
-    return f"{measure_name(measure)}{arrow} [{measure.role}]"
+def measure_title(measure: Measure, width: int = 1000) -> str:
+    """Return the measure's name with its arrow and role; these on a second line if all is longer than ``width``."""
+    arrow = {True: "\u2191 ", False: "\u2193 ", None: ""}[measure.higher_is_better]
+    name, about = measure_name(measure), f"{arrow}[{measure.role}]"
+    return f"{name} {about}" if len(name) + 1 + len(about) <= width else f"{name}\n{about}"
 
 
 def finite(value: float) -> float:

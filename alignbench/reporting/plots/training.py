@@ -20,6 +20,7 @@ from alignbench.reporting.plots.style import (
     INK,
     LINES,
     MARKERS,
+    PANEL,
     Figure,
     colour,
     finish,
@@ -229,7 +230,7 @@ def draw_scatter(curves: Sequence[LearningCurve], analysis: Analysis, stamp: str
                 )
                 axes.plot(across[-1:], up[-1:], **method_style(curve.label, analysis, linestyle="none", markersize=5))
             axes.plot(across[:1], up[:1], marker="*", markersize=6, color=INK, linestyle="none", zorder=3)
-            axes.set_title(measure_title(measure))
+            axes.set_title(measure_title(measure, PANEL))
             shorten_ticks(axes.xaxis)
             shorten_ticks(axes.yaxis)
         name_lines(canvas, panels, labels, analysis)
