@@ -21,16 +21,20 @@ from alignbench.store.manifest import Manifest
 NOTE = """\
 What would another lab's training run give on the same prompts, with a seed and noise of its own? Ours and the
 difference, ours minus theirs, are in the published unit; published is as printed. Around the difference stands the
-**replication error**: image noise on both sides, the spread between training runs on both sides, and half a unit of
-the last printed digit. (A printed standard error replaces our estimate for their side if it is larger.) **within
-replication error (x)**: the difference is at most x, as in 95 % of true agreements. **differs**: it is larger.
-"one training run: no verdict": how much training runs differ is unknown. "spread unknown": with one image per prompt
-there is only an upper bound of image noise, the spread over prompts; what exceeds it differs all the same. The base
-model and released weights are taken to be the same weights on both sides, and only images vary. "protocol differs": the
-row was made under another protocol than the published one; the difference is shown, but no conclusion is drawn. "not
-run": published, but not among this sweep's numbers. "no reference": ours, but not published there. Verdicts are not
-corrected for multiple comparisons: of 30 numbers that truly agree, up to 1.5 are expected to be called "differs", and
-several at once where they score the same images."""
+**replication error**: image noise and the spread between training runs, both on both sides, and half a unit of the last
+printed digit. A printed standard error replaces our estimate for their side if it is larger. The base model and
+released weights are taken to be the same weights on both sides, where only images vary.
+
+- **within replication error (x)**: the difference is at most x, as in 95 % of true agreements or more. **differs**: it
+  is larger.
+- one training run: no verdict: how much training runs differ is unknown.
+- spread unknown: with one image per prompt, the spread over prompts is an upper bound of image noise; what exceeds it
+  differs, about the rest nothing is known. Nor is it if all scores are equal.
+- protocol differs: the row was made under another protocol; the difference is shown, but no conclusion is drawn.
+- not run: published, but not among this sweep's numbers. no reference: ours, but not published there.
+
+Verdicts are not corrected for multiple comparisons: of 30 numbers that truly agree, up to 1.5 are expected to be called
+"differs", and several at once where they score the same images."""
 ONE_SEED = "**One training run per row: no verdict on trained rows.**"
 
 

@@ -18,7 +18,7 @@ trained rows. Rows of one seed share effects, so its degrees of freedom are thos
 seed): n / (f^2 + (1 - f)^2 / (K - 1)) for K rows with n = S - 1 each, where f is the share of the squares that the mean
 over rows has. This is n if all effects are shared, and K n if none are. As few runs say little about f, one degree of
 freedom with f = 1 is added. The larger of own and pooled B counts; if a row's runs differ more than those of the others
-(F test at 20 %), its own alone, with its own n.
+(F test at 30 %), its own alone, with its own n.
 
 The half width is the root of the sum of t^2 v over v = B (1 / S + 1) and the rest of the variance, each with Student's
 t for its own degrees of freedom. That is conservative. With joint degrees of freedom (Satterthwaite), two or three
@@ -44,7 +44,7 @@ from scipy.special import fdtrc, stdtrit
 
 from alignbench.reporting.analysis.stats import Array, prompt_means
 
-ODD = 0.2  # level of the test by which a row's training runs differ more than those of the others
+ODD = 0.3  # level of the test by which a row's training runs differ more than those of the others
 EVEN = 1.0  # four pseudo-prompts with a variance of 1 / 4, for scores of 0 and 1
 
 
