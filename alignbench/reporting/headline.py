@@ -272,7 +272,7 @@ def _times(multiple: float) -> str:
 def _rank(ends: tuple[int, int] | None) -> str | None:
     if ends is None:
         return None
-    return f"{ends[0]}–{ends[1]}" if ends[0] < ends[1] else f"{ends[0]}"
+    return f"{ends[0]} to {ends[1]}" if ends[0] < ends[1] else f"{ends[0]}"
 
 
 def _legend(analysis: Analysis, measure: Measure, costs: pd.DataFrame, chosen: str) -> str:
