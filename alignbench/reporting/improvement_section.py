@@ -9,7 +9,7 @@ from alignbench.reporting import names
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.comparison import Analysis, Comparison, Measure, better, worse
 from alignbench.reporting.analysis.stats import MeanEstimate
-from alignbench.reporting.text.numbers import UNKNOWN, interval, number
+from alignbench.reporting.text.numbers import UNKNOWN, limits, number, significant
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape
 
 IQM = "iqm_gain"
@@ -150,8 +150,7 @@ def _any_weights(analysis: Analysis, measures: list[Measure]) -> bool:
 def pairs_table(analysis: Analysis, measure: Measure) -> Table:
     """Return the matrix of all pairs: differences above the diagonal, probabilities of improvement below it."""
     order = analysis.rankings[measure].order
-    shares, more = improvements(analysis, measure), names.change_decimals(measure)
-    small = len(order) <= FEW
+    shares = improvements(analysis, measure)
     rows = []
     for i, row in enumerate(order):
         cells = [Cell(row), Cell(str(i + 1))]
@@ -160,16 +159,24 @@ def pairs_table(analysis: Analysis, measure: Measure) -> Table:
                 cells.append(Cell(text="·"))
             elif i < j:
                 pair = _facing(analysis, measure, row, column)
-                found = pair.estimate
-                shown = interval(*found[:3], more, True) if small else number(found.mean, more, True)
-                cells.append(Cell(found.mean, text=f"{shown} {_sign(pair, measure)}", bold=_significant(pair)))
+                cells.append(_difference_cell(pair, measure, len(order) <= FEW))
             else:
                 share = shares[row, column]
-                shown = interval(*share[:3], 2) if small else number(share.mean, 2)
-                cells.append(Cell(share.mean, text=shown))
+                ends = f" {limits(*share[1:3], 2)}" * (len(order) <= FEW and math.isfinite(share.mean))
+                cells.append(Cell(share.mean, text=number(share.mean, 2) + ends))
         rows.append(cells)
-    heads = [Column(f"{i + 1}" if not small else f"{i + 1}. {row}", key=row) for i, row in enumerate(order)]
+    heads = [Column(f"{i + 1}. {row}" if len(order) <= FEW else f"{i + 1}", key=row) for i, row in enumerate(order)]
     return Table([Column("method"), Column("no."), *heads], rows)
+
+
+def _difference_cell(pair: Comparison, measure: Measure, roomy: bool) -> Cell:
+    """Return a difference with its decision; its interval or, if there is no room for one, two significant digits."""
+    found, more = pair.estimate, names.change_decimals(measure)
+    if not math.isfinite(found.mean):
+        return Cell(text="not measured")
+    ends = f" {limits(*found[1:3], more, True)}" * roomy
+    shown = f"{number(found.mean, more, True) if roomy else significant(found.mean)} {_sign(pair, measure)}{ends}"
+    return Cell(found.mean, text=shown, bold=_significant(pair))
 
 
 def _facing(analysis: Analysis, measure: Measure, a: str, b: str) -> Comparison:

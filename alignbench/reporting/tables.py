@@ -54,14 +54,16 @@ def legend(analysis: Analysis) -> str:
     rows = analysis.compared or analysis.labels
     alone = [label for label in rows if analysis.of_weights(label)]
     base = escape(analysis.base) if analysis.base else ""
-    changes = f", and on the HTML page below it the paired change against {base}" if base else ""
+    changes = f", and on the HTML page below it, Δ, the paired change against {base}" if base else ""
     bold = BOLD.format(base=base, count=len(analysis.compared)) if base else NO_BASE
     drawn = 'prompts drawn again (all images of a prompt together; within each task for scores marked "by task")'
     if set(alone) == set(rows):
         scope, bold = THESE_WEIGHTS.format(drawn=drawn), NO_BOLD
     else:
         scope = METHODS.format(drawn=drawn) + (SOME_WEIGHTS.format(rows=escape(", ".join(alone))) if alone else "")
-    text = f"Every cell is a mean with its 95 % interval{changes}. {scope} {bold} {MARKS}"
+    fewer = FEWER if any(_prompts_mark(analysis, measure, k) for measure in analysis.measures for k in rows) else ""
+    toy = TOY if any(measure.world for measure in analysis.measures) else ""
+    text = f"Every cell is a mean with its 95 % interval{changes}. {scope} {bold} {MARKS} {fewer} {ROLES} {toy}"
     return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
 
 
@@ -77,10 +79,12 @@ NO_BOLD = "Nothing is bold, because one training run cannot show that a method i
 NO_BASE = "Nothing is bold, because the sweep has no base model to compare with."
 MARKS = """\
 (top), shaded on the page: the leader and the rows not separable from it, by the paired differences of all pairs after
-Holm's correction; this does not mean equal. A column without (top) has no leader that is separable from any row. A
-number of prompts: the row rests on fewer prompts than others. [train]: the reward that the methods were trained on;
-[held-out]: a scorer that played no part in training; [check]: an automatic check of what the prompt asks for. (shapes):
-a small scorer or checker of the shapes world, not the published one."""
+Holm's correction; this does not mean equal. A column without (top) has no leader that is separable from any row."""
+FEWER = "A number of prompts: the row rests on fewer prompts than others, so its mean is not comparable with theirs."
+ROLES = """\
+[train]: the reward that the methods were trained on; [held-out]: a scorer that played no part in training; [check]: an
+automatic check of what the prompt asks for."""
+TOY = "(shapes): a small scorer or checker of the shapes world, not the published one."
 
 
 def leaders(analysis: Analysis, measure: Measure) -> list[str]:

@@ -136,7 +136,7 @@ def test_a_table_is_one_for_those_who_do_not_see_it():
     assert '<td class="number" data-value="1.234"><strong>1.23</strong> <small>[1.00, 2.00]</small></td>' in text
     assert '<td class="number top" data-value="1">1.00 <small>[0.50, 1.50]</small>' in text
     assert '<span class="sr"> (top), not separable from the leader</span> (9 prompts)' in text
-    assert "</span>+0.20 <small>[+0.10, +0.30]</small></span></td>" in text
+    assert "Δ </span>+0.20 <small>[+0.10, +0.30]</small></span></td>" in text
     assert '<th scope="col" data-key="score" class="number">' in text
     assert '<span aria-hidden="true">—</span><span class="sr">not measured</span>' in text
     assert text.count('scope="col"') == 3

@@ -17,6 +17,12 @@ def number(value: float | None, decimals: int = 3, signed: bool = False) -> str:
     return f"{rounded:{'+' if signed and rounded else ''},.{decimals}f}"
 
 
+def significant(value: float, digits: int = 2) -> str:
+    """Return the value with its sign and so many significant digits, at most six decimals: ``+0.0012``, ``+1.7``."""
+    text = f"{float(f'{value:.{digits}g}'):+,.6f}".rstrip("0").rstrip(".")
+    return text if text.strip("+-0.") else "0"
+
+
 def limits(lo: float | None, hi: float | None, decimals: int = 3, signed: bool = False) -> str:
     """Return ``[0.279, 0.283]``; words for an interval that is unknown or, as nothing varies, a point.
 

@@ -194,7 +194,8 @@ def _html_content(cell: Cell, column: Column, shown: str, right: bool) -> str:
         return (
             f'<span aria-hidden="true">{ABSENT}</span><span class="sr">not measured</span>{markdown.inline(cell.mark)}'
         )
-    mean, _, ends = shown.partition(" ") if right and not cell.text else (shown, "", "")
+    mean, gap, ends = shown.partition(" [") if right else (shown, "", "")
+    ends = f"[{ends}" if gap else ""
     text = markdown.text(mean) if right else f"<bdi>{markdown.text(mean)}</bdi>"
     text = f"<strong>{text}</strong>" if cell.bold else text
     top = f'<span class="sr"> {TOP}, {TOP_WORDS}</span>' * cell.top
@@ -207,7 +208,7 @@ def _html_change(cell: Cell, column: Column) -> str:
     if cell.change is None or not math.isfinite(cell.change[0]):
         return ""
     change, _, ends = interval(*cell.change, column.decimals, signed=True).partition(" ")
-    label = '<span class="sr">, change against base </span>'
+    label = '<span class="sr">, change against base </span><span aria-hidden="true">Δ </span>'
     return f'<span class="change">{label}{markdown.text(change)} <small>{markdown.text(ends)}</small></span>'
 
 
