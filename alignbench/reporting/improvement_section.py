@@ -192,7 +192,7 @@ def _facing(analysis: Analysis, measure: Measure, a: str, b: str) -> Comparison:
 def _sign(pair: Comparison, measure: Measure) -> str:
     if better(pair, measure) or worse(pair, measure):
         return SIGNS[better(pair, measure)]
-    return "○" if pair.verdict == "cannot tell" else "?"
+    return "○" if pair.verdict in ("cannot tell", "identical") else "?"
 
 
 def improvements(analysis: Analysis, measure: Measure) -> dict[tuple[str, str], MeanEstimate]:
@@ -203,11 +203,10 @@ def improvements(analysis: Analysis, measure: Measure) -> dict[tuple[str, str], 
     sign = -1 if measure.higher_is_better is False else 1
     shares: dict[tuple[str, str], MeanEstimate] = {}
     for place, b in enumerate(rows):
-        for pooled in (True, False):
-            chosen = [a for a in rows[:place] if ({a, b} <= set(analysis.trained)) == pooled]
-            found = stats.improvements(
-                [sign * data.values[a] for a in chosen], sign * data.values[b], strata, pooled=pooled
-            )
+        for trained in (0, 1, 2):  # rows of the pair; their training runs vary in other ways
+            chosen = [a for a in rows[:place] if len({a, b} & set(analysis.trained)) == trained]
+            signed = [sign * data.values[a] for a in chosen]
+            found = stats.improvements(signed, sign * data.values[b], strata, runs=trained > 0) if chosen else []
             for a, share in zip(chosen, found):
                 shares[a, b] = share
                 shares[b, a] = share._replace(mean=1 - share.mean, lo=1 - share.hi, hi=1 - share.lo)
