@@ -12,7 +12,7 @@ from alignbench.reporting import names
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
 from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.reporting.analysis.swept import all_on_lines
-from alignbench.reporting.tables import change_text, estimate_cell, hacked, label_means
+from alignbench.reporting.tables import change_text, cost_multiples, estimate_cell, hacked, spending
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval, listed
 from alignbench.store.manifest import Manifest
 
@@ -70,7 +70,7 @@ def answer(analysis: Analysis, measure: Measure, costs: pd.DataFrame) -> str:
         return f"**No row leads on {_name(measure)}**: {why}. {_sensitivity(analysis, measure, rows)}"
     result = _result(analysis, measure, leader)
     result = f"**{result[0].upper()}{result[1:]}.**"
-    aside = _sentence([_cost(costs, leader, rows), _harm(analysis, leader), *_gaps(analysis, measure, leader)])
+    aside = _sentence([_cost(analysis, costs, leader), _harm(analysis, leader), *_gaps(analysis, measure, leader)])
     return " ".join(filter(None, [result, aside, _sensitivity(analysis, measure, rows)]))
 
 
@@ -146,15 +146,18 @@ def _some(labels: Sequence[str]) -> str:
     return f"{escape(', '.join(labels[: NAMED - 1]))} and {len(labels) - NAMED + 1} more"
 
 
-def _cost(costs: pd.DataFrame, leader: str, rows: Sequence[str]) -> str:
-    multiples = cost_multiples(costs, rows)
-    if len(multiples) < 2 and leader in multiples:
-        return ""
+def _cost(analysis: Analysis, costs: pd.DataFrame, leader: str) -> str:
+    """Return the cost of the leader's training relative to the cheapest row; "" if only one row was trained here."""
+    multiples = cost_multiples(costs)
     if leader not in multiples:
-        return "the cost of its training is unknown"
-    cheapest = min(multiples, key=lambda label: multiples[label])
+        if leader in analysis.trained and len(spending(costs).devices) > 1:
+            return "costs of training cannot be compared, since devices differ"
+        return "the cost of its training is unknown" if len(analysis.trained) > 1 or not analysis.trained else ""
+    if len(multiples) < 2:
+        return ""
     if multiples[leader] < 1.005:
         return "no row took less time to train"
+    cheapest = min(multiples, key=lambda label: multiples[label])
     return f"training took {_times(multiples[leader])} times as long as that of the cheapest, {escape(cheapest)}"
 
 
@@ -198,7 +201,7 @@ def _sentence(parts: Iterable[str]) -> str:
 
 def table(analysis: Analysis, measure: Measure, costs: pd.DataFrame, manifest: Manifest) -> Table:
     """Return the headline table, one row per compared row: change, gain over held-out measures, rank, cost, flags."""
-    ranking, multiples = analysis.rankings[measure], cost_multiples(costs, analysis.labels)
+    ranking, multiples = analysis.rankings[measure], cost_multiples(costs)
     based = analysis.base is not None
     columns = [Column("method")]
     about = (measure.unit, measure.higher_is_better, measure.role)
@@ -258,13 +261,6 @@ def fallen(analysis: Analysis, label: str) -> list[Measure]:
     return [m for m, changes in analysis.changes.items() if label in changes and worse(changes[label], m)]
 
 
-def cost_multiples(costs: pd.DataFrame, labels: Sequence[str]) -> dict[str, float]:
-    """Return label -> mean training time of its finished runs, in multiples of the shortest of these ``labels``."""
-    spent = {label: means["seconds"] for label, means in label_means(costs, ["seconds"]).items() if label in labels}
-    spent = {label: seconds for label, seconds in spent.items() if np.isfinite(seconds) and seconds > 0}
-    return {label: seconds / min(spent.values()) for label, seconds in spent.items()}
-
-
 def _times(multiple: float) -> str:
     return f"{multiple:.2f}" if multiple < 9.995 else f"{multiple:,.1f}"
 
@@ -287,8 +283,8 @@ def _legend(analysis: Analysis, measure: Measure, costs: pd.DataFrame, chosen: s
         parts.append(f"Gain: over {_names(analysis.summed)}, in standard deviations of the base model's scores.")
     if len(analysis.rankings[measure].order) > 1:
         parts.append("Rank: the places that the comparisons of all pairs leave open (95 %, all rows together).")
-    if len(cost_multiples(costs, analysis.labels)) > 1:
-        parts.append("Time to train: in multiples of the cheapest row.")
+    if len(cost_multiples(costs)) > 1:
+        parts.append("Time to train: on all devices together, relative to the cheapest row.")
     return " ".join(parts)
 
 

@@ -127,14 +127,17 @@ def test_a_table_is_one_for_those_who_do_not_see_it():
     columns = [Column("method"), Column("score", "logit", True, "check", 2), Column("note")]
     rows = [
         [Cell("a<b", mark=" **(x)**"), Cell(1.234, 1.0, 2.0, bold=True), Cell("up", bold=True)],
-        [Cell("c"), Cell(1.0, 0.5, 1.5, mark="(=)"), Cell("")],
+        [Cell("c"), Cell(1.0, 0.5, 1.5, mark=" (9 prompts)", top=True, change=(0.2, 0.1, 0.3)), Cell("")],
         [Cell("d"), Cell(), Cell("free text")],
     ]
     text = Table(columns, rows).html("Of <all>")
     assert "<caption>Of &lt;all&gt;</caption>" in text
     assert '<th scope="row"><bdi>a&lt;b</bdi> <strong>(x)</strong></th>' in text
-    assert '<td class="number"><strong>1.23</strong> <small>[1.00, 2.00]</small></td>' in text
-    assert "</small> (=)</td>" in text
+    assert '<td class="number" data-value="1.234"><strong>1.23</strong> <small>[1.00, 2.00]</small></td>' in text
+    assert '<td class="number top" data-value="1">1.00 <small>[0.50, 1.50]</small>' in text
+    assert '<span class="sr"> (top), not separable from the leader</span> (9 prompts)' in text
+    assert "Δ </span>+0.20 <small>[+0.10, +0.30]</small></span></td>" in text
+    assert '<th scope="col" data-key="score" class="number">' in text
     assert '<span aria-hidden="true">—</span><span class="sr">not measured</span>' in text
     assert text.count('scope="col"') == 3
     assert '<span class="sr">, higher is better</span>' in text

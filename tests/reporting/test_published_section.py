@@ -215,7 +215,9 @@ def test_the_page_has_the_published_numbers(tmp_path, monkeypatch):
     plan = manifest(name="table2", seeds=(0,))
     made = stored(tmp_path, plan, scores(plan), costs(plan))
     paths = report.build(made, tmp_path / "out", ["md", "csv", "tex"])
-    assert [path.name for path in paths] == ["table2.md", "table2.csv", "table2-published.csv", "table2.tex"]
+    assert [path.name for path in paths] == [
+        *("table2.md", "table2.csv", "table2-published.csv", "table2.tex", "table2-pairs.csv")
+    ]
     text = paths[0].read_text()
     assert "| protocol differs (1) |" in text
     assert "- (1) backend.model: black-forest-labs/FLUX.1-dev there, shapes here;" in text

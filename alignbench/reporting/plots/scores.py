@@ -32,7 +32,7 @@ from alignbench.reporting.plots.style import (
     set_scale,
     shorten_ticks,
 )
-from alignbench.reporting.tables import label_means
+from alignbench.reporting.tables import spending
 from alignbench.reporting.text.table import listed
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def draw_tradeoff(analysis: Analysis, costs: pd.DataFrame, stamp: str) -> Figure
         return None
     changes = {label: change.estimate for label, change in analysis.changes[measure].items()}
     known = [label for label, change in changes.items() if np.isfinite(change.mean)]
-    spent = {name: _spent(costs, columns, known) for name, columns in COSTS.items()}
+    spent = {name: {k: cost for k, cost in by.items() if k in known} for name, by in _spent(costs).items()}
     panels = {name: by_label for name, by_label in spent.items() if len(set(by_label.values())) > 1}
     if not panels:
         return None
@@ -153,13 +153,15 @@ def draw_tradeoff(analysis: Analysis, costs: pd.DataFrame, stamp: str) -> Figure
         return finish(canvas, "tradeoff", "Quality against cost", caption)
 
 
-COSTS = {"network evaluations (NFE)": ("nfe_forward", "nfe_grad"), "training time, s": ("seconds",)}
-
-
-def _spent(costs: pd.DataFrame, columns: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Return label -> mean total of ``columns`` over finished training runs, for labels of which it is known."""
-    totals = {label: sum(by_column.values()) for label, by_column in label_means(costs, columns).items()}
-    return {label: totals[label] for label in labels if np.isfinite(totals.get(label, np.nan)) and totals[label] > 0}
+def _spent(costs: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Return name of a cost -> label -> mean over finished training runs; times only if all are of equal devices."""
+    spent = spending(costs)
+    time = "GPU-seconds" if spent.kind == "GPU" else f"{spent.kind} time, s"
+    totals = {
+        "network evaluations (NFE)": {k: mean["nfe_forward"] + mean["nfe_grad"] for k, mean in spent.means.items()},
+        time: {k: mean["time"] for k, mean in spent.means.items() if len(spent.devices) == 1},
+    }
+    return {name: {k: total for k, total in by_label.items() if total > 0} for name, by_label in totals.items()}
 
 
 def _front(spent: dict[str, float], means: dict[str, float]) -> list[str]:
