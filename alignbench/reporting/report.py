@@ -280,7 +280,7 @@ def _results_caption(analysis: Analysis) -> str:
 RESULTS_CAPTION = (
     "Bold: the leader of a column, if its paired gain over {base} is significant (Holm's correction for the {count} "
     "rows compared; never for a single training run). Underlined: the leader otherwise, and the rows not separable "
-    "from it (all pairs, Holm), which does not mean equal; none if nothing in a column is separable from its leader."
+    "from it (all pairs, Holm), which does not mean equal; without marks, nothing is separable from the leader."
 )
 CHANGES_CAPTION = (
     "Mean difference for the same prompts, with its 95 % interval; p after Holm's correction over the rows of a "
