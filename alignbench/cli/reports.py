@@ -129,7 +129,7 @@ def score(
     scored = [(evaluator, scoring.score_images(evaluator, images, base)) for evaluator, base in zip(chosen, bases)]
     for path in score_summary.save(scored, Path(out), list(plugin)):
         print(f"written: {path}", file=sys.stderr)
-    print(score_summary.summary(scored).markdown())
+    print(score_summary.summary(scored))
     return DONE if all(frame["ok"].all() for _, frame in scored) else SOME_FAILED
 
 

@@ -154,17 +154,20 @@ def missing_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:
 
 def coverage_section(manifest: Manifest, analysis: Analysis) -> list[str]:
     """Return the section on missing or invalid scores, and on the prompts left out because of them."""
-    images = manifest.prompts * manifest.protocol["images_per_prompt"]
+    planned = manifest.prompts * manifest.protocol["images_per_prompt"]
+    rows = {label: [run.image_count or planned for run in runs] for label, runs in manifest.rows.items()}
     lines = []
     for measure in analysis.measures:
         for label in analysis.labels:
-            valid, expected = analysis.coverage(measure, label, images)
+            valid, expected = analysis.scored(measure, label), sum(rows.get(label, []))
             change = analysis.changes[measure].get(label)
             dropped = [analysis.means[measure][label].dropped, change.estimate.dropped if change else 0]
             if valid != expected or any(dropped):
                 text = f"- {escape(title(measure))}, {escape(label)}: {valid} of {expected} scores; "
                 lines.append(f"{text}prompts left out: {dropped[0]} of the mean, {dropped[1]} of the paired change")
-    complete = f"Complete: every image of every run has every score ({images} images per run)."
+    counts = sorted({count for row in rows.values() for count in row})
+    per_run = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{(counts or [planned])[0]}"
+    complete = f"Complete: every image of every run has every score ({per_run} images per run)."
     rule = "A prompt is left out if a seed, or one side of a pair, lacks a valid score of it; so is a seed without any."
     return ["## Coverage", "\n".join(lines) if lines else complete, rule if lines else ""]
 

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.ranking import Ranking, rank
 from alignbench.reporting.analysis.stats import MeanEstimate
-from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun
+from alignbench.store.manifest import ROLES, UNTRAINED, Manifest, ManifestRun
 
 ALPHA = 0.05
-ROLES = ("train", "held-out", "check", "unknown")  # in the order of the table's columns; unknown: imported rows
 
 
 class Measure(NamedTuple):
@@ -277,9 +276,9 @@ class Analysis:
         sizes = [stats.detectable(found.se, found.df, ALPHA / len(estimates)) for found in estimates]
         return float(np.median(sizes)) if sizes else np.nan
 
-    def coverage(self, measure: Measure, label: str, images: int) -> tuple[int, int]:
-        """Return (valid scores, expected scores) for runs of ``images`` images each."""
-        return int((~np.isnan(self.scores[measure].values[label])).sum()), images * len(self.seeds[label])
+    def scored(self, measure: Measure, label: str) -> int:
+        """Return the number of the row's images that have a valid score."""
+        return int((~np.isnan(self.scores[measure].values[label])).sum())
 
 
 def better(comparison: Comparison, measure: Measure) -> bool:
