@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignbench.reporting import image_grid
-from alignbench.reporting.analysis.pairs import Result, Side, disagreements, protocols
+from alignbench.reporting.analysis.pairs import Difference, Result, Side, disagreements, protocols
 from alignbench.reporting.improvement_section import p_text
 from alignbench.reporting.tables import title
 from alignbench.reporting.text.table import DECIMALS, Cell, Column, Table, escape, interval, number
@@ -54,16 +54,8 @@ def table(results: Sequence[Result]) -> Table:
 
 def tidy(results: Sequence[Result]) -> Table:
     """Return all numbers in full precision, one row per metric."""
-    names = ["metric", "evaluator", "role", "unit", "a", "a_lo", "a_hi", "b", "b_lo", "b_hi", "difference", "lo", "hi"]
-    names += ["se", "df", "p", "prompts", "seeds", "dropped", "p_holm", "verdict", "a_higher"]
-    rows = []
-    for measure, (a, b), change, higher, _ in results:
-        about: list[Any] = [measure.name, measure.evaluator, measure.role, measure.unit, *a[:3], *b[:3]]
-        estimate = change.estimate
-        about += [*estimate[:3], estimate.se, estimate.df, estimate.p]
-        about += [estimate.prompts, estimate.seeds, estimate.dropped]
-        rows.append([Cell(value) for value in [*about, change.p_holm, change.verdict, higher]])
-    return Table([Column(name) for name in names], rows)
+    rows = [[Cell(value) for value in result.difference] for result in results]
+    return Table([Column(name) for name in Difference._fields], rows)
 
 
 NOTE = """\

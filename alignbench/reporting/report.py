@@ -17,6 +17,7 @@ import pandas as pd
 
 from alignbench.config import UserError, did_you_mean
 from alignbench.reporting import curves_section, image_grid, improvement_section, published_section
+from alignbench.reporting.analysis import data
 from alignbench.reporting.analysis.comparison import Analysis, analyse
 from alignbench.reporting.analysis.published import Reference, load, load_curve
 from alignbench.reporting.analysis.results import Results
@@ -70,7 +71,7 @@ class Words(NamedTuple):
     curves: Sequence[str] = ()  # ... and curves
 
 
-FORMATS = ("md", "csv", "tex", "html", "svg", "png")
+FORMATS = ("md", "csv", "tex", "html", "svg", "png", "data")
 
 
 def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
@@ -78,7 +79,8 @@ def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list
 
     md: ``<name>.md``; csv: ``<name>.csv``, and ``<name>-published.csv`` if the sweep is compared with published
     numbers; tex: the tables, ``<name>.tex``; html: everything in one file that needs no other, ``<name>.html``; png:
-    the image grid, ``<name>-grid.png``, if there are images; png, svg: the figures, ``<name>-<figure>``.
+    the image grid, ``<name>-grid.png``, if there are images; png, svg: the figures, ``<name>-<figure>``; data: every
+    score of every image, ``<name>-scores.parquet``, and each training run, ``<name>-seeds.csv``, ``<name>-costs.csv``.
     """
     check_formats(formats)
     manifest = results.manifest
@@ -110,6 +112,8 @@ def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list
         contents |= {
             f"{name}-{figure.name}.{kind}": getattr(figure, kind) for kind in ("svg", "png") if kind in formats
         }
+    if "data" in formats:
+        contents |= {f"{name}-{file}": content for file, content in data.files(results, analysis).items()}
     for file, content in contents.items():
         write(out / file, content)
     paths = [out / file for file in contents]

@@ -254,14 +254,23 @@ class Analysis:
 
     def seed_changes(self, measure: Measure, label: str) -> dict[int, float]:
         """Return training seed -> paired change against base with this seed, over the prompts of ``changes``."""
-        data = self.scores[measure]
-        grid = stats.prompt_means(data.values[label] - data.values[self.base or ""])
+        values = self.scores[measure].values
+        return self._by_seed(measure, label, values[label] - values[self.base or ""])
+
+    def seed_means(self, measure: Measure, label: str) -> dict[int, float]:
+        """Return training seed -> mean of this training run, over the prompts of ``means``."""
+        return self._by_seed(measure, label, self.scores[measure].values[label])
+
+    def _by_seed(self, measure: Measure, label: str, values: stats.Array) -> dict[int, float]:
+        """Return training seed -> mean of ``values``; empty where their mean over seeds is unknown."""
+        grid = stats.prompt_means(values)
         seeds = ~np.isnan(grid).all(0)
         whole = ~np.isnan(grid[:, seeds]).any(1) & seeds.any()
-        numbers = np.array(self._axis(label))[seeds]
-        tasks = data.tags[whole] if measure.by_task else np.zeros(whole.sum())
-        by_task = [grid[whole][tasks == task][:, seeds].mean(0) for task in np.unique(tasks)]
-        return dict(zip(numbers.tolist(), np.mean(by_task, axis=0).tolist())) if by_task else {}
+        tags = self.scores[measure].tags if measure.by_task else np.zeros(len(grid))
+        if not whole.any() or {*tags[whole]} != {*tags}:  # as for the mean: not one over fewer tasks
+            return {}
+        by_task = [grid[whole & (tags == task)][:, seeds].mean(0) for task in np.unique(tags)]
+        return dict(zip(np.array(self._axis(label))[seeds].tolist(), np.mean(by_task, axis=0).tolist()))
 
     def _axis(self, label: str) -> list[int]:
         """Return the training seeds of the last axis of the row's scores."""
