@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,13 +18,13 @@ from support.report_tables import (
     costs,
     draw_images,
     manifest,
+    on_disk,
     page,
     results,
     row_of,
     scores,
     section,
     stored,
-    with_files,
     with_runs,
 )
 
@@ -33,10 +32,10 @@ from alignbench import cli
 from alignbench.reporting import disclosures, image_grid, report, tables
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.comparison import Measure, analyse
-from alignbench.reporting.analysis.results import COSTS, Results
+from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.text.table import Cell, Column, Table, escape, interval, number
 from alignbench.store import files
-from alignbench.store.manifest import UNTRAINED, Manifest, ManifestNote, write_manifest
+from alignbench.store.manifest import UNTRAINED, ManifestNote
 
 # ---------------------------------------------------------------------------------------------------------- the page
 
@@ -392,30 +391,6 @@ def test_a_report_is_made_twice_alike(tmp_path):
     draw_images(tmp_path, given.manifest)
     first = [path.read_bytes() for path in report.build(given, tmp_path / "a")]
     assert [path.read_bytes() for path in report.build(given, tmp_path / "b")] == first
-
-
-def on_disk(root: Path, given: Results) -> Manifest:
-    """Write a store with what ``given`` has, and return its manifest."""
-    plan, frame = with_files(given.manifest), given.scores
-    draw_images(root, plan)
-    for run in plan.runs:
-        mine = frame[(frame["run"] == run.id)]
-        for score in run.scores:
-            part = mine[mine["evaluator"] == score.evaluator]
-            wide = part.pivot(index=["prompt_id", "tag", "index"], columns="metric", values="score").reset_index()
-            files.write_frame(root / score.file, wide.assign(ok=True, error=""))
-        folder = root / "runs" / run.id
-        files.write_json(folder / "status.json", {"state": "done"})
-        if run.trained:
-            row = given.costs[given.costs["run"] == run.id].iloc[0]
-            record = {name: [row[name]] for name in COSTS} | {"update": [29], "reward_mean": [0.25]}
-            files.write_frame(folder / "train.parquet", pd.DataFrame(record))
-            files.write(folder / "weights.safetensors", b"")
-        origin = {"alignbench": "0.1.0", "revision": None, "python": "3.11.9", "packages": {"torch": "2.15"}}
-        origin |= {"machine": "Linux x86_64, 2 cores", "devices": [], "processes": 1, "threads": 1}
-        files.write_json(folder / "provenance.json", origin)
-    write_manifest(root / "sweeps" / "made_up-1.json", plan)
-    return plan
 
 
 def test_a_store_on_disk_is_read(tmp_path):
