@@ -24,7 +24,7 @@ from alignbench.reporting.analysis import pairs
 from alignbench.reporting.analysis.comparison import analyse
 from alignbench.reporting.analysis.data import SweepData
 from alignbench.reporting.analysis.results import Results
-from alignbench.reporting.text.table import DECIMALS, number
+from alignbench.reporting.text.table import number
 from alignbench.store.artefacts import Store
 
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "data.ipynb"
@@ -284,23 +284,26 @@ def test_a_mean_is_printed_alike_everywhere(tmp_path):
     run = plan.by_seed["LeapAlign", 0]
     mine = Results(store, plan.only([run]))
     printed = score_summary.run_summary(run, mine.scores)
-    names = {measure.name: measure for measure in sweep._analysis.measures}
-    header, row = (
-        [cell.strip() for cell in line.split("|")]
-        for line in section(page, "Results").splitlines()
-        if line.startswith(("| method", "| LeapAlign"))
-    )
-    for name, measure in names.items():
-        mean = sweep.seeds.set_index(["metric", "label"]).loc[(name, "LeapAlign"), "mean"]
-        text = number(mean, DECIMALS.get(measure.unit, 3))
-        assert number(sweep.compare("LeapAlign", "Base", name).a, DECIMALS.get(measure.unit, 3)) == text
-        place = next(i for i, column in enumerate(header) if column.split(",")[0] == name)
-        assert row[place].strip("*").split()[0].strip("*") == text
-        for table in (shown, printed):
-            (line,) = (line for line in table.splitlines() if line.startswith((f"| {name},", f"| {name} ")))
-            assert line.split("|")[2].split()[0] == text
-    plain = mine.scores.groupby("metric", observed=True)["score"].mean()
-    assert f"| {plain['geneval']:.3f}" not in printed
+    exact = sweep.seeds[sweep.seeds["label"] == "LeapAlign"].set_index("metric")["mean"]
+    result = mean_cells(section(page, "Results"), "LeapAlign")
+    for place, (name, mean) in enumerate(exact.items()):
+        assert sweep.compare("LeapAlign", "Base", str(name)).a == pytest.approx(mean)
+        for text in (result[place], first_mean(shown, place), first_mean(printed, place)):
+            assert text == number(mean, len(text.partition(".")[2]))
+    plain = mine.scores[mine.scores["metric"] == "geneval"]["score"].mean()
+    assert f"{plain:.3f}" != f"{exact['geneval']:.3f}"
+
+
+def mean_cells(text: str, label: str) -> list[str]:
+    """Return the means in a row of the report's table, in the order of its columns."""
+    row = next(line for line in text.splitlines() if line.startswith(f"| {label}"))
+    return [cell.split()[0].strip("*") for cell in row.split("|")[2:-1]]
+
+
+def first_mean(table: str, place: int) -> str:
+    """Return the mean in the second column of the row ``place`` of a table in Markdown."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return lines[2 + place].split("|")[2].split()[0]
 
 
 @pytest.mark.slow
@@ -321,18 +324,7 @@ def test_the_verbs_print_one_number(tmp_path, capsys):
     words = ["score", str(store / "images" / images), "--prompts", "shapes/test", "-e", "bright,geneval"]
     assert alignbench(*words, "geneval.detector=shapes", "--out", str(tmp_path / "scores.csv")) == 0
     said["score"] = capsys.readouterr().out
-    for metric in ("brightness", "geneval"):
-        lines = {
-            verb: next(line for line in text.splitlines() if line.startswith(f"| {metric}"))
-            for verb, text in said.items()
-            if verb != "report"
-        }
-        means = {line.split("|")[2].split()[0] for line in lines.values()}
-        header, row = (
-            [cell.strip() for cell in line.split("|")]
-            for line in section(said["report"], "Results").splitlines()
-            if line.startswith(("| method", "| Last"))
-        )
-        place = next(i for i, column in enumerate(header) if column.split(",")[0] == metric)
-        means.add(row[place].strip("*").split()[0].strip("*"))
-        assert len(means) == 1, lines
+    result = mean_cells(section(said.pop("report"), "Results"), "Last")
+    for place in range(len(sweep.metrics)):
+        tables = {verb: text[text.index("| metric") :] for verb, text in said.items()}
+        assert {first_mean(table, place) for table in tables.values()} == {result[place]}
