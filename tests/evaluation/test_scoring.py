@@ -194,7 +194,7 @@ def test_the_summary_counts_what_failed(listed):
     (listed / "images" / "5.png").write_bytes(b"")
     chosen = folder_images(listed / "images", str(listed / "list.txt"))
     evaluator = Mean()
-    line = summary([(evaluator, score_images(evaluator, chosen))]).splitlines()[-1]
+    line = summary([(evaluator, score_images(evaluator, chosen))]).splitlines()[2]
     assert [cell.strip() for cell in line.split("|")[3:-1]] == ["6", "1", "3", "0"]
     assert "46.667" in line  # (10 + 50 + 80) / 3: the last prompt's mean is that of its valid image
 
@@ -212,9 +212,8 @@ def test_the_summary_says_why_a_number_is_unknown():
     assert "mean: no interval, since the list has too few prompts (1)" in said(["counting"], True)
     assert "right, by task: no interval, since counting has too few prompts (1)" in said(["counting"], True)
     assert "mean: no mean, since no image has a score" in said(["counting", "colors"], False)
-    partly = said(["counting", "counting", "colors"], [True, True, False])
+    partly = said(["counting"] * 8 + ["colors"], [True] * 8 + [False])
     assert "right, by task: no mean, since no image of colors has a score" in partly
-    assert "mean: no" not in partly
     assert "nan" not in partly
 
 
@@ -229,7 +228,7 @@ def test_a_repeated_prompt_is_one_prompt_with_more_images(tmp_path):
         *(("a cross", i) for i in range(2)),
         *(("a ring", i) for i in range(4)),
     ]
-    line = summary([(Mean(), score_images(Mean(), images))]).splitlines()[-1]
+    line = summary([(Mean(), score_images(Mean(), images))]).splitlines()[2]
     assert [cell.strip() for cell in line.split("|")[3:-1]] == ["6", "0", "2", "0"]
 
 

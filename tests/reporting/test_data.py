@@ -21,9 +21,10 @@ from support.tiny_sweep import alignbench, sweep_file
 from alignbench import UserError, load
 from alignbench.reporting import compare, report, score_summary
 from alignbench.reporting.analysis import pairs
-from alignbench.reporting.analysis.comparison import analyse
+from alignbench.reporting.analysis.comparison import Measure, analyse
 from alignbench.reporting.analysis.data import SweepData
 from alignbench.reporting.analysis.results import Results
+from alignbench.reporting.tables import title
 from alignbench.reporting.text.table import number
 from alignbench.store.artefacts import Store
 
@@ -286,9 +287,10 @@ def test_a_mean_is_printed_alike_everywhere(tmp_path):
     printed = score_summary.run_summary(run, mine.scores)
     exact = sweep.seeds[sweep.seeds["label"] == "LeapAlign"].set_index("metric")["mean"]
     result = mean_cells(section(page, "Results"), "LeapAlign")
-    for place, (name, mean) in enumerate(exact.items()):
-        assert sweep.compare("LeapAlign", "Base", str(name)).a == pytest.approx(mean)
-        for text in (result[place], first_mean(shown, place), first_mean(printed, place)):
+    for place, measure in enumerate(sweep._analysis.measures):
+        mean = exact[measure.name]
+        assert sweep.compare("LeapAlign", "Base", measure.name).a == pytest.approx(mean)
+        for text in (result[place], first_mean(shown, measure), first_mean(printed, measure)):
             assert text == number(mean, len(text.partition(".")[2]))
     plain = mine.scores[mine.scores["metric"] == "geneval"]["score"].mean()
     assert f"{plain:.3f}" != f"{exact['geneval']:.3f}"
@@ -300,10 +302,10 @@ def mean_cells(text: str, label: str) -> list[str]:
     return [cell.split()[0].strip("*") for cell in row.split("|")[2:-1]]
 
 
-def first_mean(table: str, place: int) -> str:
-    """Return the mean in the second column of the row ``place`` of a table in Markdown."""
-    lines = [line for line in table.splitlines() if line.startswith("|")]
-    return lines[2 + place].split("|")[2].split()[0]
+def first_mean(table: str, measure: Measure) -> str:
+    """Return the mean in the second column of the measure's row."""
+    line = next(line for line in table.splitlines() if line.startswith(f"| {title(measure)}, {measure.unit}"))
+    return line.split("|")[2].split()[0]
 
 
 @pytest.mark.slow
@@ -325,6 +327,5 @@ def test_the_verbs_print_one_number(tmp_path, capsys):
     assert alignbench(*words, "geneval.detector=shapes", "--out", str(tmp_path / "scores.csv")) == 0
     said["score"] = capsys.readouterr().out
     result = mean_cells(section(said.pop("report"), "Results"), "Last")
-    for place in range(len(sweep.metrics)):
-        tables = {verb: text[text.index("| metric") :] for verb, text in said.items()}
-        assert {first_mean(table, place) for table in tables.values()} == {result[place]}
+    for place, measure in enumerate(sweep._analysis.measures):
+        assert {first_mean(text, measure) for text in said.values()} == {result[place]}

@@ -126,8 +126,10 @@ class SweepData:
         results, left_out = pairs.compare(Store(self._results.store), *sides, only, known)
         for remark in left_out if metric is None else ():
             warnings.warn(remark, stacklevel=2)
-        differences = [result.difference for result in results]
-        return pd.DataFrame(differences) if metric is None else differences[0]
+        if metric is None:
+            return pd.DataFrame([result.difference for result in results])
+        found = next(result.difference for result in results if result.measure.name == metric)
+        return found._replace(p_holm=found.p)  # an evaluator of this name may have other metrics, not asked for
 
     def _side(self, word: str) -> Side:
         manifest = self._results.manifest
