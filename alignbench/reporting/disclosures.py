@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,29 @@ def budgets_note(analysis: Analysis, costs: pd.DataFrame) -> str:
     return f"**The numbers of training images differ**: {listed}."
 
 
+def seeds_differ_note(analysis: Analysis) -> str:
+    """Return which rows have other training seeds than others, and which share none; empty if all have the same."""
+    rows: dict[tuple[int, ...], list[str]] = {}
+    for label in analysis.trained:
+        if analysis.seeds[label]:
+            rows.setdefault(tuple(analysis.seeds[label]), []).append(escape(label))
+    if len(rows) < 2:
+        return ""
+    seeds = "; ".join(f"{listed(labels)}: {', '.join(map(str, seeds))}" for seeds, labels in rows.items())
+    apart = [(rows[a], rows[b]) for a, b in itertools.combinations(rows, 2) if not {*a} & {*b}]
+    names = "; ".join(f"{listed(a)} and {listed(b)}" for a, b in apart)
+    none = f" These share none, so nothing is known about their difference, not even that it is small: {names}."
+    both = "Two trained rows are compared over the seeds that both have."
+    return f"**The training seeds differ**: {seeds}. {both}{none * bool(apart)}"
+
+
+def roles_note(analysis: Analysis) -> str:
+    """Return what cannot be concluded from scores of which it is unknown whether a row was trained on them; or ""."""
+    unknown = [escape(title(measure)) for measure in analysis.measures if measure.role == "unknown"]
+    what = "it is not known whether a row was trained on this score, so a gain in it may be one of the training reward"
+    return f"[unknown]: {what} ({listed(unknown)})." if unknown else ""
+
+
 def imports_section(manifest: Manifest) -> list[str]:
     """Return the section on imported rows: their origin, and what is known and unknown about them."""
     lines = []
@@ -74,8 +98,7 @@ def imports_section(manifest: Manifest) -> list[str]:
 
 IMPORTED_NOTE = """\
 These images and scores were made elsewhere. A score with a name in brackets is that project's own, taken from its file:
-neither its version nor its weights are verified. [unknown]: it was not stated whether a row was trained on this
-score."""
+neither its version nor its weights are verified."""
 
 
 def overrides_section(manifest: Manifest) -> list[str]:

@@ -31,6 +31,8 @@ from alignbench.reporting.disclosures import (
     moments_note,
     overrides_section,
     protocol_section,
+    roles_note,
+    seeds_differ_note,
     settings_section,
     warnings_section,
 )
@@ -170,6 +172,8 @@ def sections(
         NEUTRAL_NOTE if any(measure.higher_is_better is None for measure in analysis.measures) else "",
         hybrid_note(manifest),
         moments_note(manifest),
+        roles_note(analysis),
+        seeds_differ_note(analysis),
         budgets_note(analysis, costs),
         f"![{alike}, one row per method]({grid})\n\n{GRID_NOTE}" if grid else "",
         *published_section.sections(manifest, analysis, published),

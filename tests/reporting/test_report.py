@@ -40,6 +40,40 @@ from alignbench.store.manifest import UNTRAINED, ManifestNote
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [
+        (
+            {2, 3},
+            "ReFL: 0, 1; DRTune: 2, 3. Two trained rows are compared over the seeds that both have. These share none",
+        ),
+        ({1, 2}, "ReFL: 0, 1; DRTune: 1, 2. Two trained rows are compared over the seeds that both have."),
+        ({0, 1}, ""),
+    ],
+)
+def test_training_seeds_that_differ_are_said(seeds, said):
+    """The page has each row's seeds, and which rows are not compared at all because they share none."""
+    plan = manifest((0, 1, 2, 3), ("base", "ReFL", "DRTune"))
+    kept = {"ReFL": {0, 1}, "DRTune": seeds, "base": {UNTRAINED}}
+    plan = structs.replace(plan, runs=[run for run in plan.runs if run.seed in kept[run.label]])
+    text = page(stored(None, plan, scores(plan), costs(plan)))
+    assert ("**The training seeds differ**: " in text) == bool(said)
+    assert said in text
+    assert ("not even that it is small: ReFL and DRTune." in text) == (seeds == {2, 3})
+    assert "nan" not in text
+
+
+def test_an_unknown_role_is_neither_reward_nor_held_out():
+    """The page says of which scores it is unknown, and none of them is the primary measure."""
+    plan = manifest((0, 1), ("base", "ReFL"))
+    plan = with_runs(plan, lambda run: {"scores": [structs.replace(score, role="unknown") for score in run.scores]})
+    text = page(stored(None, plan, scores(plan), costs(plan)))
+    assert "[unknown]: it is not known whether a row was trained on this score" in text
+    assert analyse(plan, scores(plan)).primary is None
+    assert "[held-out]" not in section(text, "Paired change")
+    assert "nan" not in text
+
+
 def test_the_first_line_makes_the_report_again():
     """The page begins with the two commands that make it from nothing."""
     first = page(results()).splitlines()[0]
