@@ -12,8 +12,9 @@ import pandas as pd
 from alignbench.config import UserError
 from alignbench.plugins import Registry
 from alignbench.reporting.analysis.comparison import Analysis, Measure, analyse
-from alignbench.reporting.tables import estimate_cell, title
-from alignbench.reporting.text.table import DECIMALS, Cell, Column, Table, interval, listed
+from alignbench.reporting.names import decimals, title
+from alignbench.reporting.tables import estimate_cell
+from alignbench.reporting.text.table import Cell, Column, Table, interval, listed
 from alignbench.store.manifest import UNTRAINED, Manifest, ManifestMetric, ManifestRun, ManifestScore
 
 ONE_RUN = "one training run: no interval accounts for how much training runs differ"
@@ -73,7 +74,7 @@ def run_summary(run: ManifestRun, scores: pd.DataFrame) -> str:
         found = analysis.means[measure][run.label]
         name = Column(title(measure), measure.unit, measure.higher_is_better).header
         _, lo, hi, *_ = estimate_cell(found, measure)
-        shown = interval(found.mean, lo, hi, DECIMALS.get(measure.unit, 3))
+        shown = interval(found.mean, lo, hi, decimals(measure))
         counts = [len(own), int((~own["ok"].eq(True)).sum()), found.prompts, found.dropped]
         rows.append([Cell(name), Cell(shown), *(Cell(str(count)) for count in counts)])
         notes += _notes(analysis, measure, run.label)
