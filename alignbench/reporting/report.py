@@ -19,6 +19,7 @@ import pandas as pd
 
 from alignbench.config import UserError, did_you_mean
 from alignbench.reporting import curves_section, headline, image_grid, improvement_section, names, published_section
+from alignbench.reporting.analysis import data
 from alignbench.reporting.analysis.comparison import Analysis, analyse
 from alignbench.reporting.analysis.published import Reference, load, load_curve
 from alignbench.reporting.analysis.results import Results
@@ -32,6 +33,8 @@ from alignbench.reporting.disclosures import (
     moments_note,
     overrides_section,
     protocol_section,
+    roles_note,
+    seeds_differ_note,
     settings_section,
     warnings_section,
 )
@@ -75,7 +78,7 @@ class Words(NamedTuple):
     curves: Sequence[str] = ()  # ... and curves
 
 
-FORMATS = ("md", "csv", "tex", "html", "svg", "png")
+FORMATS = ("md", "csv", "tex", "html", "svg", "png", "data")
 
 
 def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
@@ -84,7 +87,8 @@ def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list
     md: ``<name>.md``; csv: ``<name>.csv``, ``<name>-pairs.csv`` with all pairs of rows, and ``<name>-published.csv`` if
     the sweep is compared with published numbers; tex: the tables, ``<name>.tex``; html: everything in one file that
     needs no other, ``<name>.html``; png: the image grid, ``<name>-grid.png``, if there are images; png, svg: the
-    figures, ``<name>-<figure>``.
+    figures, ``<name>-<figure>``; data: every score of every image, ``<name>-scores.parquet``, and each training run,
+    ``<name>-seeds.csv`` and ``<name>-costs.csv``.
     """
     check_formats(formats)
     manifest = results.manifest
@@ -121,6 +125,8 @@ def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list
         contents |= {
             f"{name}-{figure.name}.{kind}": getattr(figure, kind) for kind in ("svg", "png") if kind in formats
         }
+    if "data" in formats:
+        contents |= {f"{name}-{file}": content for file, content in data.files(results, analysis).items()}
     for file, content in contents.items():
         write(out / file, content)
     paths = [out / file for file in contents]
@@ -182,6 +188,8 @@ def sections(
         NEUTRAL_NOTE if any(measure.higher_is_better is None for measure in analysis.measures) else "",
         hybrid_note(manifest),
         moments_note(manifest),
+        roles_note(analysis),
+        seeds_differ_note(analysis),
         budgets_note(analysis, costs),
         f"![{alike}, one row per method]({grid})\n\n{GRID_NOTE}" if grid else "",
         *costs_section(analysis, costs),
