@@ -21,7 +21,7 @@ import argparse
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -35,7 +35,15 @@ NOISE, OWN, INTERACTION, IMAGE = 0.5, 0.4, 0.3, 0.5  # standard deviations; the 
 CUTS = (-1.2, -0.4, 0.4, 1.2)  # between the grades 1 to 5
 SKEW = 0.8  # standard deviation of a lognormal score's logarithm
 TASKS = (2, 10, 12, 14, 16, 16)
+MISSING = {
+    "": "nothing",
+    "random": "5 % of all scores",
+    "method": "20 hard prompts in one run of the last method",
+    "runs": "all training runs of the last method but one",
+    "lowest": "the lowest 5 % of each row's scores",
+}
 DECIDED = ("up", "down")
+TINY = 1e-12  # rounding errors of a true difference
 
 
 class Design(NamedTuple):
@@ -51,7 +59,7 @@ class Design(NamedTuple):
     spread: float = 0.15  # between the training runs of a method
     shared: float = 0.0  # between training seeds, common to all methods
     unstable: float = 1.0  # the last method's spread, in spreads
-    missing: str = ""  # random: 5 %; method: 20 hard prompts in one run of the last method; lowest: each row's 5 %
+    missing: str = ""  # what is lacking, of MISSING
     affected: int = 0
     effect: float = 0.0
 
@@ -59,6 +67,16 @@ class Design(NamedTuple):
     def labels(self) -> list[str]:
         """Names of the methods."""
         return [f"method {i + 1}" for i in range(self.methods)]
+
+    @property
+    def odd(self) -> str | None:
+        """The method that is unstable, if one is."""
+        return self.labels[-1] if self.unstable > 1 else None
+
+    @property
+    def runs(self) -> list[int]:
+        """Number of training runs of each method."""
+        return [self.seeds] * (self.methods - 1) + [1 if self.missing == "runs" else self.seeds]
 
 
 class Truth(NamedTuple):
@@ -93,6 +111,8 @@ DESIGNS = {
     "2 seeds, no seed effects": Design(seeds=2, spread=0),
     "no seed effects, effects": Design(spread=0, **HALF),
     "5 seeds, no seed effects": Design(seeds=5, spread=0),
+    "1 method, 2 seeds": Design(methods=1, seeds=2),
+    "1 method, 3 seeds": Design(methods=1),
     "2 methods, 2 seeds": Design(methods=2, seeds=2),
     "2 methods, 2 seeds, effects": Design(methods=2, seeds=2, affected=1, effect=1.0),
     "2 methods, 3 seeds": Design(methods=2),
@@ -126,6 +146,8 @@ DESIGNS = {
     "shared, 5 seeds": Design(shared=0.15, spread=0.05, seeds=5),
     "shared and own, 3 seeds": Design(shared=0.15, spread=0.15),
     "shared only, 2 seeds": Design(shared=0.15, spread=0, seeds=2),
+    "shared much, 3 seeds": Design(shared=0.5, spread=0.05),
+    "shared, 2 methods, 3 seeds": Design(shared=0.15, spread=0.05, methods=2),
     "shared, 18 methods": Design(shared=0.15, spread=0.05, methods=18),
     "shared, 400 prompts": Design(shared=0.15, spread=0.05, prompts=400),
     # one unstable method
@@ -143,6 +165,7 @@ DESIGNS = {
     "missing by method": Design(missing="method", seeds=2),
     "missing by method, effects": Design(missing="method", affected=5, effect=0.5),
     "missing by method, 18 methods, effects": Design(missing="method", methods=18, affected=9, effect=0.5),
+    "missing runs": Design(missing="runs"),
     "lowest missing": Design(missing="lowest"),
     "lowest missing, 2 seeds, 4 images": Design(missing="lowest", images=4, seeds=2),
     # one seed: statements about these weights
@@ -173,7 +196,7 @@ def study(design: Design, rng: np.random.Generator) -> Study:
         measure = Measure(law, law, by_task=bool(design.tasks))
         values, truths[measure] = _scores(design, law, sizes, common, rng)
         scores[measure] = Scores(np.arange(len(tags)), tags, _without(design.missing, values, rng))
-    seeds = {"base": [UNTRAINED], **{label: list(range(design.seeds)) for label in design.labels}}
+    seeds = {"base": [UNTRAINED], **{k: list(range(runs)) for k, runs in zip(design.labels, design.runs)}}
     return Study(completed(Analysis(["base", *design.labels], "base", seeds, list(scores), scores)), truths)
 
 
@@ -208,7 +231,8 @@ def _scores(
         values[label] = _observed(law, task + effect + parts / scale, design.rate)
         methods[label] = _expected(law, levels + effect, 1.0, design.rate)
         left = within / scale**2 if trained else 1.0
-        drawn = [_expected(law, levels + effect + u / scale, left, design.rate) for u in moved]
+        runs = design.runs[place - 1] if trained else 1
+        drawn = [_expected(law, levels + effect + u / scale, left, design.rate) for u in moved[:runs]]
         weights[label] = np.mean(drawn, axis=0)
     return values, Truth(methods, weights)
 
@@ -239,9 +263,11 @@ def _expected(law: str, mean: np.ndarray, variance: float, rate: float) -> np.nd
 def _without(missing: str, values: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Return the scores with nan where they are missing."""
     found = {label: value.copy() for label, value in values.items()}
+    *_, last = found.values()
     if missing == "method":
-        hard = np.argsort(values["base"].mean((1, 2)))[:20]
-        found[list(found)[-1]][hard, :, 0] = np.nan
+        last[np.argsort(values["base"].mean((1, 2)))[:20], :, 0] = np.nan
+    if missing == "runs":
+        last[:, :, 1:] = np.nan
     for value in found.values():
         if missing == "random":
             value[rng.random(value.shape) < 0.05] = np.nan
@@ -263,50 +289,45 @@ def scored(design: Design, number: int) -> dict[str, Count]:
         for name, (hits, cells) in _figures(design, made.analysis, measure, truth).items():
             before = found.get(name, (0.0, 0))
             found[name] = (before[0] + hits, before[1] + cells)
-    found["false improved"] = _any(_false_improved(design, made.analysis))
-    found["false gains"] = _any(
-        each.verdict in DECIDED for each in list(made.analysis.gains.values())[design.affected :] if design.seeds > 1
-    )
+    if design.seeds > 1 or not (design.spread or design.shared):  # else no two training runs are equal
+        equal = design.labels[design.affected :]
+        improved = [column[label] for column in made.analysis.improved.values() for label in equal]
+        found["false improved"] = _any(each.verdict in DECIDED for each in improved)
+        gains = [made.analysis.gains[label] for label in equal if made.analysis.gains]
+        found["false gains"] = _any(each.verdict in DECIDED for each in gains)
     return found
-
-
-def _false_improved(design: Design, analysis: Analysis) -> Iterator[bool]:
-    for column in analysis.improved.values():
-        for label in design.labels[design.affected :]:
-            yield column[label].verdict in DECIDED and (design.seeds > 1 or design.spread == 0)
 
 
 def _figures(design: Design, analysis: Analysis, measure: Measure, truth: Truth) -> dict[str, Count]:
-    """Return the figures of one measure. Decisions about weights are held against the truth of these weights."""
+    """Return the figures of one measure. A decision about weights is held against the truth of these weights."""
     methods = {label: float(value.mean()) for label, value in truth.methods.items()}
     weights = {label: float(value.mean()) for label, value in truth.weights.items()}
-    judged = weights if design.seeds == 1 else methods
-    last = design.labels[-1] if design.unstable > 1 else None
-    changes = {(label, "base"): each for label, each in analysis.changes[measure].items()}
     pairs = analysis.pairs[measure]
+    changes = {(label, "base"): each for label, each in analysis.changes[measure].items()}
     found: dict[str, Count] = {}
     for name, table in (("changes", changes), ("pairs", pairs)):
-        stable = {pair: each for pair, each in table.items() if last not in pair}
-        found[f"{name} covered"] = _covered(stable, judged)
-        found[f"{name} of the unstable covered"] = _covered(
-            {pair: each for pair, each in table.items() if last in pair}, judged
-        )
-        found[f"{name} given"] = _count(_given(each) for each in table.values())
-        found[f"false {name}"] = _any(_false(each, judged[a] - judged[b]) for (a, b), each in table.items())
-        real = [(pair, each) for pair, each in table.items() if methods[pair[0]] != methods[pair[1]]]
-        real = [(pair, each) for pair, each in real if last not in pair]
-        found[f"{name} found"] = _count(_right(each, methods[a] - methods[b]) for (a, b), each in real)
+        true = {pair: _difference(weights if each.weights else methods, pair) for pair, each in table.items()}
+        given = {
+            pair for pair, each in table.items() if np.isfinite(each.estimate.lo) and np.isfinite(each.estimate.hi)
+        }
+        inside = {pair for pair in given if table[pair].estimate.lo <= true[pair] <= table[pair].estimate.hi}
+        found[f"{name} covered"] = _count(pair in inside for pair in given if design.odd not in pair)
+        found[f"unstable {name} covered"] = _count(pair in inside for pair in given if design.odd in pair)
+        found[f"{name} given"] = _count(pair in given for pair in table)
+        found[f"false {name}"] = _any(_false(each, true[pair]) for pair, each in table.items())
+        real = [pair for pair in table if _difference(methods, pair) and design.odd not in pair]
+        found[f"{name} found"] = _count(_right(table[pair], _difference(methods, pair)) for pair in real)
     if design.seeds == 1:
-        found["changes of methods covered"] = _covered(changes, methods)
+        over = [(each.estimate, _difference(methods, pair)) for pair, each in changes.items()]
+        found["changes of methods covered"] = _count(estimate.lo <= true <= estimate.hi for estimate, true in over)
         found["said of weights"] = _count(each.weights for each in [*changes.values(), *pairs.values()])
-    found |= _ranked(design, analysis, measure, judged)
-    if last:
+    if design.odd:
         flagged = analysis.unstable.get(measure, [])
-        found["unstable flagged"] = _count([last in flagged])
-        found["stable flagged"] = _any(label != last for label in flagged)
+        found["unstable flagged"] = _count([design.odd in flagged])
+        found["stable flagged"] = _any(label != design.odd for label in flagged)
     if design.tasks:
         found |= _by_task(analysis, measure, truth.weights if design.seeds == 1 else truth.methods)
-    return found
+    return found | _ranked(design, analysis, measure, weights if design.seeds == 1 else methods)
 
 
 def _ranked(design: Design, analysis: Analysis, measure: Measure, truth: dict[str, float]) -> dict[str, Count]:
@@ -314,20 +335,17 @@ def _ranked(design: Design, analysis: Analysis, measure: Measure, truth: dict[st
     ranking, bold, labels = analysis.rankings[measure], analysis.bold(measure), design.labels
     leader = ranking.leader
     outside = [label for label in labels if leader and label not in ranking.top]
-    beaten = {pair if each.verdict == "up" else pair[::-1] for pair, each in _decided(analysis, measure)}
-    wrong_ranks = []
-    for label in labels:
-        lo, hi = ranking.ranks[label]
-        better = sum(truth[other] > truth[label] + 1e-12 for other in labels)
-        worse = sum(truth[other] < truth[label] - 1e-12 for other in labels)
-        wrong_ranks.append(lo > 1 + better or hi < design.methods - worse)
+    better = {label: sum(truth[other] > truth[label] + TINY for other in labels) for label in labels}
+    worse = {label: sum(truth[other] < truth[label] - TINY for other in labels) for label in labels}
+    ranks = ranking.ranks.items()
+    beside = [analysis.pairs[measure].get((a, b)) for a in ranking.top for b in ranking.top if leader in (a, b)]
     found = {
         "bold": _count([bold is not None]),
         "false bold": _count([bold is not None and (design.seeds == 1 or truth[bold] <= truth["base"])]),
-        "false top": _any(truth[label] >= truth[leader] - 1e-12 for label in outside if leader),
-        "false ranks": _any(wrong_ranks),
+        "false top": _any(truth[label] >= truth[leader or ""] - TINY for label in outside),
+        "false ranks": _any(lo > 1 + better[label] or hi < len(labels) - worse[label] for label, (lo, hi) in ranks),
         "leader": _count([leader is not None]),
-        "top against pairs": _any({(label, leader), (leader, label)} & beaten for label in ranking.top),
+        "top apart": _any(each is not None and each.verdict in DECIDED for each in beside),
     }
     if design.missing == "method":
         found["fewer marked"] = _count([list(ranking.fewer) == labels[-1:]])
@@ -351,18 +369,10 @@ def _by_task(analysis: Analysis, measure: Measure, truth: dict[str, np.ndarray])
     return shares
 
 
-def _decided(analysis: Analysis, measure: Measure) -> list[tuple[tuple[str, str], Comparison]]:
-    return [(pair, each) for pair, each in analysis.pairs[measure].items() if each.verdict in DECIDED]
-
-
-def _given(comparison: Comparison) -> bool:
-    return bool(np.isfinite(comparison.estimate.lo) and np.isfinite(comparison.estimate.hi))
-
-
-def _covered(table: dict[tuple[str, str], Comparison], truth: dict[str, float]) -> Count:
-    """Return how many of the intervals that are given hold the truth."""
-    given = [(truth[a] - truth[b], each.estimate) for (a, b), each in table.items() if _given(each)]
-    return _count(estimate.lo <= true <= estimate.hi for true, estimate in given)
+def _difference(truth: dict[str, float], pair: tuple[str, str]) -> float:
+    """Return the true difference of a pair, exactly 0 if there is none."""
+    difference = truth[pair[0]] - truth[pair[1]]
+    return difference if abs(difference) > TINY else 0.0
 
 
 def _false(comparison: Comparison, true: float) -> bool:
@@ -371,15 +381,15 @@ def _false(comparison: Comparison, true: float) -> bool:
 
 
 def _right(comparison: Comparison, true: float) -> bool:
-    return comparison.verdict == ("up" if true > 1e-12 else "down" if true < -1e-12 else "")
+    return comparison.verdict == ("up" if true > 0 else "down" if true < 0 else "")
 
 
-def _count(cells) -> Count:
+def _count(cells: Iterable[bool]) -> Count:
     cells = [bool(cell) for cell in cells]
     return float(sum(cells)), len(cells)
 
 
-def _any(cells) -> Count:
+def _any(cells: Iterable[bool]) -> Count:
     return float(any(cells)), 1
 
 
@@ -410,15 +420,17 @@ def line(name: str, rates: dict[str, Rate]) -> str:
     return f"{name}: " + ", ".join(f"{figure} {rate.share:.3f}" for figure, rate in rates.items())
 
 
-HEAD = ("changes covered", "pairs covered", "false changes", "false pairs", "false bold", "false top", "false ranks")
+HEAD = ("changes covered", "pairs covered", "unstable changes covered", "unstable pairs covered")
+HEAD += ("false changes", "false bold", "false top", "false ranks", "false improved", "false gains")
 HEAD += ("changes found", "pairs found")
-QUIET = {"changes given": 1.0, "pairs given": 1.0, "said of weights": 1.0, "leader": 1.0, "top against pairs": 0.0}
+QUIET = {"changes given": 1.0, "pairs given": 1.0, "said of weights": 1.0, "leader": 1.0, "top apart": 0.0}
 
 
 def table_row(name: str, rates: dict[str, Rate]) -> str:
-    """Return the figures of a design as a row of a Markdown table, in per cent; other figures in the last cell."""
+    """Return the figures of a design as a row of a Markdown table, in per cent; unusual ones in the last cell."""
     cells = [f"{100 * rates[figure].share:.1f}" if figure in rates else "" for figure in HEAD]
-    others = {figure: rate for figure, rate in rates.items() if figure not in HEAD and QUIET.get(figure) != rate.share}
+    others = {figure: rate for figure, rate in rates.items() if figure not in (*HEAD, "bold", "false pairs")}
+    others = {figure: rate for figure, rate in others.items() if QUIET.get(figure) != rate.share}
     said = "; ".join(f"{figure} {100 * rate.share:.1f}" for figure, rate in others.items())
     return f"| {name} | {' | '.join(cells)} | {said} |"
 
