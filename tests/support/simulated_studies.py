@@ -190,27 +190,25 @@ def study(design: Design, rng: np.random.Generator) -> Study:
     """Return one study of this design."""
     sizes = design.tasks or (design.prompts,)
     tags = np.repeat([f"task {i}" for i in range(len(sizes))], sizes)
-    common = _draw(rng, design.laws[0], len(tags), 1, 1)  # prompts that are hard in all measures
-    scores, truths = {}, {}
+    common = rng.normal(size=(len(tags), 1, 1))  # prompts that are hard in all measures
+    found, truths = {}, {}
     for law in design.laws:
         measure = Measure(law, law, by_task=bool(design.tasks))
-        values, truths[measure] = _scores(design, law, sizes, common, rng)
-        scores[measure] = Scores(np.arange(len(tags)), tags, _without(design.missing, values, rng))
+        values, truths[measure] = scores(design, law, sizes, common, rng)
+        found[measure] = Scores(np.arange(len(tags)), tags, _without(design.missing, values, rng))
     seeds = {"base": [UNTRAINED], **{k: list(range(runs)) for k, runs in zip(design.labels, design.runs)}}
-    return Study(completed(Analysis(["base", *design.labels], "base", seeds, list(scores), scores)), truths)
+    return Study(completed(Analysis(["base", *design.labels], "base", seeds, list(found), found)), truths)
 
 
-def _scores(
+def scores(
     design: Design, law: str, sizes: Sequence[int], common: np.ndarray, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], Truth]:
     """Return label -> (P, I, S) scores of one measure, and their truth."""
     prompts, images, seeds = sum(sizes), design.images, design.seeds
-    draw = partial(_draw, rng, law)
+    drawn = partial(draw, rng, law)
     levels = np.linspace(-0.8, 0.8, len(sizes)) if len(sizes) > 1 else np.zeros(1)
     task = np.repeat(levels, sizes)[:, None, None]
-    own_prompt = draw(prompts, 1, 1) if len(design.laws) > 1 else 0.0
-    prompt = (common + own_prompt) / np.sqrt(1 + (len(design.laws) > 1))
-    prompt = prompt + NOISE * draw(prompts, images, 1)
+    prompt = (common + drawn(prompts, 1, 1)) / np.sqrt(2) + NOISE * drawn(prompts, images, 1)
     shared = design.shared * rng.normal(size=seeds)
     within = 1 + NOISE**2 + OWN**2 + INTERACTION**2 + IMAGE**2  # the variance of a method's score for given weights
     values, methods, weights = {}, {}, {}
@@ -219,25 +217,25 @@ def _scores(
         effect = design.effect * (trained and place <= design.affected)
         spread = design.spread * (design.unstable if place == design.methods else 1.0)
         between = design.shared**2 + spread**2
-        taste = prompt + OWN * draw(prompts, 1, 1)
+        taste = prompt + OWN * drawn(prompts, 1, 1)
         if trained:
             moved = shared + spread * rng.normal(size=seeds)
-            parts = taste + moved + INTERACTION * draw(prompts, 1, seeds) + IMAGE * draw(prompts, images, seeds)
+            parts = taste + moved + INTERACTION * drawn(prompts, 1, seeds) + IMAGE * drawn(prompts, images, seeds)
         else:  # its scores have the law of a method's, whatever that is due to
             moved = np.zeros(1)
             residue = np.sqrt(INTERACTION**2 + IMAGE**2 + between)
-            parts = taste + residue * draw(prompts, images, 1)
+            parts = taste + residue * drawn(prompts, images, 1)
         scale = 1.0 if law in ("gaussian", "t3") else np.sqrt(within + between)
         values[label] = _observed(law, task + effect + parts / scale, design.rate)
         methods[label] = _expected(law, levels + effect, 1.0, design.rate)
         left = within / scale**2 if trained else 1.0
         runs = design.runs[place - 1] if trained else 1
-        drawn = [_expected(law, levels + effect + u / scale, left, design.rate) for u in moved[:runs]]
-        weights[label] = np.mean(drawn, axis=0)
+        given = [_expected(law, levels + effect + u / scale, left, design.rate) for u in moved[:runs]]
+        weights[label] = np.mean(given, axis=0)
     return values, Truth(methods, weights)
 
 
-def _draw(rng: np.random.Generator, law: str, *shape: int) -> np.ndarray:
+def draw(rng: np.random.Generator, law: str, *shape: int) -> np.ndarray:
     """Return numbers of mean 0 and variance 1, with the tails of the law."""
     return rng.standard_t(3, size=shape) / np.sqrt(3) if law == "t3" else rng.normal(size=shape)
 
@@ -286,7 +284,7 @@ def scored(design: Design, number: int) -> dict[str, Count]:
     made = study(design, np.random.default_rng((14, number)))
     found: dict[str, Count] = {}
     for measure, truth in made.truths.items():
-        for name, (hits, cells) in _figures(design, made.analysis, measure, truth).items():
+        for name, (hits, cells) in figures(design, made.analysis, measure, truth).items():
             before = found.get(name, (0.0, 0))
             found[name] = (before[0] + hits, before[1] + cells)
     if design.seeds > 1 or not (design.spread or design.shared):  # else no two training runs are equal
@@ -298,7 +296,7 @@ def scored(design: Design, number: int) -> dict[str, Count]:
     return found
 
 
-def _figures(design: Design, analysis: Analysis, measure: Measure, truth: Truth) -> dict[str, Count]:
+def figures(design: Design, analysis: Analysis, measure: Measure, truth: Truth) -> dict[str, Count]:
     """Return the figures of one measure. A decision about weights is held against the truth of these weights."""
     methods = {label: float(value.mean()) for label, value in truth.methods.items()}
     weights = {label: float(value.mean()) for label, value in truth.weights.items()}
@@ -345,6 +343,7 @@ def _ranked(design: Design, analysis: Analysis, measure: Measure, truth: dict[st
         "false top": _any(truth[label] >= truth[leader or ""] - TINY for label in outside),
         "false ranks": _any(lo > 1 + better[label] or hi < len(labels) - worse[label] for label, (lo, hi) in ranks),
         "leader": _count([leader is not None]),
+        "leader worse": _count([leader is not None and better[leader] > 0]),
         "top apart": _any(each is not None and each.verdict in DECIDED for each in beside),
     }
     if design.missing == "method":
@@ -404,9 +403,8 @@ def simulate(design: Design, studies: int, workers: int = 1) -> dict[str, Rate]:
     else:
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             found = list(pool.map(scored, itertools.repeat(design), numbers, chunksize=max(1, studies // workers // 4)))
-    counts = {name: np.array([each.get(name, (0, 0)) for each in found], float) for name in found[0]}
-    for each in found:
-        assert set(each) <= set(counts)
+    names = dict.fromkeys(itertools.chain.from_iterable(found))
+    counts = {name: np.array([each.get(name, (0, 0)) for each in found], float) for name in names}
     return {name: _rate(*count.T) for name, count in counts.items() if count[:, 1].sum()}
 
 
@@ -415,22 +413,18 @@ def _rate(hits: np.ndarray, cells: np.ndarray) -> Rate:
     return Rate(float(share), float(np.sqrt(((hits - share * cells) ** 2).sum()) / cells.sum()), int(cells.sum()))
 
 
-def line(name: str, rates: dict[str, Rate]) -> str:
-    """Return the figures of a design on one line."""
-    return f"{name}: " + ", ".join(f"{figure} {rate.share:.3f}" for figure, rate in rates.items())
-
-
 HEAD = ("changes covered", "pairs covered", "unstable changes covered", "unstable pairs covered")
 HEAD += ("false changes", "false bold", "false top", "false ranks", "false improved", "false gains")
 HEAD += ("changes found", "pairs found")
-QUIET = {"changes given": 1.0, "pairs given": 1.0, "said of weights": 1.0, "leader": 1.0, "top apart": 0.0}
+USUAL = {"changes given": 1.0, "pairs given": 1.0, "said of weights": 1.0, "leader": 1.0, "top apart": 0.0}
+USUAL |= {"leader worse": 0.0}
 
 
 def table_row(name: str, rates: dict[str, Rate]) -> str:
     """Return the figures of a design as a row of a Markdown table, in per cent; unusual ones in the last cell."""
     cells = [f"{100 * rates[figure].share:.1f}" if figure in rates else "" for figure in HEAD]
     others = {figure: rate for figure, rate in rates.items() if figure not in (*HEAD, "bold", "false pairs")}
-    others = {figure: rate for figure, rate in others.items() if QUIET.get(figure) != rate.share}
+    others = {figure: rate for figure, rate in others.items() if USUAL.get(figure) != rate.share}
     said = "; ".join(f"{figure} {100 * rate.share:.1f}" for figure, rate in others.items())
     return f"| {name} | {' | '.join(cells)} | {said} |"
 
