@@ -21,7 +21,7 @@ import argparse
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -395,14 +395,9 @@ def _any(cells: Iterable[bool]) -> Count:
 # -- many studies -----------------------------------------------------------------------------------------------------
 
 
-def simulate(design: Design, studies: int, workers: int = 1) -> dict[str, Rate]:
+def simulate(design: Design, studies: int, map: Callable = map) -> dict[str, Rate]:
     """Return figure -> its rate over this many studies; a figure without any cell is left out."""
-    numbers = range(studies)
-    if workers == 1:
-        found = [scored(design, number) for number in numbers]
-    else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            found = list(pool.map(scored, itertools.repeat(design), numbers, chunksize=max(1, studies // workers // 4)))
+    found = list(map(scored, itertools.repeat(design, studies), range(studies)))
     names = dict.fromkeys(itertools.chain.from_iterable(found))
     counts = {name: np.array([each.get(name, (0, 0)) for each in found], float) for name in names}
     return {name: _rate(*count.T) for name, count in counts.items() if count[:, 1].sum()}
@@ -441,8 +436,10 @@ def main() -> None:
     if not names:
         parser.error(f"name a design, or --all; there are {'; '.join(DESIGNS)}")
     print(f"| design | {' | '.join(HEAD)} | other |", "|---|" + "---:|" * len(HEAD) + "---|", sep="\n", flush=True)
-    for name in names:
-        print(table_row(name, simulate(DESIGNS[name], arguments.studies, arguments.workers)), flush=True)
+    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
+        for name in names:
+            rates = simulate(DESIGNS[name], arguments.studies, partial(pool.map, chunksize=10))
+            print(table_row(name, rates), flush=True)
 
 
 if __name__ == "__main__":
