@@ -1,7 +1,7 @@
 """What the report's intervals and decisions promise, in simulated studies whose truth is known.
 
-`pytest -rP` prints every figure; a bar counts as missed if the simulated rate is two standard errors beyond it. All
-studies of a design have seeds of their own, so figures are reproducible.
+`pytest -rP` prints every figure. A bar counts as missed if the simulated rate is two standard errors beyond it. Each
+study has a seed of its own, so all figures are reproducible.
 """
 
 from __future__ import annotations
