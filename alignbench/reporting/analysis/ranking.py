@@ -1,8 +1,8 @@
 """The order of a measure's rows, as far as their paired differences support one.
 
 All statements rest on decisions about all pairs of rows, each "a is better", "b is better" or neither, whose
-family-wise error is controlled by whoever made them. With a probability of 95 % none is false, and then every rank interval holds
-and no row of equal quality to the leader is left out of the top group.
+family-wise error is controlled by whoever made them. With a probability of 95 % none is false, and then every rank
+interval holds and no row of equal quality to the leader is left out of the top group.
 """
 
 from __future__ import annotations
@@ -15,17 +15,11 @@ from dataclasses import dataclass, field
 class Ranking:
     """Order of the rows of one measure. A row without any score is in none of the fields."""
 
-    order: list[str] = field(
-        default_factory=list
-    )  # best mean first, over the prompts that every one of these rows is scored on
+    order: list[str] = field(default_factory=list)  # best mean first, over the prompts that all these rows have
     prompts: int = 0  # number of these prompts
     leader: str | None = None  # first of the order, unless another row is shown to be better
-    top: list[str] = field(
-        default_factory=list
-    )  # the leader and all rows that are not separable from it, in this order
-    ranks: dict[str, tuple[int, int]] = field(
-        default_factory=dict
-    )  # best and worst that the decisions leave; jointly 95 %
+    top: list[str] = field(default_factory=list)  # the leader and all rows not separable from it
+    ranks: dict[str, tuple[int, int]] = field(default_factory=dict)  # best and worst rank left open; jointly 95 %
     letters: dict[str, str] = field(default_factory=dict)  # rows that share a letter are not separable
     fewer: dict[str, int] = field(default_factory=dict)  # row -> its prompts, for rows scored on fewer than others
 
