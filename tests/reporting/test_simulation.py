@@ -12,7 +12,7 @@ from support.simulated_studies import DESIGNS, Design, Truth, figures, scores, s
 
 from alignbench.reporting.analysis.comparison import Analysis, Measure, Scores, completed
 
-STUDIES = {"missing at random": 200}  # of designs whose analysis is slow
+STUDIES = 500
 NONE, ALL, FEW, COVERED = (0, 0), (1, 1), (0, 0.06), (0.93, 0.97)
 BARS = {
     "changes given": ALL,
@@ -55,7 +55,7 @@ def designs(chosen: str):
 
 def missed(name: str, **others: tuple[float, float]) -> list[str]:
     """Return the figures of this design that miss their bars."""
-    rates = simulate(DESIGNS[name], STUDIES.get(name, 500))
+    rates = simulate(DESIGNS[name], STUDIES)
     print(table_row(name, rates))
     bars = {**BARS, **{figure.replace("_", " "): bar for figure, bar in others.items()}}
     bars |= {figure: (0.90, 1) for figure in rates if figure.startswith("task of") and figure.endswith("covered")}

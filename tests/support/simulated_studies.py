@@ -150,6 +150,8 @@ DESIGNS = {
     "shared, 2 methods, 3 seeds": Design(shared=0.15, spread=0.05, methods=2),
     "shared, 18 methods": Design(shared=0.15, spread=0.05, methods=18),
     "shared, 400 prompts": Design(shared=0.15, spread=0.05, prompts=400),
+    "shared, 400 prompts, 2 seeds": Design(shared=0.15, spread=0.05, prompts=400, seeds=2),
+    "shared much, 2 seeds": Design(shared=0.5, spread=0.05, seeds=2),
     # one unstable method
     "unstable, 2 seeds": Design(unstable=4, seeds=2),
     "unstable, 3 seeds": Design(unstable=4),
