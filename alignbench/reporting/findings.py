@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
-from alignbench.reporting.tables import change_text, changes_table, hacked, label_means, task_table, title
+from alignbench.reporting.tables import change_text, changes_sections, hacked, label_means, task_table, title
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, listed
 from alignbench.store.manifest import Manifest
 
@@ -62,7 +62,7 @@ Image by image: same prompt, {noise}. The p-value tests "no change" (t statistic
 and Satterthwaite's degrees of freedom), corrected over all methods of a measure; up and down: p < 0.05. *SE, prompts*
 takes these training runs as given; *SE, prompts and seeds* generalizes to training runs with any seed."""
     heading = f"## Paired change against {escape(analysis.base)}"
-    return [heading, changes_table(analysis), note, seeds_note(analysis)]
+    return [heading, *changes_sections(analysis), note, seeds_note(analysis)]
 
 
 def seeds_note(analysis: Analysis) -> str:
@@ -112,6 +112,6 @@ def task_sections(analysis: Analysis) -> list[Section]:
     for measure in analysis.measures:
         if not measure.by_task:
             continue
-        heading = f"## {escape(measure.name)} [{measure.role}], by task"
+        heading = f"## {escape(title(measure))} [{measure.role}]"
         sections += [heading, task_table(analysis, measure)]
     return sections
