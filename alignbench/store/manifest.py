@@ -200,9 +200,13 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def manifest_data(manifest: Manifest) -> dict[str, Any]:
-    """Return the content of the file: all fields in order, except those that only the other kind of sweep has."""
+    """Return the content of the file: all fields in order, except those that only the other kind of sweep has.
+
+    Milestones and the primary measure are left out if there are none, as in files of earlier versions.
+    """
     absent, absent_in_runs = (MADE_ONLY, ()) if manifest.imported else (("imported",), IMPORTED_ONLY)
     data = {key: value for key, value in msgspec.to_builtins(manifest).items() if key not in absent}
+    data = {key: value for key, value in data.items() if value or key != "primary"}
     data["runs"] = [
         {key: value for key, value in run.items() if key not in absent_in_runs and (value or key != "milestones")}
         for run in data["runs"]
