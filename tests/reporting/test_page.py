@@ -759,7 +759,7 @@ def test_no_two_regions_share_a_name(small):
     assert len(labels) > 8
     assert len(set(labels)) == len(labels)
     one = Table([Column("a")], [[Cell(1.0)]])
-    _, _, _, named = page._chapters(["## A\n\n### B", one, one, "text", one, "### C", one], {})
+    _, _, _, named = page._chapters(["## A\n\n### B", one, one, "text", one, "### C", one], {}, {})
     assert [name for name, _ in named] == ["B", "B (2)", "B (3)", "C"]
 
 
