@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from alignbench.reporting.analysis import stats
-from alignbench.reporting.analysis.comparison import Analysis
+from alignbench.reporting.analysis.comparison import Analysis, Measure
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.tables import DAGGER, DOUBLE_DAGGER, eight_bit, finished_runs, hybrid, title
 from alignbench.reporting.text.table import escape, listed, number
@@ -158,22 +159,33 @@ def coverage_section(manifest: Manifest, analysis: Analysis) -> list[str]:
     lines = []
     for measure in analysis.measures:
         for label in analysis.labels:
-            valid, expected = analysis.coverage(measure, label, images)
+            valid, expected = analysis.coverage(measure, label, _images(manifest, analysis, measure, label))
             change = analysis.changes[measure].get(label)
             dropped = [analysis.means[measure][label].dropped, change.estimate.dropped if change else 0]
             if valid != expected or any(dropped):
                 text = f"- {escape(title(measure))}, {escape(label)}: {valid} of {expected} scores; "
                 lines.append(f"{text}prompts left out: {dropped[0]} of the mean, {dropped[1]} of the paired change")
-    complete = f"Complete: every image of every run has every score ({images} images per run)."
+    counted = f" ({images} images per run)" if not manifest.imported else ""
+    complete = f"Complete: every image of every run has every score{counted}."
     rule = "A prompt is left out if a seed, or one side of a pair, lacks a valid score of it; so is a seed without any."
     return ["## Coverage", "\n".join(lines) if lines else complete, rule if lines else ""]
 
 
+def _images(manifest: Manifest, analysis: Analysis, measure: Measure, label: str) -> int:
+    """Return the number of images that a run of the row should have a score of.
+
+    An imported list may repeat some prompts, so there each prompt counts as often as any row has it.
+    """
+    drawn = analysis.scores[measure].images
+    if not manifest.imported or drawn is None or not len(drawn):
+        return manifest.prompts * manifest.protocol["images_per_prompt"]
+    own = max(run.protocol["images_per_prompt"] for run in manifest.rows[label])
+    return int(np.minimum(drawn, own).sum()) + (manifest.prompts - len(drawn)) * own
+
+
 def protocol_section(manifest: Manifest, analysis: Analysis, origins: Sequence[str]) -> list[str]:
     """Return the section on the protocol: seeds, evaluation settings, evaluators, software and hardware."""
-    known = sorted({seed for label in analysis.trained for seed in analysis.seeds[label]})
-    seeds = [*map(str, known), *["unknown"] * any(run.published for run in manifest.runs)]
-    facts: dict[str, Any] = {"training seeds": ", ".join(seeds) or "none"}
+    facts: dict[str, Any] = {"training seeds": _seeds(manifest, analysis)}
     facts |= {"evaluation, number of prompts": manifest.prompts}
     protocol = {key: value for key, value in manifest.protocol.items() if value is not None}
     facts |= {f"evaluation, {key.replace('_', ' ')}": value for key, value in protocol.items()}
@@ -186,6 +198,17 @@ def protocol_section(manifest: Manifest, analysis: Analysis, origins: Sequence[s
     lines += [f"- made with {escape(origin)}" for origin in origins]
     differ = "**The runs used different software or hardware: their times may not be comparable.**"
     return ["## Protocol", "\n".join(lines), differ if len(origins) > 1 else ""]
+
+
+def _seeds(manifest: Manifest, analysis: Analysis) -> str:
+    """Return the planned training seeds, ``0, 1``; by row, ``0, 1 (ReFL, DRTune); 0 (LeapAlign)``, if they differ."""
+    planned: dict[str, list[str]] = {}
+    for label in analysis.trained:
+        planned.setdefault(", ".join(map(str, analysis.seeds[label])), []).append(label)
+    if unknown := list(dict.fromkeys(run.label for run in manifest.runs if run.published)):
+        planned["unknown"] = unknown
+    by_row = [f"{seeds} ({', '.join(labels)})" for seeds, labels in planned.items()]
+    return "; ".join(by_row if len(planned) > 1 else planned) or "none"
 
 
 def _departures(manifest: Manifest) -> list[str]:

@@ -41,8 +41,9 @@ def main_table(analysis: Analysis, costs: pd.DataFrame, marked: Mapping[str, str
     rows, spent = [], _cost_cells(costs)
     for label in analysis.labels:
         cells = [_mean_cell(analysis, measure, label) for measure in analysis.measures]
-        flag = (marked or {}).get(label, "") + " **(reward hacking)**" * bool(hacked(analysis, label))
-        rows.append([Cell(label, mark=flag + _seeds_mark(analysis, label)), *cells, *spent.get(label, NO_COSTS)])
+        fell = f" **({what})**" if (what := flag(analysis, label)) else ""
+        noted = (marked or {}).get(label, "") + fell + _seeds_mark(analysis, label)
+        rows.append([Cell(label, mark=noted), *cells, *spent.get(label, NO_COSTS)])
     return Table(columns, rows)
 
 
@@ -213,12 +214,23 @@ def changes_table(analysis: Analysis) -> Table:
     return Table(columns, rows)
 
 
-def hacked(analysis: Analysis, label: str) -> list[Measure]:
-    """Return the measures that fell (after Holm) while the training reward rose; empty if it did not rise."""
+def harmed(analysis: Analysis, label: str) -> list[Measure]:
+    """Return the measures that fell (after Holm), whatever the training reward did."""
     changes = {measure: changes[label] for measure, changes in analysis.changes.items() if label in changes}
-    trained = label in analysis.trained  # else the training reward is unknown
-    rose = trained and any(better(change, measure) for measure, change in changes.items() if measure.role == "train")
-    return [m for m, change in changes.items() if rose and m.role != "train" and worse(change, m)]
+    return [measure for measure, change in changes.items() if worse(change, measure)]
+
+
+def hacked(analysis: Analysis, label: str) -> list[Measure]:
+    """Return the measures that fell while a reward of the row's own training rose; empty if none is known to rise."""
+    rewards = analysis.trained_on(label) if label in analysis.trained and analysis.base is not None else []
+    rose = any(better(analysis.changes[reward][label], reward) for reward in rewards)
+    return [measure for measure in harmed(analysis, label) if rose and measure not in rewards]
+
+
+def flag(analysis: Analysis, label: str) -> str:
+    """Return the mark of a row with scores that fell: "reward hacking", else "worse than base"; "" if none fell."""
+    what = "reward hacking" if hacked(analysis, label) else "worse than base" if harmed(analysis, label) else ""
+    return f"{what}, these weights" if what and analysis.of_weights(label) else what
 
 
 def task_table(analysis: Analysis, measure: Measure) -> Table:

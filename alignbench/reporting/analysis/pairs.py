@@ -143,7 +143,9 @@ def compare(root: artefacts.Store, a: Side, b: Side, only: Sequence[str] = ()) -
         raise UserError(f"{a.title} and {b.title} have no score in common ({'; '.join(remarks) or 'none has any'})")
     measures = _chosen(measures, only)
     estimates = [analysis.compare(measure, [labels])[0].estimate for measure in measures]
-    changes = map(Comparison, estimates, stats.holm([estimate.p for estimate in estimates]))
+    weights = analysis.of_weights(*labels)
+    holm = stats.holm([estimate.p for estimate in estimates])
+    changes = [Comparison(estimate, p, weights=weights) for estimate, p in zip(estimates, holm)]
     return [_result(analysis, frame, measure, change, labels) for measure, change in zip(measures, changes)], remarks
 
 
@@ -174,7 +176,7 @@ def _analysed(root: artefacts.Store, a: Side, b: Side) -> tuple[Analysis, pd.Dat
         frame = Results(root.root, a.manifest, sweep=a.sweep).scores
         return analyse(a.manifest, frame), frame, (a.label, b.label)
     runs = [
-        structs.replace(run, label=label, **({} if side.whole else {"seed": UNTRAINED, "published": True}))
+        structs.replace(run, label=label, **({} if side.whole else {"seed": UNTRAINED, "published": not run.is_base}))
         for label, side in zip("AB", (a, b))
         for run in side.runs
     ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from alignbench.reporting.analysis import learning_curves
+from alignbench.reporting.findings import levels
 from alignbench.reporting.plots.style import (
     GRID,
     GROUND,
@@ -114,16 +115,14 @@ def draw_forest(analysis: Analysis, stamp: str) -> Figure | None:
             for measure in measures
             if (
                 significant := [
-                    f"{label} {c.verdict}"
-                    for label, c in analysis.changes[measure].items()
-                    if c.verdict in ("up", "down")
+                    f"{label} {c.said}" for label, c in analysis.changes[measure].items() if c.verdict in ("up", "down")
                 ]
             )
         ]
         summary = f" Significant: {'; '.join(verdicts)}." if verdicts else " No change is significant."
         caption = (
-            f"Paired change of every score against {analysis.base} (line at 0), with 95 % intervals over prompts and "
-            f"training seeds. Filled: p < 0.05 after Holm's correction; open: cannot tell.{summary}"
+            f"Paired change of every score against {analysis.base} (line at 0), with 95 % intervals over "
+            f"{levels(analysis)}. Filled: p < 0.05 after Holm's correction; open: cannot tell.{summary}"
         )
         return finish(canvas, "forest", f"Paired change against {analysis.base}", caption)
 
@@ -152,9 +151,11 @@ def draw_profiles(analysis: Analysis, stamp: str) -> Figure | None:
         axes.set_ylim(-0.03, 1.03)
         draw_legend(canvas, labels, analysis)
         names = listed([measure.name for measure in scores])
+        several = max(analysis.scored_seeds.values(), default=0) > 1
+        bands = ", with pointwise 95 % bands" if several else "; with one training run each, a share of measures only"
         caption = (
             f"Performance profiles at the end of training: the share of runs (measure x training seed; {names})"
-            " whose normalised score exceeds a threshold, with pointwise 95 % bands. "
+            f" whose normalised score exceeds a threshold{bands}. "
             f"Above one half: {', '.join(halves)}."
         )
         return finish(canvas, "profiles", "Performance profiles", caption)
