@@ -237,11 +237,11 @@ def _profile_section(analysis: Analysis) -> list[Section]:
         own = [by_label[label] for by_label in scores.values() if len(by_label[label])]
         if own:
             share, lo, hi = profile(own, np.array(PROFILE))
-            bands = zip(*(map(_known, map(float, limits)) for limits in (share, lo, hi)))
-            rows.append([Cell(label), *(Cell(*band) for band in bands)])
+            lo, hi = np.where(lo < hi, (lo, hi), np.nan)  # resamples that all agree tell nothing of other runs
+            rows.append([Cell(label), *(Cell(*map(float, band)) for band in zip(share, lo, hi))])
     drawn = """\
-Pointwise 95 % bands from resampling seeds within each measure (Agarwal et al. 2021); unknown for a row with one seed,
-whose share is one of measures, not of training runs."""
+Pointwise 95 % bands from resampling seeds within each measure (Agarwal et al. 2021); unknown where all resamples agree,
+and for a row with one seed, whose share is one of measures, not of training runs."""
     note = f"""\
 Share of runs (measure x training seed) whose final score exceeds a threshold; 0 is the base model, 1 the best mean of
 that measure. Measures: {", ".join(escape(measure.name) for measure in scores)}. {drawn}"""

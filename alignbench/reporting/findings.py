@@ -41,25 +41,6 @@ def _is_scored(analysis: Analysis, label: str) -> bool:
     return any(found[label].seeds for found in analysis.means.values())
 
 
-LEGEND = """\
-Every cell is a mean with its 95 % interval, from a bootstrap over prompts (all images of a prompt together; within
-each task for scores marked "by task"){seeds}. **Bold**: the best mean of a column, if its paired gain over {base}
-survives Holm's correction for the {count} methods compared{weights}. A column without bold: the best mean is not shown
-to be better than {base}. [train]: a reward that methods were trained on; [held-out]: a scorer that played no part in
-training; [check]: an automatic check of what the prompt asks for. Costs cover training only and are means over finished
-seeds; NFE counts network evaluations per image, summed over images."""
-
-
-def legend(analysis: Analysis) -> str:
-    """Return what the cells, marks and columns of the table of results mean."""
-    return LEGEND.format(
-        base=escape(analysis.base or "a base model (none in this sweep)"),
-        count=len(analysis.compared),
-        seeds=levels(analysis).removeprefix("prompts"),
-        weights="; never a single training run" if single_runs(analysis) else "",
-    )
-
-
 def levels(analysis: Analysis) -> str:
     """Return what intervals generalize over: "prompts and training seeds", or "prompts" if no row has two seeds."""
     return "prompts and training seeds" if max(analysis.scored_seeds.values(), default=0) > 1 else "prompts"

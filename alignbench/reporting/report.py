@@ -38,17 +38,25 @@ from alignbench.reporting.findings import (
     banner,
     changes_section,
     hacking_section,
-    legend,
     task_sections,
 )
 from alignbench.reporting.html import page
 from alignbench.reporting.plots import draw
 from alignbench.reporting.tables import changes_table, hacked, main_table, marks, task_table, tidy
-from alignbench.reporting.text.table import Section, Table, escape, tex
+from alignbench.reporting.text.table import Section, Table, escape
 from alignbench.store.files import read_frame, write
 from alignbench.store.manifest import Manifest
 
 REPORTS = "alignbench.reports"
+LEGEND = """\
+Every cell is a mean with its 95 % interval, from a bootstrap over prompts (all images of a prompt together; within
+each task for scores marked "by task") and, where rows have several, training seeds. **Bold**: the best mean of a
+column, if its paired gain over {base} survives Holm's correction for the {count} methods compared; never a single
+training run. A column without bold: the best mean is not shown to be better than {base}. [train]: the reward that the
+methods were trained on; [held-out]: a scorer that played no part in training; [check]: an automatic check of what the
+prompt asks for. Costs cover training only and are means over finished seeds; NFE counts network evaluations per image,
+summed over images.
+"""
 
 
 class Words(NamedTuple):
@@ -154,7 +162,7 @@ def sections(
         *answers(words.questions, analysis),
         "## Results (REHEARSAL)" if manifest.rehearsal else "## Results",
         main_table(analysis, costs, marks(manifest)),
-        legend(analysis),
+        LEGEND.format(base=escape(analysis.base or "a base model (none in this sweep)"), count=len(analysis.compared)),
         NEUTRAL_NOTE if any(measure.higher_is_better is None for measure in analysis.measures) else "",
         hybrid_note(manifest),
         moments_note(manifest),
@@ -210,14 +218,12 @@ def latex(
     tables |= {
         f"{measure.name}, by task": task_table(analysis, measure) for measure in analysis.measures if measure.by_task
     }
-    head = [f"Made by {regenerate(manifest)}", r"Needs \usepackage{booktabs}", *page.stamps(manifest)]
+    stamp = page.stamps(manifest)
+    stamp += [note.strip("*")] if (note := banner(analysis)) else []
+    head = [f"Made by {regenerate(manifest)}", r"Needs \usepackage{booktabs}", *stamp]
     comments = [f"% {' '.join(line.split())}" for line in head]
-    warning = rf"\noindent\textbf{{{tex(note.strip('*'))}}}\par" + "\n" if (note := banner(analysis)) else ""
     return "\n".join(
-        [
-            "\n".join(comments),
-            *(f"% {' '.join(name.split())}\n{warning}{table.latex()}" for name, table in tables.items()),
-        ]
+        ["\n".join(comments), *(f"% {' '.join(name.split())}\n{table.latex()}" for name, table in tables.items())]
     )
 
 
