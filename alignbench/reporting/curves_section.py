@@ -238,7 +238,7 @@ def _profile_section(analysis: Analysis) -> list[Section]:
         if own:
             share, lo, hi = profile(own, np.array(PROFILE))
             lo, hi = np.where(lo < hi, (lo, hi), np.nan)  # resamples that all agree tell nothing of other runs
-            rows.append([Cell(label), *(Cell(*map(float, band)) for band in zip(share, lo, hi))])
+            rows.append([Cell(label), *(Cell(float(a), float(b), float(c)) for a, b, c in zip(share, lo, hi))])
     drawn = """\
 Pointwise 95 % bands from resampling seeds within each measure (Agarwal et al. 2021); unknown where all resamples agree,
 and for a row with one seed, whose share is one of measures, not of training runs."""

@@ -117,6 +117,7 @@ def _answer(subject: str, rivals: Sequence[str], measure: Measure, analysis: Ana
         "better than": [rival for rival in rivals if better(results[rival], measure)],
         "worse than": [rival for rival in rivals if worse(results[rival], measure)],
         "not separable from": [rival for rival in rivals if results[rival].verdict == "cannot tell"],
+        "identical to": [rival for rival in rivals if results[rival].verdict == "identical"],
         "not compared with": [r for r in rivals if results[r].verdict in ("not measured", "spread unknown")],
     }
     verdict = "; ".join(f"{words} {escape(listed(names))}" for words, names in verdicts.items() if names)

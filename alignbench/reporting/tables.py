@@ -138,7 +138,7 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
         for label in analysis.labels:
             mean = analysis.means[measure][label]
             start: list[float | str | None] = [label, measure.name, measure.role, measure.unit, *mean[:4]]
-            start += [mean.se_prompts, mean.prompts, mean.seeds, _between_trainings(analysis, measure, label)]
+            start += [mean.se_prompts, mean.prompts, mean.seeds, _between_trainings(analysis, label)]
             row = [*start, *_tidy_change(analysis, measure, label)]
             row += _tidy_improved(analysis, measure, label)
             rows.append(list(map(Cell, row)))
@@ -152,7 +152,7 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
             gain.estimate.prompts,
             gain.estimate.seeds,
         ]
-        start.append(_between_trainings(analysis, analysis.summed[0], label))
+        start.append(_between_trainings(analysis, label))
         rows.append(list(map(Cell, [*start, *_tidy_compared(gain), *[None] * 6])))
     spent = _cost_cells(costs)
     for label in analysis.labels:
@@ -163,12 +163,11 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
     return Table([Column(name) for name in names], rows)
 
 
-def _between_trainings(analysis: Analysis, measure: Measure, label: str) -> str:
+def _between_trainings(analysis: Analysis, label: str) -> str:
     """Return whether a row's errors include the spread between training runs: in se, unknown, or none if untrained."""
-    if label not in analysis.trained:
-        return "none"
-    known = max(analysis.means[measure][trained].seeds for trained in analysis.trained) > 1
-    return "in se" if known else "unknown"
+    if analysis.of_weights(label):
+        return "unknown"
+    return "in se" if label in analysis.trained else "none"
 
 
 def _tidy_change(analysis: Analysis, measure: Measure, label: str) -> list[float | str | None]:
