@@ -55,11 +55,11 @@ class Simulated(NamedTuple):
 
 FEW_SEEDS = {2: Simulated("78 to 88", "9"), 3: Simulated("85 to 89", ""), 5: Simulated("90 to 92", "")}
 POOLED = """\
-The spread between training runs is taken as the larger of the method's own and that of all methods pooled, because {}
-seeds say little about it."""
+How much training runs differ is estimated over all methods together, {seeds} seeds of {methods} methods here, and a
+method's own spread counts where it is clearly larger."""
 UNSTABLE = """\
-If the runs of one method differ many times more than those of the others, its interval is too short: it covers {} %
-instead of 95 % in simulated studies."""
+If the runs of one method differ many times more than those of the others, its interval covers {} % instead of 95 % in
+simulated studies."""
 TWO_METHODS = """\
 **With two methods there is little to pool: in {} % of simulated studies without any effect, instead of 5 %, one of them
 is called up or down.**"""
@@ -82,7 +82,7 @@ def few_seeds_note(analysis: Analysis) -> str:
 def few_seeds(seeds: int, methods: int) -> list[str]:
     """Return what is known of intervals with this many training seeds and trained methods."""
     simulated = FEW_SEEDS[max(count for count in FEW_SEEDS if count <= seeds)]
-    notes = [POOLED.format(seeds), UNSTABLE.format(simulated.unstable)]
+    notes = [POOLED.format(seeds=seeds, methods=methods), UNSTABLE.format(simulated.unstable)]
     return notes + [TWO_METHODS.format(simulated.two_methods)] * bool(methods <= 2 and simulated.two_methods)
 
 

@@ -95,6 +95,17 @@ def test_seeds_that_are_only_planned_show_nothing():
     assert analysed(given).bold(named(analysed(given), "pickscore")) is None
 
 
+def test_a_measure_scored_for_one_seed_speaks_of_weights():
+    """Of two seeds all scores are there, but PickScore's for one: its verdicts alone are on weights."""
+    given = results()
+    given.scores = given.scores[(given.scores["metric"] != "pickscore") | (given.scores["seed"] < 1)]
+    analysis = analysed(given)
+    weights = {m.name: change["LeapAlign"].weights for m, change in analysis.changes.items()}
+    assert weights == {"hpsv2.1": False, "pickscore": True, "geneval": False, "geneval_strict": False}
+    assert analysis.bold(named(analysis, "pickscore")) is None
+    assert "[held-out]: **These weights**" in page(stored(None, manifest(name="quickstart"), given.scores, given.costs))
+
+
 def test_an_untrained_row_is_no_training_run():
     """A second row of the base model, under another protocol, has no other training run that could reverse it."""
     plan = manifest(labels=("base", "ReFL", "DRTune"))

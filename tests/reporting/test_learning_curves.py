@@ -131,7 +131,8 @@ def test_fewer_prompts_at_milestones_are_the_prompts_of_the_whole_course(whole, 
 
 
 def test_the_variance_of_a_curves_point_is_that_of_a_mean(whole):
-    """curve_draws at every point: the mean of mean_interval exactly, its standard error to the draws' precision."""
+    """curve_draws at every point: the mean of mean_interval exactly, and the unbiased two-level standard error to the
+    draws' precision."""
     _, _, found = whole
     for course in found[:2]:
         for measure, values in course.values.items():
@@ -139,7 +140,8 @@ def test_the_variance_of_a_curves_point_is_that_of_a_mean(whole):
             for k, each in enumerate(values):
                 estimate = stats.mean_interval(each, course.strata(measure))
                 assert mean[k] == pytest.approx(estimate.mean, rel=1e-12)
-                assert draws[:, k].std() == pytest.approx(estimate.se, rel=0.06)
+                two_level = stats.two_level_se(each, course.strata(measure))
+                assert draws[:, k].std() == pytest.approx(two_level, rel=0.06)
 
 
 def test_resampled_curves_are_paired(whole):

@@ -103,7 +103,8 @@ def test_turned_round_the_signs_turn(made):
 
 
 def test_a_constant_gain_is_exact(tmp_path):
-    """B = A - 1/8 in every image: the difference is 1/8 without spread, A is higher everywhere, nothing is first."""
+    """B = A - 1/8 in every image: the difference is 1/8 without an interval, p is the sign test's, A is higher
+    everywhere; two equal rows are called identical."""
 
     def change(frame):
         base = frame[frame["label"] == "base"].set_index(["metric", "prompt_id", "index"])["score"]
@@ -114,11 +115,12 @@ def test_a_constant_gain_is_exact(tmp_path):
     store, _, _ = make(tmp_path / "store", seeds=(0,), change=change)
     for result in found(store, "LeapAlign", "base").values():
         estimate = result.change.estimate
-        assert estimate[:4] == pytest.approx((0.125, 0.125, 0.125, 0), abs=1e-12)
-        assert estimate.p == 0
+        assert (estimate.mean, estimate.se) == pytest.approx((0.125, 0), abs=1e-12)
+        assert np.isnan([estimate.lo, estimate.hi]).all()
+        assert estimate.p == 0.5 ** (estimate.prompts - 1)
         assert result.higher == 1
     for result in found(store, "ReFL", "base").values():
-        assert (result.change.estimate.mean, result.higher, result.change.verdict) == (0, 0.5, "cannot tell")
+        assert (result.change.estimate.mean, result.higher, result.change.verdict) == (0, 0.5, "identical")
         a, b = pairs.find(store, "ReFL"), pairs.find(store, "base")
         assert pairs.disagreements(store, a, b, result) == []
 

@@ -96,8 +96,9 @@ def test_published_weights_are_compared_like_any_row():
         data, changes = given.scores[measure], given.changes[measure]
         strata = data.tags if measure.by_task else None
         expected = stats.paired_difference(data.values["ReFL"], data.values["base"], strata)
-        assert changes["ReFL"].estimate == expected
-        assert all(alone.changes[measure][label].estimate == changes[label].estimate for label in alone.compared)
+        assert changes["ReFL"].estimate == pytest.approx(expected)
+        for label in alone.compared:
+            assert alone.changes[measure][label].estimate == pytest.approx(changes[label].estimate)
 
 
 def test_hybrid_inference_is_marked():
@@ -308,7 +309,9 @@ def test_the_tidy_file_has_one_row_per_method_and_measure(tmp_path):
     told = measured.groupby("method")["between_trainings"].unique().str.join("")
     assert told.to_dict() == {label: "none" if label == "base" else "in se" for label in LABELS}
     shares = measured[measured["method"] != "base"]
-    assert ((shares["improved"] > 0.5) == (shares["improved_verdict"] == "up")).mean() > 0.7
+    assert (shares.loc[shares["improved_verdict"] == "up", "improved"] > 0.5).all()
+    assert (shares.loc[shares["improved_verdict"] == "down", "improved"] < 0.5).all()
+    assert set(shares["improved_verdict"]) > {"cannot tell"}
     assert measured[measured["method"] == "base"]["change"].isna().all()
     assert measured[measured["method"] != "base"]["p_holm"].notna().all()
     assert (measured["lo"] <= measured["mean"]).all()

@@ -1,13 +1,12 @@
 """Claims about means, intervals and corrections; simulations have seeds of their own and fixed tolerances."""
 
-import itertools
-
 import numpy as np
 import pytest
 from scipy.special import ndtr
-from scipy.stats import binomtest, trim_mean
+from scipy.stats import binomtest, t, trim_mean
 
 from alignbench.reporting.analysis import stats
+from alignbench.reporting.analysis.run_spread import RunVariance
 
 TASKS = np.repeat(np.arange(6), [4, 10, 7, 5, 12, 6])
 
@@ -25,25 +24,29 @@ def coverage(sd, prompts=60, seeds=3, runs=500, strata=None):
     return np.mean([each.lo <= 0 <= each.hi for each in found])
 
 
-def test_a_constant_has_no_width():
-    """Equal scores everywhere give that score, with an interval of width zero."""
+def test_where_nothing_varies_the_spread_is_unknown():
+    """Equal scores everywhere have a mean and no interval: width zero claims too much. p is the sign test's."""
     found = stats.mean_interval(np.full((44, 4, 3), 0.3), TASKS)
-    assert found[:3] == pytest.approx((0.3, 0.3, 0.3), abs=1e-12)
-    assert (found.prompts, found.seeds, found.dropped) == (44, 3, 0)
+    assert found.mean == pytest.approx(0.3)
+    assert np.isnan([found.lo, found.hi]).all()
+    assert found.p == 2.0**-43
+    assert (found.se, found.prompts, found.seeds, found.dropped) == (0, 44, 3, 0)
 
 
 def test_a_method_equals_itself_exactly():
-    """The paired difference of a method with itself is exactly zero, and so are both limits; p is one."""
+    """The paired difference of a method with itself is exactly zero, without an interval."""
     values = np.random.default_rng(1).normal(size=(44, 4, 2))
-    assert stats.paired_difference(values, values, TASKS)[:4] == (0, 0, 0, 0)
-    assert stats.paired_difference(values, values).p == 1
+    found = stats.paired_difference(values, values, TASKS)
+    assert (found.mean, found.se) == (0, 0)
+    assert np.isnan([found.lo, found.hi, found.p]).all()
 
 
-def test_a_constant_shift_is_certain():
-    """A difference that is the same in every image is certain, however noisy the scores are."""
-    values = np.round(np.random.default_rng(1).normal(size=(44, 4, 2)), 2)
-    found = stats.paired_difference(values + 0.5, values)
-    assert found[:3] == pytest.approx((0.5, 0.5, 0.5))
+def test_a_shift_that_hardly_varies_is_found_however_noisy_the_scores():
+    """A difference that is almost the same in every image is certain."""
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(44, 4, 2))
+    found = stats.paired_difference(values + 0.5 + 0.001 * rng.normal(size=values.shape), values)
+    assert found[:3] == pytest.approx((0.5, 0.5, 0.5), abs=0.001)
     assert found.p < 1e-6
 
 
@@ -73,12 +76,16 @@ def test_a_task_without_scores_is_not_averaged_away():
 
 @pytest.mark.parametrize(("seeds", "strata"), [(1, None), (1, TASKS), (2, TASKS), (5, None)])
 def test_bootstrap_agrees_with_the_closed_form(seeds, strata):
-    """The bootstrap's standard error is the closed two-level one within 4 %; with one seed, the clustered."""
+    """The interval is t_df times the closed-form standard error wide, within 5 %; with one seed that is the clustered
+    one, with several the unbiased two-level one, raised by at most the guard for few degrees of freedom."""
     values = crossed(np.random.default_rng(3), 44, seeds, (1, 0.5, 1), images=4)[0]
     found = stats.mean_interval(values, strata)
-    assert found.se == pytest.approx(stats.two_level_se(values, strata), rel=0.04)
+    assert found.hi - found.lo == pytest.approx(2 * t.ppf(0.975, found.df) * found.se, rel=0.05)
+    raised = np.sqrt(1 + 5 / (seeds - 1) ** 2) if seeds > 1 else 1
+    unbiased = stats.two_level_se(values, strata)
+    assert unbiased - 1e-12 <= found.se <= raised * unbiased + 1e-12
     if seeds == 1:
-        assert stats.two_level_se(values, strata) == stats.clustered_se(values, strata)
+        assert unbiased == stats.clustered_se(values, strata)
 
 
 def test_clustered_error_is_that_of_the_prompt_means():
@@ -102,52 +109,73 @@ def test_the_interval_covers():
     assert 0.92 <= coverage((1, 0.15, 1)) <= 0.98
 
 
-def test_the_pool_is_the_mean_variance_between_seeds():
-    """Seeds that shift all scores by s, pooled over methods, have the mean of var(s) and the sum of the degrees of
-    freedom; one seed alone has no spread."""
-    shifts = np.random.default_rng(13).normal(size=(5, 4))
-    methods = [np.broadcast_to(shift, (44, 2, 4)) for shift in shifts]
-    pooled = stats.pool_seeds(methods, TASKS)
-    assert pooled == pytest.approx((shifts.var(1, ddof=1).mean(),) * 2 + (15,))
-    assert stats.pool_seeds([values[:, :, :1] for values in methods]) is None
-
-
-@pytest.mark.parametrize("gaps", [False, True])
-def test_the_pool_of_all_pairs_needs_no_pair(gaps):
-    """From the methods alone come the variances that all differences of two have; with gaps the pairs are made. The
-    degrees of freedom are (k - 1) (S - 1), and two methods with one seed have none."""
-    rng = np.random.default_rng(15)
-    methods = [crossed(rng, 44, 3, (1, 0.5, 1), images=2)[0] for _ in range(5)]
-    if gaps:
-        methods[1][3] = np.nan
-    pairs = stats.pool_seeds([a - b for a, b in itertools.combinations(methods, 2)], TASKS)
-    pooled = stats.pool_pairs(methods, TASKS)
-    assert pooled[:2] == pytest.approx(pairs[:2])
-    assert pooled.df == 8
-    assert stats.pool_pairs([values[:, :, :1] for values in methods]) is None
-
-
 def test_many_at_once_are_each_alone():
-    """Arrays of different gaps and seeds, in one call, have the estimates that each has in a call of its own."""
+    """Arrays of different gaps and seeds, in one call, have the means and errors that each has in a call of its own.
+
+    (Given the spread between training runs; by default that is pooled over the arrays.)
+    """
     rng = np.random.default_rng(16)
     arrays = [crossed(rng, 44, seeds, (1, 0.5, 1), images=2)[0] for seeds in (3, 1, 3, 3)]
     arrays[2][5], arrays[3][:] = np.nan, np.nan
-    together = np.array(stats.mean_intervals(arrays, TASKS))
-    assert together == pytest.approx(np.array([stats.mean_interval(each, TASKS) for each in arrays]), nan_ok=True)
+    together = stats.mean_intervals(arrays, TASKS, runs=[None] * 4)
+    alone = [stats.mean_intervals([each], TASKS, runs=[None])[0] for each in arrays]
+    assert np.array(together) == pytest.approx(np.array(alone), nan_ok=True)
+
+
+def test_gaps_of_one_array_move_no_other():
+    """All arrays share their resamples, whatever is missing in some: a complete one keeps its interval to the bit."""
+    rng = np.random.default_rng(16)
+    arrays = [crossed(rng, 44, 3, (1, 0.5, 1))[0] for _ in range(3)]
+    before = stats.mean_intervals(arrays, TASKS, runs=[None] * 3)
+    arrays[1][rng.random(arrays[1].shape) < 0.1] = np.nan
+    after = stats.mean_intervals(arrays, TASKS, runs=[None] * 3)
+    assert np.array(after)[[0, 2]] == pytest.approx(np.array(before)[[0, 2]], rel=1e-12)
+    assert after[1].dropped > 5
+
+
+@pytest.mark.parametrize("strata", [None, TASKS])
+def test_gaps_leave_the_interval_of_what_remains(strata):
+    """An array with gaps has the mean and standard error of the array without those prompts, and its limits but for
+    other resamples."""
+    values = crossed(np.random.default_rng(21), 44, 2, (1, 0.2, 1))[0]
+    gaps = np.r_[3, 9, 17, 29, 43]
+    left = np.delete(np.arange(44), gaps)
+    whole = stats.mean_interval(values[left], None if strata is None else strata[left])
+    values[gaps] = np.nan
+    found = stats.mean_interval(values, strata)
+    assert (found.mean, found.se, found.p) == pytest.approx((whole.mean, whole.se, whole.p))
+    assert found[1:3] == pytest.approx(whole[1:3], abs=0.06 * (whole.hi - whole.lo))
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
-def test_the_larger_spread_of_trainings_counts(seeds):
-    """A pool that is larger than what the own seeds show widens the interval, to its own size; a smaller one does not
-    narrow it."""
-    values = np.random.default_rng(14).normal(size=(44, 2, seeds))
-    own, wide, same = (
-        stats.mean_interval(values, pooled=each)
-        for each in (None, stats.SeedSpread(0.5, 0.5, 5), stats.SeedSpread(0, 0, 5))
-    )
-    assert wide.se > 2 * own.se
-    assert wide.se == pytest.approx(np.sqrt(0.5 / seeds), rel=0.1)
-    assert same.se == own.se
+def test_the_spread_of_training_runs_counts_once_per_run(seeds):
+    """Runs that differ with variance v add v / S to the squared error of a mean over S of them."""
+    values = np.broadcast_to(np.random.default_rng(14).normal(size=(44, 2, 1)), (44, 2, seeds))
+    alone, wide = (stats.mean_intervals([values], runs=[run])[0] for run in (None, RunVariance(0.5, 0.05)))
+    assert wide.se**2 - alone.se**2 == pytest.approx(0.5 / seeds)
+
+
+def test_a_fraction_stays_within_its_range():
+    """Of 20 prompts that all succeed, the interval is Wilson's: [n / (n + t^2), 1]; it never leaves [0, 1]."""
+    found = stats.mean_interval(np.ones((20, 4, 1)), fraction=True)
+    assert (found.lo, found.hi) == pytest.approx((20 / (20 + t.ppf(0.975, 19) ** 2), 1))
+    values = (np.random.default_rng(0).random((20, 1, 1)) < 0.9).astype(float)
+    assert 0 < stats.mean_interval(values, fraction=True).lo < stats.mean_interval(values, fraction=True).hi <= 1
+
+
+def test_a_fraction_of_many_prompts_is_a_mean():
+    """With 2,000 prompts, Wilson's interval and the bootstrap's are the same to a hundredth of their width."""
+    values = (np.random.default_rng(0).random((2000, 2, 1)) < 0.6).astype(float)
+    a, b = stats.mean_interval(values, fraction=True), stats.mean_interval(values)
+    assert a[:3] == pytest.approx(b[:3], abs=0.03 * (b.hi - b.lo))
+
+
+def test_a_fraction_of_a_few_prompts_has_no_interval():
+    """Two prompts, or four, say too little about a fraction; five say something."""
+    values = np.random.default_rng(0).integers(2, size=(5, 4, 2)).astype(float)
+    for prompts in (1, 2, 4):
+        assert np.isnan(stats.mean_interval(values[:prompts], fraction=True).lo)
+    assert stats.mean_interval(values, fraction=True).lo < stats.mean_interval(values, fraction=True).hi
 
 
 def test_pairing_is_sharper_than_not_pairing():
@@ -253,14 +281,15 @@ def test_the_probability_of_improvement_is_that_of_normal_data():
 
 
 def test_improvement_is_symmetric_and_ties_count_half():
-    """P(X > Y) + P(Y > X) = 1; a method has probability one half against itself, with p = 1."""
+    """P(X > Y) + P(Y > X) = 1; a method has probability one half against itself, without a spread."""
     rng = np.random.default_rng(18)
     a, b = np.round(rng.normal(size=(2, 44, 2, 3)))
     ahead, behind = stats.improvements([a], b, TASKS)[0], stats.improvements([b], a, TASKS)[0]
     assert ahead.mean + behind.mean == pytest.approx(1)
     assert (ahead.p, ahead.se) == pytest.approx((behind.p, behind.se))
-    assert stats.improvements([a], a)[0][:4] == (0.5, 0.5, 0.5, 0)
-    assert stats.improvements([a], a)[0].p == 1
+    same = stats.improvements([a], a)[0]
+    assert (same.mean, same.se) == (0.5, 0)
+    assert np.isnan([same.lo, same.hi, same.p]).all()
 
 
 @pytest.mark.parametrize("prompts", [1, 3, 20])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,8 +13,10 @@ import pandas as pd
 from msgspec import structs
 from numpy.typing import NDArray
 
+from alignbench.reporting import names
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.ranking import Ranking, rank
+from alignbench.reporting.analysis.run_spread import RunSpread
 from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun, ManifestScore
 
@@ -32,6 +34,7 @@ class Measure(NamedTuple):
     by_task: bool = False
     role: str = "held-out"
     version: str = ""
+    world: str = ""  # "shapes": scored by the shapes world's own small model or checker, not by the published one
 
 
 class Scores(NamedTuple):
@@ -53,9 +56,12 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """One of: up, down, cannot tell, not measured, spread unknown."""
+        """One of: up, down, cannot tell, identical, not measured, spread unknown."""
+        if np.isnan(self.estimate.mean):
+            return "not measured"
         if np.isnan(self.p_holm):
-            return "not measured" if np.isnan(self.estimate.mean) else "spread unknown"
+            same = self.estimate.mean == self.equal and self.estimate.se == 0
+            return "identical" if same else "spread unknown"
         if self.p_holm >= ALPHA or self.estimate.mean == self.equal:
             return "cannot tell"
         return "up" if self.estimate.mean > self.equal else "down"
@@ -74,9 +80,8 @@ class Analysis:
     ``gains[label]`` (over the measures ``summed``). ``pairs[measure][a, b]``: the paired difference a - b of two
     compared rows, a before b in the order of the table, with Holm over all pairs of the measure. ``primary``: the
     measure that the first screen speaks of, None if nothing independent of the training reward was measured.
-    ``unstable``: rows whose training runs differ more than those of the others. ``published``: rows whose weights come
-    from elsewhere, from one training run of unknown seed. ``rewards``: the [train] measures that a row itself was
-    trained on, which differ where rows have different rewards.
+    ``published``: rows whose weights come from elsewhere, from one training run of unknown seed. ``rewards``: the
+    [train] measures that a row itself was trained on, which differ where rows have different rewards.
     """
 
     labels: list[str]
@@ -92,7 +97,6 @@ class Analysis:
     pairs: dict[Measure, dict[tuple[str, str], Comparison]] = field(default_factory=dict)
     rankings: dict[Measure, Ranking] = field(default_factory=dict)
     primary: Measure | None = None
-    unstable: dict[Measure, list[str]] = field(default_factory=dict)
     published: list[str] = field(default_factory=list)
     rewards: dict[str, list[Measure]] = field(default_factory=dict)
 
@@ -108,28 +112,29 @@ class Analysis:
 
     def compare(self, measure: Measure, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
         """Return paired differences first - second, with Holm over exactly these pairs."""
-        data = self.scores[measure]
-        strata = data.tags if measure.by_task else None
-        trained = [len({a, b} & set(self.trained)) for a, b in pairs]  # 0, 1 or 2 of the pair
-        by_pair: dict[tuple[str, str], MeanEstimate] = {}
-        for count in set(trained):
-            chosen = [pair for pair, number in zip(pairs, trained) if number == count]
-            differences = [data.values[a] - data.values[b] for a, b in chosen]
-            pooled = self._pool(measure, strata, count)
-            by_pair |= zip(chosen, stats.mean_intervals(differences, strata, pooled=pooled))
-        estimates = [by_pair[pair] for pair in pairs]
-        holm = stats.holm([estimate.p for estimate in estimates])
-        return [Comparison(found, p, weights=self.of_weights(*pair)) for found, p, pair in zip(estimates, holm, pairs)]
-
-    def _pool(self, measure: Measure, strata: NDArray | None, trained: int) -> stats.SeedSpread | None:
-        """Return the spread between training runs of differences in which ``trained`` of the two rows are trained."""
         values = self.scores[measure].values
-        if trained == 0:
-            return None
-        if trained == 2:
-            return stats.pool_pairs([values[label] for label in self.trained], strata)
-        base = values[self.base] if self.base is not None else 0.0
-        return stats.pool_seeds((values[label] - base for label in self.trained), strata)
+        strata = self.scores[measure].tags if measure.by_task else None
+        place = {label: i for i, label in enumerate(self.trained)}
+        spread = self.spreads[measure]
+        rows = [[place[label] for label in pair if label in place] for pair in pairs]
+        runs = [spread.of(*trained) if spread else None for trained in rows]
+        estimates = stats.mean_intervals([values[a] - values[b] for a, b in pairs], strata, runs=runs)
+        holm = stats.holm([estimate.p for estimate in estimates])
+        weights = [self.of_weights(*pair) or bool(trained and not spread) for pair, trained in zip(pairs, rows)]
+        return list(map(Comparison, estimates, holm, itertools.repeat(0.0), weights))
+
+    @functools.cached_property
+    def spreads(self) -> dict[Measure, RunSpread | None]:
+        """How much the training runs of the rows trained here differ, by measure; None if none has two runs."""
+        return {
+            measure: stats.runs_of([data.values[k] for k in self.trained], data.tags if measure.by_task else None)
+            for measure, data in self.scores.items()
+        }
+
+    @functools.cached_property
+    def unstable(self) -> dict[Measure, list[str]]:
+        """Rows whose training runs differ more than those of all other rows (F test), by measure."""
+        return {m: [self.trained[i] for i in found.unstable] if found else [] for m, found in self.spreads.items()}
 
     def probabilities(self) -> dict[Measure, dict[str, Comparison]]:
         """Return the probability of improvement over base, with Holm over all methods and measures together."""
@@ -138,10 +143,10 @@ class Analysis:
         for measure in directed if self.base else []:
             data = self.scores[measure]
             sign = 1 if measure.higher_is_better else -1
-            for labels, pooled in self._kinds():
+            for labels, runs in self._kinds():
                 signed = [sign * data.values[label] for label in labels]
                 strata = data.tags if measure.by_task else None
-                estimates = stats.improvements(signed, sign * data.values[self.base or ""], strata, pooled=pooled)
+                estimates = stats.improvements(signed, sign * data.values[self.base or ""], strata, runs=runs)
                 shares |= zip([(measure, label) for label in labels], estimates)
         holm = dict(zip(shares, stats.holm([share.p for share in shares.values()])))
         return {
@@ -151,7 +156,7 @@ class Analysis:
         }
 
     def _kinds(self) -> list[tuple[list[str], bool]]:
-        """Return (labels, pooled): rows trained here, whose spread between runs is pooled, and the others."""
+        """Return (labels, runs): rows trained here, which have training runs, and the others."""
         trained = [label for label in self.compared if label in self.trained]
         return [(trained, True), ([label for label in self.compared if label not in trained], False)]
 
@@ -172,13 +177,13 @@ class Analysis:
         strata = next((self.scores[measure].tags[rows[measure]] for measure in chosen if measure.by_task), None)
         votes = [measure.evaluator for measure in chosen]
         estimates: dict[str, MeanEstimate] = {}
-        for labels, pooled in self._kinds():
+        for labels, runs in self._kinds():
             parts = []
             for label in labels:
                 gains = [self._gain(m, label)[rows[m]] / scales[m] for m in chosen]
                 parts.append(stats.interquartile_mean(gains, by_task, strata, votes))
-            spread = stats.pool_seeds(parts, strata) if pooled else None
-            estimates |= zip(labels, stats.mean_intervals(parts, strata, pooled=spread))
+            between = None if runs else [None] * len(parts)
+            estimates |= zip(labels, stats.mean_intervals(parts, strata, runs=between))
         holm = stats.holm([estimates[label].p for label in self.compared])
         return chosen, {
             label: Comparison(estimates[label], p, weights=self.of_weights(label))
@@ -210,11 +215,11 @@ class Analysis:
         chosen = np.full(len(data.tags), True) if task is None else data.tags == task
         strata = data.tags[chosen] if measure.by_task and task is None else None
         values = {label: data.values[label][chosen] for label in self.labels}
-        pooled = stats.pool_seeds((values[label] for label in self.trained), strata)
-        untrained = [label for label in self.labels if label not in self.trained]
-        means = dict(zip(self.trained, stats.mean_intervals([values[k] for k in self.trained], strata, pooled=pooled)))
-        means |= zip(untrained, stats.mean_intervals([values[label] for label in untrained], strata))
-        return {label: means[label] for label in self.labels}
+        spread = stats.runs_of([values[label] for label in self.trained], strata)
+        rows = [[self.trained.index(label)] if label in self.trained else [] for label in self.labels]
+        runs = [spread.of(*trained) if spread else None for trained in rows]
+        fraction = measure.unit == "fraction"
+        return dict(zip(self.labels, stats.mean_intervals([*values.values()], strata, runs=runs, fraction=fraction)))
 
     def tasks(self, measure: Measure) -> dict[str, dict[str, MeanEstimate]]:
         """Return task -> label -> mean over the task's prompts."""
@@ -320,7 +325,7 @@ def analyse(manifest: Manifest, scores: pd.DataFrame) -> Analysis:
     rows = {label: manifest.rows.get(label, []) for label in labels}
     seeds = {label: sorted({run.seed for run in runs}) for label, runs in rows.items()}
     base = next((label for label, runs in rows.items() if runs and all(run.is_base for run in runs)), None)
-    measures = _measures(manifest.runs)
+    measures = _measures(manifest)
     primary = _primary(measures, manifest.primary)
     published = [label for label, runs in rows.items() if any(run.published for run in runs)]
     rewards = {label: _trained_on(measures, runs) for label, runs in rows.items()}
@@ -353,23 +358,23 @@ def _primary(measures: Sequence[Measure], named: str = "") -> Measure | None:
     return next((m for role in ("check", "held-out") for m in directed if m.role == role), None)
 
 
-def _measures(runs: Iterable[ManifestRun]) -> list[Measure]:
-    """Return every metric that some run is scored on, by role, then in the order of the sweep.
+def _measures(manifest: Manifest) -> list[Measure]:
+    """Return every metric that some run is scored on: by role, then in the papers' order, then in the sweep's.
 
     A metric whose role differs between rows has the one that claims least: it is held out only if it is so for all.
     """
     measures: dict[tuple[str, str], Measure] = {}
-    for score in (score for run in runs for score in run.scores):
+    for score in (score for run in manifest.runs for score in run.scores):
+        settings = score.settings or {"world": manifest.world}  # an early version did not record them
+        world = "shapes" if "shapes" in settings.values() else ""
         role = score.role if score.role in ROLES else "unknown"
         for metric in score.metrics:
-            known = measures.get((score.evaluator, metric.name))
-            if known is None:
-                about = {"role": role, "version": score.version, **structs.asdict(metric)}
-                measures[score.evaluator, metric.name] = Measure(score.evaluator, **about)
-            else:
-                least = min(known.role, role, key=("train", "unknown", "check", "held-out").index)
-                measures[score.evaluator, metric.name] = known._replace(role=least)
-    return sorted(measures.values(), key=lambda measure: ROLES.index(measure.role))
+            about = {"role": role, "version": score.version, "world": world, **structs.asdict(metric)}
+            known = measures.setdefault((score.evaluator, metric.name), Measure(score.evaluator, **about))
+            least = min(known.role, role, key=("train", "unknown", "check", "held-out").index)
+            both = known._replace(role=least, world=known.world or world)  # one scorer of a world marks the column
+            measures[score.evaluator, metric.name] = both
+    return sorted(measures.values(), key=lambda measure: (ROLES.index(measure.role), names.place(measure.name)))
 
 
 def _trained_on(measures: Sequence[Measure], runs: Sequence[ManifestRun]) -> list[Measure]:

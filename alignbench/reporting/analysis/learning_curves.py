@@ -198,9 +198,7 @@ def equal_cost(curves: Sequence[LearningCurve], measure: Measure, axis: str) -> 
     """Return label -> mean score at the ``common`` cost, with its interval over prompts and seeds."""
     cost = common(curves, axis)
     values = {curve.label: at(curve, measure, axis, cost) for curve in curves}
-    strata = curves[0].strata(measure)
-    pooled = stats.pool_seeds(values.values(), strata)
-    return {label: stats.mean_interval(scores, strata, pooled=pooled) for label, scores in values.items()}
+    return dict(zip(values, stats.mean_intervals([*values.values()], curves[0].strata(measure))))
 
 
 class Reached(NamedTuple):
@@ -316,9 +314,8 @@ def changes(curves: Sequence[LearningCurve], measure: Measure) -> dict[str, list
 
 
 def _add_changes(result: dict[str, list[MeanEstimate]], values: dict[str, Array], strata: Any) -> None:
-    pooled = stats.pool_seeds(values.values(), strata)
-    for label, differences in values.items():
-        result[label].append(stats.mean_interval(differences, strata, pooled=pooled))
+    for label, estimate in zip(values, stats.mean_intervals([*values.values()], strata)):
+        result[label].append(estimate)
 
 
 class Divergence(NamedTuple):
@@ -390,11 +387,10 @@ def _divergences(
 def _fall(curve: LearningCurve, curves: Sequence[LearningCurve], measure: Measure, k: int, before: int) -> MeanEstimate:
     """Return the paired change from step ``before`` to step ``k``, negative for a worse score."""
     sign = -1.0 if measure.higher_is_better is False else 1.0
-    alike = [other.values[measure] for other in curves if len(other.updates) == len(curve.updates)]
-    strata = curve.strata(measure)
-    pooled = stats.pool_seeds((values[k] - values[before] for values in alike), strata)
-    values = sign * curve.values[measure]
-    return stats.paired_difference(values[k], values[before], strata, pooled=pooled)
+    alike = [other for other in curves if len(other.updates) == len(curve.updates)]
+    changes = [sign * (other.values[measure][k] - other.values[measure][before]) for other in alike]
+    own = next(i for i, other in enumerate(alike) if other is curve)
+    return stats.mean_intervals(changes, curve.strata(measure))[own]
 
 
 def reward_at(records: Mapping[str, Any] | pd.DataFrame, axis: str, cost: float) -> float:

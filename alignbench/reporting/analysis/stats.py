@@ -1,164 +1,171 @@
 """Means, paired differences and their uncertainty, for scores that share prompts and training seeds.
 
 The data of one method and one metric is an array (P prompts, I images of a prompt, S training seeds). What varies is
-the prompt, the training seed, and their interaction; the images of one prompt are one cluster. Prompts are *crossed*
-with seeds (every seed is scored on the same prompts), so one resample of prompts serves all seeds.
+the prompt, the training run, and their interaction; the images of one prompt are one cluster. Prompts are *crossed*
+with seeds (every seed is scored on the same prompts), so one resample of prompts serves all seeds and all methods.
 
-    variance = prompts + max(0, seeds - interaction)
+    variance = prompts + max(0, runs - interaction) / S
 
-where *prompts* and *seeds* are the variances of the mean estimated from the spread of the row and column means. Both
-contain the interaction, which is therefore subtracted once (as in two-way analysis of variance; resampling rows and
-columns together counts it three times: Owen, "The pigeonhole bootstrap", 2007, eq. 9).
+where *prompts* is the variance of the mean estimated from the spread of the prompts' means over seeds, *runs* that of
+one training run (``run_spread``: pooled over methods, with what their seeds share), and both contain the interaction,
+which is therefore subtracted once (as in two-way analysis of variance; resampling rows and columns together counts it
+three times: Owen, "The pigeonhole bootstrap", 2007, eq. 9). The degrees of freedom are Satterthwaite's.
 
-Three departures from the plain percentile bootstrap, because seeds are few:
+Three departures from the plain percentile bootstrap:
 1. resampled prompt weights are rescaled by sqrt(n / (n - 1)) (Rao and Wu 1988), which makes the bootstrap's variance
    equal the clustered closed form in expectation, even in small strata;
-2. the seeds' contribution is drawn from a normal: two seeds have three distinct resamples, too few for quantiles;
-3. percentile distances are expanded by t_df / z (Hesterberg 2015), with Satterthwaite's df for the two levels.
-Few seeds say little about how much training runs differ: unless the true spread is small, a 95 % interval of a single
-method covers 92-95 % with three seeds and 86-97 % with two, and in 10 % of sweeps with three seeds at least one of five
-methods that change nothing is called different. ``SeedSpread`` therefore pools the variance between seeds over the
-methods of a table, and the larger of own and pooled variance counts, whatever the number of seeds. Simulated with 60
-prompts, normal and heavy-tailed scores, with and without tasks: intervals cover 94-97 % and false differences stay at
-5 % if methods have similar spreads between runs. A method whose runs differ many times more than those of all others
-is covered in 78-88 % of cases with two seeds, 85-89 % with three, 90-92 % with five. With one seed and no pool, the
-variance between runs is unknown and left out. Prompts count as independent draws (within their tasks), so a set with
-many near-copies of one prompt has fewer than it seems.
+2. the runs' contribution is drawn from a normal: two seeds have three distinct resamples, too few for quantiles;
+3. percentile distances are expanded by t_df / z (Hesterberg 2015).
+With a single training seed and no method that has two, the variance between runs is unknown and left out: the interval
+is one for these weights. Prompts count as independent draws (within their tasks), so a set with many near-copies of one
+prompt has fewer than it seems.
+
+The mean of a *fraction* has a Wilson interval instead, as if from p (1 - p) / variance independent trials (from as many
+as there are prompts if all agree; Korn and Graubard 1998 for clusters), since a resample of ones is all ones.
+
+An interval of width zero is not given: where nothing varies, the spread is unknown. docs/statistics.md has simulated
+coverages and error rates.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtr, stdtrit
 
+from alignbench.reporting.analysis import run_spread
+from alignbench.reporting.analysis.run_spread import RunSpread, RunVariance
+
 Array = NDArray[np.float64]
 
 DRAWS = 4000  # bootstrap resamples: the error of a 95 % limit is about 2 % of the interval's width
+FEW = 5  # prompts below which a fraction has no interval
 
 
 class MeanEstimate(NamedTuple):
-    """A mean with its uncertainty and sample sizes. With one prompt in a stratum the spread is unknown: nan."""
+    """A mean with its uncertainty and sample sizes.
+
+    Limits are nan where the spread is unknown: a stratum has one prompt (then ``se`` and ``p`` are, too), or nothing
+    varies (``se`` is 0; p is that of a sign test, nan for a mean of zero).
+    """
 
     mean: float = np.nan
     lo: float = np.nan
     hi: float = np.nan
-    se: float = np.nan  # of the bootstrap draws
+    se: float = np.nan
     df: float = np.nan  # Satterthwaite's degrees of freedom
     p: float = np.nan  # two-sided, of "the true mean is zero": t = mean / se on df degrees of freedom
     prompts: int = 0  # used
     seeds: int = 0  # used
     dropped: int = 0  # prompts left out: some seed, or one side of a pair, has no valid score
-    se_prompts: float = np.nan  # closed form, prompts as clusters, the trained seeds taken as given
-
-
-class SeedSpread(NamedTuple):
-    """Variance between training runs, pooled over methods; per seed, so a mean over S seeds has 1 / S of it."""
-
-    variance: float  # interaction subtracted, at least zero
-    raw: float  # with the interaction
-    df: int
+    se_prompts: float = np.nan  # prompts as clusters, the trained seeds taken as given
 
 
 class Levels(NamedTuple):
-    """Closed-form variances of the means of L arrays, by level, and the means themselves; (L,) unless stated."""
+    """Means of L arrays and their closed-form variances by level; (L,) unless stated."""
 
     mean: Array
-    prompts: Array
-    seeds: Array  # interaction subtracted, at least zero
-    raw_seeds: Array  # with the interaction
-    interaction: Array
-    df: Array
-    rows: Array  # (L, P) prompt means, minus the mean of their stratum
-    weights: Array  # (P,) a prompt's share of the mean
-
-
-class Block(NamedTuple):
-    """Arrays of a list that have scores for the same prompts and seeds: full grids, sorted by stratum."""
-
-    members: list[int]  # positions in the list
-    grids: Array  # (L, P', S') prompt means
-    groups: NDArray  # (P',) the stratum of each prompt
-    dropped: int  # prompts left out
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Number of prompts in each stratum."""
-        return tuple(np.unique(self.groups, return_counts=True)[1].tolist())
+    prompts: Array  # variance of the mean
+    noise: Array  # half the variance of that estimate
+    interaction: Array  # variance of a mean under one seed from the interaction; nan with one seed
+    columns: Array  # (L, S) means under one seed; nan for a seed without scores
+    rows: Array  # (L, P) contributions of prompts to the mean, minus their stratum's; 0 for prompts left out
+    used: NDArray[np.int64]  # prompts
+    dropped: NDArray[np.int64]
+    seeds: NDArray[np.int64]
 
 
 def mean_interval(
-    values: ArrayLike,
-    strata: ArrayLike | None = None,
-    *,
-    pooled: SeedSpread | None = None,
-    level: float = 0.95,
-    draws: int = DRAWS,
-    seed: int = 0,
+    values: ArrayLike, strata: ArrayLike | None = None, *, fraction: bool = False, seed: int = 0, draws: int = DRAWS
 ) -> MeanEstimate:
-    """Return the mean of ``values`` (P, I, S) over prompts and seeds with a bootstrap interval; nan: missing score.
+    """Return the mean of ``values`` (P, I, S) over prompts and seeds with a 95 % interval; nan: missing score.
 
     ``strata`` (P,): the task of every prompt. The mean is then the unweighted mean of the task means (GenEval), and
     prompts are resampled within their task; a task without any score makes the mean nan, not one over fewer tasks.
-
-    ``pooled``: the variance between training runs pooled over methods; the larger of pooled and own variance counts.
+    ``fraction``: scores lie between 0 and 1, and so do the limits.
 
     A prompt's score under one seed is the mean of its valid images. Seeds without any score are left out, and so are
     prompts that lack a score under one of the remaining seeds; ``dropped`` counts these prompts.
     """
-    return mean_intervals([values], strata, pooled=pooled, level=level, draws=draws, seed=seed)[0]
+    return mean_intervals([values], strata, fraction=fraction, draws=draws, seed=seed)[0]
 
 
 def mean_intervals(
     arrays: Sequence[ArrayLike],
     strata: ArrayLike | None = None,
     *,
-    pooled: SeedSpread | None = None,
-    level: float = 0.95,
+    runs: Sequence[RunVariance | None] | None = None,
+    fraction: bool = False,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> list[MeanEstimate]:
-    """Return ``mean_interval`` of each array; all share their resamples, so that one matrix product serves them."""
-    results = [MeanEstimate()] * len(arrays)
-    tasks = 0 if strata is None else len(np.unique(np.asarray(strata)))
-    for block in _blocks(arrays, strata):
-        _, prompts, seeds = block.grids.shape
-        rests_on = {"prompts": prompts, "seeds": seeds, "dropped": block.dropped}
-        if block.grids.size == 0 or len(block.sizes) < tasks:
-            estimates = [MeanEstimate(**rests_on)] * len(block.members)
-        else:
-            estimates = _estimates(block, pooled, level, draws, seed)
-        for place, estimate in zip(block.members, estimates):
-            results[place] = estimate._replace(**rests_on)
-    return results
+    """Return ``mean_interval`` of each array; all share their resamples, so that one matrix product serves them.
+
+    ``runs``: the variance between training runs of each array, None for no training. By default it is estimated from
+    ``arrays``, taken as rows that share their seeds.
+    """
+    if not len(arrays):
+        return []
+    levels = _levels(arrays, strata)
+    if runs is None:
+        spread = run_spread.estimate(levels.columns, np.nan_to_num(levels.interaction))
+        runs = [spread.of(i) if spread else None for i in range(len(arrays))]
+    between, noise = _between(levels, runs)
+    se = np.sqrt(levels.prompts + between)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        df = np.maximum(se**4 / (levels.noise + noise), 1.0)
+        df = np.where(se > 0, df, np.nan)
+        p = 2 * stdtr(df, -np.abs(levels.mean) / se)
+    se = np.where(se <= 1e-12 * np.abs(levels.mean), 0.0, se)  # rounding of equal numbers is no spread
+    lo, hi = _wilson(levels, se, df) if fraction else _percentiles(levels, between, df, strata, draws, seed)
+    unknown = ~(se > 0)
+    lo, hi = (np.where(unknown & ~np.full(len(se), fraction), np.nan, limit) for limit in (lo, hi))
+    signs = np.where((se == 0) & (levels.mean != 0), 0.5 ** (levels.used - 1.0), np.nan)  # every prompt changed alike
+    p, df = np.where(unknown, signs, p), np.where(unknown, np.nan, df)
+    columns = (levels.mean, lo, hi, se, df, p, levels.used, levels.seeds, levels.dropped, np.sqrt(levels.prompts))
+    return [MeanEstimate(*row) for row in zip(*(column.tolist() for column in columns))]
 
 
-def _estimates(block: Block, pooled: SeedSpread | None, level: float, draws: int, seed: int) -> list[MeanEstimate]:
-    levels = _levels(block, pooled)
-    deviations = _draws(levels, block.sizes, draws, seed)
-    stretch = stdtrit(levels.df, 0.5 + level / 2) / ndtri(0.5 + level / 2)
-    lo, hi = levels.mean + np.quantile(deviations, [0.5 - level / 2, 0.5 + level / 2], axis=1) * stretch
-    se = deviations.std(axis=1)
-    p = _p_value(levels.mean, se, levels.df)
-    columns = zip(levels.mean, lo, hi, se, levels.df, p, np.sqrt(levels.prompts))
-    names = ("mean", "lo", "hi", "se", "df", "p", "se_prompts")
-    return [MeanEstimate(**dict(zip(names, map(float, row)))) for row in columns]  # type: ignore[arg-type]
+def _between(levels: Levels, runs: Sequence[RunVariance | None]) -> tuple[Array, Array]:
+    """Return the runs' part of each mean's variance, and half the variance of that estimate."""
+    between, noise = np.zeros(len(runs)), np.zeros(len(runs))
+    for i, run in enumerate(runs):
+        if run is not None and levels.seeds[i]:
+            interaction = run.interaction if levels.seeds[i] == 1 else levels.interaction[i]
+            between[i] = np.maximum(run.value - interaction, 0.0) / levels.seeds[i]
+            noise[i] = run.noise / levels.seeds[i] ** 2
+    return between, noise
+
+
+def _percentiles(
+    levels: Levels, between: Array, df: Array, strata: ArrayLike | None, draws: int, seed: int
+) -> tuple[Array, Array]:
+    sizes, place = _strata(levels.rows.shape[1], strata)
+    deviations = levels.rows[:, place] @ _prompt_weights(sizes, draws, seed).T
+    deviations = deviations + np.sqrt(between)[:, None] * _normal(draws, seed)
+    limits = np.quantile(deviations, [0.025, 0.975], axis=1) * (stdtrit(df, 0.975) / ndtri(0.975))
+    return levels.mean + limits[0], levels.mean + limits[1]
+
+
+def _wilson(levels: Levels, se: Array, df: Array) -> tuple[Array, Array]:
+    """Return Wilson's limits for as many independent trials as have the means' standard errors; nan for few prompts."""
+    p = np.clip(levels.mean, 0.0, 1.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        trials = np.where(se > 0, p * (1 - p) / se**2, levels.used)
+        square = stdtrit(np.where(se > 0, df, levels.used - 1.0), 0.975) ** 2
+        middle = (p + square / (2 * trials)) / (1 + square / trials)
+        reach = np.sqrt(square * p * (1 - p) / trials + (square / trials) ** 2 / 4) / (1 + square / trials)
+    enough = (levels.used >= FEW) & ~np.isnan(se)
+    lo, hi = (np.where(enough, limit, np.nan) for limit in (middle - reach, middle + reach))
+    return np.clip(lo, 0.0, 1.0), np.clip(hi, 0.0, 1.0)
 
 
 def paired_difference(
-    values: ArrayLike,
-    baseline: ArrayLike,
-    strata: ArrayLike | None = None,
-    *,
-    pooled: SeedSpread | None = None,
-    level: float = 0.95,
-    draws: int = DRAWS,
-    seed: int = 0,
+    values: ArrayLike, baseline: ArrayLike, strata: ArrayLike | None = None, *, draws: int = DRAWS, seed: int = 0
 ) -> MeanEstimate:
     """Return ``mean_interval`` of values - baseline, image by image: same prompt, same noise, same training seed.
 
@@ -166,7 +173,18 @@ def paired_difference(
     out. Seeds pair by number: runs with the same seed saw the same batches, whose common effect cancels.
     """
     difference = np.asarray(values, float) - np.asarray(baseline, float)
-    return mean_interval(difference, strata, pooled=pooled, level=level, draws=draws, seed=seed)
+    return mean_interval(difference, strata, draws=draws, seed=seed)
+
+
+def runs_of(arrays: Sequence[ArrayLike], strata: ArrayLike | None = None) -> RunSpread | None:
+    """Return the spread between the training runs of rows (P, I, S) that share their seeds; None with one run each."""
+    if not len(arrays):
+        return None
+    levels = _levels(arrays, strata)
+    apart = levels.columns - levels.mean[:, None]
+    rounding = 1e-12 * np.abs(np.nan_to_num(levels.columns)).max(initial=0.0)  # of equal numbers is no spread
+    apart = np.where(np.abs(apart) <= rounding, 0.0, apart)
+    return run_spread.estimate(apart, np.nan_to_num(levels.interaction))
 
 
 def curve_draws(
@@ -175,26 +193,26 @@ def curve_draws(
     """Return means (K,) of ``values`` (K, P, I, S) and joint resamples (draws, K), for statistics of whole curves.
 
     One resample of prompts and of seeds serves all K points, so differences along a curve are paired, and so are curves
-    on the same prompts. The variance of each point is that of ``mean_interval``, without the expansion for few seeds.
-    Only prompts and seeds that every point has are used: nan without any. The resamples are nan where the spread is
-    unknown, as with a single prompt in a stratum.
+    on the same prompts. The variance of each point is that of prompts plus its own of the seeds, without the expansion
+    for few seeds. Only prompts and seeds that every point has are used: nan without any. The resamples are nan where
+    the spread is unknown, as with a single prompt in a stratum.
     """
     points = np.asarray(values, float)
     whole = ~np.isnan(points).all(2)  # (K, P, S)
-    seeds = whole.any(1).all(0)
+    seeds = whole.any(axis=1).all(0)
     usable = whole[:, :, seeds].all((0, 2))
     points = np.where(usable[None, :, None, None] & seeds[None, None, None, :], points, np.nan)
-    block = next(_blocks(list(points), strata))  # a single one: all points now have the same gaps
-    if block.grids.size == 0:
-        return np.full(len(points), np.nan), np.full((draws, len(points)), np.nan)
-    levels, count = _levels(block), block.grids.shape[2]
-    if min(block.sizes) < 2:
-        return levels.mean, np.full((draws, len(points)), np.nan)
-    deviations = _prompt_weights(block.sizes, draws, seed) @ (levels.rows * levels.weights).T
+    levels, count = _levels(list(points), strata), int(seeds.sum())
+    unknown = np.full((draws, len(points)), np.nan)
+    if np.isnan(levels.prompts).any():
+        return levels.mean, unknown
+    sizes, place = _strata(points.shape[1], strata)
+    deviations = _prompt_weights(sizes, draws, seed) @ levels.rows[:, place].T
     if count > 1:
-        apart = np.einsum("p,kps->ks", levels.weights, block.grids) - levels.mean[:, None]
+        columns = levels.columns[:, seeds]
+        apart, raw = columns - levels.mean[:, None], columns.var(axis=1, ddof=1)
         with np.errstate(invalid="ignore", divide="ignore"):  # the prompts' part contains the interaction
-            own = np.where(levels.raw_seeds > 0, np.sqrt(levels.seeds / levels.raw_seeds), 0.0)
+            own = np.where(raw > 0, np.sqrt(np.maximum(raw - levels.interaction, 0.0) / raw), 0.0)
         deviations = deviations + _normals(draws, count, seed) @ (apart * own[:, None]).T / np.sqrt(count * (count - 1))
     return levels.mean, levels.mean + deviations
 
@@ -204,8 +222,7 @@ def improvements(
     baseline: ArrayLike,
     strata: ArrayLike | None = None,
     *,
-    pooled: bool = True,
-    level: float = 0.95,
+    runs: bool = True,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> list[MeanEstimate]:
@@ -214,24 +231,25 @@ def improvements(
     This is the share of images that score higher than the baseline's of the same prompt, noise and training seed; a tie
     counts half. Intervals are as for means, clipped to [0, 1]. If all prompts agree, their spread is uninformative, and
     the far end of the interval is the exact one of P successes in P trials (Clopper and Pearson 1934). ``p`` tests
-    1 / 2; it is at least 2^(1 - P), the smallest value that a test of P signs can give. ``pooled``: use the spread
-    between training runs pooled over all arrays where it is larger than an array's own.
+    1 / 2; it is at least 2^(1 - P), the smallest value that a test of P signs can give. ``runs``: the arrays are
+    training runs; False if nothing was trained.
     """
     base = np.asarray(baseline, float)
     signs = [np.sign(np.asarray(values, float) - base) / 2 for values in arrays]
-    spread = pool_seeds(signs, strata) if pooled else None
-    estimates = mean_intervals(signs, strata, pooled=spread, level=level, draws=draws, seed=seed)
-    return [_share(estimate, 0.5 - level / 2) for estimate in estimates]
+    between = None if runs else [None] * len(signs)
+    estimates = mean_intervals(signs, strata, runs=between, draws=draws, seed=seed)
+    return [_share(estimate) for estimate in estimates]
 
 
-def _share(centred: MeanEstimate, tail: float) -> MeanEstimate:
+def _share(centred: MeanEstimate) -> MeanEstimate:
     """Return the share in [0, 1] whose ``centred`` estimate, minus 1 / 2, is given."""
-    lo, hi = max(centred.lo, -0.5), min(centred.hi, 0.5)
-    if centred.se < 1e-12 and abs(centred.mean) > 0.5 - 1e-12:
-        reach = tail ** (1 / centred.prompts)
+    lo, hi, p = max(centred.lo, -0.5), min(centred.hi, 0.5), centred.p
+    if centred.se == 0 and abs(centred.mean) > 0.5 - 1e-12:
+        reach = 0.025 ** (1 / centred.prompts)
         lo, hi = (reach - 0.5, 0.5) if centred.mean > 0 else (-0.5, 0.5 - reach)
-    p = max(centred.p, 0.5 ** (centred.prompts - 1)) if centred.prompts else np.nan
-    return centred._replace(mean=centred.mean + 0.5, lo=lo + 0.5, hi=hi + 0.5, p=p)
+        p = 0.0
+    p = np.maximum(p, 0.5 ** (centred.prompts - 1)) if centred.prompts else np.nan
+    return centred._replace(mean=centred.mean + 0.5, lo=lo + 0.5, hi=hi + 0.5, p=float(p))
 
 
 def interquartile_weights(values: ArrayLike) -> Array:
@@ -262,7 +280,7 @@ def interquartile_mean(
     Prompts and seeds for which some measure has no score are nan.
     """
     grid = np.stack([prompt_means(np.asarray(gain, float)) for gain in gains])  # (M, P, S)
-    seeds = (~np.isnan(grid)).any(1).all(0)
+    seeds = (~np.isnan(grid)).any(axis=1).all(0)
     prompts = np.flatnonzero(~np.isnan(grid[:, :, seeds]).any((0, 2)) & seeds.any())
     parts = np.full((grid.shape[1], 1, grid.shape[2]), np.nan)
     if len(prompts):
@@ -281,53 +299,18 @@ def interquartile_mean(
     return parts
 
 
-def pool_seeds(arrays: Iterable[ArrayLike], strata: ArrayLike | None = None) -> SeedSpread | None:
-    """Return the mean variance between seeds of independent ``arrays`` (P, I, S), with S - 1 degrees of freedom each.
-
-    None if no array has two seeds.
-    """
-    blocks = [block for block in _blocks(list(arrays), strata) if block.grids.size and block.grids.shape[2] > 1]
-    return _pooled([(_levels(block), block.grids.shape[2]) for block in blocks], 1.0) if blocks else None
-
-
-def pool_pairs(arrays: Sequence[ArrayLike], strata: ArrayLike | None = None) -> SeedSpread | None:
-    """Return the mean variance between seeds of all differences of two of k ``arrays``.
-
-    None if fewer than two have two seeds. The k (k - 1) / 2 differences have (k - 1) (S - 1) degrees of freedom in
-    total. For full arrays no differences are computed: as a variance is quadratic, the sum over pairs of Q(a - b) is k
-    times the sum of Q(a - mean of all).
-    """
-    able = [block for block in _blocks(arrays, strata) if block.grids.size and block.grids.shape[2] > 1]
-    members = sorted(place for block in able for place in block.members)
-    if len(members) < 2:
-        return None
-    if len(able) == 1:
-        grids = able[0].grids
-        centred = able[0]._replace(grids=grids - grids.mean(0))
-        return _pooled([(_levels(centred), grids.shape[2])], 2 * len(members) / (len(members) - 1), 1)
-    pairs = [np.asarray(arrays[a], float) - np.asarray(arrays[b], float) for a, b in itertools.combinations(members, 2)]
-    spread = pool_seeds(pairs, strata)
-    return spread and spread._replace(df=round(spread.df * 2 / len(members)))
-
-
-def _pooled(blocks: Sequence[tuple[Levels, int]], factor: float, lost: int = 0) -> SeedSpread:
-    """Return the mean spread over arrays, times ``factor``; ``lost``: how many arrays the others determine."""
-    raw = factor * float(np.mean(np.concatenate([seeds * levels.raw_seeds for levels, seeds in blocks])))
-    interaction = factor * float(np.mean(np.concatenate([seeds * levels.interaction for levels, seeds in blocks])))
-    df = sum((seeds - 1) * (len(levels.mean) - lost) for levels, seeds in blocks)
-    return SeedSpread(max(0.0, raw - interaction), raw, df)
-
-
 def clustered_se(values: ArrayLike, strata: ArrayLike | None = None) -> float:
     """Return the closed-form standard error of the mean, with prompts as clusters and training seeds as given."""
-    levels = _closed_form(values, strata)
-    return float(np.sqrt(levels.prompts[0])) if levels else np.nan
+    return float(np.sqrt(_levels([values], strata).prompts[0]))
 
 
 def two_level_se(values: ArrayLike, strata: ArrayLike | None = None) -> float:
-    """Return the closed-form standard error over prompts *and* training seeds, the limit of the bootstrap's."""
-    levels = _closed_form(values, strata)
-    return float(np.sqrt(levels.prompts[0] + levels.seeds[0])) if levels else np.nan
+    """Return the unbiased closed-form standard error over prompts *and* training seeds, from this array alone."""
+    levels = _levels([values], strata)
+    if levels.seeds[0] < 2:
+        return float(np.sqrt(levels.prompts[0]))
+    runs = np.nanvar(levels.columns[0], ddof=1) - levels.interaction[0]
+    return float(np.sqrt(levels.prompts[0] + max(runs, 0.0) / levels.seeds[0]))
 
 
 def detectable(se: float, df: float, alpha: float, power: float = 0.8) -> float:
@@ -357,70 +340,61 @@ def prompt_means(values: Array) -> Array:
     return np.where(count > 0, np.where(valid, values, 0.0).sum(1) / np.maximum(count, 1), np.nan)
 
 
-def _blocks(arrays: Sequence[ArrayLike], strata: ArrayLike | None) -> Iterator[Block]:
-    """Yield full grids of prompt means of arrays (P, I, S) with nan, grouping arrays that have the same gaps."""
-    by_gaps: dict[tuple[bytes, bytes], list[tuple[int, Array]]] = {}
-    for place, values in enumerate(arrays):
-        means = prompt_means(np.asarray(values, float))
-        seeds = (~np.isnan(means)).any(0)
-        prompts = ~np.isnan(means[:, seeds]).any(1) & seeds.any()
-        by_gaps.setdefault((prompts.tobytes(), seeds.tobytes()), []).append((place, means))
-    for (prompt_bytes, seed_bytes), members in by_gaps.items():
-        prompts, seeds = (np.frombuffer(mask, bool) for mask in (prompt_bytes, seed_bytes))
-        groups = (np.zeros(len(prompts), int) if strata is None else np.asarray(strata))[prompts]
-        order = np.argsort(groups, kind="stable")
-        grids = np.stack([means for _, means in members])[:, prompts][:, order][:, :, seeds]
-        yield Block([place for place, _ in members], grids, groups[order], int((~prompts).sum()))
+def _strata(prompts: int, strata: ArrayLike | None) -> tuple[tuple[int, ...], NDArray[np.intp]]:
+    """Return the number of prompts in each stratum, and the order that sorts prompts by stratum."""
+    groups = np.zeros(prompts, int) if strata is None else np.asarray(strata)
+    return tuple(np.unique(groups, return_counts=True)[1].tolist()), np.argsort(groups, kind="stable")
 
 
-def _closed_form(values: ArrayLike, strata: ArrayLike | None) -> Levels | None:
-    block = next(_blocks([values], strata))
-    return _levels(block) if block.grids.size else None
+def _levels(arrays: Sequence[ArrayLike], strata: ArrayLike | None) -> Levels:
+    """Return the (stratified) means of arrays (P, I, S) with nan, and their variances.
 
-
-def _levels(block: Block, pooled: SeedSpread | None = None) -> Levels:
-    """Return the variances of the (stratified) means of full grids; nan if a stratum has one prompt."""
-    grids, sizes = block.grids, block.sizes
-    n_seeds = grids.shape[2]
-    n = np.asarray(sizes, float)
-    member = np.repeat(np.arange(len(sizes)), sizes)
-    starts = np.cumsum([0, *sizes[:-1]])
-    weights = 1.0 / (len(sizes) * n)[member]
-    columns = np.einsum("p,lps->ls", weights, grids)
-    stratum = np.add.reduceat(grids, starts, axis=1) / n[:, None]  # (L, T, S)
-    rows = grids.mean(2) - stratum.mean(2)[:, member]
-    residual = grids - rows[:, :, None] - stratum[:, member]
+    Arrays may have different gaps and different numbers of seeds. A variance is nan if a stratum has one prompt.
+    """
+    by_array = [prompt_means(np.asarray(values, float)) for values in arrays]
+    width = max(means.shape[1] for means in by_array)
+    grids: Array = np.full((len(arrays), by_array[0].shape[0], width), np.nan)
+    for grid, means in zip(grids, by_array):
+        grid[:, : means.shape[1]] = means
+    present: NDArray[Any] = ~np.isnan(grids)
+    has = np.asarray(present.any(axis=1))  # (L, S) seeds
+    used = (present | ~np.expand_dims(has, 1)).all(axis=2) & has.any(axis=1, keepdims=True)  # (L, P) prompts
+    seeds = has.sum(1)
+    cells: NDArray[Any] = np.expand_dims(used, 2) & np.expand_dims(has, 1)
+    grids = np.where(cells, grids, 0.0)
+    _, member = np.unique(np.zeros(used.shape[1]) if strata is None else np.asarray(strata), return_inverse=True)
+    inside = np.eye(member.max(initial=0) + 1)[member]  # (P, T)
+    n = used @ inside  # (L, T) prompts of a stratum
     with np.errstate(invalid="ignore", divide="ignore"):
-        by_stratum = np.add.reduceat(rows**2, starts, axis=1) / (n - 1) / n / len(sizes) ** 2  # (L, T)
-        prompts = by_stratum.sum(1)
-        raw = columns.var(axis=1, ddof=1) / n_seeds if n_seeds > 1 else np.zeros(len(grids))
-        spread = np.add.reduceat((residual**2).sum(2), starts, axis=1) / (n - 1) / max(n_seeds - 1, 1)
-        interaction = (spread / (n * n_seeds)).sum(1) / len(sizes) ** 2  # of the mean
-        seeds = np.maximum(raw - interaction, 0.0)
-        noise = (by_stratum**2 / (n - 1)).sum(1)
-        if pooled is None:
-            noise += raw**2 / max(n_seeds - 1, 1)
-        else:
-            seeds = np.maximum(seeds, pooled.variance / n_seeds)
-            noise += (pooled.raw / n_seeds) ** 2 / pooled.df
-        df = np.where(noise > 0, np.maximum((prompts + seeds) ** 2 / noise, 1.0), np.inf)
-    return Levels(columns.mean(1), prompts, seeds, raw, interaction, df, rows, weights)
-
-
-def _draws(levels: Levels, sizes: tuple[int, ...], draws: int, seed: int) -> Array:
-    """Return (L, draws) deviations of resampled means from the mean; nan if the prompts' spread is unknown."""
-    if min(sizes) < 2:
-        return np.full((len(levels.mean), draws), np.nan)
-    deviations = (levels.rows * levels.weights) @ _prompt_weights(sizes, draws, seed).T
-    return deviations + np.sqrt(levels.seeds)[:, None] * _normal(draws, seed)
+        per_prompt = used / (n.shape[1] * n)[:, member]  # weight of a prompt in the mean
+        columns = np.where(has, np.einsum("lp,lps->ls", per_prompt, grids), np.nan)
+        rows = grids.sum(2) / seeds[:, None]
+        stratum = np.einsum("lps,pt->lts", grids, inside) / n[:, :, None]
+        row = np.where(used, rows - (np.einsum("lp,pt->lt", rows, inside) / n)[:, member], 0.0)
+        residual = np.where(cells, grids - row[:, :, None] - stratum[:, member], 0.0)
+        by_stratum = (row**2) @ inside / (n - 1) / n / n.shape[1] ** 2  # (L, T)
+        interaction = (residual**2).sum(2) @ inside / (n - 1) / (seeds - 1)[:, None] / n / n.shape[1] ** 2
+        full = np.bincount(member, minlength=n.shape[1])  # the draws are rescaled for strata of this size
+        rescaled = np.sqrt(n / (n - 1) * (full - 1) / full)[:, member]
+        return Levels(
+            mean=np.where(has.any(axis=1), (columns * has).sum(1, where=has) / seeds, np.nan),
+            prompts=by_stratum.sum(1),
+            noise=(by_stratum**2 / (n - 1)).sum(1),
+            interaction=np.where(seeds > 1, interaction.sum(1), np.nan),
+            columns=columns,
+            rows=np.where(used, row * per_prompt * rescaled, 0.0),
+            used=used.sum(1),
+            dropped=(~used).sum(1),
+            seeds=seeds,
+        )
 
 
 @lru_cache(maxsize=8)
 def _prompt_weights(sizes: tuple[int, ...], draws: int, seed: int) -> Array:
     """Return (draws, P) rescaled resampling counts minus one, drawn within each stratum and shared by all methods."""
     rng = np.random.default_rng((seed, *sizes))
-    blocks = [(rng.multinomial(n, np.full(n, 1 / n), draws) - 1.0) * np.sqrt(n / (n - 1)) for n in sizes]
-    return np.concatenate(blocks, axis=1)
+    blocks = [(rng.multinomial(n, np.full(n, 1 / n), draws) - 1.0) * np.sqrt(n / max(n - 1, 1)) for n in sizes if n]
+    return np.concatenate(blocks, axis=1) if blocks else np.zeros((draws, 0))
 
 
 @lru_cache(maxsize=8)
@@ -433,10 +407,3 @@ def _normal(draws: int, seed: int) -> Array:
 def _normals(draws: int, count: int, seed: int) -> Array:
     """Return (draws, count) standard normal numbers, one per training seed, shared by all points of a curve."""
     return np.random.default_rng((seed, draws, count)).standard_normal((draws, count))
-
-
-def _p_value(mean: Array, se: Array, df: Array) -> Array:
-    """Return the two-sided p-value of t; without any spread, 1 if the mean is zero, else 0."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        tails = 2 * stdtr(df, -np.abs(mean) / se)
-    return np.where(se == 0, np.where(mean == 0, 1.0, 0.0), tails)
