@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from alignbench.reporting import names
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
-from alignbench.reporting.tables import change_text, changes_table, hacked, harmed, label_means, task_table, title
+from alignbench.reporting.tables import change_text, changes_sections, hacked, harmed, label_means, task_table, title
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, listed
 
 ONE_RUN = """\
@@ -120,7 +121,7 @@ def _answer(subject: str, rivals: Sequence[str], measure: Measure, analysis: Ana
         "identical to": [rival for rival in rivals if results[rival].verdict == "identical"],
         "not compared with": [r for r in rivals if results[r].verdict in ("not measured", "spread unknown")],
     }
-    verdict = "; ".join(f"{words} {escape(listed(names))}" for words, names in verdicts.items() if names)
+    verdict = "; ".join(f"{words} {escape(listed(rows))}" for words, rows in verdicts.items() if rows)
     won = verdicts["better than"]
     short = "Yes" if len(won) == len(rivals) else "Partly" if won else "Not shown"
     if verdicts["worse than"] and not won:
@@ -142,7 +143,7 @@ Image by image: same prompt, {noise}. The p-value tests "no change" (t statistic
 and Satterthwaite's degrees of freedom), corrected over all methods of a measure; up and down: p < 0.05. *SE, prompts*
 takes these training runs as given; *SE, prompts and seeds* generalizes to training runs with any seed.{unknown}"""
     heading = f"## Paired change against {escape(analysis.base)}"
-    return [heading, changes_table(analysis), note, few_seeds_note(analysis)]
+    return [heading, *changes_sections(analysis), note, few_seeds_note(analysis)]
 
 
 HACKING_NOTE = """\
@@ -171,7 +172,7 @@ def hacking_section(analysis: Analysis, costs: pd.DataFrame) -> list[Section]:
 
 def _rewards_note(analysis: Analysis) -> str:
     """Return which rows were trained on which scores, if that differs; else ""."""
-    by_label = {label: [measure.name for measure in analysis.trained_on(label)] for label in analysis.trained}
+    by_label = {k: [names.measure_name(m) for m in analysis.trained_on(k)] for k in analysis.trained}
     if len(set(map(tuple, by_label.values()))) < 2:
         return ""
     told = "; ".join(f"{escape(k)} {escape(listed(v)) if v else 'none of these scores'}" for k, v in by_label.items())
@@ -203,6 +204,6 @@ def task_sections(analysis: Analysis) -> list[Section]:
     for measure in analysis.measures:
         if not measure.by_task:
             continue
-        heading = f"## {escape(measure.name)} [{measure.role}], by task"
+        heading = f"## {escape(title(measure))} [{measure.role}]"
         sections += [heading, task_table(analysis, measure)]
     return sections

@@ -65,6 +65,11 @@ def measure_name(measure: Measure) -> str:
     return f"{shown} ({measure.world})" if measure.world else shown
 
 
+def title(measure: Measure) -> str:
+    """Return the measure's name as printed, marked if it is a mean of task means."""
+    return measure_name(measure) + ", by task" * measure.by_task
+
+
 def decimals(measure: Measure) -> int:
     """Return the decimals of the measure's means: those of the papers, else those of its unit."""
     known = MEASURES.get(measure.name.partition(" (")[0])

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from alignbench.reporting.analysis.comparison import Analysis, Measure
 from alignbench.reporting.analysis.published import (
-    AGREES,
     DIFFERS,
     NOT_STATED,
+    WITHIN,
     Comparison,
     Reference,
     compare,
 )
-from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval
+from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval, number
 from alignbench.store.manifest import Manifest
 
 NOTE = """\
-Ours with its 95 % interval, in the published unit; published as printed; the difference, ours minus theirs, with that
-interval widened by half a unit of the last printed digit (and by the published standard error, if there is one).
-**agrees**: the interval of the difference contains zero; **differs**: it does not. Verdicts are not corrected for
-multiple comparisons. Without a printed standard error, chance in the published number is unknown and missing from the
-interval: of rows that truly agree, one in six or more is called "differs". protocol differs: the row was made under
-another protocol than the published one; the difference is shown, but no conclusion is drawn. not run: published, but
-not among this sweep's numbers. no reference: ours, but not published there."""
-ONE_SEED = "**One training seed: neither our intervals nor these verdicts account for how much training runs differ.**"
+What would another lab's training run give on the same prompts, with a seed and noise of its own? Ours and the
+difference, ours minus theirs, are in the published unit; published is as printed. Around the difference stands the
+**replication error**: image noise and the spread between training runs, both on both sides, and half a unit of the last
+printed digit. A printed standard error replaces our estimate for their side if it is larger. The base model and
+released weights are taken to be the same weights on both sides, where only images vary.
+
+- **within replication error (x)**: the difference is at most x, as in 95 % of true agreements or more. **differs**: it
+  is larger.
+- one training run: no verdict: how much training runs differ is unknown.
+- spread unknown: with one image per prompt, the spread over prompts is an upper bound of image noise; what exceeds it
+  differs, about the rest nothing is known. Nor is it if all scores are equal.
+- protocol differs: the row was made under another protocol; the difference is shown, but no conclusion is drawn.
+- not run: published, but not among this sweep's numbers. no reference: ours, but not published there.
+
+Verdicts are not corrected for multiple comparisons: of 30 numbers that truly agree, up to 1.5 are expected to be called
+"differs", and several at once where they score the same images."""
+ONE_SEED = "**One training run per row: no verdict on trained rows.**"
 
 
 def sections(manifest: Manifest, analysis: Analysis, references: Sequence[Reference]) -> list[Section]:
@@ -61,11 +71,18 @@ def shown(reference: Reference, rows: Sequence[Comparison], reasons: Sequence[tu
         decimals = printed.decimals if printed else 4
         theirs = row.published
         published = f"{theirs.value} ± {theirs.se}" if theirs and theirs.se else theirs.value if theirs else None
-        texts = [row.method or None, row.label or None, row.metric, interval(*row.ours[:3], decimals), published]
-        texts.append(interval(*row.difference, decimals + 1, signed=True))
+        texts = [row.method or None, row.label or None, row.metric, number(row.ours.mean, decimals), published]
+        texts.append(_difference(row, decimals + 1))
         verdict = f"{row.verdict} ({reasons.index(row.reasons) + 1})" if row.reasons in reasons else row.verdict
-        cells.append([*map(Cell, texts), Cell(verdict, bold=row.verdict in (AGREES, DIFFERS))])
+        verdict += f" ({number(row.error, decimals + 1)})" if row.verdict == WITHIN else ""
+        cells.append([*map(Cell, texts), Cell(verdict, bold=row.verdict in (WITHIN, DIFFERS))])
     return Table(columns, cells)
+
+
+def _difference(row: Comparison, decimals: int) -> str:
+    """Return the difference with its interval; where only a bound of that is known, it is shown if it is exceeded."""
+    error = math.nan if row.bound and row.verdict != DIFFERS else row.error
+    return interval(row.difference, row.difference - error, row.difference + error, decimals, signed=True)
 
 
 def beside(reference: Reference, manifest: Manifest, analysis: Analysis) -> Table:
@@ -87,14 +104,15 @@ def tidy(references: Sequence[Reference], manifest: Manifest, analysis: Analysis
         "ours_lo",
         "ours_hi",
     ]
-    names += ["prompts", "seeds", "difference", "difference_lo", "difference_hi", "verdict", "protocol_differs_in"]
+    names += ["prompts", "seeds", "difference", "replication_error", "error_is_bound", "verdict", "protocol_differs_in"]
     rows = []
     for reference in references:
         for row in compare(reference, manifest, analysis):
             theirs, ours = row.published, row.ours
             printed = [theirs.value, theirs.se, theirs.rounding] if theirs else [None] * 3
             values: list[Any] = [reference.name, row.method, row.label, row.metric, *printed, *ours[:3]]
-            values += [ours.prompts, ours.seeds, *row.difference, row.verdict, "; ".join(row.reasons)]
+            error = [row.error, "yes" if row.bound else "no"] if not math.isnan(row.error) else [None] * 2
+            values += [ours.prompts, ours.seeds, row.difference, *error, row.verdict, "; ".join(row.reasons)]
             rows.append(list(map(Cell, values)))
     return Table([Column(name) for name in names], rows)
 

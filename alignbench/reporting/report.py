@@ -7,8 +7,10 @@ A pure function of the store: no model is loaded, and the same scores give the s
 
 from __future__ import annotations
 
+import html
 import importlib
 import pkgutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from alignbench.config import UserError, did_you_mean
-from alignbench.reporting import curves_section, image_grid, improvement_section, published_section
+from alignbench.reporting import curves_section, image_grid, improvement_section, names, published_section
 from alignbench.reporting.analysis.comparison import Analysis, analyse
 from alignbench.reporting.analysis.published import Reference, load, load_curve
 from alignbench.reporting.analysis.results import Results
@@ -42,21 +44,24 @@ from alignbench.reporting.findings import (
 )
 from alignbench.reporting.html import page
 from alignbench.reporting.plots import draw
-from alignbench.reporting.tables import changes_table, hacked, main_table, marks, task_table, tidy
+from alignbench.reporting.tables import (
+    changes_table,
+    costs_note,
+    costs_section,
+    costs_table,
+    hacked,
+    legend,
+    main_table,
+    marks,
+    task_table,
+    tidy,
+)
+from alignbench.reporting.text import latex as tex
 from alignbench.reporting.text.table import Section, Table, escape
 from alignbench.store.files import read_frame, write
 from alignbench.store.manifest import Manifest
 
 REPORTS = "alignbench.reports"
-LEGEND = """\
-Every cell is a mean with its 95 % interval, from a bootstrap over prompts (all images of a prompt together; within
-each task for scores marked "by task") and, where rows have several, training seeds. **Bold**: the best mean of a
-column, if its paired gain over {base} survives Holm's correction for the {count} methods compared; never a single
-training run. A column without bold: the best mean is not shown to be better than {base}. [train]: the reward that the
-methods were trained on; [held-out]: a scorer that played no part in training; [check]: an automatic check of what the
-prompt asks for. Costs cover training only and are means over finished seeds; NFE counts network evaluations per image,
-summed over images.
-"""
 
 
 class Words(NamedTuple):
@@ -75,9 +80,10 @@ FORMATS = ("md", "csv", "tex", "html", "svg", "png")
 def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Write the report into ``out`` in each of ``formats`` and return the paths. UserError for an unknown format.
 
-    md: ``<name>.md``; csv: ``<name>.csv``, and ``<name>-published.csv`` if the sweep is compared with published
-    numbers; tex: the tables, ``<name>.tex``; html: everything in one file that needs no other, ``<name>.html``; png:
-    the image grid, ``<name>-grid.png``, if there are images; png, svg: the figures, ``<name>-<figure>``.
+    md: ``<name>.md``; csv: ``<name>.csv``, ``<name>-pairs.csv`` with all pairs of rows, and ``<name>-published.csv`` if
+    the sweep is compared with published numbers; tex: the tables, ``<name>.tex``; html: everything in one file that
+    needs no other, ``<name>.html``; png: the image grid, ``<name>-grid.png``, if there are images; png, svg: the
+    figures, ``<name>-<figure>``.
     """
     check_formats(formats)
     manifest = results.manifest
@@ -89,13 +95,15 @@ def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list
     link = f"{name}-grid.png"
     drawn = draw.figures(results, analysis) if {"html", "svg", "png"} & set(formats) else []
     text: list[Section] = []
+    pairs = improvement_section.pairs_sections(analysis) if "html" in formats else []  # too wide for markdown
     if {"md", "html"} & set(formats):
         curves = curves_section.sections(results, analysis, [load_curve(stem) for stem in words.curves])
         shown, origins = link if grid else None, made_with(results)
-        text = sections(manifest, results.costs, analysis, shown, origins, curves, published)
+        text = sections(manifest, results.costs, analysis, shown, origins, curves, published, pairs)
     contents: dict[str, Any] = {}
     if "md" in formats:
-        kept = text if "png" in formats else [section for section in text if not _shows(section, link)]
+        kept = [section for section in text if not any(section is part for part in pairs)]
+        kept = kept if "png" in formats else [section for section in kept if not _shows(section, link)]
         contents[f"{name}.md"] = markdown(kept)
     if "csv" in formats:
         contents[f"{name}.csv"] = tidy(analysis, results.costs).csv()
@@ -105,6 +113,8 @@ def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list
         contents[f"{name}.tex"] = latex(manifest, results.costs, analysis, published)
     if grid and "png" in formats:
         contents[link] = lambda temporary: grid.save(temporary, "PNG")
+    if "csv" in formats:
+        contents[f"{name}-pairs.csv"] = improvement_section.tidy_pairs(analysis).csv()
     for figure in drawn:
         contents |= {
             f"{name}-{figure.name}.{kind}": getattr(figure, kind) for kind in ("svg", "png") if kind in formats
@@ -144,11 +154,12 @@ def sections(
     origins: Sequence[str] = (),
     curves: Sequence[Section] = (),
     published: Sequence[Reference] = (),
+    pairs: Sequence[Section] = (),
 ) -> list[Section]:
     """Return all sections of the report, in order. The first line is the command that reproduces it.
 
     ``grid``: file of the image grid; ``origins``: software and hardware of the runs; ``curves``: the sections about
-    the course of training.
+    the course of training; ``pairs``: those about all pairs of rows.
     """
     words = _words(manifest.name)
     alike = "same prompts" if manifest.imported else "same prompts and noise"
@@ -161,15 +172,18 @@ def sections(
         words.intro.strip(),
         *answers(words.questions, analysis),
         "## Results (REHEARSAL)" if manifest.rehearsal else "## Results",
-        main_table(analysis, costs, marks(manifest)),
-        LEGEND.format(base=escape(analysis.base or "a base model (none in this sweep)"), count=len(analysis.compared)),
+        main_table(analysis, marks(manifest)),
+        legend(analysis),
         NEUTRAL_NOTE if any(measure.higher_is_better is None for measure in analysis.measures) else "",
         hybrid_note(manifest),
         moments_note(manifest),
         budgets_note(analysis, costs),
         f"![{alike}, one row per method]({grid})\n\n{GRID_NOTE}" if grid else "",
+        *costs_section(analysis, costs),
         *published_section.sections(manifest, analysis, published),
         *changes_section(analysis, manifest.imported),
+        *improvement_section.order_section(analysis),
+        *pairs,
         *improvement_section.sections(analysis),
         *hacking_section(analysis, costs),
         *curves,
@@ -208,23 +222,81 @@ def latex(
     analysis: Analysis,
     published: Sequence[Reference] = (),
 ) -> str:
-    """Return the report's tables as LaTeX, one after the other, ready for a paper."""
-    tables = {"Results": main_table(analysis, costs, marks(manifest))}
-    tables |= {
-        f"Published numbers, {table.name}": published_section.beside(table, manifest, analysis) for table in published
-    }
-    if analysis.base is not None:
-        tables |= {"Paired change": changes_table(analysis), **improvement_section.tables(analysis)}
-    tables |= {
-        f"{measure.name}, by task": task_table(analysis, measure) for measure in analysis.measures if measure.by_task
-    }
-    stamp = page.stamps(manifest)
-    stamp += [note.strip("*")] if (note := banner(analysis)) else []
-    head = [f"Made by {regenerate(manifest)}", r"Needs \usepackage{booktabs}", *stamp]
-    comments = [f"% {' '.join(line.split())}" for line in head]
-    return "\n".join(
-        ["\n".join(comments), *(f"% {' '.join(name.split())}\n{table.latex()}" for name, table in tables.items())]
-    )
+    """Return the report's tables as LaTeX floats, one after the other, ready for a paper."""
+    name, base = manifest.name, analysis.base
+    main = main_table(analysis, marks(manifest))
+    spent, _ = costs_table(costs)
+    floats = [("results", [tex.Part("", main)], _results_caption(analysis))]
+    if spent.rows:
+        floats.append(("costs", [tex.Part("", spent)], f"Costs of training. {_plain(costs_note(analysis, costs))}"))
+    for reference in published:
+        shown = published_section.beside(reference, manifest, analysis)
+        floats.append((reference.name, [tex.Part("", shown)], f"Published numbers, {reference.name}."))
+    if base is not None and analysis.compared:
+        parts = [
+            tex.Part(f"{names.title(measure)} [{measure.role}]", changes_table(analysis, measure))
+            for measure in analysis.measures
+        ]
+        floats.append(("changes", parts, f"Paired change against {base}. {CHANGES_CAPTION}"))
+    if improvement_section.ranked(analysis):
+        order = tex.Part("", improvement_section.order_table(analysis))
+        floats.append(("order", [order], f"Order of the methods. {ORDER_CAPTION}"))
+    for title, table in improvement_section.tables(analysis).items():
+        floats.append((title, [tex.Part("", table)], f"{title}. {CAPTIONS.get(title, '')}".strip()))
+    for measure in analysis.measures:
+        if measure.by_task:
+            part = tex.Part("", task_table(analysis, measure))
+            floats.append((f"{measure.name}-tasks", [part], f"{names.title(measure)}. {TASKS_CAPTION}"))
+    stamps, weights = page.stamps(manifest), _plain(banner(analysis))
+    comments = [f"% {' '.join(line.split())}" for line in (f"Made by {regenerate(manifest)}", f"Needs {tex.PACKAGES}")]
+    made = [
+        tex.floats(parts, " ".join(filter(None, [caption, weights * (label != "costs"), *stamps])), f"{name}-{label}")
+        for label, parts, caption in floats
+    ]
+    return "\n".join(["\n".join(comments), *made])
+
+
+def _results_caption(analysis: Analysis) -> str:
+    """Return the caption of the main table: what is in a cell, and what its marks mean."""
+    base = analysis.base
+    units = [f"{names.measure_name(measure)}: {measure.unit}" for measure in analysis.measures if measure.unit]
+    below = f"the paired change against {base} (for {base}: of its mean)" if base else "the mean"
+    toy = any(measure.world for measure in analysis.measures)
+    parts = [
+        f"Results: means; in small print the 95 % interval of {below}.",
+        RESULTS_CAPTION.format(base=base, count=len(analysis.compared)) if base else "",
+        "(shapes): a small scorer or checker of the shapes world, not the published one." if toy else "",
+        f"Units: {'; '.join(units)}." if units else "",
+    ]
+    return " ".join(filter(None, parts))
+
+
+RESULTS_CAPTION = (
+    "Bold: the leader of a column, if its paired gain over {base} is significant (Holm's correction for the {count} "
+    "rows compared; never for a single training run). Underlined: the leader otherwise, and the rows not separable "
+    "from it (all pairs, Holm), which does not mean equal; none if nothing in a column is separable from its leader."
+)
+CHANGES_CAPTION = (
+    "Mean difference for the same prompts, with its 95 % interval; p after Holm's correction over the rows of a "
+    "measure."
+)
+ORDER_CAPTION = (
+    "Best and worst rank that the decisions about all pairs leave open (jointly 95 %). Rows that share a letter are "
+    "not separable, which does not mean equal."
+)
+TASKS_CAPTION = "Means by task with 95 % intervals. Overall: the unweighted mean over the tasks."
+CAPTIONS = {
+    "Probability of improvement": (
+        "The share of images that score better than the base model's of the same prompt and noise, with its 95 % "
+        "interval; a tie counts half. Bold: different from 0.5 after Holm's correction over all cells."
+    ),
+    "Gain over all held-out measures": "Interquartile mean of paired gains, in standard deviations of base's prompts.",
+}
+
+
+def _plain(markdown: str) -> str:
+    """Return a note without its markup, on one line."""
+    return " ".join(html.unescape(re.sub(r"\*\*|\\(?=\W|_)", "", markdown)).split())
 
 
 def _words(name: str) -> Words:

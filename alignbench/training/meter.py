@@ -37,7 +37,7 @@ class Meter:
     decodes: int = 0
     reward_calls: int = 0
     images: int = 0  # training images sampled
-    seconds: float = 0.0  # wall-clock time of training batches alone
+    seconds: float = 0.0  # of training batches alone: wall-clock time; on a CPU, the process's CPU time
     peak_memory_bytes: int = 0  # of the accelerator; on a CPU, of the whole process
 
     def state_dict(self) -> dict[str, int | float]:

@@ -7,13 +7,15 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from support.latex import structure_errors
 from support.report_tables import costs, manifest, page, results, scores, section, stored, with_files
 
 from alignbench.config import UserError
 from alignbench.reporting import report
 from alignbench.reporting.analysis.comparison import analyse
 from alignbench.reporting.analysis.results import Results
-from alignbench.reporting.text.table import Cell, Column, Table, tex
+from alignbench.reporting.text.latex import tex
+from alignbench.reporting.text.table import Cell, Column, Table
 from alignbench.store.files import write_frame
 from alignbench.store.manifest import Manifest, ManifestMetric, ManifestRun, ManifestScore
 
@@ -38,18 +40,21 @@ def test_no_name_is_markup_in_any_format(tmp_path, name):
     frame = scores(plan)
     frame["tag"] = frame["tag"].replace("counting", name)
     found = stored(tmp_path, plan, frame, costs(plan))
-    text, table, latex = (path.read_text() for path in report.build(found, tmp_path / "out", ("md", "csv", "tex")))
-    for heading in ("Results", "Paired change", "Probability of improvement", "geneval [check], by task"):
-        lines = [line for line in section(text, heading).splitlines() if line.startswith("|")]
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1  # as many cells in each row
+    paths = report.build(found, tmp_path / "out", ("md", "csv", "tex"))
+    text, table, latex, pairs = (path.read_text() for path in paths)
+    headings = ("Results", "Costs of training", "Paired change", "Order", "Probability of", "GenEval, by task [check]")
+    for part in (part for heading in headings for part in section(text, heading).split("\n### ")):
+        lines = [line for line in part.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) <= 1  # as many cells in each row
     assert not re.search(r"<(script|img|/)", text)
     assert "\u202e" not in text
     rows = list(csv.DictReader(io.StringIO(table)))
     assert len(rows) == 3 * (4 + 7) + 2
+    rows += csv.DictReader(io.StringIO(pairs))
     for field in (value for row in rows for value in row.values() if not re.fullmatch(r"[-+0-9.e]*", value)):
         assert not field.startswith(("=", "+", "-", "@", "\t", "\r"))
     body = [line for line in latex.splitlines() if not line.startswith("%")]
-    assert {line.count(" & ") for line in body if line.endswith(r"\\")} >= {11}
+    assert not structure_errors(latex)
     assert r"\input{" not in "".join(body)
 
 
@@ -67,14 +72,19 @@ def test_latex_has_no_special_character_left(name):
 
 
 def test_latex_shows_what_markdown_shows():
-    """Means, intervals, bold, marks and arrows are the same; minus signs are not hyphens; missing values are dashes."""
+    """Means, intervals, bold, marks and arrows are the same; numbers stand in S columns; missing values are dashes."""
     columns = [Column("m_1"), Column("score", "cosine", True, "train", 2), Column("change", signed=True, decimals=1)]
-    rows = [[Cell("a"), Cell(1.5, -1, 2, bold=True, mark="(=)"), Cell(-0.26)], [Cell("b"), Cell(), Cell(0.26)]]
+    rows = [
+        [Cell("a"), Cell(1.5, -1, 2, bold=True, mark=" (51 prompts)"), Cell(-0.26)],
+        [Cell("b"), Cell(), Cell(0.26)],
+    ]
     lines = Table(columns, rows).latex().splitlines()
-    assert lines[0] == r"\begin{tabular}{lrr}"
-    assert lines[2] == r"m\_1 & score, cosine $\uparrow$ {[}train{]} & change \\"
-    assert lines[4] == r"a & \textbf{1.50} {\scriptsize [$-$1.00, 2.00]} (=) & $-$0.3 \\"
-    assert lines[5] == r"b & \textemdash{} & +0.3 \\"
+    assert lines[0] == r"\begin{tabular}{@{}lS[table-format=1.2]S[table-format=+1.1]@{}}"
+    assert lines[2] == r" & \multicolumn{1}{c}{training reward} &  \\"
+    assert lines[4] == r"m\_1 & {score $\uparrow$} & {change} \\"
+    assert lines[6] == r"a & \bfseries 1.50 & -0.3 \\[-0.5ex]"
+    assert lines[7] == r" & {\tiny {[$-$1.00, 2.00]}, (51 prompts)} &  \\[0.3ex]"
+    assert lines[8] == r"b & {\textemdash{}} & +0.3 \\"
 
 
 def test_numbers_are_no_formulas():
@@ -100,7 +110,7 @@ def test_different_prompts_are_paired_where_both_have_them():
         assert analysis.improved[measure]["ReFL"].estimate.prompts == 40
     assert analysis.gains["ReFL"].estimate.prompts == 40
     text = section(page(given), "Coverage")
-    assert "- pickscore, ReFL: 200 of 240 scores; prompts left out: 10 of the mean, 20 of the paired change" in text
+    assert "- PickScore, ReFL: 200 of 240 scores; prompts left out: 10 of the mean, 20 of the paired change" in text
 
 
 def test_gaps_leave_no_hole_in_the_page(tmp_path):
@@ -120,7 +130,7 @@ def test_gaps_leave_no_hole_in_the_page(tmp_path):
         assert path.suffix == ".png" or "nan" not in path.read_text()
     text = paths[0].read_text()
     assert "DRTune, seed 0: **failed**: out of memory" in text
-    assert "- pickscore, LeapAlign: 0 of 240 scores" in text
+    assert "- PickScore, LeapAlign: 0 of 240 scores" in text
     assert len(plan.cases) == len([line for line in section(text, "Results").splitlines() if line.startswith("| ")]) - 2
 
 
@@ -132,9 +142,9 @@ def test_a_store_where_nothing_is_done_has_a_report(tmp_path, kind):
     if kind == "nothing":
         root.mkdir()
     paths = report.build(Results(root, plan), tmp_path / "out")
-    assert [path.suffix for path in paths] == [".md", ".csv", ".tex", ".html"]
+    assert [path.suffix for path in paths] == [".md", ".csv", ".tex", ".csv", ".html"]
     assert paths[0].read_text().count("**planned**: not made yet") == 11
-    assert not any("nan" in path.read_text() for path in paths[:3])
+    assert not any("nan" in path.read_text() for path in paths[:4])
 
 
 def test_a_damaged_score_file_is_named(tmp_path):

@@ -77,10 +77,10 @@ CASES = {  # what is bad: (a store's results, a sentence of the page)
         "not measured",
     ),
     "base without scores": (lambda root: sweep(root, change=lambda f: f[f["label"] != "base"]), "not measured"),
-    "a constant measure": (lambda root: sweep(root, change=constant), "pickscore (does not vary between prompts)"),
+    "a constant measure": (lambda root: sweep(root, change=constant), "PickScore (does not vary between prompts)"),
     "a measure constant for base": (
         lambda root: sweep(root, change=lambda f: constant(f, "base")),
-        "pickscore (does not vary between prompts)",
+        "PickScore (does not vary between prompts)",
     ),
     "rows that equal base": (lambda root: sweep(root, change=as_base), "no reward hacking shown"),
     "rows a constant away from base": (lambda root: sweep(root, change=shifted), "no reward hacking shown"),

@@ -66,7 +66,7 @@ def test_one_seed_has_no_bold_cell():
 def test_hacking_of_one_seed_is_of_these_weights():
     """The line and the mark in the table say of what they speak."""
     text = page(results(seeds=(0,)))
-    assert "- **REWARD HACKING, ReFL (these weights): the training reward rose while pickscore" in text
+    assert "- **REWARD HACKING, ReFL (these weights): the training reward rose while PickScore" in text
     assert "**(reward hacking, these weights)**" in row_of(section(text, "Results"), "ReFL")
 
 
@@ -156,8 +156,8 @@ def test_a_collapse_is_a_loss_whatever_the_reward_did():
     text = page(given)
     hacking = section(text, "Training reward")
     assert "- **REWARD HACKING, ReFL: the training reward rose while" in hacking
-    fell = "hpsv2.1 and geneval_strict, by task"
-    assert f"- **DanceGRPO: worse than base on {fell}, whatever the reward did.** (hpsv2.1" in hacking
+    fell = "HPSv2.1 and GenEval strict, by task"
+    assert f"- **DanceGRPO: worse than base on {fell}, whatever the reward did.** (HPSv2.1" in hacking
     assert "- LeapAlign: no reward hacking shown, and no score shown to fall" in hacking
     assert "DanceGRPO: no reward hacking" not in text
     assert "**(worse than base)**" in row_of(section(text, "Results"), "DanceGRPO")
@@ -171,7 +171,7 @@ def test_the_loss_of_weights_from_elsewhere_is_said():
     runs = [structs.replace(run, seed=UNTRAINED) if run.label == "ReFL" else run for run in plan.runs]
     plan = plan.only([run for run in runs if run.id != "ReFL-1"])
     text = page(stored(None, plan, scores(plan), results().costs))
-    assert "- **ReFL (these weights): worse than base on pickscore, geneval, by task and" in text
+    assert "- **ReFL (these weights): worse than base on PickScore, GenEval, by task and" in text
     assert "its reward is unknown.**" in text
 
 
@@ -188,7 +188,7 @@ def test_hacking_is_judged_by_the_rows_own_reward():
     assert tables.hacked(analysed(given), "ReFL") == []
     given = shifted(given, "ReFL", pickscore=3, hpsv2_1=-0.2)
     assert tables.hacked(analysed(given), "ReFL")[0].name == "hpsv2.1"
-    assert "trained on different rewards: ReFL pickscore; DRTune hpsv2.1" in page(given)
+    assert "trained on different rewards: ReFL PickScore; DRTune HPSv2.1" in page(given)
     assert [measure.name for measure in analysed(given).summed] == ["geneval", "geneval_strict"]
 
 
@@ -233,8 +233,8 @@ def test_only_what_is_known_to_be_held_out_counts(role):
     analysis = gains({"pickscore": role}, CONSTANT)
     assert analysis.gains["ReFL"].estimate.mean == pytest.approx(0.5)
     note = improvement_section.sections(analysis)[-1]
-    assert "the mean of geneval and geneval_strict." in note
-    assert f"pickscore ({improvement_section.LEFT_OUT[role]})" in note
+    assert "the mean of GenEval and GenEval strict." in note
+    assert f"PickScore ({improvement_section.LEFT_OUT[role]})" in note
 
 
 def test_nothing_known_to_be_held_out_gives_no_gain():
@@ -294,7 +294,7 @@ def test_coverage_of_an_imported_list_is_counted_per_prompt():
     assert disclosures.coverage_section(plan, analyse(plan, frame))[1].startswith("Complete: every image")
     pick = frame.index[(frame["metric"] == "pickscore") & (frame["label"] == "ReFL")]
     told = disclosures.coverage_section(plan, analyse(plan, frame.drop(pick[0])))[1]
-    assert told.startswith("- pickscore, ReFL: 123 of 124 scores; ")
+    assert told.startswith("- PickScore, ReFL: 123 of 124 scores; ")
 
 
 def test_the_warning_is_in_every_form_of_the_report(tmp_path):

@@ -19,7 +19,7 @@ from msgspec import structs
 from PIL import Image
 from scipy.stats import binomtest, kendalltau
 from support import photo_store
-from support.browser import Visit, browser, until
+from support.browser import Visit, browser, chromium, until
 from support.report_tables import TASKS, draw_images, results, with_runs
 
 from alignbench.reporting import report, tables
@@ -127,14 +127,17 @@ def test_a_table_is_one_for_those_who_do_not_see_it():
     columns = [Column("method"), Column("score", "logit", True, "check", 2), Column("note")]
     rows = [
         [Cell("a<b", mark=" **(x)**"), Cell(1.234, 1.0, 2.0, bold=True), Cell("up", bold=True)],
-        [Cell("c"), Cell(1.0, 0.5, 1.5, mark="(=)"), Cell("")],
+        [Cell("c"), Cell(1.0, 0.5, 1.5, mark=" (9 prompts)", top=True, change=(0.2, 0.1, 0.3)), Cell("")],
         [Cell("d"), Cell(), Cell("free text")],
     ]
     text = Table(columns, rows).html("Of <all>")
     assert "<caption>Of &lt;all&gt;</caption>" in text
     assert '<th scope="row"><bdi>a&lt;b</bdi> <strong>(x)</strong></th>' in text
-    assert '<td class="number"><strong>1.23</strong> <small>[1.00, 2.00]</small></td>' in text
-    assert "</small> (=)</td>" in text
+    assert '<td class="number" data-value="1.234"><strong>1.23</strong> <small>[1.00, 2.00]</small></td>' in text
+    assert '<td class="number top" data-value="1">1.00 <small>[0.50, 1.50]</small>' in text
+    assert '<span class="sr"> (top), not separable from the leader</span> (9 prompts)' in text
+    assert "Δ </span>+0.20 <small>[+0.10, +0.30]</small></span></td>" in text
+    assert '<th scope="col" data-key="score" class="number">' in text
     assert '<span aria-hidden="true">—</span><span class="sr">not measured</span>' in text
     assert text.count('scope="col"') == 3
     assert '<span class="sr">, higher is better</span>' in text
@@ -369,13 +372,30 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     assert not [tag for tag, _ in Reader(text).elements if tag in ("link", "iframe", "object", "base")][1:]
 
 
-# ------------------------------------------------------------------------------------------------- in a browser, slowly
+# ------------------------------------------------------------------------------------------------------- in a browser
 
 
 @pytest.fixture(scope="module")
 def chrome():
+    try:
+        chromium()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
     with browser() as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A page of three methods, two seeds and twelve prompts, with a figure that is higher than a sheet of paper."""
+    root = tmp_path_factory.mktemp("small")
+    given = photo_store.make(root / "store", prompts=12, side=32, labels=photo_store.LABELS[:3])
+    analysis = analyse(given.manifest, given.scores)
+    svg = '<svg viewBox="0 0 100 900" width="100pt" height="900pt"><rect width="100" height="900"/></svg>'
+    figure = SimpleNamespace(name="high", title="High", caption="High.", svg=svg, png=b"")
+    sections = report.sections(given.manifest, given.costs, analysis)
+    hacked = {label: tables.hacked(analysis, label) for label in analysis.trained}
+    return page.build(given, analysis, root / "out", sections=sections, hacked=hacked, figures=[figure])
 
 
 @pytest.fixture(scope="module")
@@ -416,6 +436,330 @@ def shown_methods(web) -> list[str]:
     """Return the methods of the first row, once it is filled."""
     until(web, "document.querySelector('.row figure') !== null")
     return web.locator(".row").first.locator("figcaption > b").all_text_contents()
+
+
+def press(web, selector: str) -> None:
+    """Click without Playwright's scrolling."""
+    web.locator(selector).first.evaluate("(element) => element.click()")
+
+
+def settled(web, expression: str, expected) -> None:
+    """Wait until an expression has a value."""
+    until(web, f"JSON.stringify({expression}) === {json.dumps(json.dumps(expected, separators=(',', ':')))}", 5)
+
+
+def test_back_closes_an_enlarged_image(visit, small):
+    """Opening is one entry of the history: Back closes it and Forward opens it; steps add none; a key or the button
+    goes back over it; the focus returns to the image. The address names what is shown, and so does the title."""
+    web = visit("#report", path=small)
+    press(web, "[data-view=pictures]")
+    until(web, "document.querySelector('.row figure')")
+    before = web.evaluate("history.length")
+    press(web, ".row >> nth=0 >> .thumb >> nth=1")
+    web.keyboard.press("ArrowDown")
+    settled(web, "[location.hash, history.length]", ["#pictures&zoom=p0001&of=ReFL", before + 1])
+    assert web.title() == "ReFL – Images – Sweep made_up"
+    web.go_back()
+    settled(web, "[zoom.open, location.hash, byId('pictures').hidden]", [False, "#pictures", False])
+    settled(web, "document.activeElement.closest('[data-prompt]')?.dataset.prompt", "1")
+    assert web.title() == "Images – Sweep made_up"
+    web.go_forward()
+    settled(web, "[zoom.open, byId('zoom-name').textContent]", [True, "ReFL"])
+    for close in (lambda: web.keyboard.press("Escape"), lambda: web.click("#zoom-close")):
+        close()
+        settled(web, "[zoom.open, location.hash, history.length]", [False, "#pictures", before + 1])
+        press(web, ".row >> nth=0 >> .thumb >> nth=2")
+    web.keyboard.press("Escape")
+    settled(web, "location.hash", "#pictures")
+    web.go_back()
+    settled(web, "[zoom.open, byId('report').hidden, history.length]", [False, False, before + 1])
+    assert web.title() == "Sweep made_up"
+
+
+def test_a_link_to_an_image_is_followed_in_a_tab_that_shows_another(visit, small):
+    """The dialog shows what the new address names; without an entry of its own it closes in place; a link to an image
+    that the page does not have says so."""
+    web = visit("#pictures&zoom=p0000&of=ReFL", path=small)
+    settled(web, "[zoom.open, byId('zoom-name').textContent]", [True, "ReFL"])
+    web.evaluate("location.hash = '#pictures&zoom=p0003&of=DRaFT-LV'")
+    settled(web, "[looked.prompt, byId('zoom-name').textContent]", [3, "DRaFT-LV"])
+    web.click("#zoom-close")
+    settled(web, "[zoom.open, location.hash]", [False, "#pictures"])
+    web.evaluate("location.hash = '#pictures&zoom=p0099&of=ReFL'")
+    until(web, "byId('count').textContent.endsWith('The image that the link names is not in this page.')")
+    assert not web.evaluate("zoom.open")
+
+
+def test_flicker_shows_two_methods_and_does_not_flash(visit, small):
+    """The second method is never the first, wherever one steps and whatever was chosen; a key held down turns once."""
+    web = visit("#pictures&zoom=p0000&of=ReFL", path=small)
+    until(web, "zoom.open")
+    web.select_option("#zoom-second", label="DRaFT-LV")
+    for _ in range(3):
+        web.keyboard.press("ArrowRight")
+        name = web.locator("#zoom-name").inner_text()
+        assert name not in web.locator("#zoom-second option").all_inner_texts()
+        web.keyboard.press("f")
+        assert web.locator("#zoom-name").inner_text() != name
+        web.keyboard.press("f")
+    for _ in range(4):
+        web.keyboard.down("f")  # which repeats
+    assert web.locator("#flicker").get_attribute("aria-pressed") == "true"
+    web.keyboard.up("f")
+
+
+def test_a_view_is_found_again_as_it_was_left(visit, small):
+    """Theme and scroll position survive a change of views, Back and a reload; the link that skips the header keeps the
+    view."""
+    web = visit("", path=small)
+    web.evaluate("scrollTo(0, 700)")
+    press(web, "[data-view=pictures]")
+    settled(web, "[byId('report').hidden, scrollY]", [True, 0])
+    web.evaluate("scrollTo(0, 300)")
+    press(web, ".skip")
+    settled(web, "[location.hash, document.activeElement.id]", ["#pictures", "main"])
+    press(web, "[data-view=report]")
+    settled(web, "scrollY", 700)
+    web.go_back()
+    settled(web, "[byId('pictures').hidden, scrollY]", [False, 300])
+    press(web, "#theme")
+    web.reload()
+    settled(web, "[document.documentElement.dataset.theme, byId('pictures').hidden, scrollY]", ["dark", False, 300])
+    assert web.locator("#theme").get_attribute("aria-pressed") == "true"
+    press(web, "#theme")
+    settled(web, "localStorage.getItem('alignbench theme')", None)
+
+
+def test_votes_of_two_tabs_add_up(visit, small):
+    """Each tab's vote stands beside the other's; a pair on the screen stays; undoing takes back one's own vote; once a
+    result was seen in this browser, later votes say so, after a reload too."""
+    one = visit("#blind", path=small)
+    two = one.context.new_page()
+    two.goto(small.as_uri() + "#blind")
+    for tab in (one, two):
+        tab.click("#setup button")
+    question = two.locator("#question").inner_text()
+    one.click("[data-vote=left]")
+    until(two, "byId('votes').textContent.includes('1 votes')")
+    assert two.locator("#question").inner_text() == question
+    assert two.locator("#undo").is_disabled()
+    two.click("[data-vote=right]")
+    two.click("[data-vote=tie]")
+    stored = "JSON.parse(localStorage.getItem(PLACE)).map((vote) => vote.vote)"
+    assert two.evaluate(stored) == ["right", "tie"]
+    until(one, "byId('votes').textContent.includes('2 votes')")
+    one.click("[data-vote=left]")
+    assert one.evaluate(stored) == ["right", "left"]  # the pair was on both screens: the later vote counts
+    one.click("[data-vote=left]")
+    one.click("#undo")
+    two.click("#undo")
+    assert two.evaluate(stored) == ["right"]
+    one.click("#reveal")
+    two.reload()
+    two.click("#setup button")
+    two.click("[data-vote=left]")
+    assert two.evaluate("JSON.parse(localStorage.getItem(PLACE)).map((vote) => vote.after_result)") == [False, True]
+
+
+RESULTS = ".scroll[data-table='0'] >> "
+
+
+def test_a_table_is_sorted_by_its_headings(visit, small):
+    """A click, or Enter, sorts the best first, then last, then as in the report; what is not measured comes last."""
+    web = visit("", path=small)
+    rows = lambda: web.locator(RESULTS + "tbody th bdi").all_inner_texts()  # noqa: E731
+    texts = web.locator(RESULTS + "tbody td:nth-child(3)").all_inner_texts()
+    level = dict(zip(rows(), (float(text.split()[0]) for text in texts)))
+    head = web.locator(RESULTS + "thead th").nth(2)
+    web.evaluate("document.querySelector('table').rows[2].cells[5].innerHTML = '—'")
+    for direction in ("descending", "ascending"):
+        head.locator("button").focus()
+        web.keyboard.press("Enter")
+        assert head.get_attribute("aria-sort") == direction
+        assert rows() == sorted(level, key=level.get, reverse=direction == "descending")
+    web.locator(RESULTS + "thead button").nth(5).click()
+    assert head.get_attribute("aria-sort") is None
+    assert rows()[-1] == "ReFL"
+    web.locator(RESULTS + "thead button").nth(5).click()
+    assert rows()[-1] == "ReFL"
+    web.locator(RESULTS + "thead button").nth(5).click()
+    assert rows() == ["base", "ReFL", "DRaFT-LV"]
+
+
+def test_columns_are_hidden_and_shown(visit, small):
+    """A wide table has a menu of its columns; what is hidden is said below it and kept; heads over several columns
+    shrink with it; all come back."""
+    web = visit("", path=small)
+    web.click(".menu summary >> nth=0")
+    web.uncheck(".menu >> nth=0 >> text=reward calls")
+    web.uncheck(".menu >> nth=0 >> text=decodes")
+    web.keyboard.press("Escape")
+    assert web.evaluate("document.activeElement.textContent") == "Columns (2 hidden)"
+    web.reload()
+    heads = RESULTS + "thead th:visible"
+    count = web.locator(RESULTS + "thead th").count()
+    assert web.locator(heads).count() == count - 2
+    assert web.locator(RESULTS + "tbody tr >> nth=1 >> td:visible").count() == count - 3
+    assert web.locator(".hidden-columns:visible").all_inner_texts() == ["Hidden columns: reward calls; decodes."]
+    web.click(".menu summary >> nth=0")
+    web.click(".menu >> nth=0 >> text=Show all")
+    assert web.locator(heads).count() == count
+    assert web.locator(".hidden-columns:visible").count() == 0
+    found = web.evaluate(
+        """() => {
+          const table = document.createElement("table");
+          table.innerHTML = '<thead><tr><th rowspan="2">m</th><th colspan="2">a</th><th colspan="2">b</th></tr>' +
+            '<tr><th>1</th><th>2</th><th>3</th><th>4</th></tr></thead>' +
+            '<tbody><tr>' + '<td>x</td>'.repeat(5) + '</tr></tbody>';
+          const heads = headsOf(table);
+          hideColumns(table, heads, [1, 3, 4]);
+          const [, a, b] = table.rows[0].cells;
+          return [heads.map((head) => head.textContent).join(""), a.colSpan, a.hidden, b.hidden];
+        }"""
+    )
+    assert found == ["m1234", 1, False, True]
+
+
+def test_a_score_leads_to_its_images(visit, small):
+    """A number of a method on a measure is a link to that method's images beside base's, sorted by its gain on this
+    measure; base's own to its images by score; a task's number to that task. One stop of the Tab key for each table."""
+    web = visit("", path=small)
+    links = web.locator(RESULTS + ".to-images")
+    assert links.count() == 3 * 4
+    assert web.locator(RESULTS + ".to-images:not([tabindex='-1'])").count() == 1
+    links.nth(0).focus()
+    web.keyboard.press("ArrowDown")
+    web.keyboard.press("ArrowRight")
+    web.keyboard.press("Enter")
+    until(web, "!byId('pictures').hidden")
+    assert shown_methods(web) == ["base", "ReFL"]
+    assert web.locator("#count").inner_text() == "12 of 12 prompts, 2 of 3 methods."
+    assert (
+        web.locator("#how").inner_text() == "Shown: sorted by the gain of ReFL over base on pickscore; seed 0; image 0."
+    )
+    assert web.locator(".row >> nth=0 >> dt").all_text_contents() == ["pickscore"] * 2
+    web.go_back()
+    until(web, "byId('pictures').hidden")
+    press(web, RESULTS + ".to-images >> nth=0")
+    until(web, "byId('how').textContent.startsWith('Shown: sorted by the score of base on hpsv2.1')")
+    assert shown_methods(web) == ["base"]
+    assert web.evaluate("order.map((prompt) => meanScore(0, 0, prompt))") == sorted(
+        web.evaluate("order.map((prompt) => meanScore(0, 0, prompt))"), reverse=True
+    )
+    press(web, "[data-view=report]")
+    press(
+        web, "[aria-label='Table: geneval_strict [check], by task'] >> tr:has-text('DRaFT-LV') >> .to-images >> nth=1"
+    )
+    until(web, "order.length === 2")
+    assert (
+        web.locator("#how")
+        .inner_text()
+        .startswith("Shown: colors; sorted by the gain of DRaFT-LV over base on geneval_s")
+    )
+
+
+def test_a_copied_table_keeps_its_cells(visit, small):
+    """As CSV and for a spreadsheet: the report's own rows, a cell for each number; as LaTeX: the report's LaTeX. So a
+    selection in a table: one line for each row, intervals in cells of their own, no thousands separators."""
+    web = visit("", path=small)
+    web.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    pasted = "navigator.clipboard.readText()"
+    table = data_of(small.read_text())["tables"][0]
+    web.locator("[data-copy=csv]").first.click()
+    assert list(csv.reader(io.StringIO(web.evaluate(pasted)))) == table["cells"]
+    web.locator("[data-copy=latex]").first.click()
+    assert web.evaluate(pasted) == table["latex"]
+    assert table["latex"].count(r"\\") == 4
+    web.locator("[data-copy=cells]").first.click()
+    assert [line.split("\t") for line in web.evaluate(pasted).split("\n")] == table["cells"]
+    rich = "navigator.clipboard.read().then(async ([item]) => (await item.getType('text/html')).text())"
+    assert web.evaluate(rich).count("<td") == len(table["cells"]) * len(table["cells"][0])
+    assert web.locator(".told").first.inner_text() == "Copied."
+    assert [len(row) for row in table["cells"]] == [1 + 4 * 3 + 7] * 4
+    web.evaluate("getSelection().selectAllChildren(document.querySelector('table tbody'))")
+    web.keyboard.press("Control+c")
+    lines = [line.split("\t") for line in web.evaluate(pasted).split("\n")]
+    assert [len(line) for line in lines] == [1 + 4 * 3 + 7] * 3
+    np.testing.assert_allclose(
+        [float(text) for text in lines[1][1:4]], [float(t) for t in table["cells"][2][1:4]], atol=6e-4
+    )
+    assert lines[1][13] == "9600"
+
+
+def test_what_is_printed(visit, small):
+    """The images on paper are all of the view's, with what they are; a chapter may go on over a page, a figure may not,
+    and none is higher than a sheet; an enlarged image is printed alone."""
+    web = visit("#pictures", path=small, viewport={"width": 700, "height": 300})
+    until(web, "document.querySelector('.row figure')")
+    assert web.locator(".row:last-child img").count() == 0
+    paper = web.pdf(format="A4")
+    assert len(re.findall(rb"/Subtype ?/Image", paper)) >= 12 * 3
+    web.emulate_media(media="print")
+    assert web.locator(".thumb >> nth=0").is_visible()
+    assert web.locator("#how").is_visible()
+    assert web.locator(".bar, #controls, #theme, [type=reset]").locator("visible=true").count() == 0
+    web.emulate_media(media="screen")
+    press(web, ".row >> nth=0 >> .thumb >> nth=1")
+    web.emulate_media(media="print")
+    assert web.evaluate(
+        "[...document.body.children].filter((child) => child.offsetParent || child.open).map((child) => child.id)"
+    ) == ["zoom"]
+    web.emulate_media(media="screen")
+    web.keyboard.press("Escape")
+    press(web, "[data-view=report]")
+    web.emulate_media(media="print")
+    style = "(selector) => getComputedStyle(document.querySelector(selector)).breakInside"
+    assert [web.evaluate(style, selector) for selector in (".text > section", "figure", "tr")] == [
+        "auto",
+        "avoid",
+        "avoid",
+    ]
+    assert web.evaluate("document.querySelector('.plot svg').getBoundingClientRect().height") < 22 / 2.54 * 96
+    assert web.locator("thead th >> nth=0").is_visible()
+
+
+def test_without_javascript(visit, small):
+    """The report is there whole; what is not is said at the top, and no tab leads nowhere."""
+    web = visit("", path=small, java_script_enabled=False)
+    notice = web.locator("header noscript p")
+    assert notice.bounding_box()["y"] < web.locator(".text").bounding_box()["y"]
+    assert web.locator(".bar").is_hidden()
+    assert web.locator("table").first.is_visible()
+
+
+def test_heads_stay_in_view_and_no_page_is_wider_than_its_window(visit, small):
+    """A table scrolls below its head and beside its first column; from 320 to 1440 pixels no view scrolls sideways."""
+    web = visit("", path=small, viewport={"width": 700, "height": 300})
+    corner = web.evaluate(
+        """() => {
+          const box = document.querySelector(".scroll"), [head] = box.querySelectorAll("th");
+          box.scrollTo(60, 50);
+          const [inner, outer] = [head, box].map((element) => element.getBoundingClientRect());
+          return [box.scrollLeft, box.scrollTop, inner.left - outer.left, inner.top - outer.top];
+        }"""
+    )
+    assert corner[:2] == [60, 50]
+    assert max(corner[2:]) <= 2
+    for width in (320, 390, 768, 1024, 1440):
+        web.set_viewport_size({"width": width, "height": 800})
+        for view in ("report", "pictures", "blind"):
+            press(web, f"[data-view={view}]")
+            settled(web, f"[byId('{view}').hidden, document.documentElement.scrollWidth]", [False, width])
+
+
+def test_no_two_regions_share_a_name(small):
+    """Tables under one heading are numbered; no region, nor navigation, has the name of another."""
+    labels = [
+        attributes["aria-label"] for _, attributes in Reader(small.read_text()).elements if "aria-label" in attributes
+    ]
+    assert len(labels) > 8
+    assert len(set(labels)) == len(labels)
+    one = Table([Column("a")], [[Cell(1.0)]])
+    _, _, _, named = page._chapters(["## A\n\n### B", one, one, "text", one, "### C", one], {})
+    assert [name for name, _ in named] == ["B", "B (2)", "B (3)", "C"]
+
+
+# ---------------------------------------------------------------------------------------------------------- and slowly
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def test_every_method_has_its_row_and_every_measure_its_role():
     table = section(page(results()), "Results")
     assert [line.split()[1] for line in table.splitlines()[4:10]] == list(LABELS)
     header = table.splitlines()[2]
-    order = ["hpsv2.1, cosine ↑ [train]", "pickscore, logit ↑ [held-out]", "geneval, by task, fraction ↑ [check]"]
+    order = ["HPSv2.1, cosine ↑ [train]", "PickScore, logit ↑ [held-out]", "GenEval, by task, fraction ↑ [check]"]
     places = [header.index(title) for title in order]
     assert places == sorted(places)
 
@@ -131,7 +131,7 @@ def test_moments_in_8_bits_are_marked():
 def test_a_reward_that_rises_while_the_rest_falls_is_flagged():
     """A method whose training reward rose while held-out scores fell is named as hacking, in its row too."""
     text = page(results())
-    assert "**REWARD HACKING, ReFL: the training reward rose while pickscore, geneval, by task and" in text
+    assert "**REWARD HACKING, ReFL: the training reward rose while PickScore, GenEval, by task and" in text
     assert "LeapAlign: no reward hacking shown, and no score shown to fall" in text
     assert "(reward hacking)" in row_of(section(text, "Results"), "ReFL")
     assert "(reward hacking)" not in row_of(section(text, "Results"), "LeapAlign")
@@ -227,7 +227,7 @@ def test_an_invalid_score_does_not_vanish():
     given.scores.loc[rows[0], "score"] = np.nan
     given.scores.loc[rows[1], "ok"] = False
     text = page(given)
-    assert "- pickscore, ReFL: 238 of 240 scores; prompts left out: 1 of the mean, 1 of the paired change" in text
+    assert "- PickScore, ReFL: 238 of 240 scores; prompts left out: 1 of the mean, 1 of the paired change" in text
     assert "nan" not in text
 
 
@@ -439,13 +439,14 @@ def test_the_report_stays_the_same_however_its_scores_were_read(tmp_path, writab
     root = tmp_path / "store"
     plan = on_disk(root, results(root))
     expected = [path.read_bytes() for path in report.build(Results(root, plan), tmp_path / "a", ("md", "csv"))]
+    made = ("made_up.md", "made_up.csv", "made_up-pairs.csv")
     if not writable:
         files.write(root / "tables", "a file where a folder would be: also root cannot write there")
         monkeypatch.setattr(os, "access", lambda place, mode: False)
     for _ in range(2):
         words = ["made_up-1", "--store", str(root), "--format", "md,csv", "--out", str(tmp_path / "b")]
         assert cli.main(["report", *words]) == 0
-        assert [(tmp_path / "b" / f"made_up.{kind}").read_bytes() for kind in ("md", "csv")] == expected
+        assert [(tmp_path / "b" / name).read_bytes() for name in made] == expected
         kept = sorted(path.name for path in root.glob("tables/made_up-1/*"))
         names = ["scores.feather", "scores.json", "training.feather", "training.json"]
         assert kept == (names if writable else [])

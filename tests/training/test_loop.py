@@ -220,6 +220,14 @@ def test_budgets_end_at_a_batch_boundary(budget, batches):
     assert len(run(LEAP, settings(budget=budget))[1]) == batches
 
 
+def test_waiting_costs_nothing_on_a_cpu(monkeypatch):
+    """On a CPU seconds are the process's CPU time, which other processes cannot lengthen: a clock that ticks once
+    whenever it is read gives one second per update, and the wall clock is not read."""
+    monkeypatch.setattr(state, "time", SimpleNamespace(process_time=itertools.count().__next__))
+    _, records = run(LEAP, settings(3))
+    assert [record["seconds"] for record in records] == [1, 2, 3]
+
+
 def test_a_budget_of_seconds():
     """Seconds of training are spent, on every rank: two ranks spend them twice as fast."""
     _, records = run(LEAP, settings(budget=Budget(gpu_seconds=0.05)))

@@ -4,16 +4,15 @@ A published table consists of two parts in ``reports/published``: ``<paper>-<pla
 values as printed, with trailing zeros) and its entry in ``sources.yaml``. A report module names the tables that its
 sweep reproduces (``published``). Nothing is filled in: a row or cell without a counterpart is shown as such.
 
-When do two numbers agree? Let ours be x = a + e with a 95 % interval [x - l, x + u], and the published y = b + e' + r,
-where r is rounding, at most half a unit of the last printed digit (h). Then a - b = (x - y) - e + e' + r, so
+When do two numbers agree? The question is what another lab's training run would give on the same prompts: its noise and
+its seed are its own, the prompts are not. Let ``replication.Chance`` of ours - theirs have the half width c, and let r
+be half a unit of the last printed digit. If both sides measure the same thing, ours and theirs are at most c + r apart
+in 95 % of cases: "within replication error (c + r)". Beyond it they differ.
 
-    [x - y - sqrt(l^2 + (1.96 se')^2) - h,  x - y + sqrt(u^2 + (1.96 se')^2) + h]
-
-contains a - b with a probability of at least 95 %, se' being the standard error of y. They agree if it contains zero.
-Few tables print se'. Without it e' is unknown and there is no interval for a - b; se' = 0 asks something else: whether
-our interval allows the very number that was printed. That test is stricter: if both sides measured the same thing
-equally well, the difference has sqrt(2) times our error, and 2 (1 - Phi(1.96 / sqrt(2))) = 17 % of true agreements are
-called "differs", not 5 %; more if ours is a mean over several training runs and theirs is a single one.
+The base model and released weights have no training seed: theirs are taken to be the same weights, and only images
+vary. A trained row has no verdict unless some row of the table has a second training run. A printed standard error
+replaces our estimate for their side if it is larger, as it may leave out images or training runs. With one image per
+prompt there is only an upper bound of c: beyond it the numbers differ, within it the spread is unknown.
 """
 
 from __future__ import annotations
@@ -27,18 +26,20 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 
 from alignbench.config import Config, UserError, decode, did_you_mean, parse_yaml, pick, read_text
-from alignbench.reporting.analysis.comparison import Analysis
+from alignbench.reporting.analysis.comparison import Analysis, Measure
+from alignbench.reporting.analysis.replication import Chance, Study
 from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.store.manifest import Manifest, ManifestRun
 
 COLUMNS = ["method", "metric", "value", "se"]
 CURVE = ["method", "update", "metric", "value"]  # of a published curve, read off a figure: no verdict is drawn from it
 NOT_STATED = "not stated"
-AGREES, DIFFERS, PROTOCOL, UNKNOWN = "agrees", "differs", "protocol differs", "spread unknown"
-NO_REFERENCE, NOT_RUN = "no reference", "not run"
+WITHIN, DIFFERS, PROTOCOL, UNKNOWN = "within replication error", "differs", "protocol differs", "spread unknown"
+NO_REFERENCE, NOT_RUN, ONE_RUN = "no reference", "not run", "one training run: no verdict"
 EVALUATION = ("evaluation.", "backend.name", "backend.model")  # all that determines an untrained row's images
 
 
@@ -122,8 +123,10 @@ class Comparison(NamedTuple):
     metric: str  # as printed
     ours: MeanEstimate
     published: PublishedNumber | None
-    difference: tuple[float, float, float]  # with its limits; nan if unknown
     verdict: str
+    difference: float = math.nan  # ours - published
+    error: float = math.nan  # replication error of the difference, rounding included; nan if unknown
+    bound: bool = False  # the error is at most this
     reasons: tuple[str, ...] = ()  # how the protocol differs
 
 
@@ -187,60 +190,81 @@ def _is_number(text: str) -> bool:
 def compare(reference: Reference, manifest: Manifest, analysis: Analysis) -> list[Comparison]:
     """Compare every published number with ours, in the order of the paper; then list our numbers not printed there."""
     metrics = list(dict.fromkeys([number.metric for number in reference.numbers] + list(reference.source.metrics)))
-    ours = {metric: _means(analysis, reference.source.metrics.get(metric)) for metric in metrics}
+    ours = {metric: _ours(analysis, reference.source.metrics.get(metric)) for metric in metrics}
     rows = []
     for number in reference.numbers:
         known = [label for label in reference.labels(number.method) if label in analysis.labels]
         for label in known or [""]:
-            rows.append(_compared(reference, manifest, number, label, ours[number.metric].get(label, MeanEstimate())))
+            rows.append(_compared(reference, manifest, number, label, ours[number.metric]))
     paired = {(row.label, row.metric) for row in rows}
     for label in analysis.labels:
         for metric in metrics:
-            mean = ours[metric].get(label)
-            if mean is not None and (label, metric) not in paired:
-                rows.append(Comparison("", label, metric, mean, None, _unknown(), NO_REFERENCE))
+            if label in ours[metric].means and (label, metric) not in paired:
+                rows.append(Comparison("", label, metric, ours[metric].means[label], None, NO_REFERENCE))
     return rows
 
 
-def _means(analysis: Analysis, printed: Printed | None) -> dict[str, MeanEstimate]:
-    """Return label -> our mean in the printed unit; empty if this sweep does not measure the metric."""
+class _Ours(NamedTuple):
+    """Our side of a published metric: label -> mean in the printed unit, and what chance does to it."""
+
+    means: dict[str, MeanEstimate]
+    scale: float = 1.0
+    study: Study | None = None  # None if this sweep does not measure the metric
+
+
+def _ours(analysis: Analysis, printed: Printed | None) -> _Ours:
+    """Return our side of a metric."""
     measure = next((m for m in analysis.measures if printed and m.name == printed.metric), None)
     if printed is None or measure is None:
-        return {}
+        return _Ours({})
     means = analysis.averages(measure, printed.task) if printed.task else analysis.means[measure]
     scale = printed.scale
-    return {
+    scaled = {
         label: mean._replace(mean=mean.mean * scale, lo=mean.lo * scale, hi=mean.hi * scale, se=mean.se * scale)
         for label, mean in means.items()
         if not math.isnan(mean.mean)
     }
+    return _Ours(scaled, scale, _study(analysis, measure, printed.task))
 
 
-def _compared(
-    reference: Reference, manifest: Manifest, number: PublishedNumber, label: str, ours: MeanEstimate
-) -> Comparison:
-    if math.isnan(ours.mean):
-        return Comparison(number.method, label, number.metric, ours, number, _unknown(), NOT_RUN)
-    reasons = departures(reference.protocol(number.method), manifest, manifest.rows[label][0])
-    if ours.dropped:
-        reasons.append(f"prompts left out here: {ours.dropped}")
-    gap = difference(ours, number)
-    verdict = AGREES if gap[1] <= 0 <= gap[2] else UNKNOWN if math.isnan(gap[1]) else DIFFERS
-    if reasons:
-        verdict = PROTOCOL
-    return Comparison(number.method, label, number.metric, ours, number, gap, verdict, tuple(reasons))
+def _study(analysis: Analysis, measure: Measure, task: str | None) -> Study:
+    data = analysis.scores[measure]
+    chosen = data.tags == task if task else np.full(len(data.tags), True)
+    strata = data.tags[chosen] if measure.by_task and not task else None
+    return Study({label: data.values[label][chosen] for label in analysis.labels}, analysis.trained, strata)
 
 
-def _unknown() -> tuple[float, float, float]:
-    return math.nan, math.nan, math.nan
+def _compared(reference: Reference, manifest: Manifest, number: PublishedNumber, label: str, ours: _Ours) -> Comparison:
+    mean = ours.means.get(label, MeanEstimate())
+    if ours.study is None or math.isnan(mean.mean):
+        return Comparison(number.method, label, number.metric, mean, number, NOT_RUN)
+    run, protocol = manifest.rows[label][0], reference.protocol(number.method)
+    reasons = departures(protocol, manifest, run)
+    if mean.dropped:
+        reasons.append(f"prompts left out here: {mean.dropped}")
+    images = protocol.get("evaluation.images_per_prompt")
+    chance = ours.study.chance(label, images if isinstance(images, int) else None, float(number.se or 0) / ours.scale)
+    difference = mean.mean - float(number.value)
+    error = replication_error(chance, number, ours.scale)
+    verdict = PROTOCOL if reasons else judged(difference, error, chance.bound)
+    if verdict == UNKNOWN and ours.study.is_one_run(label):
+        verdict = ONE_RUN
+    about = (number.method, label, number.metric, mean, number, verdict)
+    return Comparison(*about, difference, error, chance.bound, tuple(reasons))
 
 
-def difference(ours: MeanEstimate, number: PublishedNumber) -> tuple[float, float, float]:
-    """Return ours minus the published value, with the limits derived in this module's docstring."""
-    theirs = 1.96 * float(number.se or 0)
-    middle = ours.mean - float(number.value)
-    down, up = (math.hypot(side, theirs) + number.rounding for side in (ours.mean - ours.lo, ours.hi - ours.mean))
-    return middle, middle - down, middle + up
+def replication_error(chance: Chance, number: PublishedNumber, scale: float = 1.0) -> float:
+    """Return the difference, in the printed unit, that chance and rounding exceed in 5 % of true agreements."""
+    return scale * chance.half_width() + number.rounding
+
+
+def judged(difference: float, error: float, bound: bool = False) -> str:
+    """Return the verdict on a difference; with an upper bound of the error there is only one if it is exceeded."""
+    if math.isnan(error):
+        return UNKNOWN
+    if abs(difference) > error:
+        return DIFFERS
+    return UNKNOWN if bound else WITHIN
 
 
 def departures(protocol: dict[str, Any], manifest: Manifest, run: ManifestRun) -> list[str]:

@@ -87,14 +87,18 @@ class Results:
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """Costs, one row per run: state, reason, updates, the meter's totals, mean reward of first and last tenth."""
+        """Costs, one row per run: state, reason, updates, the meter's totals, mean reward of first and last tenth.
+
+        ``device``: GPUs, or the CPU with its threads, of which ``processes`` were used; None if not recorded.
+        """
         import pandas as pd
 
         rows = []
         for run in self.manifest.runs:
             state = self.state(run)
             row = {"label": run.label, "method": run.method, "seed": run.seed, "run": run.id}
-            rows.append(row | {"state": state.state, "reason": state.reason} | self._costs(run))
+            row |= {"state": state.state, "reason": state.reason} | self._costs(run)
+            rows.append(row | machine(self.origins.get(run.id, {})))
         return pd.DataFrame(rows)
 
     def _costs(self, run: ManifestRun) -> dict[str, Any]:
@@ -118,3 +122,12 @@ class Results:
             "reward_last": float(reward[-tenth:].mean()),
             "warning": "; ".join(hinge_warnings(rows, margins)),
         }
+
+
+def machine(origin: dict[str, Any]) -> dict[str, Any]:
+    """Return ``device`` and ``processes`` of a run's provenance; None if not recorded."""
+    if "devices" not in origin:
+        return {"device": None, "processes": None}
+    gpus = ", ".join(sorted(set(origin["devices"])))
+    cpu = f"CPU, {origin.get('machine', 'unknown machine')}, threads per process: {origin.get('threads', 'unknown')}"
+    return {"device": gpus or cpu, "processes": origin.get("processes")}

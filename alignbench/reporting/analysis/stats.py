@@ -43,6 +43,7 @@ from alignbench.reporting.analysis.run_spread import RunSpread, RunVariance
 Array = NDArray[np.float64]
 
 DRAWS = 4000  # bootstrap resamples: the error of a 95 % limit is about 2 % of the interval's width
+PRIOR = 4  # degrees of freedom at which a task's variance over prompts is shrunk to that of all tasks
 FEW = 5  # prompts below which a fraction has no interval
 
 
@@ -372,17 +373,23 @@ def _levels(arrays: Sequence[ArrayLike], strata: ArrayLike | None) -> Levels:
         stratum = np.einsum("lps,pt->lts", grids, inside) / n[:, :, None]
         row = np.where(used, rows - (np.einsum("lp,pt->lt", rows, inside) / n)[:, member], 0.0)
         residual = np.where(cells, grids - row[:, :, None] - stratum[:, member], 0.0)
-        by_stratum = (row**2) @ inside / (n - 1) / n / n.shape[1] ** 2  # (L, T)
-        interaction = (residual**2).sum(2) @ inside / (n - 1) / (seeds - 1)[:, None] / n / n.shape[1] ** 2
+        squares, df = (row**2) @ inside, n - 1  # (L, T)
+        prior = np.minimum(PRIOR, df.sum(1, keepdims=True) - df)  # degrees of freedom lent by the other strata
+        pooled = squares.sum(1, keepdims=True) / df.sum(1, keepdims=True)
+        unscaled = squares / df / n / n.shape[1] ** 2
+        by_stratum = (squares + prior * pooled) / (df + prior) / n / n.shape[1] ** 2
+        interaction = (residual**2).sum(2) @ inside / df / (seeds - 1)[:, None] / n / n.shape[1] ** 2
         full = np.bincount(member, minlength=n.shape[1])  # the draws are rescaled for strata of this size
-        rescaled = np.sqrt(n / (n - 1) * (full - 1) / full)[:, member]
+        rescaled = np.sqrt(
+            n / df * (full - 1) / full * by_stratum.sum(1, keepdims=True) / unscaled.sum(1, keepdims=True)
+        )
         return Levels(
             mean=np.where(has.any(axis=1), (columns * has).sum(1, where=has) / seeds, np.nan),
             prompts=by_stratum.sum(1),
-            noise=(by_stratum**2 / (n - 1)).sum(1),
+            noise=(by_stratum**2 / (df + prior)).sum(1),
             interaction=np.where(seeds > 1, interaction.sum(1), np.nan),
             columns=columns,
-            rows=np.where(used, row * per_prompt * rescaled, 0.0),
+            rows=np.where(used & (row != 0), row * per_prompt * rescaled[:, member], 0.0),
             used=used.sum(1),
             dropped=(~used).sum(1),
             seeds=seeds,

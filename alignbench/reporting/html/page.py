@@ -8,6 +8,7 @@ row, and are decoded only when their row comes near the window.
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import html
 import io
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from alignbench.reporting import tables
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.html import gallery
@@ -71,12 +73,13 @@ def build(
     ``sections``: the report's text and tables; ``images``: file name -> image, for the images that the text shows;
     ``hacked``: method -> the measures that fell while its training reward rose.
     """
-    title, lead, chapters = _chapters(sections, images or {})
+    title, lead, chapters, regions = _chapters(sections, images or {})
     after = next((i + 1 for i, (name, _) in enumerate(chapters) if name.startswith("Results")), len(chapters))
     chapters[after:after] = _panel(analysis, hacked) + _plots(figures)
     shown = gallery.collect(results, analysis)
     layers, side = gallery.thumbnails(shown)
     data = _data(results, analysis, shown, list(layers), out)
+    data["tables"] = [_copied(table) | _led(table, name, analysis, shown) for name, table in regions]
     script = (HERE / "page.js").read_text(encoding="utf-8")
     parts = {
         "policy": _policy(script),
@@ -111,16 +114,23 @@ def _policy(script: str) -> str:
 
 def _chapters(
     sections: Sequence[str | Table], images: Mapping[str, Image.Image]
-) -> tuple[str, str, list[tuple[str, str]]]:
-    """Return (title, text before the first heading, [(heading, body of its chapter)]), all HTML."""
-    title, lead = "", ""
+) -> tuple[str, str, list[tuple[str, str]], list[tuple[str, Table]]]:
+    """Return (title, text before the first heading, [(heading, body of its chapter)], [(name, table)]), all HTML.
+
+    A table is named by the last heading before it, and numbered if that is not the only one.
+    """
+    title, lead, near = "", "", ""
     chapters: list[tuple[str, str]] = []
+    named: list[tuple[str, Table]] = []
     for section in sections:
         if isinstance(section, Table):
-            name = chapters[-1][0] if chapters else title
-            body = _scrolling(section.html(_plain(name)), _plain(name))
+            same = sum(name == near or name.startswith(f"{near} (") for name, _ in named)
+            name = f"{near} ({same + 1})" if same else near or _plain(title)
+            body = _scrolling(section.html(name), name, len(named))
+            named.append((name, section))
         else:
             body = markdown.blocks(section, lambda words, file: _image(words, images[file]))
+            near = _plain(next(reversed(re.findall(r"<h[1-6]>(.*?)</h[1-6]>", body, re.DOTALL)), near))
         for element in re.split(r"(?=<h2>)", body):
             heading = re.match(r"<h([12])>(.*?)</h\1>\n?", element, re.DOTALL)
             rest = element[heading.end() :] if heading else element
@@ -132,7 +142,7 @@ def _chapters(
                 chapters[-1] = (chapters[-1][0], f"{chapters[-1][1]}{rest}\n")
             else:
                 lead += f"{rest}\n"
-    return title, lead, chapters
+    return title, lead, chapters, named
 
 
 def _plain(element: str) -> str:
@@ -140,9 +150,46 @@ def _plain(element: str) -> str:
     return html.unescape(re.sub("<[^>]*>", "", element))
 
 
-def _scrolling(table: str, name: str) -> str:
-    """Return the table in a box that scrolls and takes the focus, so that the arrow keys work."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {markdown.text(name)}">\n{table}</div>'
+def _scrolling(table: str, name: str, number: int | None = None) -> str:
+    """Return the table in a box that scrolls and takes the focus, so that the arrow keys work.
+
+    ``number``: its place among the script's ``tables``. The number of columns sets the size of print.
+    """
+    own = "" if number is None else f' data-table="{number}"'
+    own += ' style="--columns: {}"'.format(table.count('scope="col"'))
+    label = f'aria-label="Table: {markdown.text(name)}"'
+    return f'<div class="scroll" role="region" tabindex="0" {label}{own}>\n{table}</div>'
+
+
+def _copied(table: Table) -> dict[str, Any]:
+    """Return what is copied of a table: the rows of its CSV, and its LaTeX."""
+    return {"cells": list(csv.reader(io.StringIO(table.csv()))), "latex": table.latex()}
+
+
+def _led(table: Table, name: str, analysis: Analysis, shown: Gallery) -> dict[str, Any]:
+    """Return which images the cells of a table are about: measure and task by column, measure and method by row.
+
+    Measures and methods are positions, None where there is none. ``whole``: the measure that the table's name begins
+    with.
+    """
+    measures = {text: i for i, measure in enumerate(analysis.measures) for text in _titles(measure)}
+    methods = {label: i for i, label in enumerate(shown.methods)}
+    tasks = {tag.replace("_", " "): tag for _, tag in shown.about.values() if tag}
+    texts = [[cell.value for cell in row if isinstance(cell.value, str)] for row in table.rows]
+    named = [text for text in measures if re.match(rf"{re.escape(text)}(?!\w)", name)]
+    return {
+        "whole": measures[max(named, key=len)] if named else None,
+        "columns": [measures.get(column.title) for column in table.columns],
+        "tasks": [tasks.get(column.title.replace("_", " ")) for column in table.columns],
+        "methods": [next((methods[text] for text in row if text in methods), None) for row in texts],
+        "measures": [next((measures[text] for text in row if text in measures), None) for row in texts],
+    }
+
+
+def _titles(measure: Measure) -> list[str]:
+    """Return what columns, rows and headings call a measure."""
+    names = [measure.name, tables.title(measure)]
+    return names + [f"{name} [{measure.role}]" for name in names]
 
 
 def _image(words: str, original: Image.Image) -> str:
@@ -223,14 +270,19 @@ def own_ids(svg: str, name: str) -> str:
 def _data(
     results: Results, analysis: Analysis, shown: Gallery, layers: Sequence[tuple[int, int]], out: Path
 ) -> dict[str, Any]:
-    """Return the data of the script. ``scores[measure][method]`` is flat, in order of prompt, seed, image."""
+    """Return the data of the script. ``scores[measure][method]`` is flat, in order of prompt, seed, image.
+
+    ``key``: what addresses call a measure.
+    """
     values = gallery.cube(shown, analysis, results.scores)
     signs = [{True: 1, False: -1, None: 0}[measure.higher_is_better] for measure in analysis.measures]
     apart = gallery.disagreement(_means(values), [measure.evaluator for measure in analysis.measures], signs)
     decimals = [DECIMALS.get(measure.unit, 3) for measure in analysis.measures]
+    names = [measure.name for measure in analysis.measures]
+    keys = [m.name if names.count(m.name) == 1 else f"{m.evaluator}/{m.name}" for m in analysis.measures]
     measures = [
-        {"name": m.name, "evaluator": m.evaluator, "role": m.role, "unit": m.unit, "sign": sign, "decimals": places}
-        for m, sign, places in zip(analysis.measures, signs, decimals)
+        {"key": key, "name": m.name, "role": m.role, "unit": m.unit, "sign": sign, "decimals": places}
+        for key, m, sign, places in zip(keys, analysis.measures, signs, decimals)
     ]
     scores = [[_rounded(cube.ravel(), places + 2) for cube in cubes] for cubes, places in zip(values, decimals)]
     data = {

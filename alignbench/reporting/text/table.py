@@ -9,43 +9,33 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from alignbench.reporting.text import markdown
+from alignbench.reporting.text import latex, markdown
+from alignbench.reporting.text.numbers import ABSENT, DECIMALS, interval, limits, number
 
-ABSENT = "—"
-DECIMALS = {"fraction": 3, "cosine": 3, "logit": 2}  # by unit of a metric; 3 for any other
-_UNSEEN = dict.fromkeys(  # bidirectional controls, which could reorder a row, and control characters
-    [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F]
-    + [code for code in (*range(0x20), 0x7F) if not chr(code).isspace()]
-)
-
+__all__ = [
+    "ABSENT",
+    "DECIMALS",
+    "Cell",
+    "Column",
+    "Section",
+    "Table",
+    "escape",
+    "interval",
+    "limits",
+    "listed",
+    "number",
+]
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-TEX = {  # characters that pdfLaTeX in its default encoding would misread or reject
-    **{c: f"\\{c}" for c in "%_&#${}"},
-    **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "`": r"\textasciigrave{}"},
-    **{
-        "|": r"\textbar{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        '"': "''",
-    },
-    **{c: f"{{{c}}}" for c in "[]*"},  # after \\, a bracket or a star would be its argument
-    **{c: f"$\\{name}$" for c, name in zip("αβηλστ", ("alpha", "beta", "eta", "lambda", "sigma", "tau"))},
-    **{
-        "↑": r"$\uparrow$",
-        "↓": r"$\downarrow$",
-        "—": r"\textemdash{}",
-        "†": r"\dag{}",
-        "‡": r"\ddag{}",
-        "±": r"$\pm$",
-        "×": r"$\times$",
-    },
-}
-_LATIN = {*range(0xC0, 0x100)} - {0xD0, 0xDE, 0xF0, 0xFE}  # letters that every pdfLaTeX has
+TOP = "(top)"
+TOP_WORDS = "not separable from the leader"
 
 
 class Column(NamedTuple):
-    """A column. ``role`` is shown in square brackets, ``higher_is_better`` as an arrow; ``signed``: with plus signs."""
+    """A column. ``role`` is shown in square brackets, ``higher_is_better`` as an arrow; ``signed``: with plus signs.
+
+    ``key``: its name in data, by default the title.
+    """
 
     title: str
     unit: str = ""
@@ -53,6 +43,7 @@ class Column(NamedTuple):
     role: str = ""
     decimals: int = 3
     signed: bool = False
+    key: str = ""
 
     @property
     def header(self) -> str:
@@ -63,13 +54,20 @@ class Column(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A cell: ``value`` is a number, a text, or None if not measured; ``mark`` follows it."""
+    """A cell: ``value`` is a number, a text, or None if not measured; ``mark`` follows it.
+
+    ``top``: in the group of the leader. ``change``: paired change with its interval, shown where there is room for a
+    second line. ``text``: what is shown instead of the number ``value``.
+    """
 
     value: float | str | None = None
     lo: float | None = None
     hi: float | None = None
     bold: bool = False
     mark: str = ""
+    top: bool = False
+    change: tuple[float, float, float] | None = None
+    text: str = ""
 
 
 class Table(NamedTuple):
@@ -93,27 +91,25 @@ class Table(NamedTuple):
         return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
 
     def html(self, caption: str) -> str:
-        """Return an accessible HTML table; the first column holds the row headings."""
+        """Return an accessible HTML table; the first column holds the row headings.
+
+        For scripts, a numeric cell has its full precision in ``data-value``, and a column its name in ``data-key``.
+        """
         texts = [list(map(_shown, row, self.columns)) for row in self.rows]
-        right = [all(_NUMERIC.fullmatch(text) for text in column) for column in zip(*texts)] or [False] * len(
-            self.columns
-        )
+        right = [self._numeric(i) or all(_NUMERIC.fullmatch(row[i]) for row in texts) for i in range(len(self.columns))]
+        right = right if self.rows else [False] * len(self.columns)
         head = "".join(map(_html_header, self.columns, right))
         lines = []
         for row, shown in zip(self.rows, texts):
-            cells = [_html_cell(cell, text, r) for cell, text, r in zip(row[1:], shown[1:], right[1:])]
-            first = f'<th scope="row">{_html_content(row[0], shown[0], right[0])}</th>'
+            cells = map(_html_cell, row[1:], self.columns[1:], shown[1:], right[1:])
+            first = f'<th scope="row">{_html_content(row[0], self.columns[0], shown[0], right[0])}</th>'
             lines.append(f"<tr>{first}{''.join(cells)}</tr>\n")
         body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>"
         return f"<table>\n<caption>{markdown.text(caption)}</caption>\n{body}\n</table>\n"
 
-    def latex(self) -> str:
-        r"""Return a booktabs ``tabular`` for pdfLaTeX, with intervals in small type; needs \usepackage{booktabs}."""
-        kinds = "".join("r" if self._numeric(i) else "l" for i in range(len(self.columns)))
-        head = [" & ".join(tex(column.header) for column in self.columns)]
-        body = [" & ".join(map(_latex, row, self.columns)) for row in self.rows]
-        lines = [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", *(rf"{line} \\" for line in head), r"\midrule"]
-        return "\n".join([*lines, *(rf"{line} \\" for line in body), r"\bottomrule", r"\end{tabular}"]) + "\n"
+    def latex(self, caption: str = "", label: str = "table") -> str:
+        """Return the table for a paper; with a ``caption`` as a float."""
+        return latex.floats([latex.Part("", self)], caption, label) if caption else latex.tabular(self)
 
     def _numeric(self, column: int) -> bool:
         return any(isinstance(row[column].value, (int, float)) for row in self.rows)
@@ -128,10 +124,16 @@ class Table(NamedTuple):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         ends = [("", "_lo", "_hi") if w else ("",) for w in wide]
-        titles = [_plain(column.title) for column in self.columns]
+        titles = [_plain(column.key or column.title) for column in self.columns]
         writer.writerow([title + end for title, suffixes in zip(titles, ends) for end in suffixes])
         for row in self.rows:
-            writer.writerow([_plain(value) for cell, suffixes in zip(row, ends) for value in cell[: len(suffixes)]])
+            writer.writerow(
+                [
+                    _plain(value)
+                    for cell, suffixes in zip(row, ends)
+                    for value in (cell.value, cell.lo, cell.hi)[: len(suffixes)]
+                ]
+            )
         return text.getvalue()
 
 
@@ -140,51 +142,28 @@ Section = str | Table  # a piece of a report: markdown text or a table
 
 def escape(text: str) -> str:
     """Return ``text`` escaped so that markdown shows it verbatim, on one line and inside a table cell."""
-    text = " ".join(str(text).translate(_UNSEEN).split()).replace("&", "&amp;").replace(">", "&gt;")
+    text = " ".join(str(text).translate(latex.UNSEEN).split()).replace("&", "&amp;").replace(">", "&gt;")
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # a tag, unlike "< 0.001"
     # leave alone: an underscore inside a word, a bracket without a target, a sign before a number
     return re.sub(r"([\\`*|~$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|\[(?=\^)|^#|^[-+](?=\s))", r"\\\1", text)
 
 
-def tex(text: str) -> str:
-    """Return ``text`` escaped for pdfLaTeX; letters without a glyph are shown by code point, as [U+05E9]."""
-    words = " ".join(str(text).translate(_UNSEEN).split())
-    shown = (TEX.get(c, c if c.isascii() or ord(c) in _LATIN else f"{{[}}U+{ord(c):04X}{{]}}") for c in words)
-    return re.sub("-(?=-)", "-{}", "".join(shown))  # two hyphens are a dash
-
-
-def number(value: float | None, decimals: int = 3, signed: bool = False) -> str:
-    """Return the value with fixed decimals and thousands separators, never -0.000; a dash for None and nan."""
-    if value is None or not math.isfinite(value):
-        return ABSENT
-    rounded = round(value, decimals) + 0.0  # + 0.0 turns -0.0 into 0.0
-    return f"{rounded:{'+' if signed and rounded else ''},.{decimals}f}"
-
-
-def interval(value: float | None, lo: float | None, hi: float | None, decimals: int = 3, signed: bool = False) -> str:
-    """Return ``0.281 [0.279, 0.283]``, or ``0.281 [unknown]`` for a mean without an interval."""
-    mean = number(value, decimals, signed)
-    if mean == ABSENT:
-        return ABSENT
-    limits = [number(limit, decimals, signed) for limit in (lo, hi)]
-    return f"{mean} [unknown]" if ABSENT in limits else f"{mean} [{', '.join(limits)}]"
-
-
 def _shown(cell: Cell, column: Column) -> str:
-    """Return the text of a cell, without bold and mark."""
-    if isinstance(cell.value, str):
-        return " ".join(cell.value.translate(_UNSEEN).split())
+    """Return the text of a cell, without bold and marks."""
+    if cell.text or isinstance(cell.value, str):
+        return " ".join((cell.text or str(cell.value)).translate(latex.UNSEEN).split())
     if cell.lo is not None:
         return interval(cell.value, cell.lo, cell.hi, column.decimals, column.signed)
     return number(cell.value, column.decimals, column.signed)
 
 
 def _markdown(cell: Cell, column: Column) -> str:
-    if isinstance(cell.value, str):
-        text = escape(cell.value)
-        return (f"**{text}**" if cell.bold else text) + cell.mark
-    mean, _, limits = _shown(cell, column).partition(" ")
-    return " ".join(filter(None, [f"**{mean}**" if cell.bold else mean, limits, cell.mark]))
+    shown, mark = _shown(cell, column), f" {TOP}" * cell.top + cell.mark
+    if cell.text or isinstance(cell.value, str):
+        text = escape(shown)
+        return (f"**{text}**" if cell.bold else text) + mark
+    mean, _, ends = shown.partition(" ")
+    return " ".join(filter(None, [f"**{mean}**" if cell.bold else mean, ends, mark.strip()]))
 
 
 _NUMERIC = re.compile(rf"{ABSENT}|[<+-]?\d[\d,.]*( \[.*\])?")
@@ -195,46 +174,42 @@ def _html_header(column: Column, right: bool) -> str:
     better = f' <span aria-hidden="true">{arrow[0]}</span><span class="sr">, {arrow[1]}</span>' if arrow[0] else ""
     unit = f", {column.unit}" if column.unit else ""
     role = f" <small>[{markdown.text(column.role)}]</small>" if column.role else ""
-    return f'<th scope="col"{_class(right)}>{markdown.text(column.title + unit)}{better}{role}</th>'
+    key = markdown.text(column.key or column.title)
+    return f'<th scope="col" data-key="{key}"{_class(right)}>{markdown.text(column.title + unit)}{better}{role}</th>'
 
 
-def _html_cell(cell: Cell, shown: str, right: bool) -> str:
-    return f"<td{_class(right)}>{_html_content(cell, shown, right)}</td>"
+def _html_cell(cell: Cell, column: Column, shown: str, right: bool) -> str:
+    known = isinstance(cell.value, (int, float)) and math.isfinite(cell.value)
+    value = f' data-value="{_plain(cell.value)}"' if known else ""
+    return f"<td{_class(right, cell.top)}{value}>{_html_content(cell, column, shown, right)}</td>"
 
 
-def _class(right: bool) -> str:
-    return ' class="number"' if right else ""
+def _class(right: bool, top: bool = False) -> str:
+    names = " ".join(["number"] * right + ["top"] * top)
+    return f' class="{names}"' if names else ""
 
 
-def _html_content(cell: Cell, shown: str, right: bool) -> str:
+def _html_content(cell: Cell, column: Column, shown: str, right: bool) -> str:
     if shown == ABSENT:
         return (
             f'<span aria-hidden="true">{ABSENT}</span><span class="sr">not measured</span>{markdown.inline(cell.mark)}'
         )
-    mean, _, limits = shown.partition(" ") if right else (shown, "", "")
+    mean, gap, ends = shown.partition(" [") if right else (shown, "", "")
+    ends = f"[{ends}" if gap else ""
     text = markdown.text(mean) if right else f"<bdi>{markdown.text(mean)}</bdi>"
     text = f"<strong>{text}</strong>" if cell.bold else text
+    top = f'<span class="sr"> {TOP}, {TOP_WORDS}</span>' * cell.top
     mark = f" {markdown.inline(cell.mark.strip())}" if cell.mark else ""
-    return text + (f" <small>{markdown.text(limits)}</small>" if limits else "") + mark
+    return text + (f" <small>{markdown.text(ends)}</small>" if ends else "") + top + mark + _html_change(cell, column)
 
 
-def _latex(cell: Cell, column: Column) -> str:
-    """Return the LaTeX of a cell; a mark loses its markdown (bold, escapes)."""
-    if isinstance(cell.value, str):
-        mean, limits = tex(cell.value), ""
-    else:
-        text = number(cell.value, column.decimals, column.signed)
-        if cell.lo is not None:
-            text = interval(cell.value, cell.lo, cell.hi, column.decimals, column.signed)
-        mean, limits = (_signed(part) for part in (*text.split(" ", 1), "")[:2])
-    mark = tex(cell.mark.replace("**", ""))
-    small = rf"{{\scriptsize {limits}}}" if limits else ""
-    return " ".join(filter(None, [rf"\textbf{{{mean}}}" if cell.bold else mean, small, mark]))
-
-
-def _signed(numbers: str) -> str:
-    """Return the numbers with minus signs instead of hyphens."""
-    return numbers.replace("-", "$-$").replace(ABSENT, TEX[ABSENT])
+def _html_change(cell: Cell, column: Column) -> str:
+    """Return the second line of a cell; empty if it has none."""
+    if cell.change is None or not math.isfinite(cell.change[0]):
+        return ""
+    change, _, ends = interval(*cell.change, column.decimals, signed=True).partition(" ")
+    label = '<span class="sr">, change against base </span><span aria-hidden="true">Δ </span>'
+    return f'<span class="change">{label}{markdown.text(change)} <small>{markdown.text(ends)}</small></span>'
 
 
 def _plain(value: float | str | None) -> str:
