@@ -1,6 +1,6 @@
 """alignbench: fair comparison of methods that align flow-matching text-to-image models with human preferences.
 
-The most used names of plug-ins can be imported from here. Their modules load on first use, so that
+``load`` and the most used names of plug-ins can be imported from here. Their modules load on first use, so that
 ``alignbench --help`` stays fast.
 """
 
@@ -10,6 +10,7 @@ _HOME = {
     "AlignMethod": "method", "Loss": "method", "GatherBatch": "method",
     "Evaluator": "evaluator", "Metric": "evaluator", "Reward": "evaluator", "Term": "evaluator",
     "Flow": "flow", "Batch": "flow", "Cond": "flow", "Prompt": "prompts", "UserError": "config",
+    "load": "reporting.analysis.data",
 }  # fmt: skip
 __all__ = list(_HOME)
 

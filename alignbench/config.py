@@ -353,6 +353,19 @@ def _put(data: Any, head: str | int, rest: list[str | int], value: Any, where: s
     return out
 
 
+def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested settings with its path, as ``pick`` takes it: ("training.optimizer.lr", 1e-5)."""
+    for key, value in data.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{path}.")
+        elif isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
+            for i, part in enumerate(value):
+                yield from flatten(part, f"{path}[{i}].")
+        else:
+            yield path, value
+
+
 def pick(data: dict[str, Any], path: str) -> Any:
     """Return the value at the dotted ``path``. Raise KeyError if there is none."""
     value: Any = data

@@ -53,11 +53,13 @@ def _skip_last_collection() -> None:
 
 @click.command("report", cls=Verb, short_help="Write a sweep's report: Markdown, CSV, LaTeX, HTML, plots.")
 @click.option("--out", metavar="DIR", help="Folder for the report (default: outputs/<sweep>).")
-@click.option("--format", "formats", metavar="A,B", help="Formats among md, csv, tex, html, svg, png (default: all).")
+@click.option(
+    "--format", "formats", metavar="A,B", help="Formats among md, csv, tex, html, svg, png, data (default: all)."
+)
 @sweep_options(plugins=False)
 @without_gc
 def report(request: Request, out: str | None, formats: str | None) -> int:
-    """Print a sweep's table from what the store has, and write it in all formats: tables, web page, image grid."""
+    """Print a sweep's table from what the store has, and write it in all formats: tables, data, page, image grid."""
     from alignbench.launch import submissions
     from alignbench.reporting.analysis.results import Results
     from alignbench.reporting.report import FORMATS, build, check_formats
@@ -129,7 +131,7 @@ def score(
     scored = [(evaluator, scoring.score_images(evaluator, images, base)) for evaluator, base in zip(chosen, bases)]
     for path in score_summary.save(scored, Path(out), list(plugin)):
         print(f"written: {path}", file=sys.stderr)
-    print(score_summary.summary(scored).markdown())
+    print(score_summary.summary(scored))
     return DONE if all(frame["ok"].all() for _, frame in scored) else SOME_FAILED
 
 

@@ -86,15 +86,15 @@ def sweep(
 def run(request: Request, method: str, track: Sequence[str]) -> int:
     """Execute one run in the foreground: the first of a sweep (default: quickstart) with --method."""
     from alignbench.reporting.analysis.results import Results
+    from alignbench.reporting.score_summary import run_summary
 
     store = request.store()
     plan = resolve(request.with_method(method, "quickstart"), request.registry())
     cell = next(cell for cell in plan.cells if cell.spec.method["name"] == method)
     code = _make(request, plan, [cell], store, "debug", None, track)
     manifest = plan.manifest()
-    results = Results(store.root, manifest.only([run for run in manifest.runs if run.id == cell.id]))
-    for metric, mean in results.scores.groupby("metric", sort=False)["score"].mean().items():
-        print(f"{metric}: {mean:.4f}")
+    made = manifest.by_seed[cell.spec.label, cell.seed]
+    print(run_summary(made, Results(store.root, manifest.only([made])).scores))
     print(f"{store.root / 'runs' / cell.id}" + (f" (seed {cell.seed})" if cell.trains else ""))
     return code
 

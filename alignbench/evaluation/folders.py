@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from alignbench.config import UserError, read_text
 from alignbench.prompts import Prompt, load_prompts, parse_prompt
@@ -15,11 +15,15 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class FolderImage(NamedTuple):
-    """An image file and its prompt. ``image_index`` counts the images of one prompt from 0."""
+    """An image file and its prompt. ``image_index`` counts the images of one prompt from 0.
+
+    ``prompt_index``: position of its prompt in the list, which may have it again.
+    """
 
     file: Path
     prompt: Prompt
     image_index: int
+    prompt_index: int = 0
 
 
 def folder_images(folder: Path, prompts: str | None = None) -> list[FolderImage]:
@@ -27,10 +31,37 @@ def folder_images(folder: Path, prompts: str | None = None) -> list[FolderImage]
 
     Without ``prompts``: GenEval's layout (``00000/metadata.jsonl`` beside ``00000/samples/*.png``). With a .jsonl file
     whose lines name a "file": those files. With any other list: files called ``<prompt id>-<index>``, as alignbench
-    names its own, or else all files in the order of their names, the same number for every prompt.
+    names its own, or else all files in the order of their names, the same number for every prompt. A prompt that the
+    list repeats has further images.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; name the folder that holds the images")
+    return number_images(_found(folder, prompts), folder)
+
+
+def number_images(images: Sequence[Any], path: Path) -> list[Any]:
+    """Return the images with unique (prompt, image index): a prompt that the list repeats has further images.
+
+    ``images``: of any type that has ``prompt``, ``prompt_index`` and ``image_index``. Raise UserError if an image
+    appears twice. ``path``: where they were found.
+    """
+    size = 1 + max(image.image_index for image in images)
+    positions: dict[str, list[int]] = {}
+    seen, numbered = set[tuple[str, int]](), []
+    for image in images:
+        known = positions.setdefault(image.prompt.id, [])
+        if image.prompt_index not in known:
+            known.append(image.prompt_index)
+        index = image.image_index + size * known.index(image.prompt_index)
+        if (image.prompt.id, index) in seen:
+            what = f"'{image.prompt.text[:60]}', image {image.image_index}, appears twice; keep one of them"
+            raise UserError(f"{path}: {what}")
+        seen.add((image.prompt.id, index))
+        numbered.append(image._replace(image_index=index))
+    return numbered
+
+
+def _found(folder: Path, prompts: str | None) -> list[FolderImage]:
     if prompts is None:
         return _geneval_images(folder)
     if images := _named_images(folder, prompts):
@@ -44,10 +75,10 @@ def folder_images(folder: Path, prompts: str | None = None) -> list[FolderImage]
 
 def _geneval_images(folder: Path) -> list[FolderImage]:
     images = []
-    for metadata in sorted(folder.glob("*/metadata.jsonl")):
+    for number, metadata in enumerate(sorted(folder.glob("*/metadata.jsonl"))):
         prompt = parse_prompt(read_text(metadata).strip(), f"{metadata}:1")
         samples = sorted(path for path in (metadata.parent / "samples").glob("*") if path.suffix.lower() in SUFFIXES)
-        images += [FolderImage(file, prompt, index) for index, file in enumerate(samples)]
+        images += [FolderImage(file, prompt, index, number) for index, file in enumerate(samples)]
     if not images:
         raise UserError(
             f"{folder}: there is no */metadata.jsonl with samples/ beside it; name the prompts with --prompts FILE"
@@ -96,4 +127,5 @@ def _images_in_order(files: Sequence[Path], prompts: Sequence[Prompt], source: s
             f"{files[0].parent}: {len(files)} images cannot be divided equally among the {len(prompts)} prompts of "
             f'{source}; write a .jsonl file with "prompt" and "file" in every line'
         )
-    return [FolderImage(file, prompts[i // per_prompt], i % per_prompt) for i, file in enumerate(files)]
+    places = (divmod(i, per_prompt) for i in range(len(files)))
+    return [FolderImage(file, prompts[place], index, place) for file, (place, index) in zip(files, places)]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench.config import UserError, read_text
-from alignbench.evaluation.folders import folder_images
+from alignbench.evaluation.folders import folder_images, number_images
 from alignbench.evaluator import Metric
 from alignbench.prompts import Prompt, load_prompts, parse_prompt
 
@@ -68,29 +68,12 @@ def read(kind: str, path: Path, prompts: str | None = None, image_folder: Path |
     """
     if kind == "images":
         images = [
-            ImportedImage(image.prompt, 0, image.image_index, image.file, {}) for image in folder_images(path, prompts)
+            ImportedImage(image.prompt, image.prompt_index, image.image_index, image.file, {})
+            for image in folder_images(path, prompts)
         ]
-        return Source(kind, _number_images(images, path), {}, {}, [])
+        return Source(kind, images, {}, {}, [])
     source = READERS[kind](path, image_folder)
-    return source._replace(images=_take_prompts(_number_images(source.images, path), prompts, path))
-
-
-def _number_images(images: list[ImportedImage], path: Path) -> list[ImportedImage]:
-    """Return the images with unique (prompt, image index): a prompt that the list repeats has further images."""
-    size = 1 + max(image.image_index for image in images)
-    positions: dict[str, list[int]] = {}
-    seen, numbered = set[tuple[str, int]](), []
-    for image in images:
-        known = positions.setdefault(image.prompt.id, [])
-        if image.prompt_index not in known:
-            known.append(image.prompt_index)
-        index = image.image_index + size * known.index(image.prompt_index)
-        if (image.prompt.id, index) in seen:
-            what = f"'{image.prompt.text[:60]}', image {image.image_index}, appears twice; keep one of them"
-            raise UserError(f"{path}: {what}")
-        seen.add((image.prompt.id, index))
-        numbered.append(image._replace(image_index=index))
-    return numbered
+    return source._replace(images=_take_prompts(number_images(source.images, path), prompts, path))
 
 
 def _take_prompts(images: list[ImportedImage], prompts: str | None, path: Path) -> list[ImportedImage]:

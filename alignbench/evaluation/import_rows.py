@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,6 +164,8 @@ def _check(store: Store, request: ImportRequest) -> None:
         raise UserError(f"--sweep {request.sweep}: this name belongs to a sweep that alignbench runs; choose another")
     if not request.label.strip() or not request.label.isprintable():
         raise UserError(f"--label {request.label!r}: give the row a name, on one line")
+    if request.label != " ".join(request.label.split()):
+        raise UserError(f"--label {request.label!r}: tables would not show its extra spaces; leave them out")
     if request.seed is not None and request.seed < 0:
         raise UserError(f"--seed {request.seed}: number training runs 0, 1, ...; leave --seed out if it is unknown")
     if request.base and (request.seed is not None or request.trained_on):
@@ -223,12 +226,13 @@ def _run(
         trained_on=list(request.trained_on),
         protocol={
             "prompts": request.prompts or UNKNOWN,
-            "images_per_prompt": max(image.image_index for image in source.images) + 1,
+            "images_per_prompt": max(Counter((i.prompt.id, i.prompt_index) for i in source.images).values()),
             **{key: known[key][0] if key in known else UNKNOWN for key in SETTINGS},
         },
         known_from={key: known[key][1] for key in SETTINGS if key in known},
         remarks=[*remarks, *_gaps(source, inspections)],
         images=image_set,
+        image_count=len(source.images),
         scores=[*imported, *(_own_entry(image_set, evaluator, registry) for evaluator in evaluators)],
     )
 

@@ -230,9 +230,10 @@ def _but_seed(cell: PlannedRun) -> str:
 def _refuse_duplicates(cells: Sequence[PlannedRun], where: str) -> None:
     seen = set[tuple[str, int]]()
     for cell in cells:
-        if (cell.spec.label, cell.seed) in seen:
+        name = " ".join(cell.spec.label.split()), cell.seed  # as tables show it
+        if name in seen:
             raise UserError(f"{where}: two runs are called '{cell.title}'; give each case its own label")
-        seen.add((cell.spec.label, cell.seed))
+        seen.add(name)
 
 
 def _refuse_unused(sweep: Sweep, document: Document, cells: Sequence[PlannedRun], registry: Registry) -> None:

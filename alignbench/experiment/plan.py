@@ -19,6 +19,7 @@ from alignbench.config import (
     Requirement,
     UserError,
     decode,
+    did_you_mean,
     settings,
 )
 from alignbench.digests import content_id
@@ -56,6 +57,7 @@ class Plan:
     scores: list[Score]
     prompts: list[Prompt]  # of the evaluation
     training_evaluator: str  # names of the rewards
+    primary: str = ""  # metric, if the sweep names one
 
     def scored(self, cell: PlannedRun) -> list[Score]:
         """Return the evaluators for one cell; a paired one's file name includes the id of the base model's images."""
@@ -78,6 +80,7 @@ class Plan:
             milestone_prompts=self.evaluation.milestone_prompts,
             rehearsal=self.document.rehearsal,
             prompts=len(self.prompts),
+            primary=self.primary,
             cases=list(dict.fromkeys(cell.spec.label for cell in self.cells)),
             runs=[self._run(cell) for cell in self.cells],
             plugins=list(plugins),
@@ -139,6 +142,7 @@ def draft(document: Document, registry: Registry) -> Draft:
         builder.make("evaluator", plain, f"{where}: evaluation.evaluators[{i}]")
         for i, plain in enumerate(sweep.evaluation.evaluators)
     ]
+    _check_primary(sweep.primary, evaluators, f"{where}: primary")
     return Draft(document, sweep, cells, evaluators, builder)
 
 
@@ -159,7 +163,7 @@ def completed(draft: Draft) -> Plan:
     fewer = prompts[: evaluation.at_milestones.limit]
     cells = [identify(cell, prompts, builder, fewer) for cell in cells]
     names = dict.fromkeys(evaluator.name for evaluator in _trained_on(cells))
-    return Plan(document, evaluation, evaluators, cells, scores, prompts, ", ".join(names))
+    return Plan(document, evaluation, evaluators, cells, scores, prompts, ", ".join(names), sweep.primary)
 
 
 def missing(draft: Draft) -> list[Requirement]:
@@ -213,6 +217,19 @@ def _refuse_case_settings(document: Document) -> None:
                 f"{document.path}: cases[{i}].{odd[0]}: rows would be unequal; a case has only a label and a method, "
                 "exceptions go under 'overrides' with a reason"
             )
+
+
+def _check_primary(name: str, evaluators: Sequence[Evaluator], where: str) -> None:
+    """Raise UserError unless ``name`` is a metric of these evaluators that has a better direction, or is empty."""
+    metrics = {metric.name: metric for evaluator in evaluators for metric in evaluator.metrics}
+    if not name:
+        return
+    if name not in metrics:
+        raise UserError(f"{where}: no evaluator of this sweep has a metric '{name}'{did_you_mean(name, metrics)}")
+    if metrics[name].higher_is_better is None:
+        directed = [metric.name for metric in metrics.values() if metric.higher_is_better is not None]
+        what = f"neither direction of '{name}' is better, so it cannot decide"
+        raise UserError(f"{where}: {what}; choose from {', '.join(directed) or 'other evaluators'}")
 
 
 def identify(

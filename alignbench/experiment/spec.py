@@ -160,6 +160,7 @@ class Sweep(Config):
     evaluation: Evaluation
     grid: dict[str, Annotated[list[Any], Meta(min_length=1)]] = msgspec.field(default_factory=dict)
     overrides: list[Override] = msgspec.field(default_factory=list)
+    primary: str = ""  # metric that decides, with which reports begin; "": the first check, else held-out score
     slurm: dict[str, Any] = msgspec.field(default_factory=dict)  # resources of jobs (resources.Slurm); in no id
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from alignbench.reporting import image_grid
-from alignbench.reporting.analysis.pairs import Result, Side, disagreements, protocols
+from alignbench.reporting.analysis.pairs import Difference, Result, Side, disagreements, protocols
 from alignbench.reporting.improvement_section import p_text
-from alignbench.reporting.tables import title
-from alignbench.reporting.text.table import DECIMALS, Cell, Column, Table, escape, interval, number
+from alignbench.reporting.names import change_decimals, decimals, title
+from alignbench.reporting.text.table import Cell, Column, Table, escape, interval, number
 from alignbench.store import artefacts, files
 from alignbench.store.manifest import UNTRAINED
 
@@ -39,12 +39,12 @@ def table(results: Sequence[Result]) -> Table:
     names = ["metric", "A", "B", "A - B", "p", "p, Holm", "verdict", "A higher", "prompts", "left out", "seeds"]
     rows = []
     for result in results:
-        decimals = DECIMALS.get(result.measure.unit, 3)
+        digits = decimals(result.measure)
         estimate = result.change.estimate
         measure = result.measure
         texts = [Column(title(measure), measure.unit, measure.higher_is_better, measure.role).header]
-        texts += [interval(*mean[:3], decimals) for mean in result.means]
-        texts += [interval(*estimate[:3], decimals + 1, signed=True)]
+        texts += [interval(*mean[:3], digits) for mean in result.means]
+        texts += [interval(*estimate[:3], change_decimals(measure), signed=True)]
         texts += [p_text(estimate.p), p_text(result.change.p_holm), result.change.said, number(result.higher, 2)]
         rows.append([Cell(text) for text in [*texts, *map(str, (estimate.prompts, estimate.dropped, estimate.seeds))]])
     return Table([Column(name) for name in names], rows)
@@ -52,17 +52,8 @@ def table(results: Sequence[Result]) -> Table:
 
 def tidy(results: Sequence[Result]) -> Table:
     """Return all numbers in full precision, one row per metric."""
-    names = ["metric", "evaluator", "role", "unit", "a", "a_lo", "a_hi", "b", "b_lo", "b_hi", "difference", "lo", "hi"]
-    names += ["se", "df", "p", "prompts", "seeds", "dropped", "p_holm", "verdict", "speaks_of", "a_higher"]
-    rows = []
-    for measure, (a, b), change, higher, _ in results:
-        about: list[Any] = [measure.name, measure.evaluator, measure.role, measure.unit, *a[:3], *b[:3]]
-        estimate = change.estimate
-        about += [*estimate[:3], estimate.se, estimate.df, estimate.p]
-        about += [estimate.prompts, estimate.seeds, estimate.dropped]
-        about += [change.p_holm, change.verdict, "these weights" if change.weights else "method"]
-        rows.append([Cell(value) for value in [*about, higher]])
-    return Table([Column(name) for name in names], rows)
+    rows = [[Cell(value) for value in result.difference] for result in results]
+    return Table([Column(name) for name in Difference._fields], rows)
 
 
 NOTE = """\
@@ -89,11 +80,11 @@ def page(root: artefacts.Store, a: Side, b: Side, results: Sequence[Result], rem
 
 
 def _disagreeing(root: artefacts.Store, a: Side, b: Side, result: Result) -> Iterator[str]:
-    decimals = DECIMALS.get(result.measure.unit, 3)
+    digits = decimals(result.measure)
     lines = []
     for case in disagreements(root, a, b, result):
-        gap = number(case.a - case.b, decimals, signed=True)
-        lines.append(f"- {gap} ({number(case.a, decimals)}, {number(case.b, decimals)}): {escape(case.prompt)}")
+        gap = number(case.a - case.b, digits, signed=True)
+        lines.append(f"- {gap} ({number(case.a, digits)}, {number(case.b, digits)}): {escape(case.prompt)}")
         lines += [f"  - {name}: {path or 'no image'}" for name, path in zip("AB", case.images)]
     yield f"### {escape(title(result.measure))}"
     nothing = "No prompt differs." if len(result.pairs) else "No prompt has a score of both."
@@ -106,7 +97,7 @@ def sheet(root: artefacts.Store, a: Side, b: Side, results: Sequence[Result]) ->
     for result in results:
         cases = disagreements(root, a, b, result)
         if any(image for case in cases for image in case.images):
-            gaps = [number(case.a - case.b, DECIMALS.get(result.measure.unit, 3), signed=True) for case in cases]
+            gaps = [number(case.a - case.b, decimals(result.measure), signed=True) for case in cases]
             rows = [
                 (f"{name}: {side.label}", [case.images[i] for case in cases])
                 for i, (name, side) in enumerate(zip("AB", (a, b)))

@@ -38,8 +38,9 @@ from alignbench.reporting.analysis.published import Point, Printed, Reference, d
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.analysis.stats import Array, MeanEstimate
 from alignbench.reporting.findings import levels
+from alignbench.reporting.names import change_decimals, decimals
 from alignbench.reporting.tables import estimate_cell, harmed
-from alignbench.reporting.text.table import DECIMALS, Cell, Column, Section, Table, escape, interval, listed, number
+from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval, listed, number
 from alignbench.store.artefacts import Store, milestone_expected
 from alignbench.store.manifest import Manifest
 
@@ -105,8 +106,7 @@ def _known(value: float) -> float | None:
 
 
 def _column(measure: Measure) -> Column:
-    decimals = DECIMALS.get(measure.unit, 3)
-    return Column(measure.name, measure.unit, measure.higher_is_better, measure.role, decimals)
+    return Column(measure.name, measure.unit, measure.higher_is_better, measure.role, decimals(measure))
 
 
 def _equal_cost_section(curves: Sequence[LearningCurve], analysis: Analysis) -> list[Section]:
@@ -140,7 +140,7 @@ def _target_section(curves: Sequence[LearningCurve], analysis: Analysis) -> list
                 [Cell(f"{measure.name} [{measure.role}]"), Cell("no method gains"), *[Cell()] * (len(AXES) + 1)]
             )
             continue
-        shown = number(gain, DECIMALS.get(measure.unit, 3) + 1, signed=True)
+        shown = number(gain, change_decimals(measure), signed=True)
         for curve in curves:
             cells = [Cell(_reached(time_to(curve, measure, axis, gain))) for axis in AXES]
             rows.append([Cell(f"{measure.name} [{measure.role}]"), Cell(shown), Cell(curve.label), *cells])
@@ -185,7 +185,7 @@ output has moved from the base model's, |v - v_base|^2 / |v_base|^2, measured du
 
 
 def _change(estimate: MeanEstimate, measure: Measure) -> str:
-    return interval(*estimate[:3], DECIMALS.get(measure.unit, 3), signed=True)
+    return interval(*estimate[:3], change_decimals(measure), signed=True)
 
 
 def _divergence_section(curves: Sequence[LearningCurve], analysis: Analysis) -> list[Section]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from alignbench.reporting.analysis import stats
-from alignbench.reporting.analysis.comparison import Analysis, Measure
+from alignbench.reporting.analysis.comparison import Analysis
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.tables import DAGGER, DOUBLE_DAGGER, eight_bit, finished_runs, hybrid, title
 from alignbench.reporting.text.table import escape, listed, number
@@ -59,6 +59,29 @@ def budgets_note(analysis: Analysis, costs: pd.DataFrame) -> str:
     return f"**The numbers of training images differ**: {listed}."
 
 
+def seeds_differ_note(analysis: Analysis) -> str:
+    """Return which rows have other training seeds than others, and which share none; empty if all have the same."""
+    rows: dict[tuple[int, ...], list[str]] = {}
+    for label in analysis.trained:
+        if analysis.seeds[label]:
+            rows.setdefault(tuple(analysis.seeds[label]), []).append(escape(label))
+    if len(rows) < 2:
+        return ""
+    seeds = "; ".join(f"{listed(labels)}: {', '.join(map(str, seeds))}" for seeds, labels in rows.items())
+    apart = [(rows[a], rows[b]) for a, b in itertools.combinations(rows, 2) if not {*a} & {*b}]
+    names = "; ".join(f"{listed(a)} and {listed(b)}" for a, b in apart)
+    none = f" These share none, so nothing is known about their difference, not even that it is small: {names}."
+    both = "Two trained rows are compared over the seeds that both have."
+    return f"**The training seeds differ**: {seeds}. {both}{none * bool(apart)}"
+
+
+def roles_note(analysis: Analysis) -> str:
+    """Return what cannot be concluded from scores of which it is unknown whether a row was trained on them; or ""."""
+    unknown = [escape(title(measure)) for measure in analysis.measures if measure.role == "unknown"]
+    what = "it is not known whether a row was trained on this score, so a gain in it may be one of the training reward"
+    return f"[unknown]: {what} ({listed(unknown)})." if unknown else ""
+
+
 def imports_section(manifest: Manifest) -> list[str]:
     """Return the section on imported rows: their origin, and what is known and unknown about them."""
     lines = []
@@ -75,8 +98,7 @@ def imports_section(manifest: Manifest) -> list[str]:
 
 IMPORTED_NOTE = """\
 These images and scores were made elsewhere. A score with a name in brackets is that project's own, taken from its file:
-neither its version nor its weights are verified. [unknown]: it was not stated whether a row was trained on this
-score."""
+neither its version nor its weights are verified."""
 
 
 def overrides_section(manifest: Manifest) -> list[str]:
@@ -155,32 +177,22 @@ def missing_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:
 
 def coverage_section(manifest: Manifest, analysis: Analysis) -> list[str]:
     """Return the section on missing or invalid scores, and on the prompts left out because of them."""
-    images = manifest.prompts * manifest.protocol["images_per_prompt"]
+    planned = manifest.prompts * manifest.protocol["images_per_prompt"]
+    rows = {label: [run.image_count or planned for run in runs] for label, runs in manifest.rows.items()}
     lines = []
     for measure in analysis.measures:
         for label in analysis.labels:
-            valid, expected = analysis.coverage(measure, label, _images(manifest, analysis, measure, label))
+            valid, expected = analysis.scored(measure, label), sum(rows.get(label, []))
             change = analysis.changes[measure].get(label)
             dropped = [analysis.means[measure][label].dropped, change.estimate.dropped if change else 0]
             if valid != expected or any(dropped):
                 text = f"- {escape(title(measure))}, {escape(label)}: {valid} of {expected} scores; "
                 lines.append(f"{text}prompts left out: {dropped[0]} of the mean, {dropped[1]} of the paired change")
-    counted = f" ({images} images per run)" if not manifest.imported else ""
-    complete = f"Complete: every image of every run has every score{counted}."
+    counts = sorted({count for row in rows.values() for count in row})
+    per_run = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{(counts or [planned])[0]}"
+    complete = f"Complete: every image of every run has every score ({per_run} images per run)."
     rule = "A prompt is left out if a seed, or one side of a pair, lacks a valid score of it; so is a seed without any."
     return ["## Coverage", "\n".join(lines) if lines else complete, rule if lines else ""]
-
-
-def _images(manifest: Manifest, analysis: Analysis, measure: Measure, label: str) -> int:
-    """Return the number of images that a run of the row should have a score of.
-
-    An imported list may repeat some prompts, so there each prompt counts as often as any row has it.
-    """
-    drawn = analysis.scores[measure].images
-    if not manifest.imported or drawn is None or not len(drawn):
-        return manifest.prompts * manifest.protocol["images_per_prompt"]
-    own = max(run.protocol["images_per_prompt"] for run in manifest.rows[label])
-    return int(np.minimum(drawn, own).sum()) + (manifest.prompts - len(drawn)) * own
 
 
 def protocol_section(manifest: Manifest, analysis: Analysis, origins: Sequence[str]) -> list[str]:

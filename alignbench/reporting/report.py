@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from alignbench.config import UserError, did_you_mean
-from alignbench.reporting import curves_section, image_grid, improvement_section, names, published_section
+from alignbench.reporting import curves_section, headline, image_grid, improvement_section, names, published_section
+from alignbench.reporting.analysis import data
 from alignbench.reporting.analysis.comparison import Analysis, analyse
 from alignbench.reporting.analysis.published import Reference, load, load_curve
 from alignbench.reporting.analysis.results import Results
@@ -32,6 +33,8 @@ from alignbench.reporting.disclosures import (
     moments_note,
     overrides_section,
     protocol_section,
+    roles_note,
+    seeds_differ_note,
     settings_section,
     warnings_section,
 )
@@ -44,6 +47,7 @@ from alignbench.reporting.findings import (
 )
 from alignbench.reporting.html import page
 from alignbench.reporting.plots import draw
+from alignbench.reporting.plots.scores import FOREST_MARKS
 from alignbench.reporting.tables import (
     changes_table,
     costs_note,
@@ -74,7 +78,7 @@ class Words(NamedTuple):
     curves: Sequence[str] = ()  # ... and curves
 
 
-FORMATS = ("md", "csv", "tex", "html", "svg", "png")
+FORMATS = ("md", "csv", "tex", "html", "svg", "png", "data")
 
 
 def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
@@ -83,7 +87,8 @@ def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list
     md: ``<name>.md``; csv: ``<name>.csv``, ``<name>-pairs.csv`` with all pairs of rows, and ``<name>-published.csv`` if
     the sweep is compared with published numbers; tex: the tables, ``<name>.tex``; html: everything in one file that
     needs no other, ``<name>.html``; png: the image grid, ``<name>-grid.png``, if there are images; png, svg: the
-    figures, ``<name>-<figure>``.
+    figures, ``<name>-<figure>``; data: every score of every image, ``<name>-scores.parquet``, and each training run,
+    ``<name>-seeds.csv`` and ``<name>-costs.csv``.
     """
     check_formats(formats)
     manifest = results.manifest
@@ -92,18 +97,19 @@ def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list
     words = _words(name)
     published = [load(stem) for stem in words.published]
     grid = _image_grid(results, analysis) if {"html", "png"} & set(formats) else None
-    link = f"{name}-grid.png"
+    link, forest = f"{name}-grid.png", f"{name}-forest.png"
     drawn = draw.figures(results, analysis) if {"html", "svg", "png"} & set(formats) else []
     text: list[Section] = []
     pairs = improvement_section.pairs_sections(analysis) if "html" in formats else []  # too wide for markdown
     if {"md", "html"} & set(formats):
         curves = curves_section.sections(results, analysis, [load_curve(stem) for stem in words.curves])
         shown, origins = link if grid else None, made_with(results)
-        text = sections(manifest, results.costs, analysis, shown, origins, curves, published, pairs)
+        first = next((f"![{escape(figure.caption)}]({forest})" for figure in drawn if figure.name == "forest"), "")
+        text = sections(manifest, results.costs, analysis, shown, origins, curves, published, pairs, first)
     contents: dict[str, Any] = {}
     if "md" in formats:
         kept = [section for section in text if not any(section is part for part in pairs)]
-        kept = kept if "png" in formats else [section for section in kept if not _shows(section, link)]
+        kept = kept if "png" in formats else [section for section in kept if not _shows(section, link, forest)]
         contents[f"{name}.md"] = markdown(kept)
     if "csv" in formats:
         contents[f"{name}.csv"] = tidy(analysis, results.costs).csv()
@@ -119,6 +125,8 @@ def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list
         contents |= {
             f"{name}-{figure.name}.{kind}": getattr(figure, kind) for kind in ("svg", "png") if kind in formats
         }
+    if "data" in formats:
+        contents |= {f"{name}-{file}": content for file, content in data.files(results, analysis).items()}
     for file, content in contents.items():
         write(out / file, content)
     paths = [out / file for file in contents]
@@ -135,9 +143,9 @@ def check_formats(formats: Sequence[str]) -> None:
         raise UserError(f"--format: there is no format '{unknown}'{did_you_mean(unknown, FORMATS, 'formats')}")
 
 
-def _shows(section: Section, file: str) -> bool:
-    """Return whether a section shows the image in ``file``."""
-    return isinstance(section, str) and f"]({file})" in section
+def _shows(section: Section, *files: str) -> bool:
+    """Return whether a section shows one of these images."""
+    return isinstance(section, str) and any(f"]({file})" in section for file in files)
 
 
 def markdown(sections: Sequence[Section]) -> str:
@@ -155,11 +163,13 @@ def sections(
     curves: Sequence[Section] = (),
     published: Sequence[Reference] = (),
     pairs: Sequence[Section] = (),
+    forest: str = "",
 ) -> list[Section]:
     """Return all sections of the report, in order. The first line is the command that reproduces it.
 
     ``grid``: file of the image grid; ``origins``: software and hardware of the runs; ``curves``: the sections about
-    the course of training; ``pairs``: those about all pairs of rows.
+    the course of training; ``pairs``: those about all pairs of rows; ``forest``: the figure of paired changes, as
+    markdown.
     """
     words = _words(manifest.name)
     alike = "same prompts" if manifest.imported else "same prompts and noise"
@@ -169,6 +179,8 @@ def sections(
         REHEARSED if manifest.rehearsal else "",
         f"**SUBSET: only the first {manifest.subset} evaluation prompts.**" if manifest.subset else "",
         banner(analysis),
+        *headline.sections(analysis, costs, manifest),
+        f"{forest}\n\n{escape(FOREST_MARKS)}" if forest else "",
         words.intro.strip(),
         *answers(words.questions, analysis),
         "## Results (REHEARSAL)" if manifest.rehearsal else "## Results",
@@ -177,6 +189,8 @@ def sections(
         NEUTRAL_NOTE if any(measure.higher_is_better is None for measure in analysis.measures) else "",
         hybrid_note(manifest),
         moments_note(manifest),
+        roles_note(analysis),
+        seeds_differ_note(analysis),
         budgets_note(analysis, costs),
         f"![{alike}, one row per method]({grid})\n\n{GRID_NOTE}" if grid else "",
         *costs_section(analysis, costs),
@@ -274,7 +288,7 @@ def _results_caption(analysis: Analysis) -> str:
 RESULTS_CAPTION = (
     "Bold: the leader of a column, if its paired gain over {base} is significant (Holm's correction for the {count} "
     "rows compared; never for a single training run). Underlined: the leader otherwise, and the rows not separable "
-    "from it (all pairs, Holm), which does not mean equal; none if nothing in a column is separable from its leader."
+    "from it (all pairs, Holm), which does not mean equal; without marks, nothing is separable from the leader."
 )
 CHANGES_CAPTION = (
     "Mean difference for the same prompts, with its 95 % interval; p after Holm's correction over the rows of a "

@@ -1,26 +1,27 @@
-"""Tables of scores from ``alignbench score``: one row per image, and means with intervals."""
+"""Tables of scores of one set of images: one row per image, and means with intervals, the same as a report's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from alignbench.config import UserError
 from alignbench.plugins import Registry
-from alignbench.reporting.analysis.stats import mean_interval
-from alignbench.reporting.text.table import Cell, Column, Table, interval
+from alignbench.reporting.analysis.comparison import Analysis, Measure, analyse
+from alignbench.reporting.names import decimals, title
+from alignbench.reporting.tables import estimate_cell
+from alignbench.reporting.text.table import Cell, Column, Table, interval, listed
+from alignbench.store.manifest import UNTRAINED, Manifest, ManifestMetric, ManifestRun, ManifestScore
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
+ONE_RUN = "one training run: no interval accounts for how much training runs differ"
 
 
 def tidy(scored: Sequence[tuple[Any, pd.DataFrame]]) -> pd.DataFrame:
     """Return one row per image and metric."""
-    import pandas as pd
-
     frames = []
     for evaluator, frame in scored:
         about = [name for name in ("file", "prompt_id", "tag", "index", "ok", "error", "raw") if name in frame]
@@ -47,30 +48,48 @@ def save(scored: Sequence[tuple[Any, pd.DataFrame]], out: Path, plugins: Sequenc
     return [out, about]
 
 
-def summary(scored: Sequence[tuple[Any, pd.DataFrame]]) -> Table:
-    """Return a row per metric: the mean with its interval over prompts, and the number of failed images."""
-    columns = [
-        Column("metric"),
-        Column("mean [95 % interval]"),
-        Column("images"),
-        Column("prompts"),
-        Column("failed"),
+def summary(scored: Sequence[tuple[Any, pd.DataFrame]]) -> str:
+    """Return a table with a row per metric: the mean with its interval over prompts, and what it rests on."""
+    entries = [
+        ManifestScore(
+            evaluator=evaluator.name,
+            version=evaluator.version,
+            file="",
+            metrics=[ManifestMetric(*metric) for metric in evaluator.metrics],
+            role="unknown",
+        )
+        for evaluator, _ in scored
     ]
-    rows = []
-    for evaluator, frame in scored:
-        for metric in evaluator.metrics:
-            values, tags = cube(frame, metric.name)
-            mean = mean_interval(values, tags if metric.by_task else None)
-            shown = interval(mean.mean, mean.lo, mean.hi, 4)
-            counts = [len(frame), frame["prompt_id"].nunique(), int((~frame["ok"]).sum())]
-            rows.append([Cell(f"{metric.name}, {metric.unit}"), Cell(shown), *(Cell(str(n)) for n in counts)])
-    return Table(columns, rows)
+    run = ManifestRun(id="", label="images", method="", seed=UNTRAINED, published=True, images="", scores=entries)
+    return run_summary(run, tidy(scored).assign(label=run.label, seed=run.seed))
 
 
-def cube(frame: pd.DataFrame, metric: str) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
-    """Return (P, I, 1) scores, nan where missing or failed, and (P,) tasks."""
-    wide = frame.assign(score=frame[metric].where(frame["ok"])).pivot(
-        index="prompt_id", columns="index", values="score"
-    )
-    tags = frame.drop_duplicates("prompt_id").set_index("prompt_id")["tag"].reindex(wide.index)
-    return wide.to_numpy(float)[..., None], tags.to_numpy(str)
+def run_summary(run: ManifestRun, scores: pd.DataFrame) -> str:
+    """Return the same table for a run of a sweep, by the analysis that its report makes. ``scores``: of this run."""
+    analysis = analyse(Manifest(name="", cases=[run.label], runs=[run]), scores)
+    rows: list[list[Cell]] = []
+    notes = [ONE_RUN] if run.trained else []
+    for measure in analysis.measures:
+        own = scores[(scores["evaluator"] == measure.evaluator) & (scores["metric"] == measure.name)]
+        found = analysis.means[measure][run.label]
+        name = Column(title(measure), measure.unit, measure.higher_is_better).header
+        _, lo, hi, *_ = estimate_cell(found, measure)
+        shown = interval(found.mean, lo, hi, decimals(measure))
+        counts = [len(own), int((~own["ok"].eq(True)).sum()), found.prompts, found.dropped]
+        rows.append([Cell(name), Cell(shown), *(Cell(str(count)) for count in counts)])
+        notes += _notes(analysis, measure, run.label)
+    columns = ["metric", "mean [95 % interval]", "images", "failed", "prompts", "prompts without a score"]
+    return "\n".join([Table([Column(name) for name in columns], rows).markdown(), *notes])
+
+
+def _notes(analysis: Analysis, measure: Measure, label: str) -> Iterator[str]:
+    """Yield why a mean or its interval is unknown."""
+    found = analysis.means[measure][label]
+    tasks = analysis.tasks(measure) if measure.by_task and analysis.scored(measure, label) else {}
+    counts = {task: means[label].prompts for task, means in tasks.items()} or {"": found.prompts}
+    if np.isnan(found.mean):
+        empty = [task for task, count in counts.items() if task and not count]
+        yield f"{title(measure)}: no mean, since no image{' of ' * bool(empty)}{listed(empty)} has a score"
+    elif np.isnan(found.lo):
+        few = min(counts, key=counts.__getitem__)
+        yield f"{title(measure)}: no interval, since {few or 'the list'} has too few prompts ({counts[few]})"

@@ -19,6 +19,7 @@ from alignbench.store.manifest import Manifest
 
 GIB = 2**30
 HOUR = 3600
+UNEVEN = 1.5  # between two runs of one row, more than this factor is not the method's doing
 DAGGER, DOUBLE_DAGGER = "†", "‡"
 COSTS = (  # (column of the costs frame, unit in the tidy table, divisor)
     ("nfe_forward", "", 1),
@@ -64,6 +65,7 @@ def legend(analysis: Analysis) -> str:
     fewer = FEWER if any(_prompts_mark(analysis, measure, k) for measure in analysis.measures for k in rows) else ""
     toy = TOY if any(measure.world for measure in analysis.measures) else ""
     text = f"Every cell is a mean with its 95 % interval{changes}. {scope} {bold} {MARKS} {fewer} {ROLES} {toy}"
+    text = " ".join(text.split())
     return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
 
 
@@ -88,9 +90,12 @@ TOY = "(shapes): a small scorer or checker of the shapes world, not the publishe
 
 
 def leaders(analysis: Analysis, measure: Measure) -> list[str]:
-    """Return the leader and the rows not separable from it; empty without a leader, or if these are all rows."""
+    """Return the leader and the rows not separable from it; empty without a leader.
+
+    Empty too if these are all rows, unless the leader is bold: then it would seem to be the only one.
+    """
     ranking = analysis.rankings[measure]
-    return ranking.top if len(ranking.top) < len(ranking.order) else []
+    return ranking.top if len(ranking.top) < len(ranking.order) or analysis.bold(measure) else []
 
 
 def marks(manifest: Manifest) -> dict[str, str]:
@@ -154,10 +159,15 @@ def estimate_cell(found: stats.MeanEstimate, measure: Measure) -> Cell:
 
 
 class Spending(NamedTuple):
-    """Means over the finished training runs of each row, and the devices that these ran on."""
+    """What the finished training runs of each row cost, and the devices that these ran on.
 
-    means: dict[str, dict[str, float]]  # label -> seconds x processes as "time", processes, and the columns of COSTS
+    ``means``: label -> means over runs of ``processes`` and the columns of COSTS, and the median of ``time``, which is
+    seconds x processes: a run beside other work on its machine takes longer, and the median hardly moves.
+    """
+
+    means: dict[str, dict[str, float]]
     devices: list[str | None]  # distinct ones; None: not recorded
+    uneven: list[str]  # rows whose runs took different times for the same number of images
 
     @property
     def kind(self) -> str:
@@ -174,14 +184,20 @@ def spending(costs: pd.DataFrame) -> Spending:
     time = pd.to_numeric(frame["seconds"]).astype(float) * processes.fillna(1.0)  # of early runs, which had one process
     frame = frame.assign(processes=processes, time=time)
     devices = [None if pd.isna(device) else str(device) for device in frame["device"].drop_duplicates()]
-    return Spending(label_means(frame, ["time", "processes", *(column for column, *_ in COSTS)]), devices)
+    means = label_means(frame, ["processes", *(column for column, *_ in COSTS)])
+    by_label = frame.assign(pace=frame["time"] / pd.to_numeric(frame["images"])).groupby("label", sort=False)
+    for label, median in by_label["time"].median().items():
+        means[str(label)]["time"] = float(median)
+    pace = by_label["pace"].agg(["min", "max"])
+    return Spending(means, devices, [str(label) for label in pace.index[pace["max"] > UNEVEN * pace["min"]]])
 
 
 def cost_multiples(costs: pd.DataFrame) -> dict[str, float]:
     """Return label -> cost of training relative to the cheapest trained row; empty if it cannot be compared.
 
-    The cost is time on all devices together (seconds x processes), which counts all that a method does: sampling,
-    backward, decoding, rewards. It is fair on equal devices only, so runs on different ones give nothing.
+    The cost is the median time of a run on all devices together (seconds x processes), which counts all that a method
+    does: sampling, backward, decoding, rewards. It is fair on equal devices only, so runs on different ones give
+    nothing; ``spending(costs).uneven`` names the rows whose times cannot be trusted.
     """
     spent = spending(costs)
     times = {label: mean["time"] for label, mean in spent.means.items() if mean["time"] > 0}
@@ -237,15 +253,21 @@ def costs_note(analysis: Analysis, costs: pd.DataFrame) -> str:
     if len(devices) > 1:
         relative = "**Times on different devices are not comparable**, so none is set in relation to another."
     parts = [
-        "Of training alone; means over finished training runs. Time is seconds times the number of processes (one per",
-        "GPU), and counts all that a method does: sampling, backward, decoding, rewards.",
+        "Of training alone; means over finished training runs, of times the median. Time is seconds times the number",
+        "of processes (one per GPU), and counts all that a method does: sampling, backward, decoding, rewards.",
         relative,
+        UNEVEN_NOTE.format(rows=escape(", ".join(spent.uneven)), factor=UNEVEN) if spent.uneven else "",
         "NFE: evaluations of the network per image, summed over images.",
         f"Measured on {escape('; '.join(devices))}." if devices else "",
         f"The same in every row: {same}." if same else "",
         f"Without costs: {escape(', '.join(unknown))}." if unknown else "",
     ]
     return "\n".join(filter(None, parts))
+
+
+UNEVEN_NOTE = """\
+**The times per image of the runs of {rows} differ by more than a factor of {factor}, so other work ran beside some of
+them: these times, and what is relative to them, are rough.**"""
 
 
 def costs_section(analysis: Analysis, costs: pd.DataFrame) -> list[Section]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from alignbench.config import UserError, did_you_mean
+from alignbench.config import UserError, did_you_mean, flatten
 
 NAMES = ("tensorboard", "wandb", "trackio")  # as in accelerate's ``log_with`` and in pip
 PROJECT = "alignbench"
@@ -34,7 +34,8 @@ class Trackers:
         self, names: Sequence[str], store: Path, run: str, title: str, config: Mapping[str, Any], warn: Callable
     ) -> None:
         self.store, self.run, self.title, self.warn = store, run, title, warn
-        self.config = dict(flatten(config))
+        plain = bool | int | float | str  # what every tracker accepts
+        self.config = {key: value if isinstance(value, plain) else str(value) for key, value in flatten(config)}
         self.names = list(names)
         self.open: dict[str, Any] = {}
 
@@ -78,12 +79,3 @@ class Trackers:
             self.names.remove(name)
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             self.warn(f"warning: {name} failed and is no longer used: {why}")
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested settings as pairs (``training.optimizer.lr``, 1e-5), with values that every tracker accepts."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, bool | int | float | str) else str(value)

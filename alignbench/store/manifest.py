@@ -20,7 +20,8 @@ from alignbench.store.artefacts import Artefact, Store, milestone_expected
 from alignbench.store.files import write_json
 
 UNTRAINED = -1  # the seed of a run that trains nothing
-IMPORTED_ONLY = ("imported", "command", "trained_on", "known_from", "remarks")  # keys of a run
+ROLES = ("train", "held-out", "check", "unknown")  # in the order of a table's columns; unknown: so are imported rows
+IMPORTED_ONLY = ("imported", "command", "trained_on", "known_from", "remarks", "image_count")  # keys of a run
 MADE_ONLY = ("milestone_prompts", "plugins")  # keys of a manifest that is not imported
 
 
@@ -41,8 +42,12 @@ class ManifestScore(Struct, frozen=True, kw_only=True, omit_defaults=True):
     version: str
     file: str  # below the store
     metrics: list[ManifestMetric]
-    role: str  # "train", "held-out", "check" or "unknown"
+    role: str  # one of ROLES
     base: str | None = None  # for a paired evaluator, id of the image set to compare with
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            structs.force_setattr(self, "role", "unknown")
 
     @property
     def imported(self) -> bool:
@@ -81,6 +86,7 @@ class ManifestRun(Struct, frozen=True, kw_only=True):
     notes: list[ManifestNote] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)  # on the import
     images: str
+    image_count: int = 0  # of an imported run; 0: all images of all prompts, as planned
     scores: list[ManifestScore]
     milestones: list[ManifestMilestone] = field(default_factory=list)
 
@@ -177,12 +183,16 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
 def read_manifest(path: Path) -> Manifest:
     """Decode a manifest, ignoring unknown keys. Raise UserError if the file is damaged or not a manifest."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (msgspec.DecodeError, ValueError) as error:
         what = " ".join(str(error).split())
         raise UserError(f"{path}: is damaged, or not a manifest: {what}; delete it and run its sweep again") from None
+    if len(manifest.by_seed) < len(manifest.runs):
+        twice = next(run.title for run in manifest.runs if manifest.by_seed[run.label, run.seed] is not run)
+        raise UserError(f"{path}: two runs are called '{twice}'; give each row its own label and run its sweep again")
+    return manifest
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -190,9 +200,13 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def manifest_data(manifest: Manifest) -> dict[str, Any]:
-    """Return the content of the file: all fields in order, except those that only the other kind of sweep has."""
+    """Return the content of the file: all fields in order, except those that only the other kind of sweep has.
+
+    Milestones and the primary measure are left out if there are none, as in files of earlier versions.
+    """
     absent, absent_in_runs = (MADE_ONLY, ()) if manifest.imported else (("imported",), IMPORTED_ONLY)
     data = {key: value for key, value in msgspec.to_builtins(manifest).items() if key not in absent}
+    data = {key: value for key, value in data.items() if value or key != "primary"}
     data["runs"] = [
         {key: value for key, value in run.items() if key not in absent_in_runs and (value or key != "milestones")}
         for run in data["runs"]

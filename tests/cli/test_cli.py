@@ -114,6 +114,10 @@ BAD = {  # what is wrong: (changes to the sweep, the line)
         {"cases": [{"label": "A", "method": {"name": "last"}}, {"label": "A", "method": {"name": "stopped"}}]},
         "two runs are called 'A, seed 0'; give each case its own label",
     ),
+    "two rows whose names look alike": (
+        {"cases": [{"label": "A B", "method": {"name": "last"}}, {"label": "A  B", "method": {"name": "stopped"}}]},
+        "two runs are called 'A  B, seed 0'; give each case its own label",
+    ),
     "a size that does not fit": (
         {"evaluation": {"protocol": {"size": 33}}},
         r"protocol.size: 33 pixels are not a multiple",

@@ -127,7 +127,7 @@ def test_gaps_leave_no_hole_in_the_page(tmp_path):
     given.costs.loc[given.costs["label"] == "DRTune", ["state", "reason"]] = ["failed", "out of memory"]
     paths = report.build(given, tmp_path / "out")
     for path in paths:
-        assert path.suffix == ".png" or "nan" not in path.read_text()
+        assert path.suffix in (".png", ".parquet") or "nan" not in path.read_text()
     text = paths[0].read_text()
     assert "DRTune, seed 0: **failed**: out of memory" in text
     assert "- PickScore, LeapAlign: 0 of 240 scores" in text
@@ -142,7 +142,7 @@ def test_a_store_where_nothing_is_done_has_a_report(tmp_path, kind):
     if kind == "nothing":
         root.mkdir()
     paths = report.build(Results(root, plan), tmp_path / "out")
-    assert [path.suffix for path in paths] == [".md", ".csv", ".tex", ".csv", ".html"]
+    assert [path.suffix for path in paths] == [".md", ".csv", ".tex", ".csv", ".parquet", ".csv", ".csv", ".html"]
     assert paths[0].read_text().count("**planned**: not made yet") == 11
     assert not any("nan" in path.read_text() for path in paths[:4])
 
@@ -161,7 +161,8 @@ def test_only_the_formats_that_were_asked_for_are_written(tmp_path):
     given = results(tmp_path)
     assert [path.name for path in report.build(given, tmp_path / "a", ("tex",))] == ["made_up.tex"]
     with pytest.raises(
-        UserError, match=r"there is no format 'cvs'; did you mean 'csv'\? \(formats: md, csv, tex, html, svg, png\)"
+        UserError,
+        match=r"there is no format 'cvs'; did you mean 'csv'\? \(formats: md, csv, tex, html, svg, png, data\)",
     ):
         report.build(given, tmp_path / "b", ("md", "cvs"))
     assert not (tmp_path / "b").exists()

@@ -199,6 +199,27 @@ def test_a_repeated_prompt_keeps_all_its_images(tmp_path):
     ]
 
 
+def test_a_complete_file_with_a_repeated_prompt_is_complete(tmp_path):
+    """Coverage counts the images that each row has: 16 of 16 although one of its 7 prompts has 4 images, not 2."""
+    store, names = tmp_path / "store", ["hpsv2", "pickscore"]
+    texts = [*TEXTS, "a ring", "a cross"]
+    assert do_import(store, "flowbp", flowbp(tmp_path / "a", texts=texts, reward_names=names), "--label", "A") == 0
+    text = report(store)
+    assert section(text, "Coverage").strip().startswith("Complete: every image of every run has every score (16 images")
+    assert "its list repeats 1 prompts" in section(text, "Imported rows")
+    assert "evaluation, images per prompt: 2" in section(text, "Protocol")
+
+
+def test_a_row_of_fewer_images_is_not_one_with_missing_scores(tmp_path):
+    """Beside a row of 6 prompts, one with 4 of them has 8 of 8 scores, and two prompts are left out of its mean."""
+    store = tmp_path / "store"
+    for label, texts in (("A", TEXTS), ("B", TEXTS[:4])):
+        folder = flowbp(tmp_path / label, texts=texts, reward_names=["hpsv2"])
+        assert do_import(store, "flowbp", folder, "--label", label) == 0
+    (line,) = [line for line in section(report(store), "Coverage").splitlines() if line.startswith("- ")]
+    assert line.startswith("- hpsv2.1 (flowbp), B: 8 of 8 scores; prompts left out: 2 of the mean")
+
+
 # ---- UniRL
 
 
@@ -492,7 +513,7 @@ def test_intervals_are_computed_from_the_imported_scores(tmp_path):
     mean, change = stats.mean_interval(cubes[1]), stats.paired_difference(cubes[1], cubes[0])
     row = frame.loc[("B", "hpsv2.1 (flowbp)")]
     assert np.allclose([row["mean"], row["lo"], row["hi"]], mean[:3])
-    assert np.allclose([row["change"], row["change_lo"], row["change_hi"]], change[:3])
+    assert np.allclose([row["change"], row["change_lo"], row["change_hi"]], change[:3], equal_nan=True)
 
 
 def test_numbered_imports_are_training_seeds(tmp_path):
@@ -626,6 +647,7 @@ OPTIONS = {  # mistake: (options, error message)
     "a base with a seed": (["--base", "--seed", "0"], "--base: this is the model before any training"),
     "a label of nothing": (["--label", " "], "--label ' ': give the row a name"),
     "a label of two lines": (["--label", "a\nb"], "give the row a name, on one line"),
+    "a label that looks like another": (["--label", "A "], "--label 'A ': tables would not show its extra spaces"),
     "a sweep that is a path": (["--sweep", "../x"], "--sweep '../x': becomes a file name"),
     "a sweep of ours": (
         ["--sweep", "quickstart"],

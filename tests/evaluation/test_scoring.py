@@ -194,9 +194,50 @@ def test_the_summary_counts_what_failed(listed):
     (listed / "images" / "5.png").write_bytes(b"")
     chosen = folder_images(listed / "images", str(listed / "list.txt"))
     evaluator = Mean()
-    line = summary([(evaluator, score_images(evaluator, chosen))]).markdown().splitlines()[-1]
-    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["6", "3", "1"]
-    assert "46.6667" in line  # (10 + 50 + 80) / 3: the last prompt's mean is that of its valid image
+    line = summary([(evaluator, score_images(evaluator, chosen))]).splitlines()[2]
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["6", "1", "3", "0"]
+    assert "46.667" in line  # (10 + 50 + 80) / 3: the last prompt's mean is that of its valid image
+
+
+def test_the_summary_says_why_a_number_is_unknown():
+    """Without a valid image, or without one of a task, there is no mean; from one prompt there is no interval."""
+
+    class Judge(Mean):
+        metrics = (Metric("mean", "levels"), Metric("right", "fraction", by_task=True))
+
+    def said(tags, ok):
+        about = {"file": "", "prompt_id": [str(i) for i in range(len(tags))], "tag": tags, "index": 0, "error": None}
+        return summary([(Judge(), pd.DataFrame({**about, "mean": 0.5, "right": 1.0, "ok": ok}))])
+
+    assert "mean: no interval, since the list has too few prompts (1)" in said(["counting"], True)
+    assert "right, by task: no interval, since counting has too few prompts (1)" in said(["counting"], True)
+    assert "mean: no mean, since no image has a score" in said(["counting", "colors"], False)
+    partly = said(["counting"] * 8 + ["colors"], [True] * 8 + [False])
+    assert "right, by task: no mean, since no image of colors has a score" in partly
+    assert "nan" not in partly
+
+
+def test_a_repeated_prompt_is_one_prompt_with_more_images(tmp_path):
+    """Two of GenEval's folders have the same prompt: all images are scored, as those of one prompt."""
+    for number, text in enumerate(["a ring", "a cross", "a ring"]):
+        (tmp_path / f"{number:05}").mkdir()
+        (tmp_path / f"{number:05}/metadata.jsonl").write_text(json.dumps({"prompt": text, "tag": "single_object"}))
+        draw(tmp_path / f"{number:05}/samples", ["0000.png", "0001.png"])
+    images = folder_images(tmp_path)
+    assert sorted((image.prompt.text, image.image_index) for image in images) == [
+        *(("a cross", i) for i in range(2)),
+        *(("a ring", i) for i in range(4)),
+    ]
+    line = summary([(Mean(), score_images(Mean(), images))]).splitlines()[2]
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["6", "0", "2", "0"]
+
+
+def test_two_files_of_one_image_are_refused(listed):
+    """The same prompt id and index as .png and as .jpg: one of them is left over from something else."""
+    name = f"{prompt_id(TEXTS[0])}-0"
+    draw(listed / "images", [f"{name}.png", f"{name}.jpg"])
+    with pytest.raises(UserError, match=r"'a red circle', image 0, appears twice; keep one of them"):
+        folder_images(listed / "images", str(listed / "list.txt"))
 
 
 # ---- the verb

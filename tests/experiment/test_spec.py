@@ -218,6 +218,20 @@ def test_mistakes_are_reported_with_their_place(tmp_path):
         plan(tmp_path, "training.batch=many")
 
 
+def test_a_sweep_names_its_primary_measure(tmp_path, tiny):
+    """A metric of its evaluators goes into the manifest; any other is refused with the nearest, before files are read.
+
+    A metric of which neither direction is better cannot decide.
+    """
+    assert tiny.manifest().primary == ""
+    assert plan(tmp_path, "primary=geneval_strict").manifest().primary == "geneval_strict"
+    with pytest.raises(UserError, match=r"^.*tiny.yaml: primary: .* metric 'genevl'; did you mean 'geneval'\? \("):
+        plan(tmp_path, "primary=genevl")
+    neutral = {"evaluation": {"evaluators": [{"name": "clipscore"}, {"name": "picture_stats"}]}}
+    with pytest.raises(UserError, match=r"primary: neither direction of 'saturation' is better, .*; choose from clips"):
+        plan(tmp_path, "primary=saturation", changes=neutral)
+
+
 # -- ids --------------------------------------------------------------------------------------------------------------
 
 

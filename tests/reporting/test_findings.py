@@ -283,20 +283,6 @@ def test_seeds_that_differ_between_rows_are_listed():
     assert "- training seeds: 0, 1 (ReFL); 0 (DRTune)\n" in text
 
 
-def test_coverage_of_an_imported_list_is_counted_per_prompt():
-    """A list that repeats two of its prompts has twice the images of these: with all of them scored it is complete, and
-    without one it lacks one."""
-    plan = manifest(labels=("base", "ReFL"), seeds=(0,))
-    protocol = plan.protocol | {"images_per_prompt": 4}
-    plan = structs.replace(with_runs(plan, lambda run: {"protocol": protocol}), imported=True, protocol=protocol)
-    frame = scores(plan, 60, 4)
-    frame = frame[(frame["index"] < 2) | frame["prompt_id"].isin(["p0001", "p0002"])]
-    assert disclosures.coverage_section(plan, analyse(plan, frame))[1].startswith("Complete: every image")
-    pick = frame.index[(frame["metric"] == "pickscore") & (frame["label"] == "ReFL")]
-    told = disclosures.coverage_section(plan, analyse(plan, frame.drop(pick[0])))[1]
-    assert told.startswith("- PickScore, ReFL: 123 of 124 scores; ")
-
-
 def test_the_warning_is_in_every_form_of_the_report(tmp_path):
     """Markdown, page and LaTeX say that one training seed speaks of its weights."""
     report.build(results(seeds=(0,)), tmp_path, ["md", "html", "tex"])

@@ -561,7 +561,7 @@ def test_votes_of_two_tabs_add_up(visit, small):
     assert two.evaluate("JSON.parse(localStorage.getItem(PLACE)).map((vote) => vote.after_result)") == [False, True]
 
 
-RESULTS = ".scroll[data-table='0'] >> "
+RESULTS = ".scroll[data-table='1'] >> "  # the headline table is the first
 
 
 def test_a_table_is_sorted_by_its_headings(visit, small):
@@ -571,7 +571,7 @@ def test_a_table_is_sorted_by_its_headings(visit, small):
     texts = web.locator(RESULTS + "tbody td:nth-child(3)").all_inner_texts()
     level = dict(zip(rows(), (float(text.split()[0]) for text in texts)))
     head = web.locator(RESULTS + "thead th").nth(2)
-    web.evaluate("document.querySelector('table').rows[2].cells[5].innerHTML = '—'")
+    web.evaluate("document.querySelectorAll('.scroll[data-table] table')[1].rows[2].cells[5].innerHTML = '—'")
     for direction in ("descending", "ascending"):
         head.locator("button").focus()
         web.keyboard.press("Enter")
@@ -590,9 +590,9 @@ def test_columns_are_hidden_and_shown(visit, small):
     """A wide table has a menu of its columns; what is hidden is said below it and kept; heads over several columns
     shrink with it; all come back."""
     web = visit("", path=small)
-    web.click(".menu summary >> nth=0")
-    web.uncheck(".menu >> nth=0 >> text=reward calls")
-    web.uncheck(".menu >> nth=0 >> text=decodes")
+    web.click(".menu summary >> nth=1")
+    web.uncheck(".menu >> nth=1 >> text=reward calls")
+    web.uncheck(".menu >> nth=1 >> text=decodes")
     web.keyboard.press("Escape")
     assert web.evaluate("document.activeElement.textContent") == "Columns (2 hidden)"
     web.reload()
@@ -601,8 +601,8 @@ def test_columns_are_hidden_and_shown(visit, small):
     assert web.locator(heads).count() == count - 2
     assert web.locator(RESULTS + "tbody tr >> nth=1 >> td:visible").count() == count - 3
     assert web.locator(".hidden-columns:visible").all_inner_texts() == ["Hidden columns: reward calls; decodes."]
-    web.click(".menu summary >> nth=0")
-    web.click(".menu >> nth=0 >> text=Show all")
+    web.click(".menu summary >> nth=1")
+    web.click(".menu >> nth=1 >> text=Show all")
     assert web.locator(heads).count() == count
     assert web.locator(".hidden-columns:visible").count() == 0
     found = web.evaluate(
@@ -664,19 +664,19 @@ def test_a_copied_table_keeps_its_cells(visit, small):
     web = visit("", path=small)
     web.context.grant_permissions(["clipboard-read", "clipboard-write"])
     pasted = "navigator.clipboard.readText()"
-    table = data_of(small.read_text())["tables"][0]
-    web.locator("[data-copy=csv]").first.click()
+    table = data_of(small.read_text())["tables"][1]
+    web.locator("[data-copy=csv]").nth(1).click()
     assert list(csv.reader(io.StringIO(web.evaluate(pasted)))) == table["cells"]
-    web.locator("[data-copy=latex]").first.click()
+    web.locator("[data-copy=latex]").nth(1).click()
     assert web.evaluate(pasted) == table["latex"]
     assert table["latex"].count(r"\\") == 4
-    web.locator("[data-copy=cells]").first.click()
+    web.locator("[data-copy=cells]").nth(1).click()
     assert [line.split("\t") for line in web.evaluate(pasted).split("\n")] == table["cells"]
     rich = "navigator.clipboard.read().then(async ([item]) => (await item.getType('text/html')).text())"
     assert web.evaluate(rich).count("<td") == len(table["cells"]) * len(table["cells"][0])
-    assert web.locator(".told").first.inner_text() == "Copied."
+    assert web.locator(".told").nth(1).inner_text() == "Copied."
     assert [len(row) for row in table["cells"]] == [1 + 4 * 3 + 7] * 4
-    web.evaluate("getSelection().selectAllChildren(document.querySelector('table tbody'))")
+    web.evaluate("getSelection().selectAllChildren(document.querySelectorAll('.scroll[data-table] tbody')[1])")
     web.keyboard.press("Control+c")
     lines = [line.split("\t") for line in web.evaluate(pasted).split("\n")]
     assert [len(line) for line in lines] == [1 + 4 * 3 + 7] * 3
@@ -732,7 +732,7 @@ def test_heads_stay_in_view_and_no_page_is_wider_than_its_window(visit, small):
     web = visit("", path=small, viewport={"width": 700, "height": 300})
     corner = web.evaluate(
         """() => {
-          const box = document.querySelector(".scroll"), [head] = box.querySelectorAll("th");
+          const box = document.querySelector(".scroll[data-table='1']"), [head] = box.querySelectorAll("th");
           box.scrollTo(60, 50);
           const [inner, outer] = [head, box].map((element) => element.getBoundingClientRect());
           return [box.scrollLeft, box.scrollTop, inner.left - outer.left, inner.top - outer.top];
@@ -755,7 +755,7 @@ def test_no_two_regions_share_a_name(small):
     assert len(labels) > 8
     assert len(set(labels)) == len(labels)
     one = Table([Column("a")], [[Cell(1.0)]])
-    _, _, _, named = page._chapters(["## A\n\n### B", one, one, "text", one, "### C", one], {})
+    _, _, _, named = page._chapters(["## A\n\n### B", one, one, "text", one, "### C", one], {}, {})
     assert [name for name, _ in named] == ["B", "B (2)", "B (3)", "C"]
 
 

@@ -260,7 +260,7 @@ def test_one_training_is_told(made):
     assert "**A: one training run: every interval and verdict speaks of the weights that were scored;" in text
     assert text.index("**A: one training run") < text.index("## Paired differences")
     assert "down (these weights)" in text
-    assert compare.tidy(results).csv().count("these weights") == len(results)
+    assert all(result.difference.of_weights for result in results)
     rows = pairs.find(made[0], "ReFL"), pairs.find(made[0], "made_up:base")
     whole = compare.page(made[0], *rows, *pairs.compare(made[0], *rows))
     assert "these weights" not in whole

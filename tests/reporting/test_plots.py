@@ -20,7 +20,7 @@ from alignbench.reporting.plots import draw, style
 from alignbench.store.manifest import write_manifest
 
 LABELS = ("Base", "ReFL", "LeapAlign")
-NAMES = ["overview", "forest", "training", "cost-hpsv2.1", "cost-pickscore", "cost-diversity", "cost-geneval"]
+NAMES = ["forest", "tradeoff", "training", "cost-hpsv2.1", "cost-pickscore", "cost-diversity", "cost-geneval"]
 NAMES += ["hacking", "signs", "scatter", "profiles"]
 
 
@@ -102,7 +102,7 @@ def test_without_milestones_the_end_is_drawn(tmp_path):
     """The figures of the end and the training reward; one seed has no band and still a profile."""
     results = made_up.made(tmp_path, seeds=(0,), prompts=8, milestones=False, labels=LABELS)
     names = [figure.name for figure in draw.figures(results, analyse(results.manifest, results.scores))]
-    assert names == ["overview", "forest", "training", "profiles"]
+    assert names == ["forest", "tradeoff", "training", "profiles"]
 
 
 def test_an_empty_store_draws_nothing(drawn, tmp_path):

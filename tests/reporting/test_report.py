@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,13 +18,13 @@ from support.report_tables import (
     costs,
     draw_images,
     manifest,
+    on_disk,
     page,
     results,
     row_of,
     scores,
     section,
     stored,
-    with_files,
     with_runs,
 )
 
@@ -33,12 +32,46 @@ from alignbench import cli
 from alignbench.reporting import disclosures, image_grid, report, tables
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.comparison import Measure, analyse
-from alignbench.reporting.analysis.results import COSTS, Results
+from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.text.table import Cell, Column, Table, escape, interval, number
 from alignbench.store import files
-from alignbench.store.manifest import UNTRAINED, Manifest, ManifestNote, write_manifest
+from alignbench.store.manifest import UNTRAINED, ManifestNote
 
 # ---------------------------------------------------------------------------------------------------------- the page
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [
+        (
+            {2, 3},
+            "ReFL: 0, 1; DRTune: 2, 3. Two trained rows are compared over the seeds that both have. These share none",
+        ),
+        ({1, 2}, "ReFL: 0, 1; DRTune: 1, 2. Two trained rows are compared over the seeds that both have."),
+        ({0, 1}, ""),
+    ],
+)
+def test_training_seeds_that_differ_are_said(seeds, said):
+    """The page has each row's seeds, and which rows are not compared at all because they share none."""
+    plan = manifest((0, 1, 2, 3), ("base", "ReFL", "DRTune"))
+    kept = {"ReFL": {0, 1}, "DRTune": seeds, "base": {UNTRAINED}}
+    plan = structs.replace(plan, runs=[run for run in plan.runs if run.seed in kept[run.label]])
+    text = page(stored(None, plan, scores(plan), costs(plan)))
+    assert ("**The training seeds differ**: " in text) == bool(said)
+    assert said in text
+    assert ("not even that it is small: ReFL and DRTune." in text) == (seeds == {2, 3})
+    assert "nan" not in text
+
+
+def test_an_unknown_role_is_neither_reward_nor_held_out():
+    """The page says of which scores it is unknown, and none of them is the primary measure."""
+    plan = manifest((0, 1), ("base", "ReFL"))
+    plan = with_runs(plan, lambda run: {"scores": [structs.replace(score, role="unknown") for score in run.scores]})
+    text = page(stored(None, plan, scores(plan), costs(plan)))
+    assert "[unknown]: it is not known whether a row was trained on this score" in text
+    assert analyse(plan, scores(plan)).primary is None
+    assert "[held-out]" not in section(text, "Paired change")
+    assert "nan" not in text
 
 
 def test_the_first_line_makes_the_report_again():
@@ -395,30 +428,6 @@ def test_a_report_is_made_twice_alike(tmp_path):
     draw_images(tmp_path, given.manifest)
     first = [path.read_bytes() for path in report.build(given, tmp_path / "a")]
     assert [path.read_bytes() for path in report.build(given, tmp_path / "b")] == first
-
-
-def on_disk(root: Path, given: Results) -> Manifest:
-    """Write a store with what ``given`` has, and return its manifest."""
-    plan, frame = with_files(given.manifest), given.scores
-    draw_images(root, plan)
-    for run in plan.runs:
-        mine = frame[(frame["run"] == run.id)]
-        for score in run.scores:
-            part = mine[mine["evaluator"] == score.evaluator]
-            wide = part.pivot(index=["prompt_id", "tag", "index"], columns="metric", values="score").reset_index()
-            files.write_frame(root / score.file, wide.assign(ok=True, error=""))
-        folder = root / "runs" / run.id
-        files.write_json(folder / "status.json", {"state": "done"})
-        if run.trained:
-            row = given.costs[given.costs["run"] == run.id].iloc[0]
-            record = {name: [row[name]] for name in COSTS} | {"update": [29], "reward_mean": [0.25]}
-            files.write_frame(folder / "train.parquet", pd.DataFrame(record))
-            files.write(folder / "weights.safetensors", b"")
-        origin = {"alignbench": "0.1.0", "revision": None, "python": "3.11.9", "packages": {"torch": "2.15"}}
-        origin |= {"machine": "Linux x86_64, 2 cores", "devices": [], "processes": 1, "threads": 1}
-        files.write_json(folder / "provenance.json", origin)
-    write_manifest(root / "sweeps" / "made_up-1.json", plan)
-    return plan
 
 
 def test_a_store_on_disk_is_read(tmp_path):

@@ -70,6 +70,23 @@ def test_a_row_of_fewer_prompts_says_how_many():
     assert "(51 prompts)" in section(page(given), "Paired change").split("### PickScore")[1].split("###")[0]
 
 
+def test_a_bold_leader_never_seems_to_be_the_only_one():
+    """If all rows gain alike, the leader is bold, and the others are marked as not separable from it."""
+    given = results()
+    frame = given.scores
+    keys = ["metric", "prompt_id", "index"]
+    level = frame[frame["label"] == "LeapAlign"].groupby(keys)["score"].mean().rename("level")
+    frame = frame.join(level, on=keys)
+    noise = np.random.default_rng(0).normal(size=len(frame)) * 1e-4
+    trained = frame["label"] != "base"
+    given.scores = frame.assign(score=frame["score"].where(~trained, frame["level"] + noise)).drop(columns="level")
+    analysis, table = analysis_of(given), section(page(given), "Results")
+    hps = analysis.measures[0]
+    assert analysis.bold(hps)
+    assert len(analysis.rankings[hps].top) == 5
+    assert sum("(top)" in row_of(table, label).split("|")[2] for label in LABELS) == 5
+
+
 # -------------------------------------------------------------------------------------------------------------- costs
 
 
@@ -88,6 +105,17 @@ def test_costs_are_relative_to_the_cheapest_trained_row():
     assert multiples == {"ReFL": 4, "DRaFT-LV": 2, "DRTune": 1, "LeapAlign": 2, "DanceGRPO": 2}
     table, _ = tables.costs_table(frame)
     assert [row[0].value for row in table.rows] == list(LABELS[1:])
+
+
+def test_a_disturbed_run_does_not_set_the_time():
+    """One of three runs took ten times as long: the row's time is the median, and the note names the row."""
+    plan = manifest(seeds=(0, 1, 2))
+    frame = spent(costs(plan), device="NVIDIA H200", processes=1)
+    frame.loc[frame["run"] == "DRTune-1", "seconds"] = 410.0
+    assert tables.cost_multiples(frame)["DRTune"] == 1
+    assert tables.spending(frame).uneven == ["DRTune"]
+    assert "The times per image of the runs of DRTune differ" in tables.costs_note(analyse(plan, scores(plan)), frame)
+    assert tables.spending(costs(plan)).uneven == []
 
 
 @pytest.mark.parametrize(

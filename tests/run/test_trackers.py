@@ -10,7 +10,7 @@ from support.tiny_sweep import alignbench, debug_sweep, sweep_file
 
 from alignbench.config import UserError
 from alignbench.run import trackers
-from alignbench.run.trackers import Trackers, flatten
+from alignbench.run.trackers import Trackers
 
 CONFIG = {"method": {"name": "last", "steps": 2}, "training": {"betas": [0.9, 0.99], "clip": None}}
 
@@ -92,8 +92,8 @@ def test_a_tracker_that_is_unknown_or_missing_stops_everything_before_it_starts(
     assert not (tmp_path / "store").exists()
 
 
-def test_settings_are_flat_for_every_tracker():
+def test_settings_are_flat_for_every_tracker(tmp_path):
     """Nested names are joined, and values other than numbers, booleans and text become text."""
-    found = dict(flatten(CONFIG))
+    found = Trackers([], tmp_path, "run", "title", CONFIG, print).config
     assert found["method.name"] == "last"
     assert (found["training.betas"], found["training.clip"]) == ("[0.9, 0.99]", "None")

@@ -154,6 +154,23 @@ def test_a_damaged_manifest_gives_one_line_with_its_path(tmp_path, content):
     assert "\n" not in str(raised.value)
 
 
+def test_two_runs_of_one_name_are_refused(tmp_path):
+    """Neither's scores silently replace the other's; the error names the run."""
+    twice = [RUN, RUN | {"id": "last-2", "images": "j"}, RUN | {"id": "last-3", "seed": 1}]
+    (tmp_path / "s.json").write_text(json.dumps({"name": "s", "runs": twice}))
+    with pytest.raises(UserError, match=r"s\.json: two runs are called 'Last, seed 0'; give each row its own label"):
+        read_manifest(tmp_path / "s.json")
+
+
+def test_a_role_that_does_not_exist_is_unknown(tmp_path):
+    """Its scores stay in the report, but count neither as held out nor as the training reward."""
+    scores = [
+        {"evaluator": "e", "version": "1", "file": "f", "metrics": [], "role": role} for role in ("test", "train")
+    ]
+    (tmp_path / "s.json").write_text(json.dumps({"name": "s", "runs": [RUN | {"scores": scores}]}))
+    assert [score.role for score in read_manifest(tmp_path / "s.json").runs[0].scores] == ["unknown", "train"]
+
+
 def test_a_damaged_manifest_stops_only_the_verbs_that_need_it(copy, capsys):
     """`status` and `report` of that sweep, and verbs that search all sweeps, print the error; the list of sweeps does
     too, and goes on with the others."""

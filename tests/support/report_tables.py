@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pandas as pd
@@ -10,8 +12,9 @@ from PIL import Image, ImageDraw
 
 from alignbench.reporting import report
 from alignbench.reporting.analysis.comparison import analyse
-from alignbench.reporting.analysis.results import Results
-from alignbench.store.manifest import UNTRAINED, Manifest
+from alignbench.reporting.analysis.results import COSTS, Results
+from alignbench.store import files
+from alignbench.store.manifest import UNTRAINED, Manifest, write_manifest
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 LABELS = ("base", "ReFL", "DRaFT-LV", "DRTune", "LeapAlign", "DanceGRPO")
@@ -146,3 +149,27 @@ def with_files(plan, file="scores/{images}/{evaluator}.parquet"):
         return structs.replace(score, **own)
 
     return with_runs(plan, lambda run: {"scores": [filed(run, score) for score in run.scores]})
+
+
+def on_disk(root: Path, given: Results) -> Manifest:
+    """Write a store with what ``given`` has, and return its manifest."""
+    plan, frame = with_files(given.manifest), given.scores
+    draw_images(root, plan, frame["prompt_id"].nunique())
+    for run in plan.runs:
+        mine = frame[(frame["run"] == run.id)]
+        for score in run.scores:
+            part = mine[mine["evaluator"] == score.evaluator]
+            wide = part.pivot(index=["prompt_id", "tag", "index"], columns="metric", values="score").reset_index()
+            files.write_frame(root / score.file, wide.assign(ok=True, error=""))
+        folder = root / "runs" / run.id
+        files.write_json(folder / "status.json", {"state": "done"})
+        if run.trained:
+            row = given.costs[given.costs["run"] == run.id].iloc[0]
+            record = {name: [row[name]] for name in COSTS} | {"update": [29], "reward_mean": [0.25]}
+            files.write_frame(folder / "train.parquet", pd.DataFrame(record))
+            files.write(folder / "weights.safetensors", b"")
+        origin = {"alignbench": "0.1.0", "revision": None, "python": "3.11.9", "packages": {"torch": "2.15"}}
+        origin |= {"machine": "Linux x86_64, 2 cores", "devices": [], "processes": 1, "threads": 1}
+        files.write_json(folder / "provenance.json", origin)
+    write_manifest(root / "sweeps" / f"{plan.name}-1.json", plan)
+    return plan

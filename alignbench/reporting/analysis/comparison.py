@@ -18,10 +18,9 @@ from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.ranking import Ranking, rank
 from alignbench.reporting.analysis.run_spread import RunSpread
 from alignbench.reporting.analysis.stats import MeanEstimate
-from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun, ManifestScore
+from alignbench.store.manifest import ROLES, UNTRAINED, Manifest, ManifestRun, ManifestScore
 
 ALPHA = 0.05
-ROLES = ("train", "held-out", "check", "unknown")  # in the order of the table's columns; unknown: imported rows
 
 
 class Measure(NamedTuple):
@@ -43,7 +42,6 @@ class Scores(NamedTuple):
     prompts: NDArray  # (P,) ids, sorted
     tags: NDArray  # (P,) tasks
     values: dict[str, stats.Array]
-    images: NDArray | None = None  # (P,) number of a prompt's images that some row has, scored or not
 
 
 class Comparison(NamedTuple):
@@ -282,14 +280,23 @@ class Analysis:
 
     def seed_changes(self, measure: Measure, label: str) -> dict[int, float]:
         """Return training seed -> paired change against base with this seed, over the prompts of ``changes``."""
-        data = self.scores[measure]
-        grid = stats.prompt_means(data.values[label] - data.values[self.base or ""])
+        values = self.scores[measure].values
+        return self._by_seed(measure, label, values[label] - values[self.base or ""])
+
+    def seed_means(self, measure: Measure, label: str) -> dict[int, float]:
+        """Return training seed -> mean of this training run, over the prompts of ``means``."""
+        return self._by_seed(measure, label, self.scores[measure].values[label])
+
+    def _by_seed(self, measure: Measure, label: str, values: stats.Array) -> dict[int, float]:
+        """Return training seed -> mean of ``values``; empty where their mean over seeds is unknown."""
+        grid = stats.prompt_means(values)
         seeds = ~np.isnan(grid).all(0)
         whole = ~np.isnan(grid[:, seeds]).any(1) & seeds.any()
-        numbers = np.array(self._axis(label))[seeds]
-        tasks = data.tags[whole] if measure.by_task else np.zeros(whole.sum())
-        by_task = [grid[whole][tasks == task][:, seeds].mean(0) for task in np.unique(tasks)]
-        return dict(zip(numbers.tolist(), np.mean(by_task, axis=0).tolist())) if by_task else {}
+        tags = self.scores[measure].tags if measure.by_task else np.zeros(len(grid))
+        if not whole.any() or {*tags[whole]} != {*tags}:  # as for the mean: not one over fewer tasks
+            return {}
+        by_task = [grid[whole & (tags == task)][:, seeds].mean(0) for task in np.unique(tags)]
+        return dict(zip(np.array(self._axis(label))[seeds].tolist(), np.mean(by_task, axis=0).tolist()))
 
     def _axis(self, label: str) -> list[int]:
         """Return the training seeds of the last axis of the row's scores."""
@@ -304,9 +311,9 @@ class Analysis:
         sizes = [stats.detectable(found.se, found.df, ALPHA / len(estimates)) for found in estimates]
         return float(np.median(sizes)) if sizes else np.nan
 
-    def coverage(self, measure: Measure, label: str, images: int) -> tuple[int, int]:
-        """Return (valid scores, expected scores) for runs of ``images`` images each."""
-        return int((~np.isnan(self.scores[measure].values[label])).sum()), images * len(self.seeds[label])
+    def scored(self, measure: Measure, label: str) -> int:
+        """Return the number of the row's images that have a valid score."""
+        return int((~np.isnan(self.scores[measure].values[label])).sum())
 
 
 def better(comparison: Comparison, measure: Measure) -> bool:
@@ -367,11 +374,10 @@ def _measures(manifest: Manifest) -> list[Measure]:
     for score in (score for run in manifest.runs for score in run.scores):
         settings = score.settings or {"world": manifest.world}  # an early version did not record them
         world = "shapes" if "shapes" in settings.values() else ""
-        role = score.role if score.role in ROLES else "unknown"
         for metric in score.metrics:
-            about = {"role": role, "version": score.version, "world": world, **structs.asdict(metric)}
+            about = {"role": score.role, "version": score.version, "world": world, **structs.asdict(metric)}
             known = measures.setdefault((score.evaluator, metric.name), Measure(score.evaluator, **about))
-            least = min(known.role, role, key=("train", "unknown", "check", "held-out").index)
+            least = min(known.role, score.role, key=("train", "unknown", "check", "held-out").index)
             both = known._replace(role=least, world=known.world or world)  # one scorer of a world marks the column
             measures[score.evaluator, metric.name] = both
     return sorted(measures.values(), key=lambda measure: (ROLES.index(measure.role), names.place(measure.name)))
@@ -456,6 +462,4 @@ def _cube(
         own = own[np.isin(seed[own], axis)]
         cube[row[own], image[own], np.searchsorted(axis, seed[own])] = score[own]
         values[name] = cube
-    drawn = np.zeros((len(used), len(images)), bool)
-    drawn[row, image] = True
-    return Scores(known[used] if len(used) else np.array([], object), tags.astype(str), values, drawn.sum(1))
+    return Scores(known[used] if len(used) else np.array([], object), tags.astype(str), values)

@@ -22,6 +22,7 @@ from alignbench.store import artefacts
 from alignbench.store.files import read_frame
 from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun, ManifestScore, read_manifest
 
+Analysed = tuple[Analysis, pd.DataFrame]  # and the scores that were analysed
 TOP = 5  # prompts per metric
 UNKNOWN = "unknown"
 
@@ -58,6 +59,55 @@ class Result(NamedTuple):
     higher: float
     pairs: pd.DataFrame  # as from ``_pairs``
 
+    @property
+    def difference(self) -> Difference:
+        """The same in plain numbers."""
+        measure, estimate = self.measure, self.change.estimate
+        about = (measure.name, measure.evaluator, measure.role, measure.unit)
+        (a, a_lo, a_hi, *_), (b, b_lo, b_hi, *_) = self.means
+        return Difference(
+            *about,
+            *(a, a_lo, a_hi, b, b_lo, b_hi),
+            *(estimate.mean, estimate.lo, estimate.hi, estimate.se, estimate.df, estimate.p),
+            *(estimate.prompts, estimate.seeds, estimate.dropped),
+            p_holm=float(self.change.p_holm),
+            verdict=self.change.verdict,
+            a_higher=self.higher,
+            of_weights=self.change.weights,
+        )
+
+
+class Difference(NamedTuple):
+    """A result in plain numbers: both means and their paired difference a - b, each with its 95 % interval.
+
+    ``p_holm``: corrected over the metrics compared with it. ``of_weights``: it speaks of the very weights that were
+    scored, not of what another training run would give.
+    """
+
+    metric: str
+    evaluator: str
+    role: str
+    unit: str
+    a: float
+    a_lo: float
+    a_hi: float
+    b: float
+    b_lo: float
+    b_hi: float
+    difference: float
+    lo: float
+    hi: float
+    se: float
+    df: float
+    p: float
+    prompts: int
+    seeds: int
+    dropped: int  # prompts left out
+    p_holm: float
+    verdict: str
+    a_higher: float  # share of prompts on which a's mean is higher
+    of_weights: bool
+
 
 class Disagreement(NamedTuple):
     """A prompt on which the two differ: means over its images, and the pair of images that differs most."""
@@ -77,10 +127,10 @@ def find(root: artefacts.Store, word: str) -> Side:
     if not manifests:
         raise UserError(f"{root.root}: contains no sweep, run or imported; name another --store")
     named, colon, label = word.partition(":")
-    if colon and (sweeps := _sweeps(manifests, named)):
+    if colon and (sweeps := matching(manifests, named)):
         if len(sweeps) > 1:
             raise UserError(f"{word}: '{named}' matches several sweeps: {', '.join(sweeps)}; give the full name of one")
-        return _row(sweeps[0], manifests[sweeps[0]], label, word)
+        return row(sweeps[0], manifests[sweeps[0]], label, word)
     ids = {run.id: name for name, manifest in reversed(manifests.items()) for run in manifest.runs}  # the latest wins
     if word in ids:
         return _run(manifests, ids[word], word)
@@ -90,7 +140,7 @@ def find(root: artefacts.Store, word: str) -> Side:
             f"{word}: is a row of several sweeps; name one: {', '.join(f'{name}:{word}' for name in sweeps)}"
         )
     if sweeps:
-        return _row(sweeps[0], manifests[sweeps[0]], word, word)
+        return row(sweeps[0], manifests[sweeps[0]], word, word)
     chosen = sorted(id for id in ids if word and id.startswith(word))
     if len(chosen) > 1:
         raise UserError(f"{word}: matches several runs: {', '.join(chosen)}; name one")
@@ -103,13 +153,14 @@ def find(root: artefacts.Store, word: str) -> Side:
     raise UserError(f"{word}: there is no such row or run{did_you_mean(word, labels, 'rows')}")
 
 
-def _sweeps(manifests: dict[str, Manifest], name: str) -> list[str]:
+def matching(manifests: dict[str, Manifest], name: str) -> list[str]:
     """Return the manifests whose file name is ``name``; else whose sweep has that name; else that begin with it."""
     by_name = [stem for stem, manifest in manifests.items() if manifest.name == name]
     return [name] if name in manifests else by_name or [stem for stem in manifests if name and stem.startswith(name)]
 
 
-def _row(sweep: str, manifest: Manifest, label: str, word: str) -> Side:
+def row(sweep: str, manifest: Manifest, label: str, word: str) -> Side:
+    """Return a row with all its runs. UserError, which begins with ``word``, if the sweep does not have it."""
     if label not in manifest.rows:
         raise UserError(f"{word}: {sweep} has no row '{label}'{did_you_mean(label, manifest.cases, 'rows')}")
     return Side(sweep, manifest, manifest.rows[label], True)
@@ -124,10 +175,13 @@ def _run(manifests: dict[str, Manifest], sweep: str, id: str) -> Side:
     return Side(sweep, manifests[sweep], [next(run for name, run in places if name == sweep)], False)
 
 
-def compare(root: artefacts.Store, a: Side, b: Side, only: Sequence[str] = ()) -> tuple[list[Result], list[str]]:
+def compare(
+    root: artefacts.Store, a: Side, b: Side, only: Sequence[str] = (), known: Analysed | None = None
+) -> tuple[list[Result], list[str]]:
     """Compare the two on every measure they share; return results and remarks on the measures left out.
 
-    ``only``: metrics or evaluators to compare on. UserError if there is nothing to compare.
+    ``only``: metrics or evaluators to compare on. ``known``: the analysis and the scores of A's sweep, if they are at
+    hand. UserError if there is nothing to compare.
     """
     if a.runs == b.runs:
         raise UserError(f"{a.title}: cannot be compared with itself; name two")
@@ -137,15 +191,14 @@ def compare(root: artefacts.Store, a: Side, b: Side, only: Sequence[str] = ()) -
     remarks += [f"{name}: scored for B only" for name in judges[1] if name not in judges[0]]
     other = [name for name in both if judges[0][name] != judges[1][name]]
     remarks += [f"{name}: scored with different settings, weights or versions; not compared" for name in other]
-    analysis, frame, labels = _analysed(root, a, b)
+    analysis, frame, labels = _analysed(root, a, b, known)
     measures = [measure for measure in analysis.measures if measure.evaluator in set(both) - set(other)]
     if not measures:
         raise UserError(f"{a.title} and {b.title} have no score in common ({'; '.join(remarks) or 'none has any'})")
     measures = _chosen(measures, only)
     estimates = [analysis.compare(measure, [labels])[0].estimate for measure in measures]
-    weights = analysis.of_weights(*labels)
     holm = stats.holm([estimate.p for estimate in estimates])
-    changes = [Comparison(estimate, p, weights=weights) for estimate, p in zip(estimates, holm)]
+    changes = [Comparison(found, p, weights=analysis.of_weights(*labels)) for found, p in zip(estimates, holm)]
     return [_result(analysis, frame, measure, change, labels) for measure, change in zip(measures, changes)], remarks
 
 
@@ -166,15 +219,19 @@ def _chosen(measures: Sequence[Measure], only: Sequence[str]) -> list[Measure]:
     return [m for m in measures if not only or m.name in only or m.evaluator in only]
 
 
-def _analysed(root: artefacts.Store, a: Side, b: Side) -> tuple[Analysis, pd.DataFrame, tuple[str, str]]:
+def _analysed(
+    root: artefacts.Store, a: Side, b: Side, known: Analysed | None
+) -> tuple[Analysis, pd.DataFrame, tuple[str, str]]:
     """Return the analysis, all scores, and the labels of the two in them.
 
     Two rows of one sweep get the analysis of the whole sweep, which pools the spread between training runs as its
     report does; any others get one of the two alone. A single run stands for itself, not for runs with any seed.
     """
     if a.sweep == b.sweep and a.whole and b.whole:
-        frame = Results(root.root, a.manifest, sweep=a.sweep).scores
-        return analyse(a.manifest, frame), frame, (a.label, b.label)
+        if known is None:
+            frame = Results(root.root, a.manifest, sweep=a.sweep).scores
+            known = analyse(a.manifest, frame), frame
+        return *known, (a.label, b.label)
     runs = [
         structs.replace(run, label=label, **({} if side.whole else {"seed": UNTRAINED, "published": not run.is_base}))
         for label, side in zip("AB", (a, b))

@@ -30,6 +30,7 @@ def rank(means: Mapping[str, float], wins: Sequence[tuple[str, str]], prompts: i
     ``wins``: pairs (a, b) of which a is shown to be better. ``used``: number of prompts that a row's own mean rests on.
     """
     order = sorted(means, key=lambda label: -means[label])
+    wins = [pair for pair in wins if means.keys() >= {*pair}]  # without a common prompt there is no order at all
     won = {label: {b for a, b in wins if a == label} for label in order}
     lost = {label: {a for a, b in wins if b == label} for label in order}
     leader = order[0] if order and not lost[order[0]] else None

@@ -71,11 +71,15 @@ def build(
     """Write ``<name>.html`` into ``out`` and return its path.
 
     ``sections``: the report's text and tables; ``images``: file name -> image, for the images that the text shows;
+    ``figures``: those that the text does not show as ``<name>-<figure>.png`` have a chapter of their own;
     ``hacked``: method -> the measures that fell while its training reward rose.
     """
-    title, lead, chapters, regions = _chapters(sections, images or {})
+    files_of = {f"{results.manifest.name}-{figure.name}.png": figure for figure in figures}
+    shows = [section for section in sections if isinstance(section, str)]
+    placed = {file: figure for file, figure in files_of.items() if any(f"]({file})" in text for text in shows)}
+    title, lead, chapters, regions = _chapters(sections, images or {}, placed)
     after = next((i + 1 for i, (name, _) in enumerate(chapters) if name.startswith("Results")), len(chapters))
-    chapters[after:after] = _panel(analysis, hacked) + _plots(figures)
+    chapters[after:after] = _panel(analysis, hacked) + _plots([f for f in figures if f not in placed.values()])
     shown = gallery.collect(results, analysis)
     layers, side = gallery.thumbnails(shown)
     data = _data(results, analysis, shown, list(layers), out)
@@ -113,13 +117,17 @@ def _policy(script: str) -> str:
 
 
 def _chapters(
-    sections: Sequence[str | Table], images: Mapping[str, Image.Image]
+    sections: Sequence[str | Table], images: Mapping[str, Image.Image], placed: Mapping[str, Figure]
 ) -> tuple[str, str, list[tuple[str, str]], list[tuple[str, Table]]]:
     """Return (title, text before the first heading, [(heading, body of its chapter)], [(name, table)]), all HTML.
 
     A table is named by the last heading before it, and numbered if that is not the only one.
     """
     title, lead, near = "", "", ""
+
+    def image(words: str, file: str) -> str:
+        return _framed(placed[file]) if file in placed else _image(words, images[file])
+
     chapters: list[tuple[str, str]] = []
     named: list[tuple[str, Table]] = []
     for section in sections:
@@ -129,7 +137,7 @@ def _chapters(
             body = _scrolling(section.html(name), name, len(named))
             named.append((name, section))
         else:
-            body = markdown.blocks(section, lambda words, file: _image(words, images[file]))
+            body = markdown.blocks(section, image)
             near = _plain(next(reversed(re.findall(r"<h[1-6]>(.*?)</h[1-6]>", body, re.DOTALL)), near))
         for element in re.split(r"(?=<h2>)", body):
             heading = re.match(r"<h([12])>(.*?)</h\1>\n?", element, re.DOTALL)
@@ -247,12 +255,17 @@ def _verdict(analysis: Analysis, measure: Measure, label: str) -> str:
     return f'<td class="{kind}"><span aria-hidden="true">{sign}</span> {change.verdict}</td>'
 
 
+def _framed(figure: Figure, below: str = "") -> str:
+    """Return the figure, with ``below`` it a caption."""
+    drawn = f'<div role="img" aria-label="{markdown.text(figure.caption)}">{own_ids(figure.svg, figure.name)}</div>'
+    return f'<figure class="plot">{drawn}\n{below}</figure>\n'
+
+
 def _plots(figures: Sequence[Figure]) -> list[tuple[str, str]]:
     parts = []
     for figure in figures:
-        caption = markdown.text(figure.caption)
-        head = f'<h3>{markdown.text(figure.title)}</h3>\n<figure class="plot"><div role="img" aria-label="{caption}">'
-        parts.append(f"{head}{own_ids(figure.svg, figure.name)}</div>\n<figcaption>{caption}</figcaption></figure>\n")
+        caption = f"<figcaption>{markdown.text(figure.caption)}</figcaption>"
+        parts.append(f"<h3>{markdown.text(figure.title)}</h3>\n{_framed(figure, caption)}")
     return [("Plots", "".join(parts))] if parts else []
 
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from alignbench.reporting.analysis import learning_curves
 from alignbench.reporting.analysis.results import Results
-from alignbench.reporting.plots.scores import draw_forest, draw_overview, draw_profiles
+from alignbench.reporting.analysis.swept import swept
+from alignbench.reporting.headline import rows_in_order
+from alignbench.reporting.plots.scores import draw_forest, draw_profiles, draw_swept, draw_tradeoff
 from alignbench.reporting.plots.style import Figure
 from alignbench.reporting.plots.training import draw_costs, draw_hacking, draw_scatter, draw_signs, draw_training
 
@@ -28,8 +30,9 @@ def figures(results: Results, analysis: Analysis) -> list[Figure]:
     manifest = results.manifest
     stamp = "REHEARSAL" if manifest.rehearsal else "SUBSET" if manifest.subset else ""  # required on every figure
     makers: list[Callable[[], Figure | None]] = [
-        lambda: draw_overview(analysis, stamp),
-        lambda: draw_forest(analysis, stamp),
+        lambda: draw_forest(analysis, rows_in_order(analysis, manifest), stamp),
+        lambda: draw_tradeoff(analysis, results.costs, stamp),
+        *(partial(draw_swept, axis, analysis, stamp) for axis in swept(manifest)),
         lambda: draw_training(records, analysis, stamp),
         *(partial(draw_costs, curves, measure, analysis, stamp) for measure in learning_curves.directed(analysis)),
         lambda: draw_hacking(curves, analysis, stamp),

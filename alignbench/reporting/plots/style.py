@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from alignbench.reporting.names import measure_name
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 1, 1, 1, 1, 1)))
+PANEL = 22  # characters over a panel of half that width
 WIDTH = 3.3  # inches: a column of a two-column paper
 DPI = 200
 GROUND, INK, GRID = "#FFFFFF", "#222222", "#DDDDDD"
@@ -123,41 +126,97 @@ def method_style(label: str, analysis: Analysis, **more: Any) -> dict[str, Any]:
 
 
 def draw_legend(
-    canvas: Canvas, labels: Sequence[str], analysis: Analysis, extra: Sequence[Any] = (), **more: Any
+    canvas: Canvas, labels: Sequence[str], analysis: Analysis, names: Sequence[str] = (), **more: Any
 ) -> None:
-    """Draw one legend for the whole figure, below it."""
+    """Draw one legend for the whole figure, below it. ``names``: what to call the labels, if otherwise."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], **method_style(label, analysis, **more)) for label in labels] + list(extra)
-    longest = max((len(str(handle.get_label())) for handle in handles), default=1)
-    columns = max(1, min(len(handles), int(52 / (longest + 7))))
+    looks = [method_style(label, analysis, **more) for label in labels]
+    handles = [Line2D([], [], **look | {"label": name}) for look, name in zip(looks, names or labels)]
+    columns = _columns([str(handle.get_label()) for handle in handles])
     canvas.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.6)
 
 
 def legend_height(labels: Sequence[str]) -> float:
     """Return the height in inches of ``draw_legend``'s legend."""
-    columns = max(1, int(52 / (max(map(len, labels), default=1) + 7)))
-    return 0.13 * -(-len(labels) // columns) + 0.05
+    return 0.13 * -(-len(labels) // _columns(labels)) + 0.05
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Return the largest number of columns in which the labels fit, filled one column after the other."""
+    for columns in range(len(labels), 1, -1):
+        parts = np.array_split([len(label) + 7 for label in labels], columns)
+        if sum(max(part) for part in parts) <= 56:
+            return columns
+    return 1
+
+
+def label_rows(panels: Sequence[Axes], text: str) -> None:
+    """Write the y label at the first panel of each row: one for the whole figure would slip towards its legend."""
+    for axes in panels:
+        spec = axes.get_subplotspec()
+        if spec is not None and spec.is_first_col():
+            axes.set_ylabel(text)
+
+
+def short(value: float, _: int = 0) -> str:
+    """Return 12k for 12,000, as the text of a tick."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
 
 
 def shorten_ticks(axis: Any, count: int = 4) -> None:
     """Draw few ticks, and write 12k for 12,000."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    def short(value: float, _: int) -> str:
-        for unit, size in (("M", 1e6), ("k", 1e3)):
-            if abs(value) >= size:
-                return f"{value / size:g}{unit}"
-        return f"{value:g}"
-
     axis.set_major_locator(MaxNLocator(count))
     axis.set_major_formatter(FuncFormatter(short))
 
 
-def measure_title(measure: Measure) -> str:
-    """Return the measure's name with its arrow and role."""
-    arrow = {True: " \u2191", False: " \u2193", None: ""}[measure.higher_is_better]
-    return f"{measure.name}{arrow} [{measure.role}]"
+def set_scale(axes: Axes, values: Sequence[float], ratio: float = 5.0) -> None:
+    """Make the x axis logarithmic if positive ``values`` span more than ``ratio``, with few and short tick labels."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if min(values) <= 0 or max(values) <= ratio * min(values):
+        shorten_ticks(axes.xaxis)
+        return
+    axes.set_xscale("log")
+    steps = (1.0, 2.0, 5.0) if max(values) < 200 * min(values) else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def mark_values(axes: Axes, values: Sequence[float]) -> None:
+    """Put ticks at these increasing ``values`` and name those that have room; a log axis if they are spaced so."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+    gaps, ratios = np.diff(values), np.diff(np.log(values)) if values[0] > 0 else np.zeros(1)
+    logarithmic = len(values) > 2 and ratios.min() > 0 and np.ptp(ratios) / ratios.max() < np.ptp(gaps) / gaps.max()
+    if logarithmic:
+        axes.set_xscale("log")
+    places = np.log(values) if logarithmic else np.asarray(values)
+    shown: list[int] = []
+    for i, place in enumerate(places):
+        if not shown or place - places[shown[-1]] > 0.18 * (places[-1] - places[0]):
+            shown.append(i)
+    axes.xaxis.set_major_locator(FixedLocator(list(values)))
+    axes.xaxis.set_major_formatter(FixedFormatter([short(v) if i in shown else "" for i, v in enumerate(values)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def primary_first(analysis: Analysis) -> list[Measure]:
+    """Return all measures, the primary one first."""
+    return sorted(analysis.measures, key=lambda measure: measure != analysis.primary)
+
+
+def measure_title(measure: Measure, width: int = 1000) -> str:
+    """Return the measure's name with its arrow and role; these on a second line if all is longer than ``width``."""
+    arrow = {True: "\u2191 ", False: "\u2193 ", None: ""}[measure.higher_is_better]
+    name, about = measure_name(measure), f"{arrow}[{measure.role}]"
+    return f"{name} {about}" if len(name) + 1 + len(about) <= width else f"{name}\n{about}"
 
 
 def finite(value: float) -> float:

@@ -14,16 +14,18 @@ import pandas as pd
 from alignbench.reporting.analysis import learning_curves
 from alignbench.reporting.analysis.learning_curves import AXES, Divergence, LearningCurve
 from alignbench.reporting.analysis.stats import curve_draws
+from alignbench.reporting.names import measure_name
+from alignbench.reporting.plots.labels import lines_height, many, name_lines
 from alignbench.reporting.plots.style import (
     INK,
     LINES,
     MARKERS,
+    PANEL,
     Figure,
     colour,
-    draw_legend,
     finish,
     finite,
-    legend_height,
+    label_rows,
     make_panels,
     measure_title,
     method_style,
@@ -45,8 +47,9 @@ def draw_training(records: pd.DataFrame, analysis: Analysis, stamp: str) -> Figu
     labels = [label for label in analysis.trained if label in known]
     if not labels or "reward_mean" not in records:
         return None
-    with new_canvas(2.75 + legend_height(labels), stamp) as canvas:
-        for axes, (axis, name) in zip(make_panels(canvas, len(AXES), sharey=True), AXES.items()):
+    with new_canvas(lines_height(len(AXES), labels, 1.28), stamp) as canvas:
+        panels = make_panels(canvas, len(AXES), columns=1 if many(labels) else 2, sharey=True)
+        for axes, (axis, name) in zip(panels, AXES.items()):
             for label in labels:
                 costs, rewards = _smoothed(records[records["label"] == label], axis)
                 axes.plot(costs, rewards, **method_style(label, analysis, markevery=max(1, len(costs) // 5)))
@@ -54,8 +57,8 @@ def draw_training(records: pd.DataFrame, analysis: Analysis, stamp: str) -> Figu
             axes.set_xlim(left=0)
             shorten_ticks(axes.xaxis)
             shorten_ticks(axes.yaxis)
-        canvas.supylabel("training reward", fontsize=6.5)
-        draw_legend(canvas, labels, analysis)
+        label_rows(panels, "training reward")
+        name_lines(canvas, panels, labels, analysis)
         ends = [f"{label} {_last(records[records['label'] == label]):.4g}" for label in labels]
         caption = (
             "Training reward on the images that each method generated during training, against updates, images, "
@@ -83,8 +86,9 @@ def draw_costs(curves: Sequence[LearningCurve], measure: Measure, analysis: Anal
     labels = [curve.label for curve in curves]
     means = {curve.label: _interval(curve, measure) for curve in curves}
     start = means[labels[-1]][0][0]  # base's mean
-    with new_canvas(2.75 + legend_height(labels), stamp) as canvas:
-        for axes, (axis, name) in zip(make_panels(canvas, len(AXES), sharey=True), AXES.items()):
+    with new_canvas(lines_height(len(AXES), labels, 1.28), stamp) as canvas:
+        panels = make_panels(canvas, len(AXES), columns=1 if many(labels) else 2, sharey=True)
+        for axes, (axis, name) in zip(panels, AXES.items()):
             for curve in curves:
                 mean, lo, hi = means[curve.label]
                 shade = colour(curve.label, analysis.labels)
@@ -95,17 +99,17 @@ def draw_costs(curves: Sequence[LearningCurve], measure: Measure, analysis: Anal
             axes.set_xlim(left=0)
             shorten_ticks(axes.xaxis)
             shorten_ticks(axes.yaxis)
-        canvas.supylabel(measure_title(measure), fontsize=6.5)
-        draw_legend(canvas, labels, analysis)
+        label_rows(panels, measure_title(measure))
+        name_lines(canvas, panels, labels, analysis)
         digits = DECIMALS.get(measure.unit, 3)
         ends = [f"{label} {mean[-1]:.{digits}f}" for label, (mean, _, _) in means.items()]
         caption = (
-            f"{measure.name} [{measure.role}] at every milestone, against updates, images, network evaluations (NFE) "
-            f"and GPU-seconds, with 95 % intervals of the paired change against {analysis.base} (line at "
-            f"{start:.{digits}f}). At the end: {', '.join(ends)}."
+            f"{measure_name(measure)} [{measure.role}] at every milestone, against updates, images, network "
+            f"evaluations (NFE) and GPU-seconds, with 95 % intervals of the paired change against {analysis.base} "
+            f"(line at {start:.{digits}f}). At the end: {', '.join(ends)}."
         )
         safe = re.sub(r"[^\w.-]", "_", measure.name)
-        return finish(canvas, f"cost-{safe}", f"{measure.name} against cost", caption)
+        return finish(canvas, f"cost-{safe}", f"{measure_name(measure)} against cost", caption)
 
 
 def _interval(curve: LearningCurve, measure: Measure) -> tuple[Any, Any, Any]:
@@ -132,7 +136,8 @@ def draw_hacking(curves: Sequence[LearningCurve], analysis: Analysis, stamp: str
     from matplotlib.lines import Line2D
 
     with new_canvas(-(-len(curves) // 2) * 1.15 + 0.25 + 0.12 * -(-(len(measures) + 1) // 2), stamp) as canvas:
-        for axes, curve in zip(make_panels(canvas, len(curves), "updates", sharex=True, sharey=True), curves):
+        panels = make_panels(canvas, len(curves), "updates", sharex=True, sharey=True)
+        for axes, curve in zip(panels, curves):
             shade = colour(curve.label, analysis.labels)
             for measure in measures:
                 gains = curve.gains(measure)[0] / scale[measure]
@@ -145,16 +150,16 @@ def draw_hacking(curves: Sequence[LearningCurve], analysis: Analysis, stamp: str
             axes.axhline(0, color=INK, linewidth=0.5, zorder=0)
             axes.set_title(curve.label, color=INK)
             shorten_ticks(axes.xaxis)
-        canvas.supylabel(f"scaled gain over {analysis.base}", fontsize=6.5)
+        label_rows(panels, "scaled gain")
         handles = [
             Line2D([], [], color=INK, linestyle=styles.get(m, ("-", ""))[0], marker=styles.get(m, ("-", ""))[1],
-                   linewidth=1.8 if m.role == "train" else 0.9, markersize=2.5, label=f"{m.name} [{m.role}]")
+                   linewidth=1.8 if m.role == "train" else 0.9, markersize=2.5, label=f"{measure_name(m)} [{m.role}]")
             for m in measures
         ]  # fmt: skip
         handles.append(Line2D([], [], **RING, label="diverges from the reward"))
         canvas.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, handlelength=3)
         diverged = [
-            f"{label}: {measure.name} from update {divergence.update:g}"
+            f"{label}: {measure_name(measure)} from update {divergence.update:g}"
             for label, by_measure in by_label.items()
             for measure, divergence in by_measure.items()
             if divergence.update is not None
@@ -187,11 +192,12 @@ def draw_signs(curves: Sequence[LearningCurve], analysis: Analysis, records: pd.
         return None
     labels = [curve.label for curve in curves]
     panels: list[tuple[str, Callable[[LearningCurve], tuple[Any, Any, Any]]]] = [
-        (measure.name, partial(_interval, measure=measure)) for measure in neutral
+        (measure_name(measure), partial(_interval, measure=measure)) for measure in neutral
     ]
     panels.append(("drift of the network", lambda curve: (learning_curves.drifts(curve, records),) * 3))
-    with new_canvas(-(-len(panels) // 2) * 1.2 + 0.2 + legend_height(labels), stamp) as canvas:
-        for axes, (title, values) in zip(make_panels(canvas, len(panels), "updates"), panels):
+    with new_canvas(lines_height(len(panels), labels, 1.2), stamp) as canvas:
+        drawn = make_panels(canvas, len(panels), "updates", columns=1 if many(labels) else 2)
+        for axes, (title, values) in zip(drawn, panels):
             for curve in curves:
                 mean, lo, hi = values(curve)
                 shade = colour(curve.label, analysis.labels)
@@ -201,7 +207,7 @@ def draw_signs(curves: Sequence[LearningCurve], analysis: Analysis, records: pd.
             axes.set_xlim(left=0)
             shorten_ticks(axes.xaxis)
             shorten_ticks(axes.yaxis)
-        draw_legend(canvas, labels, analysis)
+        name_lines(canvas, drawn, labels, analysis)
         names = listed([title for title, _ in panels])
         ends = {curve.label: float(learning_curves.drifts(curve, records)[-1]) for curve in curves}
         moved = f" Largest drift at the end: {max(ends, key=lambda label: finite(ends[label]))}." if ends else ""
@@ -216,8 +222,10 @@ def draw_scatter(curves: Sequence[LearningCurve], analysis: Analysis, stamp: str
     if not curves or not rewards or not others:
         return None
     reward, labels = rewards[0], [curve.label for curve in curves]
-    with new_canvas(-(-len(others) // 2) * 1.3 + 0.2 + legend_height(labels), stamp) as canvas:
-        for axes, measure in zip(make_panels(canvas, len(others), measure_title(reward), sharex=True), others):
+    with new_canvas(lines_height(len(others), labels, 1.3), stamp) as canvas:
+        columns = 1 if many(labels) else 2
+        panels = make_panels(canvas, len(others), measure_title(reward), columns, sharex=True)
+        for axes, measure in zip(panels, others):
             for curve in curves:
                 across, up = (_interval(curve, axis)[0] for axis in (reward, measure))
                 axes.plot(across, up, **method_style(curve.label, analysis, marker="", linewidth=0.8))
@@ -226,12 +234,12 @@ def draw_scatter(curves: Sequence[LearningCurve], analysis: Analysis, stamp: str
                 )
                 axes.plot(across[-1:], up[-1:], **method_style(curve.label, analysis, linestyle="none", markersize=5))
             axes.plot(across[:1], up[:1], marker="*", markersize=6, color=INK, linestyle="none", zorder=3)
-            axes.set_title(measure_title(measure))
+            axes.set_title(measure_title(measure, PANEL))
             shorten_ticks(axes.xaxis)
             shorten_ticks(axes.yaxis)
-        draw_legend(canvas, labels, analysis)
+        name_lines(canvas, panels, labels, analysis)
         caption = (
-            f"Other scores against the training reward {reward.name}, on the same evaluation images: from "
+            f"Other scores against the training reward {measure_name(reward)}, on the same evaluation images: from "
             f"{analysis.base} (star) through the milestones (small) to the end (large). A path that turns down while "
             "moving right trades quality for reward."
         )

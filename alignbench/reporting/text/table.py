@@ -226,4 +226,4 @@ def _is_number(text: str) -> bool:
 
 def listed(names: Sequence[str]) -> str:
     """Return ``a, b and c``."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
