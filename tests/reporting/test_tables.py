@@ -53,7 +53,7 @@ def test_the_legend_speaks_of_what_the_intervals_can_speak_of():
     assert "other training runs" in several
     assert "these weights" not in several
     assert "**" not in section(page(results(seeds=(0,))), "Results").split("Every cell")[0].replace(
-        "**(reward hacking)**", ""
+        "**(reward hacking, these weights)**", ""
     )
 
 

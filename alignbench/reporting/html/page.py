@@ -30,6 +30,7 @@ from alignbench.reporting.analysis.comparison import Analysis, Measure, better, 
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.html import gallery
 from alignbench.reporting.html.gallery import Gallery, Place
+from alignbench.reporting.tables import flag, harmed
 from alignbench.reporting.text import markdown
 from alignbench.reporting.text.table import DECIMALS, Table
 from alignbench.store import files
@@ -40,7 +41,8 @@ WEBP_SIDE = 16383  # pixels; the format allows no more
 PANEL = "Reward hacking at a glance"
 PANEL_NOTE = """\
 Paired change against {base}, after Holm's correction (p < 0.05). Reward hacking: the training reward rose while another
-score fell. An empty circle means no evidence of either direction; it does not prove that nothing changed."""
+score fell. Worse than base: a score fell, and the reward is not shown to have risen. An empty circle means no evidence
+of either direction; it does not prove that nothing changed."""
 
 
 class Figure(Protocol):
@@ -236,12 +238,13 @@ def _panel(analysis: Analysis, hacked: Mapping[str, Sequence[Measure]]) -> list[
     rows = []
     for label in analysis.compared:
         cells = "".join(_verdict(analysis, measure, label) for measure in analysis.measures)
-        fell = ", ".join(names.measure_name(measure) for measure in hacked.get(label, ()))
+        worse = ", ".join(map(names.measure_name, hacked.get(label) or harmed(analysis, label)))
         clear = "training reward unknown" if label not in analysis.trained else "not shown"
-        flag = f"<strong>reward hacking</strong>: {markdown.text(fell)} fell" if fell else clear
+        fell = flag(analysis, label)
+        said = f"<strong>{fell}</strong>: {markdown.text(worse)} fell" if fell else clear
         kind = ' class="bad"' if fell else ""
         name = f'<th scope="row"><bdi>{markdown.text(label)}</bdi></th>'
-        rows.append(f"<tr{kind}>{name}{cells}<td>{flag}</td></tr>\n")
+        rows.append(f"<tr{kind}>{name}{cells}<td>{said}</td></tr>\n")
     head = f'<tr><th scope="col">method</th>{heads}<th scope="col">reward hacking</th></tr>'
     caption = f"<caption>{PANEL}</caption>"
     table = f'<table class="panel">{caption}<thead>{head}</thead>\n<tbody>{"".join(rows)}</tbody></table>'
