@@ -25,13 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from alignbench.reporting import names
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.html import gallery
 from alignbench.reporting.html.gallery import Gallery, Place
 from alignbench.reporting.tables import flag, harmed
-from alignbench.reporting.text import markdown
+from alignbench.reporting.text import markdown, names
 from alignbench.reporting.text.table import DECIMALS, Table
 from alignbench.store import files
 from alignbench.store.manifest import UNTRAINED, Manifest
