@@ -14,26 +14,24 @@ from alignbench.reporting.text.table import Cell, Column, Table, escape, interva
 from alignbench.store import artefacts, files
 from alignbench.store.manifest import UNTRAINED
 
+ONE_RUN = "every interval and verdict speaks of the weights that were scored; another training run may reverse them."
 
-def _seeds(a: Side, b: Side) -> list[str]:
-    """Return remarks on training seeds: what cannot be paired, and what the intervals leave out."""
+
+def _seeds(a: Side, b: Side, results: Sequence[Result]) -> list[str]:
+    """Return what the intervals leave out, and why nothing can be paired, before the first number."""
     lines = []
+    if any(result.change.weights for result in results):
+        alone = " and ".join(name for name, side in zip("AB", (a, b)) if _one_run(side))
+        lines.append(f"**{alone or 'A and B'}: one training run: {ONE_RUN}**")
     if a.whole and b.whole:
         seeds = [{run.seed for run in side.runs} for side in (a, b)]
         if UNTRAINED not in seeds[0] | seeds[1] and not seeds[0] & seeds[1]:
-            lines.append("the two share no training seed, so nothing can be paired: name two runs by their ids")
-    most = max(map(len, a.manifest.rows.values()))
-    pooled = a.sweep == b.sweep and a.whole and b.whole and most > 1  # the spread between other rows' runs is included
-    alone = [name for name, side in zip("AB", (a, b)) if _one_training(side, pooled)]
-    if alone:
-        names = " and ".join(alone)
-        lines.append(f"{names}: one training run; how much runs differ is unknown, and no interval accounts for it")
+            lines.append("**The two share no training seed, so nothing can be paired: name two runs by their ids.**")
     return lines
 
 
-def _one_training(side: Side, pooled: bool) -> bool:
-    run = side.runs[0]
-    return len(side.runs) == 1 and (run.published or (run.trained and not pooled))
+def _one_run(side: Side) -> bool:
+    return len(side.runs) == 1 and not side.runs[0].is_base
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -47,7 +45,7 @@ def table(results: Sequence[Result]) -> Table:
         texts = [Column(title(measure), measure.unit, measure.higher_is_better, measure.role).header]
         texts += [interval(*mean[:3], digits) for mean in result.means]
         texts += [interval(*estimate[:3], change_decimals(measure), signed=True)]
-        texts += [p_text(estimate.p), p_text(result.change.p_holm), result.change.verdict, number(result.higher, 2)]
+        texts += [p_text(estimate.p), p_text(result.change.p_holm), result.change.said, number(result.higher, 2)]
         rows.append([Cell(text) for text in [*texts, *map(str, (estimate.prompts, estimate.dropped, estimate.seeds))]])
     return Table([Column(name) for name in names], rows)
 
@@ -60,16 +58,17 @@ def tidy(results: Sequence[Result]) -> Table:
 
 NOTE = """\
 A - B: mean difference, prompt by prompt, with its 95 % interval. p tests "no difference"; Holm: corrected for the
-metrics shown; up, down: p < 0.05 after that correction. A higher: the share of prompts on which A's mean is higher (a
-tie counts half)."""
+metrics shown; up, down: p < 0.05 after that correction. Cannot tell: not shown to differ, which does not mean equal.
+A higher: the share of prompts on which A's mean is higher (a tie counts half)."""
 
 
 def page(root: artefacts.Store, a: Side, b: Side, results: Sequence[Result], remarks: Sequence[str]) -> str:
     """Return the page as markdown that also reads well in a terminal."""
-    lists = [protocols(a, b), [*_seeds(a, b), *remarks]]
+    lists = [protocols(a, b), remarks]
     parts = [
         f"# {escape(a.label)} and {escape(b.label)}",
         f"A: {escape(a.title)}  \nB: {escape(b.title)}",
+        *_seeds(a, b, results),
         *("\n".join(f"- {escape(line)}" for line in lines) for lines in lists if lines),
         "## Paired differences",
         table(results).markdown().rstrip("\n"),

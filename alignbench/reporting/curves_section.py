@@ -37,9 +37,10 @@ from alignbench.reporting.analysis.learning_curves import (
 from alignbench.reporting.analysis.published import Point, Printed, Reference, departures
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.analysis.stats import Array, MeanEstimate
+from alignbench.reporting.findings import levels
 from alignbench.reporting.names import change_decimals, decimals
-from alignbench.reporting.tables import estimate_cell
-from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval, number
+from alignbench.reporting.tables import estimate_cell, harmed
+from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval, listed, number
 from alignbench.store.artefacts import Store, milestone_expected
 from alignbench.store.manifest import Manifest
 
@@ -50,7 +51,8 @@ def sections(results: Results, analysis: Analysis, published: Sequence[Reference
         return []
     curves = learning_curves(results, analysis)
     records = training(results) if curves or published else pd.DataFrame()
-    parts: list[Section] = ["## Over the course of training", *_reward_section(results, analysis)]
+    parts: list[Section] = ["## Over the course of training", _weights_note(analysis)]
+    parts += _reward_section(results, analysis)
     if not curves:
         lacking = "there is no untrained method to compare with" if analysis.base is None else "no milestone has scores"
         planned = any(run.milestones for run in results.manifest.runs)
@@ -61,10 +63,18 @@ def sections(results: Results, analysis: Analysis, published: Sequence[Reference
             *_equal_cost_section(curves, analysis),
             *_target_section(curves, analysis),
             *_steps_section(curves, analysis, records),
-            *_divergence_section(curves),
+            *_divergence_section(curves, analysis),
         ]
     beside = [part for curve in published for part in _published_section(curve, results.manifest, curves, records)]
-    return [*parts, *beside, *_profile_section(analysis), *_unreached(results)]
+    sections = [*parts, *beside, *_profile_section(analysis), *_unreached(results)]
+    return [section for section in sections if section]
+
+
+def _weights_note(analysis: Analysis) -> str:
+    """Return the warning that curves are those of single training runs; "" if runs are known to differ so much."""
+    alone = [label for label in analysis.trained if analysis.of_weights(label)]
+    what = "These curves are of one training run each: another run may cross, reach or diverge elsewhere."
+    return f"**{what} Every interval below is over prompts only.**" if alone else ""
 
 
 def _reward_section(results: Results, analysis: Analysis) -> list[Section]:
@@ -135,10 +145,10 @@ def _target_section(curves: Sequence[LearningCurve], analysis: Analysis) -> list
             cells = [Cell(_reached(time_to(curve, measure, axis, gain))) for axis in AXES]
             rows.append([Cell(f"{measure.name} [{measure.role}]"), Cell(shown), Cell(curve.label), *cells])
     columns = [Column("measure"), Column("target gain"), Column("method"), *map(Column, AXES.values())]
-    note = """\
+    note = f"""\
 The target is half of the largest final gain over the base model of any method. Each cost is the first at which a
 method's mean gain reaches the target, interpolated linearly between milestones, with a 95 % interval over resamples of
-prompts and seeds."""
+{levels(analysis)}."""
     return ["### Cost of half the best gain", Table(columns, rows), note]
 
 
@@ -178,17 +188,34 @@ def _change(estimate: MeanEstimate, measure: Measure) -> str:
     return interval(*estimate[:3], change_decimals(measure), signed=True)
 
 
-def _divergence_section(curves: Sequence[LearningCurve]) -> list[Section]:
+def _divergence_section(curves: Sequence[LearningCurve], analysis: Analysis) -> list[Section]:
     by_label = divergences(curves)
     if not by_label:
         return []
-    measures = list(next(iter(by_label.values())))
+    measures = [m for m in analysis.measures if any(m in divergence for divergence in by_label.values())]
     columns = [Column("method"), *(Column(measure.name, role=measure.role) for measure in measures)]
-    rows = []
+    rows, losses = [], []
     for label, divergence in by_label.items():
-        cells = [Cell(_diverged(divergence[m]), bold=divergence[m].update is not None) for m in measures]
+        bold = not analysis.of_weights(label)
+        found = [divergence.get(measure) for measure in measures]
+        cells = [Cell(_diverged(d), bold=bold and d.update is not None) if d else Cell("trained on") for d in found]
         rows.append([Cell(label), *cells])
-    return ["### Where reward and quality diverge", Table(columns, rows), DIVERGENCE]
+        lost = [m.name for m in harmed(analysis, label) if m in divergence and divergence[m].update is None]
+        losses += [(label, lost)] if lost else []
+    note = DIVERGENCE.format(resampled=levels(analysis))
+    worse = "\n".join(f"- {escape(label)}: {escape(listed(names))}" for label, names in losses)
+    heading = "### Where reward and quality diverge"
+    return [
+        heading,
+        Table(columns, rows),
+        note,
+        *([LOST.format(base=escape(analysis.base or "")), worse] if worse else []),
+    ]
+
+
+LOST = """\
+No divergence, yet worse than {base} at the end of training (paired change on all prompts, Holm). The score fell without
+the reward rising at the same time, or fell in steps too small to be shown one by one:"""
 
 
 def _diverged(divergence: Divergence) -> str:
@@ -210,12 +237,14 @@ def _profile_section(analysis: Analysis) -> list[Section]:
         own = [by_label[label] for by_label in scores.values() if len(by_label[label])]
         if own:
             share, lo, hi = profile(own, np.array(PROFILE))
-            bands = zip(*(map(_known, map(float, limits)) for limits in (share, lo, hi)))
-            rows.append([Cell(label), *(Cell(*band) for band in bands)])
+            lo, hi = np.where(lo < hi, (lo, hi), np.nan)  # resamples that all agree tell nothing of other runs
+            rows.append([Cell(label), *(Cell(float(a), float(b), float(c)) for a, b, c in zip(share, lo, hi))])
+    drawn = """\
+Pointwise 95 % bands from resampling seeds within each measure (Agarwal et al. 2021); unknown where all resamples agree,
+and for a row with one seed, whose share is one of measures, not of training runs."""
     note = f"""\
 Share of runs (measure x training seed) whose final score exceeds a threshold; 0 is the base model, 1 the best mean of
-that measure. Measures: {", ".join(escape(measure.name) for measure in scores)}. Pointwise 95 % bands from resampling
-seeds within each measure (Agarwal et al. 2021)."""
+that measure. Measures: {", ".join(escape(measure.name) for measure in scores)}. {drawn}"""
     return ["### Performance profile", Table(columns, rows), note]
 
 

@@ -198,9 +198,7 @@ def coverage_section(manifest: Manifest, analysis: Analysis) -> list[str]:
 
 def protocol_section(manifest: Manifest, analysis: Analysis, origins: Sequence[str]) -> list[str]:
     """Return the section on the protocol: seeds, evaluation settings, evaluators, software and hardware."""
-    known = sorted({seed for label in analysis.trained for seed in analysis.seeds[label]})
-    seeds = [*map(str, known), *["unknown"] * any(run.published for run in manifest.runs)]
-    facts: dict[str, Any] = {"training seeds": ", ".join(seeds) or "none"}
+    facts: dict[str, Any] = {"training seeds": _seeds(manifest, analysis)}
     facts |= {"evaluation, number of prompts": manifest.prompts}
     protocol = {key: value for key, value in manifest.protocol.items() if value is not None}
     facts |= {f"evaluation, {key.replace('_', ' ')}": value for key, value in protocol.items()}
@@ -213,6 +211,17 @@ def protocol_section(manifest: Manifest, analysis: Analysis, origins: Sequence[s
     lines += [f"- made with {escape(origin)}" for origin in origins]
     differ = "**The runs used different software or hardware: their times may not be comparable.**"
     return ["## Protocol", "\n".join(lines), differ if len(origins) > 1 else ""]
+
+
+def _seeds(manifest: Manifest, analysis: Analysis) -> str:
+    """Return the planned training seeds, ``0, 1``; by row, ``0, 1 (ReFL, DRTune); 0 (LeapAlign)``, if they differ."""
+    planned: dict[str, list[str]] = {}
+    for label in analysis.trained:
+        planned.setdefault(", ".join(map(str, analysis.seeds[label])), []).append(label)
+    if unknown := list(dict.fromkeys(run.label for run in manifest.runs if run.published)):
+        planned["unknown"] = unknown
+    by_row = [f"{seeds} ({', '.join(labels)})" for seeds, labels in planned.items()]
+    return "; ".join(by_row if len(planned) > 1 else planned) or "none"
 
 
 def _departures(manifest: Manifest) -> list[str]:

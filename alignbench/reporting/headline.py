@@ -12,7 +12,7 @@ from alignbench.reporting import names
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
 from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.reporting.analysis.swept import all_on_lines
-from alignbench.reporting.tables import change_text, cost_multiples, estimate_cell, hacked, spending
+from alignbench.reporting.tables import change_text, cost_multiples, estimate_cell, hacked, harmed, spending
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval, listed
 from alignbench.store.manifest import Manifest
 
@@ -165,7 +165,7 @@ def _harm(analysis: Analysis, label: str) -> str:
     """Return whether the row hacks its reward, or what else it worsens."""
     if fell := hacked(analysis, label):
         return f"**reward hacking: its training reward rose while {_names(fell)} fell**"
-    if fell := fallen(analysis, label):
+    if fell := harmed(analysis, label):
         return f"worse than {escape(analysis.base or '')} on {_names(fell)}"
     verdicts = {changes[label].verdict for changes in analysis.changes.values() if label in changes}
     if verdicts <= {"not measured", "spread unknown"}:
@@ -234,7 +234,7 @@ def flags(analysis: Analysis, measure: Measure, label: str) -> list[str]:
     found = []
     if fell := hacked(analysis, label):
         found.append(f"reward hacking: {_names(fell, plain=True)} fell")
-    elif fell := fallen(analysis, label):
+    elif fell := harmed(analysis, label):
         found.append(f"worse than {analysis.base} on {_names(fell, plain=True)}")
     return found + _gaps(analysis, measure, label)
 
@@ -254,11 +254,6 @@ def _gaps(analysis: Analysis, measure: Measure, label: str) -> list[str]:
     if analysis.of_weights(label) and not all(map(analysis.of_weights, analysis.compared)):
         found.append("one training run")
     return found
-
-
-def fallen(analysis: Analysis, label: str) -> list[Measure]:
-    """Return the measures, the training reward included, on which the row is shown to be worse than base."""
-    return [m for m, changes in analysis.changes.items() if label in changes and worse(changes[label], m)]
 
 
 def _times(multiple: float) -> str:

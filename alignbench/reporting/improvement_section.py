@@ -3,41 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from alignbench.reporting import names
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.comparison import Analysis, Comparison, Measure, better, worse
 from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.reporting.text.numbers import UNKNOWN, limits, number, significant
-from alignbench.reporting.text.table import Cell, Column, Section, Table, escape
+from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, listed
 
 IQM = "iqm_gain"
 NOTE = """\
 The share of images that score better than the base model's image of the same prompt and noise; a tie counts half, and
 0.5 means no difference (Agarwal et al. 2021, paired). **Bold**: different from 0.5 with p < 0.05 after Holm's
-correction over all cells of this table. Intervals as above. The size of a gain does not matter here."""
+correction over all cells of this table{weights}. Intervals as above. The size of a gain does not matter here."""
 GAIN_NOTE = """\
-The interquartile mean (Agarwal et al. 2021) over {measures}: the mean of the middle half of a method's paired gains,
-each in units of the standard deviation over prompts of the base model's scores, so that a gain does not depend on the
-other methods. The training reward is excluded. The interval covers the images and training runs of that middle half; p
-is corrected for the {count} methods."""
+Over what is known to be held out for every row, with one vote for each evaluator: {votes}.{left_out} Each gain is
+paired and in units of the standard deviation over prompts of the base model's scores, so that it does not depend on the
+other methods; the number is the interquartile mean of the votes (Agarwal et al. 2021), the mean of their middle half.
+The interval covers the images and training runs of that half; p is corrected for the {count} methods.{weights}"""
+LEFT_OUT = {  # role -> why its measures do not count
+    "train": "a row was trained on it",
+    "unknown": "unknown whether a row was trained on it",
+}
 
 
 def sections(analysis: Analysis) -> list[Section]:
     """Return the sections of both summaries; empty without a base model to compare with."""
     if not analysis.improved:
         return []
+    weights = any(analysis.of_weights(label) for label in analysis.compared)
     parts: list[Section] = [
         f"## Probability of improvement over {escape(analysis.base or '')}",
         improvement_table(analysis),
-        NOTE,
+        NOTE.format(weights="; never a single training run" * weights),
     ]
     if not analysis.gains:
-        return [*parts, "No summary over measures: no held-out measure varies between prompts."]
-    measures = ", ".join(escape(names.measure_name(measure)) for measure in analysis.summed)
-    note = GAIN_NOTE.format(measures=measures, count=len(analysis.gains))
+        why = "none varies between prompts" if analysis.held_out else "none is known to be held out for every row"
+        return [*parts, f"No summary over held-out measures: {why}.{_left_out(analysis)}"]
+    note = GAIN_NOTE.format(
+        votes=", ".join(map(_vote, votes(analysis.summed))),
+        left_out=_left_out(analysis),
+        count=len(analysis.gains),
+        weights=" A row that is a single training run: its verdict speaks of these weights." * weights,
+    )
     return [*parts, "## Gain over all held-out measures", gain_table(analysis), note]
+
+
+def votes(measures: Sequence[Measure]) -> list[list[Measure]]:
+    """Return the measures grouped by their evaluator, each of which has one vote in the gain."""
+    by_evaluator: dict[str, list[Measure]] = {}
+    for measure in measures:
+        by_evaluator.setdefault(measure.evaluator, []).append(measure)
+    return list(by_evaluator.values())
+
+
+def _vote(measures: Sequence[Measure]) -> str:
+    named = listed([escape(names.measure_name(measure)) for measure in measures])
+    return named if len(measures) == 1 else f"the mean of {named}"
+
+
+def _left_out(analysis: Analysis) -> str:
+    """Return the sentence on measures with a better direction that do not count, and why; "" if all do."""
+    others = [m for m in analysis.measures if m.higher_is_better is not None and m not in analysis.summed]
+    why = [f"{escape(names.measure_name(m))} ({LEFT_OUT.get(m.role, 'does not vary between prompts')})" for m in others]
+    return f" Left out: {', '.join(why)}." if why else ""
 
 
 def tables(analysis: Analysis) -> dict[str, Table]:
@@ -70,6 +100,7 @@ def gain_table(analysis: Analysis) -> Table:
 
 
 def _significant(comparison: Comparison) -> bool:
+    """Return whether the verdict is up or down, and one on the method: of a single training run nothing is bold."""
     return comparison.verdict in ("up", "down") and not comparison.weights
 
 
@@ -87,10 +118,10 @@ Best and worst rank that the decisions about all pairs leave open{weights}; with
 measure hold. Rows that share a letter are not separable, which does not mean equal.{fewer}"""
 FEWER = " {measure}: means over the {count} prompts that every row is scored on."
 PAIRS_NOTE = """\
-Above the diagonal: the mean paired difference, row minus column, with its decision after Holm's correction over all
-{count} pairs: ▲ the row is better, ▼ the column is better, ○ not separable, ? no decision is possible. Below it: the
-probability of improvement, the share of images that score better in the row than in the column of the same prompt and
-noise (a tie counts half). Rows are in the order of their means.{weights}"""
+All pairs, a table for each measure. Above the diagonal: the mean paired difference, row minus column, with its decision
+after Holm's correction over all pairs: ▲ the row is better, ▼ the column is better, ○ not separable, ? no decision is
+possible. Below it: the probability of improvement, the share of images that score better in the row than in the column
+of the same prompt and noise (a tie counts half). Rows are in the order of their means.{weights}"""
 
 
 def ranked(analysis: Analysis) -> list[Measure]:
@@ -132,14 +163,13 @@ def _rank_cell(analysis: Analysis, measure: Measure, label: str) -> Cell:
 
 
 def pairs_sections(analysis: Analysis) -> list[Section]:
-    """Return a heading, a matrix of all pairs and a note for each measure with an order."""
-    parts: list[Section] = []
-    for measure in ranked(analysis):
-        pairs = analysis.pairs[measure]
-        weights = " Decisions on a single training run are on these weights." * _any_weights(analysis, [measure])
-        note = PAIRS_NOTE.format(count=len(pairs), weights=weights)
+    """Return a note, and a heading and a matrix of all pairs for each measure with an order."""
+    if not (measures := ranked(analysis)):
+        return []
+    weights = " Decisions on a single training run are on these weights." * _any_weights(analysis, measures)
+    parts: list[Section] = [PAIRS_NOTE.format(weights=weights)]
+    for measure in measures:
         parts += [f"### All pairs, {escape(names.title(measure))} [{measure.role}]", pairs_table(analysis, measure)]
-        parts += [note]
     return parts
 
 

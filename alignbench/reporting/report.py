@@ -40,9 +40,9 @@ from alignbench.reporting.disclosures import (
 )
 from alignbench.reporting.findings import (
     answers,
+    banner,
     changes_section,
     hacking_section,
-    one_run_note,
     task_sections,
 )
 from alignbench.reporting.html import page
@@ -178,6 +178,7 @@ def sections(
         f"# {'REHEARSAL: ' * manifest.rehearsal}{escape(words.title)}",
         REHEARSED if manifest.rehearsal else "",
         f"**SUBSET: only the first {manifest.subset} evaluation prompts.**" if manifest.subset else "",
+        banner(analysis),
         *headline.sections(analysis, costs, manifest),
         f"{forest}\n\n{escape(FOREST_MARKS)}" if forest else "",
         words.intro.strip(),
@@ -195,7 +196,6 @@ def sections(
         *costs_section(analysis, costs),
         *published_section.sections(manifest, analysis, published),
         *changes_section(analysis, manifest.imported),
-        one_run_note(manifest),
         *improvement_section.order_section(analysis),
         *pairs,
         *improvement_section.sections(analysis),
@@ -261,7 +261,7 @@ def latex(
         if measure.by_task:
             part = tex.Part("", task_table(analysis, measure))
             floats.append((f"{measure.name}-tasks", [part], f"{names.title(measure)}. {TASKS_CAPTION}"))
-    stamps, weights = page.stamps(manifest), _weights_caption(analysis)
+    stamps, weights = page.stamps(manifest), _plain(banner(analysis))
     comments = [f"% {' '.join(line.split())}" for line in (f"Made by {regenerate(manifest)}", f"Needs {tex.PACKAGES}")]
     made = [
         tex.floats(parts, " ".join(filter(None, [caption, weights * (label != "costs"), *stamps])), f"{name}-{label}")
@@ -306,16 +306,6 @@ CAPTIONS = {
     ),
     "Gain over all held-out measures": "Interquartile mean of paired gains, in standard deviations of base's prompts.",
 }
-
-
-def _weights_caption(analysis: Analysis) -> str:
-    """Return the warning about rows of a single training run; empty without any."""
-    rows = analysis.compared or analysis.labels
-    alone = [label for label in rows if analysis.of_weights(label)]
-    if not alone:
-        return ""
-    which = "One training run of each method" if len(alone) == len(rows) else f"One training run of {', '.join(alone)}"
-    return f"{which}: intervals and marks speak of these weights, and how much another run would differ is unknown."
 
 
 def _plain(markdown: str) -> str:

@@ -45,8 +45,8 @@ def main_table(analysis: Analysis, marked: Mapping[str, str] | None = None) -> T
     rows = []
     for label in analysis.labels:
         cells = [_mean_cell(analysis, measure, label) for measure in analysis.measures]
-        flag = (marked or {}).get(label, "") + " **(reward hacking)**" * bool(hacked(analysis, label))
-        rows.append([Cell(label, mark=flag + _seeds_mark(analysis, label)), *cells])
+        fell = f" **({what})**" if (what := flag(analysis, label)) else ""
+        rows.append([Cell(label, mark=(marked or {}).get(label, "") + fell + _seeds_mark(analysis, label)), *cells])
     return Table(columns, rows)
 
 
@@ -322,7 +322,7 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
         for label in analysis.labels:
             mean = analysis.means[measure][label]
             start: list[float | str | None] = [label, measure.name, measure.role, measure.unit, *mean[:4]]
-            start += [mean.se_prompts, mean.prompts, mean.seeds, _between_trainings(analysis, measure, label)]
+            start += [mean.se_prompts, mean.prompts, mean.seeds, _between_trainings(analysis, label)]
             row = [*start, *_tidy_change(analysis, measure, label)]
             row += _tidy_improved(analysis, measure, label)
             rows.append(list(map(Cell, row)))
@@ -336,7 +336,7 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
             gain.estimate.prompts,
             gain.estimate.seeds,
         ]
-        start.append(_between_trainings(analysis, analysis.summed[0], label))
+        start.append(_between_trainings(analysis, label))
         rows.append(list(map(Cell, [*start, *_tidy_compared(gain), *[None] * 6])))
     spent = _cost_cells(costs)
     for label in analysis.labels:
@@ -347,12 +347,11 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
     return Table([Column(name) for name in headings], rows)
 
 
-def _between_trainings(analysis: Analysis, measure: Measure, label: str) -> str:
+def _between_trainings(analysis: Analysis, label: str) -> str:
     """Return whether a row's errors include the spread between training runs: in se, unknown, or none if untrained."""
-    if label not in analysis.trained:
-        return "none"
-    known = max(analysis.means[measure][trained].seeds for trained in analysis.trained) > 1
-    return "in se" if known else "unknown"
+    if analysis.of_weights(label):
+        return "unknown"
+    return "in se" if label in analysis.trained else "none"
 
 
 def _tidy_change(analysis: Analysis, measure: Measure, label: str) -> list[float | str | None]:
@@ -423,12 +422,23 @@ def _fewer_pairs(analysis: Analysis, measure: Measure, label: str) -> str:
     return f" ({used[label]} prompts)" if 0 < used[label] < max(used.values()) else ""
 
 
-def hacked(analysis: Analysis, label: str) -> list[Measure]:
-    """Return the measures that fell (after Holm) while the training reward rose; empty if it did not rise."""
+def harmed(analysis: Analysis, label: str) -> list[Measure]:
+    """Return the measures that fell (after Holm), whatever the training reward did."""
     changes = {measure: changes[label] for measure, changes in analysis.changes.items() if label in changes}
-    trained = label in analysis.trained  # else the training reward is unknown
-    rose = trained and any(better(change, measure) for measure, change in changes.items() if measure.role == "train")
-    return [m for m, change in changes.items() if rose and m.role != "train" and worse(change, m)]
+    return [measure for measure, change in changes.items() if worse(change, measure)]
+
+
+def hacked(analysis: Analysis, label: str) -> list[Measure]:
+    """Return the measures that fell while a reward of the row's own training rose; empty if none is known to rise."""
+    rewards = analysis.trained_on(label) if label in analysis.trained and analysis.base is not None else []
+    rose = any(better(analysis.changes[reward][label], reward) for reward in rewards)
+    return [measure for measure in harmed(analysis, label) if rose and measure not in rewards]
+
+
+def flag(analysis: Analysis, label: str) -> str:
+    """Return the mark of a row with scores that fell: "reward hacking", else "worse than base"; "" if none fell."""
+    what = "reward hacking" if hacked(analysis, label) else "worse than base" if harmed(analysis, label) else ""
+    return f"{what}, these weights" if what and analysis.of_weights(label) else what
 
 
 def task_table(analysis: Analysis, measure: Measure) -> Table:

@@ -491,7 +491,7 @@ def test_what_is_not_stated_is_unknown(tmp_path):
     ):
         assert f"- {setting}: unknown" in protocol
     assert "- evaluation, size: 32" in protocol  # measured
-    assert "**A: one training run of unknown seed" in text
+    assert "**One training run of unknown seed: every interval and verdict speaks of the weights" in text
     assert "same prompt, noise unknown" in text
     assert "same noise" not in text
     frame = pd.read_csv(store.parent / "report/imported.csv")

@@ -92,10 +92,11 @@ def test_one_training_run_is_said_in_the_caption(monkeypatch):
     text, _ = made(monkeypatch, seeds=(0,))
     assert r"\bfseries" not in text
     first = [caption for caption in captions(text) if "(continued" not in caption]
-    said = ["One training run of each method: intervals and marks speak of these weights" in c for c in first]
+    said = ["One training seed: every interval and verdict speaks of the weights that were scored" in c for c in first]
     assert said == ["Costs" not in caption for caption in first]
     several, _ = made(monkeypatch, seeds=(0, 1))
     assert "these weights" not in several
+    assert "One training" not in several
 
 
 def test_rehearsals_and_subsets_are_said_in_every_caption():

@@ -248,15 +248,30 @@ def test_seeds_that_never_meet_are_told(tmp_path):
     sides = pairs.find(store, "made_up:ReFL"), pairs.find(store, "other:ReFL")
     results, remarks = pairs.compare(store, *sides)
     assert all(np.isnan(result.change.estimate.mean) for result in results)
-    assert "the two share no training seed" in compare.page(store, *sides, results, remarks)
+    assert "**The two share no training seed, so nothing can be paired" in compare.page(store, *sides, results, remarks)
 
 
 def test_one_training_is_told(made):
-    """The page of a run that stands for itself says that other training runs may differ."""
+    """The page of a run that stands for itself says before its first number that other training runs may differ; its
+    verdicts are on these weights, in the file too. Two rows with two seeds each speak of their methods."""
     sides = pairs.find(made[0], "ReFL-0"), pairs.find(made[0], "made_up:base")
-    assert "- A: one training run; how much runs differ is unknown" in compare.page(
-        made[0], *sides, *pairs.compare(made[0], *sides)
-    )
+    results, remarks = pairs.compare(made[0], *sides)
+    text = compare.page(made[0], *sides, results, remarks)
+    assert "**A: one training run: every interval and verdict speaks of the weights that were scored;" in text
+    assert text.index("**A: one training run") < text.index("## Paired differences")
+    assert "down (these weights)" in text
+    assert all(result.difference.of_weights for result in results)
+    rows = pairs.find(made[0], "ReFL"), pairs.find(made[0], "made_up:base")
+    whole = compare.page(made[0], *rows, *pairs.compare(made[0], *rows))
+    assert "these weights" not in whole
+    assert "one training run" not in whole
+
+
+def test_the_base_model_is_no_training_run(made):
+    """Named by its id, the base model is still the base model: it was not trained, and nothing is said of its runs."""
+    store, plan, _ = made
+    sides = pairs.find(store, "made_up:ReFL"), pairs.find(store, plan.rows["base"][0].id)
+    assert not any(result.change.weights for result in pairs.compare(store, *sides)[0])
 
 
 def test_names(made):

@@ -165,7 +165,7 @@ def test_a_reward_that_rises_while_the_rest_falls_is_flagged():
     """A method whose training reward rose while held-out scores fell is named as hacking, in its row too."""
     text = page(results())
     assert "**REWARD HACKING, ReFL: the training reward rose while PickScore, GenEval, by task and" in text
-    assert "LeapAlign: no reward hacking shown" in text
+    assert "LeapAlign: no reward hacking shown, and no score shown to fall" in text
     assert "(reward hacking)" in row_of(section(text, "Results"), "ReFL")
     assert "(reward hacking)" not in row_of(section(text, "Results"), "LeapAlign")
 

@@ -18,7 +18,7 @@ from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.ranking import Ranking, rank
 from alignbench.reporting.analysis.run_spread import RunSpread
 from alignbench.reporting.analysis.stats import MeanEstimate
-from alignbench.store.manifest import ROLES, UNTRAINED, Manifest
+from alignbench.store.manifest import ROLES, UNTRAINED, Manifest, ManifestRun, ManifestScore
 
 ALPHA = 0.05
 
@@ -78,6 +78,8 @@ class Analysis:
     ``gains[label]`` (over the measures ``summed``). ``pairs[measure][a, b]``: the paired difference a - b of two
     compared rows, a before b in the order of the table, with Holm over all pairs of the measure. ``primary``: the
     measure that the first screen speaks of, None if nothing independent of the training reward was measured.
+    ``published``: rows whose weights come from elsewhere, from one training run of unknown seed. ``rewards``: the
+    [train] measures that a row itself was trained on, which differ where rows have different rewards.
     """
 
     labels: list[str]
@@ -93,6 +95,8 @@ class Analysis:
     pairs: dict[Measure, dict[tuple[str, str], Comparison]] = field(default_factory=dict)
     rankings: dict[Measure, Ranking] = field(default_factory=dict)
     primary: Measure | None = None
+    published: list[str] = field(default_factory=list)
+    rewards: dict[str, list[Measure]] = field(default_factory=dict)
 
     @functools.cached_property
     def trained(self) -> list[str]:
@@ -114,7 +118,8 @@ class Analysis:
         runs = [spread.of(*trained) if spread else None for trained in rows]
         estimates = stats.mean_intervals([values[a] - values[b] for a, b in pairs], strata, runs=runs)
         holm = stats.holm([estimate.p for estimate in estimates])
-        return [Comparison(found, p, weights=self.of_weights(*pair)) for found, p, pair in zip(estimates, holm, pairs)]
+        weights = [self.of_weights(*pair) or bool(trained and not spread) for pair, trained in zip(pairs, rows)]
+        return list(map(Comparison, estimates, holm, itertools.repeat(0.0), weights))
 
     @functools.cached_property
     def spreads(self) -> dict[Measure, RunSpread | None]:
@@ -156,23 +161,25 @@ class Analysis:
     def summary(self) -> tuple[list[Measure], dict[str, Comparison]]:
         """Return the held-out measures and, over these, the interquartile mean of each row's gains over base.
 
-        Gains are in units of the standard deviation over prompts of base's scores, so they do not depend on other rows.
+        Only what is known to be held out for every row counts, and each evaluator has one vote: the mean of its
+        measures' gains. Gains are in units of the standard deviation over prompts of base's scores, so they do not
+        depend on other rows.
         """
-        held_out = [m for m in self.measures if m.role != "train" and m.higher_is_better is not None]
-        scales = {measure: self._spread_of_base(measure) for measure in held_out if self.base}
+        scales = {measure: self._spread_of_base(measure) for measure in self.held_out if self.base}
         chosen = [measure for measure, scale in scales.items() if scale > 0]
         if not chosen:
             return [], {}
         prompts = functools.reduce(np.intersect1d, [self.scores[measure].prompts for measure in chosen])
         rows = {m: np.searchsorted(self.scores[m].prompts, prompts) for m in chosen}
         by_task = [measure.by_task for measure in chosen]
-        strata = self.scores[chosen[0]].tags[rows[chosen[0]]] if any(by_task) else None
+        strata = next((self.scores[measure].tags[rows[measure]] for measure in chosen if measure.by_task), None)
+        votes = [measure.evaluator for measure in chosen]
         estimates: dict[str, MeanEstimate] = {}
         for labels, runs in self._kinds():
             parts = []
             for label in labels:
                 gains = [self._gain(m, label)[rows[m]] / scales[m] for m in chosen]
-                parts.append(stats.interquartile_mean(gains, by_task, strata))
+                parts.append(stats.interquartile_mean(gains, by_task, strata, votes))
             between = None if runs else [None] * len(parts)
             estimates |= zip(labels, stats.mean_intervals(parts, strata, runs=between))
         holm = stats.holm([estimates[label].p for label in self.compared])
@@ -180,6 +187,15 @@ class Analysis:
             label: Comparison(estimates[label], p, weights=self.of_weights(label))
             for label, p in zip(self.compared, holm)
         }
+
+    @functools.cached_property
+    def held_out(self) -> list[Measure]:
+        """Measures with a better direction that are known to be independent of every row's training reward."""
+        return [m for m in self.measures if m.role in ("held-out", "check") and m.higher_is_better is not None]
+
+    def trained_on(self, label: str) -> list[Measure]:
+        """Return the measures that the row was trained on; all [train] ones where its own reward is not recorded."""
+        return self.rewards.get(label, [measure for measure in self.measures if measure.role == "train"])
 
     def _gain(self, measure: Measure, label: str) -> stats.Array:
         values = self.scores[measure].values
@@ -215,11 +231,17 @@ class Analysis:
 
     def of_weights(self, *labels: str) -> bool:
         """Return whether a comparison of these rows speaks of the scored weights only: some row is one training run."""
-        return any(label != self.base and not self._generalizes(label) for label in labels)
+        return any(self._one_run(label) for label in labels)
 
-    def _generalizes(self, label: str) -> bool:
-        """Return whether it is known how much the row's training runs differ: it has seeds, and some row has two."""
-        return label in self.trained and max(len(self.seeds[trained]) for trained in self.trained) > 1
+    def _one_run(self, label: str) -> bool:
+        """Return whether the row's weights come from training, and how much its training runs differ is unknown."""
+        return label in self.published or (label in self.trained and max(self.scored_seeds.values()) < 2)
+
+    @functools.cached_property
+    def scored_seeds(self) -> dict[str, int]:
+        """Number of training seeds, of those planned, of which each row trained here has a score."""
+        grids = {k: [~np.isnan(data.values[k]).all((0, 1)) for data in self.scores.values()] for k in self.trained}
+        return {label: max((int(seeds.sum()) for seeds in grid), default=0) for label, grid in grids.items()}
 
     def all_pairs(self, measure: Measure) -> dict[tuple[str, str], Comparison]:
         """Return the paired differences of all pairs of compared rows (of all rows without a base), Holm over all."""
@@ -312,7 +334,12 @@ def analyse(manifest: Manifest, scores: pd.DataFrame) -> Analysis:
     base = next((label for label, runs in rows.items() if runs and all(run.is_base for run in runs)), None)
     measures = _measures(manifest)
     primary = _primary(measures, manifest.primary)
-    return completed(Analysis(labels, base, seeds, measures, cubes(scores, measures, seeds), primary=primary))
+    published = [label for label, runs in rows.items() if any(run.published for run in runs)]
+    rewards = {label: _trained_on(measures, runs) for label, runs in rows.items()}
+    data = cubes(scores, measures, seeds)
+    return completed(
+        Analysis(labels, base, seeds, measures, data, primary=primary, published=published, rewards=rewards)
+    )
 
 
 def completed(analysis: Analysis) -> Analysis:
@@ -339,17 +366,38 @@ def _primary(measures: Sequence[Measure], named: str = "") -> Measure | None:
 
 
 def _measures(manifest: Manifest) -> list[Measure]:
-    """Return every metric that some run is scored on: by role, then in the papers' order, then in the sweep's."""
+    """Return every metric that some run is scored on: by role, then in the papers' order, then in the sweep's.
+
+    A metric whose role differs between rows has the one that claims least: it is held out only if it is so for all.
+    """
     measures: dict[tuple[str, str], Measure] = {}
     for score in (score for run in manifest.runs for score in run.scores):
         settings = score.settings or {"world": manifest.world}  # an early version did not record them
         world = "shapes" if "shapes" in settings.values() else ""
         for metric in score.metrics:
-            known = measures.get((score.evaluator, metric.name))
-            if known is None or (world and not known.world):  # one scorer of the shapes world marks the column
-                about = {"role": score.role, "version": score.version, "world": world, **structs.asdict(metric)}
-                measures[score.evaluator, metric.name] = Measure(score.evaluator, **about)
+            about = {"role": score.role, "version": score.version, "world": world, **structs.asdict(metric)}
+            known = measures.setdefault((score.evaluator, metric.name), Measure(score.evaluator, **about))
+            least = min(known.role, score.role, key=("train", "unknown", "check", "held-out").index)
+            both = known._replace(role=least, world=known.world or world)  # one scorer of a world marks the column
+            measures[score.evaluator, metric.name] = both
     return sorted(measures.values(), key=lambda measure: (ROLES.index(measure.role), names.place(measure.name)))
+
+
+def _trained_on(measures: Sequence[Measure], runs: Sequence[ManifestRun]) -> list[Measure]:
+    """Return the [train] measures that a row was trained on: all of them if it was trained on rewards not recorded."""
+    rewarded = [measure for measure in measures if measure.role == "train"]
+    named = {part["evaluator"]["name"] for run in runs for part in run.rewards}
+    named |= {word for run in runs for word in run.trained_on}
+    own = {score.evaluator for run in runs for score in run.scores if _names(score) & named}
+    if not named:
+        return rewarded if any(run.trained for run in runs) else []
+    return [measure for measure in rewarded if measure.evaluator in own]
+
+
+def _names(score: ManifestScore) -> set[str]:
+    """Return the names under which a reward can be this score: of its evaluator, its metrics, or its file's column."""
+    words = [score.evaluator, *(metric.name for metric in score.metrics), score.settings.get("key")]
+    return {name for word in words if isinstance(word, str) for name in (word, word.partition(" (")[0])}
 
 
 def cubes(frame: pd.DataFrame, measures: Sequence[Measure], seeds: dict[str, list[int]]) -> dict[Measure, Scores]:

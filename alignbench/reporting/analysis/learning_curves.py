@@ -92,6 +92,7 @@ class LearningCurve(NamedTuple):
     costs: dict[str, Array]  # axis -> (K, S); 0 at the base model, nan for seeds without the step
     values: dict[Measure, Array]  # (K, P, I, S)
     tags: dict[Measure, Any]  # (P,)
+    rewards: Sequence[Measure] | None = None  # that the method was trained on; None: all whose role is "train"
 
     def strata(self, measure: Measure) -> Any:
         """Return the task of each prompt, or None if the measure is not averaged by task."""
@@ -146,7 +147,7 @@ def learning_curves(results: Results, analysis: Analysis, records: pd.DataFrame 
         costs = _costs(records[records["label"] == label], steps[label], axis)
         updates = nan_mean(costs["update"], 1)
         tags = {measure: scores.tags for measure, scores in data.items()}
-        curves.append(LearningCurve(label, axis, updates, costs, values, tags))
+        curves.append(LearningCurve(label, axis, updates, costs, values, tags, analysis.trained_on(label)))
     return curves
 
 
@@ -332,24 +333,29 @@ class Divergence(NamedTuple):
 DIVERGENCE = """\
 A score that was not trained on diverges from the reward at the first step (milestone or end) at which the training
 reward exceeds all earlier steps, including the base model, while the score is significantly below its own earlier
-maximum: paired over prompts and seeds against the step of that maximum, p < 0.05 after Holm's correction over all such
-tests of the method. The earlier maximum is itself selected from noise: of 100 simulated methods with three seeds and a
-score that never moves, 2 were said to diverge; with two seeds, few real divergences can be detected. In brackets: the
-middle 95 % of the update of divergence over resamples of prompts and seeds, in which a score must fall by as many
-standard errors as the weakest of the method's falls that passed Holm's correction, and the share of resamples in which
-it diverges."""
+maximum: paired over {resampled} against the step of that maximum, p < 0.05 after Holm's correction over all such tests
+of the method. *no*: they are not shown to part; the score may still have fallen without the reward rising. The earlier
+maximum is itself selected from noise: of 100 simulated methods with three seeds and a score that never moves, 2 were
+said to diverge; with two seeds, few real divergences can be detected. In brackets: the middle 95 % of the update of
+divergence over resamples of {resampled}, in which a score must fall by as many standard errors as the weakest of the
+method's falls that passed Holm's correction, and the share of resamples in which it diverges."""
 
 
 def divergences(curves: Sequence[LearningCurve]) -> dict[str, dict[Measure, Divergence]]:
-    """Return label -> measure -> where it diverges from the training reward, by the rule of ``DIVERGENCE``.
+    """Return label -> measure -> where it diverges from the method's own reward, by the rule of ``DIVERGENCE``.
 
-    Empty unless some measure was trained on and another was not. The spread between training runs is pooled over
-    methods.
+    A method is left out unless some measure was its reward and another was not. The spread between training runs is
+    pooled over methods.
     """
-    measures = [measure for measure in curves[0].values if measure.higher_is_better is not None]
-    rewards = [measure for measure in measures if measure.role == "train"]
-    others = [measure for measure in measures if measure.role != "train"]
-    return {curve.label: _divergences(curve, curves, rewards, others) for curve in curves} if rewards and others else {}
+    result = {}
+    for curve in curves:
+        measures = [measure for measure in curve.values if measure.higher_is_better is not None]
+        trained_on = [m for m in measures if m.role == "train"] if curve.rewards is None else curve.rewards
+        rewards = [measure for measure in measures if measure in trained_on]
+        others = [measure for measure in measures if measure not in trained_on]
+        if rewards and others:
+            result[curve.label] = _divergences(curve, curves, rewards, others)
+    return result
 
 
 def _divergences(

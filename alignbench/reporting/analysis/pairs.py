@@ -233,7 +233,7 @@ def _analysed(
             known = analyse(a.manifest, frame), frame
         return *known, (a.label, b.label)
     runs = [
-        structs.replace(run, label=label, **({} if side.whole else {"seed": UNTRAINED, "published": True}))
+        structs.replace(run, label=label, **({} if side.whole else {"seed": UNTRAINED, "published": not run.is_base}))
         for label, side in zip("AB", (a, b))
         for run in side.runs
     ]

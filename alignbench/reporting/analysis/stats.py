@@ -182,7 +182,10 @@ def runs_of(arrays: Sequence[ArrayLike], strata: ArrayLike | None = None) -> Run
     if not len(arrays):
         return None
     levels = _levels(arrays, strata)
-    return run_spread.estimate(levels.columns, np.nan_to_num(levels.interaction))
+    apart = levels.columns - levels.mean[:, None]
+    rounding = 1e-12 * np.abs(np.nan_to_num(levels.columns)).max(initial=0.0)  # of equal numbers is no spread
+    apart = np.where(np.abs(apart) <= rounding, 0.0, apart)
+    return run_spread.estimate(apart, np.nan_to_num(levels.interaction))
 
 
 def curve_draws(
@@ -263,10 +266,16 @@ def interquartile_weights(values: ArrayLike) -> Array:
     return (np.bincount(place, by_rank[np.argsort(np.argsort(values, kind="stable"))]) / count)[place]
 
 
-def interquartile_mean(gains: Sequence[ArrayLike], by_task: Sequence[bool], strata: ArrayLike | None = None) -> Array:
+def interquartile_mean(
+    gains: Sequence[ArrayLike],
+    by_task: Sequence[bool],
+    strata: ArrayLike | None = None,
+    votes: Sequence[str] | None = None,
+) -> Array:
     """Return (P, 1, S) contributions of prompts and seeds to the interquartile mean of M measures' mean gains.
 
-    ``gains``: M arrays (P, I, S) in one unit; the mean gain of a ``by_task`` measure is the mean of its task means. The
+    ``gains``: M arrays (P, I, S) in one unit; the mean gain of a ``by_task`` measure is the mean of its task means.
+    ``votes``: measures of the same name have one vote together, their mean; by default each has its own. The
     mean of the result (by ``strata``, if given) is the interquartile mean, and its spread is that of the interquartile
     mean with the measures' ranks held fixed, an error of second order since ranks change only where gains are equal.
     Prompts and seeds for which some measure has no score are nan.
@@ -282,7 +291,11 @@ def interquartile_mean(gains: Sequence[ArrayLike], by_task: Sequence[bool], stra
         _, task, count = np.unique(groups, return_inverse=True, return_counts=True)
         tasks = 1 / (len(count) * count[task])  # and of a mean of task means
         shares = np.stack([tasks if grouped else even for grouped in by_task])
-        weights = interquartile_weights(np.einsum("mp,mps->m", shares, kept))
+        means = np.einsum("mp,mps->m", shares, kept) / kept.shape[2]
+        _, vote, voters = np.unique(
+            range(len(means)) if votes is None else votes, return_inverse=True, return_counts=True
+        )
+        weights = (interquartile_weights(np.bincount(vote, means) / voters) / voters)[vote]
         parts[np.ix_(prompts, np.array([0]), seeds)] = np.einsum("m,mp,mps->ps", weights, shares / tasks, kept)[:, None]
     return parts
 

@@ -285,9 +285,11 @@ def draw_profiles(analysis: Analysis, stamp: str) -> Figure | None:
         axes.set_ylim(-0.03, 1.03)
         draw_legend(canvas, labels, analysis)
         names = listed([measure_name(measure) for measure in scores])
+        several = max(analysis.scored_seeds.values(), default=0) > 1
+        bands = ", with pointwise 95 % bands" if several else "; with one training run each, a share of measures only"
         caption = (
             f"Performance profiles at the end of training: the share of runs (measure x training seed; {names})"
-            " whose normalised score exceeds a threshold, with pointwise 95 % bands. "
+            f" whose normalised score exceeds a threshold{bands}. "
             f"Above one half: {', '.join(halves)}."
         )
         return finish(canvas, "profiles", "Performance profiles", caption)

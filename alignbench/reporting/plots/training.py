@@ -32,6 +32,7 @@ from alignbench.reporting.plots.style import (
     new_canvas,
     shorten_ticks,
 )
+from alignbench.reporting.tables import harmed
 from alignbench.reporting.text.table import DECIMALS, listed
 
 if TYPE_CHECKING:
@@ -163,7 +164,10 @@ def draw_hacking(curves: Sequence[LearningCurve], analysis: Analysis, stamp: str
             for measure, divergence in by_measure.items()
             if divergence.update is not None
         ]
-        summary = f"Diverging: {'; '.join(diverged)}." if diverged else "No score diverges from the reward."
+        summary = f"Diverging: {'; '.join(diverged)}." if diverged else "No score is shown to diverge from the reward."
+        lost = {label: [m.name for m in harmed(analysis, label)] for label in by_label}
+        worse = [f"{label}: {listed(names)}" for label, names in lost.items() if names]
+        summary += f" Worse than {analysis.base} at the end: {'; '.join(worse)}." if worse else ""
         caption = (
             f"Gain of every score over {analysis.base} at each milestone, one panel per method, as a share of the "
             "largest of any method. Thick: the training reward; circles: the first step at which a score is "
