@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from alignbench.reporting import names
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
 from alignbench.reporting.tables import change_text, changes_sections, hacked, label_means, task_table, title
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, listed
@@ -112,6 +113,6 @@ def task_sections(analysis: Analysis) -> list[Section]:
     for measure in analysis.measures:
         if not measure.by_task:
             continue
-        heading = f"## {escape(title(measure))} [{measure.role}]"
+        heading = f"## {escape(names.measure_name(measure))} [{measure.role}], by task"
         sections += [heading, task_table(analysis, measure)]
     return sections
