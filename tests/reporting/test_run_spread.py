@@ -26,11 +26,11 @@ def test_a_full_table_has_the_mean_squares_of_two_way_analysis():
     means = shifted(6, 5, shared=0.02, own=0.1)
     between, residual = two_way(means)
     found = estimate(means, NONE[:6])
-    factor = 1 + 5 / 16
+    factor = 1 + 5 / 64
     shared = between + (factor - 1) * max(between - 2 * residual, 0)
     assert found.pooled.value == pytest.approx(shared / 6 + residual * 5 / 6)
     assert found.pooled.noise == pytest.approx((shared / 6) ** 2 / 4 + (residual * 5 / 6) ** 2 / 20)
-    assert found.residual.value == pytest.approx(2 * residual * (1 + 5 / 400))
+    assert found.residual.value == pytest.approx(2 * residual * (1 + 5 / 20**3))
     assert found.residual.noise == pytest.approx(found.residual.value**2 / 20)
 
 
@@ -72,7 +72,7 @@ def test_rows_need_not_share_every_seed():
     left = means[row, seed] - design @ np.linalg.pinv(design) @ means[row, seed]
     df = len(row) - np.linalg.matrix_rank(design)
     found = estimate(means, NONE[:4])
-    assert found.residual.value == pytest.approx(2 * left @ left / df * (1 + 5 / df**2))
+    assert found.residual.value == pytest.approx(2 * left @ left / df * (1 + 5 / df**3))
     assert found.of(3) == found.pooled
 
 

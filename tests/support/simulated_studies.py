@@ -195,7 +195,7 @@ def study(design: Design, rng: np.random.Generator) -> Study:
     common = rng.normal(size=(len(tags), 1, 1))  # prompts that are hard in all measures
     found, truths = {}, {}
     for law in design.laws:
-        measure = Measure(law, law, by_task=bool(design.tasks))
+        measure = Measure(law, law, "fraction" if law == "binary" else "", by_task=bool(design.tasks))
         values, truths[measure] = scores(design, law, sizes, common, rng)
         found[measure] = Scores(np.arange(len(tags)), tags, _without(design.missing, values, common, rng))
     seeds = {"base": [UNTRAINED], **{k: list(range(runs)) for k, runs in zip(design.labels, design.runs)}}

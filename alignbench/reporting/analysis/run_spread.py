@@ -18,7 +18,7 @@ every row needs every seed; M is then the effective number of rows, df / df_s of
 Three corrections, whose constants were chosen by simulation (docs/statistics.md):
 
 1. A mean square on f = 1 or 2 degrees of freedom is often far too small, and Satterthwaite's formula then trusts the
-   prompts alone. It is therefore multiplied by k(f) = 1 + 5 / f^2; of MS_s, what exceeds 2 MS_r.
+   prompts alone. It is therefore multiplied by k(f) = 1 + 5 / f^3; of MS_s, what exceeds 2 MS_r.
 2. Rows need not have equal spreads. A row's own variance s_m^2 on f degrees of freedom counts beyond the pool by
    k(f) max(0, s_m^2 - (1 + 3 / f) pool), the pool being that of all other rows.
 3. A row is *unstable* if the F test of its variance against that of all others has p < 0.05 / M. The row with the
@@ -116,7 +116,7 @@ def estimate(means: Array, interaction: Array) -> RunSpread | None:
 
 
 def _factor(df: int) -> float:
-    return 1 + 5 / df**2
+    return 1 + 5 / df**3
 
 
 def _guarded(mean_square: float, df: int, reference: float = 0.0) -> float:

@@ -43,7 +43,7 @@ from alignbench.reporting.analysis.run_spread import RunSpread, RunVariance
 Array = NDArray[np.float64]
 
 DRAWS = 4000  # bootstrap resamples: the error of a 95 % limit is about 2 % of the interval's width
-PRIOR = 4  # degrees of freedom at which a task's variance over prompts is shrunk to that of all tasks
+PRIOR = 8  # degrees of freedom that the variance of all tasks lends to that of one
 FEW = 5  # prompts below which a fraction has no interval
 
 
@@ -377,7 +377,7 @@ def _levels(arrays: Sequence[ArrayLike], strata: ArrayLike | None) -> Levels:
         prior = np.minimum(PRIOR, df.sum(1, keepdims=True) - df)  # degrees of freedom lent by the other strata
         pooled = squares.sum(1, keepdims=True) / df.sum(1, keepdims=True)
         unscaled = squares / df / n / n.shape[1] ** 2
-        by_stratum = (squares + prior * pooled) / (df + prior) / n / n.shape[1] ** 2
+        by_stratum = np.maximum(squares / df, (squares + prior * pooled) / (df + prior)) / n / n.shape[1] ** 2
         interaction = (residual**2).sum(2) @ inside / df / (seeds - 1)[:, None] / n / n.shape[1] ** 2
         full = np.bincount(member, minlength=n.shape[1])  # the draws are rescaled for strata of this size
         rescaled = np.sqrt(
