@@ -46,7 +46,8 @@ def budgets_note(analysis: Analysis, costs: pd.DataFrame) -> str:
     """Return whether the methods trained on equally many images, as measured."""
     done = finished_runs(costs, analysis.trained)
     if not analysis.trained:
-        return ""
+        unknown = costs["state"].eq("done") & costs["images"].isna()
+        return "The cost of training is unknown." if unknown.any() else ""
     if done.empty and costs["state"].eq("done").all():
         return "The cost of training is unknown."
     if done.empty:

@@ -204,6 +204,6 @@ def task_sections(analysis: Analysis) -> list[Section]:
     for measure in analysis.measures:
         if not measure.by_task:
             continue
-        heading = f"## {escape(title(measure))} [{measure.role}]"
+        heading = f"## {escape(names.measure_name(measure))} [{measure.role}], by task"
         sections += [heading, task_table(analysis, measure)]
     return sections

@@ -118,10 +118,10 @@ Best and worst rank that the decisions about all pairs leave open{weights}; with
 measure hold. Rows that share a letter are not separable, which does not mean equal.{fewer}"""
 FEWER = " {measure}: means over the {count} prompts that every row is scored on."
 PAIRS_NOTE = """\
-Above the diagonal: the mean paired difference, row minus column, with its decision after Holm's correction over all
-{count} pairs: ▲ the row is better, ▼ the column is better, ○ not separable, ? no decision is possible. Below it: the
-probability of improvement, the share of images that score better in the row than in the column of the same prompt and
-noise (a tie counts half). Rows are in the order of their means.{weights}"""
+All pairs, a table for each measure. Above the diagonal: the mean paired difference, row minus column, with its decision
+after Holm's correction over all pairs: ▲ the row is better, ▼ the column is better, ○ not separable, ? no decision is
+possible. Below it: the probability of improvement, the share of images that score better in the row than in the column
+of the same prompt and noise (a tie counts half). Rows are in the order of their means.{weights}"""
 
 
 def ranked(analysis: Analysis) -> list[Measure]:
@@ -163,14 +163,13 @@ def _rank_cell(analysis: Analysis, measure: Measure, label: str) -> Cell:
 
 
 def pairs_sections(analysis: Analysis) -> list[Section]:
-    """Return a heading, a matrix of all pairs and a note for each measure with an order."""
-    parts: list[Section] = []
-    for measure in ranked(analysis):
-        pairs = analysis.pairs[measure]
-        weights = " Decisions on a single training run are on these weights." * _any_weights(analysis, [measure])
-        note = PAIRS_NOTE.format(count=len(pairs), weights=weights)
+    """Return a note, and a heading and a matrix of all pairs for each measure with an order."""
+    if not (measures := ranked(analysis)):
+        return []
+    weights = " Decisions on a single training run are on these weights." * _any_weights(analysis, measures)
+    parts: list[Section] = [PAIRS_NOTE.format(weights=weights)]
+    for measure in measures:
         parts += [f"### All pairs, {escape(names.title(measure))} [{measure.role}]", pairs_table(analysis, measure)]
-        parts += [note]
     return parts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from alignbench.config import UserError
+from alignbench.config import UserError, settings
 from alignbench.plugins import Registry
 from alignbench.reporting.analysis.comparison import Analysis, Measure, analyse
 from alignbench.reporting.names import decimals, title
@@ -53,6 +53,7 @@ def summary(scored: Sequence[tuple[Any, pd.DataFrame]]) -> str:
     entries = [
         ManifestScore(
             evaluator=evaluator.name,
+            settings=settings(evaluator),
             version=evaluator.version,
             file="",
             metrics=[ManifestMetric(*metric) for metric in evaluator.metrics],

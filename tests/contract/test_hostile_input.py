@@ -42,7 +42,7 @@ def test_no_name_is_markup_in_any_format(tmp_path, name):
     found = stored(tmp_path, plan, frame, costs(plan))
     paths = report.build(found, tmp_path / "out", ("md", "csv", "tex"))
     text, table, latex, pairs = (path.read_text() for path in paths)
-    headings = ("Results", "Costs of training", "Paired change", "Order", "Probability of", "GenEval, by task [check]")
+    headings = ("Results", "Costs of training", "Paired change", "Order", "Probability of", "GenEval [check], by task")
     for part in (part for heading in headings for part in section(text, heading).split("\n### ")):
         lines = [line for line in part.splitlines() if line.startswith("|")]
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) <= 1  # as many cells in each row

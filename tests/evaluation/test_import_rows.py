@@ -217,7 +217,7 @@ def test_a_row_of_fewer_images_is_not_one_with_missing_scores(tmp_path):
         folder = flowbp(tmp_path / label, texts=texts, reward_names=["hpsv2"])
         assert do_import(store, "flowbp", folder, "--label", label) == 0
     (line,) = [line for line in section(report(store), "Coverage").splitlines() if line.startswith("- ")]
-    assert line.startswith("- hpsv2.1 (flowbp), B: 8 of 8 scores; prompts left out: 2 of the mean")
+    assert line.startswith("- HPSv2.1 (flowbp), B: 8 of 8 scores; prompts left out: 2 of the mean")
 
 
 # ---- UniRL
@@ -251,7 +251,7 @@ def test_genevals_score_equals_its_own_summary(tmp_path):
     lines = pd.read_json(folder / "results.jsonl", orient="records", lines=True)
     overall = np.mean([task["correct"].mean() for _, task in lines.groupby("tag")])
     row = next(line for line in section(report(store), "Results").splitlines() if line.startswith("| A "))
-    assert row.split("|")[2].split()[0] == f"{overall:.3f}"
+    assert row.split("|")[2].split()[0] == f"{overall:.4f}"
 
 
 def test_genevals_reasons_are_kept(tmp_path):
@@ -471,15 +471,15 @@ def test_a_kill_leaves_nothing_half_made(tmp_path, monkeypatch, after):
 
 
 def test_what_is_not_stated_is_unknown(tmp_path):
-    """Costs, seeds, roles and settings are shown as unknown, neither zero nor guessed; the base model cost nothing."""
+    """Costs, seeds, roles and settings are shown as unknown, neither zero nor guessed."""
     store = tmp_path / "store"
     do_import(store, "geneval", geneval(tmp_path / "a"), "--label", "Base", "--base")
     do_import(store, "geneval", geneval(tmp_path / "b"), "--label", "A")
     text = report(store)
-    row = next(line for line in section(text, "Results").splitlines() if line.startswith("| A "))
-    assert [cell.strip() for cell in row.split("|")[-8:-1]] == ["unknown"] * 7
-    base = next(line for line in section(text, "Results").splitlines() if line.startswith("| Base "))
-    assert [cell.strip() for cell in base.split("|")[-8:-1]] == ["0"] * 7
+    costs = pd.read_csv(store.parent / "report/imported-costs.csv").set_index("label")
+    assert costs.loc["A", ["images", "seconds", "nfe_grad"]].isna().all()
+    assert (costs.loc["Base", ["images", "seconds", "nfe_grad"]] == 0).all()
+    assert "The cost of training is unknown." in text
     assert "[unknown]" in section(text, "Results")
     protocol = section(text, "Protocol")
     for setting in (
@@ -551,9 +551,9 @@ def test_a_stated_reward_decides_the_roles(tmp_path):
     store = tmp_path / "store"
     do_import(store, "flowbp", flowbp(tmp_path / "a"), "--label", "Base", "--base")
     do_import(store, "flowbp", flowbp(tmp_path / "b", 0.1), "--label", "B", "--trained-on", "hpsv2.1")
-    assert "hpsv2.1 (flowbp), cosine ↑ [train] | pickscore (flowbp), logit / 26 ↑ [held-out]" in report(store)
+    assert "HPSv2.1 (flowbp), cosine ↑ [train] | PickScore (flowbp), logit / 26 ↑ [held-out]" in report(store)
     do_import(store, "flowbp", flowbp(tmp_path / "c", 0.2), "--label", "C")
-    assert "pickscore (flowbp), logit / 26 ↑ [unknown]" in report(store)
+    assert "PickScore (flowbp), logit / 26 ↑ [unknown]" in report(store)
 
 
 def test_differing_settings_are_listed_row_by_row(tmp_path):

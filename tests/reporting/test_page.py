@@ -181,7 +181,7 @@ def test_the_hacking_panel_says_what_rose_and_what_fell(tmp_path):
     [(name, text)] = page._panel(analysis, {label: tables.hacked(analysis, label) for label in analysis.trained})
     rows = dict(zip(analysis.compared, re.findall(r"<tr.*?</tr>", text, re.DOTALL)[1:]))
     assert name == page.PANEL
-    assert "pickscore, geneval, geneval_strict fell" in rows["ReFL"]
+    assert "PickScore, GenEval, GenEval strict fell" in rows["ReFL"]
     assert "fell" not in rows["LeapAlign"]
     for label, row in rows.items():
         verdicts = re.findall(r'<td class="(\w+)"><span aria-hidden="true">.</span> ([^<]*)', row)
@@ -232,7 +232,7 @@ def test_the_scores_in_the_page_are_those_of_the_store(tmp_path):
         for label, flat in list(zip(data["methods"], named))[1:]:
             mean = np.mean([value for value in flat if value is not None])
             np.testing.assert_allclose(mean, analysis.means[measure][label].mean, atol=1e-4)
-    lost = data["scores"][data["measures"].index(next(m for m in data["measures"] if m["name"] == "geneval"))][0]
+    lost = data["scores"][data["measures"].index(next(m for m in data["measures"] if m["name"] == "GenEval"))][0]
     assert sum(value is None for value in lost) == 6 * 2 + 1  # base has no second training run
 
 
@@ -561,7 +561,8 @@ def test_votes_of_two_tabs_add_up(visit, small):
     assert two.evaluate("JSON.parse(localStorage.getItem(PLACE)).map((vote) => vote.after_result)") == [False, True]
 
 
-RESULTS = ".scroll[data-table='1'] >> "  # the headline table is the first
+RESULTS = ".scroll[aria-label='Table: Results'] >> "
+TOOLS = "[aria-label='Table: Results, tools'] >> "
 
 
 def test_a_table_is_sorted_by_its_headings(visit, small):
@@ -571,18 +572,19 @@ def test_a_table_is_sorted_by_its_headings(visit, small):
     texts = web.locator(RESULTS + "tbody td:nth-child(3)").all_inner_texts()
     level = dict(zip(rows(), (float(text.split()[0]) for text in texts)))
     head = web.locator(RESULTS + "thead th").nth(2)
-    web.evaluate("document.querySelectorAll('.scroll[data-table] table')[1].rows[2].cells[5].innerHTML = '—'")
+    box = "document.querySelector('[aria-label=\"Table: Results\"]')"
+    web.evaluate(f"{box}.querySelector('table').rows[2].cells[4].outerHTML = '<td>—</td>'")
     for direction in ("descending", "ascending"):
         head.locator("button").focus()
         web.keyboard.press("Enter")
         assert head.get_attribute("aria-sort") == direction
         assert rows() == sorted(level, key=level.get, reverse=direction == "descending")
-    web.locator(RESULTS + "thead button").nth(5).click()
+    web.locator(RESULTS + "thead button").nth(4).click()
     assert head.get_attribute("aria-sort") is None
     assert rows()[-1] == "ReFL"
-    web.locator(RESULTS + "thead button").nth(5).click()
+    web.locator(RESULTS + "thead button").nth(4).click()
     assert rows()[-1] == "ReFL"
-    web.locator(RESULTS + "thead button").nth(5).click()
+    web.locator(RESULTS + "thead button").nth(4).click()
     assert rows() == ["base", "ReFL", "DRaFT-LV"]
 
 
@@ -590,9 +592,9 @@ def test_columns_are_hidden_and_shown(visit, small):
     """A wide table has a menu of its columns; what is hidden is said below it and kept; heads over several columns
     shrink with it; all come back."""
     web = visit("", path=small)
-    web.click(".menu summary >> nth=1")
-    web.uncheck(".menu >> nth=1 >> text=reward calls")
-    web.uncheck(".menu >> nth=1 >> text=decodes")
+    web.click(TOOLS + ".menu summary")
+    web.uncheck(TOOLS + ".menu >> text=PickScore")
+    web.uncheck(TOOLS + ".menu >> text=GenEval strict")
     web.keyboard.press("Escape")
     assert web.evaluate("document.activeElement.textContent") == "Columns (2 hidden)"
     web.reload()
@@ -600,9 +602,11 @@ def test_columns_are_hidden_and_shown(visit, small):
     count = web.locator(RESULTS + "thead th").count()
     assert web.locator(heads).count() == count - 2
     assert web.locator(RESULTS + "tbody tr >> nth=1 >> td:visible").count() == count - 3
-    assert web.locator(".hidden-columns:visible").all_inner_texts() == ["Hidden columns: reward calls; decodes."]
-    web.click(".menu summary >> nth=1")
-    web.click(".menu >> nth=1 >> text=Show all")
+    assert web.locator(".hidden-columns:visible").all_inner_texts() == [
+        "Hidden columns: PickScore, logit ↑ [held-out]; GenEval strict, by task, fraction ↑ [check]."
+    ]
+    web.click(TOOLS + ".menu summary")
+    web.click(TOOLS + ".menu >> text=Show all")
     assert web.locator(heads).count() == count
     assert web.locator(".hidden-columns:visible").count() == 0
     found = web.evaluate(
@@ -635,26 +639,26 @@ def test_a_score_leads_to_its_images(visit, small):
     assert shown_methods(web) == ["base", "ReFL"]
     assert web.locator("#count").inner_text() == "12 of 12 prompts, 2 of 3 methods."
     assert (
-        web.locator("#how").inner_text() == "Shown: sorted by the gain of ReFL over base on pickscore; seed 0; image 0."
+        web.locator("#how").inner_text() == "Shown: sorted by the gain of ReFL over base on PickScore; seed 0; image 0."
     )
-    assert web.locator(".row >> nth=0 >> dt").all_text_contents() == ["pickscore"] * 2
+    assert web.locator(".row >> nth=0 >> dt").all_text_contents() == ["PickScore"] * 2
     web.go_back()
     until(web, "byId('pictures').hidden")
     press(web, RESULTS + ".to-images >> nth=0")
-    until(web, "byId('how').textContent.startsWith('Shown: sorted by the score of base on hpsv2.1')")
+    until(web, "byId('how').textContent.startsWith('Shown: sorted by the score of base on HPSv2.1')")
     assert shown_methods(web) == ["base"]
     assert web.evaluate("order.map((prompt) => meanScore(0, 0, prompt))") == sorted(
         web.evaluate("order.map((prompt) => meanScore(0, 0, prompt))"), reverse=True
     )
     press(web, "[data-view=report]")
     press(
-        web, "[aria-label='Table: geneval_strict [check], by task'] >> tr:has-text('DRaFT-LV') >> .to-images >> nth=1"
+        web, "[aria-label='Table: GenEval strict [check], by task'] >> tr:has-text('DRaFT-LV') >> .to-images >> nth=1"
     )
     until(web, "order.length === 2")
     assert (
         web.locator("#how")
         .inner_text()
-        .startswith("Shown: colors; sorted by the gain of DRaFT-LV over base on geneval_s")
+        .startswith("Shown: two object; sorted by the gain of DRaFT-LV over base on GenEval strict")
     )
 
 
@@ -664,26 +668,26 @@ def test_a_copied_table_keeps_its_cells(visit, small):
     web = visit("", path=small)
     web.context.grant_permissions(["clipboard-read", "clipboard-write"])
     pasted = "navigator.clipboard.readText()"
-    table = data_of(small.read_text())["tables"][1]
-    web.locator("[data-copy=csv]").nth(1).click()
+    number = web.locator(RESULTS.removesuffix(" >> ")).get_attribute("data-table")
+    table = data_of(small.read_text())["tables"][int(number)]
+    web.click(TOOLS + "[data-copy=csv]")
     assert list(csv.reader(io.StringIO(web.evaluate(pasted)))) == table["cells"]
-    web.locator("[data-copy=latex]").nth(1).click()
+    web.click(TOOLS + "[data-copy=latex]")
     assert web.evaluate(pasted) == table["latex"]
-    assert table["latex"].count(r"\\") == 4
-    web.locator("[data-copy=cells]").nth(1).click()
+    assert table["latex"].count(r"\begin{tabular}") == 1
+    web.click(TOOLS + "[data-copy=cells]")
     assert [line.split("\t") for line in web.evaluate(pasted).split("\n")] == table["cells"]
     rich = "navigator.clipboard.read().then(async ([item]) => (await item.getType('text/html')).text())"
     assert web.evaluate(rich).count("<td") == len(table["cells"]) * len(table["cells"][0])
-    assert web.locator(".told").nth(1).inner_text() == "Copied."
-    assert [len(row) for row in table["cells"]] == [1 + 4 * 3 + 7] * 4
-    web.evaluate("getSelection().selectAllChildren(document.querySelectorAll('.scroll[data-table] tbody')[1])")
+    assert web.locator(TOOLS + ".told").inner_text() == "Copied."
+    assert [len(row) for row in table["cells"]] == [1 + 4 * 3] * 4
+    web.evaluate("getSelection().selectAllChildren(document.querySelector('[aria-label=\"Table: Results\"] tbody'))")
     web.keyboard.press("Control+c")
     lines = [line.split("\t") for line in web.evaluate(pasted).split("\n")]
-    assert [len(line) for line in lines] == [1 + 4 * 3 + 7] * 3
+    assert [len(line) for line in lines] == [1 + 4 * 3] * 3
     np.testing.assert_allclose(
         [float(text) for text in lines[1][1:4]], [float(t) for t in table["cells"][2][1:4]], atol=6e-4
     )
-    assert lines[1][13] == "9600"
 
 
 def test_what_is_printed(visit, small):
@@ -732,13 +736,13 @@ def test_heads_stay_in_view_and_no_page_is_wider_than_its_window(visit, small):
     web = visit("", path=small, viewport={"width": 700, "height": 300})
     corner = web.evaluate(
         """() => {
-          const box = document.querySelector(".scroll[data-table='1']"), [head] = box.querySelectorAll("th");
-          box.scrollTo(60, 50);
+          const box = document.querySelector("[aria-label='Table: Results']"), [head] = box.querySelectorAll("th");
+          box.scrollTo(20, 50);
           const [inner, outer] = [head, box].map((element) => element.getBoundingClientRect());
           return [box.scrollLeft, box.scrollTop, inner.left - outer.left, inner.top - outer.top];
         }"""
     )
-    assert corner[:2] == [60, 50]
+    assert corner[:2] == [20, 50]
     assert max(corner[2:]) <= 2
     for width in (320, 390, 768, 1024, 1440):
         web.set_viewport_size({"width": width, "height": 800})
@@ -805,12 +809,12 @@ def test_filters(visit):
 def test_an_evaluator_shows_its_scores_alone(visit, made):
     """One evaluator: its score under each image is the page's own, the best of the row is bold."""
     web = visit("#pictures")
-    web.select_option("[name=evaluator]", label="pickscore [held-out]")
+    web.select_option("[name=evaluator]", label="PickScore [held-out]")
     shown_methods(web)
     row = web.locator(".row").first
-    assert set(row.locator("dt").all_text_contents()) == {"pickscore"}
+    assert set(row.locator("dt").all_text_contents()) == {"PickScore"}
     data = data_of(made.read_text())
-    measure = [m["name"] for m in data["measures"]].index("pickscore")
+    measure = [m["name"] for m in data["measures"]].index("PickScore")
     expected = [data["scores"][measure][method][0] for method in range(5)]
     found = [float(text.split("\n")[0].split(",")[0]) for text in row.locator("dd").all_text_contents()]
     np.testing.assert_allclose(found, expected, atol=0.006)
@@ -841,8 +845,8 @@ def test_sorting(visit, made):
     web.uncheck("[name=reverse]")
     web.select_option("[name=sort]", "gain")
     web.select_option("[name=method]", label="LeapAlign")
-    web.select_option("[name=by]", label="pickscore [held-out]")
-    flat = np.array(data["scores"][[m["name"] for m in data["measures"]].index("pickscore")], float).reshape(5, 24, -1)
+    web.select_option("[name=by]", label="PickScore [held-out]")
+    flat = np.array(data["scores"][[m["name"] for m in data["measures"]].index("PickScore")], float).reshape(5, 24, -1)
     gains = np.nanmean(flat[4], 1) - np.nanmean(flat[0], 1)
     assert names(web) == [texts[prompt] for prompt in np.argsort(-gains, kind="stable")]
     assert f"gain of LeapAlign +{gains.max():.2f}" in web.locator(".meta").first.text_content()

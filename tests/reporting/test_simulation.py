@@ -195,4 +195,4 @@ def test_a_gain_counts_in_the_spread_of_base():
         found[measure] = Scores(np.arange(60), tags, {"base": base, "m": base + shift * base.std(ddof=1)})
     analysis = completed(Analysis(["base", "m"], "base", {"base": [-1], "m": [0]}, names, found))
     assert analysis.summed == names[1:3]
-    assert analysis.gains["m"].estimate[:3] == pytest.approx((2, 2, 2))
+    assert analysis.gains["m"].estimate.mean == pytest.approx(2)

@@ -197,7 +197,7 @@ def study(design: Design, rng: np.random.Generator) -> Study:
     for law in design.laws:
         measure = Measure(law, law, by_task=bool(design.tasks))
         values, truths[measure] = scores(design, law, sizes, common, rng)
-        found[measure] = Scores(np.arange(len(tags)), tags, _without(design.missing, values, rng))
+        found[measure] = Scores(np.arange(len(tags)), tags, _without(design.missing, values, common, rng))
     seeds = {"base": [UNTRAINED], **{k: list(range(runs)) for k, runs in zip(design.labels, design.runs)}}
     return Study(completed(Analysis(["base", *design.labels], "base", seeds, list(found), found)), truths)
 
@@ -260,12 +260,18 @@ def _expected(law: str, mean: np.ndarray, variance: float, rate: float) -> np.nd
     return np.exp(SKEW * mean + SKEW**2 * variance / 2) if law == "lognormal" else mean
 
 
-def _without(missing: str, values: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Return the scores with nan where they are missing."""
+def _without(
+    missing: str, values: dict[str, np.ndarray], common: np.ndarray, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Return the scores with nan where they are missing.
+
+    Prompts are hard by what is common to all rows: chosen by a row's own scores, the paired changes left would not be
+    those of all prompts, which no analysis could know.
+    """
     found = {label: value.copy() for label, value in values.items()}
     *_, last = found.values()
     if missing == "method":
-        last[np.argsort(values["base"].mean((1, 2)))[:20], :, 0] = np.nan
+        last[np.argsort(common.ravel())[:20], :, 0] = np.nan
     if missing == "runs":
         last[:, :, 1:] = np.nan
     for value in found.values():

@@ -125,10 +125,10 @@ function sharpen(image) {
 const COLUMNS = `alignbench columns ${data.name}`; // table -> titles of its hidden columns
 const MENU_FROM = 5; // columns, from which a table has a menu of them
 
-/** The texts of an element without those for screen readers only, and its notes in small type apart. */
+/** The texts of an element's first line without those for screen readers only, and its notes in small type apart. */
 function words(element) {
   const copy = element.cloneNode(true);
-  for (const unseen of copy.querySelectorAll(".sr, .hint")) unseen.remove();
+  for (const unseen of copy.querySelectorAll(".sr, .hint, .change")) unseen.remove();
   const clean = (text) => text.replace(/\s+/g, " ").trim();
   const small = clean([...copy.querySelectorAll("small")].map((note) => note.textContent).join(" "));
   for (const note of copy.querySelectorAll("small")) note.remove();
@@ -315,7 +315,7 @@ function linkCells(table, about) {
     const made = [...row.cells].map((cell, column) => {
       const task = about.tasks[column];
       const measure = about.columns[column] ?? (column === first && own !== null ? own : task === null ? null : about.whole);
-      if (!column || measure === null || cell.querySelector("a, .sr")) return null;
+      if (!column || measure === null || cell.querySelector("a") || cell.firstElementChild?.matches("[aria-hidden]")) return null;
       const link = el("a", { href: addressOf(toImages(method, measure, task)), tabindex: "-1", class: "to-images" });
       link.append(cell.firstChild);
       cell.prepend(link);

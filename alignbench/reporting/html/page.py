@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from alignbench.reporting import tables
+from alignbench.reporting import names
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.html import gallery
@@ -182,22 +182,26 @@ def _led(table: Table, name: str, analysis: Analysis, shown: Gallery) -> dict[st
     """
     measures = {text: i for i, measure in enumerate(analysis.measures) for text in _titles(measure)}
     methods = {label: i for i, label in enumerate(shown.methods)}
-    tasks = {tag.replace("_", " "): tag for _, tag in shown.about.values() if tag}
+    tasks = {names.task_name(tag): tag for _, tag in shown.about.values() if tag}
     texts = [[cell.value for cell in row if isinstance(cell.value, str)] for row in table.rows]
     named = [text for text in measures if re.match(rf"{re.escape(text)}(?!\w)", name)]
+    whole = measures[max(named, key=len)] if named else None
+    columns = [measures.get(column.title) for column in table.columns]
+    by_task = [tasks.get(column.title) for column in table.columns]
+    own = whole if not any(by_task) else None  # a table of one measure, whose rows are all about it
     return {
-        "whole": measures[max(named, key=len)] if named else None,
-        "columns": [measures.get(column.title) for column in table.columns],
-        "tasks": [tasks.get(column.title.replace("_", " ")) for column in table.columns],
+        "whole": whole,
+        "columns": columns,
+        "tasks": by_task,
         "methods": [next((methods[text] for text in row if text in methods), None) for row in texts],
-        "measures": [next((measures[text] for text in row if text in measures), None) for row in texts],
+        "measures": [next((measures[text] for text in row if text in measures), own) for row in texts],
     }
 
 
 def _titles(measure: Measure) -> list[str]:
     """Return what columns, rows and headings call a measure."""
-    names = [measure.name, tables.title(measure)]
-    return names + [f"{name} [{measure.role}]" for name in names]
+    titles = [measure.name, names.measure_name(measure), names.title(measure)]
+    return titles + [f"{title} [{measure.role}]" for title in titles]
 
 
 def _image(words: str, original: Image.Image) -> str:
@@ -228,16 +232,16 @@ def _panel(analysis: Analysis, hacked: Mapping[str, Sequence[Measure]]) -> list[
     if not analysis.compared:
         return []
     heads = "".join(
-        f'<th scope="col">{markdown.text(m.name)} <small>[{markdown.text(m.role)}]</small></th>'
+        f'<th scope="col">{markdown.text(names.measure_name(m))} <small>[{markdown.text(m.role)}]</small></th>'
         for m in analysis.measures
     )
     rows = []
     for label in analysis.compared:
         cells = "".join(_verdict(analysis, measure, label) for measure in analysis.measures)
-        names = ", ".join(measure.name for measure in hacked.get(label) or harmed(analysis, label))
+        lost = ", ".join(names.measure_name(measure) for measure in hacked.get(label) or harmed(analysis, label))
         clear = "training reward unknown" if label not in analysis.trained else "not shown"
         fell = flag(analysis, label)
-        said = f"<strong>{fell}</strong>: {markdown.text(names)} fell" if fell else clear
+        said = f"<strong>{fell}</strong>: {markdown.text(lost)} fell" if fell else clear
         kind = ' class="bad"' if fell else ""
         name = f'<th scope="row"><bdi>{markdown.text(label)}</bdi></th>'
         rows.append(f"<tr{kind}>{name}{cells}<td>{said}</td></tr>\n")
@@ -291,10 +295,10 @@ def _data(
     signs = [{True: 1, False: -1, None: 0}[measure.higher_is_better] for measure in analysis.measures]
     apart = gallery.disagreement(_means(values), [measure.evaluator for measure in analysis.measures], signs)
     decimals = [DECIMALS.get(measure.unit, 3) for measure in analysis.measures]
-    names = [measure.name for measure in analysis.measures]
-    keys = [m.name if names.count(m.name) == 1 else f"{m.evaluator}/{m.name}" for m in analysis.measures]
+    metrics = [measure.name for measure in analysis.measures]
+    keys = [m.name if metrics.count(m.name) == 1 else f"{m.evaluator}/{m.name}" for m in analysis.measures]
     measures = [
-        {"key": key, "name": m.name, "role": m.role, "unit": m.unit, "sign": sign, "decimals": places}
+        {"key": key, "name": names.measure_name(m), "role": m.role, "unit": m.unit, "sign": sign, "decimals": places}
         for key, m, sign, places in zip(keys, analysis.measures, signs, decimals)
     ]
     scores = [[_rounded(cube.ravel(), places + 2) for cube in cubes] for cubes, places in zip(values, decimals)]
