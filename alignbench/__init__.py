@@ -10,7 +10,7 @@ _HOME = {
     "AlignMethod": "method", "Loss": "method", "GatherBatch": "method",
     "Evaluator": "evaluator", "Metric": "evaluator", "Reward": "evaluator", "Term": "evaluator",
     "Flow": "flow", "Batch": "flow", "Cond": "flow", "Prompt": "prompts", "UserError": "config",
-    "load": "reporting.analysis.data",
+    "load": "reporting.data",
 }  # fmt: skip
 __all__ = list(_HOME)
 

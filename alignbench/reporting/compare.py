@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignbench.reporting import image_grid
 from alignbench.reporting.analysis.pairs import Difference, Result, Side, disagreements, protocols
 from alignbench.reporting.improvement_section import p_text
-from alignbench.reporting.names import change_decimals, decimals, title
+from alignbench.reporting.plots import image_grid
+from alignbench.reporting.text.names import change_decimals, decimals, title
 from alignbench.reporting.text.table import Cell, Column, Table, escape, interval, number
 from alignbench.store import artefacts, files
 from alignbench.store.manifest import UNTRAINED

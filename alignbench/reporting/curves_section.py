@@ -38,8 +38,8 @@ from alignbench.reporting.analysis.published import Point, Printed, Reference, d
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.analysis.stats import Array, MeanEstimate
 from alignbench.reporting.findings import levels
-from alignbench.reporting.names import change_decimals, decimals
 from alignbench.reporting.tables import estimate_cell, harmed
+from alignbench.reporting.text.names import change_decimals, decimals
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval, listed, number
 from alignbench.store.artefacts import Store, milestone_expected
 from alignbench.store.manifest import Manifest

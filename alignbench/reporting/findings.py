@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from alignbench.reporting import names
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
 from alignbench.reporting.tables import change_text, changes_sections, hacked, harmed, label_means, task_table, title
+from alignbench.reporting.text import names
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, listed
 
 ONE_RUN = """\

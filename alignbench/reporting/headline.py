@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from alignbench.reporting import names
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
 from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.reporting.analysis.swept import all_on_lines
 from alignbench.reporting.tables import change_text, cost_multiples, estimate_cell, hacked, harmed, spending
+from alignbench.reporting.text import names
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval, listed
 from alignbench.store.manifest import Manifest
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from alignbench.reporting import names
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.comparison import Analysis, Comparison, Measure, better, worse
 from alignbench.reporting.analysis.stats import MeanEstimate
+from alignbench.reporting.text import names
 from alignbench.reporting.text.numbers import UNKNOWN, limits, number, significant
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, listed
 

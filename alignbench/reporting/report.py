@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from alignbench.config import UserError, did_you_mean
-from alignbench.reporting import curves_section, headline, image_grid, improvement_section, names, published_section
-from alignbench.reporting.analysis import data
+from alignbench.reporting import curves_section, data, headline, improvement_section, published_section
 from alignbench.reporting.analysis.comparison import Analysis, analyse
 from alignbench.reporting.analysis.published import Reference, load, load_curve
 from alignbench.reporting.analysis.results import Results
@@ -46,7 +45,7 @@ from alignbench.reporting.findings import (
     task_sections,
 )
 from alignbench.reporting.html import page
-from alignbench.reporting.plots import draw
+from alignbench.reporting.plots import draw, image_grid
 from alignbench.reporting.plots.scores import FOREST_MARKS
 from alignbench.reporting.tables import (
     changes_table,
@@ -61,6 +60,7 @@ from alignbench.reporting.tables import (
     tidy,
 )
 from alignbench.reporting.text import latex as tex
+from alignbench.reporting.text import names
 from alignbench.reporting.text.table import Section, Table, escape
 from alignbench.store.files import read_frame, write
 from alignbench.store.manifest import Manifest

@@ -12,8 +12,8 @@ import pandas as pd
 from alignbench.config import UserError, settings
 from alignbench.plugins import Registry
 from alignbench.reporting.analysis.comparison import Analysis, Measure, analyse
-from alignbench.reporting.names import decimals, title
 from alignbench.reporting.tables import estimate_cell
+from alignbench.reporting.text.names import decimals, title
 from alignbench.reporting.text.table import Cell, Column, Table, interval, listed
 from alignbench.store.manifest import UNTRAINED, Manifest, ManifestMetric, ManifestRun, ManifestScore
 

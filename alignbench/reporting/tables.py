@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from alignbench.reporting import improvement_section, names
+from alignbench.reporting import improvement_section
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.comparison import Analysis, Comparison, Measure, better, worse
-from alignbench.reporting.names import title
+from alignbench.reporting.text import names
+from alignbench.reporting.text.names import title
 from alignbench.reporting.text.numbers import ABSENT, UNKNOWN, interval, number
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape
 from alignbench.store.manifest import Manifest

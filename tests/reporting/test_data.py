@@ -22,8 +22,8 @@ from alignbench import UserError, load
 from alignbench.reporting import compare, report, score_summary
 from alignbench.reporting.analysis import pairs
 from alignbench.reporting.analysis.comparison import Measure, analyse
-from alignbench.reporting.analysis.data import SweepData
 from alignbench.reporting.analysis.results import Results
+from alignbench.reporting.data import SweepData
 from alignbench.reporting.tables import title
 from alignbench.reporting.text.table import number
 from alignbench.store.artefacts import Store

@@ -9,11 +9,12 @@ import pytest
 from msgspec import structs
 from support import grid_tables, report_tables
 
-from alignbench.reporting import headline, names, report
+from alignbench.reporting import headline, report
 from alignbench.reporting.analysis.comparison import analyse
 from alignbench.reporting.analysis.swept import all_on_lines, swept
 from alignbench.reporting.plots.scores import draw_forest, draw_swept, draw_tradeoff
 from alignbench.reporting.tables import hacked
+from alignbench.reporting.text import names
 from alignbench.reporting.text.table import listed
 
 

@@ -7,8 +7,8 @@ import yaml
 from msgspec import structs
 from support.report_tables import manifest, scores, with_runs
 
-from alignbench.reporting import names
 from alignbench.reporting.analysis.comparison import Measure, analyse
+from alignbench.reporting.text import names
 
 SOURCES = Path(__file__).parents[2] / "reports/published/sources.yaml"
 

@@ -29,10 +29,11 @@ from support.report_tables import (
 )
 
 from alignbench import cli
-from alignbench.reporting import disclosures, image_grid, report, tables
+from alignbench.reporting import disclosures, report, tables
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.comparison import Measure, analyse
 from alignbench.reporting.analysis.results import Results
+from alignbench.reporting.plots import image_grid
 from alignbench.reporting.text.table import Cell, Column, Table, escape, interval, number
 from alignbench.store import files
 from alignbench.store.manifest import UNTRAINED, ManifestNote

@@ -47,6 +47,10 @@ POWER = {  # least share of the true changes, and of the true differences of pai
     "unstable, 3 seeds, effects": (0.476, 0.158),
     "unstable, 5 seeds, effects": (0.709, 0.298),
     "very unstable, 3 seeds, effects": (0.156, 0.036),
+    "missing at random, 4 images, effects": (0.883, 0.519),
+    "missing by method, effects": (0.828, 0.432),
+    "missing by method, 18 methods, effects": (0.686, 0.252),
+    "1 seed, effects": (0.844, 0.763),
 }
 
 

@@ -76,7 +76,6 @@ def as_dictionaries(plan: Plan, plugins: list[str]) -> dict[str, Any]:
         "milestone_prompts": plan.evaluation.milestone_prompts,
         "rehearsal": plan.document.rehearsal,
         "prompts": len(plan.prompts),
-        "primary": "",
         "cases": list(dict.fromkeys(cell.spec.label for cell in plan.cells)),
         "runs": [run(cell) for cell in plan.cells],
         "plugins": plugins,

@@ -351,11 +351,11 @@ def _ranked(design: Design, analysis: Analysis, measure: Measure, truth: dict[st
         "false top": _any(truth[label] >= truth[leader or ""] - TINY for label in outside),
         "false ranks": _any(lo > 1 + better[label] or hi < len(labels) - worse[label] for label, (lo, hi) in ranks),
         "leader": _count([leader is not None]),
-        "leader worse": _count([leader is not None and better[leader] > 0]),
         "top apart": _any(each is not None and each.verdict in DECIDED for each in beside),
     }
     if design.missing == "method":
         found["fewer marked"] = _count([list(ranking.fewer) == labels[-1:]])
+        found["leader worse"] = _count([leader is not None and better[leader] > 0])
     return found
 
 
@@ -419,16 +419,17 @@ def _rate(hits: np.ndarray, cells: np.ndarray) -> Rate:
 HEAD = ("changes covered", "pairs covered", "unstable changes covered", "unstable pairs covered")
 HEAD += ("false changes", "false bold", "false top", "false ranks", "false improved", "false gains")
 HEAD += ("changes found", "pairs found")
-USUAL = {"changes given": 1.0, "pairs given": 1.0, "said of weights": 1.0, "leader": 1.0, "top apart": 0.0}
-USUAL |= {"leader worse": 0.0}
+USUAL = {"given": 1.0, "said of weights": 1.0, "marked": 1.0, "leader": 1.0, "top apart": 0.0, "leader worse": 0.0}
 
 
 def table_row(name: str, rates: dict[str, Rate]) -> str:
     """Return the figures of a design as a row of a Markdown table, in per cent; unusual ones in the last cell."""
     cells = [f"{100 * rates[figure].share:.1f}" if figure in rates else "" for figure in HEAD]
     others = {figure: rate for figure, rate in rates.items() if figure not in (*HEAD, "bold", "false pairs")}
-    others = {figure: rate for figure, rate in others.items() if USUAL.get(figure) != rate.share}
-    said = "; ".join(f"{figure} {100 * rate.share:.1f}" for figure, rate in others.items())
+    usual = {
+        figure for figure, rate in others.items() for end in USUAL if figure.endswith(end) and rate.share == USUAL[end]
+    }
+    said = "; ".join(f"{figure} {100 * rate.share:.1f}" for figure, rate in others.items() if figure not in usual)
     return f"| {name} | {' | '.join(cells)} | {said} |"
 
 

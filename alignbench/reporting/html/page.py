@@ -25,13 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from alignbench.reporting import names
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.html import gallery
 from alignbench.reporting.html.gallery import Gallery, Place
 from alignbench.reporting.tables import flag, harmed
-from alignbench.reporting.text import markdown
+from alignbench.reporting.text import markdown, names
 from alignbench.reporting.text.table import DECIMALS, Table
 from alignbench.store import files
 from alignbench.store.manifest import UNTRAINED, Manifest
@@ -238,10 +237,10 @@ def _panel(analysis: Analysis, hacked: Mapping[str, Sequence[Measure]]) -> list[
     rows = []
     for label in analysis.compared:
         cells = "".join(_verdict(analysis, measure, label) for measure in analysis.measures)
-        lost = ", ".join(names.measure_name(measure) for measure in hacked.get(label) or harmed(analysis, label))
+        worse = ", ".join(map(names.measure_name, hacked.get(label) or harmed(analysis, label)))
         clear = "training reward unknown" if label not in analysis.trained else "not shown"
         fell = flag(analysis, label)
-        said = f"<strong>{fell}</strong>: {markdown.text(lost)} fell" if fell else clear
+        said = f"<strong>{fell}</strong>: {markdown.text(worse)} fell" if fell else clear
         kind = ' class="bad"' if fell else ""
         name = f'<th scope="row"><bdi>{markdown.text(label)}</bdi></th>'
         rows.append(f"<tr{kind}>{name}{cells}<td>{said}</td></tr>\n")

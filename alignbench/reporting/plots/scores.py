@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from alignbench.reporting.analysis import learning_curves
-from alignbench.reporting.names import measure_name
 from alignbench.reporting.plots.labels import name_points
 from alignbench.reporting.plots.style import (
     GROUND,
@@ -33,6 +32,7 @@ from alignbench.reporting.plots.style import (
     shorten_ticks,
 )
 from alignbench.reporting.tables import spending
+from alignbench.reporting.text.names import measure_name
 from alignbench.reporting.text.table import listed
 
 if TYPE_CHECKING:

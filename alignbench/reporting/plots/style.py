@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from alignbench.reporting.names import measure_name
+from alignbench.reporting.text.names import measure_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,6 @@ import pandas as pd
 from alignbench.reporting.analysis import learning_curves
 from alignbench.reporting.analysis.learning_curves import AXES, Divergence, LearningCurve
 from alignbench.reporting.analysis.stats import curve_draws
-from alignbench.reporting.names import measure_name
 from alignbench.reporting.plots.labels import lines_height, many, name_lines
 from alignbench.reporting.plots.style import (
     INK,
@@ -33,6 +32,7 @@ from alignbench.reporting.plots.style import (
     shorten_ticks,
 )
 from alignbench.reporting.tables import harmed
+from alignbench.reporting.text.names import measure_name
 from alignbench.reporting.text.table import DECIMALS, listed
 
 if TYPE_CHECKING:
