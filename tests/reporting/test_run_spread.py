@@ -57,9 +57,9 @@ def test_a_shared_effect_has_the_degrees_of_freedom_of_the_seeds():
 
 
 def test_without_shared_effects_the_pool_is_unbiased_within_its_guard():
-    """Over 400 tables with six seeds the mean variance of a row is the true one; at most 10 % more, for the guard."""
+    """Over 400 tables with six seeds the mean variance of a row is the true one, but for its guard and outliers."""
     found = np.mean([estimate(shifted(5, 6, rng=i), NONE[:5]).pooled.value for i in range(400)])
-    assert 0.97 <= found <= 1.1
+    assert 0.94 <= found <= 1.08
 
 
 def test_rows_need_not_share_every_seed():
