@@ -63,7 +63,7 @@ def answer(analysis: Analysis, measure: Measure, costs: pd.DataFrame) -> str:
     ranking = analysis.rankings[measure]
     leader = ranking.leader
     if not ranking.order:
-        return f"**The rows cannot be ranked on {_name(measure)}: no prompt has a score of every row.**"
+        return f"**The rows cannot be ranked on {_name(measure)}: too few prompts have a score of every row.**"
     if leader is None:
         first, shared = escape(ranking.order[0]), _count(ranking.prompts, "prompt")
         why = f"{first} has the best mean over the {shared} of all rows, but loses to a row on the prompts of both"
@@ -271,8 +271,8 @@ def _legend(analysis: Analysis, measure: Measure, costs: pd.DataFrame, chosen: s
     parts = [f"The primary measure is {_name(measure)}: {chosen}.{by_task}"]
     if analysis.base:
         parts.append(
-            f"Change: same prompt and noise, row minus {escape(analysis.base)}, with its 95 % interval; **bold**: the "
-            "best row, if its gain is shown."
+            f"Change: same prompt and noise, row minus {escape(analysis.base)}, with its 95 % interval"
+            + ("; **bold**: the best row, if its gain is shown." if analysis.bold(measure) else ".")
         )
     if analysis.gains:
         parts.append(f"Gain: over {_names(analysis.summed)}, in standard deviations of the base model's scores.")

@@ -143,7 +143,7 @@ BAD = {
     "no common prompt": (
         lambda plan: plan,
         lambda scores: scores[(scores["label"] != "ReFL") == (scores["prompt_id"] < "p0030")],
-        "no prompt has a score of every row",
+        "too few prompts have a score of every row",
     ),
     "other seeds": (
         lambda plan: plan,

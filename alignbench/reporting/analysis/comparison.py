@@ -263,20 +263,18 @@ class Analysis:
     def _common_means(self, measure: Measure, labels: Sequence[str]) -> tuple[dict[str, float], int]:
         """Return label -> mean over the common prompts of ``labels``, scored with each of their seeds; and how many.
 
-        Empty if there is no such prompt.
+        Empty if there is no such prompt, or, for a mean of task means, none of some task.
         """
         data = self.scores[measure]
         grids = {label: stats.prompt_means(data.values[label]) for label in labels}
         grids = {label: grid[:, ~np.isnan(grid).all(0)] for label, grid in grids.items()}
         whole = np.all([~np.isnan(grid).any(1) for grid in grids.values()], axis=0) if grids else np.array([], bool)
-        if not whole.any():
+        tasks = data.tags if measure.by_task else np.zeros(len(data.tags))
+        by_task = [whole & (tasks == task) for task in np.unique(tasks)] if whole.any() else []
+        if not by_task or not all(task.any() for task in by_task):
             return {}, 0
-        tasks = data.tags[whole] if measure.by_task else np.zeros(whole.sum())
-        by_task = [tasks == task for task in np.unique(tasks)]
-        means = {label: grid[whole].mean(1) for label, grid in grids.items()}
-        return {k: float(np.mean([mean[task].mean() for task in by_task])) for k, mean in means.items()}, int(
-            whole.sum()
-        )
+        means = {k: float(np.mean([grid[task].mean() for task in by_task])) for k, grid in grids.items()}
+        return means, int(whole.sum())
 
     def seed_changes(self, measure: Measure, label: str) -> dict[int, float]:
         """Return training seed -> paired change against base with this seed, over the prompts of ``changes``."""

@@ -31,7 +31,7 @@ from alignbench.reporting.html import gallery
 from alignbench.reporting.html.gallery import Gallery, Place
 from alignbench.reporting.tables import flag, harmed
 from alignbench.reporting.text import markdown, names
-from alignbench.reporting.text.table import DECIMALS, Table
+from alignbench.reporting.text.table import Table
 from alignbench.store import files
 from alignbench.store.manifest import UNTRAINED, Manifest
 
@@ -293,7 +293,7 @@ def _data(
     values = gallery.cube(shown, analysis, results.scores)
     signs = [{True: 1, False: -1, None: 0}[measure.higher_is_better] for measure in analysis.measures]
     apart = gallery.disagreement(_means(values), [measure.evaluator for measure in analysis.measures], signs)
-    decimals = [DECIMALS.get(measure.unit, 3) for measure in analysis.measures]
+    decimals = [names.decimals(measure) for measure in analysis.measures]
     metrics = [measure.name for measure in analysis.measures]
     keys = [m.name if metrics.count(m.name) == 1 else f"{m.evaluator}/{m.name}" for m in analysis.measures]
     measures = [

@@ -32,8 +32,8 @@ from alignbench.reporting.plots.style import (
     shorten_ticks,
 )
 from alignbench.reporting.tables import harmed
-from alignbench.reporting.text.names import measure_name
-from alignbench.reporting.text.table import DECIMALS, listed
+from alignbench.reporting.text.names import decimals, measure_name
+from alignbench.reporting.text.table import listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,7 +101,7 @@ def draw_costs(curves: Sequence[LearningCurve], measure: Measure, analysis: Anal
             shorten_ticks(axes.yaxis)
         label_rows(panels, measure_title(measure))
         name_lines(canvas, panels, labels, analysis)
-        digits = DECIMALS.get(measure.unit, 3)
+        digits = decimals(measure)
         ends = [f"{label} {mean[-1]:.{digits}f}" for label, (mean, _, _) in means.items()]
         caption = (
             f"{measure_name(measure)} [{measure.role}] at every milestone, against updates, images, network "
