@@ -10,7 +10,7 @@ from alignbench.reporting.analysis.pairs import Difference, Result, Side, disagr
 from alignbench.reporting.improvement_section import p_text
 from alignbench.reporting.plots import image_grid
 from alignbench.reporting.text.names import change_decimals, decimals, title
-from alignbench.reporting.text.table import Cell, Column, Table, escape, interval, number
+from alignbench.reporting.text.table import Cell, Column, Table, escape, interval, listed, number
 from alignbench.store import artefacts, files
 from alignbench.store.manifest import UNTRAINED
 
@@ -20,9 +20,11 @@ ONE_RUN = "every interval and verdict speaks of the weights that were scored; an
 def _seeds(a: Side, b: Side, results: Sequence[Result]) -> list[str]:
     """Return what the intervals leave out, and why nothing can be paired, before the first number."""
     lines = []
-    if any(result.change.weights for result in results):
+    weights = [escape(title(result.measure)) for result in results if result.change.weights]
+    if weights:
         alone = " and ".join(name for name, side in zip("AB", (a, b)) if _one_run(side))
-        lines.append(f"**{alone or 'A and B'}: one training run: {ONE_RUN}**")
+        on = f", on {listed(weights)}" if len(weights) < len(results) else ""
+        lines.append(f"**{alone or 'A and B'}: one training run{on}: {ONE_RUN}**")
     if a.whole and b.whole:
         seeds = [{run.seed for run in side.runs} for side in (a, b)]
         if UNTRAINED not in seeds[0] | seeds[1] and not seeds[0] & seeds[1]:

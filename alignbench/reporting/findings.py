@@ -9,7 +9,16 @@ from typing import NamedTuple
 import pandas as pd
 
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
-from alignbench.reporting.tables import change_text, changes_sections, hacked, harmed, label_means, task_table, title
+from alignbench.reporting.tables import (
+    change_text,
+    changes_sections,
+    got_worse,
+    hacked,
+    harmed,
+    label_means,
+    task_table,
+    title,
+)
 from alignbench.reporting.text import names
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, listed
 
@@ -25,12 +34,25 @@ def banner(analysis: Analysis) -> str:
     """Return the warning that stands before the first number if rows are a single training run; else ""."""
     alone, compared = single_runs(analysis), analysis.compared or analysis.labels
     if not alone:
-        return ""
+        return _once_scored(analysis)
     scored = [label for label in compared if _is_scored(analysis, label)]
     if set(alone) != set(scored):
-        return f"**{escape(listed(alone))}: {SOME_RUNS.replace('run each', 'run') if len(alone) == 1 else SOME_RUNS}**"
+        words = SOME_RUNS.replace("run each", "run") if len(alone) == 1 else SOME_RUNS
+        return "\n\n".join(filter(None, [f"**{escape(listed(alone))}: {words}**", _once_scored(analysis)]))
     unknown = all(label in analysis.published for label in alone)
     return f"**One training {'run of unknown seed' if unknown else 'seed'}: {ONE_RUN}**"
+
+
+def _once_scored(analysis: Analysis) -> str:
+    """Return the warning on measures of which no row has two training runs, though it has on others; else ""."""
+    if max(analysis.scored_seeds.values(), default=0) < 2:
+        return ""
+    once = [
+        measure
+        for measure, spread in analysis.spreads.items()
+        if spread is None and any(analysis.means[measure][label].seeds for label in analysis.trained)
+    ]
+    return f"**{_names(once)}: scored for one training run of each row. Here {ONE_RUN}**" if once else ""
 
 
 def single_runs(analysis: Analysis) -> list[str]:
@@ -137,7 +159,8 @@ def changes_section(analysis: Analysis, imported: bool = False) -> list[Section]
     if analysis.base is None:
         return ["## Paired change", "The sweep has no untrained method to compare with."]
     noise = "noise unknown" if imported else "same noise"
-    unknown = " It is unknown for a row that is a single training run." if single_runs(analysis) else ""
+    alone = any(change.weights for changes in analysis.changes.values() for change in changes.values())
+    unknown = " It is unknown for a row that is a single training run." if alone else ""
     note = f"""\
 Image by image: same prompt, {noise}. The p-value tests "no change" (t statistic with the bootstrap's standard error
 and Satterthwaite's degrees of freedom), corrected over all methods of a measure; up and down: p < 0.05. *SE, prompts*
@@ -186,7 +209,9 @@ def _hacking_line(analysis: Analysis, label: str) -> str:
     name = escape(label) + " (these weights)" * analysis.of_weights(label)
     rewards = analysis.trained_on(label) if label in analysis.trained else []
     if fell := hacked(analysis, label):
-        return f"- **REWARD HACKING, {name}: the training reward rose while {_names(fell)} fell.** ({told})"
+        return (
+            f"- **REWARD HACKING, {name}: the training reward rose while {_names(fell)} {got_worse(fell)}.** ({told})"
+        )
     if lost := harmed(analysis, label):
         reward = ", whatever the reward did" * bool(set(lost) - set(rewards)) if rewards else "; its reward is unknown"
         return f"- **{name}: worse than {escape(analysis.base or '')} on {_names(lost)}{reward}.** ({told})"

@@ -11,7 +11,7 @@ import pandas as pd
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
 from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.reporting.analysis.swept import all_on_lines
-from alignbench.reporting.tables import change_text, cost_multiples, estimate_cell, hacked, harmed, spending
+from alignbench.reporting.tables import change_text, cost_multiples, estimate_cell, got_worse, hacked, harmed, spending
 from alignbench.reporting.text import names
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval, listed
 from alignbench.store.manifest import Manifest
@@ -86,7 +86,7 @@ def _without_primary(manifest: Manifest) -> str:
 
 def _result(analysis: Analysis, measure: Measure, leader: str) -> str:
     """Return the leader, its paired change, and the rows from which it is not separable."""
-    row = _Subject(escape(leader), analysis.of_weights(leader))
+    row = _Subject(escape(leader), analysis.of_weights(leader, measure=measure))
     alone = len(_scored(analysis, measure)) == 1
     best = f"{row} {row.verb('has', 'have')} the best {_name(measure)}"
     change = analysis.changes[measure].get(leader)
@@ -135,7 +135,9 @@ def _rivals(analysis: Analysis, measure: Measure, leader: str) -> str:
     alike = [label for label in ranking.top if label != leader]
     others = len(ranking.order) - 1
     if not alike:
-        return ", better than every other row"
+        return ", better than every other row" + " with a score" * (
+            others < len(analysis.compared or analysis.labels) - 1
+        )
     return f", not separable from {_some(alike)}" + f", of {others} other rows" * (len(alike) > NAMED)
 
 
@@ -164,12 +166,12 @@ def _cost(analysis: Analysis, costs: pd.DataFrame, leader: str) -> str:
 def _harm(analysis: Analysis, label: str) -> str:
     """Return whether the row hacks its reward, or what else it worsens."""
     if fell := hacked(analysis, label):
-        return f"**reward hacking: its training reward rose while {_names(fell)} fell**"
+        return f"**reward hacking: its training reward rose while {_names(fell)} {got_worse(fell)}**"
     if fell := harmed(analysis, label):
         return f"worse than {escape(analysis.base or '')} on {_names(fell)}"
     verdicts = {changes[label].verdict for changes in analysis.changes.values() if label in changes}
     if verdicts <= {"not measured", "spread unknown"}:
-        return "whether any score fell cannot be told" if analysis.base else ""
+        return "whether any score got worse cannot be told" if analysis.base else ""
     return "no score is shown to be worse"
 
 
@@ -233,7 +235,7 @@ def flags(analysis: Analysis, measure: Measure, label: str) -> list[str]:
     """Return what a reader must know before trusting a row."""
     found = []
     if fell := hacked(analysis, label):
-        found.append(f"reward hacking: {_names(fell, plain=True)} fell")
+        found.append(f"reward hacking: {_names(fell, plain=True)} {got_worse(fell)}")
     elif fell := harmed(analysis, label):
         found.append(f"worse than {analysis.base} on {_names(fell, plain=True)}")
     return found + _gaps(analysis, measure, label)
@@ -246,14 +248,22 @@ def _gaps(analysis: Analysis, measure: Measure, label: str) -> list[str]:
         found.append(f"unstable between seeds on {_names(uneven, plain=True)}")
     ranking = analysis.rankings[measure]
     if label in ranking.fewer:
-        most = max(analysis.means[measure][other].prompts for other in ranking.order)
+        most = max(analysis.means[measure][other].prompts for other in _scored(analysis, measure))
         found.append(f"{ranking.fewer[label]} of {most} prompts")
     used, planned = analysis.means[measure][label].seeds, len(analysis.seeds[label])
+    if used and label not in _scored(analysis, measure):
+        found.append("some task has no score")
     if used < planned:
         found.append(f"{used} of {planned} seeds")
-    if analysis.of_weights(label) and not all(map(analysis.of_weights, analysis.compared)):
+    alone = [k for k in analysis.compared or analysis.labels if _is_one_run(analysis, measure, k)]
+    if label in alone and len(alone) < len(_scored(analysis, measure)):
         found.append("one training run")
     return found
+
+
+def _is_one_run(analysis: Analysis, measure: Measure, label: str) -> bool:
+    once = label in analysis.trained and analysis.means[measure][label].seeds == 1
+    return once or analysis.of_weights(label, measure=measure)
 
 
 def _times(multiple: float) -> str:

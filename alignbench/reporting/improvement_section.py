@@ -32,7 +32,8 @@ def sections(analysis: Analysis) -> list[Section]:
     """Return the sections of both summaries; empty without a base model to compare with."""
     if not analysis.improved:
         return []
-    weights = any(analysis.of_weights(label) for label in analysis.compared)
+    shares = [share for column in analysis.improved.values() for share in column.values()]
+    weights = any(found.weights for found in (*shares, *analysis.gains.values()))
     parts: list[Section] = [
         f"## Probability of improvement over {escape(analysis.base or '')}",
         improvement_table(analysis),

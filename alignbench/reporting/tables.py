@@ -323,7 +323,8 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
         for label in analysis.labels:
             mean = analysis.means[measure][label]
             start: list[float | str | None] = [label, measure.name, measure.role, measure.unit, *mean[:4]]
-            start += [mean.se_prompts, mean.prompts, mean.seeds, _between_trainings(analysis, label)]
+            between = _between_trainings(analysis, label, analysis.of_weights(label, measure=measure))
+            start += [mean.se_prompts, mean.prompts, mean.seeds, between]
             row = [*start, *_tidy_change(analysis, measure, label)]
             row += _tidy_improved(analysis, measure, label)
             rows.append(list(map(Cell, row)))
@@ -337,7 +338,7 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
             gain.estimate.prompts,
             gain.estimate.seeds,
         ]
-        start.append(_between_trainings(analysis, label))
+        start.append(_between_trainings(analysis, label, gain.weights))
         rows.append(list(map(Cell, [*start, *_tidy_compared(gain), *[None] * 6])))
     spent = _cost_cells(costs)
     for label in analysis.labels:
@@ -348,9 +349,9 @@ def tidy(analysis: Analysis, costs: pd.DataFrame) -> Table:
     return Table([Column(name) for name in headings], rows)
 
 
-def _between_trainings(analysis: Analysis, label: str) -> str:
+def _between_trainings(analysis: Analysis, label: str, unknown: bool) -> str:
     """Return whether a row's errors include the spread between training runs: in se, unknown, or none if untrained."""
-    if analysis.of_weights(label):
+    if unknown:
         return "unknown"
     return "in se" if label in analysis.trained else "none"
 
@@ -434,6 +435,11 @@ def hacked(analysis: Analysis, label: str) -> list[Measure]:
     rewards = analysis.trained_on(label) if label in analysis.trained and analysis.base is not None else []
     rose = any(better(analysis.changes[reward][label], reward) for reward in rewards)
     return [measure for measure in harmed(analysis, label) if rose and measure not in rewards]
+
+
+def got_worse(measures: Sequence[Measure]) -> str:
+    """Return what these measures did that changed for the worse: a score of which lower is better did not fall."""
+    return "got worse" if any(measure.higher_is_better is False for measure in measures) else "fell"
 
 
 def flag(analysis: Analysis, label: str) -> str:

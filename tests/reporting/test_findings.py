@@ -106,6 +106,56 @@ def test_a_measure_scored_for_one_seed_speaks_of_weights():
     assert "[held-out]: **These weights**" in page(stored(None, manifest(name="quickstart"), given.scores, given.costs))
 
 
+def test_what_rests_on_such_a_measure_is_on_weights_too():
+    """Its probabilities of improvement and the gain that counts it are not bold, the summary's file says that the
+    spread is unknown, and the page warns before its first number; of the other measures nothing changes."""
+    given = results()
+    whole = analysed(given).improved
+    given.scores = given.scores[(given.scores["metric"] != "pickscore") | (given.scores["seed"] < 1)]
+    analysis = analysed(given)
+    for measure, shares in analysis.improved.items():
+        assert {share.weights for share in shares.values()} == {measure.name == "pickscore"}
+        same = {label: share.estimate for label, share in whole[measure].items()}
+        assert measure.name == "pickscore" or {label: share.estimate for label, share in shares.items()} == same
+    assert all(gain.weights for gain in analysis.gains.values())
+    text = page(given)
+    assert "**" not in row_of(section(text, "Gain over all held-out"), "LeapAlign")
+    assert text.index("**PickScore: scored for one training run of each row.") < text.index("| LeapAlign")
+    tidy = tables.tidy(analysis, given.costs)
+    place = [column.title for column in tidy.columns].index("between_trainings")
+    known = {(row[1].value, row[place].value) for row in tidy.rows if row[0].value == "ReFL" and row[2].value != "cost"}
+    assert {metric for metric, between in known if between == "unknown"} == {"pickscore", improvement_section.IQM}
+    assert "scored for one training run" not in page(results())
+
+
+def test_a_score_of_which_lower_is_better_gets_worse():
+    """It did not fall: its verdict is up, and the words beside it do not say the contrary."""
+    plan = manifest(labels=("base", "ReFL", "DRaFT-LV", "DRTune"))
+    lower = [[structs.replace(metric, higher_is_better=False) for metric in s.metrics] for s in plan.runs[0].scores]
+    scored = [
+        structs.replace(score, metrics=metrics if score.evaluator == "pickscore" else score.metrics)
+        for score, metrics in zip(plan.runs[0].scores, lower)
+    ]
+    given = stored(None, with_runs(plan, lambda run: {"scores": scored}), scores(plan), results().costs)
+    text = page(given)
+    assert "- **REWARD HACKING, DRTune: the training reward rose while PickScore got worse.** (HPSv2.1" in text
+    assert "PickScore [held-out] up" in text
+    assert "PickScore fell" not in text
+
+
+def test_a_row_trained_once_is_never_bold():
+    """Beside rows with two runs its gain is judged by their spread, but bold is for methods that were trained twice."""
+    plan = manifest(labels=("base", "ReFL", "DRaFT-LV", "LeapAlign"))
+    frame = scores(plan)
+    once = plan.only([run for run in plan.runs if run.id != "LeapAlign-1"])
+    for made, bold in ((plan, "LeapAlign"), (once, None)):
+        analysis = analyse(made, frame[frame["run"].isin([run.id for run in made.runs])])
+        measure = named(analysis, "geneval")
+        assert analysis.rankings[measure].leader == "LeapAlign"
+        assert analysis.changes[measure]["LeapAlign"].said == "up"
+        assert analysis.bold(measure) == bold
+
+
 def test_an_untrained_row_is_no_training_run():
     """A second row of the base model, under another protocol, has no other training run that could reverse it."""
     plan = manifest(labels=("base", "ReFL", "DRTune"))

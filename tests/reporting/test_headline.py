@@ -244,3 +244,46 @@ def test_the_plot_of_a_hyperparameter_has_every_measure():
 def without_base(plan, scores):
     runs = [run for run in plan.runs if run.label != "base"]
     return structs.replace(plan, runs=runs, cases=plan.cases[1:]), scores[scores["label"] != "base"]
+
+
+def lacking(scores, metric, label, lost):
+    """Return the scores without the row's scores of this metric on the prompts of which ``lost`` holds."""
+    return scores[~((scores["metric"] == metric) & (scores["label"] == label) & lost(scores))]
+
+
+def test_a_row_without_a_mean_is_not_beaten():
+    """A row that lacks a whole task is in no comparison: the leader is better than the rows with a score, and the row's
+    flag says why it has no number."""
+    plan = report_tables.manifest(labels=("base", "ReFL", "DRaFT-LV", "DRTune"))
+    whole = report_tables.scores(plan)
+    told, rows, _ = first_screen(plan, lacking(whole, "geneval", "DRTune", lambda f: f["tag"] == "counting"))
+    assert "better than every other row with a score.**" in told
+    assert {row[0]: row[-1] for row in rows}["DRTune"] == "some task has no score"
+    told, rows, _ = first_screen(plan, lacking(whole, "geneval", "DRTune", lambda f: f["ok"]))
+    assert "better than every other row with a score.**" in told
+    assert {row[0]: row[-1] for row in rows}["DRTune"] == "0 of 2 seeds"
+
+
+def test_fewer_prompts_are_flagged_where_rows_cannot_be_ranked():
+    """Two rows that share no prompt give no order, but each still rests on half of the prompts."""
+    plan = report_tables.manifest(labels=("base", "ReFL", "DRaFT-LV", "DRTune"))
+    scores = lacking(report_tables.scores(plan), "geneval", "ReFL", lambda f: f["prompt_id"] < "p0030")
+    told, rows, _ = first_screen(plan, lacking(scores, "geneval", "DRTune", lambda f: f["prompt_id"] >= "p0030"))
+    assert told.startswith("**The rows cannot be ranked on GenEval")
+    flags = {row[0]: row[-1] for row in rows}
+    assert "30 of 60 prompts" in flags["ReFL"]
+    assert "30 of 60 prompts" in flags["DRTune"]
+    assert "prompts" not in flags["DRaFT-LV"]
+
+
+def test_a_row_trained_once_among_others_is_flagged():
+    """Its change leans on the other rows' runs, so the table says that it is one run."""
+    plan = report_tables.manifest(labels=("base", "ReFL", "DRaFT-LV", "LeapAlign"))
+    plan = plan.only([run for run in plan.runs if run.id != "LeapAlign-1"])
+    told, rows, _ = first_screen(plan, report_tables.scores(plan))
+    assert "LeapAlign has the best GenEval" in told
+    assert {row[0]: "one training run" in row[-1] for row in rows} == {
+        "LeapAlign": True,
+        "DRaFT-LV": False,
+        "ReFL": False,
+    }

@@ -267,6 +267,18 @@ def test_one_training_is_told(made):
     assert "one training run" not in whole
 
 
+def test_a_metric_scored_for_one_seed_is_told(tmp_path):
+    """Its verdict is on these weights, as in the report, though the two have two seeds on the other metrics."""
+    store, _, _ = make(tmp_path / "store")
+    for label in LABELS[1:]:
+        (tmp_path / f"store/scores/{label}1/pickscore@1-abc.parquet").unlink()
+    sides = pairs.find(store, "ReFL"), pairs.find(store, "made_up:base")
+    results, remarks = pairs.compare(store, *sides)
+    assert {result.measure.name for result in results if result.change.weights} == {"pickscore"}
+    text = compare.page(store, *sides, results, remarks)
+    assert "**A and B: one training run, on PickScore: every interval and verdict" in text
+
+
 def test_the_base_model_is_no_training_run(made):
     """Named by its id, the base model is still the base model: it was not trained, and nothing is said of its runs."""
     store, plan, _ = made

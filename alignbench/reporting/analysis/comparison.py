@@ -118,7 +118,7 @@ class Analysis:
         runs = [spread.of(*trained) if spread else None for trained in rows]
         estimates = stats.mean_intervals([values[a] - values[b] for a, b in pairs], strata, runs=runs)
         holm = stats.holm([estimate.p for estimate in estimates])
-        weights = [self.of_weights(*pair) or bool(trained and not spread) for pair, trained in zip(pairs, rows)]
+        weights = [self.of_weights(*pair, measure=measure) for pair in pairs]
         return list(map(Comparison, estimates, holm, itertools.repeat(0.0), weights))
 
     @functools.cached_property
@@ -148,7 +148,7 @@ class Analysis:
                 shares |= zip([(measure, label) for label in labels], estimates)
         holm = dict(zip(shares, stats.holm([share.p for share in shares.values()])))
         return {
-            m: {k: Comparison(shares[m, k], holm[m, k], 0.5, self.of_weights(k)) for k in self.compared}
+            m: {k: Comparison(shares[m, k], holm[m, k], 0.5, self.of_weights(k, measure=m)) for k in self.compared}
             for m in directed
             if self.base
         }
@@ -175,18 +175,19 @@ class Analysis:
         strata = next((self.scores[measure].tags[rows[measure]] for measure in chosen if measure.by_task), None)
         votes = [measure.evaluator for measure in chosen]
         estimates: dict[str, MeanEstimate] = {}
+        weights = set(self.published)
         for labels, runs in self._kinds():
             parts = []
             for label in labels:
                 gains = [self._gain(m, label)[rows[m]] / scales[m] for m in chosen]
                 parts.append(stats.interquartile_mean(gains, by_task, strata, votes))
-            between = None if runs else [None] * len(parts)
+            spread = stats.runs_of(parts, strata) if runs else None
+            between = [spread.of(i) if spread else None for i in range(len(parts))]
+            weights |= {*labels} if runs and not spread else set()
             estimates |= zip(labels, stats.mean_intervals(parts, strata, runs=between))
         holm = stats.holm([estimates[label].p for label in self.compared])
-        return chosen, {
-            label: Comparison(estimates[label], p, weights=self.of_weights(label))
-            for label, p in zip(self.compared, holm)
-        }
+        compared = zip(self.compared, holm)
+        return chosen, {label: Comparison(estimates[label], p, weights=label in weights) for label, p in compared}
 
     @functools.cached_property
     def held_out(self) -> list[Measure]:
@@ -224,18 +225,27 @@ class Analysis:
         return {str(task): self.averages(measure, str(task)) for task in np.unique(self.scores[measure].tags)}
 
     def bold(self, measure: Measure) -> str | None:
-        """Return the leader if its gain over base is shown, for the method and not only for these weights."""
+        """Return the leader if its gain over base is shown, for the method and not only for these weights.
+
+        A row trained once is never bold, even if other rows show how much training runs differ.
+        """
         leader = self.rankings[measure].leader
         change = self.changes[measure].get(leader or "")
-        return leader if change is not None and not change.weights and better(change, measure) else None
+        if change is None or change.weights or not better(change, measure):
+            return None
+        return leader if leader not in self.trained or change.estimate.seeds > 1 else None
 
-    def of_weights(self, *labels: str) -> bool:
-        """Return whether a comparison of these rows speaks of the scored weights only: some row is one training run."""
-        return any(self._one_run(label) for label in labels)
+    def of_weights(self, *labels: str, measure: Measure | None = None) -> bool:
+        """Return whether a comparison of these rows speaks of the scored weights only: some row is one training run.
 
-    def _one_run(self, label: str) -> bool:
+        ``measure``: on this one, of which no row may have two runs though it has two on others; by default on any.
+        """
+        return any(self._one_run(label, measure) for label in labels)
+
+    def _one_run(self, label: str, measure: Measure | None) -> bool:
         """Return whether the row's weights come from training, and how much its training runs differ is unknown."""
-        return label in self.published or (label in self.trained and max(self.scored_seeds.values()) < 2)
+        unknown = self.spreads[measure] is None if measure else max(self.scored_seeds.values(), default=0) < 2
+        return label in self.published or (label in self.trained and unknown)
 
     @functools.cached_property
     def scored_seeds(self) -> dict[str, int]:

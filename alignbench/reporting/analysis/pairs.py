@@ -196,9 +196,9 @@ def compare(
     if not measures:
         raise UserError(f"{a.title} and {b.title} have no score in common ({'; '.join(remarks) or 'none has any'})")
     measures = _chosen(measures, only)
-    estimates = [analysis.compare(measure, [labels])[0].estimate for measure in measures]
-    holm = stats.holm([estimate.p for estimate in estimates])
-    changes = [Comparison(found, p, weights=analysis.of_weights(*labels)) for found, p in zip(estimates, holm)]
+    found = [analysis.compare(measure, [labels])[0] for measure in measures]
+    holm = stats.holm([change.estimate.p for change in found])
+    changes = [change._replace(p_holm=float(p)) for change, p in zip(found, holm)]
     return [_result(analysis, frame, measure, change, labels) for measure, change in zip(measures, changes)], remarks
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Ranking:
-    """Order of the rows of one measure. A row without any score is in none of the fields."""
+    """Order of the rows of one measure. A row without a mean is in none of the fields."""
 
     order: list[str] = field(default_factory=list)  # best mean first, over the prompts that all these rows have
     prompts: int = 0  # number of these prompts
@@ -21,7 +21,7 @@ class Ranking:
     top: list[str] = field(default_factory=list)  # the leader and all rows not separable from it
     ranks: dict[str, tuple[int, int]] = field(default_factory=dict)  # best and worst rank left open; jointly 95 %
     letters: dict[str, str] = field(default_factory=dict)  # rows that share a letter are not separable
-    fewer: dict[str, int] = field(default_factory=dict)  # row -> its prompts, for rows scored on fewer than others
+    fewer: dict[str, int] = field(default_factory=dict)  # row -> its prompts, for rows scored on fewer, ranked or not
 
 
 def rank(means: Mapping[str, float], wins: Sequence[tuple[str, str]], prompts: int, used: Mapping[str, int]) -> Ranking:
@@ -41,7 +41,7 @@ def rank(means: Mapping[str, float], wins: Sequence[tuple[str, str]], prompts: i
         top=[label for label in order if label == leader or leader not in lost[label]] if leader else [],
         ranks={label: (1 + len(lost[label]), len(order) - len(won[label])) for label in order},
         letters=_letters(order, set(wins)),
-        fewer={label: used[label] for label in order if used[label] < max(used.values())},
+        fewer={label: count for label, count in used.items() if count < max(used.values())},
     )
 
 

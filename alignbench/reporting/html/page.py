@@ -29,7 +29,7 @@ from alignbench.reporting.analysis.comparison import Analysis, Measure, better, 
 from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.html import gallery
 from alignbench.reporting.html.gallery import Gallery, Place
-from alignbench.reporting.tables import flag, harmed
+from alignbench.reporting.tables import flag, got_worse, harmed
 from alignbench.reporting.text import markdown, names
 from alignbench.reporting.text.table import Table
 from alignbench.store import files
@@ -237,10 +237,11 @@ def _panel(analysis: Analysis, hacked: Mapping[str, Sequence[Measure]]) -> list[
     rows = []
     for label in analysis.compared:
         cells = "".join(_verdict(analysis, measure, label) for measure in analysis.measures)
-        worse = ", ".join(map(names.measure_name, hacked.get(label) or harmed(analysis, label)))
+        lost = hacked.get(label) or harmed(analysis, label)
+        worse = f"{', '.join(map(names.measure_name, lost))} {got_worse(lost)}"
         clear = "training reward unknown" if label not in analysis.trained else "not shown"
         fell = flag(analysis, label)
-        said = f"<strong>{fell}</strong>: {markdown.text(worse)} fell" if fell else clear
+        said = f"<strong>{fell}</strong>: {markdown.text(worse)}" if fell else clear
         kind = ' class="bad"' if fell else ""
         name = f'<th scope="row"><bdi>{markdown.text(label)}</bdi></th>'
         rows.append(f"<tr{kind}>{name}{cells}<td>{said}</td></tr>\n")
@@ -255,7 +256,7 @@ def _verdict(analysis: Analysis, measure: Measure, label: str) -> str:
     change = analysis.changes[measure][label]
     kind = "good" if better(change, measure) else "bad" if worse(change, measure) else "none"
     sign = {"up": "▲", "down": "▼", "cannot tell": "○"}.get(change.verdict, "–")
-    return f'<td class="{kind}"><span aria-hidden="true">{sign}</span> {change.verdict}</td>'
+    return f'<td class="{kind}"><span aria-hidden="true">{sign}</span> {change.said}</td>'
 
 
 def _framed(figure: Figure, below: str = "") -> str:

@@ -83,11 +83,12 @@ FOREST_MARKS = (
 def _decided(analysis: Analysis, measures: Sequence[Measure], labels: Sequence[str]) -> str:
     """Return how many rows went up and down on each measure."""
     told = []
+    of = " (these weights)" if all(map(analysis.of_weights, labels)) else ""
     for measure in measures:
         verdicts = [analysis.changes[measure][label].verdict for label in labels]
         counts = [f"{verdicts.count(way)} {way}" for way in ("up", "down") if way in verdicts]
-        told += [f"{measure_name(measure)} {' and '.join(counts)}"] if counts else []
-    of = " (these weights)" if all(map(analysis.of_weights, labels)) else ""
+        own = " (these weights)" * (not of and all(analysis.of_weights(label, measure=measure) for label in labels))
+        told += [f"{measure_name(measure)} {' and '.join(counts)}{own}"] if counts else []
     return f"Of {len(labels)}{of}: {'; '.join(told)}." if told else f"No change is significant{of}."
 
 
