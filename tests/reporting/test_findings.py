@@ -127,8 +127,7 @@ def test_not_separable_is_the_word():
 
 
 def test_figures_of_few_seeds_follow_the_counts():
-    """The note has the figures of the largest simulated number of seeds that is not larger, and names methods whose runs
-    differ more than others."""
+    """The note has the figures of the largest simulated number of seeds that is not larger, and names unstable rows."""
     assert f"in\n{findings.FEW_SEEDS[2].covered} %" in " ".join(findings.few_seeds(2, 6))
     assert f"in\n{findings.FEW_SEEDS[3].covered} %" in " ".join(findings.few_seeds(4, 6))
     analysis = analysed(results())
