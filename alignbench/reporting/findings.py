@@ -57,7 +57,7 @@ class Simulated(NamedTuple):
     false: str  # studies without any effect in which some row is called up or down
 
 
-FEW_SEEDS = {2: Simulated("84 to 88", "14"), 3: Simulated("89 to 92", "8 to 9"), 5: Simulated("91", "6")}
+FEW_SEEDS = {2: Simulated("82 to 84", "15 to 16"), 3: Simulated("87 to 91", "9 to 10"), 5: Simulated("91", "6")}
 POOLED = """\
 How much training runs differ is estimated over all methods together, {seeds} seeds of {methods} methods here, and a
 method's own spread counts where it is clearly larger."""
