@@ -130,7 +130,7 @@ def test_the_base_row_has_distance_zero(alone, tmp_path, capsys):
     out = capsys.readouterr().out
     header = next(line for line in out.splitlines() if line.startswith("| method"))
     assert "A column without an arrow: neither direction is better in itself" in out
-    assert "| base_distance, squared distance [held-out] |" in header
+    assert "| base_distance (shapes), squared distance [held-out] |" in header
 
 
 def test_further_is_neither_better_nor_worse():

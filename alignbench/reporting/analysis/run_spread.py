@@ -20,7 +20,7 @@ Three corrections, whose constants were chosen by simulation (docs/statistics.md
 1. A mean square on f = 1 or 2 degrees of freedom is often far too small, and Satterthwaite's formula then trusts the
    prompts alone. It is therefore multiplied by k(f) = 1 + 5 / f^3; of MS_s, what exceeds 2 MS_r.
 2. Rows need not have equal spreads. A row's own variance s_m^2 on f degrees of freedom counts beyond the pool by
-   k(f) max(0, s_m^2 - (1 + 7 / f^2) pool), the pool being that of all other rows.
+   max(0, s_m^2 - (1 + 3 / f) pool), the pool being that of all other rows.
 3. A row is *unstable* if the F test of its variance against that of all others has p < 0.05 / M. The row with the
    smallest p is then left out of the pool.
 """
@@ -108,10 +108,9 @@ def estimate(means: Array, interaction: Array) -> RunSpread | None:
     excess = {}
     for m, row in enumerate(rows.tolist()) if len(rows) > 2 else ():
         others = total / df_total if m == outlier else (total - variances[m] * df[m]) / (df_total - df[m])
-        beyond = variances[m] - (1 + 7 / df[m] ** 2) * max(others, interaction[m])
+        beyond = variances[m] - (1 + 3 / df[m]) * max(others, interaction[m])
         if beyond > 0:
-            added = _factor(int(df[m])) * float(beyond)
-            excess[row] = RunVariance(added, added**2 / int(df[m]))
+            excess[row] = RunVariance(float(beyond), float(beyond**2 / df[m]))
     return RunSpread(pooled, residual, excess, [int(rows[outlier])] if outlier is not None else [])
 
 
