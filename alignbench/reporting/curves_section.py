@@ -39,7 +39,7 @@ from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.analysis.stats import Array, MeanEstimate
 from alignbench.reporting.findings import levels
 from alignbench.reporting.tables import estimate_cell, harmed
-from alignbench.reporting.text.names import change_decimals, decimals
+from alignbench.reporting.text.names import change_decimals, decimals, measure_name, title
 from alignbench.reporting.text.table import Cell, Column, Section, Table, escape, interval, listed, number
 from alignbench.store.artefacts import Store, milestone_expected
 from alignbench.store.manifest import Manifest
@@ -106,7 +106,8 @@ def _known(value: float) -> float | None:
 
 
 def _column(measure: Measure) -> Column:
-    return Column(measure.name, measure.unit, measure.higher_is_better, measure.role, decimals(measure))
+    about = (measure.unit, measure.higher_is_better, measure.role, decimals(measure))
+    return Column(title(measure), *about, key=measure.name)
 
 
 def _equal_cost_section(curves: Sequence[LearningCurve], analysis: Analysis) -> list[Section]:
@@ -137,13 +138,13 @@ def _target_section(curves: Sequence[LearningCurve], analysis: Analysis) -> list
         gain = target(curves, measure)
         if gain is None:
             rows.append(
-                [Cell(f"{measure.name} [{measure.role}]"), Cell("no method gains"), *[Cell()] * (len(AXES) + 1)]
+                [Cell(f"{title(measure)} [{measure.role}]"), Cell("no method gains"), *[Cell()] * (len(AXES) + 1)]
             )
             continue
         shown = number(gain, change_decimals(measure), signed=True)
         for curve in curves:
             cells = [Cell(_reached(time_to(curve, measure, axis, gain))) for axis in AXES]
-            rows.append([Cell(f"{measure.name} [{measure.role}]"), Cell(shown), Cell(curve.label), *cells])
+            rows.append([Cell(f"{title(measure)} [{measure.role}]"), Cell(shown), Cell(curve.label), *cells])
     columns = [Column("measure"), Column("target gain"), Column("method"), *map(Column, AXES.values())]
     note = f"""\
 The target is half of the largest final gain over the base model of any method. Each cost is the first at which a
@@ -168,7 +169,8 @@ def _steps_section(curves: Sequence[LearningCurve], analysis: Analysis, records:
     """Return changes against the base model and the network's drift, one row per method and step."""
     columns = [Column("method"), Column("update", decimals=0)]
     columns += [
-        Column(measure.name, measure.unit, measure.higher_is_better, measure.role) for measure in analysis.measures
+        Column(title(measure), measure.unit, measure.higher_is_better, measure.role, key=measure.name)
+        for measure in analysis.measures
     ]
     columns.append(Column("drift", decimals=4))
     moved = {measure: changes(curves, measure) for measure in analysis.measures}
@@ -193,14 +195,14 @@ def _divergence_section(curves: Sequence[LearningCurve], analysis: Analysis) -> 
     if not by_label:
         return []
     measures = [m for m in analysis.measures if any(m in divergence for divergence in by_label.values())]
-    columns = [Column("method"), *(Column(measure.name, role=measure.role) for measure in measures)]
+    columns = [Column("method"), *(Column(title(measure), role=measure.role, key=measure.name) for measure in measures)]
     rows, losses = [], []
     for label, divergence in by_label.items():
         bold = not analysis.of_weights(label)
         found = [divergence.get(measure) for measure in measures]
         cells = [Cell(_diverged(d), bold=bold and d.update is not None) if d else Cell("trained on") for d in found]
         rows.append([Cell(label), *cells])
-        lost = [m.name for m in harmed(analysis, label) if m in divergence and divergence[m].update is None]
+        lost = [measure_name(m) for m in harmed(analysis, label) if m in divergence and divergence[m].update is None]
         losses += [(label, lost)] if lost else []
     note = DIVERGENCE.format(resampled=levels(analysis))
     worse = "\n".join(f"- {escape(label)}: {escape(listed(names))}" for label, names in losses)
@@ -244,7 +246,7 @@ Pointwise 95 % bands from resampling seeds within each measure (Agarwal et al. 2
 and for a row with one seed, whose share is one of measures, not of training runs."""
     note = f"""\
 Share of runs (measure x training seed) whose final score exceeds a threshold; 0 is the base model, 1 the best mean of
-that measure. Measures: {", ".join(escape(measure.name) for measure in scores)}. {drawn}"""
+that measure. Measures: {", ".join(escape(measure_name(measure)) for measure in scores)}. {drawn}"""
     return ["### Performance profile", Table(columns, rows), note]
 
 

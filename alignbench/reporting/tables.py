@@ -147,7 +147,11 @@ def _mean_cell(analysis: Analysis, measure: Measure, label: str) -> Cell:
 def _prompts_mark(analysis: Analysis, measure: Measure, label: str) -> str:
     """Return `` (51 prompts)`` if the row's mean rests on fewer prompts than another row's."""
     used = {row: mean.prompts for row, mean in analysis.means[measure].items()}
-    return f" ({used[label]} prompts)" if 0 < used[label] < max(used.values()) else ""
+    return _prompts(used[label]) if 0 < used[label] < max(used.values()) else ""
+
+
+def _prompts(count: int) -> str:
+    return f" ({count:,} prompt{'s' * (count != 1)})"
 
 
 def estimate_cell(found: stats.MeanEstimate, measure: Measure) -> Cell:
@@ -421,7 +425,7 @@ def _p_cell(p: float) -> Cell:
 def _fewer_pairs(analysis: Analysis, measure: Measure, label: str) -> str:
     """Return `` (51 prompts)`` if the row's change rests on fewer prompts than another row's."""
     used = {row: change.estimate.prompts for row, change in analysis.changes[measure].items()}
-    return f" ({used[label]} prompts)" if 0 < used[label] < max(used.values()) else ""
+    return _prompts(used[label]) if 0 < used[label] < max(used.values()) else ""
 
 
 def harmed(analysis: Analysis, label: str) -> list[Measure]:

@@ -177,6 +177,9 @@ def test_equal_updates_are_the_end_and_equal_nfe_is_not(whole):
         label: each.mean for label, each in analysis.means[measure].items() if label != "Base"
     }
     nfe = learning_curves.equal_cost(found, measure, "nfe")
+    geneval = named(analysis, "geneval")  # a fraction, whose limits are Wilson's there as here
+    for label, each in learning_curves.equal_cost(found, geneval, "update").items():
+        assert each[:3] == pytest.approx(analysis.means[geneval][label][:3], rel=1e-9)
     assert learning_curves.common(found, "nfe") == 13 * 16 * END
     assert nfe["ReFL"].mean == same["ReFL"].mean
     assert nfe["LeapAlign"].mean < same["LeapAlign"].mean
@@ -373,7 +376,7 @@ def test_a_task_with_one_prompt_leaves_intervals_unknown(tmp_path):
     assert np.isfinite(reached.cost)
     assert np.isnan([reached.lo, reached.hi]).all()
     assert all(np.isnan(each[geneval][1:]).all() for each in learning_curves.divergences(found).values())
-    lines = [line for line in said.splitlines() if line.startswith("| geneval [check]")]
+    lines = [line for line in said.splitlines() if line.startswith("| GenEval, by task [check]")]
     assert len(lines) == len(found)
     assert all(line.count("[unknown]") == len(learning_curves.AXES) for line in lines)
     assert "nan" not in said

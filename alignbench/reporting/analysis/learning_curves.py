@@ -198,7 +198,8 @@ def equal_cost(curves: Sequence[LearningCurve], measure: Measure, axis: str) -> 
     """Return label -> mean score at the ``common`` cost, with its interval over prompts and seeds."""
     cost = common(curves, axis)
     values = {curve.label: at(curve, measure, axis, cost) for curve in curves}
-    return dict(zip(values, stats.mean_intervals([*values.values()], curves[0].strata(measure))))
+    fraction, strata = measure.unit == "fraction", curves[0].strata(measure)  # as in the table of results
+    return dict(zip(values, stats.mean_intervals([*values.values()], strata, fraction=fraction)))
 
 
 class Reached(NamedTuple):

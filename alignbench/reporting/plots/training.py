@@ -165,7 +165,7 @@ def draw_hacking(curves: Sequence[LearningCurve], analysis: Analysis, stamp: str
             if divergence.update is not None
         ]
         summary = f"Diverging: {'; '.join(diverged)}." if diverged else "No score is shown to diverge from the reward."
-        lost = {label: [m.name for m in harmed(analysis, label)] for label in by_label}
+        lost = {label: [measure_name(m) for m in harmed(analysis, label)] for label in by_label}
         worse = [f"{label}: {listed(names)}" for label, names in lost.items() if names]
         summary += f" Worse than {analysis.base} at the end: {'; '.join(worse)}." if worse else ""
         caption = (
