@@ -79,7 +79,8 @@ function signedScore(measure, method, prompt) {
 
 function shownScore(value, measure, signed = false) {
   if (value === null) return "—";
-  const text = Math.abs(value).toFixed(data.measures[measure].decimals);
+  const size = Math.abs(value); // a check passes or fails: 1 or 0, not 1.0000
+  const text = Number.isInteger(size) ? String(size) : size.toFixed(data.measures[measure].decimals);
   return (value < 0 && Number(text) ? "-" : signed ? "+" : "") + text;
 }
 
@@ -700,8 +701,8 @@ function cell(method, prompt, how, best) {
     const isBest = value !== null && value === best.get(measure);
     const text = value === null ? [el("span", { "aria-hidden": "true" }, "—"), el("span", { class: "sr" }, "no score")] : [shownScore(value, measure)];
     if (isBest) text.push(el("span", { class: "sr" }, ", best of the row"));
-    const { name } = data.measures[measure];
-    scores.append(el("dt", { title: name }, name), el("dd", { class: isBest ? "best" : null }, ...text));
+    const { name, short } = data.measures[measure];
+    scores.append(el("dt", { title: name }, short), el("dd", { class: isBest ? "best" : null }, ...text));
   }
   return el("figure", {}, shown, el("figcaption", {}, el("b", {}, el("bdi", {}, label)), scores));
 }

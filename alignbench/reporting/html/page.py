@@ -297,9 +297,18 @@ def _data(
     decimals = [names.decimals(measure) for measure in analysis.measures]
     metrics = [measure.name for measure in analysis.measures]
     keys = [m.name if metrics.count(m.name) == 1 else f"{m.evaluator}/{m.name}" for m in analysis.measures]
+    worlds = {measure.world for measure in analysis.measures}
     measures = [
-        {"key": key, "name": names.measure_name(m), "role": m.role, "unit": m.unit, "sign": sign, "decimals": places}
-        for key, m, sign, places in zip(keys, analysis.measures, signs, decimals)
+        {
+            "key": key,
+            "name": names.measure_name(measure),
+            "short": names.measure_name(measure._replace(world="") if len(worlds) == 1 else measure),  # on each card
+            "role": measure.role,
+            "unit": measure.unit,
+            "sign": sign,
+            "decimals": places,
+        }
+        for key, measure, sign, places in zip(keys, analysis.measures, signs, decimals)
     ]
     scores = [[_rounded(cube.ravel(), places + 2) for cube in cubes] for cubes, places in zip(values, decimals)]
     data = {
