@@ -83,6 +83,7 @@ FEW_SEEDS = {2: Simulated("82 to 84", "15 to 16"), 3: Simulated("87 to 91", "9 t
 POOLED = """\
 How much training runs differ is estimated over all methods together, {seeds} seeds of {methods} methods here, and a
 method's own spread counts where it is clearly larger."""
+ALONE = "How much training runs differ is estimated from the {seeds} seeds of one method, the only one here."
 UNSTABLE = """\
 If the runs of one method differ four to ten times as much as those of the others, its 95 % interval holds the truth in
 {} % of simulated studies, and {} % of studies without any effect call some row up or down."""
@@ -105,6 +106,8 @@ def few_seeds_note(analysis: Analysis) -> str:
 def few_seeds(seeds: int, methods: int) -> list[str]:
     """Return what is known of intervals with this many training seeds and trained methods."""
     simulated = FEW_SEEDS[max(count for count in FEW_SEEDS if count <= seeds)]
+    if methods == 1:
+        return [ALONE.format(seeds=seeds)]
     return [POOLED.format(seeds=seeds, methods=methods), UNSTABLE.format(*simulated)]
 
 

@@ -65,7 +65,7 @@ CASES = {  # what is bad: (a store's results, a sentence of the page)
     ),
     "one prompt": (lambda root: sweep(root, prompts=1), "spread unknown"),
     "two prompts": (lambda root: sweep(root, prompts=2), "spread unknown"),
-    "one method": (lambda root: sweep(root, TWO[:2]), "With two methods"),
+    "one method": (lambda root: sweep(root, TWO[:2]), "the 2 seeds of one method, the only one here"),
     "the base model alone": (lambda root: sweep(root, TWO[:1]), "No summary over held-out measures"),
     "no base model": (lambda root: sweep(root, TWO[1:]), "no untrained method to compare with"),
     "no row of scores": (lambda root: sweep(root, change=lambda frame: frame.iloc[:0]), "0 of 48 scores"),
