@@ -116,3 +116,12 @@ def test_rows_that_never_differ_have_no_spread():
     found = estimate(np.ones((3, 4)) * np.arange(3)[:, None], NONE[:3])
     assert [found.pooled.value, found.residual.value] == pytest.approx([0, 0], abs=1e-12)
     assert not found.unstable
+
+
+def test_a_row_on_few_prompts_takes_the_spread_of_the_others():
+    """A row with less than half of the prompts, whose runs seem to differ widely, changes nothing for the others."""
+    means = shifted(5, 3, own=0.1)
+    means[4] *= 10
+    found = estimate(means, NONE[:5], np.array([60, 60, 60, 60, 3]))
+    assert found == estimate(means[:4], NONE[:4], np.full(4, 60))
+    assert found.of(4) == found.pooled

@@ -22,7 +22,12 @@ from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.analysis.stats import Array, MeanEstimate
 from alignbench.store.manifest import UNTRAINED, ManifestRun
 
-AXES = {"update": "updates", "images": "images", "nfe": "NFE", "gpu_seconds": "GPU-seconds"}  # costs, and their names
+AXES = {
+    "update": "updates",
+    "images": "images",
+    "nfe": "NFE",
+    "gpu_seconds": "device-seconds",
+}  # costs, and their names
 LEVEL = 0.95
 PROFILE = (0.0, 0.25, 0.5, 0.75, 1.0)  # thresholds of the printed performance profile
 RUNS = ["label", "method", "seed", "run"]

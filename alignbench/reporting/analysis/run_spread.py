@@ -79,18 +79,22 @@ class RunSpread:
         return functools.reduce(RunVariance.__add__, (self.excess.get(row, NOTHING) for row in rows), pooled)
 
 
-def estimate(means: Array, interaction: Array) -> RunSpread | None:
+def estimate(means: Array, interaction: Array, prompts: NDArray[np.int64] | None = None) -> RunSpread | None:
     """Return the spread from ``means`` (M, S) of rows under seeds, nan where a row has no such run.
 
-    ``interaction`` (M,): the variance of a mean under one seed from the interaction. None if no row has two runs.
+    ``interaction`` (M,): the variance of a mean under one seed from the interaction. ``prompts`` (M,): of each row; one
+    with less than half of the most prompts says too little of its runs, and takes the others' spread. None if no row
+    has two runs.
     """
     df = (~np.isnan(means)).sum(1) - 1
     rows = np.flatnonzero(df > 0)
+    if prompts is not None and len(rows):
+        rows = rows[2 * prompts[rows] >= prompts[rows].max()]
     if not len(rows):
         return None
     means, interaction, df = means[rows], interaction[rows], df[rows]
     variances = np.nanvar(means, axis=1, ddof=1)
-    outlier = _outlier(variances, df)
+    outlier = _outlier(variances, df, interaction)
     kept = np.array([m for m in range(len(rows)) if m != outlier])
     total, df_total = float((variances * df)[kept].sum()), int(df[kept].sum())
     within, df_within = _residual(means[kept])
@@ -122,12 +126,15 @@ def _guarded(mean_square: float, df: int, reference: float = 0.0) -> float:
     return mean_square + (_factor(df) - 1) * max(mean_square - reference, 0.0)
 
 
-def _outlier(own: Array, df: NDArray[np.int64]) -> int | None:
-    """Return the row whose variance is larger than that of all others, by an F test; None if there is none."""
+def _outlier(own: Array, df: NDArray[np.int64], least: Array) -> int | None:
+    """Return the row whose variance is larger than that of all others by an F test; None if there is none.
+
+    ``least`` (M,): what the others' variance is taken as at least, the row's own interaction.
+    """
     if len(own) < 3:
         return None
     rest = df.sum() - df
-    others = ((own * df).sum() - own * df) / rest
+    others = np.maximum(((own * df).sum() - own * df) / rest, least)
     with np.errstate(divide="ignore", invalid="ignore"):
         p = np.where(own > 0, fdtrc(df, rest, own / others), 1.0)
     worst = int(np.argmin(p))

@@ -113,7 +113,7 @@ def mean_intervals(
         return []
     levels = _levels(arrays, strata)
     if runs is None:
-        spread = run_spread.estimate(levels.columns, np.nan_to_num(levels.interaction))
+        spread = run_spread.estimate(levels.columns, np.nan_to_num(levels.interaction), levels.used)
         runs = [spread.of(i) if spread else None for i in range(len(arrays))]
     between, noise = _between(levels, runs)
     se = np.sqrt(levels.prompts + between)
@@ -185,7 +185,7 @@ def runs_of(arrays: Sequence[ArrayLike], strata: ArrayLike | None = None) -> Run
     apart = levels.columns - levels.mean[:, None]
     rounding = 1e-12 * np.abs(np.nan_to_num(levels.columns)).max(initial=0.0)  # of equal numbers is no spread
     apart = np.where(np.abs(apart) <= rounding, 0.0, apart)
-    return run_spread.estimate(apart, np.nan_to_num(levels.interaction))
+    return run_spread.estimate(apart, np.nan_to_num(levels.interaction), levels.used)
 
 
 def curve_draws(
@@ -396,7 +396,7 @@ def _levels(arrays: Sequence[ArrayLike], strata: ArrayLike | None) -> Levels:
         )
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # 4,000 x 30,000 prompts are 1 GB
 def _prompt_weights(sizes: tuple[int, ...], draws: int, seed: int) -> Array:
     """Return (draws, P) rescaled resampling counts minus one, drawn within each stratum and shared by all methods."""
     rng = np.random.default_rng((seed, *sizes))

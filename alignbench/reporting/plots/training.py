@@ -62,7 +62,7 @@ def draw_training(records: pd.DataFrame, analysis: Analysis, stamp: str) -> Figu
         ends = [f"{label} {_last(records[records['label'] == label]):.4g}" for label in labels]
         caption = (
             "Training reward on the images that each method generated during training, against updates, images, "
-            "network evaluations (NFE) and GPU-seconds; means over seeds and a tenth of training. "
+            "network evaluations (NFE) and device-seconds; means over seeds and a tenth of training. "
             f"Last tenth: {', '.join(ends)}."
         )
         return finish(canvas, "training", "Training reward against cost", caption)
@@ -105,7 +105,7 @@ def draw_costs(curves: Sequence[LearningCurve], measure: Measure, analysis: Anal
         ends = [f"{label} {mean[-1]:.{digits}f}" for label, (mean, _, _) in means.items()]
         caption = (
             f"{measure_name(measure)} [{measure.role}] at every milestone, against updates, images, network "
-            f"evaluations (NFE) and GPU-seconds, with 95 % intervals of the paired change against {analysis.base} "
+            f"evaluations (NFE) and device-seconds, with 95 % intervals of the paired change against {analysis.base} "
             f"(line at {start:.{digits}f}). At the end: {', '.join(ends)}."
         )
         safe = re.sub(r"[^\w.-]", "_", measure.name)
