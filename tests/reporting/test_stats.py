@@ -163,6 +163,17 @@ def test_a_fraction_stays_within_its_range():
     assert 0 < stats.mean_interval(values, fraction=True).lo < stats.mean_interval(values, fraction=True).hi <= 1
 
 
+def test_a_fraction_at_its_end_has_an_interval_whatever_the_runs_of_others():
+    """All ones: the interval ends at 1, and reaches lower the more the training runs of other rows differ."""
+    ones = np.ones((20, 2, 3))
+    limits = [
+        stats.mean_intervals([ones], runs=[RunVariance(spread, spread**2 / 2)], fraction=True)[0][1:3]
+        for spread in (0.0, 0.01, 0.1)
+    ]
+    assert [hi for _, hi in limits] == [1, 1, 1]
+    assert 1 > limits[0][0] > limits[1][0] > limits[2][0] > 0
+
+
 def test_a_fraction_of_many_prompts_is_a_mean():
     """With 2,000 prompts, Wilson's interval and the bootstrap's are the same to a hundredth of their width."""
     values = (np.random.default_rng(0).random((2000, 2, 1)) < 0.6).astype(float)

@@ -122,7 +122,7 @@ def mean_intervals(
         df = np.where(se > 0, df, np.nan)
         p = 2 * stdtr(df, -np.abs(levels.mean) / se)
     se = np.where(se <= 1e-12 * np.abs(levels.mean), 0.0, se)  # rounding of equal numbers is no spread
-    lo, hi = _wilson(levels, se, df) if fraction else _percentiles(levels, between, df, strata, draws, seed)
+    lo, hi = _wilson(levels, between, se, df) if fraction else _percentiles(levels, between, df, strata, draws, seed)
     unknown = ~(se > 0)
     lo, hi = (np.where(unknown & ~np.full(len(se), fraction), np.nan, limit) for limit in (lo, hi))
     signs = np.where((se == 0) & (levels.mean != 0), 0.5 ** (levels.used - 1.0), np.nan)  # every prompt changed alike
@@ -152,15 +152,22 @@ def _percentiles(
     return levels.mean + limits[0], levels.mean + limits[1]
 
 
-def _wilson(levels: Levels, se: Array, df: Array) -> tuple[Array, Array]:
-    """Return Wilson's limits for as many independent trials as have the means' standard errors; nan for few prompts."""
-    p = np.clip(levels.mean, 0.0, 1.0)
+def _wilson(levels: Levels, between: Array, se: Array, df: Array) -> tuple[Array, Array]:
+    """Return Wilson's limits for as many independent trials as have the means' standard errors; nan for few prompts.
+
+    Where all scores are 0 or all are 1, their spread says nothing: a trial per prompt, with two successes and two
+    failures added, has the variance, and that ``between`` training runs is added to it.
+    """
+    p, n = np.clip(levels.mean, 0.0, 1.0), levels.used
+    end = (p < 1e-12) | (p > 1 - 1e-12)
     with np.errstate(invalid="ignore", divide="ignore"):
-        trials = np.where(se > 0, p * (1 - p) / se**2, levels.used)
-        square = stdtrit(np.where(se > 0, df, levels.used - 1.0), 0.975) ** 2
+        added = (n * p + 2) / (n + 4)
+        at_end = added * (1 - added) / (added * (1 - added) / n + between)
+        trials = np.where(end, at_end, p * (1 - p) / se**2)
+        square = stdtrit(np.where(end, n - 1.0, df), 0.975) ** 2
         middle = (p + square / (2 * trials)) / (1 + square / trials)
         reach = np.sqrt(square * p * (1 - p) / trials + (square / trials) ** 2 / 4) / (1 + square / trials)
-    enough = (levels.used >= FEW) & ~np.isnan(se)
+    enough = (n >= FEW) & ~np.isnan(se) & (end | (se > 0))
     lo, hi = (np.where(enough, limit, np.nan) for limit in (middle - reach, middle + reach))
     return np.clip(lo, 0.0, 1.0), np.clip(hi, 0.0, 1.0)
 
