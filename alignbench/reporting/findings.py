@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
 
 from alignbench.reporting.analysis.comparison import Analysis, Measure, better, worse
+from alignbench.reporting.analysis.stats import FEW
 from alignbench.reporting.tables import (
     change_text,
     changes_sections,
@@ -225,6 +227,9 @@ def _names(measures: Sequence[Measure]) -> str:
     return escape(listed([title(measure) for measure in measures]))
 
 
+FEW_PROMPTS = f"Fewer than {FEW} prompts: no interval, since they say too little about other prompts of their task."
+
+
 def task_sections(analysis: Analysis) -> list[Section]:
     """Return a heading and a table for each measure that is averaged by task."""
     sections: list[Section] = []
@@ -232,5 +237,7 @@ def task_sections(analysis: Analysis) -> list[Section]:
         if not measure.by_task:
             continue
         heading = f"## {escape(names.measure_name(measure))} [{measure.role}], by task"
-        sections += [heading, task_table(analysis, measure)]
+        least = min(Counter(analysis.scores[measure].tags.tolist()).values(), default=FEW)
+        note = FEW_PROMPTS if least < FEW and measure.unit == "fraction" else ""
+        sections += [heading, task_table(analysis, measure), note]
     return sections

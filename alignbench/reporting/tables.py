@@ -452,15 +452,29 @@ def flag(analysis: Analysis, label: str) -> str:
     return f"{what}, these weights" if what and analysis.of_weights(label) else what
 
 
+def _size_mark(count: int | None) -> str:
+    return "" if count is None else f" ({count} prompt{'s' * (count != 1)})"
+
+
 def task_table(analysis: Analysis, measure: Measure) -> Table:
-    """Return the measure's mean for each task, and their mean, one row per method."""
-    tasks = analysis.tasks(measure)
+    """Return the measure's mean for each task, and their mean, one row per method.
+
+    A task with too few prompts for an interval has their number in its heading, and means alone.
+    """
+    tasks, tags = analysis.tasks(measure), analysis.scores[measure].tags
     chosen = names.in_order(tasks)
+    sizes = {task: int((tags == task).sum()) for task in chosen}
+    few = {task: size for task, size in sizes.items() if size < stats.FEW and measure.unit == "fraction"}
     decimals = names.decimals(measure)
-    columns = [Column("method"), *(Column(names.task_name(task), decimals=decimals, key=task) for task in chosen)]
+    columns = [Column("method")]
+    for task in chosen:
+        columns.append(Column(names.task_name(task) + _size_mark(few.get(task)), decimals=decimals, key=task))
     columns += [Column(names.OVERALL, decimals=decimals, key="overall")]
     rows = []
     for label in analysis.labels:
-        estimates = [*(tasks[task][label] for task in chosen), analysis.means[measure][label]]
-        rows.append([Cell(label), *(estimate_cell(estimate, measure) for estimate in estimates)])
+        cells = [
+            Cell(tasks[task][label].mean) if task in few else estimate_cell(tasks[task][label], measure)
+            for task in chosen
+        ]
+        rows.append([Cell(label), *cells, estimate_cell(analysis.means[measure][label], measure)])
     return Table(columns, rows)

@@ -301,3 +301,19 @@ def test_significant_digits():
     """Two digits that count, with a sign and without an exponent; nothing is minus zero."""
     shown = [significant(value) for value in (1.7250, -0.00061, 123.4, 0.0, -1e-9, 12345.6)]
     assert shown == ["+1.7", "-0.00061", "+120", "0", "0", "+12,000"]
+
+
+def test_a_task_of_two_prompts_has_its_number_and_no_interval():
+    """A fraction over two prompts is a mean alone, under a heading with their number; larger tasks keep intervals."""
+    given = results()
+    analysis = analysis_of(given)
+    measure = next(each for each in analysis.measures if each.by_task)
+    few = str(np.unique(analysis.scores[measure].tags)[0])
+    kept = np.flatnonzero(analysis.scores[measure].tags == few)[2:]
+    prompts = set(analysis.scores[measure].prompts[kept])
+    analysis = analyse(given.manifest, given.scores[~given.scores["prompt_id"].isin(prompts)])
+    table = tables.task_table(analysis, measure)
+    column = next(i for i, each in enumerate(table.columns) if each.key == few)
+    assert table.columns[column].title.endswith(" (2 prompts)")
+    assert all(row[column].lo is None for row in table.rows)
+    assert all(np.isfinite(row[-1].lo) for row in table.rows)

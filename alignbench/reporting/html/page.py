@@ -181,12 +181,12 @@ def _led(table: Table, name: str, analysis: Analysis, shown: Gallery) -> dict[st
     """
     measures = {text: i for i, measure in enumerate(analysis.measures) for text in _titles(measure)}
     methods = {label: i for i, label in enumerate(shown.methods)}
-    tasks = {names.task_name(tag): tag for _, tag in shown.about.values() if tag}
+    tags = {tag for _, tag in shown.about.values() if tag}
     texts = [[cell.value for cell in row if isinstance(cell.value, str)] for row in table.rows]
     named = [text for text in measures if re.match(rf"{re.escape(text)}(?!\w)", name)]
     whole = measures[max(named, key=len)] if named else None
     columns = [measures.get(column.title) for column in table.columns]
-    by_task = [tasks.get(column.title) for column in table.columns]
+    by_task = [column.key if column.key in tags else None for column in table.columns]
     own = whole if not any(by_task) else None  # a table of one measure, whose rows are all about it
     return {
         "whole": whole,
