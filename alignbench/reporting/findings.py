@@ -89,6 +89,9 @@ ALONE = "How much training runs differ is estimated from the {seeds} seeds of on
 UNSTABLE = """\
 If the runs of one method differ four to ten times as much as those of the others, its 95 % interval holds the truth in
 {} % of simulated studies, and {} % of studies without any effect call some row up or down."""
+ONE_DEGREE = """\
+**Two methods with two seeds: what their difference says of training runs rests on one degree of freedom.** It may not
+be separable although their changes are far apart; a third seed helps most."""
 FOUND_UNSTABLE = "**Here the training runs of {} differ more than those of the others.**"
 BORROWED = "{} has a single training seed: the spread of its runs is taken from the other methods."
 
@@ -110,7 +113,8 @@ def few_seeds(seeds: int, methods: int) -> list[str]:
     simulated = FEW_SEEDS[max(count for count in FEW_SEEDS if count <= seeds)]
     if methods == 1:
         return [ALONE.format(seeds=seeds)]
-    return [POOLED.format(seeds=seeds, methods=methods), UNSTABLE.format(*simulated)]
+    pair = [ONE_DEGREE] * (methods == seeds == 2)
+    return [POOLED.format(seeds=seeds, methods=methods), *pair, UNSTABLE.format(*simulated)]
 
 
 VERDICTS = """\

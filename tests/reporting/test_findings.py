@@ -180,6 +180,8 @@ def test_figures_of_few_seeds_follow_the_counts():
     """The note has the figures of the largest simulated number of seeds that is not larger, and names unstable rows."""
     assert f"in\n{findings.FEW_SEEDS[2].covered} %" in " ".join(findings.few_seeds(2, 6))
     assert f"in\n{findings.FEW_SEEDS[3].covered} %" in " ".join(findings.few_seeds(4, 6))
+    assert findings.ONE_DEGREE in findings.few_seeds(2, 2)
+    assert findings.ONE_DEGREE not in findings.few_seeds(2, 3) + findings.few_seeds(3, 2)
     analysis = analysed(results())
     analysis.unstable[analysis.measures[0]] = ["DRTune"]
     assert "Here the training runs of DRTune differ more" in findings.few_seeds_note(analysis)
