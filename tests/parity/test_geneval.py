@@ -81,9 +81,10 @@ def test_the_network_answers_as_mmdets(checkpoint, theirs):
 
 
 def test_the_same_objects_are_found(checkpoint, theirs):
-    """All 100 objects of every image: classes and boxes equal, scores within 7e-6, masks except for pixels at zero.
+    """All 100 objects of every image: classes and boxes equal, scores within 1e-4, masks except for pixels at zero.
 
-    The image of one colour is left out: there attention's thresholds fall on whole regions, and rounding decides.
+    Attention is masked by thresholds, at which a processor's rounding can decide: on one image of six an Intel Xeon is
+    3e-5 off, where an AMD EPYC is 1e-6 off. The image of one colour is left out: there whole regions are at a threshold.
     """
     detector = Mask2Former(checkpoint, "x")
     for image, found in list(zip(theirs.images, theirs.arrays))[1:]:
@@ -92,7 +93,7 @@ def test_the_same_objects_are_found(checkpoint, theirs):
         gap = np.abs(np.array([each.score for each in ours]) - found["scores"][order]).max()
         stray = np.mean([each.mask != mask for each, mask in zip(ours, found["masks"][order])])
         print(f"{image.size}: scores {gap:.1e}, {stray:.1e} of the masks' pixels")
-        assert gap < 7e-6
+        assert gap < 1e-4
         assert stray < 1e-6
         assert [each.label for each in ours] == [mask2former.CLASSES[label] for label in found["labels"][order]]
         assert [each.box for each in ours] == [tuple(box) for box in found["boxes"][order].tolist()]
