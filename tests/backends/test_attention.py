@@ -63,10 +63,10 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize("changes", [{"tune": "lora", "gradient_checkpointing": True}, {"tune": "full"}])
 def test_kernels_agree(load, changes):
-    """Velocities and gradients of flash, of the plain kernel and of torch's choice: to 1e-5 in float32."""
+    """Velocities and gradients of flash, of the plain kernel and of torch's choice: to 5e-5 in float32."""
     plain = calls(load(**changes))
     for kernel in KERNELS:
-        near(calls(load(attention=kernel, **changes)), plain, 1e-5)
+        near(calls(load(attention=kernel, **changes)), plain, 5e-5)
 
 
 def test_the_kernel_that_was_asked_for_is_used(load):

@@ -95,7 +95,7 @@ def test_a_rehearsal_from_nothing_to_its_report(tmp_path, capsys):
     assert "# REHEARSAL: " in page
     assert "no number in it means anything" in page
     assert all("REHEARSAL" in file.name for file in [*out.iterdir(), *(store / "sweeps").iterdir()])
-    assert {file.suffix for file in out.iterdir()} == {".md", ".csv", ".tex", ".html", ".svg", ".png"}
+    assert {file.suffix for file in out.iterdir()} == {".md", ".csv", ".tex", ".html", ".svg", ".png", ".parquet"}
 
 
 OTHERS = {
@@ -158,4 +158,4 @@ def test_an_ablation_sweep_is_rehearsed_to_its_report(tmp_path, capsys):
     assert alignbench(*words, store=store, plugin=False) == 0
     page = capsys.readouterr().out
     assert "# REHEARSAL: LeapAlign's figure 4b" in page
-    assert "## Does LeapAlign beat LeapAlign, 1 leap and LeapAlign, 3 leaps?" in page
+    assert "## LeapAlign against LeapAlign, 1 leap and LeapAlign, 3 leaps: the weights that were scored" in page

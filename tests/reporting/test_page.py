@@ -849,7 +849,7 @@ def test_sorting(visit, made):
     flat = np.array(data["scores"][[m["name"] for m in data["measures"]].index("PickScore")], float).reshape(5, 24, -1)
     gains = np.nanmean(flat[4], 1) - np.nanmean(flat[0], 1)
     assert names(web) == [texts[prompt] for prompt in np.argsort(-gains, kind="stable")]
-    assert f"gain of LeapAlign +{gains.max():.2f}" in web.locator(".meta").first.text_content()
+    assert f"gain of LeapAlign +{gains.max():.4f}" in web.locator(".meta").first.text_content()
     web.select_option("[name=sort]", "random")
     first = names(web)
     web.fill("[name=random]", "2")
