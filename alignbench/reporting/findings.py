@@ -72,7 +72,7 @@ def levels(analysis: Analysis) -> str:
 
 
 class Simulated(NamedTuple):
-    """What simulated studies give in which the runs of one method differ four or ten times as much as all others'.
+    """Result of simulated studies in which the runs of one method differ four or ten times as much as all others'.
 
     Six methods, 70 prompts; in percent, from docs/statistics.md.
     """

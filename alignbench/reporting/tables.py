@@ -164,7 +164,7 @@ def estimate_cell(found: stats.MeanEstimate, measure: Measure) -> Cell:
 
 
 class Spending(NamedTuple):
-    """What the finished training runs of each row cost, and the devices that these ran on.
+    """Costs of the finished training runs of each row, and the devices that these ran on.
 
     ``means``: label -> means over runs of ``processes`` and the columns of COSTS, and the median of ``time``, which is
     seconds x processes: a run beside other work on its machine takes longer, and the median hardly moves.

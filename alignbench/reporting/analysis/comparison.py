@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 
 from alignbench.reporting.analysis import stats
 from alignbench.reporting.analysis.ranking import Ranking, rank
-from alignbench.reporting.analysis.run_spread import RunSpread
+from alignbench.reporting.analysis.run_spread import ALPHA, RunSpread
 from alignbench.reporting.analysis.stats import MeanEstimate
 from alignbench.reporting.text import names
 from alignbench.store.manifest import ROLES, UNTRAINED, Manifest, ManifestRun, ManifestScore
-
-ALPHA = 0.05
 
 
 class Measure(NamedTuple):

@@ -113,7 +113,7 @@ def mean_intervals(
         return []
     levels = _levels(arrays, strata)
     if runs is None:
-        spread = run_spread.estimate(levels.columns, np.nan_to_num(levels.interaction), levels.used)
+        spread = _runs(levels)
         runs = [spread.of(i) if spread else None for i in range(len(arrays))]
     between, noise = _between(levels, runs)
     se = np.sqrt(levels.prompts + between)
@@ -186,9 +186,10 @@ def paired_difference(
 
 def runs_of(arrays: Sequence[ArrayLike], strata: ArrayLike | None = None) -> RunSpread | None:
     """Return the spread between the training runs of rows (P, I, S) that share their seeds; None with one run each."""
-    if not len(arrays):
-        return None
-    levels = _levels(arrays, strata)
+    return _runs(_levels(arrays, strata)) if len(arrays) else None
+
+
+def _runs(levels: Levels) -> RunSpread | None:
     apart = levels.columns - levels.mean[:, None]
     rounding = 1e-12 * np.abs(np.nan_to_num(levels.columns)).max(initial=0.0)  # of equal numbers is no spread
     apart = np.where(np.abs(apart) <= rounding, 0.0, apart)
