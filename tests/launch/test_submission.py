@@ -21,6 +21,7 @@ from alignbench.launch import submit as submit_module
 from alignbench.launch.pending import unfinished
 from alignbench.launch.slurm import arrays
 from alignbench.plugins import Registry
+from alignbench.run.code_snapshot import Snapshot
 from alignbench.store.artefacts import Store
 from alignbench.store.files import read_json, write, write_json
 from alignbench.store.stages import Stage
@@ -43,7 +44,7 @@ def test_one_array_per_stage_and_a_predecessor_for_every_task(tmp_path):
         "train", "generate", "score bright", "score geneval",
     ]  # fmt: skip
     train, generate, *scores = found[3:]
-    assert found[0].after is train.after is None
+    assert found[0].after == train.after == ""
     assert generate.after is train
     assert all(score.after is generate for score in scores)
     assert {tuple(cell.id for cell in array.cells) for array in found[3:]} == {tuple(c.id for c in train.cells)}
@@ -61,7 +62,7 @@ def test_only_what_is_missing_is_asked_for(tmp_path):
         for score in plan.scores[1:]:
             write(store.scores(cell.images, score.file).product, b"scores")
     (only,) = arrays({}, unfinished(plan, plan.cells, store), plan.scored)
-    assert (only.title, only.after, len(only.cells)) == ("score bright", None, 3)
+    assert (only.title, only.after, len(only.cells)) == ("score bright", "", 3)
 
 
 def test_rows_that_are_the_same_run_are_worked_on_once(tmp_path):
@@ -151,26 +152,103 @@ def test_resources_are_part_of_no_id(tmp_path):
     assert [cell.id for cell in one.cells] == [cell.id for cell in other.cells]
 
 
-def test_active_jobs_are_not_submitted_again_unless_more_is_missing(tmp_path, monkeypatch):
-    """A row that is queued whole is skipped; a row queued in part, as when sweeps share a run, is submitted whole."""
-    plan, store, asked = planned(tmp_path), Store(tmp_path / "store"), []
+class Queue:
+    """A SLURM that accepts every array and starts no job, in place of the commands that this module calls."""
 
-    def submit(array, *words) -> None:
-        array.job = str(10 + len(asked))
-        asked.append(array.title)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.submitted: list[slurm.Array] = []
+        self.live: dict[str, slurm.LiveJob] = {}
+        self.accounted: dict[str, str] = {}
+        monkeypatch.setattr(slurm, "submit", self.submit)
+        monkeypatch.setattr(slurm, "cancel", lambda jobs: None)
+        monkeypatch.setattr(slurm, "live", lambda names: self.live)
+        monkeypatch.setattr(
+            slurm, "accounted", lambda jobs: {j: self.accounted[j] for j in jobs if j in self.accounted}
+        )
 
-    monkeypatch.setattr(slurm, "submit", submit)
-    monkeypatch.setattr(slurm, "cancel", lambda jobs: None)
-    monkeypatch.setattr(slurm, "live", lambda names: live)
-    live: dict[str, slurm.LiveJob] = {}
-    assert submit_module.submit(plan, plan.cells, store, {}, [PLUGIN]) == 2 + 3 * 3
-    jobs = submissions.read(store)[0].jobs
-    live = {job.job: slurm.LiveJob("PENDING", "Priority", 0, "") for job in jobs}
-    assert submit_module.submit(plan, plan.cells, store, {}, [PLUGIN]) == 0
-    asked.clear()
-    live = {job.job: live[job.job] for job in jobs if job.stage == "train"}
-    assert submit_module.submit(plan, plan.cells[1:], store, {}, [PLUGIN]) == 2 * 4
-    assert asked == ["train", "generate", "score bright", "score geneval"]
+    def submit(self, array: slurm.Array, *words) -> None:
+        array.job = str(10 + len(self.submitted))
+        self.submitted.append(array)
+        self.live |= {f"{array.job}_{task}": slurm.LiveJob("PENDING", "Priority", 0, "") for task in array.tasks}
+
+    def asked(self) -> list[tuple[str, str, list[int]]]:
+        """Return title, predecessor and tasks of the arrays submitted since the last call."""
+        arrays, self.submitted = self.submitted, []
+        return [(array.title, array.waits_for, array.tasks) for array in arrays]
+
+
+@pytest.fixture
+def queue(monkeypatch) -> Queue:
+    return Queue(monkeypatch)
+
+
+def submitted(plan: Plan, store: Store, options: dict | None = None) -> int:
+    return submit_module.submit(plan, plan.cells, store, options or {}, [PLUGIN])
+
+
+def test_what_is_queued_is_awaited_rather_than_submitted_again(tmp_path, queue):
+    """If only the trainings are still queued, images and scores are submitted, and task i waits for training i."""
+    plan, store = planned(tmp_path), Store(tmp_path / "store")
+    assert submitted(plan, store) == 3 + 2 * 4
+    train = next(array for array in queue.submitted if array.title == "train")
+    queue.asked()
+    assert submitted(plan, store) == 0
+    queue.live = {job: live for job, live in queue.live.items() if job == f"{train.job}_1"}
+    assert submit_module.submit(plan, [cell for cell in plan.cells if cell.trains][1:], store, {}, [PLUGIN]) == 3
+    (generate, *_), asked = queue.submitted, queue.asked()
+    assert asked == [
+        ("generate", train.job, [1]), ("score bright", generate.job, [1]), ("score geneval", generate.job, [1]),
+    ]  # fmt: skip
+
+
+def test_a_second_sweep_waits_for_the_first_ones_training_runs(tmp_path, queue):
+    """It makes other images of the same weights, so it submits no training, and its tasks wait for the queued ones."""
+    store = Store(tmp_path / "store")
+    submitted(planned(tmp_path), store)
+    train = next(array for array in queue.submitted if array.title == "train")
+    queue.asked()
+    other = planned(tmp_path, name="other", evaluation={"protocol": {"steps": 3}})
+    submitted(other, store)
+    asked = queue.asked()
+    assert "train" not in [title for title, _, _ in asked]
+    assert ("generate", train.job, train.tasks) in asked
+    assert {row.state for row in status_table.rows(store, other.manifest())} == {"queued"}
+
+
+def test_rows_that_share_a_training_run_have_one_job_for_it(tmp_path):
+    """The second row, with another guidance of evaluation, waits for the first one's training job."""
+    cases = [{"label": name, "method": {"name": "last"}} for name in ("A", "B")]
+    overrides = [{"match": {"label": "B"}, "set": {"evaluation.protocol.guidance": 2.0}, "reason": "its paper"}]
+    found = [array for array in ask(tmp_path, {}, cases=cases, overrides=overrides) if array.stage is not Stage.SCORE]
+    train = found[0]
+    assert [(array.title, array.after, array.tasks) for array in found] == [
+        ("train", "", [0, 1]), ("generate", train, [0, 1]), ("generate", train, [0, 1]),
+    ]  # fmt: skip
+
+
+def test_nothing_is_lost_that_accounting_calls_running(tmp_path, queue):
+    """A job that squeue does not list, as another user's may be, is neither submitted again nor stale."""
+    plan, store = planned(tmp_path), Store(tmp_path / "store")
+    submitted(plan, store)
+    queue.accounted, queue.live = dict.fromkeys(queue.live, "RUNNING"), {}
+    assert submitted(plan, store) == 0
+    manifest = plan.manifest()
+    assert {row.state for row in status_table.rows(store, manifest)} == {"running"}
+    queue.accounted = dict.fromkeys(queue.accounted, "CANCELLED")
+    rows = status_table.rows(store, manifest)
+    assert {row.state for row in rows} == {"stale"}
+    assert all("has ended (CANCELLED)" in row.reason for row in rows)
+
+
+def test_arrays_and_the_queue_have_the_sizes_that_the_cluster_allows(tmp_path, queue, capsys):
+    """``array_size`` splits arrays, task by task; ``submit_limit`` leaves runs for later, and says how many."""
+    assert [array.tasks for array in ask(tmp_path, {"array_size": 1}) if array.title == "train"] == [[0], [0]]
+    plan, store = planned(tmp_path), Store(tmp_path / "store")
+    assert submitted(plan, store, {"submit_limit": 8}) == 4 + 3
+    assert "1 of 3 runs do not fit into 8 jobs at a time; type the same command again" in capsys.readouterr().err
+    queue.live = {}
+    with pytest.raises(UserError, match="submit_limit: 2 jobs, but the first run alone needs"):
+        submitted(plan, store, {"submit_limit": 2})
 
 
 def test_a_batch_that_does_not_divide_among_ranks_is_refused_before_submission(tmp_path, monkeypatch, capsys):
@@ -201,15 +279,15 @@ def test_the_batch_file_asks_for_it_and_holds_no_pickle(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tools), prepend=":")
     train, generate = ask(tmp_path, {"time": 60, "mem": "2G"})[3:5]
     train.job = "6"
-    slurm.submit(generate, folder, "alignbench-tiny", {"PYTHONPATH": "/a b"})
+    slurm.submit(generate, folder, "alignbench-tiny", Snapshot(Path("/a: b"), [], []))
     assert generate.job == "7"
     text = (folder / "7_submission.sh").read_text()
     for line in (
         "#SBATCH --array=0-1%2", "#SBATCH --dependency=aftercorr:6", "#SBATCH --kill-on-invalid-dep=yes",
         "#SBATCH --signal=USR2@90", "#SBATCH --time=60", "#SBATCH --mem=2G", "#SBATCH --requeue",
-        "export PYTHONPATH='/a b'",
     ):  # fmt: skip
         assert line in text.splitlines(), line
+    assert text.count("'/a: b'") == 1
     assert subprocess.run(["bash", "-n", folder / "7_submission.sh"], check=False).returncode == 0
     assert not list(folder.glob("*.pkl"))
 
@@ -288,7 +366,7 @@ def test_a_rows_label_may_be_anything(tmp_path, label):
 def test_a_job_without_stages_ends_at_once(tmp_path):
     """Such a job, used to measure overhead, does not import torch."""
     file = tmp_path / "0.json"
-    file.write_text(json.dumps({"tasks": [{"stages": []}]}))
+    file.write_text(json.dumps({"tasks": {"0": {"stages": []}}}))
     script = "import sys; from alignbench.run.slurm_job import main; "
     script += f"sys.exit(main({str(file)!r}) or 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], env={"SLURM_ARRAY_TASK_ID": "0"}, check=False)

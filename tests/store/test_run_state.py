@@ -65,13 +65,14 @@ def shown_states(capsys, swept: Path, store: Store) -> dict[str, str]:
         ("requeued", False, True, PENDING._replace(restarts=1)),
         ("running", True, True, PENDING._replace(state="RUNNING")),
         ("stale", False, True, None),
+        ("unknown here", False, True, None),
     ],
 )
 def test_every_verb_says_the_same_state(tiny, swept, monkeypatch, capsys, state, failed, job, live):
     """status, plan and report agree, whether training failed or not, and was submitted to SLURM or not."""
     store, run = tiny
     monkeypatch.setattr(slurm, "live", lambda names: {"7_0": live} if list(names) and live else {})
-    monkeypatch.setattr(slurm, "final_state", lambda job: "TIMEOUT")
+    monkeypatch.setattr(slurm, "accounted", lambda jobs: dict.fromkeys(jobs, "TIMEOUT"))
     if failed:
         run.weights(store).fail("loss is nan", "log.txt")
     if job:
@@ -102,14 +103,14 @@ def test_slurm_is_queried_once_and_only_for_its_own_jobs(tiny, monkeypatch):
     store, run = tiny
     asked = []
     monkeypatch.setattr(slurm, "live", lambda names: asked.append(list(names)) or {})
-    monkeypatch.setattr(slurm, "final_state", lambda job: "")
+    monkeypatch.setattr(slurm, "accounted", lambda jobs: asked.append(sorted(jobs)) or {})
     manifest = read_manifest(store.manifests()[0])
     shutil.rmtree(store.root / "runs")
-    for launcher, names in (("slurm", ["alignbench-tiny"]), ("local", [])):
+    for launcher, questions in (("slurm", [["alignbench-tiny"], ["7_0"]]), ("local", [[]])):
         asked.clear()
         record(store, run.id, launcher=launcher)
-        status_table.rows(store, manifest, submissions.read(store))
-        assert asked == [names]
+        status_table.rows(store, manifest)
+        assert [question for question in asked if question] == [question for question in questions if question]
 
 
 def test_a_failure_that_no_job_retries_precedes_pending_jobs(tiny):
@@ -130,7 +131,7 @@ def test_a_failure_that_no_job_retries_precedes_pending_jobs(tiny):
 def test_a_lost_job_says_how_it_ended(tiny):
     """The reason has SLURM's word and what to do; a worker of a local sweep has no job that could be lost."""
     store, run = tiny
-    found = run_state(store, run, lambda: Jobs(latest={run.id: Job("7_0", "train", "/none")}, ending=lambda job: "OOM"))
+    found = run_state(store, run, lambda: Jobs(latest={run.id: Job("7_0", "train", "/none")}, ended={"7_0": "OOM"}))
     assert found.state == "stale"
     assert found.reason == "job 7_0 has ended (OOM) without having made it; `alignbench retry` makes it"
     found = run_state(store, run, lambda: Jobs(latest={run.id: Job("", "", "/none")}))
