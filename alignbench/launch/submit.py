@@ -50,8 +50,8 @@ def submit(
     if not arrays:
         return 0
     if ignored := ignored_defaults():
-        what = "is ignored: jobs ask for what the sweep's slurm settings and --slurm say"
-        print(f"alignbench: {', '.join(ignored)} {what}", file=sys.stderr)
+        what = "jobs ask for what the sweep's slurm settings and --slurm say"
+        print(f"alignbench: ignored: {', '.join(ignored)}; {what}", file=sys.stderr)
     code = take(store.root, plugins)
     folder, name = new_folder(plan, store), f"alignbench-{plan.document.name}"
     jobs: list[JobEntry] = []

@@ -82,5 +82,5 @@ def slurm_answer(*words: str, read: Callable[[str], T] = str) -> T:  # type: ign
 
 def slurm_error(text: str) -> str:
     """Return the errors among what a command of SLURM printed, as one line."""
-    lines = [line.split("error:", 1)[1].strip() for line in text.splitlines() if "error:" in line]
+    lines = re.findall(r"(?m)^.*?\b(?:error|fatal):\s*(.*?)\s*$", text)
     return "; ".join(dict.fromkeys(lines)) or " ".join(text.split())[-300:]

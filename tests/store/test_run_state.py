@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.tiny_sweep import alignbench
 
-from alignbench.launch import slurm, status_table, submissions
+from alignbench.launch import cleanup, slurm, status_table, submissions
 from alignbench.store.artefacts import Store
 from alignbench.store.files import write_json
 from alignbench.store.locks import Lock
@@ -41,11 +41,11 @@ def shown_states(capsys, swept: Path, store: Store) -> dict[str, str]:
     """Return {verb: the state that it shows for the run}."""
     name, states = store.manifests()[0].stem, {}
     commands = {
-        "status": ((name,), r"^Last, seed 0 +\S+ +(\w+)"),
-        "plan": ((str(swept / "tiny.yaml"),), r"^Last, seed 0 +(\w+)"),
+        "status": ((name,), r"^Last, seed 0 +\S+ +(unknown here|\w+)"),
+        "plan": ((str(swept / "tiny.yaml"),), r"^Last, seed 0 +(unknown here|\w+)"),
         "report": (
             (name, "--format", "md", "--out", str(store.root.parent / "out")),
-            r"^- Last, seed 0: \*\*(\w+)\*\*",
+            r"^- Last, seed 0: \*\*(unknown here|\w+)\*\*",
         ),
     }
     for verb, (words, pattern) in commands.items():
@@ -65,7 +65,6 @@ def shown_states(capsys, swept: Path, store: Store) -> dict[str, str]:
         ("requeued", False, True, PENDING._replace(restarts=1)),
         ("running", True, True, PENDING._replace(state="RUNNING")),
         ("stale", False, True, None),
-        ("unknown here", False, True, None),
     ],
 )
 def test_every_verb_says_the_same_state(tiny, swept, monkeypatch, capsys, state, failed, job, live):
@@ -78,6 +77,24 @@ def test_every_verb_says_the_same_state(tiny, swept, monkeypatch, capsys, state,
     if job:
         record(store, run.id)
     assert shown_states(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), state)
+
+
+def test_a_machine_without_slurm_does_not_know_what_became_of_jobs(tiny, swept, monkeypatch, capsys):
+    """Every verb says "unknown here" and where to ask, nothing is made again or cancelled, and gc keeps its files."""
+    store, run = tiny
+    record(store, run.id, "of a sweep that is gone")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert shown_states(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), "unknown here")
+    name = store.manifests()[0].stem
+    assert alignbench("status", name, store=store.root, plugin=False) == 3
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "there is no squeue on this machine; ask on a login node" in shown
+    assert "7_0 was submitted on login" in shown
+    assert alignbench("retry", str(swept / "tiny.yaml"), store=store.root) == 3
+    assert "no run has failed or was lost; Last, seed 0 is unknown here: there is no squeue" in capsys.readouterr().err
+    assert alignbench("cancel", str(swept / "tiny.yaml"), store=store.root) == 1
+    assert "unknown here: there is no squeue on this machine" in capsys.readouterr().err
+    assert [entry.sweep for entry in submissions.read(store) if cleanup._live(entry)] == [name]
 
 
 def test_every_verb_says_that_a_run_is_being_made(tiny, swept, capsys):
