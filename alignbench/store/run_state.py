@@ -84,7 +84,7 @@ def _is_complete(store: Store, run: ManifestRun) -> bool:
 def _unfinished(missing: Sequence[Artefact], jobs: Jobs) -> RunState:
     """Return the state of an incomplete run.
 
-    A running job or a held lock takes precedence over an old failure, and a failure over pending jobs.
+    A running job or a held lock takes precedence over an old failure or a lost job, and these over pending jobs.
     """
     live = [(part, jobs.live[part.id]) for part in missing if part.id in jobs.live]
     for part, job in live:
@@ -96,16 +96,16 @@ def _unfinished(missing: Sequence[Artefact], jobs: Jobs) -> RunState:
     for part in missing:
         if part.id not in jobs.live and (reason := part.failure) is not None:
             return RunState("failed", reason, missing, part)
-    for part, job in live:
-        why = WAITING.get(job.reason, job.reason)
-        return RunState("requeued" if job.restarts else "queued", why, missing, part, job)
     for part in missing:
-        if (lost := jobs.latest.get(part.id)) is not None and lost.id:
+        if part.id not in jobs.live and (lost := jobs.latest.get(part.id)) is not None and lost.id:
             if jobs.unknown:
                 why = f"{jobs.unknown} (job {lost.id} was submitted on {lost.host})"
                 return RunState(UNKNOWN, why, missing, part, lost)
             how = jobs.ended.get(lost.id, "")
             why = f"job {lost.id} has ended{f' ({how})' if how else ''} without having made it"
             return RunState("stale", f"{why}; `alignbench retry` makes it", missing, part, lost)
+    for part, job in live:
+        why = WAITING.get(job.reason, job.reason)
+        return RunState("requeued" if job.restarts else "queued", why, missing, part, job)
     kinds = ", ".join(dict.fromkeys(part.stage.kind for part in missing))
     return RunState("planned", f"not made yet: {kinds}", missing, missing[0])

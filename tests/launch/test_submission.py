@@ -549,9 +549,10 @@ def test_exit_codes():
 @pytest.mark.slow
 def test_no_pickle_lies_in_a_store(tmp_path):
     """A local sweep passes work through a private folder of its user."""
-    assert alignbench("sweep", sweep_file(tmp_path), "--only", "method=base", store=tmp_path / "store") == 0
-    assert not [path for path in (tmp_path / "store").rglob("*") if path.suffix in (".pkl", ".pickle")]
-    assert not list((tmp_path / "store" / "jobs").iterdir())
+    store = tmp_path / "a store: 50%"
+    assert alignbench("sweep", sweep_file(tmp_path), "--only", "method=base", store=store) == 0
+    assert not [path for path in store.rglob("*") if path.suffix in (".pkl", ".pickle")]
+    assert not list((store / "jobs").iterdir())
 
 
 @pytest.mark.parametrize("name", ["../x", "a'; echo foo", "x" * 300, "ä/ö", ".hidden", ""])

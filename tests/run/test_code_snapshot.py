@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,18 @@ def test_a_new_interpreter_runs_the_snapshot_and_finds_its_data_there(taken, tmp
     assert found["prompts"] > 0
     assert found["version"]
     assert not list(taken.path.rglob("__pycache__"))
+
+
+def test_a_snapshot_that_is_not_visible_yet_is_awaited(tmp_path):
+    """A shared disk may show it late; no other code runs instead."""
+    late = code_snapshot.Snapshot(tmp_path / "late", [], [])
+    process = subprocess.Popen([*late.python(), "-m", "mine", "a b"], stdout=subprocess.PIPE, text=True)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "mine.py").write_text("import sys; print(__name__, sys.argv[1:], sys.flags.safe_path)\n")
+    time.sleep(0.3)
+    assert process.poll() is None
+    (tmp_path / "made").rename(late.path)
+    assert process.communicate(timeout=60)[0] == "__main__ ['a b'] True\n"
 
 
 def test_later_edits_do_not_change_a_snapshot(tmp_path):

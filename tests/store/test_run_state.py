@@ -151,8 +151,14 @@ def test_a_lost_job_says_how_it_ended(tiny):
     found = run_state(store, run, lambda: Jobs(latest={run.id: Job("7_0", "train", "/none")}, ended={"7_0": "OOM"}))
     assert found.state == "stale"
     assert found.reason == "job 7_0 has ended (OOM) without having made it; `alignbench retry` makes it"
+    waiting = Job("9_0", "train", "/none", pending=True)  # of another sweep, which shares the weights
+    lost = Jobs(
+        live={run.id: waiting}, latest={run.images: Job("7_0", "generate", "/none")}, ended={"7_0": "CANCELLED"}
+    )
+    (store.root / "images" / run.images / "manifest.parquet").unlink()
+    assert run_state(store, run, lambda: lost).state == "stale"
     found = run_state(store, run, lambda: Jobs(latest={run.id: Job("", "", "/none")}))
-    assert (found.state, found.reason) == ("planned", "not made yet: run")
+    assert (found.state, found.reason) == ("planned", "not made yet: run, images")
 
 
 def test_done_means_that_nothing_is_missing(tiny):
