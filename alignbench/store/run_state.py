@@ -97,7 +97,8 @@ def _unfinished(missing: Sequence[Artefact], jobs: Jobs) -> RunState:
         if part.id not in jobs.live and (reason := part.failure) is not None:
             return RunState("failed", reason, missing, part)
     for part in missing:
-        if part.id not in jobs.live and (lost := jobs.latest.get(part.id)) is not None and lost.id:
+        lost = jobs.latest.get(part.id)
+        if lost is not None and lost.id and part.id not in jobs.live and not part.done:  # made while SLURM was asked
             if jobs.unknown:
                 why = f"{jobs.unknown} (job {lost.id} was submitted on {lost.host})"
                 return RunState(UNKNOWN, why, missing, part, lost)
