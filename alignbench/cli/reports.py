@@ -124,13 +124,14 @@ def score(
     from alignbench.reporting import score_summary
 
     chosen = scoring.make_evaluators(registry(plugin), evaluators, list(words))
-    images = folders.folder_images(Path(folder), prompts)
+    images, remarks = folders.read_folder(Path(folder), prompts)
     for evaluator in chosen:
         evaluator.check([image.prompt for image in images])
     bases = [scoring.base_images(evaluator, images, prompts) for evaluator in chosen]
     scored = [(evaluator, scoring.score_images(evaluator, images, base)) for evaluator, base in zip(chosen, bases)]
     for path in score_summary.save(scored, Path(out), list(plugin)):
         print(f"written: {path}", file=sys.stderr)
+    print("".join(f"{folder}: {remark}\n" for remark in remarks), end="", file=sys.stderr)
     print(score_summary.summary(scored))
     return DONE if all(frame["ok"].all() for _, frame in scored) else SOME_FAILED
 
