@@ -116,9 +116,9 @@ def score(
 ) -> int:
     """Score a folder of images: a table with a row per image and metric, and means with confidence intervals.
 
-    FOLDER has GenEval's layout, alignbench's own file names, or, sorted by name, the same number of images for every
-    prompt of --prompts; a .jsonl list may name each image's "file" instead. Example of an evaluator's setting:
-    pickscore.weights=shapes.
+    FOLDER has GenEval's layout, alignbench's own file names, or names in which a number counts the prompts of
+    --prompts; that list may name each image's "file" instead. See docs/importing.md. Example of an evaluator's
+    setting: pickscore.weights=shapes.
     """
     from alignbench.evaluation import folders, scoring
     from alignbench.reporting import score_summary
