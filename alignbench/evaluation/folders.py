@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -161,7 +162,7 @@ def _listed_images(folder: Path, prompts: str) -> ImageFolder:
     files = sorted(filter(is_image, folder.iterdir()))
     if key := _file_key(rows, folder, prompts):
         return _named_images(folder, files, rows, key, prompts)
-    prompt_list = load_prompts(prompts, "--prompts")
+    prompt_list = [prompt for _, prompt in rows]
     deeper = _deeper_images(folder)
     if not files:
         if any(folder.glob("*/metadata.jsonl")):
@@ -182,7 +183,7 @@ def _listed_images(folder: Path, prompts: str) -> ImageFolder:
 
 
 def _rows(prompts: str) -> list[tuple[str, Prompt]]:
-    """Return (place, prompt) for every line of the list. A line that names an image may repeat a prompt."""
+    """Return (place, prompt) for every line of the list. A .jsonl list may repeat a prompt."""
     path = Path(prompts)
     if path.suffix != ".jsonl" or not path.is_file():
         return [(f"{prompts}:{number}", prompt) for number, prompt in enumerate(load_prompts(prompts, "--prompts"), 1)]
@@ -211,7 +212,7 @@ def _names_image(key: str, value: Any, folder: Path) -> bool:
     HPDv2's lists have several images of other models in every line: those are not of this folder.
     """
     if isinstance(value, list):
-        return any(isinstance(name, str) and (folder / name).is_file() for name in value)
+        return any(isinstance(name, str) and os.path.isfile(folder / name) for name in value)
     return value is not None and (key in FILE_KEYS or (isinstance(value, str) and value.lower().endswith(SUFFIXES)))
 
 
@@ -221,12 +222,12 @@ def _named_images(
     images, counts, lines = list[FolderImage](), Counter[str](), dict[Path, str]()
     for spot, prompt in rows:
         file = _locate((prompt.metadata or {}).get(key), folder, Path(source).parent, f'{spot}: "{key}"')
-        if first := lines.get(file.resolve()):
+        if first := lines.get(_place(file)):
             raise UserError(f'{spot}: "{key}": {file} is already the image of {first}; an image has one prompt')
-        lines[file.resolve()] = spot
+        lines[_place(file)] = spot
         images.append(FolderImage(file, prompt, counts[prompt.id]))
         counts[prompt.id] += 1
-    unnamed = [file for file in files if file.resolve() not in lines]
+    unnamed = [file for file in files if _place(file) not in lines]
     return ImageFolder(images, _remark_left_out(unnamed, folder, f"that {source} does not name"))
 
 
@@ -237,15 +238,20 @@ def _locate(name: Any, folder: Path, beside: Path, spot: str) -> Path:
     """
     if not isinstance(name, str) or not name:
         raise UserError(f"{spot}: expected the name of an image, as in other lines, got {name!r:.60}")
-    found = {path.resolve(): path for path in (beside / name, folder / name) if path.is_file()}
-    within = [path for full, path in found.items() if full.is_relative_to(folder.resolve())]
+    found = {_place(path): path for path in (beside / name, folder / name) if os.path.isfile(path)}
+    within = [path for place, path in found.items() if place.is_relative_to(folder.resolve())]
     if len(within) == 1:
         return within[0]
     if within:
         raise UserError(f"{spot}: {within[0]} and {within[1]} exist; give the whole path of the image")
     if found:
         raise UserError(f"{spot}: {next(iter(found.values()))} is not in {folder}; name the folder that holds it")
-    raise UserError(f"{spot}: {folder / name} is missing")
+    raise UserError(f"{spot}: {folder / name!s:.200} is missing")
+
+
+def _place(file: Path) -> Path:
+    """Return the absolute path of a file. A link to an image counts where the link is."""
+    return file.parent.resolve() / file.name
 
 
 def _images_by_id(files: Sequence[Path], prompts: Sequence[Prompt], source: str) -> list[FolderImage]:

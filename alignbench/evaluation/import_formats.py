@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +74,11 @@ def read(kind: str, path: Path, prompts: str | None = None, image_folder: Path |
         ]
         return Source(kind, images, {}, {}, found.remarks)
     source = READERS[kind](path, image_folder)
-    return source._replace(images=_take_prompts(number_images(source.images, path), prompts, path))
+    numbered = number_images(source.images, path)
+    files = Counter(image.file for image in numbered)
+    if twice := next((file for file in files if files[file] > 1), None):
+        raise UserError(f"{path}: {twice} is the image of {files[twice]} entries; an image has one prompt")
+    return source._replace(images=_take_prompts(numbered, prompts, path))
 
 
 def _take_prompts(images: list[ImportedImage], prompts: str | None, path: Path) -> list[ImportedImage]:

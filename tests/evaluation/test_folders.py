@@ -112,6 +112,24 @@ def test_names_in_a_list_are_absolute_or_relative_to_folder_or_list(listed):
     assert [p.file.resolve().name for p in images] == ["2.png", "0.png", "1.png"]
 
 
+def test_links_are_images_of_their_folder(listed):
+    """A folder of links to images elsewhere is read as one of images, by number or by a list."""
+    draw(listed / "elsewhere", ["a.png", "b.png", "c.png"])
+    for i, name in enumerate("cab"):
+        (listed / "images" / f"{i}.png").symlink_to(listed / "elsewhere" / f"{name}.png")
+    by_list = write_list(listed / "n.jsonl", *({"file": f"{i}.png", "prompt": text} for i, text in enumerate(TEXTS)))
+    for prompts in (by_list, str(listed / "list.txt")):
+        found = [(p.file.name, p.prompt.text) for p in folder_images(listed / "images", prompts)]
+        assert found == list(zip(["0.png", "1.png", "2.png"], TEXTS))
+
+
+def test_a_list_may_repeat_prompts(listed):
+    """Numbered images follow the lines: those of a repeated prompt are further images of it."""
+    draw(listed / "images", [f"{i}.png" for i in range(6)])
+    images = folder_images(listed / "images", write_list(listed / "n.jsonl", *({"prompt": text} for text in TEXTS * 2)))
+    assert [(p.prompt.text, p.image_index) for p in images] == [(text, j) for j in range(2) for text in TEXTS]
+
+
 def test_a_list_may_have_other_files_beside_file(listed):
     """ "file" counts before other keys; lists of other models' images, as in HPDv2's files, are not of this folder."""
     draw(listed / "images", ["0.png", "1.png", "2.png"])
@@ -130,6 +148,7 @@ LISTS = {  # mistake: (lines, error message)
     ),
     "a name that is null": ([A, B | {"image": None}, C], 'n.jsonl:2: "image": expected the name of an image'),
     "a name that is a number": ([A, B | {"image": 1}], 'n.jsonl:2: "image": expected the name of an image.*got 1'),
+    "data in place of a name": ([A | {"image": "iVBORw0KGgo" * 9999}], 'n.jsonl:1: "image": .* is missing$'),
     "a name of several": ([A, B | {"image": ["0.png"]}], r'n.jsonl:2: "image": expected the name of an image.*got \['),
     "another key in one line": (
         [A, {"prompt": "b", "img": "1.png"}, C],

@@ -649,6 +649,11 @@ BAD = {  # mistake: (kind, content of the file, error message)
     "a negative index": ("flowbp", table(but(ROW, prompt_idx=-1)), r'"prompt_idx": expected a whole number, got -1'),
     "a score of text": ("flowbp", table(but(ROW, hpsv2="0.3")), r"scores\[0\].hpsv2: expected a number, got '0.3'"),
     "a row twice": ("flowbp", table(ROW, ROW), "'a ring', image 0, appears twice"),
+    "an image of two prompts": (
+        "flowbp",
+        table(ROW, but(ROW, prompt_idx=1, prompt="a cross")),
+        "x.png is the image of 2 entries",
+    ),
     "a row of text": ("flowbp", table("x"), r"scores\[0\]: expected an object"),
     "not UTF-8": ("flowbp", b'{"scores": "\xff"}', r"scores.json: not UTF-8 text \(byte 12\)"),
     "a line that is no JSON": ("unirl", lines(LINE, "nan?"), "scores.jsonl:2: not JSON"),
