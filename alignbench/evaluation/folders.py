@@ -151,7 +151,7 @@ def _geneval_images(folder: Path) -> ImageFolder:
         others += set(files) - set(samples)
         images += [FolderImage(file, prompt, int(file.stem), int(path.name)) for file in samples]
     images.sort(key=lambda image: (image.prompt_index, image.image_index, image.file))
-    return ImageFolder(count_from_zero(images), _remark_left_out(others, folder, "that have no number for a name"))
+    return ImageFolder(count_from_zero(images), _remark_left_out(others, folder, "without a number for a name"))
 
 
 # -- lists of prompts -------------------------------------------------------------------------------------------------
@@ -177,8 +177,8 @@ def _listed_images(folder: Path, prompts: str) -> ImageFolder:
             FolderImage(file, prompt_list[place], index, place)
             for file, place, index in places(files, len(prompt_list), prompts)
         ]
-        shown = [f"{image.file.name} with '{image.prompt.text[:60]}'" for image in (images[0], images[-1])]
-        remarks = [f"paired by the numbers in the names of the images: {' and '.join(dict.fromkeys(shown))}"]
+        shown = [f"{image.file.name} with '{image.prompt.text[:60]}'" for image in [*images[:2], *images[2:][-1:]]]
+        remarks = [f"paired by the numbers in the names of the images: {', '.join(shown)}"]
     return ImageFolder(images, [*remarks, *_remark_left_out(deeper, folder, "in subfolders")])
 
 

@@ -179,7 +179,8 @@ def test_what_is_left_out_is_said(listed):
     folder = listed / "images"
     draw(folder, ["0.png", "1.png", "2.png", "old/0.png", ".cache/1.png"])
     assert read_folder(folder, str(listed / "list.txt")).remarks == [
-        "paired by the numbers in the names of the images: 0.png with 'a red circle' and 2.png with 'a green ring'",
+        "paired by the numbers in the names of the images: 0.png with 'a red circle', "
+        "1.png with 'two blue squares', 2.png with 'a green ring'",
         "left out 1 image in subfolders: old/0.png",
     ]
     named = write_list(listed / "n.jsonl", A)
@@ -206,7 +207,7 @@ def test_only_numbered_samples_count(listed):
     images, remarks = read_folder(listed / "images")
     assert [(p.file.name, p.image_index) for p in images] == [("0000.png", 0), ("0001.png", 1)] * 3
     assert remarks == [
-        "left out 3 images that have no number for a name: "
+        "left out 3 images without a number for a name: "
         "00000/samples/grid.png, 00001/samples/grid.png, 00002/samples/grid.png"
     ]
 

@@ -383,7 +383,7 @@ def test_every_prompt_gets_its_own_image(tmp_path, capsys):
         kept = store / "images" / sweep(store)["runs"][-1]["images"]
         table = pd.read_parquet(kept / "manifest.parquet").set_index("text")
         assert all((kept / table["file"][t]).read_bytes() == f.read_bytes() for f, t in zip(files, texts))
-    assert "0.png with 'thing 0' and 11.png with 'thing 11'" in capsys.readouterr().out
+    assert "0.png with 'thing 0', 1.png with 'thing 1', 11.png with 'thing 11'" in capsys.readouterr().out
     draw(tmp_path / "images/grid.png")
     assert do_import(store, "images", tmp_path / "images", *options) == 1
     refused(capsys, "grid.png: its name is formed unlike the others'")

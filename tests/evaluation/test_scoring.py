@@ -214,7 +214,7 @@ def test_score_gives_every_prompt_its_own_image(listed, capsys):
     assert code == 0
     scores = pd.read_csv(listed / "out.csv").set_index("prompt_id")["score"]
     assert [scores[prompt_id(f"thing {i}")] for i in range(12)] == pytest.approx([20 * i / 255 for i in range(12)])
-    assert "images: paired by the numbers in the names of the images: 0.png with 'thing 0' and 11.png" in shown.err
+    assert "images: paired by the numbers in the names of the images: 0.png with 'thing 0', 1.png with" in shown.err
     draw(listed / "images", ["grid.png"])
     code, shown = run(*words, capsys=capsys)
     assert code == 1
