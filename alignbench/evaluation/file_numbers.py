@@ -83,7 +83,7 @@ def _counting_fields(numbered: Sequence[NumberedFile]) -> list[int]:
         varying = named
     elif len(varying) > 1:
         varying = [i for i in varying if words[i] not in SEED_WORDS]
-    return [i for i in varying if _first_gap(columns[i]) is None]
+    return [i for i in varying if first_gap(columns[i]) is None]
 
 
 def _word(text: str) -> str:
@@ -91,7 +91,7 @@ def _word(text: str) -> str:
     return (re.findall("[a-z]+", text) or [""])[-1]
 
 
-def _first_gap(numbers: Sequence[int]) -> int | None:
+def first_gap(numbers: Sequence[int]) -> int | None:
     """Return the first number that is missing if ``numbers`` count from 0 or 1; None if none is."""
     known = set(numbers)
     start = min(min(known), 1)
@@ -102,4 +102,4 @@ def _no_count(numbered: Sequence[NumberedFile]) -> str:
     columns = [column for column in zip(*(each.numbers for each in numbered)) if len(set(column)) > 1]
     if not columns:
         return "the names of the images have no numbers that differ"
-    return f"the numbers in the names of the images leave out {_first_gap(columns[0])}"
+    return f"the numbers in the names of the images leave out {first_gap(columns[0])}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench.config import UserError, read_text
-from alignbench.evaluation.file_numbers import REMEDY, places
+from alignbench.evaluation.file_numbers import REMEDY, first_gap, places
 from alignbench.prompts import Prompt, load_prompts, parse_prompt
 
 OUR_STEM = re.compile(r"([0-9a-f]{12})-(\d+)")  # alignbench's own file names: prompt id and image index
@@ -151,7 +151,10 @@ def _geneval_images(folder: Path) -> ImageFolder:
         others += set(files) - set(samples)
         images += [FolderImage(file, prompt, int(file.stem), int(path.name)) for file in samples]
     images.sort(key=lambda image: (image.prompt_index, image.image_index, image.file))
-    return ImageFolder(count_from_zero(images), _remark_left_out(others, folder, "without a number for a name"))
+    gap = first_gap([int(path.name) for path in folders])
+    remarks = [] if gap is None else [f"the numbers of the folders leave out {gap}: were all prompts made?"]
+    remarks += _remark_left_out(others, folder, "without a number for a name")
+    return ImageFolder(count_from_zero(images), remarks)
 
 
 # -- lists of prompts -------------------------------------------------------------------------------------------------

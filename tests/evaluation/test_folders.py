@@ -250,6 +250,15 @@ def test_a_folder_of_genevals_layout_with_a_mistake_is_refused(listed, case):
         folder_images(listed / "images")
 
 
+def test_a_missing_folder_is_mentioned(listed):
+    """A list of which some folders are absent is scored, with a remark: it may be a subset that was meant."""
+    write_geneval(listed / "images", ["0000.png"])
+    shutil.rmtree(listed / "images/00001")
+    images, remarks = read_folder(listed / "images")
+    assert len(images) == 2
+    assert remarks == ["the numbers of the folders leave out 1: were all prompts made?"]
+
+
 def test_flow_grpos_layout(listed):
     """A folder for every line, each prompt four times, gives four images of every prompt, whatever the order."""
     for name, texts in {"blocks": [t for t in TEXTS for _ in range(4)], "rounds": TEXTS * 4}.items():
