@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -344,9 +345,11 @@ def check_complete(library: str, name: str, folder: Path, where: str) -> None:
     files = model_files(folder, where)
     tensors = stored(files, where)
     if odd := sorted(n for n, t in tensors.items() if t.dtype in INTEGERS and n.endswith((".weight", ".bias"))):
-        raise UserError(f"{where}: {folder}: {_named(odd)} is {tensors[odd[0]].dtype}: quantized weights are not read")
-    described = [library, name, [version(package) for package in ("diffusers", "transformers")], sorted(tensors.items())]
-    text = json.dumps(described) + (folder / "config.json").read_text(encoding="utf-8")
+        what = f"{_named(odd)} is {tensors[odd[0]].dtype}"
+        raise UserError(f"{where}: {folder}: {what}: quantized weights are not read; fetch the original ones")
+    versions = [version(package) for package in ("diffusers", "transformers")]
+    text = json.dumps([library, name, versions, sorted(tensors.items())])
+    text += (folder / "config.json").read_text(encoding="utf-8")
     mark = cache() / "complete" / hashlib.sha256(text.encode()).hexdigest()[:20]
     if mark.exists():
         return
@@ -371,13 +374,19 @@ def _misfits(library: str, name: str, folder: Path, tensors: Mapping[str, Stored
     dtype = kinds.get(next((tensor.dtype for tensor in tensors.values()), ""), torch.float32)
     everywhere: Any = "meta" if library == "transformers" else {"": "meta"}
     chosen = {"device_map": everywhere, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    chosen |= {"ignore_mismatched_sizes": True} if library == "transformers" else {}  # then they are listed
     try:
-        with quiet(), _unheard():
+        with quiet(), unheard():
             _, info = getattr(importlib.import_module(library), name).from_pretrained(folder, **chosen)
-    except (RuntimeError, ValueError, OSError) as error:  # another shape
-        return " ".join(str(error).split())
-    reshaped = [key[0] for key in info["mismatched_keys"]]
-    wrong = {"lacks": info["missing_keys"], "has the unknown": info["unexpected_keys"], "has in another shape": reshaped}
+    except (RuntimeError, ValueError, OSError) as error:
+        text = " ".join(str(error).split())
+        shape = r"([\[(][\d, ]*[\])])"
+        found = re.search(rf"because (\S+) expected shape .*?{shape}.*?got .*?{shape}", text)
+        return f"has {found[1]} in the shape {found[3]} instead of {found[2]}" if found else text
+    reshaped = [
+        f"{key} in the shape {list(has)} instead of {list(needs)}" for key, has, needs in info["mismatched_keys"]
+    ]
+    wrong = {"lacks": info["missing_keys"], "has the unknown": info["unexpected_keys"], "has": reshaped}
     return next((f"{what} {_named(sorted(keys))}" for what, keys in wrong.items() if keys), "")
 
 
@@ -398,7 +407,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
+def unheard() -> Iterator[None]:
     """Hide the warnings of diffusers and transformers within a ``with`` block; what they say becomes our error."""
     from diffusers.utils import logging as diffusers
     from transformers.utils import logging as transformers

@@ -37,7 +37,9 @@ class Checkpoint(AlignMethod):
         given = [name for name in ("alpha", "scale") if getattr(self, name) is not None]
         require(len(given) < 2, "method.scale", "the strength is said twice, as alpha and as scale", "leave one out")
         for name in given:
-            require(self.kind == "lora", f"method.{name}", "a transformer has no strength", "leave it out, or kind: lora")
+            require(
+                self.kind == "lora", f"method.{name}", "a transformer has no strength", "leave it out, or kind: lora"
+            )
             require(getattr(self, name) > 0, f"method.{name}", f"{getattr(self, name)} is not positive", "choose more")
 
     def requirements(self) -> list[Requirement]:

@@ -38,8 +38,9 @@ NO_STRENGTH = re.compile(r"(ss_|sshs_|modelspec\.).*")
 STRENGTH = re.compile(r"alpha|scal|strength|multiplier|rank|lora|adapter|config", re.IGNORECASE)
 DATA = (".json", ".yaml", ".yml", ".toml", ".ini", ".cfg")
 TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf")
+HARMLESS = (".index.json", "trainer_state.json")
 STATES = re.compile(  # what trainers keep beside their adapters in order to resume
-    r"(.*_)?(optimizer|scheduler|scaler|random_states|rng_state|sampler|trainer_state|training_args)([._-].*)?"
+    r"(.*_)?(optimizer|scheduler|scaler|random_states|rng_state|sampler|training_args)([._-].*)?"
 )
 
 
@@ -155,6 +156,7 @@ def sources(
 
     ``tensors_say``: alphas are among the tensors. ``decided``: the row says the strength.
     """
+    readers: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]]
     readers = {"adapter_config.json": dict, "lora_config.json": _trainers}
     found = [
         Source(str(file), readers[file.name](_mapping(file.read_text(encoding="utf-8"), str(file))))
@@ -221,8 +223,8 @@ def _check_keys(source: Source, decided: bool) -> None:
     start = settings.get("init_lora_weights")
     if str(start).lower() not in KEEP_BASE:
         raise UserError(
-            f"{name}: init_lora_weights is {start}, which changes the base model as well; save the adapters with peft's "
-            "path_initial_model_for_weight_conversion, or merge them into the model"
+            f"{name}: init_lora_weights is {start}, which changes the base model as well; save the adapters with "
+            "peft's path_initial_model_for_weight_conversion, or merge them into the model"
         )
     numbers = {key: settings.get(key) for key in ("r", "lora_alpha")}
     for key in ("rank_pattern", "alpha_pattern"):
@@ -250,15 +252,21 @@ def check_companions(
     strength.
     """
     for path in sorted(folder.iterdir()):
-        if path in files or path.name.startswith(".") or not path.is_file() or STATES.fullmatch(path.name):
+        read = path in files and not _of_trainer(path)
+        if read or not path.is_file() or path.name.startswith(".") or path.name.endswith(HARMLESS):
             continue
         if path.suffix in DATA and not decided:
             what = "is unknown, and may say how strong they are"
             raise UserError(f"{path} stands beside adapters and {what}; {STATE}, or remove it")
-        if path.suffix in TENSORS and not named:
-            raise UserError(f"{path} stands beside adapters and is not read; name the file of the adapters (method.file)")
+        if path.suffix in TENSORS and not STATES.fullmatch(path.name) and not named:
+            raise UserError(f"{path} stands beside adapters and is not read; name their file as method.file")
     for key in metadata:
         known = key in (*PLAIN, METADATA) or NO_STRENGTH.fullmatch(key)
         if not known and STRENGTH.search(key):
             what = f"its header has the unknown key {key} ({_short(metadata[key])})"
             raise UserError(f"{folder}: {what}, which may say how strong the adapters are; {STATE}")
+
+
+def _of_trainer(path: Path) -> bool:
+    """Return True for a config.json that is not a transformer's, whose settings ``check_config`` compares."""
+    return path.name == "config.json" and "_class_name" not in _mapping(path.read_text(encoding="utf-8"), str(path))

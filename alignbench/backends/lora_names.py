@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from alignbench.config import UserError
+from alignbench.weights import unheard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ PART = re.compile(
 PREFIX = re.compile(r"(base_model\.model\.)?(model\.)?(diffusion_model\.|transformer\.)?")
 OTHERS = {  # what a tensor is that is not a part of LoRA, by its name
     r"dora_scale|lora_magnitude_vector": "a magnitude of DoRA",
-    r"hada_w|hada_t": "a part of LoHa",
+    r"hada_": "a part of LoHa",
     r"lokr_": "a part of LoKr",
     r"oft_|boft_": "a part of OFT",
     r"lora_mid|lora_t\d": "a convolution of LoCon",
@@ -31,9 +32,14 @@ OTHERS = {  # what a tensor is that is not a part of LoRA, by its name
     r"scale_weight|weight_scale|scaled_fp8|absmax|quant": "a scale of quantized weights",
     r"modules_to_save": "a whole module (modules_to_save)",
 }
-TEXT_ENCODERS = re.compile(r"(base_model\.model\.)?(text_encoders?(_\d)?\.|text_model\.|lora_te\d?_|te\d?\.|t5xxl|clip_[lg])")
+TEXT_ENCODERS = re.compile(
+    r"(base_model\.model\.)?(text_encoders?(_\d)?\.|text_model\.|lora_te\d?_|te\d?\.|t5xxl|clip_[lg])"
+)
 UNET = re.compile(r"(unet\.|lora_unet_(down|up|mid|input|output|middle)_|(.*\.)?(down|up)_blocks\.|.*input_blocks)")
-BFL = re.compile(r"(lora_unet_)?(double_blocks|single_blocks|(img|txt|time|vector|guidance)_in|final_layer|\w+_stream_mod)")
+BFL = re.compile(
+    r"(lora_unet_)?(double_blocks|single_blocks|(img|txt|time|vector|guidance)_in|final_layer|\w+_stream_mod)"
+)
+XLABS = re.compile(r"(diffusion_model\.)?(double|single)_blocks\.\d+\.processor\.")  # its trainer has no alpha
 FORMATS = {  # the origin of names that are not the model's
     r"lycoris_": "LyCORIS",
     r"lora_transformer_": "OneTrainer",
@@ -74,7 +80,9 @@ def pairs(names: Iterable[str], path: Path) -> dict[str, Pair]:
             raise UserError(f"{path}: {name} and {parts[part]} are the same part of one layer; keep one")
         parts[part] = name
     if len(adapters) > 1:
-        raise UserError(f"{path}: it has {len(adapters)} adapters ({', '.join(sorted(adapters))}); save one of them alone")
+        raise UserError(
+            f"{path}: it has {len(adapters)} adapters ({', '.join(sorted(adapters))}); save one of them alone"
+        )
     for layer, parts in found.items():
         if lacking := [part for part in ("down", "up") if part not in parts]:
             word = {"down": "lora_A", "up": "lora_B"}[lacking[0]]
@@ -89,7 +97,9 @@ def _other(name: str) -> str:
     remedy = "merge the adapters into the model, and load it with kind: transformer"
     if what:
         return f" of a linear layer of the model: it is {what}, which is not read; {remedy}"
-    return f" of a linear layer of the model; is it a whole weight? Choose kind: transformer, or {remedy}"
+    return (
+        f" of a linear layer of the model; if it is one of the whole weights, choose kind: transformer; else {remedy}"
+    )
 
 
 def own_layer(layer: str) -> str:
@@ -132,7 +142,8 @@ def _converted(layer: str, a: Tensor, b: Tensor, pipeline: str) -> dict[str, tup
         reader = getattr(getattr(diffusers, pipeline, None), "lora_state_dict", None)
         if reader is None:
             return {}
-        state = reader(_spelled(layer, a, b, pipeline))
+        with unheard():
+            state = reader(_spelled(layer, a, b, pipeline))
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         match = PART.fullmatch(name)

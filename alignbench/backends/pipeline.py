@@ -137,8 +137,14 @@ class PipelineBackend(Config):
         """Return warnings about published adapters. Raise UserError unless ``load_lora`` can load all of them."""
         from alignbench.backends.lora import read_lora
 
-        unknown = "nothing says how strong these adapters are: loaded as they stand, as diffusers does (method.scale: 1)"
-        return [] if read_lora(files, self.layers, self.pipeline, **strength).stated else [f"method.weights: {unknown}"]
+        check_config(files, self.read("transformer"))
+        lora = read_lora(files, self.layers, self.pipeline, **strength)
+        warnings = []
+        if not lora.stated:
+            warnings.append("nothing says how strong these adapters are: loaded as diffusers does, as method.scale: 1")
+        if lora.base not in (None, self.model) and not Path(self.model).expanduser().exists() and "/" in self.model:
+            warnings.append(f"these adapters were trained on {lora.base}, and the row starts from {self.model}")
+        return [f"method.weights: {warning}" for warning in warnings]
 
     @property
     def encoders(self) -> list[str]:

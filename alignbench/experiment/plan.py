@@ -164,8 +164,9 @@ def completed(draft: Draft) -> Plan:
     scores = _scores(draft, prompts)
     fewer = prompts[: evaluation.at_milestones.limit]
     cells = [identify(cell, prompts, builder, fewer) for cell in cells]
-    names = dict.fromkeys(evaluator.name for evaluator in _trained_on(cells))
-    return Plan(document, evaluation, evaluators, cells, scores, prompts, ", ".join(names), sweep.primary, list(dict.fromkeys(remarks)))
+    rewards = ", ".join(dict.fromkeys(evaluator.name for evaluator in _trained_on(cells)))
+    remarks = list(dict.fromkeys(remarks))
+    return Plan(document, evaluation, evaluators, cells, scores, prompts, rewards, sweep.primary, remarks)
 
 
 def missing(draft: Draft) -> list[Requirement]:

@@ -267,7 +267,10 @@ Q = "transformer_blocks.0.attn.to_q"
         ),
         (lambda s: s.update({f"{Q}.lora_magnitude_vector": torch.ones(32)}), "lora_magnitude_vector is not a lora_A"),
         (lambda s: s.update({"text_encoder.q.lora_A.weight": torch.ones(4, 5)}), "text_encoder.q.lora_A.weight is not"),
-        (lambda s: s.update({"norm_out.norm.lora_A.weight": torch.ones(4, 5)}), "norm_out.norm.lora_A.weight is not"),
+        (
+            lambda s: s.update({f"norm_out.norm.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}),
+            "norm_out.norm.lora_A.weight is not",
+        ),
     ],
 )
 def test_adapters_that_do_not_fit_are_named(folder, tmp_path, change, line):
@@ -286,7 +289,7 @@ def test_one_kind_is_not_taken_for_the_other(folder, published, tmp_path):
     adapted(folder).transformer.save_lora_adapter(tmp_path)
     with pytest.raises(UserError, match="is not a lora_A, lora_B or alpha"):
         Checkpoint(weights=str(published / "single"), kind="lora").prepare(load(folder))
-    with pytest.raises(UserError, match="parameters do not fit the model"):
+    with pytest.raises(UserError, match=r"these are adapters, not a transformer; choose method\.kind: lora"):
         Checkpoint(weights=str(tmp_path)).prepare(load(folder))
 
 
@@ -428,16 +431,21 @@ def test_the_example_of_the_docs(tmp_path):
 
 def test_ids_of_checkpoints(tmp_path):
     """Other weights or settings are other runs; the row's label, ``steps`` and what trains adapters are not."""
+    own = load_file(Flux(model="shapes").folder / "transformer" / SINGLE)
     for name, factor in (("one", 1.0), ("two", 1.01)):
         (tmp_path / name).mkdir()
-        save_file({"proj_out.weight": factor * torch.ones(4, 4)}, tmp_path / name / SINGLE)
+        save_file(own | {"proj_out.bias": factor * own["proj_out.bias"]}, tmp_path / name / SINGLE)
+    rows, columns = own["proj_out.weight"].shape
+    (tmp_path / "lora").mkdir()
+    halves = {"proj_out.lora_A.weight": torch.ones(2, columns), "proj_out.lora_B.weight": torch.ones(rows, 2)}
+    save_file(halves, tmp_path / "lora" / LORA)
     one = published_row(tmp_path / "one")
 
     def ids(*cases, words=()):
         return [cell.id for cell in planned(tmp_path, {"cases": [SWEEP["cases"][0], *cases]}, *words).cells]
 
     base, first = ids(one)
-    others = [published_row(tmp_path / "two", "Two"), published_row(tmp_path / "one", "LoRA", kind="lora")]
+    others = [published_row(tmp_path / "two", "Two"), published_row(tmp_path / "lora", "LoRA", kind="lora")]
     assert ids(one, *others)[:2] == [base, first]
     assert len(set(ids(one, *others))) == 4
     assert ids(one | {"label": "Other"}, words=["method.steps=3", "backend.lora_rank=2"]) == [base, first]
