@@ -255,7 +255,7 @@ def check_companions(
         read = path in files and not _of_trainer(path)
         if read or not path.is_file() or path.name.startswith(".") or path.name.endswith(HARMLESS):
             continue
-        if path.suffix in DATA and not decided:
+        if path.suffix in DATA and not decided and not _sweep(path):
             what = "is unknown, and may say how strong they are"
             raise UserError(f"{path} stands beside adapters and {what}; {STATE}, or remove it")
         if path.suffix in TENSORS and not STATES.fullmatch(path.name) and not named:
@@ -265,6 +265,14 @@ def check_companions(
         if not known and STRENGTH.search(key):
             what = f"its header has the unknown key {key} ({_short(metadata[key])})"
             raise UserError(f"{folder}: {what}, which may say how strong the adapters are; {STATE}")
+
+
+def _sweep(path: Path) -> bool:
+    """Return True for a sweep file of this package."""
+    yaml = path.suffix in (".yaml", ".yml")
+    return yaml and bool(
+        re.search(r"^(cases|extends):", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    )
 
 
 def _of_trainer(path: Path) -> bool:
