@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from msgspec import structs
 from safetensors.torch import load_file, save_file
 from support import tiny
 from support.tiny_sweep import PLUGIN, SWEEP, alignbench, debug_sweep, sweep_file, tables
@@ -15,6 +16,7 @@ from alignbench.analytic import AffineFlow
 from alignbench.backends.flux import Flux
 from alignbench.config import UserError
 from alignbench.experiment.document import read
+from alignbench.experiment.ids import run_id
 from alignbench.experiment.plan import resolve
 from alignbench.flow import integrate
 from alignbench.methods.checkpoint import Checkpoint
@@ -510,6 +512,16 @@ def test_the_example_of_the_docs(tmp_path):
     assert cells[1].images != cells[2].images
 
 
+def test_settings_that_a_row_leaves_out_keep_the_ids_of_older_stores(tmp_path):
+    """``file``, ``alpha`` and ``scale`` are younger than the stores: absent, they are not hashed."""
+    row = published_row("shapes", subfolder="transformer")
+    cell = planned(tmp_path, {"cases": [SWEEP["cases"][0], row]}).cells[1]
+    older = {key: value for key, value in cell.spec.method.items() if key not in ("file", "alpha", "scale")}
+    assert len(older) == len(cell.spec.method) - 3
+    made = run_id(structs.replace(cell.spec, method=older), cell.parts, Registry([PLUGIN]), [])
+    assert cell.id == f"checkpoint-{made}"
+
+
 def test_ids_of_checkpoints(tmp_path):
     """Other weights or settings are other runs; the row's label, ``steps`` and what trains adapters are not."""
     own = load_file(Flux(model="shapes").folder / "transformer" / SINGLE)
@@ -526,9 +538,10 @@ def test_ids_of_checkpoints(tmp_path):
         return [cell.id for cell in planned(tmp_path, {"cases": [SWEEP["cases"][0], *cases]}, *words).cells]
 
     base, first = ids(one)
-    others = [published_row(tmp_path / "two", "Two"), published_row(tmp_path / "lora", "LoRA", kind="lora")]
+    others = [published_row(tmp_path / "two", "Two")]
+    others += [published_row(tmp_path / "lora", f"LoRA {a}", kind="lora", alpha=a) for a in (None, 1.0, 2.0)]
     assert ids(one, *others)[:2] == [base, first]
-    assert len(set(ids(one, *others))) == 4
+    assert len(set(ids(one, *others))) == 6
     assert ids(one | {"label": "Other"}, words=["method.steps=3", "backend.lora_rank=2"]) == [base, first]
     shutil.copy(tmp_path / "two" / SINGLE, tmp_path / "one" / SINGLE)
     assert ids(one)[1] not in (base, first)
