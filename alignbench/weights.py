@@ -147,11 +147,13 @@ def header(path: Path) -> Header:
     try:
         metadata = entries.pop("__metadata__", {})
         tensors = {name: Stored(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError
     except (AttributeError, KeyError, TypeError, IndexError):
         raise ValueError("its header is not that of a safetensors file") from None
-    if size != 8 + length + max(ends, default=0):
-        raise ValueError(f"truncated: {size} bytes instead of {8 + length + max(ends, default=0)}")
+    if size != end:
+        raise ValueError(f"truncated: {size} bytes instead of {end}")
     return Header(tensors, metadata)
 
 
@@ -211,7 +213,8 @@ def model_files(folder: Path, where: str) -> list[Path]:
 def _shards(index: Path, where: str) -> set[Path]:
     """Return the files that an index names, checked.
 
-    Raise UserError if it names none, or if a file has fewer or more tensors than the index says.
+    Raise UserError if it names none, or if a file has fewer or more tensors than the index says. Not so for
+    transformers' index, which may list tied weights that no file has: there the model's class decides.
     """
     try:
         places = dict(json.loads(index.read_text())["weight_map"])
@@ -220,7 +223,7 @@ def _shards(index: Path, where: str) -> set[Path]:
         raise UserError(f"{where}: {index} lists no weight files (weight_map); fetch it again") from None
     check(files.values(), where)
     for name, path in sorted(files.items()):
-        if path.suffix != ".safetensors":
+        if path.suffix != ".safetensors" or index.name == "model.safetensors.index.json":
             continue
         listed, present = {tensor for tensor, file in places.items() if file == name}, header(path).tensors.keys()
         if lacking := sorted(listed - present):
@@ -462,7 +465,6 @@ ELSEWHERE = {  # parts of names in single files, as Black Forest Labs and Stabil
     "double_blocks.": f"these are Black Forest Labs' own names; {SINGLE_FILE}",
     "joint_blocks.": f"these are Stability AI's own names; {SINGLE_FILE}",
     "base_model.model.": "these are peft's names; merge the adapters (merge_and_unload) and save the model",
-    "module.": "these are the names of a wrapped model; save its .module",
 }
 
 

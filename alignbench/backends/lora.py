@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alignbench import weights
@@ -87,8 +87,11 @@ def _read(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
         for name, (dtype, _) in header.tensors.items():
             if dtype not in FLOATS and not name.endswith(".alpha"):
                 raise UserError(f"{path}: {name} is {dtype}, not floating-point numbers; save the adapters in float32")
-        with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name).float() for name in header.tensors}
+        try:
+            with safe_open(path, "pt") as file:
+                found = {name: file.get_tensor(name).float() for name in header.tensors}
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
         for name, tensor in found.items():
             if not torch.isfinite(tensor).all():
                 raise UserError(f"{path}: {name} has values that are not finite; its training has failed")

@@ -511,6 +511,8 @@ def check_config(files: Sequence[Path], ours: Mapping[str, Any]) -> None:
         if path.name != "config.json":
             continue
         theirs = json.loads(path.read_text())
+        if not isinstance(theirs, dict):
+            raise UserError(f"{path}: expected keys and values, got a {type(theirs).__name__}")
         common = [key for key in theirs.keys() & ours.keys() if key == "_class_name" or key[0] != "_"]
         if odd := sorted(key for key in common if theirs[key] != ours[key]):
             what = f"{odd[0]} is {theirs[odd[0]]} and the model's is {ours[odd[0]]}"

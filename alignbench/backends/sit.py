@@ -110,7 +110,7 @@ class SiT(GuidedBackend):
     def layers(self) -> dict[str, tuple[int, int]]:
         """Outputs and inputs of the network's linear layers by name."""
         linears = SiTTransformer.read(self.read("transformer")).linears()
-        return {linear.name: (linear.n_out, linear.n_in) for linear in linears}
+        return {linear.name: (linear.n_out, linear.n_in) for linear in linears if linear.name != "x_embedder.proj"}
 
     def check_size(self, size: int, where: str) -> None:
         """Raise UserError unless the checkpoint has the positions of this size."""

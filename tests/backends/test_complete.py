@@ -110,38 +110,64 @@ def test_old_names_of_an_autoencoder_are_known(tmp_path, monkeypatch):
     weights.check_complete("diffusers", "AutoencoderKL", tmp_path, "here")
 
 
-def sharded(folder):
-    """Split a text encoder into two files with an index; return the index."""
-    state = load_file(folder / TRANSFORMERS)
-    (folder / TRANSFORMERS).unlink()
+def sharded(folder, file):
+    """Split a part of a pipeline into two files with an index; return the second."""
+    state = load_file(folder / file)
+    (folder / file).unlink()
     names = sorted(state)
-    places = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
-    for file in sorted(set(places.values())):
-        kept = {name: state[name] for name in names if places[name] == file}
-        save_file(kept, folder / file, metadata={"format": "pt"})
-    index = folder / f"{TRANSFORMERS}.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return index
+    stem = file.removesuffix(".safetensors")
+    places = {name: f"{stem}-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    for shard in sorted(set(places.values())):
+        kept = {name: state[name] for name in names if places[name] == shard}
+        save_file(kept, folder / shard, metadata={"format": "pt"})
+    (folder / f"{file}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder / places[names[1]]
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "transformer"])
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (lambda file: file.unlink(), r"model-00002-of-00002.safetensors is missing"),
-        (
-            lambda file: changed(file, drop),
-            r"00002-of-00002.safetensors lacks .*, which model.safetensors.index.json says",
-        ),
-        (lambda file: changed(file, add), r"has extra.weight, which model.safetensors.index.json does not list"),
+        (lambda file: file.unlink(), "-00002-of-00002.safetensors is missing"),
+        (lambda file: changed(file, drop), " lacks "),
+        (lambda file: changed(file, add), " has .*extra.weight"),
     ],
 )
-def test_shards_hold_what_their_index_says(model, change, line):
-    """A missing file, a tensor fewer or more in one: found from headers, by ``files`` alone."""
-    index = sharded(model / "text_encoder")
+def test_shards_hold_what_their_index_says(model, part, change, line):
+    """A missing file, a tensor fewer or more in one, although the index lists all: an error with the file."""
+    shard = sharded(model / part, PARTS[part])
     Flux(model=str(model)).check_complete()
-    change(index.parent / "model-00002-of-00002.safetensors")
-    with pytest.raises(UserError, match=line):
-        Flux(model=str(model)).files()
+    change(shard)
+    with pytest.raises(UserError, match=rf"/{part}/.*{line}"):
+        Flux(model=str(model)).check_complete()
+
+
+def test_an_index_may_list_tied_weights_that_no_file_has(model):
+    """Transformers' older versions wrote such ones."""
+    sharded(model / "text_encoder_2", TRANSFORMERS)
+    index = model / "text_encoder_2" / f"{TRANSFORMERS}.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["encoder.embed_tokens.weight"] = content["weight_map"]["shared.weight"]
+    index.write_text(json.dumps(content))
+    Flux(model=str(model)).check_complete()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1],
+        {"x": [1]},
+        {"x": {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}},
+        {"x": {"dtype": "F32", "shape": [4], "data_offsets": "ab"}},
+        {"__metadata__": {"a": 1}, "x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}},
+    ],
+)
+def test_headers_of_another_form_are_one_line(tmp_path, content):
+    """Lists, numbers and texts in the place of others."""
+    text = json.dumps(content).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(UserError, match=r"a\.safetensors cannot be read: its header is not that of a safetensors file"):
+        weights.check([tmp_path / "a.safetensors"], "here")
 
 
 def test_the_command_line_says_it_before_the_job(model, tmp_path, capsys):
