@@ -26,7 +26,7 @@ from alignbench.evaluation import scoring
 from alignbench.evaluation.folders import FolderImage
 from alignbench.evaluation.import_formats import UNKNOWN, ImportedImage, Source, read
 from alignbench.experiment.document import sweeps
-from alignbench.experiment.ids import evaluator_content
+from alignbench.experiment.ids import score_content
 from alignbench.experiment.spec import Protocol
 from alignbench.plugins import Registry
 from alignbench.store.artefacts import Store, locked
@@ -38,6 +38,7 @@ from alignbench.store.manifest import (
     ManifestMetric,
     ManifestRun,
     ManifestScore,
+    as_read,
     read_manifest,
     write_manifest,
 )
@@ -314,7 +315,7 @@ def _entry(evaluator: str, version: str, file: str, metrics: Sequence[Any], abou
 
 
 def _own_entry(image_set: str, evaluator: Any, registry: Registry) -> ManifestScore:
-    stem = f"{evaluator.name}@{evaluator.version}-{content_id(evaluator_content(evaluator, registry))}"
+    stem = f"{evaluator.name}@{evaluator.version}-{content_id(score_content(evaluator, registry))}"
     file = f"scores/{image_set}/{stem}.parquet"
     return _entry(evaluator.name, evaluator.version, file, evaluator.metrics, settings(evaluator))
 
@@ -328,7 +329,7 @@ def _own_scores(
         return None
     files = [FolderImage(image.file, image.prompt, image.image_index) for image in images]
     frame = scoring.score_images(evaluator, files).drop(columns="file")
-    return file, frame, {"evaluator": evaluator_content(evaluator, registry) | {"name": evaluator.name}}
+    return file, frame, {"evaluator": score_content(evaluator, registry) | {"name": evaluator.name}}
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
@@ -371,6 +372,11 @@ def _merge(runs: Sequence[ManifestRun], run: ManifestRun, request: ImportRequest
     the request says to replace it.
     """
     label, seed = run.label, run.seed
+    names = {as_read(label), as_read(run.title)}
+    if like := next(
+        (old for old in runs if old.label != label and names & {*map(as_read, (old.label, old.title))}), None
+    ):
+        raise UserError(f"--label {label}: reads like the row '{like.label}'; use that label, or another one")
     same_label = [old for old in runs if old.label == label]
     if not request.replace and any(old.seed != seed and UNTRAINED in (old.seed, seed) for old in same_label):
         what = "has training runs with a seed and one without; number them all with --seed 0, 1, ..., or use --replace"

@@ -28,7 +28,7 @@ from alignbench.experiment import margins, resources
 from alignbench.experiment.cells import PlannedRun, cells_of, distinct
 from alignbench.experiment.checks import check_evaluation, check_run, check_settings, load, run_check
 from alignbench.experiment.document import RUN_PARTS, Document
-from alignbench.experiment.ids import BASE, base_of, evaluator_content, image_set_id, run_id
+from alignbench.experiment.ids import BASE, base_of, score_content, image_set_id, run_id
 from alignbench.experiment.roles import Score
 from alignbench.experiment.spec import (
     Evaluation,
@@ -162,6 +162,8 @@ def completed(draft: Draft) -> Plan:
     scores = _scores(draft, prompts)
     fewer = prompts[: evaluation.at_milestones.limit]
     cells = [identify(cell, prompts, builder, fewer) for cell in cells]
+    if not document.rehearsal:  # which makes different budgets equally small
+        _refuse_equal_rows(cells, where)
     names = dict.fromkeys(evaluator.name for evaluator in _trained_on(cells))
     return Plan(document, evaluation, evaluators, cells, scores, prompts, ", ".join(names), sweep.primary)
 
@@ -250,6 +252,16 @@ def identify(
     return replace(cell, published=published, id=name, images=images, base=base, milestones=milestones)
 
 
+def _refuse_equal_rows(cells: Sequence[PlannedRun], where: str) -> None:
+    """Raise UserError for one run in two rows: the comparison of the two would be one of it with itself."""
+    rows: dict[tuple[str, str], str] = {}
+    for cell in cells:
+        label = cell.spec.label
+        if (other := rows.setdefault((cell.id, cell.images), label)) != label:
+            what = f"'{other}' and '{label}' are the same run, no setting that changes its images differs"
+            raise UserError(f"{where}: {what}; change one, or leave it out")
+
+
 T = TypeVar("T")
 
 
@@ -288,7 +300,7 @@ def _scores(draft: Draft, prompts: Sequence[Prompt]) -> list[Score]:
             raise UserError(f"{place}.base: a sweep makes the base model's images itself; leave it out")
         run_check(place, evaluator.files)
         run_check(place, evaluator.check, prompts)
-        content = evaluator_content(evaluator, registry)
+        content = score_content(evaluator, registry)
         if not NAME.fullmatch(evaluator.version):
             what = f"version {evaluator.version!r} of {evaluator.name} becomes a part of file names"
             raise UserError(f"{place}: {what}; use letters, digits and . _ -")

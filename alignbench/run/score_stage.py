@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignbench.config import UserError
-from alignbench.experiment.ids import evaluator_content
+from alignbench.experiment.ids import score_content
 from alignbench.run import provenance
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Target
@@ -60,7 +60,7 @@ class _Judge:
     def _made_by(self) -> dict[str, Any]:
         """Return the evaluator's content, weights and code, to be recorded beside its scores."""
         evaluator = self._make()
-        content = evaluator_content(evaluator, self.session.registry) | {"name": evaluator.name}
+        content = score_content(evaluator, self.session.registry) | {"name": evaluator.name}
         files = provenance.weights(evaluator.files())
         return {"evaluator": content, "weights": files, "made_by": provenance.made_by(self.session.code)}
 

@@ -20,7 +20,7 @@ from alignbench.config import UserError
 from alignbench.evaluation.scoring import score_rows
 from alignbench.evaluators import unifiedreward
 from alignbench.evaluators.unifiedreward import Answer, UnifiedReward, parse
-from alignbench.experiment.ids import evaluator_content
+from alignbench.experiment.ids import score_content
 from alignbench.prompts import Prompt
 from alignbench.rehearsal import tiny_qwen
 from alignbench.testing import EvaluatorContract
@@ -445,7 +445,7 @@ def test_what_a_number_means_is_in_its_name(server, tmp_path):
         def source(self, kind, name):
             return None
 
-    assert evaluator_content(first, Registry()) != evaluator_content(second, Registry())
+    assert score_content(first, Registry()) != score_content(second, Registry())
 
 
 @pytest.mark.parametrize(

@@ -379,23 +379,6 @@ def test_prompts_count_by_content(tmp_path):
     assert set(a[1:]).isdisjoint(c)
 
 
-def test_large_files_are_sampled(tmp_path, monkeypatch):
-    """Above the limit, size, head, middle and tail are hashed: a change there is noticed, and the rest is not read."""
-    monkeypatch.setattr(digests, "WHOLE", 1000)
-    monkeypatch.setattr(digests, "SAMPLE", 100)
-    path, found = tmp_path / "weights", []
-    for place in (None, 0, 2000, 3999, 1000):
-        data = bytearray(4000)
-        if place is not None:
-            data[place] = 1
-        path.write_bytes(data)
-        os.utime(path, (len(found), len(found)))  # the cache goes by size and time
-        found.append(fingerprint([path]))
-    assert len(set(found[:4])) == 4
-    assert found[4] == found[0]
-    assert fingerprint([path]) == found[4]
-
-
 def test_a_budget_is_exactly_one():
     """Two budgets or none cannot be compared."""
     for data in ({}, {"images": 1, "nfe": 2}):
