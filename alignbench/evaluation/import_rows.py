@@ -11,10 +11,12 @@ import hashlib
 import os
 import re
 import shlex
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,8 +31,8 @@ from alignbench.experiment.document import sweeps
 from alignbench.experiment.ids import score_content
 from alignbench.experiment.spec import Protocol
 from alignbench.plugins import Registry
-from alignbench.store.artefacts import Store, locked
-from alignbench.store.files import write, write_frame, write_json
+from alignbench.store.artefacts import Artefact, Store, check_images, locked, set_aside
+from alignbench.store.files import check_frame, read_frame, write, write_frame, write_json
 from alignbench.store.locks import Lock
 from alignbench.store.manifest import (
     UNTRAINED,
@@ -125,6 +127,7 @@ def import_row(
     with _sweep_lock(store, request.sweep):
         old = _read_sweep(store, request.sweep)
         runs = _merge(old.runs if old else [], run, request)
+        _set_damaged_aside(store, run)
         own = [_own_scores(run.images, evaluator, registry, source.images, store) for evaluator in evaluators]
         _copy_images(store, run, source.images, inspections)
         for file, frame, about in [*_imported_scores(run.images, source), *filter(None, own)]:
@@ -332,6 +335,18 @@ def _own_scores(
     return file, frame, {"evaluator": score_content(evaluator, registry) | {"name": evaluator.name}}
 
 
+def _set_damaged_aside(store: Store, run: ManifestRun) -> None:
+    """Have everything of a row made again that is in the store but damaged; say what."""
+    images = store.images(run.images)
+    checks: list[tuple[Artefact, Callable[[], Any]]] = [(images, partial(check_images, images))]
+    for scores in (store.scores(run.images, Path(entry.file).name) for entry in run.scores):
+        checks.append((scores, partial(check_frame, scores.product)))
+    for artefact, check in checks:
+        if what := set_aside(artefact, check):
+            artefact.status.unlink(missing_ok=True)  # nothing has failed
+            print(f"alignbench: {what}; imported again", file=sys.stderr)
+
+
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
@@ -462,7 +477,5 @@ def _with_role(entry: ManifestScore, rewards: Sequence[str], all_stated: bool) -
 
 
 def _prompt_ids(store: Store, image_set: str) -> set[str]:
-    import pandas as pd
-
     file = store.images(image_set).product
-    return set(pd.read_parquet(file, columns=["prompt_id"])["prompt_id"]) if file.is_file() else set()
+    return set(read_frame(file)["prompt_id"]) if file.is_file() else set()

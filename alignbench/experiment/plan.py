@@ -28,7 +28,7 @@ from alignbench.experiment import margins, resources
 from alignbench.experiment.cells import PlannedRun, cells_of, distinct
 from alignbench.experiment.checks import check_evaluation, check_run, check_settings, load, run_check
 from alignbench.experiment.document import RUN_PARTS, Document
-from alignbench.experiment.ids import BASE, base_of, score_content, image_set_id, run_id
+from alignbench.experiment.ids import BASE, base_of, image_set_id, run_id, score_content
 from alignbench.experiment.roles import Score
 from alignbench.experiment.spec import (
     Evaluation,

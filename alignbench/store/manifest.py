@@ -206,6 +206,22 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def changed_ids(path: Path, manifest: Manifest) -> str:
+    """Return a line if runs of the manifest in ``path`` have other ids now, although no setting changed; else ""."""
+    try:
+        before = read_manifest(path).by_seed if path.exists() else {}
+    except UserError:
+        return ""
+    pairs = [(before[key], run) for key, run in manifest.by_seed.items() if key in before]
+    changed = sum(_ids(old) != _ids(new) for old, new in pairs)
+    why = "a model, reward, prompt list or plug-in has other content, or an earlier version computed them"
+    return f"{changed} of {len(pairs)} runs have other ids than at the last sweep: {why}" if changed else ""
+
+
+def _ids(run: ManifestRun) -> list[Any]:
+    return [(part.images, [score.file for score in part.scores]) for part in run.image_sets]
+
+
 def write_manifest(path: Path, manifest: Manifest) -> None:
     write_json(path, manifest_data(manifest))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 import pytest
 from support.tiny_sweep import PLUGIN, SWEEP, sweep_file
 
-from alignbench import digests, plugins
+from alignbench import plugins
 from alignbench.config import UserError, decode, settings
 from alignbench.digests import content_id, fingerprint
 from alignbench.experiment.cells import select
 from alignbench.experiment.document import read, sweeps
-from alignbench.experiment.ids import run_id
+from alignbench.experiment.ids import evaluator_content, run_id, score_content
 from alignbench.experiment.plan import Plan, completed, draft, missing, resolve
 from alignbench.experiment.spec import Budget, Training
 from alignbench.plugins import Registry
@@ -338,6 +337,24 @@ def test_an_evaluators_settings_change_its_scores_alone(tmp_path, tiny):
     changed = plan(tmp_path, "evaluation.evaluators[0].power=2.0")
     assert images(changed) == images(tiny)
     assert [a == b for a, b in zip(scores(changed), scores(tiny))] == [False, True]
+
+
+def test_the_unit_of_a_reward_is_in_no_scores_id():
+    """PickScore's table holds the logit whatever unit is trained on; a run's id has the unit."""
+    found = Registry()
+    plain = {"name": "pickscore", "weights": "shapes"}
+    logit, cosine = (found.make("evaluator", plain | {"reward_unit": unit}, "") for unit in ("logit", "cosine"))
+    assert score_content(logit, found) == score_content(cosine, found)
+    assert evaluator_content(logit, found, logit.unhashed) != evaluator_content(cosine, found, cosine.unhashed)
+
+
+def test_a_setting_that_changes_nothing_must_exist(monkeypatch):
+    """A misspelt name in a plug-in's ``unhashed`` would leave the setting in the id."""
+    found = Registry()
+    stats = found.make("evaluator", {"name": "picture_stats"}, "")
+    monkeypatch.setattr(type(stats), "unhashed", ("pacth",))
+    with pytest.raises(UserError, match=r"^picture_stats: unhashed: there is no setting 'pacth'; did you mean 'patch'"):
+        score_content(stats, found)
 
 
 def test_methods_with_equal_fields_have_different_ids(tmp_path):
