@@ -14,6 +14,12 @@ import pytest
 from support.sweep_process import PATIENCE, start, trainer, until
 from support.tiny_sweep import PLUGIN, alignbench, debug_sweep, same, sweep_file, tables
 
+from alignbench.experiment.document import read
+from alignbench.experiment.plan import resolve
+from alignbench.launch.pending import task
+from alignbench.plugins import Registry
+from alignbench.run import execute
+from alignbench.store.artefacts import Store
 from alignbench.store.files import read_json
 
 
@@ -152,6 +158,21 @@ def test_what_is_damaged_is_named_and_made_again_by_the_same_command(copy, swept
     assert path.with_name(f"{path.name}.damaged").is_file()
     same(copy / "store", swept / "store")
     assert todo(copy, capsys) == "3 runs: 0 to train, 0 image sets to make, 0 scores to compute"
+
+
+@pytest.mark.slow
+def test_a_job_of_one_stage_leaves_what_is_damaged_to_the_next_sweep(copy, swept):
+    """A cluster's job that makes images finds the weights damaged: the run is marked, and a sweep trains it again."""
+    path = damaged_weights(copy / "store")
+    store, plan = Store(copy / "store"), resolve(read(sweep_file(copy)), Registry([PLUGIN]))
+    cell = next(cell for cell in plan.cells if cell.id == path.parent.name)
+    about = {"scores": [], "plugins": [PLUGIN], "threads": 1, "progress": str(copy / "progress.json")}
+    found = execute(task(plan, store, cell, None, **about, stages=["images"]))
+    assert found["state"] == "failed"
+    assert re.fullmatch(rf"generation: it needs {cell.id}, which is missing: .*: damaged .*anew", found["reason"])
+    assert not store.run(cell.id, True).done
+    assert debug_sweep(sweep_file(copy), copy / "store") == 0
+    same(copy / "store", swept / "store")
 
 
 @pytest.mark.parametrize("status", [b'{"state": "do', b'{"state": "failed", "reason": "the disk is full"}'])
