@@ -627,7 +627,8 @@ def test_kill_9_and_resume(tmp_path):
     flow, rest = run(LEAP, training, tmp_path / "resumed")
     assert len(kept) + len(rest) == 25
     same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
-    assert names(tmp_path / "resumed") == [FINAL, *(path.name for path in reversed(saved_states(tmp_path / "resumed")))]
+    states = [path.name for path in reversed(saved_states(tmp_path / "resumed"))]
+    assert names(tmp_path / "resumed") == [FINAL, "final.sha256", *states]
     assert [read_state(path)["step"] for path in saved_states(tmp_path / "resumed")] == [25, 24]
 
 
