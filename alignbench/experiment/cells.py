@@ -236,8 +236,8 @@ def _refuse_duplicates(cases: Sequence[Sequence[PlannedRun]], where: str) -> Non
             for name in (cell.spec.label, cell.title):
                 if (other := rows.setdefault(as_read(name), row)) != row:
                     raise UserError(
-                        f"{where}: cases[{other[0]}] '{other[1]}' and cases[{index}] '{name}' read alike, as one row or "
-                        "one of its runs; give each case its own label"
+                        f"{where}: cases[{other[0]}] '{other[1]}' and cases[{index}] '{name}' read alike, as one row "
+                        "or one of its runs; give each case its own label"
                     )
             if cell.title in titles:
                 raise UserError(f"{where}: two runs are called '{cell.title}'; give each case its own label")
