@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignbench.config import UserError
+from alignbench.evaluation.reading import read_image
+from alignbench.evaluation.scoring import Kept, in_threads, kept_beside, score_kept, score_rows, write_scores
 from alignbench.experiment.ids import evaluator_content
 from alignbench.run import provenance
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Target
 from alignbench.store.artefacts import Artefact
-from alignbench.store.files import write_frame, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,12 +47,10 @@ class _Judge:
         with self.session.making(artefact, target.run) as lock:
             if lock is None:
                 return
-            frame = self._scored(target, artefact)
+            table = self._scored(target, kept_beside(artefact))
             lock.check()
-            write_json(artefact.product.with_suffix(".json"), self._made_by())
-            write_frame(artefact.product, frame)
-            artefact.status.unlink(missing_ok=True)
-            shutil.rmtree(_parts(artefact), ignore_errors=True)
+            if again := write_scores(artefact, table, self._made_by(), str(self.session.log(target.run))):
+                raise UserError(f"{self.entry['name']}: {again}")
 
     def _make(self) -> Any:
         return self.session.registry.make("evaluator", self.entry["settings"], "evaluator")
@@ -64,59 +62,54 @@ class _Judge:
         files = provenance.weights(evaluator.files())
         return {"evaluator": content, "weights": files, "made_by": provenance.made_by(self.session.code)}
 
-    def _scored(self, target: Target, artefact: Artefact) -> pd.DataFrame:
-        """Return one row per image, in the order of the manifest; computed in parts, reusing those on disk."""
+    def _scored(self, target: Target, kept: Kept) -> pd.DataFrame:
+        """Return one row per image, in the order of the manifest; computed in passes, reusing those in ``kept``."""
         import pandas as pd
-
-        from alignbench.evaluation.scoring import passes
 
         if self._evaluator is None:
             self._evaluator = self._make()
         self._check_base()
         images = pd.read_parquet(self.session.images(target).product)
-        frames = []
-        for rows in passes(list(images["prompt_id"])):  # one file each, so that a killed run keeps its scores
-            part = _parts(artefact) / f"{rows.start}.parquet"
-            if not part.exists():
-                write_frame(part, self._score_rows(target, images.iloc[rows]))
-                self.session.raise_if_stopped()
-            frames.append(pd.read_parquet(part))
-            self.session.progress(f"scoring, {self.entry['name']}", rows.stop / len(images))
-        return pd.concat(frames, ignore_index=True)
+        sides = [_listed(self.session.images(side), images) for side in (target, self.base) if side is not None]
+
+        def after(share: float) -> None:
+            self.session.raise_if_stopped()
+            self.session.progress(f"scoring, {self.entry['name']}", share)
+
+        return score_kept(
+            self._evaluator,
+            keys=[f"{prompt}-{index}" for prompt, index in zip(images["prompt_id"], images["index"])],
+            prompts=list(images["prompt_id"]),
+            files=list(zip(*(side["file"] for side in sides))),
+            kept=kept,
+            score=lambda rows: self._score_rows(target, images.iloc[rows], [side.iloc[rows] for side in sides]),
+            after=after,
+        )
 
     def _check_base(self) -> None:
         if self.base is not None and not (images := self.session.images(self.base)).done:
             raise UserError(f"the base model's images are missing: {images.failure or 'not made yet'}")
 
-    def _score_rows(self, target: Target, rows: pd.DataFrame) -> pd.DataFrame:
-        from alignbench.evaluation.scoring import score_rows
-
+    def _score_rows(self, target: Target, rows: pd.DataFrame, sides: Sequence[pd.DataFrame]) -> pd.DataFrame:
+        """Score images. ``rows``: of the image set's manifest; ``sides``: their files, and those of the base model."""
         prompts = {prompt.id: prompt for prompt in target.prompts}
-        sides = [_images(self.session.images(side), rows) for side in (target, self.base) if side is not None]
-        scores = score_rows(self._evaluator, sides[0], [prompts[id] for id in rows["prompt_id"]], *sides[1:])
+        images = [list(in_threads(_image, side["file"], side["sha256"])) for side in sides]
+        scores = score_rows(self._evaluator, images[0], [prompts[id] for id in rows["prompt_id"]], *images[1:])
         return rows[["prompt_id", "tag", "index"]].reset_index(drop=True).join(scores)
 
 
-def _parts(artefact: Artefact) -> Path:
-    return artefact.product.with_suffix(".parts")
-
-
-def _images(images: Artefact, rows: pd.DataFrame) -> list[Image]:
-    """Read the images of a set that match the prompts and indices of ``rows``, in the order of ``rows``."""
+def _listed(images: Artefact, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the paths (``file``) and hashes of the images of a set that match the prompts and indices of ``rows``."""
     import pandas as pd
-
-    from alignbench.evaluation.scoring import in_threads
 
     keys = ["prompt_id", "index"]
     listed = rows[keys].merge(pd.read_parquet(images.product), on=keys, how="left", validate="1:1")
-    return list(in_threads(lambda file, sha256: _image(images.folder, file, sha256), listed["file"], listed["sha256"]))
+    return listed.assign(file=[images.folder / file for file in listed["file"]])
 
 
-def _image(folder: Path, file: str, sha256: str) -> Image:
-    """Read an image. Raise UserError if the file changed since it was made."""
-    from PIL import Image
-
-    data = (folder / file).read_bytes()
+def _image(file: Path, sha256: str) -> Image | str:
+    """Read an image as ``read_image`` does. Raise UserError if the file changed since it was made."""
+    data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{folder / file}: changed since it was made; delete {folder} to make its images again")
-    return Image.open(io.BytesIO(data)).convert("RGB")
+        raise UserError(f"{file}: changed since it was made; delete {file.parent} to make its images again")
+    return read_image(io.BytesIO(data))

@@ -11,7 +11,7 @@ from support.tiny_sweep import PLUGIN
 from alignbench.cli import main
 from alignbench.config import UserError
 from alignbench.evaluation.folders import FolderImage, folder_images
-from alignbench.evaluation.scoring import PER_PASS, make_evaluators, passes, score_images, score_rows
+from alignbench.evaluation.scoring import PER_PASS, Kept, make_evaluators, passes, score_images, score_rows
 from alignbench.evaluator import Evaluator, Metric
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt, prompt_id
@@ -135,7 +135,7 @@ def test_bad_files_do_not_cost_others_their_scores(listed):
     (folder / "6-empty.png").write_bytes(b"")
     (folder / "7-text.png").write_text("hello")
     chosen = [FolderImage(file, Prompt("p", "p"), i) for i, file in enumerate(sorted(folder.iterdir()))]
-    frame = score_images(Mean(), chosen)
+    frame = score_images(Mean(), chosen, Kept(listed / "kept"))
     assert frame["ok"].tolist() == [True] * 5 + [False] * 3
     assert frame["mean"].notna().tolist() == frame["ok"].tolist()
     assert frame["error"][5:].str.startswith("cannot be read: ").all()
@@ -149,20 +149,22 @@ def test_a_decompression_bomb_is_not_opened(listed):
     Image.new("1", (20_000, 10_000)).save(folder / "1-bomb.png")
     assert (folder / "1-bomb.png").stat().st_size < 100_000
     chosen = [FolderImage(file, Prompt("p", "p"), i) for i, file in enumerate(sorted(folder.iterdir()))]
-    frame = score_images(Mean(), chosen)
+    frame = score_images(Mean(), chosen, Kept(listed / "kept"))
     assert frame["ok"].tolist() == [True, False]
     assert "exceeds limit" in frame["error"][1]
 
 
 def test_an_evaluator_that_fails_for_one_image(listed):
-    """Only that image is lost; if the evaluator fails for all of them, its error is raised."""
+    """Only that image is lost, alone in its pass too; if the evaluator fails for a plain image, its error is raised."""
     images = [Image.new("RGB", (size, 4), (9, 9, 9)) for size in (4, 5, 6)]
     prompts = [Prompt("p", "p")] * 3
     frame = score_rows(Mean(bad=5), images, prompts)
     assert frame["ok"].tolist() == [True, False, True]
     assert frame["error"][1] == "RuntimeError: cannot look at this"
+    alone = score_rows(Mean(bad=5), images[1:2], prompts[:1])
+    assert alone["error"].tolist() == ["RuntimeError: cannot look at this"]
     with pytest.raises(RuntimeError, match="cannot look"):
-        score_rows(Mean(bad=4), [images[0]] * 2, prompts[:2])
+        score_rows(Mean(bad=512), [Image.new("RGB", (512, 4))], prompts[:1])
 
 
 def test_answers_and_errors_of_a_judge_are_kept():
@@ -180,12 +182,26 @@ def test_answers_and_errors_of_a_judge_are_kept():
 def test_passes_keep_a_prompts_images_together():
     """Slices cover all rows in order, hold at most PER_PASS, and cut between prompts."""
     prompts = [str(i) for i in range(100) for _ in range(5)]
-    slices = list(passes(prompts))
+    slices = list(passes(Mean(), prompts, [1] * 500))
     assert [i for part in slices for i in range(500)[part]] == list(range(500))
     assert all(part.stop - part.start <= PER_PASS for part in slices)
     assert all(prompts[part.stop - 1] != prompts[part.stop] for part in slices[:-1])
-    assert list(passes(["a"] * (PER_PASS + 1))) == [slice(0, PER_PASS), slice(PER_PASS, PER_PASS + 1)]
-    assert list(passes([])) == []
+    assert list(passes(Mean(), ["a"] * (PER_PASS + 1), [1] * (PER_PASS + 1))) == [slice(0, 128), slice(128, 129)]
+    assert list(passes(Mean(), [], [])) == []
+
+
+def test_passes_are_bounded_by_pixels_and_seconds():
+    """24 images of 4096 x 4096 are read 8 at a time; a judge of 8 s an image answers 64 before they are written."""
+
+    class Slow(Mean):
+        seconds_per_image = 8.0
+
+    class Together(Mean):
+        by_prompt = True
+
+    assert [part.stop for part in passes(Mean(), ["a"] * 24, [2**24] * 24)] == [8, 16, 24]
+    assert [part.stop for part in passes(Slow(), ["a"] * 130, [1] * 130)] == [64, 128, 130]
+    assert [part.stop for part in passes(Together(), ["a"] * 24 + ["b"], [2**24] * 25)] == [24, 25]
 
 
 def test_the_summary_counts_what_failed(listed):
@@ -194,7 +210,7 @@ def test_the_summary_counts_what_failed(listed):
     (listed / "images" / "5.png").write_bytes(b"")
     chosen = folder_images(listed / "images", str(listed / "list.txt"))
     evaluator = Mean()
-    line = summary([(evaluator, score_images(evaluator, chosen))]).splitlines()[2]
+    line = summary([(evaluator, score_images(evaluator, chosen, Kept(listed / "kept")))]).splitlines()[2]
     assert [cell.strip() for cell in line.split("|")[3:-1]] == ["6", "1", "3", "0"]
     assert "46.667" in line  # (10 + 50 + 80) / 3: the last prompt's mean is that of its valid image
 
@@ -207,7 +223,8 @@ def test_the_summary_says_why_a_number_is_unknown():
 
     def said(tags, ok):
         about = {"file": "", "prompt_id": [str(i) for i in range(len(tags))], "tag": tags, "index": 0, "error": None}
-        return summary([(Judge(), pd.DataFrame({**about, "mean": 0.5, "right": 1.0, "ok": ok}))])
+        scores = {name: np.where(ok, 0.5, np.nan) for name in ("mean", "right")}
+        return summary([(Judge(), pd.DataFrame({**about, **scores, "ok": ok}))])
 
     assert "mean: no interval, since the list has too few prompts (1)" in said(["counting"], True)
     assert "right, by task: no interval, since counting has too few prompts (1)" in said(["counting"], True)
@@ -228,7 +245,7 @@ def test_a_repeated_prompt_is_one_prompt_with_more_images(tmp_path):
         *(("a cross", i) for i in range(2)),
         *(("a ring", i) for i in range(4)),
     ]
-    line = summary([(Mean(), score_images(Mean(), images))]).splitlines()[2]
+    line = summary([(Mean(), score_images(Mean(), images, Kept(tmp_path / "kept")))]).splitlines()[2]
     assert [cell.strip() for cell in line.split("|")[3:-1]] == ["6", "0", "2", "0"]
 
 
