@@ -58,6 +58,9 @@ def _rgb(image: Image) -> Image:
     import numpy as np
     from PIL import Image as Pillow
 
+    if image.mode == "RGB":
+        image.load()  # a copy of a large image would be large
+        return image
     if image.mode in (*DEEP, "I"):
         return Pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "P":
