@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from alignbench import weights
 from alignbench.config import Requirement, UserError
 from alignbench.evaluator import NOTES, Evaluator, Metric, check_range, device, to_pil
-from alignbench.judges import Answer, Refused, Server, Unanswered, read_score
+from alignbench.evaluators.judges import Answer, Refused, Server, Unanswered, read_score
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,10 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from alignbench import judges
 from alignbench.config import UserError
 from alignbench.evaluation.scoring import score_rows
-from alignbench.evaluators import unifiedreward
+from alignbench.evaluators import judges, unifiedreward
 from alignbench.evaluators.unifiedreward import UnifiedReward
 from alignbench.experiment.ids import evaluator_content
 from alignbench.prompts import Prompt

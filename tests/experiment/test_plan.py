@@ -158,6 +158,7 @@ def test_what_failed_for_a_passing_reason_is_scored_again(copy, monkeypatch, cap
     report = (copy / "out" / "tiny-SUBSET.md").read_text()
     assert f"- Base, away: {lacking}\n" in report
     assert "**failed**: scoring: away" in report
+    capsys.readouterr()
 
     monkeypatch.delenv("ALIGNBENCH_TEST_AWAY")
     assert debug_sweep(path, copy / "store") == 0

@@ -6,8 +6,8 @@ from email.utils import format_datetime
 import pytest
 from PIL import Image
 
-from alignbench import judges
-from alignbench.judges import Answer, Busy, Refused, Server, Unanswered, read_score
+from alignbench.evaluators import judges
+from alignbench.evaluators.judges import Answer, Busy, Refused, Server, Unanswered, read_score
 
 LABEL = "Alignment Score"
 THREE_HEADS = "| Alignment Score (1-5) | Coherence Score (1-5) | Style Score (1-5) |\n"
