@@ -27,7 +27,8 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-T, Asked = TypeVar("T"), TypeVar("Asked")
+T = TypeVar("T")
+Asked = TypeVar("Asked")
 
 TRIES = 3  # requests for one answer if the server fails on it
 PATIENCE = 2.0  # seconds before the second request, doubled before each further one
@@ -138,7 +139,7 @@ class Server:
                 if waited >= OUTAGE and self._answered < start:
                     self._leave(str(error))
                 if waited >= OUTAGE or error.pause > OUTAGE or (tries >= TRIES and not error.away):
-                    raise Unanswered(f"{error}; tries: {tries}", passing=True) from None
+                    raise Unanswered(str(error), passing=True) from None
                 own = min(PATIENCE * 2 ** (tries - 1), LONGEST_PAUSE)
                 self._left.wait(max(own, error.pause))
             else:
@@ -290,8 +291,9 @@ def _after(label: str, text: str) -> Iterator[str]:
                 below = next(filter(None, lines[i + 1 :]), "")
                 rest = below if LONE.fullmatch(below) and "|" not in below else ""
             yield rest
-        if (match := alone.match(line)) and LONE.fullmatch((rest := line[match.end() :]).partition("|")[0]):
-            _check_scale(match["scale"] or "", label)
+        brief = alone.match(line)
+        if brief and LONE.fullmatch((rest := line[brief.end() :]).partition("|")[0]):
+            _check_scale(brief["scale"] or "", label)
             yield rest
 
 

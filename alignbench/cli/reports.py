@@ -123,9 +123,7 @@ def score(
     pickscore.weights=shapes. What is scored is kept beside the table as long as a score is missing: the same command
     then scores only what is missing for a reason that may have passed, and images that have changed.
     """
-    from alignbench.digests import content_id
     from alignbench.evaluation import folders, scoring
-    from alignbench.experiment.ids import evaluator_content
     from alignbench.reporting import score_summary
     from alignbench.store.score_gaps import describe
 
@@ -136,14 +134,8 @@ def score(
     for evaluator in chosen:
         evaluator.check([image.prompt for image in images])
     bases = [scoring.base_images(evaluator, images, prompts) for evaluator in chosen]
-    scored, errors = [], []
     parts = Path(out).with_suffix(".parts")
-    for evaluator, base in zip(chosen, bases):
-        kept = scoring.Kept(parts / f"{evaluator.name}-{content_id(evaluator_content(evaluator, known))}")
-        try:
-            scored.append((evaluator, scoring.score_images(evaluator, images, kept, base)))
-        except Exception as error:  # the others are scored all the same
-            errors.append(error)
+    scored, errors = scoring.score_with_all(chosen, images, bases, parts, known)
     if scored:
         for path in score_summary.save(scored, Path(out), list(plugin)):
             print(f"written: {path}", file=sys.stderr)

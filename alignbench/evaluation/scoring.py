@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alignbench.config import UserError, did_you_mean, parse_assignment
+from alignbench.digests import content_id
 from alignbench.evaluation.folders import FolderImage, folder_images
 from alignbench.evaluation.reading import pixel_count, read_image
+from alignbench.experiment.ids import evaluator_content
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt
 from alignbench.store.artefacts import Artefact
@@ -49,6 +51,7 @@ def score_rows(
     evaluator fails, images are scored one by one, so that a bad image does not cost the others their scores. If it
     fails for a plain image too, its error is raised.
     """
+    import numpy as np
     import pandas as pd
 
     names = [metric.name for metric in evaluator.metrics]
@@ -58,7 +61,7 @@ def score_rows(
     scores = _score(evaluator, *([column[i] for i in good] for column in columns)) if good else pd.DataFrame()
     scores = scores.set_index(pd.Index(good, dtype=int)).reindex(range(len(images)))
     frame = scores.reindex(columns=names).astype(float)
-    frame["ok"] = frame[names].notna().all(axis=1)
+    frame["ok"] = np.isfinite(frame).all(axis=1)
     notes = scores.reindex(columns=["error", "passing"]).astype(object)
     errors = [_error(*causes) for causes in zip(unreadable, frame["ok"], notes["error"])]
     frame["error"] = pd.Series(errors, frame.index, object)
@@ -177,7 +180,7 @@ def score_kept(
     if evaluator.by_prompt:
         unsettled = dict.fromkeys(prompts[i] for i in todo)
         todo = [i for wanted in unsettled for i, prompt in enumerate(prompts) if prompt == wanted]
-    pixels = [sum(map(pixel_count, files[i])) for i in todo]
+    pixels = list(in_threads(lambda i: sum(map(pixel_count, files[i])), todo))
     for part in passes(evaluator, [prompts[i] for i in todo], pixels):
         rows = todo[part]
         kept.add(score(rows).assign(key=[keys[i] for i in rows]))
@@ -255,6 +258,27 @@ def base_images(evaluator: Any, images: Sequence[FolderImage], prompts: str | No
         what = f"'{image.prompt.text[:60]}', image {image.image_index}, is in only one of the two folders"
         raise UserError(f"{where}: {evaluator.base}: {what}; images are paired by prompt and index")
     return [theirs[image.prompt.id, image.image_index] for image in images]
+
+
+def score_with_all(
+    evaluators: Sequence[Any],
+    images: Sequence[FolderImage],
+    bases: Sequence[Sequence[FolderImage] | None],
+    parts: Path,
+    registry: Registry,
+) -> tuple[list[tuple[Any, pd.DataFrame]], list[Exception]]:
+    """Return each evaluator with its table, and the errors of those that failed: they do not stop the others.
+
+    ``bases``: what ``base_images`` returns for each; ``parts``: a folder for rows until the tables are complete.
+    """
+    scored, errors = [], []
+    for evaluator, base in zip(evaluators, bases):
+        kept = Kept(parts / f"{evaluator.name}-{content_id(evaluator_content(evaluator, registry))}")
+        try:
+            scored.append((evaluator, score_images(evaluator, images, kept, base)))
+        except Exception as error:
+            errors.append(error)
+    return scored, errors
 
 
 def score_images(

@@ -27,7 +27,8 @@ def tidy(scored: Sequence[tuple[Any, pd.DataFrame]]) -> pd.DataFrame:
         about = [name for name in ("file", "prompt_id", "tag", "index", "ok", "error", "raw") if name in frame]
         for metric in evaluator.metrics:
             score = frame[metric.name]
-            part = frame[about].assign(ok=score.notna(), error=frame["error"].where(score.isna(), None))
+            ok = pd.Series(np.isfinite(score), frame.index)
+            part = frame[about].assign(ok=ok, error=frame["error"].where(~ok, None))
             frames.append(part.assign(evaluator=evaluator.name, metric=metric.name, score=score))
     return pd.concat(frames, ignore_index=True)
 

@@ -326,7 +326,7 @@ def test_a_metric_without_a_number_costs_no_other_metric(listed):
         metrics = (Metric("align", "1-5"), Metric("style", "1-5"))
 
         def score(self, images, prompts):
-            return pd.DataFrame({"align": [1.0, 5, 5, 5], "style": [3.0] + [float("nan")] * 3})
+            return pd.DataFrame({"align": [1.0, 5, 5, 5], "style": [3.0, float("inf"), *[float("nan")] * 2]})
 
     draw(listed / "images", [f"{i}.png" for i in range(4)])
     chosen = [FolderImage(file, Prompt(file.stem, "p"), 0) for file in sorted((listed / "images").iterdir())]
