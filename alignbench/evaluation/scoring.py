@@ -178,8 +178,10 @@ def score_kept(
     settled = set(known.index[~known["passing"]])
     todo = [i for i, key in enumerate(keys) if key not in settled]
     if evaluator.by_prompt:
-        unsettled = dict.fromkeys(prompts[i] for i in todo)
-        todo = [i for wanted in unsettled for i, prompt in enumerate(prompts) if prompt == wanted]
+        unsettled = {prompts[i] for i in todo}
+        todo = [i for i, prompt in enumerate(prompts) if prompt in unsettled]
+    rank = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    todo.sort(key=lambda i: rank[prompts[i]])  # a list may name the images of a prompt far apart
     pixels = list(in_threads(lambda i: sum(map(pixel_count, files[i])), todo))
     for part in passes(evaluator, [prompts[i] for i in todo], pixels):
         rows = todo[part]
