@@ -53,10 +53,10 @@ def _errors(path: Path) -> list[str]:
     import pyarrow as pa
     from pyarrow import parquet
 
+    if not path.is_file():
+        return []
     try:
         table = parquet.read_table(path, columns=["ok", "error"])
-    except FileNotFoundError:
-        return []
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it, and run the sweep again") from None
     rows = zip(table["ok"].to_pylist(), table["error"].to_pylist())
