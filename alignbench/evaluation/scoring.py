@@ -61,7 +61,7 @@ def score_rows(
     scores = _score(evaluator, *([column[i] for i in good] for column in columns)) if good else pd.DataFrame()
     scores = scores.set_index(pd.Index(good, dtype=int)).reindex(range(len(images)))
     frame = scores.reindex(columns=names).astype(float)
-    frame["ok"] = np.isfinite(frame).all(axis=1)
+    frame["ok"] = np.isfinite(frame.to_numpy()).all(axis=1)
     notes = scores.reindex(columns=["error", "passing"]).astype(object)
     errors = [_error(*causes) for causes in zip(unreadable, frame["ok"], notes["error"])]
     frame["error"] = pd.Series(errors, frame.index, object)
