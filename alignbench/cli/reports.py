@@ -72,7 +72,7 @@ def report(request: Request, out: str | None, formats: str | None) -> int:
     store = Store(request.folder)  # may be read-only
     store.check_folder()
     name, manifest = request.manifest(store)
-    results = Results(store.root, manifest, submissions.known_jobs(submissions.read(store, name)), sweep=name)
+    results = Results(store.root, manifest, submissions.known_jobs(store, manifest), sweep=name)
     paths = build(results, Path(out or f"outputs/{manifest.name}"), chosen)
     if "md" in chosen:
         print(paths[0].read_text(encoding="utf-8"))
@@ -118,10 +118,10 @@ def score(
 ) -> int:
     """Score a folder of images: a table with a row per image and metric, and means with confidence intervals.
 
-    FOLDER has GenEval's layout, alignbench's own file names, or, sorted by name, the same number of images for every
-    prompt of --prompts; a .jsonl list may name each image's "file" instead. Example of an evaluator's setting:
-    pickscore.weights=shapes. What is scored is kept beside the table as long as a score is missing: the same command
-    then scores only what is missing for a reason that may have passed, and images that have changed.
+    FOLDER has GenEval's layout, alignbench's own file names, or names in which a number counts the prompts of
+    --prompts; that list may name each image's "file" instead. See docs/importing.md. Example of an evaluator's
+    setting: pickscore.weights=shapes. What is scored is kept beside the table as long as a score is missing: the
+    same command then scores only what is missing for a reason that may have passed, and images that have changed.
     """
     from alignbench.evaluation import folders, scoring
     from alignbench.reporting import score_summary
@@ -130,12 +130,13 @@ def score(
     score_summary.check_out(Path(out))
     known = registry(plugin)
     chosen = scoring.make_evaluators(known, evaluators, list(words))
-    images = folders.folder_images(Path(folder), prompts)
+    images, remarks = folders.read_folder(Path(folder), prompts)
     for evaluator in chosen:
         evaluator.check([image.prompt for image in images])
     bases = [scoring.base_images(evaluator, images, prompts) for evaluator in chosen]
     parts = Path(out).with_suffix(".parts")
     scored, errors = scoring.score_with_all(chosen, images, bases, parts, known)
+    print("".join(f"{folder}: {remark}\n" for remark in remarks), end="", file=sys.stderr)
     if scored:
         for path in score_summary.save(scored, Path(out), list(plugin)):
             print(f"written: {path}", file=sys.stderr)

@@ -171,8 +171,9 @@ def score_kept(
 ) -> pd.DataFrame:
     """Return the rows of all ``keys``, in order: those in ``kept``, and others from ``score``, pass by pass.
 
-    Rows that failed for a passing reason are scored again. ``prompts``: the prompt id of each row; ``files``: its
-    images; ``score``: from indices of rows to their table; ``after``: called with the share done after each pass.
+    Rows that failed for a passing reason are scored again. ``prompts``: the prompt id of each row, those of one prompt
+    together; ``files``: its images; ``score``: from indices of rows to their table; ``after``: called with the share
+    done after each pass.
     """
     known = kept.rows()
     settled = set(known.index[~known["passing"]])
@@ -180,8 +181,6 @@ def score_kept(
     if evaluator.by_prompt:
         unsettled = {prompts[i] for i in todo}
         todo = [i for i, prompt in enumerate(prompts) if prompt in unsettled]
-    rank = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
-    todo.sort(key=lambda i: rank[prompts[i]])  # a list may name the images of a prompt far apart
     pixels = list(in_threads(lambda i: sum(map(pixel_count, files[i])), todo))
     for part in passes(evaluator, [prompts[i] for i in todo], pixels):
         rows = todo[part]
@@ -288,11 +287,14 @@ def score_images(
 ) -> pd.DataFrame:
     """Return a row per image: file, prompt_id, tag, index, and the columns of ``score_rows``.
 
-    ``kept``: where rows are kept until the table is written; ``base``: what ``base_images`` returns.
+    The images of one prompt come together, wherever they stand in ``images``. ``kept``: where rows are kept until the
+    table is written; ``base``: what ``base_images`` returns.
     """
     import pandas as pd
 
-    sides = [side for side in (images, base) if side is not None]
+    order = {prompt: rank for rank, prompt in enumerate(dict.fromkeys(image.prompt.id for image in images))}
+    sides = [sorted(side, key=lambda image: order[image.prompt.id]) for side in (images, base) if side is not None]
+    images = sides[0]
     files = [[image.file for image in row] for row in zip(*sides)]
 
     def score(rows: list[int]) -> pd.DataFrame:
