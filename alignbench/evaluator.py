@@ -51,7 +51,7 @@ class Metric(NamedTuple):
     by_task: bool = False
 
 
-TEXTS = ("raw", "error")  # optional text columns after the metrics: a judge's answer; why there is no score
+NOTES = ("raw", "error", "passing")  # optional columns after the metrics, see Evaluator.score
 
 
 class Evaluator(Config):
@@ -66,6 +66,7 @@ class Evaluator(Config):
     - ``differentiable``: True if ``reward`` has a gradient.
     - ``seconds_per_image``, ``gigabytes``: rough time and memory of the published weights on one GPU; for plans only.
     - ``reward_range``: bounds of ``reward``; margins are checked against them.
+    - ``by_prompt``: True if an image's score depends on the other images of its prompt; they come in one call.
     - ``paired``: True if ``score`` compares with the base model's images; it then takes a third argument ``base``, and
       the class has a setting ``base: str | None = None``.
     - ``unhashed``: settings that change no number, such as the address of a server; they are in no id.
@@ -79,6 +80,7 @@ class Evaluator(Config):
     seconds_per_image: ClassVar[float | None] = None
     gigabytes: ClassVar[float | None] = None
     reward_range: ClassVar[tuple[float, float] | None] = None
+    by_prompt: ClassVar[bool] = False
     paired: ClassVar[bool] = False
     unhashed: ClassVar[tuple[str, ...]] = ()
     reward_only: ClassVar[tuple[str, ...]] = ()
@@ -96,9 +98,10 @@ class Evaluator(Config):
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
         """Return one row per image and one column per metric, named by ``Metric.name``.
 
-        NaN marks an image that could not be scored. The text columns of TEXTS may follow. All images of a prompt come
-        in one call. A ``paired`` evaluator gets a third sequence, ``base``: for each image, the base model's image for
-        the same prompt and noise.
+        NaN marks an image that could not be scored. The columns of NOTES may follow: ``raw``, a judge's answer;
+        ``error``, why a score is missing; ``passing``, True if it may be there at another time, so that the image is
+        scored again by the next sweep. A ``paired`` evaluator gets a third sequence, ``base``: for each image, the base
+        model's image for the same prompt and noise.
         """
         raise NotImplementedError
 
@@ -256,8 +259,8 @@ def map_images(work: Callable[[Image], Image], images: Sequence[Image]) -> list[
 
 
 def as_rgb(image: Image) -> Image:
-    """Return the image in mode RGB."""
-    return image.convert("RGB")
+    """Return the image in mode RGB: itself if it is, since a copy of a large one is large."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_tensor(image: Image, device: torch.device | str = "cpu") -> Tensor:

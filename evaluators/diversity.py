@@ -34,6 +34,7 @@ class Diversity(Evaluator):
     seconds_per_image: ClassVar[float | None] = 0.02
     version: ClassVar[str] = "1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("diversity", "squared distance"),)
+    by_prompt: ClassVar[bool] = True
 
     weights: str = "openai/clip-vit-large-patch14"
     revision: str | None = None

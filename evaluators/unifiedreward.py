@@ -10,30 +10,25 @@ UR-Align is the alignment score; UR-IQ of ``acs`` and ``acs_2`` is the mean of c
 
 Departures from those repositories:
 1. Servers are sent PNG, not JPEG. Decoding is greedy; a checkpoint's repetition penalty stays in force.
-2. A number outside 1 to 5, or no number, leaves a row without a score: no default value enters a mean.
+2. An answer that does not say clearly which number from 1 to 5 it gives leaves a row without that score
+   (`judges.read_score`): no default value enters a mean.
 """
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import http.client
-import io
 import json
-import os
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from alignbench import weights
 from alignbench.config import Requirement, UserError
-from alignbench.evaluator import Evaluator, Metric, check_range, device, to_pil
+from alignbench.evaluator import NOTES, Evaluator, Metric, check_range, device, to_pil
+from alignbench.evaluators.judges import Answer, Refused, Server, Unanswered, read_score
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,10 +39,7 @@ if TYPE_CHECKING:
 
 PROMPTS = Path(__file__).parent / "prompts"
 KEY = "UNIFIEDREWARD_API_KEY"  # environment variable, since settings are stored and a secret must not be
-TRIES, PATIENCE = 3, 2.0  # requests per answer; seconds before the second, doubled before the third
-LARGEST = 2**20  # bytes of the largest answer
 IMAGE_TOKENS = ("<|image_pad|>", "<|video_pad|>")
-NUMBER = r"\s*(-?\d+(?:\.\d+)?)"
 
 
 class Question(NamedTuple):
@@ -66,14 +58,14 @@ class Template(NamedTuple):
     side: int | None = None  # images are resized to squares of this side
 
 
-ACS = {part: f"{part.capitalize()} Score (1-5):" for part in ("alignment", "coherence", "style")}
+ACS = {part: f"{part.capitalize()} Score" for part in ("alignment", "coherence", "style")}
 ACS_METRICS = {
     "align": ("alignment",),
     "iq": ("coherence", "style"),
     "coherence": ("coherence",),
     "style": ("style",),
 }
-FINAL = "Final Score:"
+FINAL = "Final Score"
 TEMPLATES = {
     "acs": Template((Question("acs", ACS),), ACS_METRICS, 4096),
     "acs_2": Template((Question("acs_2", ACS),), ACS_METRICS, 4096),
@@ -87,27 +79,12 @@ TEMPLATES = {
 }
 
 
-class Answer(NamedTuple):
-    """Text that the model wrote. ``cut``: it reached the limit of tokens before its end."""
-
-    text: str
-    cut: bool = False
-
-
-class Unanswered(Exception):
-    """No answer to a question; the text says why."""
-
-
-class Busy(Unanswered):
-    """No answer to a question for now; another try may succeed."""
-
-
 class UnifiedReward(Evaluator):
     """UnifiedReward. ``weights``: hub id or folder of a Qwen-VL checkpoint; with ``server``, the one that it serves.
 
     ``server``: an OpenAI-compatible server (vLLM, SGLang), as http://host:port. If it requires a key, it is read from
-    the environment variable UNIFIEDREWARD_API_KEY. Besides the metrics, ``score`` gives the columns ``raw``, the
-    model's text, and ``error``, the reason why a row has no score.
+    the environment variable UNIFIEDREWARD_API_KEY. Besides the metrics, ``score`` gives the model's text (``raw``),
+    the reason why a row lacks a score (``error``), and whether asking again may help (``passing``).
     """
 
     name: ClassVar[str] = "unifiedreward"
@@ -151,7 +128,7 @@ class UnifiedReward(Evaluator):
         revision = self.revision
         if revision is None and self.folder.parent.name == "snapshots":  # in the hub's cache
             revision = self.folder.name
-        return "-".join(["1", self.template, *([re.sub(r"[^\w.]", "_", revision)[:12]] if revision else [])])
+        return "-".join(["2", self.template, *([re.sub(r"[^\w.]", "_", revision)[:12]] if revision else [])])
 
     @property
     def _template(self) -> Template:
@@ -188,15 +165,26 @@ class UnifiedReward(Evaluator):
                 raise UserError(f"unifiedreward: the prompt '{prompt.text[:60]}' holds {token}, which marks an image")
 
     def score(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
-        """Return one row per image: the metrics, ``raw`` and ``error``; raise UserError if no image was answered."""
+        """Return one row per image: the metrics and the columns of NOTES.
+
+        Raise UserError if no image was answered, and an empty one would not be either.
+        """
         import pandas as pd
+        from PIL import Image
 
         self.check(prompts)
         asked = [(image, prompt.text) for image, prompt in zip(images, prompts, strict=True)]
-        rows = [self._row(answers) for answers in self._answers(asked)]
-        columns = [*(metric.name for metric in self.metrics), "raw", "error"]
-        frame = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[:-2], "float64"))
-        self._report(frame)
+        answers = list(self._answers(asked))
+        if asked and not any(isinstance(answer, Answer) for row in answers for answer in row):
+            plain = next(iter(self._answers([(Image.new("RGB", (512, 512), "grey"), prompts[0].text)])))
+            if reason := next((answer for answer in plain if isinstance(answer, Unanswered)), None):
+                raise UserError(f"unifiedreward: none of {len(asked)} images was answered: {reason}")
+        frame = pd.DataFrame([self._row(row) for row in answers], columns=[*self._columns, *NOTES])
+        frame = frame.astype(dict.fromkeys(self._columns, "float64") | {"passing": bool})
+        failed = frame["error"].dropna()
+        if len(failed):
+            what = f"{len(failed)} of {len(frame)} images have no complete score"
+            warnings.warn(f"unifiedreward: {what}; the first: {failed.iloc[0]}", stacklevel=2)
         return frame
 
     def probe(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> pd.DataFrame:
@@ -215,9 +203,19 @@ class UnifiedReward(Evaluator):
         return pd.DataFrame(rows, columns=[f"token {i}" for i in range(5)])
 
     def reward(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Map (B, 3, H, W) pixels in [0, 1] to (B,) scores of the first metric; not differentiable."""
-        images = [to_pil(image) for image in check_range(pixels)]
-        return pixels.new_tensor(self.score(images, prompts)[self.metrics[0].name].to_numpy())
+        """Map (B, 3, H, W) pixels in [0, 1] to (B,) scores of the first metric; not differentiable.
+
+        Raise UserError for an image without this score: training on the others would not be the same.
+        """
+        frame = self.score([to_pil(image) for image in check_range(pixels)], prompts)
+        rewards = frame[self._columns[0]]
+        if rewards.isna().any():
+            raise UserError(f"unifiedreward: an image has no reward: {frame['error'][rewards.isna()].iloc[0]}")
+        return pixels.new_tensor(rewards.to_numpy())
+
+    @property
+    def _columns(self) -> list[str]:
+        return [metric.name for metric in self.metrics]
 
     def _answers(self, asked: Sequence[tuple[Image, str]]) -> Iterator[list[Answer | Unanswered]]:
         """Yield for each image, in order, an answer to each question, or the reason why there is none."""
@@ -227,8 +225,8 @@ class UnifiedReward(Evaluator):
             yield from (self._ask(self._generate, *pair) for pair in asked)
             return
         self._check_server()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            yield from pool.map(lambda pair: self._ask(self._request, *pair), asked)
+        ask = partial(self._server.ask, tokens=self._tokens)
+        yield from self._server.map(lambda pair: self._ask(ask, *pair), asked, self.concurrency)
 
     def _ask(self, ask: Callable[[Image, str], Answer], image: Image, prompt: str) -> list[Answer | Unanswered]:
         """Return the answers to all questions about one image."""
@@ -242,8 +240,8 @@ class UnifiedReward(Evaluator):
                 answers.append(error)
         return answers
 
-    def _row(self, answers: Sequence[Answer | Unanswered]) -> list[float | str | None]:
-        """Return the metrics, the raw answers, and the errors."""
+    def _row(self, answers: Sequence[Answer | Unanswered]) -> list[float | str | bool | None]:
+        """Return the metrics and the values of NOTES: the answers, the errors, and whether asking again may help."""
         parts: dict[str, float] = {}
         errors: list[str] = []
         for question, answer in zip(self._template.questions, answers):
@@ -252,21 +250,13 @@ class UnifiedReward(Evaluator):
                 continue
             for part, label in question.scores.items():
                 try:
-                    parts[part] = parse(answer, label)
+                    parts[part] = read_score(answer, label)
                 except ValueError as error:
                     errors.append(str(error))
         texts = [answer.text for answer in answers if isinstance(answer, Answer)]
         means = (_mean([parts.get(name, float("nan")) for name in names]) for names in self._template.metrics.values())
-        return [*means, "\n\n".join(texts) if texts else None, "; ".join(errors) or None]
-
-    def _report(self, frame: pd.DataFrame) -> None:
-        """Warn with the number of rows without a score; raise UserError if the model gave no answer at all."""
-        failed = frame[frame["error"].notna()]
-        if len(frame) and frame["raw"].isna().all():
-            raise UserError(f"unifiedreward: none of {len(frame)} images was answered: {failed['error'].iloc[0]}")
-        if len(failed):
-            what = f"{len(failed)} of {len(frame)} images have no complete score"
-            warnings.warn(f"unifiedreward: {what}; the first: {failed['error'].iloc[0]}", stacklevel=3)
+        passing = any(isinstance(answer, Unanswered) and answer.passing for answer in answers)
+        return [*means, "\n\n".join(texts) if texts else None, "; ".join(errors) or None, passing]
 
     @property
     def _tokens(self) -> int:
@@ -274,62 +264,22 @@ class UnifiedReward(Evaluator):
 
     # -- a server -----------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _server(self) -> Server:
+        return Server(str(self.server), self.served_model, KEY, self.timeout)
+
     def _check_server(self) -> None:
         """Raise UserError, with the command that starts it, unless the server answers and offers the model."""
         try:
-            offered = [model["id"] for model in self._call("GET", "/v1/models")["data"]]
+            offered = [model["id"] for model in self._server.models()["data"]]
         except (Unanswered, KeyError, TypeError) as error:
             reason = str(error) if isinstance(error, Unanswered) else "its list of models is malformed"
             start = f"vllm serve {self.weights} --revision {self.revision} --served-model-name {self.served_model}"
-            raise UserError(f"unifiedreward.server: {self.server}: {reason}; start it with `{start}`") from None
+            instead = "" if isinstance(error, Refused) else f"; start it with `{start}`"
+            raise UserError(f"unifiedreward.server: {self.server}: {reason}{instead}") from None
         if self.served_model not in offered:
             what = f"{self.server} offers {', '.join(map(str, offered)) or 'no model'}, not '{self.served_model}'"
             raise UserError(f"unifiedreward.served_model: {what}; name one it offers")
-
-    def _request(self, image: Image, question: str) -> Answer:
-        data = io.BytesIO()
-        image.save(data, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-        body = {"model": self.served_model, "messages": [{"role": "user", "content": content}]}
-        answer = self._patiently("/v1/chat/completions", {**body, "temperature": 0, "max_tokens": self._tokens})
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            (choice,) = answer["choices"]
-            if isinstance(content := choice["message"]["content"], str):
-                return Answer(content, choice.get("finish_reason") == "length")
-        raise Unanswered("the server's answer holds no text")
-
-    def _patiently(self, path: str, body: dict[str, Any]) -> Any:
-        """Return the server's answer to ``body``; retry where that may help."""
-        for i in range(TRIES):
-            try:
-                return self._call("POST", path, body)
-            except Busy as error:
-                if i == TRIES - 1:
-                    raise Unanswered(f"{error}; tries: {TRIES}") from None
-            time.sleep(PATIENCE * 2**i)
-        raise AssertionError
-
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Send one request and return its JSON; raise Unanswered with the reason, or Busy if a retry may succeed."""
-        url = urlsplit(str(self.server))
-        secure = url.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(str(url.hostname), url.port, timeout=self.timeout)
-        key = os.environ.get(KEY)
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        place = url.path.rstrip("/").removesuffix("/v1") + path
-        try:
-            connection.request(method, place, json.dumps(body) if body else None, headers)
-            response = connection.getresponse()
-            data = _read(response, time.monotonic() + self.timeout)
-        except TimeoutError:
-            raise Busy(f"the server gave no answer in {self.timeout:g} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise Busy(f"the server cannot be reached: {str(error) or type(error).__name__}") from None
-        finally:
-            connection.close()
-        return _decoded(response.status, data)
 
     # -- the model in this process ------------------------------------------------------------------------------------
 
@@ -387,47 +337,9 @@ def text(file: str, prompt: str) -> str:
     return question_file(file).read_text(encoding="utf-8").replace("{prompt}", prompt)
 
 
-def parse(answer: Answer, label: str) -> float:
-    """Return the number from 1 to 5 after the first ``label``; raise ValueError if none, or if digits may be lost."""
-    complete = re.sub(r"[\d.]+$", "", answer.text) if answer.cut else answer.text
-    match = re.search(re.escape(label) + NUMBER, complete, re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"the answer has no number behind '{label}'{', it was cut off' if answer.cut else ''}")
-    if not 1 <= float(match[1]) <= 5:
-        raise ValueError(f"'{label} {match[1]}' is not from 1 to 5")
-    return float(match[1])
-
-
 def _ends(tokens: int | Sequence[int] | None) -> Sequence[int | None]:
     return tokens if isinstance(tokens, Sequence) else [tokens]
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """Return the body; raise TimeoutError if pieces still arrive after the deadline."""
-    data = b""
-    while piece := response.read1(2**16):
-        data += piece
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if len(data) > LARGEST:
-            raise http.client.HTTPException(f"an answer of more than {LARGEST} bytes")
-    if response.length:
-        raise http.client.HTTPException("the connection was closed within the answer")
-    return data
-
-
-def _decoded(status: int, data: bytes) -> Any:
-    quote = " ".join(data.decode("utf-8", "replace").split())[:200]
-    quote = quote.replace(os.environ.get(KEY) or "\0", "***")  # some servers repeat the key
-    if status == 429 or status >= 500:
-        raise Busy(f"the server answers {status}: {quote}")
-    if status != 200:
-        raise Unanswered(f"the server answers {status}: {quote}")
-    try:
-        return json.loads(data)
-    except ValueError:
-        raise Unanswered(f"the server's answer is not JSON: {quote}") from None

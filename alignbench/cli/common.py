@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from alignbench.experiment.plan import Draft, Plan
     from alignbench.plugins import Registry
     from alignbench.store.artefacts import Store
-    from alignbench.store.manifest import Manifest
+    from alignbench.store.manifest import Manifest, ManifestRun
 
 DONE, USAGE, SOME_FAILED, SOME_PENDING, INTERRUPTED = 0, 1, 2, 3, 130
 EPILOG = """\
@@ -332,6 +332,14 @@ def selected(plan: Plan | Draft, only: Sequence[str]) -> list[PlannedRun]:
     from alignbench.experiment.cells import select
 
     return select(plan.cells, only)
+
+
+def print_gaps(store: Store, runs: Iterable[ManifestRun]) -> None:
+    """Print how many images of the runs lack scores, and why, to stderr: one line per run and evaluator."""
+    from alignbench.store.score_gaps import gaps
+
+    for gap in gaps(store.root, runs):
+        print(f"alignbench: {gap}", file=sys.stderr)
 
 
 def summary(store: Store, plan: Plan, cells: Sequence[PlannedRun]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc as collector
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from alignbench.cli.common import (
     Choice,
     Request,
     Verb,
+    print_gaps,
     registry,
     settings_words,
     sweep_options,
@@ -118,22 +120,41 @@ def score(
 
     FOLDER has GenEval's layout, alignbench's own file names, or names in which a number counts the prompts of
     --prompts; that list may name each image's "file" instead. See docs/importing.md. Example of an evaluator's
-    setting: pickscore.weights=shapes.
+    setting: pickscore.weights=shapes. What is scored is kept beside the table as long as a score is missing: the
+    same command then scores only what is missing for a reason that may have passed, and images that have changed.
     """
     from alignbench.evaluation import folders, scoring
     from alignbench.reporting import score_summary
+    from alignbench.store.score_gaps import describe
 
-    chosen = scoring.make_evaluators(registry(plugin), evaluators, list(words))
+    score_summary.check_out(Path(out))
+    known = registry(plugin)
+    chosen = scoring.make_evaluators(known, evaluators, list(words))
     images, remarks = folders.read_folder(Path(folder), prompts)
     for evaluator in chosen:
         evaluator.check([image.prompt for image in images])
     bases = [scoring.base_images(evaluator, images, prompts) for evaluator in chosen]
-    scored = [(evaluator, scoring.score_images(evaluator, images, base)) for evaluator, base in zip(chosen, bases)]
-    for path in score_summary.save(scored, Path(out), list(plugin)):
-        print(f"written: {path}", file=sys.stderr)
+    parts = Path(out).with_suffix(".parts")
+    scored, errors = scoring.score_with_all(chosen, images, bases, parts, known)
     print("".join(f"{folder}: {remark}\n" for remark in remarks), end="", file=sys.stderr)
-    print(score_summary.summary(scored))
-    return DONE if all(frame["ok"].all() for _, frame in scored) else SOME_FAILED
+    if scored:
+        for path in score_summary.save(scored, Path(out), list(plugin)):
+            print(f"written: {path}", file=sys.stderr)
+        print(score_summary.summary(scored))
+    complete = not errors and all(frame["ok"].all() for _, frame in scored)
+    if complete:
+        shutil.rmtree(parts, ignore_errors=True)
+    for evaluator, frame in scored:
+        if not frame["ok"].all():
+            what = describe(list(frame["error"].dropna()), len(frame))
+            print(f"alignbench: {evaluator.name}: {what}", file=sys.stderr)
+    if parts.exists():
+        print(f"what was scored is kept in {parts}; the same command scores only the rest", file=sys.stderr)
+    for error in errors[1:]:
+        print(f"alignbench: {' '.join(str(error).split())}", file=sys.stderr)
+    if errors:
+        raise errors[0]
+    return DONE if complete else SOME_FAILED
 
 
 @click.command("import", cls=Verb, short_help="Import images or scores made elsewhere as a row of a table.")
@@ -175,5 +196,6 @@ def import_(**given: Any) -> int:
     evaluators = scoring.make_evaluators(known, asked.evaluators, list(asked.words)) if asked.evaluators else []
     run, changed = import_rows.import_row(store, import_rows.parse_request(asked), evaluators, known)
     print("\n".join(import_rows.summary_lines(run, changed)))
+    print_gaps(store, [run])
     print(f"the table: alignbench report {asked.sweep} --store {asked.store}")
-    return DONE
+    return SOME_FAILED if run.missing(store) else DONE

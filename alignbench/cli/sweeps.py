@@ -19,6 +19,7 @@ from alignbench.cli.common import (
     Request,
     Verb,
     complete_methods,
+    print_gaps,
     resolve,
     selected,
     slurm_options,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from alignbench.experiment.cells import PlannedRun
     from alignbench.experiment.plan import Plan
     from alignbench.store.artefacts import Store
-    from alignbench.store.manifest import Manifest
+    from alignbench.store.manifest import Manifest, ManifestRun
 
 
 @click.command("sweep", cls=Verb, short_help="Run everything a sweep still needs: train, generate, score.")
@@ -112,6 +113,7 @@ def status(request: Request) -> int:
         _, manifest = request.manifest(store)
         rows = status_table.rows(store, manifest)
         print(status_table.table(rows))
+        print_gaps(store, manifest.runs)
         return status_table.exit_code(rows)
     for path in store.manifests():
         try:
@@ -274,8 +276,9 @@ def _make(
     """Execute what is missing on this machine, print the failures, and return the exit code."""
     from alignbench.launch.local import launch
 
-    _record(request, plan, cells, store, track)
+    manifest = _record(request, plan, cells, store, track)
     outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=request.plugins, track=track)
+    print_gaps(store, _runs(manifest, cells))
     failed = [outcome for outcome in outcomes if outcome.state != "done"]
     for outcome in failed:
         log = store.root / "runs" / outcome.cell.id / "log.txt"
@@ -283,6 +286,11 @@ def _make(
     if failed:
         print(f"alignbench: {len(failed)} of {len(outcomes)} runs failed; the next sweep retries them", file=sys.stderr)
     return SOME_FAILED if failed else DONE
+
+
+def _runs(manifest: Manifest, cells: Sequence[PlannedRun]) -> list[ManifestRun]:
+    chosen = {(cell.spec.label, cell.seed) for cell in cells}
+    return [run for run in manifest.runs if (run.label, run.seed) in chosen]
 
 
 def _resources(request: Request, plan: Plan, file: str | None) -> dict[str, Any]:
@@ -307,12 +315,12 @@ def _submit(
 
     slurm.check_paths(store.root)
     manifest = _record(request, plan, cells, store, track)
+    shown = manifest.only(_runs(manifest, cells))
     count = submit(plan, cells, store, options, request.plugins, track)
     print(f"{count} jobs submitted; alignbench status {plan.document.command}", file=sys.stderr)
-    chosen = {(cell.spec.label, cell.seed) for cell in cells}
-    shown = manifest.only([run for run in manifest.runs if (run.label, run.seed) in chosen])
     if wait:
         status_table.follow(store, shown)
+    print_gaps(store, shown.runs)
     rows = status_table.rows(store, shown)
     for row in rows:
         if row.state in LOST:

@@ -28,6 +28,7 @@ from alignbench.digests import content_id
 from alignbench.evaluation import scoring
 from alignbench.evaluation.folders import FolderImage
 from alignbench.evaluation.import_formats import UNKNOWN, ImportedImage, Source, read
+from alignbench.evaluation.reading import read_image
 from alignbench.experiment.document import sweeps
 from alignbench.experiment.ids import score_content
 from alignbench.experiment.spec import Protocol
@@ -131,10 +132,12 @@ def import_row(
         _set_damaged_aside(store, run)
         own = [_own_scores(run.images, evaluator, registry, source.images, store) for evaluator in evaluators]
         _copy_images(store, run, source.images, inspections)
-        for file, frame, about in [*_imported_scores(run.images, source), *filter(None, own)]:
+        for file, frame, about in _imported_scores(run.images, source):
             if not (store.root / file).is_file():
                 write_json((store.root / file).with_suffix(".json"), about)
                 write_frame(store.root / file, frame)
+        for artefact, table, about in filter(None, own):
+            scoring.write_scores(artefact, table, about)
         new = _manifest(store, request.sweep, runs)
         if new != old:
             write_manifest(_path(store, request.sweep), new)
@@ -254,7 +257,7 @@ def _stated(text: str) -> dict[str, Any]:
 
 
 def _inspect(file: Path) -> Inspection:
-    image = scoring.read_image(file) if os.path.isfile(file) else f"there is no file {file}"
+    image = read_image(file) if os.path.isfile(file) else f"there is no file {file}"
     if isinstance(image, str):
         return Inspection("", None, image)
     return Inspection(hashlib.sha256(file.read_bytes()).hexdigest(), image.size, None)
@@ -340,14 +343,14 @@ def _own_entry(image_set: str, evaluator: Any, registry: Registry) -> ManifestSc
 
 def _own_scores(
     image_set: str, evaluator: Any, registry: Registry, images: Sequence[ImportedImage], store: Store
-) -> tuple[str, pd.DataFrame, dict[str, Any]] | None:
-    """Return (file, table, what made it) for one of our evaluators; None if the store has the file."""
-    file = _own_entry(image_set, evaluator, registry).file
-    if (store.root / file).is_file():
+) -> tuple[Artefact, pd.DataFrame, dict[str, Any]] | None:
+    """Return (score file, table, what made it) for one of our evaluators; None if the store has them."""
+    artefact = store.scores(image_set, Path(_own_entry(image_set, evaluator, registry).file).name)
+    if artefact.done:
         return None
     files = [FolderImage(image.file, image.prompt, image.image_index) for image in images]
-    frame = scoring.score_images(evaluator, files).drop(columns="file")
-    return file, frame, {"evaluator": score_content(evaluator, registry) | {"name": evaluator.name}}
+    table = scoring.score_images(evaluator, files, scoring.kept_beside(artefact)).drop(columns="file")
+    return artefact, table, {"evaluator": score_content(evaluator, registry) | {"name": evaluator.name}}
 
 
 def _set_damaged_aside(store: Store, run: ManifestRun) -> None:

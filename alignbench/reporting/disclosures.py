@@ -14,6 +14,7 @@ from alignbench.reporting.analysis.results import Results
 from alignbench.reporting.tables import DAGGER, DOUBLE_DAGGER, eight_bit, finished_runs, hybrid, title
 from alignbench.reporting.text.table import escape, listed, number
 from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun
+from alignbench.store.score_gaps import Gap
 
 
 def made_with(results: Results) -> list[str]:
@@ -173,11 +174,11 @@ def missing_section(analysis: Analysis, costs: pd.DataFrame) -> list[str]:
         reason = run.get("reason")
         why = reason if isinstance(reason, str) and reason else SILENT.get(run["state"], "no reason was recorded")
         lines.append(f"- {escape(run['label'])}{seed}: **{escape(run['state'])}**: {escape(why)}")
-    return ["## Runs that are not in the numbers", "\n".join(lines)] if lines else []
+    return ["## Unfinished runs", "\n".join(lines)] if lines else []
 
 
-def coverage_section(manifest: Manifest, analysis: Analysis) -> list[str]:
-    """Return the section on missing or invalid scores, and on the prompts left out because of them."""
+def coverage_section(manifest: Manifest, analysis: Analysis, gaps: Sequence[Gap] = ()) -> list[str]:
+    """Return the section on missing or invalid scores, why, and on the prompts left out because of them."""
     planned = manifest.prompts * manifest.protocol["images_per_prompt"]
     rows = {label: [run.image_count or planned for run in runs] for label, runs in manifest.rows.items()}
     lines = []
@@ -189,6 +190,7 @@ def coverage_section(manifest: Manifest, analysis: Analysis) -> list[str]:
             if valid != expected or any(dropped):
                 text = f"- {escape(title(measure))}, {escape(label)}: {valid} of {expected} scores; "
                 lines.append(f"{text}prompts left out: {dropped[0]} of the mean, {dropped[1]} of the paired change")
+    lines += [f"- {escape(str(gap))}" for gap in gaps]
     counts = sorted({count for row in rows.values() for count in row})
     per_run = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{(counts or [planned])[0]}"
     complete = f"Complete: every image of every run has every score ({per_run} images per run)."

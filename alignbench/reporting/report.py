@@ -64,6 +64,7 @@ from alignbench.reporting.text import names
 from alignbench.reporting.text.table import Section, Table, escape
 from alignbench.store.files import read_frame, write
 from alignbench.store.manifest import Manifest
+from alignbench.store.score_gaps import Gap
 
 REPORTS = "alignbench.reports"
 
@@ -105,7 +106,9 @@ def build(results: Results, out: Path, formats: Sequence[str] = FORMATS) -> list
         curves = curves_section.sections(results, analysis, [load_curve(stem) for stem in words.curves])
         shown, origins = link if grid else None, made_with(results)
         first = next((f"![{escape(figure.caption)}]({forest})" for figure in drawn if figure.name == "forest"), "")
-        text = sections(manifest, results.costs, analysis, shown, origins, curves, published, pairs, first)
+        text = sections(
+            manifest, results.costs, analysis, shown, origins, curves, published, pairs, first, results.gaps
+        )
     contents: dict[str, Any] = {}
     if "md" in formats:
         kept = [section for section in text if not any(section is part for part in pairs)]
@@ -164,12 +167,13 @@ def sections(
     published: Sequence[Reference] = (),
     pairs: Sequence[Section] = (),
     forest: str = "",
+    gaps: Sequence[Gap] = (),
 ) -> list[Section]:
     """Return all sections of the report, in order. The first line is the command that reproduces it.
 
     ``grid``: file of the image grid; ``origins``: software and hardware of the runs; ``curves``: the sections about
     the course of training; ``pairs``: those about all pairs of rows; ``forest``: the figure of paired changes, as
-    markdown.
+    markdown; ``gaps``: images without scores.
     """
     words = _words(manifest.name)
     alike = "same prompts" if manifest.imported else "same prompts and noise"
@@ -207,7 +211,7 @@ def sections(
         *settings_section(manifest),
         *warnings_section(costs),
         *missing_section(analysis, costs),
-        *coverage_section(manifest, analysis),
+        *coverage_section(manifest, analysis, gaps),
         *protocol_section(manifest, analysis, origins),
     ]
     return [part for part in parts if part]

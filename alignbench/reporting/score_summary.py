@@ -21,26 +21,36 @@ ONE_RUN = "one training run: no interval accounts for how much training runs dif
 
 
 def tidy(scored: Sequence[tuple[Any, pd.DataFrame]]) -> pd.DataFrame:
-    """Return one row per image and metric."""
+    """Return one row per image and metric; ``error`` is only where this metric has no score."""
     frames = []
     for evaluator, frame in scored:
         about = [name for name in ("file", "prompt_id", "tag", "index", "ok", "error", "raw") if name in frame]
         for metric in evaluator.metrics:
-            part = frame[about].assign(evaluator=evaluator.name, metric=metric.name, score=frame[metric.name])
-            frames.append(part)
+            score = frame[metric.name]
+            ok = pd.Series(np.isfinite(score), frame.index)
+            part = frame[about].assign(ok=ok, error=frame["error"].where(~ok, None))
+            frames.append(part.assign(evaluator=evaluator.name, metric=metric.name, score=score))
     return pd.concat(frames, ignore_index=True)
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError unless ``save`` could write to ``out``."""
+    from alignbench.store.files import check_writable
+
+    if out.suffix not in (".csv", ".parquet"):
+        raise UserError(f"--out {out}: choose a name that ends in .csv or .parquet")
+    for path in (out, out.with_suffix(".json")):
+        check_writable(path)
 
 
 def save(scored: Sequence[tuple[Any, pd.DataFrame]], out: Path, plugins: Sequence[str] = ()) -> list[Path]:
     """Write the tidy table as .csv or .parquet, and a .json with the evaluators' settings, versions and weight hashes.
 
-    Return both paths. UserError for any other ending.
+    Return both paths.
     """
     from alignbench.experiment.ids import score_content
     from alignbench.store.files import write, write_frame, write_json
 
-    if out.suffix not in (".csv", ".parquet"):
-        raise UserError(f"--out {out}: choose a name that ends in .csv or .parquet")
     table, about = tidy(scored), out.with_suffix(".json")
     write(out, table.to_csv(index=False)) if out.suffix == ".csv" else write_frame(out, table)
     registry = Registry(plugins)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alignbench.config import UserError
+from alignbench.evaluation.reading import read_image
+from alignbench.evaluation.scoring import Kept, in_threads, kept_beside, score_kept, score_rows, write_scores
 from alignbench.experiment.ids import score_content
 from alignbench.run import provenance
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Target
 from alignbench.store.artefacts import Artefact, check_images
-from alignbench.store.files import Damaged, is_whole, read_frame, write_frame, write_json
+from alignbench.store.files import Damaged, read_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,12 +51,10 @@ class _Judge:
         with self.session.making(artefact, target.run) as lock:
             if lock is None:
                 return
-            frame = self._scored(target, artefact)
+            table = self._scored(target, kept_beside(artefact))
             lock.check()
-            write_json(artefact.product.with_suffix(".json"), self._made_by())
-            write_frame(artefact.product, frame)
-            artefact.status.unlink(missing_ok=True)
-            shutil.rmtree(_parts(artefact), ignore_errors=True)
+            if again := write_scores(artefact, table, self._made_by(), str(self.session.log(target.run))):
+                raise UserError(f"{self.entry['name']}: {again}")
 
     def _make(self) -> Any:
         return self.session.registry.make("evaluator", self.entry["settings"], "evaluator")
@@ -66,25 +66,32 @@ class _Judge:
         files = provenance.weights(evaluator.files())
         return {"evaluator": content, "weights": files, "made_by": provenance.made_by(self.session.code)}
 
-    def _scored(self, target: Target, artefact: Artefact) -> pd.DataFrame:
-        """Return one row per image, in the order of the manifest; computed in parts, reusing those on disk."""
-        import pandas as pd
-
-        from alignbench.evaluation.scoring import passes
-
+    def _scored(self, target: Target, kept: Kept) -> pd.DataFrame:
+        """Return one row per image, in the order of the manifest; computed in passes, reusing those in ``kept``."""
         if self._evaluator is None:
             self._evaluator = self._make()
         self._check_base()
         images = self._read(target, lambda images: read_frame(images.product))
-        frames = []
-        for rows in passes(list(images["prompt_id"])):  # one file each, so that a killed run keeps its scores
-            part = _parts(artefact) / f"{rows.start}.parquet"
-            if not is_whole(part):
-                write_frame(part, self._score_rows(target, images.iloc[rows]))
-                self.session.raise_if_stopped()
-            frames.append(read_frame(part))
-            self.session.progress(f"scoring, {self.entry['name']}", rows.stop / len(images))
-        return pd.concat(frames, ignore_index=True)
+        sides = [target] if self.base is None else [target, self.base]
+        listed = [self._read(side, lambda made: _listed(made, images)) for side in sides]
+
+        def scored(rows: list[int]) -> pd.DataFrame:
+            files = [self._read(side, partial(_images, part.iloc[rows])) for side, part in zip(sides, listed)]
+            return self._score_rows(target, images.iloc[rows], files)
+
+        def after(share: float) -> None:
+            self.session.raise_if_stopped()
+            self.session.progress(f"scoring, {self.entry['name']}", share)
+
+        return score_kept(
+            self._evaluator,
+            keys=[f"{prompt}-{index}" for prompt, index in zip(images["prompt_id"], images["index"])],
+            prompts=list(images["prompt_id"]),
+            files=list(zip(*(part["file"] for part in listed))),
+            kept=kept,
+            score=scored,
+            after=after,
+        )
 
     def _read(self, target: Target, read: Callable[[Artefact], T]) -> T:
         """Return what ``read`` gives for a target's image set."""
@@ -96,37 +103,31 @@ class _Judge:
         if self.base is not None and not (images := self.session.images(self.base)).done:
             raise UserError(f"the base model's images are missing: {images.failure or 'not made yet'}")
 
-    def _score_rows(self, target: Target, rows: pd.DataFrame) -> pd.DataFrame:
-        from alignbench.evaluation.scoring import score_rows
-
+    def _score_rows(self, target: Target, rows: pd.DataFrame, images: Sequence[list[Image | str]]) -> pd.DataFrame:
+        """Score ``images``: those of ``rows`` of the image set's manifest and, if paired, the base model's."""
         prompts = {prompt.id: prompt for prompt in target.prompts}
-        sides = [self._read(side, lambda set: _images(set, rows)) for side in (target, self.base) if side is not None]
-        scores = score_rows(self._evaluator, sides[0], [prompts[id] for id in rows["prompt_id"]], *sides[1:])
+        scores = score_rows(self._evaluator, images[0], [prompts[id] for id in rows["prompt_id"]], *images[1:])
         return rows[["prompt_id", "tag", "index"]].reset_index(drop=True).join(scores)
 
 
-def _parts(artefact: Artefact) -> Path:
-    return artefact.product.with_suffix(".parts")
-
-
-def _images(images: Artefact, rows: pd.DataFrame) -> list[Image]:
-    """Read the images of a set that match the prompts and indices of ``rows``, in the order of ``rows``."""
-
-    from alignbench.evaluation.scoring import in_threads
+def _listed(images: Artefact, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the paths (``file``) and hashes of the images of a set that match the prompts and indices of ``rows``."""
 
     keys = ["prompt_id", "index"]
     listed = rows[keys].merge(read_frame(images.product), on=keys, how="left", validate="1:1")
-    return list(in_threads(lambda file, sha256: _image(images.folder, file, sha256), listed["file"], listed["sha256"]))
+    return listed.assign(file=[images.folder / file for file in listed["file"]])
 
 
-def _image(folder: Path, file: str, sha256: str) -> Image:
-    """Read an image. Raise Damaged if the file is not what was made."""
-    from PIL import Image
+def _images(listed: pd.DataFrame, _: Artefact) -> list[Image | str]:
+    return list(in_threads(_image, listed["file"], listed["sha256"]))
 
+
+def _image(file: Path, sha256: str) -> Image | str:
+    """Read an image as ``read_image`` does. Raise Damaged if the file is not what was made."""
     try:
-        data = (folder / file).read_bytes()
+        data = file.read_bytes()
     except FileNotFoundError:
-        raise Damaged(folder / file, why="it is missing") from None
+        raise Damaged(file, why="it is missing") from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise Damaged(folder / file)
-    return Image.open(io.BytesIO(data)).convert("RGB")
+        raise Damaged(file)
+    return read_image(io.BytesIO(data))

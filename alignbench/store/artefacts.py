@@ -19,7 +19,10 @@ from alignbench.store.stages import Stage
 
 @dataclass(frozen=True)
 class Artefact:
-    """Run, image set or score file. ``product``: the file whose presence marks it as done."""
+    """Run, image set or score file. ``product``: the file whose presence marks it as done.
+
+    Scores beside which a failure is recorded are not done: some of them are to be asked for again.
+    """
 
     stage: Stage  # the stage that makes it
     id: str
@@ -30,6 +33,8 @@ class Artefact:
 
     @property
     def done(self) -> bool:
+        if self.stage is Stage.SCORE:
+            return self.product.exists() and not self.status.exists()
         return self.product.exists() and (self.stage is not Stage.TRAIN or self.state == "done")
 
     @property

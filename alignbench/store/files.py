@@ -54,6 +54,19 @@ def write(path: Path, content: bytes | str | Callable[[Path], Any], *, sealed: b
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raise UserError unless a file could be written to ``path``. Writes nothing."""
+    place = path.absolute().parent
+    while not os.path.lexists(place):
+        place = place.parent
+    if path.is_dir():
+        raise UserError(f"{path}: cannot be written: it is a folder; name a file")
+    if not place.is_dir():
+        raise UserError(f"{path}: cannot be written: {place} is not a folder; choose another one")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written: {place} is not writable; choose another folder")
+
+
 def cannot_write(path: Path | str, error: OSError) -> str:
     """Return one line that says why ``path`` cannot be written and what to do."""
     if error.errno in DISK_FULL:

@@ -76,7 +76,10 @@ def _is_complete(store: Store, run: ManifestRun) -> bool:
     files = [f"images/{run.images}/manifest.parquet", *(score.file for score in run.scores)]
     files += [f"images/{score.base}/manifest.parquet" for score in run.scores if score.base is not None]
     files += [f"runs/{run.id}/weights.safetensors"] if run.trained else []
+    failures = [f"{score.file.removesuffix('.parquet')}.status.json" for score in run.scores]
     if not all(os.path.exists(f"{root}/{file}") for file in files):
+        return False
+    if any(os.path.exists(f"{root}/{file}") for file in failures):
         return False
     return (read_json(f"{root}/runs/{run.id}/status.json") or {}).get("state") == "done"
 

@@ -13,7 +13,7 @@ from PIL.ImageOps import mirror
 from torch import Tensor
 
 from alignbench.analytic import PROMPTS
-from alignbench.evaluator import TEXTS, Evaluator, to_tensor
+from alignbench.evaluator import NOTES, Evaluator, to_tensor
 from alignbench.prompts import Prompt
 from alignbench.testing.method_contract import global_state
 
@@ -73,7 +73,7 @@ class EvaluatorContract:
     def test_one_row_per_image_and_one_column_per_metric(self) -> None:
         """Scores are finite: a row per image, the declared columns in order, then texts; no images give no rows."""
         frame = self.score(self.images(), self.prompts())
-        assert [name for name in frame if name not in TEXTS] == self.metrics()
+        assert [name for name in frame if name not in NOTES] == self.metrics()
         assert list(frame)[: len(self.metrics())] == self.metrics()
         assert len(frame) == len(self.images())
         assert np.isfinite(frame[self.metrics()].to_numpy(dtype=float)).all()

@@ -1,6 +1,7 @@
 """Scoring any folder of images: what a bad image costs, what is written, what is said."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from support.tiny_sweep import PLUGIN
 
 from alignbench.cli import main
 from alignbench.evaluation.folders import FolderImage, folder_images
-from alignbench.evaluation.scoring import PER_PASS, make_evaluators, passes, score_images, score_rows
+from alignbench.evaluation.scoring import PER_PASS, Kept, make_evaluators, passes, score_images, score_rows
 from alignbench.evaluator import Evaluator, Metric
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt, prompt_id
@@ -48,34 +49,24 @@ def test_bad_files_do_not_cost_others_their_scores(listed):
     (folder / "6-empty.png").write_bytes(b"")
     (folder / "7-text.png").write_text("hello")
     chosen = [FolderImage(file, Prompt("p", "p"), i) for i, file in enumerate(sorted(folder.iterdir()))]
-    frame = score_images(Mean(), chosen)
+    frame = score_images(Mean(), chosen, Kept(listed / "kept"))
     assert frame["ok"].tolist() == [True] * 5 + [False] * 3
     assert frame["mean"].notna().tolist() == frame["ok"].tolist()
     assert frame["error"][5:].str.startswith("cannot be read: ").all()
     assert frame["error"][:5].isna().all()
 
 
-def test_a_decompression_bomb_is_not_opened(listed):
-    """A file of a few kilobytes that claims 200 million pixels is marked, and its neighbour is scored."""
-    folder = listed / "images"
-    random_image(40, 30, 0).save(folder / "0-good.png")
-    Image.new("1", (20_000, 10_000)).save(folder / "1-bomb.png")
-    assert (folder / "1-bomb.png").stat().st_size < 100_000
-    chosen = [FolderImage(file, Prompt("p", "p"), i) for i, file in enumerate(sorted(folder.iterdir()))]
-    frame = score_images(Mean(), chosen)
-    assert frame["ok"].tolist() == [True, False]
-    assert "exceeds limit" in frame["error"][1]
-
-
 def test_an_evaluator_that_fails_for_one_image(listed):
-    """Only that image is lost; if the evaluator fails for all of them, its error is raised."""
+    """Only that image is lost, alone in its pass too; if the evaluator fails for a plain image, its error is raised."""
     images = [Image.new("RGB", (size, 4), (9, 9, 9)) for size in (4, 5, 6)]
     prompts = [Prompt("p", "p")] * 3
     frame = score_rows(Mean(bad=5), images, prompts)
     assert frame["ok"].tolist() == [True, False, True]
     assert frame["error"][1] == "RuntimeError: cannot look at this"
+    alone = score_rows(Mean(bad=5), images[1:2], prompts[:1])
+    assert alone["error"].tolist() == ["RuntimeError: cannot look at this"]
     with pytest.raises(RuntimeError, match="cannot look"):
-        score_rows(Mean(bad=4), [images[0]] * 2, prompts[:2])
+        score_rows(Mean(bad=512), [Image.new("RGB", (512, 4))], prompts[:1])
 
 
 def test_answers_and_errors_of_a_judge_are_kept():
@@ -93,12 +84,26 @@ def test_answers_and_errors_of_a_judge_are_kept():
 def test_passes_keep_a_prompts_images_together():
     """Slices cover all rows in order, hold at most PER_PASS, and cut between prompts."""
     prompts = [str(i) for i in range(100) for _ in range(5)]
-    slices = list(passes(prompts))
+    slices = list(passes(Mean(), prompts, [1] * 500))
     assert [i for part in slices for i in range(500)[part]] == list(range(500))
     assert all(part.stop - part.start <= PER_PASS for part in slices)
     assert all(prompts[part.stop - 1] != prompts[part.stop] for part in slices[:-1])
-    assert list(passes(["a"] * (PER_PASS + 1))) == [slice(0, PER_PASS), slice(PER_PASS, PER_PASS + 1)]
-    assert list(passes([])) == []
+    assert list(passes(Mean(), ["a"] * (PER_PASS + 1), [1] * (PER_PASS + 1))) == [slice(0, 128), slice(128, 129)]
+    assert list(passes(Mean(), [], [])) == []
+
+
+def test_passes_are_bounded_by_pixels_and_seconds():
+    """24 images of 4096 x 4096 are read 8 at a time; a judge of 8 s an image answers 64 before they are written."""
+
+    class Slow(Mean):
+        seconds_per_image = 8.0
+
+    class Together(Mean):
+        by_prompt = True
+
+    assert [part.stop for part in passes(Mean(), ["a"] * 24, [2**24] * 24)] == [8, 16, 24]
+    assert [part.stop for part in passes(Slow(), ["a"] * 130, [1] * 130)] == [64, 128, 130]
+    assert [part.stop for part in passes(Together(), ["a"] * 24 + ["b"], [2**24] * 25)] == [24, 25]
 
 
 def test_images_of_one_prompt_are_scored_together(listed):
@@ -112,7 +117,7 @@ def test_images_of_one_prompt_are_scored_together(listed):
     draw(listed / "images", ["0.png"])
     prompts = [Prompt(str(i), "") for i in range(PER_PASS // 2)]
     rounds = [FolderImage(listed / "images/0.png", prompt, j) for j in range(3) for prompt in prompts]
-    frame = score_images(Count(), rounds)
+    frame = score_images(Count(), rounds, Kept(listed / "kept"))
     assert set(frame["mean"]) == {3.0}
     assert list(zip(frame["prompt_id"], frame["index"])) == [(prompt.id, j) for prompt in prompts for j in range(3)]
 
@@ -142,7 +147,7 @@ def test_the_summary_counts_what_failed(listed):
     (listed / "images" / "5.png").write_bytes(b"")
     chosen = folder_images(listed / "images", str(listed / "list.txt"))
     evaluator = Mean()
-    line = summary([(evaluator, score_images(evaluator, chosen))]).splitlines()[2]
+    line = summary([(evaluator, score_images(evaluator, chosen, Kept(listed / "kept")))]).splitlines()[2]
     assert [cell.strip() for cell in line.split("|")[3:-1]] == ["6", "1", "3", "0"]
     assert "46.667" in line  # (10 + 50 + 80) / 3: the last prompt's mean is that of its valid image
 
@@ -155,7 +160,8 @@ def test_the_summary_says_why_a_number_is_unknown():
 
     def said(tags, ok):
         about = {"file": "", "prompt_id": [str(i) for i in range(len(tags))], "tag": tags, "index": 0, "error": None}
-        return summary([(Judge(), pd.DataFrame({**about, "mean": 0.5, "right": 1.0, "ok": ok}))])
+        scores = {name: np.where(ok, 0.5, np.nan) for name in ("mean", "right")}
+        return summary([(Judge(), pd.DataFrame({**about, **scores, "ok": ok}))])
 
     assert "mean: no interval, since the list has too few prompts (1)" in said(["counting"], True)
     assert "right, by task: no interval, since counting has too few prompts (1)" in said(["counting"], True)
@@ -176,7 +182,7 @@ def test_a_repeated_prompt_is_one_prompt_with_more_images(tmp_path):
         *(("a cross", i) for i in range(2)),
         *(("a ring", i) for i in range(4)),
     ]
-    line = summary([(Mean(), score_images(Mean(), images))]).splitlines()[2]
+    line = summary([(Mean(), score_images(Mean(), images, Kept(tmp_path / "kept")))]).splitlines()[2]
     assert [cell.strip() for cell in line.split("|")[3:-1]] == ["6", "0", "2", "0"]
 
 
@@ -204,6 +210,92 @@ def test_score_writes_a_table_and_what_made_it(listed, capsys):
     code, _ = run(*words, "bright.power=2.0", "--out", listed / "out.parquet", capsys=capsys)
     assert code == 2
     assert pd.read_parquet(listed / "out.parquet")["ok"].tolist() == [True, False, True]
+
+
+def test_score_goes_on_where_it_stopped(listed, capsys, monkeypatch):
+    """What is scored is kept until nothing is missing: the same command asks only for the rest, and for new files."""
+    draw(listed / "images", [f"{i}.png" for i in range(6)])
+    words = [listed / "images", "--prompts", listed / "list.txt", "-e", "away,bright", "--out", listed / "out.parquet"]
+    monkeypatch.setenv("ALIGNBENCH_TEST_AWAY", "2")
+    code, shown = run(*words, capsys=capsys)
+    assert code == 2
+    assert "alignbench: away: 2 of 6 images lack a score: nobody is there\n" in shown.err
+    assert f"kept in {listed / 'out.parts'}; the same command scores only the rest" in shown.err
+    monkeypatch.delenv("ALIGNBENCH_TEST_AWAY")
+    Image.new("RGB", (9, 9), (7, 7, 7)).save(listed / "images" / "5.png")
+    assert run(*words, capsys=capsys)[0] == 0
+    table = pd.read_parquet(listed / "out.parquet").set_index("evaluator")
+    assert table.loc["away", "raw"].tolist() == ["shown 3", "shown 3", "shown 6", "shown 6", "shown 6", "shown 3"]
+    assert table.loc["bright", "score"].iloc[5] == pytest.approx(7 / 255)
+    assert not (listed / "out.parts").exists()
+
+
+def test_an_evaluator_that_fails_costs_no_other_its_scores(listed, capsys, monkeypatch):
+    """The others' table is written, the error comes last, and the same command continues."""
+    draw(listed / "images", [f"{i}.png" for i in range(3)])
+    words = [listed / "images", "--prompts", listed / "list.txt", "-e", "broken,away", "--out", listed / "out.csv"]
+    monkeypatch.setenv("ALIGNBENCH_TEST_BROKEN", "1")
+    with pytest.raises(RuntimeError, match="the judge is ill"):
+        run(*words, capsys=capsys)
+    assert pd.read_csv(listed / "out.csv")["evaluator"].tolist() == ["away"] * 3
+    monkeypatch.delenv("ALIGNBENCH_TEST_BROKEN")
+    monkeypatch.setenv("ALIGNBENCH_TEST_AWAY", "3")  # not asked again
+    assert run(*words, capsys=capsys)[0] == 2  # broken gives no number for one image
+    assert pd.read_csv(listed / "out.csv").groupby("evaluator")["ok"].sum().to_dict() == {"away": 3, "broken": 2}
+
+
+@pytest.mark.parametrize("out", ["file/out.csv", "images/deep.csv", "taken.csv"])
+def test_outputs_that_cannot_be_written_are_refused_first(listed, out, capsys):
+    """Below a file, or where a folder is: one line, before anything is scored or written."""
+    draw(listed / "images", [f"{i}.png" for i in range(3)])
+    (listed / "file").write_text("mine")
+    (listed / "images" / "deep.json").mkdir()
+    (listed / "taken.csv").mkdir()
+    before = sorted(listed.rglob("*"))
+    words = [listed / "images", "--prompts", listed / "list.txt", "-e", "bright", "--out", listed / out]
+    code, shown = run(*words, capsys=capsys)
+    assert code == 1
+    assert re.fullmatch(r"alignbench: .*cannot be written: .*\n", shown.err)
+    assert sorted(listed.rglob("*")) == before
+
+
+def test_a_metric_without_a_number_costs_no_other_metric(listed):
+    """Alignment counts in its mean where style is missing: 1, 5, 5, 5 is 4."""
+
+    class Judge(Mean):
+        metrics = (Metric("align", "1-5"), Metric("style", "1-5"))
+
+        def score(self, images, prompts):
+            return pd.DataFrame({"align": [1.0, 5, 5, 5], "style": [3.0, float("inf"), *[float("nan")] * 2]})
+
+    draw(listed / "images", [f"{i}.png" for i in range(4)])
+    chosen = [FolderImage(file, Prompt(file.stem, "p"), 0) for file in sorted((listed / "images").iterdir())]
+    frame = score_images(Judge(), chosen, Kept(listed / "kept"))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in summary([(Judge(), frame)]).splitlines()]
+    assert [row[1].split()[0] for row in rows[2:4]] == ["4.000", "3.000"]
+    assert [row[3] for row in rows[2:4]] == ["0", "3"]
+    assert frame["ok"].tolist() == [True, False, False, False]
+
+
+def test_a_bad_image_is_left_out_of_its_prompt(listed):
+    """An evaluator that compares the images of a prompt compares the others, in one call."""
+
+    class Count(Mean):
+        by_prompt = True
+
+        def score(self, images, prompts):
+            if any(image.width == self.bad for image in images):
+                raise RuntimeError("cannot look at this")
+            return pd.DataFrame({"mean": [float(sum(p.id == q.id for q in prompts)) for p in prompts]})
+
+    draw(listed / "images", ["0.png", "1.png"])
+    Image.new("RGB", (5, 8)).save(listed / "images" / "2.png")
+    chosen = [FolderImage(listed / f"images/{i}.png", Prompt(str(i % 2), "p"), i // 2) for i in (0, 1, 2, 1, 0)]
+    chosen = [image._replace(image_index=i) for i, image in enumerate(chosen)]
+    frame = score_images(Count(bad=5), chosen, Kept(listed / "kept"))
+    assert frame["prompt_id"].tolist() == ["0", "0", "0", "1", "1"]
+    assert frame["mean"].tolist()[::2] == [2, 2, 2]
+    assert frame["error"].dropna().to_dict() == {1: "RuntimeError: cannot look at this"}
 
 
 def test_score_gives_every_prompt_its_own_image(listed, capsys):

@@ -19,8 +19,8 @@ from PIL import Image
 from alignbench.config import UserError
 from alignbench.digests import content_id
 from alignbench.evaluation.scoring import score_rows
-from alignbench.evaluators import unifiedreward
-from alignbench.evaluators.unifiedreward import Answer, UnifiedReward, parse
+from alignbench.evaluators import judges, unifiedreward
+from alignbench.evaluators.unifiedreward import UnifiedReward
 from alignbench.experiment.ids import score_content
 from alignbench.prompts import Prompt
 from alignbench.rehearsal import tiny_qwen
@@ -41,7 +41,7 @@ def images(n, size=(40, 64)):
 
 def columns(frame):
     """Return the numbers of a frame, as lists."""
-    return frame.drop(columns=["raw", "error"]).to_numpy().tolist()
+    return frame.drop(columns=["raw", "error", "passing"]).to_numpy().tolist()
 
 
 # -- a server ---------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class Stub(BaseHTTPRequestHandler):
                 self.server.busy -= 1
 
     def answer(self, question, image):
-        mishap = next((name for name in MISHAPS if f"[{name}]" in question), None)
+        mishap = next((name for name in MISHAPS if f"[{name}]" in question), self.server.bad.get(image.size))
         if mishap:
             MISHAPS[mishap](self)
             return
@@ -152,7 +152,9 @@ MISHAPS = {
     "hang up": hang_up,
     "slow": lambda handler: (time.sleep(PATIENCE + 1), handler.say("too late")),
     "down": lambda handler: handler.reply(500, {"error": "out of memory"}),
-    "unknown": lambda handler: handler.reply(404, {"error": f"no such model, key {SECRET}"}),
+    "unknown": lambda handler: handler.reply(422, {"error": f"no such image, key {SECRET}"}),
+    "gone": lambda handler: handler.reply(401, {"error": "key withdrawn"}),
+    "away": lambda handler: handler.reply(503, {"error": "loading"}),
     "html": lambda handler: handler.reply(200, b"<html>\n<h1>proxy</h1>"),
     "other json": lambda handler: handler.reply(200, {"choices": []}),
     "no text": lambda handler: handler.say(None),
@@ -182,11 +184,12 @@ def server(monkeypatch):
     """The stub on its own port, with short waits between retries."""
     stub = Server(("127.0.0.1", 0), Stub)
     stub.url = f"http://127.0.0.1:{stub.server_port}"
-    stub.counting, stub.gate = threading.Lock(), None
+    stub.counting, stub.gate, stub.bad = threading.Lock(), None, {}  # bad: size of an image -> its mishap
     stub.offered, stub.keys, stub.bodies, stub.sizes = ["UnifiedReward"], [], [], []
     stub.busy = stub.busiest = stub.tries = 0
     threading.Thread(target=stub.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    monkeypatch.setattr(unifiedreward, "PATIENCE", 0.01)
+    monkeypatch.setattr(judges, "PATIENCE", 0.01)
+    monkeypatch.setattr(judges, "OUTAGE", 0.1)
     yield stub
     stub.shutdown()
     stub.server_close()
@@ -252,54 +255,12 @@ def test_flowbp_asks_twice_about_a_square(server):
 def test_metrics_are_the_templates(server):
     """UR-Align is alignment, UR-IQ the mean of coherence and style, and the parts are columns too."""
     frame = asking(server).score(images(3), prompts("a", "bb", "ccc"))
-    assert list(frame) == ["ur_align_acs", "ur_iq_acs", "ur_coherence_acs", "ur_style_acs", "raw", "error"]
+    assert list(frame) == ["ur_align_acs", "ur_iq_acs", "ur_coherence_acs", "ur_style_acs", "raw", "error", "passing"]
     np.testing.assert_allclose(frame["ur_iq_acs"], (frame["ur_coherence_acs"] + frame["ur_style_acs"]) / 2)
     said = [verdict(image, f"[{text}]") for image, text in zip(images(3), ("a", "bb", "ccc"))]
     assert frame["raw"].tolist() == said
     assert frame["ur_align_acs"].tolist() == [float(text.splitlines()[0].split()[-1]) for text in said]
     assert frame["error"].isna().all()
-
-
-@pytest.mark.parametrize(
-    ("answer", "value"),
-    [
-        ("Alignment Score (1-5): 3.25", 3.25),
-        ("---\nWord-wise Scores: [['a', 0.1]]\n\nAlignment Score (1-5):4\nStyle Score (1-5): 2", 4.0),
-        ("alignment score (1-5): 2.694700002670288", 2.694700002670288),
-        ("Alignment Score (1-5): 1 Alignment Score (1-5): 5", 1.0),
-        ("Alignment Score (1-5): 5.", 5.0),
-    ],
-)
-def test_numbers_are_read(answer, value):
-    """The first number after the label is read, with or without a fraction, whatever surrounds it."""
-    assert parse(Answer(answer), "Alignment Score (1-5):") == value
-
-
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        ("", "has no number"),
-        ("Alignment Score (1-5): X", "has no number"),
-        ("Alignment Score (1-5): nan", "has no number"),
-        ("Alignment Score: 3", "has no number"),
-        ("Alignment Score (1-5): 0.9", "not from 1 to 5"),
-        ("Alignment Score (1-5): -3", "not from 1 to 5"),
-        ("Alignment Score (1-5): 10", "not from 1 to 5"),
-        ("Alignment Score (1-5): 5.01", "not from 1 to 5"),
-    ],
-)
-def test_other_answers_are_errors(answer, says):
-    """No label, no number or a number out of range is an error that says which."""
-    with pytest.raises(ValueError, match=says):
-        parse(Answer(answer), "Alignment Score (1-5):")
-
-
-def test_a_number_that_may_lack_digits_is_not_read():
-    """An answer cut off within its last number lacks that number; earlier ones are kept."""
-    cut = Answer("Alignment Score (1-5): 3.5\nStyle Score (1-5): 2.6", cut=True)
-    assert parse(cut, "Alignment Score (1-5):") == 3.5
-    with pytest.raises(ValueError, match="cut off"):
-        parse(cut, "Style Score (1-5):")
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -311,32 +272,33 @@ SAYS = {
     "half": "closed within the answer",
     "endless": "more than 1048576 bytes",
     "down": "answers 500",
-    "unknown": "answers 404",
+    "unknown": "answers 422",
+    "away": "answers 503",
     "html": "not JSON: <html> <h1>proxy",
     "other json": "holds no text",
     "no text": "holds no text",
-    "prose": "has no number behind 'Alignment Score (1-5):'",
-    "empty": "has no number behind 'Alignment Score (1-5):'",
-    "no style": "has no number behind 'Style Score (1-5):'",
+    "prose": "has no number behind 'Alignment Score'",
+    "empty": "has no number behind 'Alignment Score'",
+    "no style": "has no number behind 'Style Score'",
     "cut": "it was cut off",
-    "too good": "'Alignment Score (1-5): 10' is not from 1 to 5",
+    "too good": "'Alignment Score: 10' is not from 1 to 5",
 }
 
 
 @pytest.mark.slow
 def test_every_mishap_marks_its_own_row(server, monkeypatch):
-    """Fifteen ways to fail, each between two good rows, leave the good rows' scores as they are alone."""
+    """Sixteen ways to fail, each between two good rows, leave the good rows' scores as they are alone."""
     texts = [text for mishap in SAYS for text in (f"good {mishap}", mishap)]
     asked = images(len(texts))
-    monkeypatch.setattr(unifiedreward, "TRIES", 1)
-    with pytest.warns(UserWarning, match=r"15 of 30 images have no complete score"):
+    monkeypatch.setattr(judges, "TRIES", 1)
+    with pytest.warns(UserWarning, match=r"16 of 32 images have no complete score"):
         frame = asking(server, timeout=PATIENCE).score(asked, prompts(*texts))
     alone = asking(server).score(asked[::2], prompts(*texts[::2]))
     assert columns(frame[::2]) == columns(alone)
     assert frame["error"][::2].isna().all()
     for text, error in zip(texts[1::2], frame["error"][1::2]):
         assert SAYS[text] in error, text
-    assert set(SAYS) | {"flaky"} == set(MISHAPS)
+    assert set(SAYS) | {"flaky", "gone"} == set(MISHAPS)
 
 
 def test_only_a_failed_part_is_missing(server):
@@ -354,7 +316,8 @@ def test_tables_keep_words_and_reasons(server):
     """A sweep stores a judge's numbers, whether all exist, the errors, and the answers."""
     with pytest.warns(UserWarning, match="2 of 3"):
         rows = score_rows(asking(server), images(3), prompts("a", "prose", "down"))
-    assert list(rows)[-3:] == ["ok", "error", "raw"]
+    assert list(rows)[-4:] == ["ok", "error", "passing", "raw"]
+    assert rows["passing"].tolist() == [False, False, True]
     assert rows["ok"].tolist() == [True, False, False]
     assert rows["raw"][1] == "A lovely picture!"
     assert rows["error"][0] is None
@@ -377,12 +340,40 @@ def test_a_busy_server_is_asked_again(server):
 
 
 def test_tries_are_bounded(server):
-    """There are three tries for temporary failures, and one for permanent ones."""
-    for mishap, tries in (("down", 3), ("hang up", 3), ("unknown", 1), ("html", 1)):
+    """A question on which the server fails is sent three times, one that it calls wrong once."""
+    for mishap, tries in (("down", 3), ("unknown", 1), ("html", 1)):
         server.bodies.clear()
-        with pytest.raises(UserError, match="none of 1 images was answered"):
-            asking(server).score(images(1), prompts(mishap))
-        assert len(server.bodies) == tries, mishap
+        with pytest.warns(UserWarning, match="1 of 2"):
+            asking(server).score(images(2), prompts("a", mishap))
+        assert len(server.bodies) == 1 + tries, mishap
+
+
+@pytest.mark.parametrize("mishap", ["unknown", "down", "html"])
+def test_one_bad_image_alone_is_marked(server, mishap):
+    """Without any answer, a plain image is asked about: if it is answered, the failure is the image's own."""
+    server.bad = {(40, 64): mishap}
+    with pytest.warns(UserWarning, match="1 of 1"):
+        frame = asking(server).score(images(1, (64, 40)), prompts("a"))
+    assert SAYS[mishap] in frame["error"][0]
+    assert frame["passing"][0] == (mishap != "unknown")
+
+
+@pytest.mark.parametrize(("mishap", "says"), [("gone", f"401: .*set .* {unifiedreward.KEY}"), ("away", "answers 503")])
+def test_a_server_that_answers_nothing_is_one_clear_line(server, mishap, says):
+    """A withdrawn key or a server that loads for ever is one line, after few requests."""
+    with pytest.raises(UserError, match=rf"none of 20 images was answered: .*{says}") as error:
+        asking(server, concurrency=1).score(images(1) * 20, prompts(*[mishap] * 20))
+    assert "\n" not in str(error.value)
+    assert len(server.bodies) < 20
+
+
+def test_answers_before_an_outage_are_kept(server):
+    """Rows after it are marked as passing, without a request each."""
+    with pytest.warns(UserWarning, match="18 of 20"):
+        frame = asking(server, concurrency=1).score(images(1) * 20, prompts("a", "b", "gone", *"cdefghijklmnopqrs"))
+    assert frame["ur_align_acs"].notna().tolist() == [True] * 2 + [False] * 18
+    assert frame["passing"].tolist() == [False] * 2 + [True] * 18
+    assert len(server.bodies) == 3
 
 
 def test_a_missing_server_is_one_clear_line(server):
@@ -421,7 +412,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, monkeypatch):
     """It goes from the environment into a header, never into settings, rows, warnings or errors, even if quoted."""
     monkeypatch.setenv(unifiedreward.KEY, SECRET)
     evaluator = asking(server)
-    with pytest.warns(UserWarning, match="no such model") as warned:
+    with pytest.warns(UserWarning, match="no such image") as warned:
         frame = evaluator.score(images(2), prompts("a", "unknown"))
     assert set(server.keys) == {f"Bearer {SECRET}"}
     shown = repr(evaluator) + frame.to_json() + "".join(str(warning.message) for warning in warned)
@@ -435,12 +426,12 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, monkeypatch):
 def test_what_a_number_means_is_in_its_name(server, tmp_path):
     """Another template or revision changes the version, and another template the column."""
     first, second = asking(server), asking(server, template="acs_2", revision="refs/pr/1")
-    assert (first.version, second.version) == ("1-acs-0123abcd", "1-acs_2-refs_pr_1")
+    assert (first.version, second.version) == ("2-acs-0123abcd", "2-acs_2-refs_pr_1")
     assert not {metric.name for metric in first.metrics} & {metric.name for metric in second.metrics}
     snapshot = tmp_path / "snapshots" / "0123456789abcdef"
     snapshot.mkdir(parents=True)
-    assert UnifiedReward(weights=str(snapshot)).version == "1-acs-0123456789ab"
-    assert UnifiedReward(weights=str(tmp_path)).version == "1-acs"
+    assert UnifiedReward(weights=str(snapshot)).version == "2-acs-0123456789ab"
+    assert UnifiedReward(weights=str(tmp_path)).version == "2-acs"
 
     assert score_content(first, Sources()) != score_content(second, Sources())
 

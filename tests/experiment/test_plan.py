@@ -248,6 +248,38 @@ def test_an_evaluator_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     assert scores[scores["metric"] == "worth"]["ok"].tolist() == [True, False, True, True]
 
 
+def test_what_failed_for_a_passing_reason_is_scored_again(copy, monkeypatch, capsys):
+    """The run counts as failed, console and report say how many rows are empty and why, and only these are redone."""
+    base = [{"label": "Base", "method": {"name": "base"}}]
+    path = sweep_file(copy, {"cases": base, "evaluation": {"evaluators": [{"name": "away"}]}})
+    monkeypatch.setenv("ALIGNBENCH_TEST_AWAY", "2")
+    assert debug_sweep(path, copy / "store") == 2
+    lacking = "2 of 4 images lack a score: nobody is there"
+    said = capsys.readouterr().err
+    assert f"Base failed: scoring: away: {lacking}; the same command scores only these again" in said
+    assert f"alignbench: Base, away: {lacking}\n" in said
+    assert tables(copy / "store")[0]["ok"].tolist() == [False, False, True, True]
+    assert alignbench("status", path, store=copy / "store", plugin=False) == 2
+    assert (
+        alignbench("report", path, "--format", "md", "--out", str(copy / "out"), store=copy / "store", plugin=False)
+        == 0
+    )
+    report = (copy / "out" / "tiny-SUBSET.md").read_text()
+    assert f"- Base, away: {lacking}\n" in report
+    assert "**failed**: scoring: away" in report
+    capsys.readouterr()
+
+    monkeypatch.delenv("ALIGNBENCH_TEST_AWAY")
+    assert debug_sweep(path, copy / "store") == 0
+    said = capsys.readouterr().err
+    assert "1 scores to compute" in said
+    assert "lack a score" not in said
+    (file,) = (copy / "store").glob("scores/*/away@*.parquet")
+    assert pd.read_parquet(file)["raw"].tolist() == ["shown 2"] * 2 + ["shown 4"] * 2
+    assert not list(file.parent.glob("away@*.parts"))
+    assert alignbench("status", path, store=copy / "store", plugin=False) == 0
+
+
 def test_an_interrupted_training_run_resumes_bitwise(tmp_path, monkeypatch, capsys):
     """Ctrl-C in batch 2 gives exit code 130 and no recorded failure; resuming gives the undisturbed weights."""
     changes = {"cases": [{"label": "S", "method": {"name": "stopped"}}], "grid": {"training.seed": [0]}}

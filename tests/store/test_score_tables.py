@@ -58,8 +58,8 @@ def by_pandas(root: Path, files: list[ScoreFile]) -> pd.DataFrame:
         if (root / file.path).exists():
             plain = pd.read_parquet(root / file.path)
             for metric in file.metrics:
-                columns = plain[["prompt_id", "tag", "index", metric, "ok"]].itertuples(index=False)
-                rows += [(*file[:5], metric, *row) for row in columns]
+                columns = plain[["prompt_id", "tag", "index", metric]].itertuples(index=False)
+                rows += [(*file[:5], metric, *row, bool(np.isfinite(row[-1]))) for row in columns]
     names = ["label", "method", "seed", "run", "evaluator", "metric", "prompt_id", "tag", "index", "score", "ok"]
     return pd.DataFrame(rows, columns=names)
 

@@ -458,6 +458,7 @@ def test_what_is_damaged_is_marked_once(store):
             raise Damaged(scores.product)
 
     table(scores.product)
+    scores.status.unlink()
     assert set_aside(scores, made_again) == ""
     assert len(calls) == 2
     assert scores.done

@@ -41,6 +41,20 @@ class Broken(Evaluator):
         return pd.DataFrame({"worth": [1.0, float("nan"), *[2.0] * (len(images) - 2)]})
 
 
+class Away(Evaluator):
+    """A judge that says how many images it was shown, and is away for the first ALIGNBENCH_TEST_AWAY of them."""
+
+    name: ClassVar[str] = "away"
+    version: ClassVar[str] = "1"
+    metrics: ClassVar[tuple[Metric, ...]] = (Metric("worth", "points"),)
+
+    def score(self, images, prompts):
+        away = [i < int(os.environ.get("ALIGNBENCH_TEST_AWAY", "0")) for i in range(len(images))]
+        worth = [float("nan") if it else 1.0 for it in away]
+        errors = ["nobody is there" if it else None for it in away]
+        return pd.DataFrame({"worth": worth, "raw": f"shown {len(images)}", "error": errors, "passing": away})
+
+
 class Last(AlignMethod):
     """A method that differentiates the last step only."""
 

@@ -12,6 +12,7 @@ from alignbench.store.artefacts import Store
 from alignbench.store.files import read_json
 from alignbench.store.manifest import Manifest, ManifestRun, ManifestScore
 from alignbench.store.run_state import Jobs, RunState, run_state
+from alignbench.store.score_gaps import Gap, gaps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,6 +71,19 @@ class Results:
             for run, score in files
         )
         return read_scores(self.store, wanted, kept)
+
+    @cached_property
+    def gaps(self) -> list[Gap]:
+        """Images of finished runs (milestones aside) that lack scores, and why."""
+        from msgspec import structs
+
+        empty = self.scores[~self.scores["ok"].eq(True)]
+        files = set(zip(empty["run"], empty["evaluator"]))
+        runs = [
+            structs.replace(run, milestones=[], scores=[it for it in run.scores if (run.id, it.evaluator) in files])
+            for run in self.manifest.runs
+        ]
+        return gaps(self.store, runs)
 
     @cached_property
     def training_records(self) -> dict[str, Columns]:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
 from alignbench.config import UserError
 from alignbench.store.files import check_content, read_json, write, write_json
@@ -44,6 +44,7 @@ class ScoreFile(NamedTuple):
 def read_scores(root: Path | str, files: Iterable[ScoreFile], kept: Path | None = None) -> pd.DataFrame:
     """Return one row per image and metric of the score files that exist. UserError if one is damaged.
 
+    A row is ``ok`` if its own metric is a number, whatever others of the image are.
     Text columns are categorical, since rows outnumber names a thousandfold. ``kept``: path of the cache.
     """
     files = list(files)
@@ -72,9 +73,10 @@ def _score_table(files: Sequence[ScoreFile], contents: Contents) -> pd.DataFrame
     for file, (path, content) in zip(files, contents):
         if content is None:
             continue
-        table = _decode(path, content, IMAGE | dict.fromkeys(file.metrics, "double") | {"ok": "bool"})
+        table = _decode(path, content, IMAGE | dict.fromkeys(file.metrics, "double"))
         for name in file.metrics:
-            pieces.append(table.select([*IMAGE, "ok"]).append_column("score", table[name]))
+            ok = compute.fill_null(compute.is_finite(table[name]), False)
+            pieces.append(table.select([*IMAGE]).append_column("ok", ok).append_column("score", table[name]))
             facts.append([getattr(file, fact) for fact in FACTS] + [name])
     order = [*FACTS, "metric", *IMAGE, "score", "ok"]
     if not pieces:
