@@ -58,8 +58,10 @@ def sweep(
     """Run everything of a sweep that the store does not have yet: train, generate, score."""
     from alignbench.config import UserError
     from alignbench.launch.local import check_launcher
+    from alignbench.run import trackers
 
     check_launcher(launcher)
+    trackers.check(track)
     if launcher != "slurm" and (slurm is not None or wait):
         option = "--wait" if slurm is None else "--slurm"
         raise UserError(f"{option}: --launcher {launcher} ignores it; leave it out, or choose --launcher slurm")
@@ -87,7 +89,9 @@ def run(request: Request, method: str, track: Sequence[str]) -> int:
     """Execute one run in the foreground: the first of a sweep (default: quickstart) with --method."""
     from alignbench.reporting.analysis.results import Results
     from alignbench.reporting.score_summary import run_summary
+    from alignbench.run import trackers
 
+    trackers.check(track)
     store = request.store()
     plan = resolve(request.with_method(method, "quickstart"), request.registry())
     cell = next(cell for cell in plan.cells if cell.spec.method["name"] == method)
@@ -110,8 +114,11 @@ def status(request: Request) -> int:
     store = request.store()
     if request.words:
         name, manifest = request.manifest(store)
-        rows = status_table.rows(store, manifest, submissions.read(store, name))
+        records = submissions.read(store, name)
+        rows = status_table.rows(store, manifest, records)
         print(status_table.table(rows))
+        for line in status_table.warnings(rows, records):
+            print(f"alignbench: {line}", file=sys.stderr)
         return status_table.exit_code(rows)
     for path in store.manifests():
         try:
@@ -167,8 +174,10 @@ def retry(
     """Retry the runs that failed or were lost, with the launcher used before."""
     from alignbench.launch import status_table, submissions
     from alignbench.launch.local import check_launcher
+    from alignbench.run import trackers
     from alignbench.store.run_state import LOST
 
+    trackers.check(track)
     store = request.store()
     name, manifest = request.manifest(store)
     records = submissions.read(store, name)
@@ -242,12 +251,10 @@ def gc(yes: bool, store: str) -> int:
 # -- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _record(request: Request, plan: Plan, cells: Sequence[PlannedRun], store: Store, track: Sequence[str]) -> Manifest:
+def _record(request: Request, plan: Plan, cells: Sequence[PlannedRun], store: Store) -> Manifest:
     """Write the manifest, print how much is to be done, and return the manifest."""
-    from alignbench.run import trackers
     from alignbench.store.manifest import write_manifest
 
-    trackers.check(track)
     store.open()
     manifest = plan.manifest(request.plugins)
     write_manifest(store.root / "sweeps" / plan.document.manifest, manifest)
@@ -267,7 +274,7 @@ def _make(
     """Execute what is missing on this machine, print the failures, and return the exit code."""
     from alignbench.launch.local import launch
 
-    _record(request, plan, cells, store, track)
+    _record(request, plan, cells, store)
     outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=request.plugins, track=track)
     failed = [outcome for outcome in outcomes if outcome.state != "done"]
     for outcome in failed:
@@ -298,7 +305,7 @@ def _submit(
     from alignbench.launch.submit import submit
     from alignbench.store.run_state import LOST
 
-    manifest = _record(request, plan, cells, store, track)
+    manifest = _record(request, plan, cells, store)
     count = submit(plan, cells, store, options, request.plugins, track)
     print(f"{count} jobs submitted; alignbench status {plan.document.command}", file=sys.stderr)
     chosen = {(cell.spec.label, cell.seed) for cell in cells}
@@ -306,7 +313,10 @@ def _submit(
     name = Path(plan.document.manifest).stem
     if wait:
         status_table.follow(store, shown, name)
-    rows = status_table.rows(store, shown, submissions.read(store, name))
+    records = submissions.read(store, name)
+    rows = status_table.rows(store, shown, records)
+    for line in status_table.warnings(rows, records):
+        print(f"alignbench: {line}", file=sys.stderr)
     for row in rows:
         if row.state in LOST:
             print(f"alignbench: {row.title} {row.state}: {row.reason}", file=sys.stderr)

@@ -15,7 +15,7 @@ from alignbench.run import provenance
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Target
 from alignbench.store.artefacts import Artefact
-from alignbench.store.files import write_frame, write_json
+from alignbench.store.files import read_json, write_frame, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +53,15 @@ class _Judge:
             write_frame(artefact.product, frame)
             artefact.status.unlink(missing_ok=True)
             shutil.rmtree(_parts(artefact), ignore_errors=True)
+            self._track(target, frame)
+
+    def _track(self, target: Target, frame: pd.DataFrame) -> None:
+        """Show the mean scores to the requested trackers, at the update whose weights made the images."""
+        from alignbench.reporting.score_summary import means
+
+        if self.session.trackers.names:
+            trained = (read_json(self.session.run.status) or {}).get("updates", 0)  # none if the run trains nothing
+            self.session.trackers.scores(means(self._evaluator, frame), target.update or trained)
 
     def _make(self) -> Any:
         return self.session.registry.make("evaluator", self.entry["settings"], "evaluator")
