@@ -132,11 +132,11 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self.writer: Any = SummaryWriter(str(folder), purge_step=first)
+        self.writer = SummaryWriter(str(folder), purge_step=first)
         plain = bool | int | float | str  # the only types that it takes
         named = {key: value if isinstance(value, plain) else str(value) for key, value in flatten(config)}
         for part in hparams(named, {}):
-            self.writer.file_writer.add_summary(part)
+            self.writer._get_file_writer().add_summary(part)
 
     def log(self, numbers: Mapping[str, float], update: int) -> None:
         for key, value in numbers.items():
