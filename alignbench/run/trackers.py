@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,7 @@ class Trackers:
     def __init__(self, names: Sequence[str], store: Path, run: Shown, warn: Callable[[str], Any]) -> None:
         self.names, self.store, self.run, self.warn = list(dict.fromkeys(names)), store, run, warn
         self._open: dict[str, Any] = {}
+        self._told: list[str] = []
         self._file = store / "runs" / run.id / FILE
         known = read_json(self._file) if names else {}
         self._known = known or {"id": f"{run.id}-{uuid.uuid4().hex[:8]}", "updates": {}}
@@ -116,12 +118,19 @@ class Trackers:
 
     @contextmanager
     def _harmless(self, name: str) -> Iterator[None]:
+        """Turn what a tracker raises, and each new thing that it warns of, into a warning of the run."""
+        caught: list[warnings.WarningMessage] = []
         try:
-            yield
+            with warnings.catch_warnings(record=True) as caught:
+                yield
         except Exception as error:  # whatever a tracker raises, the run continues
             self.names.remove(name)
             self._open.pop(name, None)
             self.warn(f"{name} failed and is no longer used: {_line(error)}")
+        for text in (f"{name}: {_line(warning.message)}" for warning in caught):
+            if text not in self._told:
+                self._told.append(text)
+                self.warn(text)
 
 
 class TensorBoard:
@@ -180,11 +189,12 @@ class Trackio:
         self.run = trackio.init(PROJECT, name=name, group=run.group, config=dict(run.config), resume="allow")
 
     def log(self, numbers: Mapping[str, float], update: int) -> None:
-        self.run.log(dict(numbers), step=update)
+        named = {"batch" if key == "step" else key: value for key, value in numbers.items()}  # it has steps of its own
+        self.run.log(named, step=update)
 
     def finish(self) -> None:
         self.run.finish()
 
 
-def _line(error: Exception) -> str:
+def _line(error: Exception | Warning | str) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

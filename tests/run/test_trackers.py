@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,6 +167,23 @@ def test_a_tracker_that_fails_gives_a_warning_and_the_run_continues(fake, tmp_pa
     show(tmp_path, range(3), told.append, names=[fake.name, "tensorboard"])
     assert told == [f"{fake.name} failed and is no longer used: OSError: the disk is full"]
     assert len(scalars(tmp_path / "tensorboard" / "last-0")["loss"]) == 3
+
+
+def test_what_a_tracker_warns_of_is_told_once(fake, tmp_path, recwarn):
+    """A tracker that goes on without its server says so by a Python warning, which becomes one of the run's."""
+    told: list[str] = []
+
+    def unreachable(project: str | None = None, **given: Any) -> FakeRun:
+        warnings.warn("no server;\n continuing locally", stacklevel=2)
+        run = FakeRun(**given)
+        run.log = lambda *_, **__: warnings.warn("kept here", stacklevel=2)  # type: ignore[method-assign]
+        return run
+
+    fake.init = unreachable
+    show(tmp_path, range(3), told.append, names=[fake.name])
+    expected = ["no server; continuing locally", "kept here"]
+    assert told == [f"{fake.name}: UserWarning: {text}" for text in expected]
+    assert not recwarn.list
 
 
 def test_who_started_a_run_reads_its_warnings(tmp_path):
