@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from alignbench.launch import submissions
 from alignbench.launch.display import progress_text
-from alignbench.launch.submissions import Submission
 from alignbench.store.artefacts import Store
 from alignbench.store.files import read_json
 from alignbench.store.manifest import Manifest, ManifestRun
@@ -28,9 +27,9 @@ class Row(NamedTuple):
     reason: str
 
 
-def rows(store: Store, manifest: Manifest, records: Sequence[Submission]) -> list[Row]:
-    """Return a row for every run of a manifest. ``records``: the sweep's submissions, latest first."""
-    jobs = submissions.known_jobs(records)
+def rows(store: Store, manifest: Manifest) -> list[Row]:
+    """Return a row for every run of a manifest."""
+    jobs = submissions.known_jobs(store, manifest)
     return [_row(store, run, jobs) for run in manifest.runs]
 
 
@@ -50,10 +49,10 @@ def progress(job: Job) -> str:
     return progress_text(report) if "stage" in report else f"{job.stage}, starting"
 
 
-def warnings(rows: Iterable[Row], records: Sequence[Submission]) -> list[str]:
-    """Return what the latest jobs of each run have warned of. ``records``: the sweep's submissions, latest first."""
-    titles = {row.id: row.title for row in rows}
-    latest = {(job.run, job.stage): job for record in reversed(records) for job in record.jobs if job.run in titles}
+def warnings(store: Store, rows: Iterable[Row]) -> list[str]:
+    """Return what the latest jobs of each run have warned of."""
+    titles, records = {row.id: row.title for row in rows}, reversed(submissions.read(store))
+    latest = {(job.run, job.stage): job for record in records for job in record.jobs if job.run in titles}
     reports = ((job, read_json(job.progress) or {}) for job in latest.values())
     return [f"{titles[job.run]}: {text}" for job, report in reports for text in report.get("warnings", [])]
 
@@ -78,7 +77,7 @@ def table(rows: Sequence[Row]) -> str:
     return f"{text}\n{summary(rows)}"
 
 
-def follow(store: Store, manifest: Manifest, sweep: str, every: float = 5.0) -> None:
+def follow(store: Store, manifest: Manifest, every: float = 5.0) -> None:
     """Show the status of a sweep until none of its runs is queued or running. Ctrl-C ends the display, not the jobs."""
     from rich.console import Console
     from rich.live import Live
@@ -88,7 +87,7 @@ def follow(store: Store, manifest: Manifest, sweep: str, every: float = 5.0) -> 
     with Live(console=console, auto_refresh=False, transient=True) as live:
         before: dict[str, str] = {}
         while True:
-            current = rows(store, manifest, submissions.read(store, sweep))
+            current = rows(store, manifest)
             for row in current:
                 if row.state in ("done", *LOST) and before.get(row.id) not in (None, row.state):
                     line = f"{row.title}: {row.state}{f' ({row.reason})' if row.reason else ''}"

@@ -204,17 +204,16 @@ def test_who_started_a_run_reads_its_warnings(tmp_path):
 
 def test_status_tells_what_jobs_warned_of(tmp_path):
     """On a cluster, `alignbench status` has the warnings of the latest job of each stage, with the run's title."""
-    from alignbench.launch import status_table
-    from alignbench.launch.submissions import JobEntry, Submission
+    from alignbench.launch import status_table, submissions
+    from alignbench.store.artefacts import Store
 
-    records = []
-    for number in (2, 1):  # latest first
+    for number in (1, 2):
         progress = Progress(tmp_path / f"{number}.json")
         progress.warn(f"warning {number}")
-        job = JobEntry(f"{number}_0", "train", [], "last-0", str(tmp_path / f"{number}.json"))
-        records.append(Submission(tmp_path, "tiny", "slurm", "tiny", {}, float(number), "host", 1, [job]))
+        job = submissions.JobEntry(f"{number}_0", "train", [], "last-0", str(progress.path))
+        submissions.write(tmp_path / "jobs" / str(number), "tiny", "slurm", [job], "tiny")
     row = status_table.Row("Last, seed 0", "last-0", "done", "", "", "", "")
-    assert status_table.warnings([row], records) == ["Last, seed 0: warning 2"]
+    assert status_table.warnings(Store(tmp_path), [row]) == ["Last, seed 0: warning 2"]
 
 
 def test_a_tracker_that_cannot_work_stops_everything_before_it_starts(tmp_path, monkeypatch, capsys):
