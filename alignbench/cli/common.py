@@ -162,7 +162,10 @@ ONLY = click.option(
     help="Select runs: method=refl, '!seed=2', or the path of any setting; values of the same key are alternatives.",
 )
 TRACK = click.option(
-    "--track", metavar="TRACKER", multiple=True, help="Also log training to tensorboard, wandb or trackio; repeatable."
+    "--track",
+    metavar="TRACKER",
+    multiple=True,
+    help="Also log training and scores to tensorboard, wandb or trackio; repeatable.",
 )
 GPU = click.option(
     "--gpu", metavar="GPU", default="h100", help="GPU whose speed and memory to assume: h100 (default), h200 or a100."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from alignbench.cli.checks import check_method, doctor, fit, ls, new_method, pla
 from alignbench.cli.common import DONE, EPILOG, EXIT_CODES, INTERRUPTED, USAGE, Choice, write_paragraphs
 from alignbench.cli.reports import compare, import_, report, score
 from alignbench.cli.sweeps import cancel, gc, logs, rerun, retry, run, status, sweep
+from alignbench.store.machine import denial, obstacle
 
 GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Start here": (sweep, status, report, plan, ls),
@@ -85,6 +86,9 @@ for group in GROUPS.values():
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
+    _prepare_streams()
+    if reason := obstacle():
+        return _refuse(reason)
     try:
         if instruction := os.environ.get(COMPLETE):
             from click.shell_completion import shell_complete
@@ -92,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return shell_complete(cli, {}, "alignbench", COMPLETE, instruction)
         with cli.make_context("alignbench", list(sys.argv[1:] if argv is None else argv)) as context:
             code = cli.invoke(context)
-        if sys.stdout:  # None if it was closed
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except Exit as end:  # --help and --version
         return end.exit_code
@@ -107,16 +110,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = None  # type: ignore[assignment]  # nothing left to flush
         return DONE
     except OSError as error:
-        if error.errno != errno.ENOSPC or error.filename is not None:
+        if (reason := denial(error)) is None:
             raise
-        sys.stdout = None  # type: ignore[assignment]  # nothing left to flush
-        return _refuse(f"the output cannot be written: {error.strerror}")
+        if error.filename is None:
+            sys.stdout = None  # type: ignore[assignment]  # nothing left to flush
+        return _refuse(reason)
     except Exception as error:
         from alignbench.config import UserError  # imported late: its dependencies would double the time of --help
 
         if not isinstance(error, UserError):
             raise
         return _refuse(str(error))
+
+
+def _prepare_streams() -> None:
+    """Open closed streams, and let the others write every character, if need be as an escape such as ``\\u2191``.
+
+    In place of a closed stream, the system would give its number to the next file, and children would write into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 (open for good)
+            setattr(sys, name, stream)
+            os.set_inheritable(stream.fileno(), True)
+        if mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _refuse(text: str) -> int:

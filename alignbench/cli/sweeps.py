@@ -59,8 +59,10 @@ def sweep(
     """Run everything of a sweep that the store does not have yet: train, generate, score."""
     from alignbench.config import UserError
     from alignbench.launch.local import check_launcher
+    from alignbench.run import trackers
 
     check_launcher(launcher)
+    trackers.check(track)
     if launcher != "slurm" and (slurm is not None or wait):
         option = "--wait" if slurm is None else "--slurm"
         raise UserError(f"{option}: --launcher {launcher} ignores it; leave it out, or choose --launcher slurm")
@@ -88,7 +90,9 @@ def run(request: Request, method: str, track: Sequence[str]) -> int:
     """Execute one run in the foreground: the first of a sweep (default: quickstart) with --method."""
     from alignbench.reporting.analysis.results import Results
     from alignbench.reporting.score_summary import run_summary
+    from alignbench.run import trackers
 
+    trackers.check(track)
     store = request.store()
     plan = resolve(request.with_method(method, "quickstart"), request.registry())
     cell = next(cell for cell in plan.cells if cell.spec.method["name"] == method)
@@ -114,6 +118,8 @@ def status(request: Request) -> int:
         rows = status_table.rows(store, manifest)
         print(status_table.table(rows))
         print_gaps(store, manifest.runs)
+        for line in status_table.warnings(store, rows):
+            print(f"alignbench: {line}", file=sys.stderr)
         return status_table.exit_code(rows)
     for path in store.manifests():
         try:
@@ -170,8 +176,10 @@ def retry(
     """Retry the runs that failed or were lost, with the launcher used before."""
     from alignbench.launch import status_table, submissions
     from alignbench.launch.local import check_launcher
+    from alignbench.run import trackers
     from alignbench.store.run_state import LOST, UNKNOWN
 
+    trackers.check(track)
     store = request.store()
     name, manifest = request.manifest(store)
     records = submissions.read(store, name)
@@ -246,13 +254,11 @@ def gc(yes: bool, store: str) -> int:
 # -- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _record(request: Request, plan: Plan, cells: Sequence[PlannedRun], store: Store, track: Sequence[str]) -> Manifest:
+def _record(request: Request, plan: Plan, cells: Sequence[PlannedRun], store: Store) -> Manifest:
     """Write the manifest, print how much is to be done, what changed and what is damaged; return the manifest."""
     from alignbench.launch.pending import set_damaged_aside
-    from alignbench.run import trackers
     from alignbench.store.manifest import changed_ids, write_manifest
 
-    trackers.check(track)
     store.open()
     manifest, path = plan.manifest(request.plugins), store.root / "sweeps" / plan.document.manifest
     chosen = {(cell.spec.label, cell.seed) for cell in cells}
@@ -276,7 +282,7 @@ def _make(
     """Execute what is missing on this machine, print the failures, and return the exit code."""
     from alignbench.launch.local import launch
 
-    manifest = _record(request, plan, cells, store, track)
+    manifest = _record(request, plan, cells, store)
     outcomes = launch(plan, cells, store, launcher=launcher, jobs=jobs, plugins=request.plugins, track=track)
     print_gaps(store, _runs(manifest, cells))
     failed = [outcome for outcome in outcomes if outcome.state != "done"]
@@ -314,7 +320,7 @@ def _submit(
     from alignbench.store.run_state import LOST
 
     slurm.check_paths(store.root)
-    manifest = _record(request, plan, cells, store, track)
+    manifest = _record(request, plan, cells, store)
     shown = manifest.only(_runs(manifest, cells))
     count = submit(plan, cells, store, options, request.plugins, track)
     print(f"{count} jobs submitted; alignbench status {plan.document.command}", file=sys.stderr)
@@ -322,6 +328,8 @@ def _submit(
         status_table.follow(store, shown)
     print_gaps(store, shown.runs)
     rows = status_table.rows(store, shown)
+    for line in status_table.warnings(store, rows):
+        print(f"alignbench: {line}", file=sys.stderr)
     for row in rows:
         if row.state in LOST:
             print(f"alignbench: {row.title} {row.state}: {row.reason}", file=sys.stderr)

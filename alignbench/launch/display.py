@@ -39,6 +39,7 @@ class Job:
     started: float = field(default_factory=time.time)
     handle: Any = None  # submitit's job
     slot: int = 0  # worker slot, which determines the GPU
+    told: int = 0  # number of its warnings that were shown
 
     def read(self) -> dict[str, Any]:
         """Return the worker's latest progress report."""
@@ -95,6 +96,7 @@ class Display:
             self._rows[id(job)] = self.bars.add_task(job.cell.title, total=1.0, note="starting")
 
     def end(self, job: Job, outcome: Outcome) -> None:
+        self._tell(job)
         self.running.remove(job)
         self.finished += 1
         if self.bars is not None:
@@ -115,7 +117,9 @@ class Display:
         return f"about {duration(elapsed / share - elapsed)} left" if share > 0.01 else "time left not known yet"
 
     def refresh(self) -> None:
-        """Update the bars; without a terminal, log a line if the last one is PLAIN_EVERY seconds old."""
+        """Show new warnings and the bars; without a terminal, a line if the last one is PLAIN_EVERY seconds old."""
+        for job in list(self.running):
+            self._tell(job)
         if self.bars is not None:
             for job in self.running:
                 self.bars.update(self._rows[id(job)], completed=job.share(), note=job.note())
@@ -126,6 +130,13 @@ class Display:
             self._logged = time.time()
             states = "; ".join(f"{job.cell.title}: {job.note()}" for job in self.running)
             self.log(f"{self.finished} of {self.total} runs done, {self.left()}; {states}")
+
+    def _tell(self, job: Job) -> None:
+        """Show the warnings that the worker has added since the last call."""
+        warnings = job.read().get("warnings", [])
+        new, job.told = warnings[job.told :], len(warnings)
+        for text in new:
+            self.log(f"alignbench: {job.cell.title}: {text}")
 
     @contextmanager
     def in_background(self) -> Iterator[None]:

@@ -63,5 +63,6 @@ def task(plan: Plan, store: Store, cell: PlannedRun, code: Snapshot | None, **mo
         spec=settings(cell.spec),
         evaluation=settings(plan.evaluation) | {"protocol": settings(cell.protocol)},
         command=sys.argv,
+        sweep=plan.document.name,
         **({"plugins": code.plugins, "code": provenance.code(code.given)} if code else {}) | more,
     )._asdict()

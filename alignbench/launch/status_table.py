@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from alignbench.launch import submissions
 from alignbench.launch.display import progress_text
 from alignbench.store.artefacts import Store
+from alignbench.store.files import read_json
 from alignbench.store.manifest import Manifest, ManifestRun
 from alignbench.store.run_state import LOST, STATES, Job, Jobs, run_state
 from alignbench.store.text_table import printable, text_table
@@ -47,10 +45,16 @@ def _row(store: Store, run: ManifestRun, jobs: Callable[[], Jobs]) -> Row:
 
 def progress(job: Job) -> str:
     """Return the progress that a job reports, as in ``training 45%, update 22, reward 0.612``."""
-    report: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        report = json.loads(Path(job.progress).read_text(encoding="utf-8"))
+    report = read_json(job.progress) or {}
     return progress_text(report) if "stage" in report else f"{job.stage}, starting"
+
+
+def warnings(store: Store, rows: Iterable[Row]) -> list[str]:
+    """Return what the latest jobs of each run have warned of."""
+    titles, records = {row.id: row.title for row in rows}, reversed(submissions.read(store))
+    latest = {(job.run, job.stage): job for record in records for job in record.jobs if job.run in titles}
+    reports = ((job, read_json(job.progress) or {}) for job in latest.values())
+    return [f"{titles[job.run]}: {text}" for job, report in reports for text in report.get("warnings", [])]
 
 
 def exit_code(rows: Iterable[Row]) -> int:

@@ -8,7 +8,6 @@ determines the state of a run.
 from __future__ import annotations
 
 import functools
-import getpass
 import os
 import re
 import socket
@@ -23,6 +22,7 @@ import msgspec
 from alignbench.launch import slurm
 from alignbench.store.artefacts import Store
 from alignbench.store.files import read_json, write_json
+from alignbench.store.machine import user
 from alignbench.store.manifest import Manifest
 from alignbench.store.run_state import Job, Jobs
 from alignbench.store.shell import NoAnswer
@@ -60,7 +60,7 @@ def write(
     folder: Path, sweep: str, launcher: str, jobs: Sequence[JobEntry], name: str = "", options: Any = None
 ) -> None:
     """Record a launch; called again whenever it has submitted more jobs."""
-    origin = {"host": socket.gethostname(), "pid": os.getpid(), "user": getpass.getuser()}
+    origin = {"host": socket.gethostname(), "pid": os.getpid(), "user": user()}
     about = {"sweep": sweep, "launcher": launcher, "name": name, "options": options or {}, "submitted": time.time()}
     write_json(folder / FILE, about | origin | {"tickets": [job._asdict() for job in jobs]})
 

@@ -28,6 +28,7 @@ from alignbench.evaluator import Evaluator, without_tf32
 from alignbench.plugins import Registry
 from alignbench.prompts import Prompt
 from alignbench.rehearsal import tiny_evaluators
+from alignbench.store.machine import denial
 from alignbench.store.text_table import text_table
 
 if TYPE_CHECKING:
@@ -212,7 +213,9 @@ def _check_golden(registry: Registry, name: str) -> Line:
     try:
         gap, where = largest_gap(probe_scores(golden_evaluator(registry, name)), golden["scores"][name])
     except Exception as error:  # a changed library may raise anything; finding that is the point of this check
-        return Line(part, WRONG, f"cannot be computed: {type(error).__name__}: {' '.join(str(error).split())}")
+        denied = denial(error) if isinstance(error, OSError) else None
+        reason = denied or f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Line(part, WRONG, f"cannot be computed: {reason}")
     if gap <= TOLERANCE:
         return Line(part, FINE, f"agree to {gap:.0e} of their spread (random weights; allowed {TOLERANCE:.0e})")
     made_with = ", ".join(f"{package} {number}" for package, number in golden["versions"].items())

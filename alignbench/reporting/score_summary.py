@@ -60,6 +60,19 @@ def save(scored: Sequence[tuple[Any, pd.DataFrame]], out: Path, plugins: Sequenc
 
 def summary(scored: Sequence[tuple[Any, pd.DataFrame]]) -> str:
     """Return a table with a row per metric: the mean with its interval over prompts, and what it rests on."""
+    return run_summary(*_one_run(scored))
+
+
+def means(evaluator: Any, frame: pd.DataFrame) -> dict[str, float]:
+    """Return {``hpsv2.1 (cosine)``: mean} for every metric of an evaluator that has one, as a report prints it."""
+    run, scores = _one_run([(evaluator, frame)])
+    analysis = analyse(Manifest(name="", cases=[run.label], runs=[run]), scores)
+    found = {measure: analysis.means[measure][run.label].mean for measure in analysis.measures}
+    return {f"{measure.name} ({measure.unit})": mean for measure, mean in found.items() if not np.isnan(mean)}
+
+
+def _one_run(scored: Sequence[tuple[Any, pd.DataFrame]]) -> tuple[ManifestRun, pd.DataFrame]:
+    """Return scores as those of a run that consists of nothing else."""
     entries = [
         ManifestScore(
             evaluator=evaluator.name,
@@ -72,7 +85,7 @@ def summary(scored: Sequence[tuple[Any, pd.DataFrame]]) -> str:
         for evaluator, _ in scored
     ]
     run = ManifestRun(id="", label="images", method="", seed=UNTRAINED, published=True, images="", scores=entries)
-    return run_summary(run, tidy(scored).assign(label=run.label, seed=run.seed))
+    return run, tidy(scored).assign(label=run.label, seed=run.seed)
 
 
 def run_summary(run: ManifestRun, scores: pd.DataFrame) -> str:

@@ -7,7 +7,6 @@ may run from a copy of the code outside any checkout.
 from __future__ import annotations
 
 import functools
-import getpass
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ from alignbench.digests import file_digest, fingerprint
 from alignbench.plugins import Registry, digest
 from alignbench.run import code_snapshot
 from alignbench.store.files import read_json, write, write_json
+from alignbench.store.machine import user
 
 FILE, PATCH = "provenance.json", "dirty.patch"  # in a run's folder
 TRACKED = ("alignbench", "methods", "evaluators", "reports", "sweeps", "pyproject.toml")  # the code in a checkout
@@ -130,7 +130,7 @@ def machine(processes: int) -> dict[str, Any]:
     return {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "os": platform.platform(),
-        "user": _user(),
+        "user": user(),
         "driver": _driver(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
@@ -138,13 +138,6 @@ def machine(processes: int) -> dict[str, Any]:
         "processes": processes,
         "slurm": {name: os.environ[variable] for name, variable in SLURM.items() if os.environ.get(variable)},
     }
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())
 
 
 def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:

@@ -17,7 +17,7 @@ from alignbench.run import provenance
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Target
 from alignbench.store.artefacts import Artefact, check_images
-from alignbench.store.files import Damaged, read_frame
+from alignbench.store.files import Damaged, read_frame, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +55,15 @@ class _Judge:
             lock.check()
             if again := write_scores(artefact, table, self._made_by(), str(self.session.log(target.run))):
                 raise UserError(f"{self.entry['name']}: {again}")
+            self._track(target, table)
+
+    def _track(self, target: Target, frame: pd.DataFrame) -> None:
+        """Show the mean scores to the requested trackers, at the update whose weights made the images."""
+        from alignbench.reporting.score_summary import means
+
+        if self.session.trackers.names:
+            trained = (read_json(self.session.run.status) or {}).get("updates", 0)  # none if the run trains nothing
+            self.session.trackers.scores(means(self._evaluator, frame), target.update or trained)
 
     def _make(self) -> Any:
         return self.session.registry.make("evaluator", self.entry["settings"], "evaluator")

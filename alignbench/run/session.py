@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from alignbench.config import Interrupted, UserError, decode
+from alignbench.config import Interrupted, UserError, decode, settings
 from alignbench.experiment.ids import BASE, Parts, base_of, build, image_set_id, run_id
 from alignbench.experiment.spec import Evaluation, RunSpec
 from alignbench.plugins import Registry
@@ -23,6 +22,7 @@ from alignbench.prompts import load_prompts
 from alignbench.run import provenance
 from alignbench.run.process_group import STOPPED, OtherFailed, ProcessGroup
 from alignbench.run.task import Failed, Progress, Target, Task
+from alignbench.run.trackers import Shown, Trackers
 from alignbench.store.artefacts import Artefact, Store, locked, milestone_expected, set_aside
 from alignbench.store.files import Damaged, cannot_write
 from alignbench.store.locks import Lock, LockLost
@@ -227,10 +227,17 @@ class RunSession:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
 
     def warn(self, text: str) -> None:
-        """Write a warning to the run's log and, unless that is the log, to stderr."""
+        """Write a warning to the run's log and, with the progress, to whoever started the run."""
         self.note(f"warning: {text}")
-        if self.task.launcher is None:  # the stderr of a local worker is the log
-            print(f"alignbench: {self.spec.label}: {text}", file=sys.stderr)
+        self.progress.warn(text)
+
+    @cached_property
+    def trackers(self) -> Trackers:
+        """The requested trackers of this run; none on ranks other than 0."""
+        spec, names = self.spec, self.task.track if self.group.is_main else ()
+        title = f"{spec.label}, seed {spec.training.seed}" if self.task.trains else spec.label
+        shown = Shown(self.run.id, title, self.task.sweep, settings(spec))
+        return Trackers(names, self.store.root, shown, self.warn)
 
 
 def stores_embeddings(backend: Any) -> bool:

@@ -36,6 +36,7 @@ class Task(NamedTuple):
     launcher: int | None = None  # pid of the launcher; a local worker ends with it
     code: dict[str, Any] | None = None  # ``provenance.code()`` where the sweep was started; None: computed here
     track: Sequence[str] = ()  # names of trackers, among ``trackers.NAMES``
+    sweep: str = ""  # name of the sweep, by which trackers group runs
     milestones: Sequence[Sequence[Any]] = ()  # (update, id of its image set)
     update: int | None = None  # the milestone that ``images`` belongs to; None: the end
 
@@ -69,16 +70,27 @@ class Progress:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path  # None: another rank writes it
+        self.warnings: list[str] = []
+        self._report: dict[str, Any] = {"stage": "starting", "share": None, "detail": ""}
         self._last = 0.0
 
     def __call__(self, stage: str, share: float | None = None, detail: str = "") -> None:
         """Write the progress, at most three times a second. ``share``: finished part of this stage, 0 to 1."""
-        now = time.time()
-        if self.path is None or (now - self._last < 0.3 and share is not None and share < 1):
+        self._report = {"stage": stage, "share": share, "detail": detail}
+        if share is None or share >= 1 or time.time() - self._last >= 0.3:
+            self._write()
+
+    def warn(self, text: str) -> None:
+        """Write a warning, which every later report repeats."""
+        self.warnings.append(text)
+        self._write()
+
+    def _write(self) -> None:
+        self._last = time.time()
+        if self.path is None:
             return
-        self._last = now
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         with suppress(OSError):  # progress is not worth a failure
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"stage": stage, "share": share, "detail": detail, "time": now}))
+            temporary.write_text(json.dumps({**self._report, "time": self._last, "warnings": self.warnings}))
             temporary.replace(self.path)

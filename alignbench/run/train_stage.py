@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -129,27 +129,12 @@ def _follow(session: RunSession, records: Iterable[dict[str, Any]]) -> None:
     """Train, by consuming the records, and report progress."""
     from alignbench.training.state import budget_share
 
-    for record in _tracked(session, records):
+    for record in records:
+        session.trackers.record(record)
         share = budget_share(session.spec.training.budget, record, session.accelerator.num_processes)
         shown = f", reward {record['reward_mean']:.3f}" if "reward_mean" in record else ""
         shown += ", every hinge closed" if record.get("hinge_closed") == 1 else ""
         session.progress("training", share, f"update {record['update'] + 1}{shown}")
-
-
-def _tracked(session: RunSession, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the records, after passing each to the requested trackers."""
-    from alignbench.run.trackers import Trackers
-
-    spec = session.spec
-    title = f"{spec.label}, seed {spec.training.seed}"
-    names = session.task.track if session.accelerator.is_main_process else ()
-    trackers = Trackers(names, session.store.root, session.run.id, title, settings(spec), session.note)
-    try:
-        for record in records:
-            trackers(record)
-            yield record
-    finally:
-        trackers.close()
 
 
 def _finish(session: RunSession, lock: Lock) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Task
 from alignbench.run.train_stage import train
 from alignbench.store.locks import alive
+from alignbench.store.machine import obstacle, user
 from alignbench.store.stages import Stage
 
 
@@ -30,16 +31,21 @@ def execute(task: dict[str, Any], stop: Callable[[], bool] = lambda: False) -> d
     proves to be damaged, the stages are executed a second time, to make it again.
     """
     try:
+        if reason := obstacle():
+            raise UserError(reason)
         session = RunSession(Task(**task), stop)
-    except UserError as error:  # a plug-in that changed under the sweep
+    except UserError as error:  # for instance a plug-in that changed under the sweep
         return {"state": "failed", "reason": str(error), "made": []}
     with _process(session.task, session.log(session.run.id)):
         alone = session.group.size == 1
-        state = _execute(session)
-        if session.damaged and alone and state != "interrupted":  # of several ranks, the next sweep makes it again
-            session.failures.clear()
-            session.unload()  # it may have weights that were read before
+        try:
             state = _execute(session)
+            if session.damaged and alone and state != "interrupted":  # of several ranks, the next sweep makes it again
+                session.failures.clear()
+                session.unload()  # it may have weights that were read before
+                state = _execute(session)
+        finally:
+            session.trackers.close()
         session.group.close()  # not after an unexpected exception: then this process must not wait for the others
     state = "failed" if session.failures else state
     reasons = session.failures or [f"made again: {what}" for what in session.damaged]
@@ -89,6 +95,7 @@ STAGES = {Stage.TRAIN.kind: train, Stage.GENERATE.kind: _generate, Stage.SCORE.k
 def _process(task: Task, log: Path) -> Iterator[None]:
     """Set the number of threads, send output to the run's log on request, and end a local worker with its launcher."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["LOGNAME"] = user()  # libraries name folders by it, and a container's user may have none
     if task.own_log:
         with suppress(OSError):
             log.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ retried; it never counts as done. Only one process at a time makes an artefact, 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -20,11 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignbench.config import UserError
+from alignbench.store.machine import DISK_FULL
 
 if TYPE_CHECKING:
     import pandas as pd
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write(path: Path, content: bytes | str | Callable[[Path], Any], *, sealed: bool = False) -> None:
