@@ -63,6 +63,7 @@ class Resources(Config):
         same = ("partition", "nodes", "cpus_per_task", "time", "mem", "constraint", "qos", "account")
         chosen = {name: getattr(self, name) for name in same if getattr(self, name) is not None}
         gpus = {"gpus_per_node": self.gpus_per_node} if self.gpus_per_node else {}
+        cpus = [f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else []  # which srun does not inherit
         return {
             "time": None,  # else submitit's default: five minutes
             **chosen,
@@ -71,7 +72,7 @@ class Resources(Config):
             "array_parallelism": self.array_parallelism,
             "signal_delay_s": self.signal,
             "stderr_to_stdout": True,
-            "srun_args": [f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else None,  # not inherited
+            "srun_args": ["--kill-on-bad-exit=1", *cpus],  # a rank that was killed ends the others
         }
 
 

@@ -15,7 +15,7 @@ from alignbench.run import provenance
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Target
 from alignbench.store.artefacts import Artefact
-from alignbench.store.files import write_frame, write_json
+from alignbench.store.files import read_json, write_frame, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,13 +73,15 @@ class _Judge:
         if self._evaluator is None:
             self._evaluator = self._make()
         self._check_base()
+        self.session.keep_threads(lambda: read_json(_parts(artefact) / "made_by.json"))
+        write_json(_parts(artefact) / "made_by.json", provenance.made_by(self.session.code))
         images = pd.read_parquet(self.session.images(target).product)
         frames = []
         for rows in passes(list(images["prompt_id"])):  # one file each, so that a killed run keeps its scores
             part = _parts(artefact) / f"{rows.start}.parquet"
             if not part.exists():
                 write_frame(part, self._score_rows(target, images.iloc[rows]))
-                self.session.raise_if_stopped()
+                self.session.group.check()
             frames.append(pd.read_parquet(part))
             self.session.progress(f"scoring, {self.entry['name']}", rows.stop / len(images))
         return pd.concat(frames, ignore_index=True)

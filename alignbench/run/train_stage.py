@@ -13,7 +13,7 @@ from alignbench.config import settings
 from alignbench.prompts import digest, load_prompts
 from alignbench.run import provenance
 from alignbench.run.session import RunSession, stores_embeddings
-from alignbench.store.files import write, write_frame
+from alignbench.store.files import read_json, write, write_frame
 from alignbench.store.locks import Lock
 
 
@@ -23,6 +23,7 @@ def train(session: RunSession) -> None:
     with session.making(run, run.id) as lock:
         if lock is None:
             return
+        session.keep_threads(lambda: read_json(run.folder / provenance.FILE))
         group.broadcast(lambda: session.check_unchanged(session.end))
         started = time.time()
         if group.is_main:

@@ -14,6 +14,7 @@ from typing import Any
 
 from alignbench.config import Interrupted, UserError
 from alignbench.run.image_stage import generate
+from alignbench.run.process_group import OtherFailed
 from alignbench.run.score_stage import score
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Task
@@ -37,11 +38,11 @@ def execute(task: dict[str, Any], stop: Callable[[], bool] = lambda: False) -> d
         try:
             for kind in session.task.stages:
                 STAGES[kind](session)
+            session.group.close()
         except Interrupted:
             state = "interrupted"
-        except Failed as failure:
+        except (Failed, OtherFailed) as failure:
             session.failures.append(str(failure))
-        session.group.close()  # not after an unexpected exception: then this process must not wait for the others
     state = "failed" if session.failures else state
     return {"state": state, "reason": "; ".join(session.failures), "made": session.made}
 

@@ -185,16 +185,49 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
         pd.testing.assert_frame_equal(pd.read_parquet(path), frame)
 
 
+TROUBLE = [  # where, how, rank, parallel, the reason that the run's status gives
+    ("training", "fails", 0, "fsdp", "training: rank 0: RuntimeError: fell over"),
+    ("training", "fails", 1, "ddp", "training: rank 1: RuntimeError: fell over"),
+    ("training", "spoils", 1, "fsdp", "training: rank 1: training, step 1, update 1: the reward is not finite"),
+    ("training", "killed", 0, "ddp", "training: rank 0 has ended; see its log"),
+    ("training", "killed", 1, "fsdp", "training: rank 1 has ended; see its log"),
+    ("saving", "killed", 0, "fsdp", "training: rank 0 has ended; see its log"),
+    ("generating", "fails", 1, "ddp", "generation: rank 1: RuntimeError: fell over"),
+    ("generating", "killed", 0, "ddp", "generation: rank 0 has ended; see its log"),
+    ("generating", "killed", 1, "fsdp", "generation: rank 1 has ended; see its log"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fails", ["0", "1"])
-def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path, fails):
-    """When a rank fails unexpectedly, the reason is recorded, the lock is free, and no rank is left waiting."""
+@pytest.mark.parametrize(("where", "how", "rank", "parallel", "reason"), TROUBLE)
+def test_a_rank_that_fails_or_dies_ends_the_run_with_its_reason(tmp_path, where, how, rank, parallel, reason):
+    """Status and log give the reason, the lock is free, nobody is left waiting, and the next attempt makes the rest."""
+    store, plain = task(tmp_path, parallel)
+    rank_process.together("execute", tmp_path, where, how, str(rank), expect=1)
+    run, images = store.run(plain["run"], True), store.images(plain["images"])
+    artefact = run if reason.startswith("training") else images
+    assert artefact.failure == reason
+    assert not artefact.busy
+    assert not artefact.done
+    told = run.folder / ("log.rank1.txt" if (how, rank) == ("killed", 0) else "log.txt")
+    assert reason.partition(": ")[2] in told.read_text()
+    assert execute(plain)["state"] == "done"
+
+
+@pytest.mark.slow
+def test_a_stop_is_not_a_failure_on_any_rank(tmp_path):
+    """A signal on one rank that makes images stops both, which record no failure and keep the images made so far.
+
+    The other rank, which waits for it or works, ends as interrupted too, so that a job can be queued again.
+    """
     store, plain = task(tmp_path)
-    rank_process.together("execute", tmp_path, fails, expect=1)
-    run = store.run(plain["run"], True)
-    assert "RuntimeError: fell over" in (run.failure or "")
-    assert not run.busy
-    assert not run.done
+    notes = rank_process.together("execute", tmp_path, "generating", "stopped", "1", expect=1)
+    assert [note["state"] for note in notes] == ["interrupted"] * 2
+    images = store.images(plain["images"])
+    assert images.failure is None
+    assert not images.busy
+    assert list(images.folder.glob("*.png"))
+    assert execute(plain)["state"] == "done"
 
 
 def test_one_process_starts_nothing(monkeypatch):
