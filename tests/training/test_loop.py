@@ -805,7 +805,7 @@ def test_a_metered_flow_is_otherwise_the_flow():
 
 
 def test_two_ranks_are_one(tmp_path):
-    """Two real processes make the updates of one: same choices at every step, same weights and costs, to rounding.
+    """Two real processes make the updates of one: same choices, weights, costs and statistics, to rounding.
 
     When one of them is asked to stop, both do, after the same batch, and one process goes on from what they saved; when
     one fails, it says where and waits for nobody, and the other ends, too.
@@ -823,7 +823,7 @@ def test_two_ranks_are_one(tmp_path):
     assert first["draws"] == second["draws"]
     assert first["bias"] == second["bias"]
     for name, method in (("leapalign", LEAP), ("dancegrpo", GRPO)):
-        flow, records = run(method, settings(batches=3))
+        flow, records = run(method, settings(batches=3), reward=QuadraticReward(0.5))
         both = torch.tensor(first["bias"][name], dtype=torch.float64)
         torch.testing.assert_close(both, flow.bias.detach(), rtol=1e-9, atol=1e-9)
         for mine, theirs in itertools.chain(
@@ -834,6 +834,7 @@ def test_two_ranks_are_one(tmp_path):
     assert first["error"]
     assert "step 1" in second["error"]
     assert "reward quadratic is not finite" in second["error"]
+    assert all(record["reward_std"] > 0 for record in first["records"]["leapalign"])
     assert first["stopped"] == second["stopped"] == "training: stopped after 2 batches"
     assert [record["step"] for record in run(LEAP, folder=tmp_path / "stopped")[1]] == [2, 3, 4, 5]
 
@@ -855,7 +856,7 @@ def train_as_rank(rank: int, port: str, folder: Path) -> None:
     torch.set_num_threads(1)
     notes: dict = {"bias": {}, "records": {}}
     for name, method in (("leapalign", LoggedLeap(steps=STEPS)), ("dancegrpo", GRPO)):
-        flow, records = run(method, settings(batches=3), folder / name)
+        flow, records = run(method, settings(batches=3), folder / name, reward=QuadraticReward(0.5))
         notes["bias"][name], notes["records"][name] = flow.bias.tolist(), records
     notes["draws"] = LoggedLeap.draws
     asked = iter([False, rank == 1])
