@@ -38,6 +38,7 @@ class OtherFailed(Exception):
 
 
 def ended(rank: int) -> str:
+    """Return the reason that ``rank`` gives by its silence."""
     return f"rank {rank} has ended; see its log"
 
 
@@ -76,9 +77,7 @@ class ProcessGroup:
         import torch
         from torch.distributed import PrefixStore
 
-        store = self._connect()
-        store.set_timeout(PATIENCE)
-        self._store = PrefixStore("alignbench", store)
+        self._store = PrefixStore("alignbench", self._connect(self.is_main))
         threading.Thread(target=self._watch, daemon=True).start()
         started = time.monotonic()
 
@@ -90,6 +89,8 @@ class ProcessGroup:
         for rank in range(self.size):
             self._await(f"started {rank}", lambda rank=rank: give_up(rank))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store = self._connect(False)  # a connection of its own: torch blocks it while it waits, and hearts must beat
+        store.set_timeout(PATIENCE)
         torch.distributed.init_process_group(
             backend, store=PrefixStore("torch", store), rank=self.rank, world_size=self.size, timeout=PATIENCE
         )
@@ -165,16 +166,16 @@ class ProcessGroup:
 
     # -- the store ----------------------------------------------------------------------------------------------------
 
-    def _connect(self) -> Any:
-        """Return the store, which rank 0 hosts, once that has started."""
+    def _connect(self, host: bool) -> Any:
+        """Return a connection to the store, once rank 0 hosts it; with ``host``, begin to."""
         from torch.distributed import TCPStore
 
         address, port, started = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), time.monotonic()
         while True:
             try:
-                return TCPStore(address, port, self.size, self.is_main, timedelta(seconds=5), wait_for_workers=False)
+                return TCPStore(address, port, self.size, host, timedelta(seconds=5), wait_for_workers=False)
             except RuntimeError:
-                if self.is_main:
+                if host:
                     raise
             self.check()
             if time.monotonic() - started > START:

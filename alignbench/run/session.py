@@ -227,7 +227,7 @@ class RunSession:
         """Record a failure, unless another process has taken over. If rank 0 has ended, another rank acts for it."""
         if self.group.size > 1:
             self.note(reason, run)
-        if not (self.group.is_main or self.group.main_ended):
+        if artefact.done or not (self.group.is_main or self.group.main_ended):
             return
         with suppress(UserError, LockLost):  # on a full disk not even this can be written
             if lock is not None:

@@ -823,7 +823,7 @@ def test_two_ranks_are_one(tmp_path):
     assert first["draws"] == second["draws"]
     assert first["bias"] == second["bias"]
     for name, method in (("leapalign", LEAP), ("dancegrpo", GRPO)):
-        flow, records = run(method, settings(batches=3), reward=QuadraticReward(0.5))
+        flow, records = run(method, settings(batches=3), reward=QuadraticReward(margin=-1.0))
         both = torch.tensor(first["bias"][name], dtype=torch.float64)
         torch.testing.assert_close(both, flow.bias.detach(), rtol=1e-9, atol=1e-9)
         for mine, theirs in itertools.chain(
@@ -856,7 +856,7 @@ def train_as_rank(rank: int, port: str, folder: Path) -> None:
     torch.set_num_threads(1)
     notes: dict = {"bias": {}, "records": {}}
     for name, method in (("leapalign", LoggedLeap(steps=STEPS)), ("dancegrpo", GRPO)):
-        flow, records = run(method, settings(batches=3), folder / name, reward=QuadraticReward(0.5))
+        flow, records = run(method, settings(batches=3), folder / name, reward=QuadraticReward(margin=-1.0))
         notes["bias"][name], notes["records"][name] = flow.bias.tolist(), records
     notes["draws"] = LoggedLeap.draws
     asked = iter([False, rank == 1])
