@@ -8,6 +8,7 @@ in a collective. Each rank has a heartbeat in the store.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
@@ -87,7 +88,7 @@ class ProcessGroup:
 
         self._send(f"started {self.rank}", "here")
         for rank in range(self.size):
-            self._await(f"started {rank}", lambda rank=rank: give_up(rank))
+            self._await(f"started {rank}", functools.partial(give_up, rank))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = self._connect(False)  # a connection of its own: torch blocks it while it waits, and hearts must beat
         store.set_timeout(PATIENCE)
