@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import structs
@@ -264,7 +265,7 @@ def _measured_size(inspections: Sequence[Inspection]) -> Any:
 
 
 def _gaps(source: Source, inspections: Sequence[Inspection]) -> list[str]:
-    """Return remarks that count unreadable images, repeated prompts and missing scores."""
+    """Return remarks that count unreadable images, repeated prompts, uneven numbers and missing scores."""
     images, remarks = source.images, []
     if errors := [inspection.error for inspection in inspections if inspection.error]:
         shown = "; ".join(errors[:SHOWN])
@@ -272,10 +273,24 @@ def _gaps(source: Source, inspections: Sequence[Inspection]) -> list[str]:
     prompts = {image.prompt.id for image in images}
     if repeats := len({(image.prompt.id, image.prompt_index) for image in images}) - len(prompts):
         remarks.append(f"its list repeats {repeats} prompts: all images of one prompt are counted together")
+    counts = sorted(Counter(image.prompt.id for image in images).values())
+    if counts[0] < counts[-1]:
+        remark = f"its prompts have {counts[0]} to {counts[-1]} images and count alike in every mean"
+        if source.kind == "geneval":
+            remark += f"; if every image counts alike, as in GenEval's own script, it is {_official_mean(source):.4f}"
+        remarks.append(remark)
     for key, metric in source.metrics.items():
         if missing := sum(image.scores.get(key) is None for image in images):
             remarks.append(f"{metric.name}: {missing} of {len(images)} images have no score")
     return remarks
+
+
+def _official_mean(source: Source) -> float:
+    """Return the mean of the task means over images of GenEval's verdicts, as its own summary has it."""
+    by_task: dict[str, list[float]] = {}
+    for image in source.images:
+        by_task.setdefault(image.prompt.tag, []).append(image.scores["correct"] or 0.0)
+    return fmean(map(fmean, by_task.values()))
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------

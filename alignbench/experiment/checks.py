@@ -53,13 +53,19 @@ def check_job(cell: PlannedRun, job: Resources, where: str) -> None:
         run_check(f"{where}: {ranks} ranks with {share.batch} samples each", cell.method.check, size, differentiable)
 
 
-def check_run(cell: PlannedRun, where: str) -> None:
-    """Raise UserError if weights are missing, prompts cannot be used, or method, model and reward do not fit."""
+def check_run(cell: PlannedRun, where: str) -> list[str]:
+    """Return the method's warnings about its model.
+
+    Raise UserError if weights are missing, prompts cannot be used, or method, model and reward do not fit.
+    """
     backend, method = cell.parts[:2]
     run_check(where, backend.files)
+    if hasattr(backend, "check_complete"):
+        run_check(where, backend.check_complete)
     run_check(where, method.files)
+    remarks = [f"{where}: {remark}" for remark in run_check(where, method.fits, backend)]
     if not method.trains:
-        return
+        return remarks
     if method.stochastic and (why := getattr(backend, "deterministic", None)):
         raise UserError(
             f"{where}: method.name: {method.name} samples by an SDE, and {why}; "
@@ -72,6 +78,7 @@ def check_run(cell: PlannedRun, where: str) -> None:
         run_check(where, evaluator.check, prompts)
         if why := margins.never_opens(margin, evaluator.reward_range):
             raise UserError(f"{where}: reward.margin: {evaluator.name}: {why}")
+    return remarks
 
 
 def check_evaluation(cell: PlannedRun, evaluation: Evaluation, where: str) -> None:
@@ -96,10 +103,10 @@ def check_evaluation(cell: PlannedRun, evaluation: Evaluation, where: str) -> No
     _check_prompts(protocol.prompts, prompts[: evaluation.limit], cell.backend)
 
 
-def run_check(where: str, check: Callable[..., Any], *arguments: Any) -> None:
-    """Call ``check``; prefix its UserError with ``where``."""
+def run_check(where: str, check: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what ``check`` returns; prefix its UserError with ``where``."""
     try:
-        check(*arguments)
+        return check(*arguments)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

@@ -51,7 +51,8 @@ def run_id(spec: RunSpec, parts: Parts, registry: Registry, prompts: Sequence[Pr
         training_only = set(getattr(backend, "training_only", ()))
         sampled = {key: value for key, value in described.items() if key not in training_only}
         if files:
-            brought["method"] = {key: value for key, value in spec.method.items() if key != "steps"}  # for training
+            unset = {name for name in ("file", "alpha", "scale") if spec.method.get(name) is None}  # as in older ids
+            brought["method"] = {key: value for key, value in spec.method.items() if key not in {"steps", *unset}}
             brought["method source"] = registry.source("method", spec.method["name"])
         return content_id({"backend": sampled, "backend files": fingerprint(backend.files()), **brought})
     rewards = [

@@ -59,6 +59,7 @@ class Plan:
     prompts: list[Prompt]  # of the evaluation
     training_evaluator: str  # names of the rewards
     primary: str = ""  # metric, if the sweep names one
+    remarks: Sequence[str] = ()  # of methods on the models that they start from
 
     def scored(self, cell: PlannedRun) -> list[Score]:
         """Return the evaluators for one cell; a paired one's file name includes the id of the base model's images."""
@@ -157,14 +158,16 @@ def completed(draft: Draft) -> Plan:
     document, sweep, cells, evaluators, builder = draft
     where, evaluation = document.path, sweep.evaluation
     prompts = load(evaluation.protocol.prompts, f"{where}: evaluation.protocol.prompts")[: evaluation.limit]
+    remarks: list[str] = []
     for cell in distinct(cells):
-        check_run(cell, f"{where}: {cell.spec.label}")
+        remarks += check_run(cell, f"{where}: {cell.spec.label}")
         check_evaluation(cell, evaluation, where)
     scores = _scores(draft, prompts)
     fewer = prompts[: evaluation.at_milestones.limit]
     cells = [identify(cell, prompts, builder, fewer) for cell in cells]
-    names = dict.fromkeys(evaluator.name for evaluator in _trained_on(cells))
-    return Plan(document, evaluation, evaluators, cells, scores, prompts, ", ".join(names), sweep.primary)
+    rewards = ", ".join(dict.fromkeys(evaluator.name for evaluator in _trained_on(cells)))
+    remarks = list(dict.fromkeys(remarks))
+    return Plan(document, evaluation, evaluators, cells, scores, prompts, rewards, sweep.primary, remarks)
 
 
 def missing(draft: Draft) -> list[Requirement]:
@@ -211,7 +214,7 @@ def warnings_of(plan: Plan) -> list[str]:
             check_job(cell, job, f"{plan.document.path}: slurm: {cell.spec.label}")
         except UserError as error:  # only a warning: another launcher or a cluster file may be chosen
             warnings[str(error)] = None
-    return list(warnings)
+    return [*plan.remarks, *warnings]
 
 
 def _refuse_case_settings(document: Document) -> None:

@@ -78,9 +78,22 @@ def run_summary(run: ManifestRun, scores: pd.DataFrame) -> str:
         shown = interval(found.mean, lo, hi, decimals(measure))
         counts = [len(own), int((~own["ok"].eq(True)).sum()), found.prompts, found.dropped]
         rows.append([Cell(name), Cell(shown), *(Cell(str(count)) for count in counts)])
-        notes += _notes(analysis, measure, run.label)
+        notes += [*_notes(analysis, measure, run.label), *_note_uneven(own, measure)]
     columns = ["metric", "mean [95 % interval]", "images", "failed", "prompts", "prompts without a score"]
     return "\n".join([Table([Column(name) for name in columns], rows).markdown(), *notes])
+
+
+def _note_uneven(own: pd.DataFrame, measure: Measure) -> Iterator[str]:
+    """Yield the mean over images if it may differ from the table's, in which every prompt counts alike."""
+    scored = own[own["ok"].eq(True)]
+    counts = scored.groupby("prompt_id").size()
+    if counts.nunique() > 1:
+        means = scored.groupby("tag" if measure.by_task else "metric", observed=True)["score"].mean()
+        official = ", as in GenEval's own script," if measure.by_task else ""
+        yield (
+            f"{title(measure)}: prompts have {counts.min()} to {counts.max()} images and count alike; "
+            f"if every image counts alike{official} the mean is {means.mean():.{decimals(measure)}f}"
+        )
 
 
 def _notes(analysis: Analysis, measure: Measure, label: str) -> Iterator[str]:

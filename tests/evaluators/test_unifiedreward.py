@@ -479,7 +479,7 @@ def local(request, tmp_path_factory):
 
 
 def as_the_repository(folder, image, text, tokens):
-    """Restate UnifiedReward's own script: Pillow's resize, Qwen's processor, greedy generation, the new tokens."""
+    """Ask as UnifiedReward's own script: Pillow's resize, Qwen's processor, greedy generation, the new tokens."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
@@ -493,8 +493,8 @@ def as_the_repository(folder, image, text, tokens):
     inputs = processor(text=[chat], images=[resized], padding=True, return_tensors="pt")
     with torch.no_grad():
         written = model.eval().generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    trimmed = [out[len(given) :] for given, out in zip(inputs["input_ids"], written)]
-    return processor.batch_decode(trimmed, skip_special_tokens=True, clean_up_tokenization_spaces=False)[0]
+    answer = written[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def test_the_model_is_asked_as_in_the_repository(local):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import threading
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import rank_process, tiny
-from support.tiny_sweep import PLUGIN, same, sweep_file
+from support.tiny_sweep import PLUGIN, alignbench, same, sweep_file
 
 from alignbench.config import Interrupted, UserError
 from alignbench.experiment.document import read
@@ -379,6 +380,16 @@ def test_another_number_of_threads_does_not_change_a_run_that_was_begun(tmp_path
         stores.append(store.root)
         assert json.loads((store.run(plain["run"], True).folder / "provenance.json").read_text())["threads"] == 2
     same(*stores)
+
+
+def test_a_verb_waits_for_no_rank_of_the_shell_that_it_is_typed_in(monkeypatch):
+    """Inside torchrun or mpirun it would hang as soon as it loads a model, waiting for ranks that nobody starts."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert ProcessGroup().size == 4
+    assert alignbench("ls", "methods", plugin=False) == 0
+    assert (ProcessGroup().size, ProcessGroup().rank) == (1, 0)
+    assert not {"LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys()  # which accelerate reads
 
 
 def test_one_process_starts_nothing(monkeypatch):
