@@ -5,7 +5,7 @@ All mistakes that can be found without loading a model are found here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,7 +28,7 @@ from alignbench.experiment import margins, resources
 from alignbench.experiment.cells import PlannedRun, cells_of, distinct
 from alignbench.experiment.checks import check_evaluation, check_job, check_run, check_settings, load, run_check
 from alignbench.experiment.document import RUN_PARTS, Document
-from alignbench.experiment.ids import BASE, base_of, evaluator_content, image_set_id, run_id
+from alignbench.experiment.ids import BASE, base_of, image_set_id, run_id, score_content
 from alignbench.experiment.roles import Score
 from alignbench.experiment.spec import (
     Evaluation,
@@ -59,7 +59,7 @@ class Plan:
     prompts: list[Prompt]  # of the evaluation
     training_evaluator: str  # names of the rewards
     primary: str = ""  # metric, if the sweep names one
-    remarks: Sequence[str] = ()  # of methods on the models that they start from
+    remarks: Sequence[str] = ()  # of rows that are one run, and of methods on the models that they start from
 
     def scored(self, cell: PlannedRun) -> list[Score]:
         """Return the evaluators for one cell; a paired one's file name includes the id of the base model's images."""
@@ -166,6 +166,8 @@ def completed(draft: Draft) -> Plan:
     fewer = prompts[: evaluation.at_milestones.limit]
     cells = [identify(cell, prompts, builder, fewer) for cell in cells]
     rewards = ", ".join(dict.fromkeys(evaluator.name for evaluator in _trained_on(cells)))
+    if not document.rehearsal:  # which makes different budgets equally small
+        remarks += _equal_rows(cells)
     remarks = list(dict.fromkeys(remarks))
     return Plan(document, evaluation, evaluators, cells, scores, prompts, rewards, sweep.primary, remarks)
 
@@ -260,6 +262,15 @@ def identify(
     return replace(cell, published=published, id=name, images=images, base=base, milestones=milestones)
 
 
+def _equal_rows(cells: Sequence[PlannedRun]) -> Iterator[str]:
+    """Yield a remark for every run in two rows: it is made once, and both rows have its scores."""
+    rows: dict[tuple[str, str], str] = {}
+    for cell in cells:
+        label = cell.spec.label
+        if (other := rows.setdefault((cell.id, cell.images), label)) != label:
+            yield f"'{other}' and '{label}' are the same run: no setting that changes its images differs"
+
+
 T = TypeVar("T")
 
 
@@ -298,7 +309,7 @@ def _scores(draft: Draft, prompts: Sequence[Prompt]) -> list[Score]:
             raise UserError(f"{place}.base: a sweep makes the base model's images itself; leave it out")
         run_check(place, evaluator.files)
         run_check(place, evaluator.check, prompts)
-        content = evaluator_content(evaluator, registry)
+        content = score_content(evaluator, registry)
         if not NAME.fullmatch(evaluator.version):
             what = f"version {evaluator.version!r} of {evaluator.name} becomes a part of file names"
             raise UserError(f"{place}: {what}; use letters, digits and . _ -")

@@ -36,7 +36,7 @@ def save(scored: Sequence[tuple[Any, pd.DataFrame]], out: Path, plugins: Sequenc
 
     Return both paths. UserError for any other ending.
     """
-    from alignbench.experiment.ids import evaluator_content
+    from alignbench.experiment.ids import score_content
     from alignbench.store.files import write, write_frame, write_json
 
     if out.suffix not in (".csv", ".parquet"):
@@ -44,7 +44,7 @@ def save(scored: Sequence[tuple[Any, pd.DataFrame]], out: Path, plugins: Sequenc
     table, about = tidy(scored), out.with_suffix(".json")
     write(out, table.to_csv(index=False)) if out.suffix == ".csv" else write_frame(out, table)
     registry = Registry(plugins)
-    write_json(about, {evaluator.name: evaluator_content(evaluator, registry) for evaluator, _ in scored})
+    write_json(about, {evaluator.name: score_content(evaluator, registry) for evaluator, _ in scored})
     return [out, about]
 
 

@@ -445,6 +445,37 @@ def test_importing_the_same_content_twice_changes_nothing(tmp_path):
     assert files(store) == before
 
 
+def test_what_is_damaged_is_imported_again(tmp_path, capsys):
+    """A changed image, another program's table of scores and our own scores are named, and come back as they were."""
+    folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
+    words = ("--label", "A", "-e", "bright")
+    do_import(store, "flowbp", folder, *words)
+    before = {name: content for name, (_, content) in files(store).items()}
+    image = next(store.glob("images/*/*.png"))
+    image.write_bytes(image.read_bytes() + b"x")
+    tables = sorted(store.glob("scores/*/*.parquet"))
+    for path in tables:
+        pd.read_parquet(path)[1:].to_parquet(path, index=False)
+    capsys.readouterr()
+    assert do_import(store, "flowbp", folder, *words) == 0
+    said = capsys.readouterr().err
+    assert all(
+        f"{path}: damaged (its content is not what was written); imported again" in said for path in (image, *tables)
+    )
+    after = {name: content for name, (_, content) in files(store).items()}
+    assert {name: content for name, content in after.items() if not name.endswith(".damaged")} == before
+
+
+@pytest.mark.parametrize("label", ["refl", "ReFL, seed 1"])
+def test_two_rows_never_read_alike(tmp_path, capsys, label):
+    """A label that differs from another's only in case, or is the name of one of its runs, is refused."""
+    folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
+    do_import(store, "flowbp", folder, "--label", "ReFL", "--seed", "1")
+    capsys.readouterr()
+    assert do_import(store, "flowbp", folder, "--label", label, "--seed", "2") == 1
+    assert f"--label {label}: reads like the row 'Re" in capsys.readouterr().err
+
+
 def test_the_name_of_the_list_is_not_content(tmp_path):
     """The prompts count, not the name of their file."""
     folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
