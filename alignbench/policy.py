@@ -62,7 +62,7 @@ class GroupRelative(AlignMethod):
         require(self.steps >= 2, "method.steps", "the last move is never trained", "choose 2 or more")
         require(self.group >= 2, "method.group", "a group of 1 has nothing to compare", "choose 2 or more")
         what = f"{batch} samples per micro-batch do not make whole groups of {self.group}"
-        require(batch % self.group == 0, "method.group", what, f"choose a multiple of {self.group} for the batch")
+        require(batch % self.group == 0, "method.group", what, f"choose micro-batches of a multiple of {self.group}")
         what = f"a group of {self.group} does not split into {self.updates_per_rollout} equal updates"
         parts = self.updates_per_rollout
         require(parts >= 1 and self.group % parts == 0, "method.updates_per_rollout", what, "choose a divisor")

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from msgspec import structs
+
 from alignbench import prompts as prompt_lists
 from alignbench.config import (
     UserError,
 )
 from alignbench.experiment import margins
 from alignbench.experiment.cells import PlannedRun
+from alignbench.experiment.resources import Resources
 from alignbench.experiment.spec import (
     Evaluation,
     Training,
+    check_fsdp,
+    check_ranks,
     check_weight_dtype,
 )
 from alignbench.prompts import Prompt
@@ -33,6 +38,19 @@ def check_settings(cell: PlannedRun, where: str) -> None:
     for size in _micro_batches(training):
         run_check(where, method.check, size, differentiable)
     check_weight_dtype(training.optimizer, cell.spec.backend, where)
+
+
+def check_job(cell: PlannedRun, job: Resources, where: str) -> None:
+    """Raise UserError unless the ranks of a training job can share the run: its batch, groups and optimizer."""
+    ranks, training = job.ranks, cell.spec.training
+    if ranks == 1:
+        return
+    check_ranks(training, ranks, where)
+    check_fsdp(training, job.parallel, f"{where}: training")
+    share = structs.replace(training, batch=training.batch // ranks)
+    differentiable = all(term.evaluator.differentiable for term in cell.rewards)
+    for size in _micro_batches(share):
+        run_check(f"{where}: {ranks} ranks with {share.batch} samples each", cell.method.check, size, differentiable)
 
 
 def check_run(cell: PlannedRun, where: str) -> list[str]:

@@ -26,7 +26,7 @@ from alignbench.digests import content_id
 from alignbench.evaluator import Evaluator
 from alignbench.experiment import margins, resources
 from alignbench.experiment.cells import PlannedRun, cells_of, distinct
-from alignbench.experiment.checks import check_evaluation, check_run, check_settings, load, run_check
+from alignbench.experiment.checks import check_evaluation, check_job, check_run, check_settings, load, run_check
 from alignbench.experiment.document import RUN_PARTS, Document
 from alignbench.experiment.ids import BASE, base_of, image_set_id, run_id, score_content
 from alignbench.experiment.roles import Score
@@ -44,6 +44,7 @@ from alignbench.store.manifest import (
     ManifestRun,
     ManifestScore,
 )
+from alignbench.store.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,12 @@ def warnings_of(plan: Plan) -> list[str]:
     for evaluator, margin, _ in (term for cell in plan.cells if cell.trains for term in cell.rewards):
         if why := margins.never_closes(margin, evaluator.reward_range):
             warnings[f"{plan.document.path}: reward.margin: {evaluator.name}: {why}"] = None
+    for cell in (cell for cell in plan.cells if cell.trains):
+        try:
+            job = resources.resources(plan.document.data.get("slurm", {}), Stage.TRAIN, cell)
+            check_job(cell, job, f"{plan.document.path}: slurm: {cell.spec.label}")
+        except UserError as error:  # only a warning: another launcher or a cluster file may be chosen
+            warnings[str(error)] = None
     return [*plan.remarks, *warnings]
 
 

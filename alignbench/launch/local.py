@@ -22,9 +22,10 @@ from alignbench.launch import slurm, submissions
 from alignbench.launch.display import Display, Job, Outcome, show
 from alignbench.launch.pending import new_folder, task, unfinished
 from alignbench.launch.submissions import JobEntry
-from alignbench.run import execute
+from alignbench.run import execute, provenance
 from alignbench.run.code_snapshot import Snapshot, take
 from alignbench.store.artefacts import Store
+from alignbench.store.files import read_json
 
 LAUNCHERS = ("local", "debug", "slurm")
 FOREVER = 60 * 24 * 365  # minutes; submitit's own default would end a job after five
@@ -68,8 +69,8 @@ def launch(
     if not queue:
         return outcomes
     gpus = _gpus() if launcher == "local" else []
-    jobs = min(jobs or len(gpus) or cores(), len(queue)) if launcher == "local" else 1
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
+    jobs = min(jobs or len(gpus) or cores(), len(cells)) if launcher == "local" else 1
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))  # whatever is done already
     entries = [
         JobEntry("", "", [artefact.id for artefact in job.missing], job.cell.id, str(job.progress)) for job in queue
     ]
@@ -104,13 +105,21 @@ class LocalLaunch:
         return task(
             self.plan, self.store, job.cell, self.code,
             scores=[score._asdict() for score in self.plan.scored(job.cell)],
-            threads=self.threads,
+            threads=self._threads(job),
             track=list(self.track),
             progress=str(job.progress),
             launcher=launcher,
             own_log=launcher is not None,
             **({} if self.code else {"plugins": [str(Path(path).resolve()) for path in self.plugins]}),
         )  # fmt: skip
+
+    def _threads(self, job: Job) -> int:
+        """Return the number of threads that the run was begun with, if this machine has as many; else the launch's.
+
+        Their number decides how sums are rounded.
+        """
+        begun = (read_json(self.store.root / "runs" / job.cell.id / provenance.FILE) or {}).get("threads")
+        return begun if begun and begun <= cores() else self.threads
 
     def run_here(self, display: Display) -> list[Outcome]:
         """Run the queue one by one in this process."""
@@ -156,7 +165,7 @@ class LocalLaunch:
         executor = submitit.LocalExecutor(self.folder, python=shlex.join(self.code.python()) if self.code else None)
         gpus = [self.gpus[job.slot % len(self.gpus)]] if self.gpus else []
         executor.update_parameters(timeout_min=FOREVER, gpus_per_node=len(gpus), visible_gpus=gpus)
-        variables = {"OMP_NUM_THREADS": str(self.threads), "PYTHONSAFEPATH": "1"}
+        variables = {"OMP_NUM_THREADS": str(self._threads(job)), "PYTHONSAFEPATH": "1"}
         with _environment(**variables), _child_output(self.folder / "submitit.log"):
             job.handle = executor.submit(execute, self.task(job, os.getpid()))
 

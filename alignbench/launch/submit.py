@@ -12,9 +12,9 @@ from typing import Any
 
 from alignbench.config import UserError, decode
 from alignbench.experiment.cells import PlannedRun
+from alignbench.experiment.checks import check_job
 from alignbench.experiment.plan import Plan
 from alignbench.experiment.resources import Slurm
-from alignbench.experiment.spec import check_fsdp, check_ranks
 from alignbench.launch import slurm, submissions
 from alignbench.launch.pending import PendingRun, new_folder, task, unfinished
 from alignbench.launch.submissions import JobEntry
@@ -44,9 +44,7 @@ def submit(
     for array in arrays:
         if array.stage is Stage.TRAIN:
             for cell in array.cells:
-                where, ranks = f"{plan.document.path}: {cell.title}", array.resources.ranks
-                check_ranks(cell.spec.training, ranks, where)
-                check_fsdp(cell.spec.training, array.resources.parallel if ranks > 1 else "ddp", f"{where}: training")
+                check_job(cell, array.resources, f"{plan.document.path}: {cell.title}")
     if not arrays:
         return 0
     if ignored := ignored_defaults():

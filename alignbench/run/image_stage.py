@@ -25,20 +25,24 @@ def generate(session: RunSession, target: Target) -> None:
     with session.making(images, target.run) as lock:
         if lock is None:
             return
+        session.keep_threads(lambda: next(iter(_makers(images.folder)), None))
         group.broadcast(lambda: session.check_unchanged(target))
         if group.is_main:
             write_json(images.folder / "protocol.json", _protocol(session, target, images.folder))
         _make_images(session, target, images.folder)
-        group.barrier()
         if group.is_main:
             _finish(session, target, lock)
 
 
 def _protocol(session: RunSession, target: Target, folder: Path) -> dict[str, Any]:
     """Return how the images are made, and with which code and machine: several entries if the work was resumed."""
-    makers = (read_json(folder / "protocol.json") or {}).get("made_by", [])
     facts = {"run": target.run, "limit": target.evaluation.limit, "prompts_digest": digest(target.prompts)}
-    return settings(target.protocol) | facts | {"made_by": [*makers, provenance.made_by(session.code)]}
+    return settings(target.protocol) | facts | {"made_by": [*_makers(folder), provenance.made_by(session.code)]}
+
+
+def _makers(folder: Path) -> list[dict[str, Any]]:
+    """Return with which code and machine images were made so far."""
+    return (read_json(folder / "protocol.json") or {}).get("made_by", [])
 
 
 def _wanted(target: Target) -> list[tuple[Prompt, int]]:
@@ -58,12 +62,17 @@ def _make_images(session: RunSession, target: Target, folder: Path) -> None:
     done = {(prompt.id, index) for (prompt, index), is_whole in zip(wanted, whole) if is_whole}
     if len(done) == len(wanted):
         return
-    flow, shard, made = _flow(session, target), (group.rank, group.size), len(done)
+
+    def show(more: int = 0) -> None:
+        made = len(done) + group.count(target.id, more)
+        session.progress("images", made / len(wanted), f"{made} of {len(wanted)}")
+
+    flow, shard = _flow(session, target), (group.rank, group.size)
     for prompt, index, image in generate(flow, target.prompts, target.protocol, done, shard=shard):
         write(_file(folder, prompt, index), _png(image))
-        made = min(made + group.size, len(wanted))  # the other ranks have made about as many
-        session.progress("images", made / len(wanted), f"{made} of {len(wanted)}")
-        session.raise_if_stopped()
+        show(1)
+        session.group.check()
+    group.barrier(show)
 
 
 def _is_whole(file: Path) -> bool:

@@ -91,6 +91,8 @@ def installed(package: str) -> str | None:
 
 def made_by(code: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts that are recorded beside every image set and score file. ``code``: as returned by ``code()``."""
+    import torch
+
     return {
         "time": _time(time.time()),
         "host": platform.node(),
@@ -102,6 +104,7 @@ def made_by(code: Mapping[str, Any]) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: installed(name) for name in PACKAGES},
         "devices": devices(),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -134,7 +137,6 @@ def machine(processes: int) -> dict[str, Any]:
         "driver": _driver(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
         "processes": processes,
         "slurm": {name: os.environ[variable] for name, variable in SLURM.items() if os.environ.get(variable)},
     }

@@ -17,7 +17,7 @@ from alignbench.run import provenance
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Target
 from alignbench.store.artefacts import Artefact, check_images
-from alignbench.store.files import Damaged, read_frame, read_json
+from alignbench.store.files import Damaged, read_frame, read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,6 +80,8 @@ class _Judge:
         if self._evaluator is None:
             self._evaluator = self._make()
         self._check_base()
+        self.session.keep_threads(lambda: read_json(kept.folder / "made_by.json"))
+        write_json(kept.folder / "made_by.json", provenance.made_by(self.session.code))
         images = self._read(target, lambda images: read_frame(images.product))
         sides = [target] if self.base is None else [target, self.base]
         listed = [self._read(side, lambda made: _listed(made, images)) for side in sides]
@@ -89,7 +91,7 @@ class _Judge:
             return self._score_rows(target, images.iloc[rows], files)
 
         def after(share: float) -> None:
-            self.session.raise_if_stopped()
+            self.session.group.check()
             self.session.progress(f"scoring, {self.entry['name']}", share)
 
         return score_kept(

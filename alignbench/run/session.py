@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import functools
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from alignbench.config import Interrupted, UserError, decode, settings
+from alignbench.digests import content_id
 from alignbench.experiment.ids import BASE, Parts, base_of, build, image_set_id, run_id
 from alignbench.experiment.spec import Evaluation, RunSpec
 from alignbench.plugins import Registry
@@ -26,7 +28,6 @@ from alignbench.run.trackers import Shown, Trackers
 from alignbench.store.artefacts import Artefact, Store, locked, milestone_expected, set_aside
 from alignbench.store.files import Damaged, cannot_write
 from alignbench.store.locks import Lock, LockLost
-from alignbench.store.stages import Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +36,11 @@ MEGABYTE = 2**20
 
 
 class RunSession:
-    """Execution of a task in this process. ``stop`` is polled wherever stopping loses no work."""
+    """Execution of a task in this process. ``stop`` is polled wherever stopping loses no work.
+
+    ``group.check`` is called after each piece of work is saved, so that a job makes progress however often it is
+    requeued.
+    """
 
     def __init__(self, task: Task, stop: Callable[[], bool]) -> None:
         self.task = task
@@ -47,7 +52,7 @@ class RunSession:
         evaluation = decode(Evaluation, task.evaluation, "evaluation")
         self.end = Target(task.images, task.run, self.spec, task.trains, task.update, evaluation)
         self.run = self.store.run(task.run, task.trains)
-        self.group = ProcessGroup()
+        self.group = ProcessGroup(stop)
         self.progress = Progress(Path(task.progress) if self.group.is_main else None)
         self.failures: list[str] = []
         self.made: list[str] = []  # kinds of the artefacts made in this session
@@ -95,6 +100,34 @@ class RunSession:
         if (run, images) != (target.run, target.id):
             raise UserError("weights, prompts or a plug-in changed since the sweep was started; start it again")
 
+    def _check_ranks(self) -> None:
+        """Raise UserError if this rank has other code, packages or settings than rank 0."""
+        if self.group.size == 1:
+            return
+        running, made_by = provenance.code(self.task.plugins), provenance.made_by(self.code)
+        own = {
+            "settings": content_id(self.task._asdict()),
+            "code": running["digest"],
+            "plug-ins": content_id(running["plugins"]),
+            "python": made_by["python"],
+            **made_by["packages"],
+        }
+        for name, first in self.group.broadcast(lambda: own).items():
+            if own[name] != first:
+                raise UserError(f"{name}: {own[name]}, but rank 0 has {first}; use the same on every node")
+
+    def keep_threads(self, begun: Callable[[], dict[str, Any] | None]) -> None:
+        """Compute with as many threads as something was begun with: their number decides how sums are rounded.
+
+        ``begun``: returns what was recorded then; None if nothing was.
+        """
+        import torch
+
+        threads = self.group.broadcast(lambda: (begun() or {}).get("threads"))
+        if threads and threads != torch.get_num_threads():
+            self.note(f"continues with {threads} threads, as it was begun, not with {torch.get_num_threads()}")
+            torch.set_num_threads(threads)
+
     # -- the model ----------------------------------------------------------------------------------------------------
 
     @property
@@ -130,7 +163,7 @@ class RunSession:
             texts = ["", *(prompt.text for prompt in prompts)]  # the empty text: for guidance in two branches
             source, device = self.registry.source("backend", backend.name), self.accelerator.device
             return stored_embeddings.prepare(
-                self.store, backend, source, device, texts, self.progress, self.raise_if_stopped
+                self.store, backend, source, device, texts, self.progress, self.group.check
             )
 
         folder = self.store.embeddings / self.group.broadcast(prepare)
@@ -145,41 +178,27 @@ class RunSession:
         ``run``: id of the run whose log describes a failure. With several ranks, rank 0 holds the lock and writes the
         record, and a failure of one is a failure of all.
         """
-        try:
-            with self._held(artefact, run) as lock:
+        with ExitStack() as held:
+            lock = None
+            try:
+                self.group.join()
+                lock = held.enter_context(self._held(artefact, run))
+                self._check_ranks()
                 yield lock
                 self.group.barrier()
-                if lock:
-                    self.made.append(artefact.stage.kind)
-        except Interrupted:  # not a failure, so nothing is recorded: the next attempt resumes
-            self.group.abort(STOPPED)
-            raise
-        except Exception as error:
-            if isinstance(error, OtherFailed) and str(error) == STOPPED:
-                raise Interrupted from error
-            own_reason = _reason(artefact.stage, error, self.store.root)
-            reason = self.group.abort(str(error) if isinstance(error, OtherFailed) else own_reason)
-            self.note(traceback.format_exc(), run)
-            if not isinstance(error, LockLost):  # else the record belongs to the process that took over
-                self._record(artefact, reason, run)
-            raise Failed(reason) from error
+            except (Exception, SystemExit) as error:
+                raise self._end(artefact, lock, error, run) from error
+            if lock:
+                self.made.append(artefact.stage.kind)
 
     @contextmanager
     def _held(self, artefact: Artefact, run: str) -> Iterator[Lock | None]:
         """Yield the lock, held by rank 0 for all ranks; None if the artefact is done."""
-        if not self.group.is_main:
-            yield Lock(artefact.lock) if self.group.broadcast(lambda: None) else None
-            return
-        with locked(artefact, lambda holder: self.progress(f"waiting for {holder}")) as lock:
-
-            def give_up(reason: str) -> None:
-                if reason != STOPPED:
-                    self._record(artefact, reason, run)
-                if lock:
-                    lock.release()
-
-            self.group.on_deadlock = give_up
-            self.group.broadcast(lambda: lock is not None)
+        with ExitStack() as stack:
+            own = stack.enter_context(locked(artefact, self._wait)) if self.group.is_main else None
+            token = self.group.broadcast(lambda: own and own.token)
+            lock = Lock(artefact.lock, token) if token and own is None else own
+            self.group.on_deadlock = functools.partial(self._record, artefact, lock, run)
             yield lock
 
     @contextmanager
@@ -199,24 +218,48 @@ class RunSession:
                 set_aside(artefact, check)
             raise
 
-    def _record(self, artefact: Artefact, reason: str, run: str) -> None:
-        if self.group.is_main:
-            with suppress(UserError):  # on a full disk not even this can be written
-                artefact.fail(reason, str(self.log(run)))
-
-    def raise_if_stopped(self) -> None:
-        """Raise Interrupted if a stop was requested, OtherFailed if another rank failed.
-
-        Called after each piece of work is saved, so that a job makes progress however often it is requeued.
-        """
-        if self.stop():
-            raise Interrupted
+    def _wait(self, holder: str) -> None:
+        self.progress(f"waiting for {holder}")
         self.group.check()
+
+    def _end(self, artefact: Artefact, lock: Lock | None, error: BaseException, run: str) -> Exception:
+        """Tell the other ranks why this one ends, and record a failure. Return the exception that ends the stage.
+
+        A stop is not a failure, so nothing is recorded: the next attempt resumes.
+        """
+        if isinstance(error, Interrupted):
+            reason = self.group.abort(STOPPED)
+        elif isinstance(error, OtherFailed):
+            reason = self.group.abort(str(error))
+        else:
+            rank = f"rank {self.group.rank}: " if self.group.size > 1 else ""
+            # anything but a UserError may be a connection that broke because another rank has ended
+            reason = self.group.abort(rank + _reason(error, self.store.root), certain=isinstance(error, UserError))
+            self.note(traceback.format_exc(), run)
+        if reason == STOPPED:
+            return Interrupted()
+        self._record(artefact, lock, run, reason)
+        return Failed(f"{artefact.stage.noun}: {reason}")
+
+    def _record(self, artefact: Artefact, lock: Lock | None, run: str, reason: str) -> None:
+        """Record a failure, unless another process has taken over. If rank 0 has ended, another rank acts for it."""
+        if self.group.size > 1:
+            self.note(reason, run)
+        if artefact.done or not (self.group.is_main or self.group.main_ended):
+            return
+        with suppress(UserError, LockLost):  # on a full disk not even this can be written
+            if lock is not None:
+                lock.check()
+            artefact.fail(f"{artefact.stage.noun}: {reason}", str(self.store.run(run, True).folder / "log.txt"))
+        if lock is not None:
+            lock.release()
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
     def log(self, run: str) -> Path:
-        return self.store.run(run, True).folder / "log.txt"
+        """Return this process's log of ``run``; other ranks than 0 have their own."""
+        name = "log.txt" if self.group.is_main else f"log.rank{self.group.rank}.txt"
+        return self.store.run(run, True).folder / name
 
     def note(self, text: str, run: str | None = None) -> None:
         """Write a line to the log of ``run``, by default the task's run."""
@@ -245,11 +288,11 @@ def stores_embeddings(backend: Any) -> bool:
     return getattr(backend, "embeddings", None) == "stored"
 
 
-def _reason(stage: Stage, error: Exception, store: Path) -> str:
+def _reason(error: BaseException, store: Path) -> str:
     """Return the reason of a failure in one line. Checks for a full disk, which torch and parquet report obscurely."""
     if shutil.disk_usage(store).free < MEGABYTE:
         error = OSError(errno.ENOSPC, "", str(store))
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{stage.noun}: {cannot_write(error.filename or 'store', error)}"
+        return cannot_write(error.filename or "store", error)
     text = " ".join(str(error).split())[:300]
-    return f"{stage.noun}: {text}" if isinstance(error, UserError) else f"{stage.noun}: {type(error).__name__}: {text}"
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

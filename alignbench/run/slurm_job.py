@@ -101,4 +101,8 @@ def _requeue(rank: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    code = main(sys.argv[1])
+    if code == DONE:
+        sys.exit()
+    sys.stdout.flush()
+    os._exit(code)  # torch's own exit would wait for ranks that wait for this one in a collective

@@ -14,7 +14,7 @@ from alignbench.config import settings
 from alignbench.prompts import digest, load_prompts
 from alignbench.run import provenance
 from alignbench.run.session import RunSession, stores_embeddings
-from alignbench.store.files import Damaged, move, read_frame, write, write_frame
+from alignbench.store.files import Damaged, move, read_frame, read_json, write, write_frame
 from alignbench.store.locks import Lock
 
 
@@ -24,6 +24,7 @@ def train(session: RunSession) -> None:
     with session.making(run, run.id) as lock:
         if lock is None:
             return
+        session.keep_threads(lambda: read_json(run.folder / provenance.FILE))
         group.broadcast(lambda: session.check_unchanged(session.end))
         if session.task.trains and (facts := group.broadcast(lambda: _results(session))) is not None:
             if group.is_main:

@@ -14,6 +14,7 @@ from typing import Any
 
 from alignbench.config import Interrupted, UserError
 from alignbench.run.image_stage import generate
+from alignbench.run.process_group import OtherFailed
 from alignbench.run.score_stage import score
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Task
@@ -46,7 +47,6 @@ def execute(task: dict[str, Any], stop: Callable[[], bool] = lambda: False) -> d
                 state = _execute(session)
         finally:
             session.trackers.close()
-        session.group.close()  # not after an unexpected exception: then this process must not wait for the others
     state = "failed" if session.failures else state
     reasons = session.failures or [f"made again: {what}" for what in session.damaged]
     return {"state": state, "reason": "; ".join(reasons), "made": session.made}
@@ -57,9 +57,10 @@ def _execute(session: RunSession) -> str:
     try:
         for kind in session.task.stages:
             STAGES[kind](session)
+        session.group.close()
     except Interrupted:
         return "interrupted"
-    except Failed as failure:
+    except (Failed, OtherFailed) as failure:
         session.failures.append(str(failure))
     return "done"
 

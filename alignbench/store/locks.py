@@ -36,9 +36,10 @@ class Lock:
     A thread keeps it fresh; the next process that wants it notices a holder that died.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, token: str = "") -> None:
+        """Make a lock that is not held yet. ``token``: that of the process which holds it for this one, too."""
         self.path = path
-        self.token = uuid.uuid4().hex
+        self.token = token or uuid.uuid4().hex
         self._ended = threading.Event()
         self._seen = (float("nan"), 0.0)  # the holder's last heartbeat, and the time at which we first saw it
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from alignbench.flow import Cond, Flow
     from alignbench.prompts import Prompt
 
+    Scores = list[tuple[Tensor, Tensor, Tensor]]
+
 
 @dataclass
 class Meter:
@@ -61,7 +63,7 @@ class Watch:
     """Diagnostics that every method's records get: rewards, closed hinges, and where on the path gradients arise."""
 
     def __init__(self) -> None:
-        self.scores: list[tuple[Tensor, Tensor, Tensor]] = []  # (M, B) scores, (B,) values, (M, B) closed, of a batch
+        self.scores: Scores = []  # (M, B) scores, (B,) values, (M, B) closed, of a batch
         self.gradients: list[tuple[Tensor, Tensor]] = []  # sigma (B,), norm of dL/dv (B,), of an update
         self.hinged = False  # True once the method used the loss, and so the hinge; policy gradients do not
         self.backward = False  # True in the harness's backward, as opposed to gradients that a method takes itself
@@ -80,11 +82,15 @@ class Watch:
         self.gradients.clear()
         return dict(zip(GRAD_SHARES, sums.tolist(), strict=True))
 
-    def reward_means(self, reward: Reward) -> dict[str, float]:
-        """Return means over all images scored in this batch so far; {} if there are none."""
-        if not self.scores:
+    def reward_means(self, reward: Reward, parts: Scores | None = None) -> dict[str, float]:
+        """Return statistics of all images scored in this batch so far; {} if there are none.
+
+        ``parts``: the scores of all ranks, in order; None for one rank.
+        """
+        parts = self.scores if parts is None else parts
+        if not parts:
             return {}
-        scores, values, closed = (torch.cat(parts, -1).double() for parts in zip(*self.scores))
+        scores, values, closed = (torch.cat(column, -1).double() for column in zip(*parts))
         means = {"reward_mean": values.mean().item()}
         hinged = self.hinged and any(term.margin is not None for term in reward.terms)
         if hinged:
@@ -144,7 +150,7 @@ class MeteredReward(Reward):
         for term, row in zip(self.terms, scores.tolist(), strict=True):
             self._require_finite(term.evaluator.name, prompts, row)
         detached = scores.detach()
-        self._watch.scores.append((detached, self.value(detached), self.hinge_closed(detached)))
+        self._watch.scores.append((detached.cpu(), self.value(detached).cpu(), self.hinge_closed(detached).cpu()))
         return scores
 
     def _require_finite(self, evaluator: str, prompts: Sequence[Prompt], row: list[float]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import itertools
 import math
+import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +35,6 @@ from alignbench.training.meter import GRAD_SHARES, Meter, Watch
 from alignbench.training.precision import Weights, total_norm
 from alignbench.weights import check_shapes, copy_parameters
 
-T = TypeVar("T")
 Record = dict[str, Any]
 
 
@@ -101,8 +101,9 @@ class TrainState:
         while (losses := self.next_update(updates)) is not None:
             self.optimizer.zero_grad()
             self.weights.start_update()
-            sums = self.on_all_ranks(functools.partial(self.backward, losses, batches, reward))
-            metrics, norms = self.average_over_ranks(sums), self.synchronize_gradients()
+            with self.located():
+                means = self.backward(losses, batches)
+            metrics, norms = self.average_over_ranks(means, reward), self.synchronize_gradients()
             self.require_finite_norms(norms)
             lr = self.optimizer_step()
             self.meter.update_peak_memory(self.accelerator.device)
@@ -122,15 +123,20 @@ class TrainState:
         """Return the next update's losses, by micro-batch, or None after the last. Answers every GatherBatch."""
         answer = None
         while True:
-            requests = self.on_all_ranks(functools.partial(self.next_requests, updates, answer))
+            with self.located():
+                requests = self.next_requests(updates, answer)
             if not isinstance(requests[0], GatherBatch):
                 return None if requests[0] is None else requests
             answer = self.accelerator.gather(torch.cat([request.values for request in requests]))
 
     def next_requests(self, updates: Sequence[Updates], answer: Tensor | None) -> list[Any]:
-        """Return what each micro-batch yields next: all losses, all GatherBatch, or None once all have finished."""
+        """Return what each micro-batch yields next: all losses, all GatherBatch, or None once all have finished.
+
+        Micro-batches of other ranks included, since all take part in the collectives that follow.
+        """
         requests = [next(part, None) if answer is None else resume(part, answer) for part in updates]
-        if len({GatherBatch if isinstance(item, GatherBatch) else item is None for item in requests}) > 1:
+        kinds = {GatherBatch if isinstance(item, GatherBatch) else item is None for item in requests}
+        if len(set(gather_object([*kinds]))) > 1:
             raise UserError(f"method {self.method.name} makes different updates of different micro-batches")
         return requests
 
@@ -155,7 +161,7 @@ class TrainState:
                 x = euler(x, v, at, to)
         self.drift = moved / base
 
-    def backward(self, losses: Sequence[Iterable[Loss]], batches: Sequence[Batch], reward: Reward) -> dict[str, float]:
+    def backward(self, losses: Sequence[Iterable[Loss]], batches: Sequence[Batch]) -> dict[str, float]:
         """Sum the gradients of one update over micro-batches; return their losses and metrics, weighted by samples."""
         total, mean, first = 0.0, defaultdict[str, Mean](Mean), True
         for inner, batch in zip(losses, batches):
@@ -172,14 +178,18 @@ class TrainState:
                 for name, value in loss.metrics.items():
                     mean[name].add(float(value), weight)
         named = {"reward_mean" if name == "reward" else name: m.value for name, m in mean.items()}
-        return {"loss": total, **self.watch.reward_means(reward), **named, **self.watch.gradient_sums()}
+        return {"loss": total, **named, **self.watch.gradient_sums()}
 
-    def average_over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return means over ranks; the gradient's sums become shares."""
-        values = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.accelerator.device)
-        means = dict(zip(sums, self.accelerator.reduce(values, "mean").tolist()))
+    def average_over_ranks(self, means: dict[str, float], reward: Reward) -> dict[str, float]:
+        """Return means over ranks and the statistics of all scores of the batch; the gradient's sums become shares."""
+        ranks = gather_object([(means, self.watch.scores)])
+        if len({tuple(own) for own, _ in ranks}) > 1:
+            raise self.error(f"method {self.method.name} records different metrics on different ranks")
+        means = {name: statistics.fmean(own[name] for own, _ in ranks) for name in means}
         total = sum(means[name] for name in GRAD_SHARES) or 1.0
-        return {name: mean / total if name in GRAD_SHARES else mean for name, mean in means.items()}
+        shares = {name: means[name] / total for name in GRAD_SHARES}
+        scores = [part for _, parts in ranks for part in parts]
+        return {"loss": means["loss"], **self.watch.reward_means(reward, scores), **means, **shares}
 
     def synchronize_gradients(self) -> dict[str, float]:
         """Average gradients over ranks and clip each group by its own norm; return the norms before clipping."""
@@ -231,25 +241,17 @@ class TrainState:
         total = {name: (column.max() if name in largest else column.sum()) for name, column in zip(names, rows.T)}
         return {name: value.item() if name == "seconds" else int(value) for name, value in total.items()}
 
-    def on_all_ranks(self, work: Callable[[], T]) -> T:
-        """Return ``work()``, called on every rank. A failure on one raises on all, so that none is left waiting."""
-        result, failure = None, None
+    @contextlib.contextmanager
+    def located(self) -> Iterator[None]:
+        """Say in UserErrors at which step and update they occurred."""
         try:
-            result = work()
-        except Exception as error:  # raised again below
-            failure = error
-        failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
-        if self.accelerator.reduce(failed, "sum") == 0:
-            return result  # type: ignore[return-value]  # None only if that is what work() gave
-        reason = None if failure is None else str(failure) if isinstance(failure, UserError) else repr(failure)
-        reasons = [f"rank {n}: {why}" for n, why in enumerate(gather_object([reason])) if why is not None]
-        if failure is None:
-            raise self.error(f"another rank failed ({reasons[0]})")
-        raise self.error(str(failure)) if isinstance(failure, UserError) else failure
+            yield
+        except UserError as error:
+            raise self.error(str(error)) from error
 
     def any_rank(self, condition: Callable[[], bool]) -> bool:
         """Return whether ``condition()`` holds on any rank: the same on all, whose signals may arrive batches apart."""
-        holds = torch.tensor(float(self.on_all_ranks(condition)), device=self.accelerator.device)
+        holds = torch.tensor(float(condition()), device=self.accelerator.device)
         return self.accelerator.reduce(holds, "sum").item() > 0
 
     def error(self, what: str) -> UserError:
@@ -274,6 +276,7 @@ class TrainState:
         }
         if self.accelerator.is_main_process:
             save_state(folder, state, self.training.keep)
+        self.accelerator.wait_for_everyone()  # nobody ends, or asks to end, while this is written
 
     def gather_shards(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return full tensors; in the place of sharded ones, None on all but the main process."""
@@ -348,12 +351,9 @@ class TrainState:
     def save_weights(self, path: Path) -> None:
         """Save the trained weights and their EMA, as they are now."""
         weights, ema = self.gather_shards(self.parameters), self.gather_ema()
-
-        def write() -> None:
-            if self.accelerator.is_main_process:
-                save_weights(weights, path, ema)
-
-        self.on_all_ranks(write)
+        if self.accelerator.is_main_process:
+            save_weights(weights, path, ema)
+        self.accelerator.wait_for_everyone()
 
 
 def require_finite_loss(loss: Loss, batch: Batch) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.tiny_sweep import PLUGIN, alignbench, sweep_file
@@ -16,7 +17,7 @@ from alignbench.experiment import resources
 from alignbench.experiment.document import read
 from alignbench.experiment.plan import Plan, resolve
 from alignbench.experiment.resources import Resources
-from alignbench.launch import slurm, status_table, submissions
+from alignbench.launch import local, slurm, status_table, submissions
 from alignbench.launch import submit as submit_module
 from alignbench.launch.pending import unfinished
 from alignbench.launch.slurm import arrays
@@ -326,6 +327,30 @@ def test_a_batch_that_does_not_divide_among_ranks_is_refused_before_submission(t
     assert "Last, seed 0: training.batch: 2 samples do not divide among 3 ranks" in capsys.readouterr().err
 
 
+GROUPS = {  # four ranks of three samples, where a group has twelve images
+    "cases": [{"label": "GRPO", "method": {"name": "dancegrpo", "steps": 3, "group": 12, "updates_per_rollout": 1}}],
+    "base": {"training": {"batch": 12, "budget": {"images": 24}}},
+    "slurm": {"stages": {"train": {"gpus_per_node": 4}}},
+}
+
+
+def test_groups_that_do_not_divide_among_ranks_are_refused_before_submission(tmp_path, monkeypatch, capsys):
+    """The error names the ranks and their share; `validate` warns, as another launcher may be meant."""
+    monkeypatch.setattr(slurm, "check", lambda: None)
+    file = sweep_file(tmp_path, GROUPS)
+    problem = (
+        "GRPO{}: 4 ranks with 3 samples each: method.group: 3 samples per micro-batch do not make whole groups of 12"
+    )
+    assert alignbench("sweep", file, "--launcher", "slurm", store=tmp_path / "store") == 1
+    assert problem.format(", seed 0") in capsys.readouterr().err
+    assert not (tmp_path / "store" / "jobs").exists()
+    assert alignbench("validate", file) == 0
+    assert "slurm: " + problem.format("") in capsys.readouterr().err
+    fits = {"slurm": {"stages": {"train": {"gpus_per_node": 1}}}}
+    assert alignbench("validate", sweep_file(tmp_path, GROUPS | fits)) == 0
+    assert "ranks" not in capsys.readouterr().err
+
+
 def test_a_machine_without_slurm_says_what_to_do(tmp_path, monkeypatch, capsys):
     """The error is one line, and nothing is written."""
     monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
@@ -581,3 +606,16 @@ def test_a_job_without_stages_ends_at_once(tmp_path):
     script += f"sys.exit(main({str(file)!r}) or 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], env={"SLURM_ARRAY_TASK_ID": "0"}, check=False)
     assert done.returncode == 0
+
+
+# -- threads of local workers -----------------------------------------------------------------------------------------
+
+
+def test_the_same_command_gives_a_run_the_same_threads(tmp_path):
+    """A run keeps the number it was begun with, if this machine has as many cores; else it takes the launch's."""
+    launch = local.LocalLaunch(None, Store(tmp_path), tmp_path, [], 1, 7, [], [], ())
+    job = SimpleNamespace(cell=SimpleNamespace(id="last-1"))
+    assert launch._threads(job) == 7
+    for begun, kept in ((local.cores(), local.cores()), (local.cores() + 1, 7)):
+        write_json(tmp_path / "runs" / "last-1" / "provenance.json", {"threads": begun})
+        assert launch._threads(job) == kept

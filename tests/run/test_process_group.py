@@ -1,25 +1,32 @@
 """Several processes make the same run as one, and all of them end together."""
 
+import itertools
 import json
 import os
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 from support import rank_process, tiny
-from support.tiny_sweep import PLUGIN, alignbench, sweep_file
+from support.tiny_sweep import PLUGIN, alignbench, same, sweep_file
 
-from alignbench.config import UserError
+from alignbench.config import Interrupted, UserError
 from alignbench.experiment.document import read
 from alignbench.experiment.plan import resolve
 from alignbench.experiment.spec import Budget, Training, check_ranks
 from alignbench.launch import pending
 from alignbench.plugins import Registry
-from alignbench.run import execute
-from alignbench.run.process_group import ProcessGroup
+from alignbench.run import Task, execute, process_group, provenance
+from alignbench.run.process_group import OtherFailed, ProcessGroup
+from alignbench.run.session import RunSession
 from alignbench.store.artefacts import Store, milestone_file
+from alignbench.store.locks import Lock
 from alignbench.training.checkpoint import FINAL, read_state, saved_states
 
 CASES = rank_process.CASES
@@ -186,16 +193,193 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
         pd.testing.assert_frame_equal(pd.read_parquet(path), frame)
 
 
+TROUBLE = [  # where, how, rank, parallel, the reason that the run's status gives
+    ("training", "fails", 0, "fsdp", "training: rank 0: RuntimeError: fell over"),
+    ("training", "fails", 1, "ddp", "training: rank 1: RuntimeError: fell over"),
+    ("training", "spoils", 1, "fsdp", "training: rank 1: training, step 1, update 1: the reward is not finite"),
+    ("training", "killed", 0, "ddp", "training: rank 0 has ended; see its log"),
+    ("training", "killed", 1, "fsdp", "training: rank 1 has ended; see its log"),
+    ("saving", "killed", 0, "fsdp", "training: rank 0 has ended; see its log"),
+    ("generating", "fails", 1, "ddp", "generation: rank 1: RuntimeError: fell over"),
+    ("generating", "killed", 0, "ddp", "generation: rank 0 has ended; see its log"),
+    ("generating", "killed", 1, "fsdp", "generation: rank 1 has ended; see its log"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fails", ["0", "1"])
-def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path, fails):
-    """When a rank fails unexpectedly, the reason is recorded, the lock is free, and no rank is left waiting."""
+@pytest.mark.parametrize(("where", "how", "rank", "parallel", "reason"), TROUBLE)
+def test_a_rank_that_fails_or_dies_ends_the_run_with_its_reason(tmp_path, where, how, rank, parallel, reason):
+    """Status and log give the reason, the lock is free, nobody is left waiting, and the next attempt makes the rest."""
+    store, plain = task(tmp_path, parallel)
+    rank_process.together("execute", tmp_path, where, how, str(rank), expect=1)
+    run, images = store.run(plain["run"], True), store.images(plain["images"])
+    artefact = run if reason.startswith("training") else images
+    assert artefact.failure == reason
+    assert not artefact.busy
+    assert not artefact.done
+    told = run.folder / ("log.rank1.txt" if (how, rank) == ("killed", 0) else "log.txt")
+    assert reason.partition(": ")[2] in told.read_text()
+    assert execute(plain)["state"] == "done"
+
+
+@pytest.mark.slow
+def test_a_stop_is_not_a_failure_on_any_rank(tmp_path):
+    """A signal on one rank that makes images stops both, which record no failure and keep the images made so far.
+
+    The other rank, which waits for it or works, ends as interrupted too, so that a job can be queued again.
+    """
     store, plain = task(tmp_path)
-    rank_process.together("execute", tmp_path, fails, expect=1)
+    notes = rank_process.together("execute", tmp_path, "generating", "stopped", "1", expect=1)
+    assert [note["state"] for note in notes] == ["interrupted"] * 2
+    images = store.images(plain["images"])
+    assert images.failure is None
+    assert not images.busy
+    assert list(images.folder.glob("*.png"))
+    assert execute(plain)["state"] == "done"
+
+
+# -- one rank and its store -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """Return a function that makes the two ranks of a group as threads would: they share a store, without torch's
+    group. ``stop``: what each polls. Heartbeats are a hundred times faster."""
+    for name, value in {"BEAT": 0.01, "POLL": 0.001, "ROLL_CALL": 0.2, "SILENT": 10}.items():
+        monkeypatch.setattr(process_group, name, value)
+    shared, groups = torch.distributed.HashStore(), []
+
+    def make(rank, stop=lambda: False):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        groups.append(ProcessGroup(stop))
+        groups[-1]._store = shared
+        threading.Thread(target=groups[-1]._watch, daemon=True).start()
+        return groups[-1]
+
+    yield make
+    for group in groups:
+        group._ended.set()
+
+
+def in_thread(function):
+    """Return a future of ``function()``, run in a thread."""
+    return ThreadPoolExecutor(1).submit(function)
+
+
+def test_messages_reach_all_ranks(pair):
+    """A broadcast gives rank 0's value, a barrier waits for both, and a count is that of both."""
+    first, second = pair(0), pair(1)
+    later = in_thread(lambda: (second.broadcast(lambda: None), second.count("images", 2), second.barrier())[:2])
+    assert first.broadcast(lambda: {"a": [1]}) == {"a": [1]}
+    shown = []
+    first.count("images", 3)
+    first.barrier(lambda: shown.append(first.count("images")))
+    assert later.result() == ({"a": [1]}, second.count("images"))
+    assert first.count("images") == 5
+
+
+def test_a_rank_that_was_killed_is_noticed_by_whoever_waits(pair):
+    """Its heart has stopped, and the others name it; one that never started is not taken for dead."""
+    first, second = pair(0), pair(1)
+    second._ended.set()
+    with pytest.raises(OtherFailed, match="rank 1 has ended; see its log"):
+        first.barrier()
+    assert first.abort("rank 0: RuntimeError: broken pipe") == "rank 1 has ended; see its log"
+
+
+def test_a_broken_connection_is_explained_by_the_rank_that_ended(pair):
+    """The consequence on one rank gives way to the cause, a silent rank or a reason already written."""
+    first, second = pair(0), pair(1)
+    assert second.abort("rank 1: the reward is not finite") == "rank 1: the reward is not finite"
+    assert first.abort("rank 0: RuntimeError: broken pipe", certain=False) == "rank 1: the reward is not finite"
+
+
+def test_an_error_while_all_ranks_live_is_its_own_reason(pair):
+    """A roll call that everyone answers finds no other cause."""
+    first, _ = pair(0), pair(1)
+    assert first.abort("rank 0: RuntimeError: bug", certain=False) == "rank 0: RuntimeError: bug"
+
+
+def test_a_signal_that_follows_a_death_is_not_a_request_to_stop(pair):
+    """SLURM ends the other tasks of a step once one was killed: they report its death, not an interruption."""
+    first, second = pair(0, stop=lambda: True), pair(1)
+    second._ended.set()
+    time.sleep(0.05)
+    with pytest.raises(OtherFailed, match="rank 1 has ended"):
+        first.check()
+
+
+def test_a_rank_that_waits_obeys_a_stop_and_takes_its_partner_along(pair):
+    """Neither goes on alone: the rank that was waited for learns it when it sends its message, at the latest."""
+    first, second = pair(0), pair(1, stop=lambda: True)
+    with pytest.raises(Interrupted):
+        second.broadcast(lambda: None)
+    with pytest.raises(Interrupted):
+        first.broadcast(lambda: "go on")
+    assert second.abort(process_group.STOPPED) == process_group.STOPPED
+    with pytest.raises(Interrupted):
+        first.check()
+
+
+def test_a_stop_while_waiting_for_a_lock_is_obeyed(tmp_path):
+    """A run that another process makes is waited for only until a stop, which is not a failure."""
+    store, plain = task(tmp_path)
     run = store.run(plain["run"], True)
-    assert "RuntimeError: fell over" in (run.failure or "")
-    assert not run.busy
-    assert not run.done
+    lock = Lock(run.lock)
+    assert lock.try_acquire()
+    assert execute(plain, lambda: True) == {"state": "interrupted", "reason": "", "made": []}
+    assert run.failure is None
+    lock.check()
+    lock.release()
+
+
+def test_ranks_with_other_code_or_settings_are_refused():
+    """The error names what differs, and both sides."""
+    session = object.__new__(RunSession)
+    session.task = Task("", "", "", False, {}, {}, [], [], 1, "", [])
+    session.code = provenance.code()
+    theirs = {}
+
+    def broadcast(make):
+        return make() | theirs
+
+    session.group = SimpleNamespace(size=2, broadcast=broadcast)
+    session._check_ranks()
+    theirs["torch"] = "1.0"
+    with pytest.raises(UserError, match=rf"torch: {torch.__version__.split('+')[0]}\S*, but rank 0 has 1.0"):
+        session._check_ranks()
+
+
+def test_threads_stay_as_they_were_at_the_beginning():
+    """What was begun with three threads is finished with three; what is new takes the task's number."""
+    session = object.__new__(RunSession)
+    notes, before = [], torch.get_num_threads()
+    session.group, session.note = SimpleNamespace(broadcast=lambda make: make()), notes.append
+    try:
+        session.keep_threads(lambda: None)
+        assert (torch.get_num_threads(), notes) == (before, [])
+        session.keep_threads(lambda: {"threads": 3})
+        assert torch.get_num_threads() == 3
+        assert notes == [f"continues with 3 threads, as it was begun, not with {before}"]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_another_number_of_threads_does_not_change_a_run_that_was_begun(tmp_path):
+    """Training, images and scores begun with two threads are finished with two: bitwise the undisturbed run."""
+    stores = []
+    for name, threads in (("calm", [2]), ("disturbed", [2, 1, 1, 1, 1])):
+        (tmp_path / name).mkdir()
+        store, plain = task(tmp_path / name)
+        for number in threads:
+            asked = itertools.count()
+            execute(plain | {"threads": number}, lambda: len(threads) > 1 and next(asked) == 1)  # noqa: B023 - called at once
+        assert execute(plain)["state"] == "done"
+        stores.append(store.root)
+        assert json.loads((store.run(plain["run"], True).folder / "provenance.json").read_text())["threads"] == 2
+    same(*stores)
 
 
 def test_a_verb_waits_for_no_rank_of_the_shell_that_it_is_typed_in(monkeypatch):

@@ -400,16 +400,16 @@ class Cluster:
         self.stop_controller()
         self.start_controller()
 
-    def processes(self, job: str) -> list[int]:
-        """Return the Python processes of a running job (12) or task (12_0)."""
+    def processes(self, job: str, rank: int = 0) -> list[int]:
+        """Return the Python processes of a rank of a running job (12) or task (12_0)."""
         array, _, task = job.partition("_")
         ids = [f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"] if task else [f"SLURM_JOB_ID={job}"]
-        variables = {*ids, f"SLURM_CONF={self.conf}"}
+        variables = {*ids, f"SLURM_CONF={self.conf}", f"SLURM_PROCID={rank}"}
         return [pid for pid in _pids() if variables <= _environ(pid) and _name(pid).startswith("python")]
 
-    def kill_job_process(self, job: str) -> None:
-        """Kill a job's Python with -9, as the kernel does when memory runs out."""
-        _kill(self.wait(lambda: self.processes(job)))
+    def kill_job_process(self, job: str, rank: int = 0) -> None:
+        """Kill the Python of a job's rank with -9, as the kernel does when memory runs out."""
+        _kill(self.wait(lambda: self.processes(job, rank)))
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

@@ -265,6 +265,20 @@ def test_tasks_of_one_job_are_one_run(prepare, tmp_path):
         assert abs(ours[name] - value).max() < 1e-4, name
 
 
+def test_a_rank_that_was_killed_ends_its_job(prepare, cluster):
+    """The other rank, busy for ever, does not keep the job alive; `retry` resumes and finishes the run."""
+    training = {"training": {"budget": {"images": 8}, "batch": 2}}
+    sweep = prepare("calm1", base=training, slurm={"stages": {"train": {"tasks_per_node": 2}}})
+    hold = sweep.stop_at("calm1", 2)
+    sweep.submit()
+    sweep.reached("calm1", 2)
+    cluster.kill_job_process(sweep.job("calm1"), rank=1)
+    assert sweep.end() == 2
+    hold.unlink()
+    assert sweep.run("retry")[0] == 3
+    assert sweep.end() == 0, sweep.run("status")[1]
+
+
 SHELL = {
     "SLURM_MEM_PER_CPU": "100", "SLURM_MEM_PER_NODE": "77", "SLURM_NTASKS": "7", "SLURM_EXPORT_ENV": "NONE",
     "SBATCH_TIMELIMIT": "1", "SBATCH_PARTITION": "nowhere", "SBATCH_EXPORT": "NONE", "SQUEUE_STATES": "FAILED",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,24 +181,87 @@ def guide(folder: Path) -> None:
     ranks.close()
 
 
-def execute(folder: Path, fails: str = "") -> None:
-    """Execute the task in task.json. On the rank ``fails``, the second update raises, unexpectedly for the others."""
+def execute(folder: Path, where: str = "", how: str = "", rank: str = "") -> None:
+    """Execute the task in task.json. ``how`` trouble comes ``where``, on one rank; see ``TROUBLE`` and ``PLACES``."""
     from alignbench.run import process_group, worker
-    from alignbench.training import state
+    from alignbench.run.slurm_job import Signals
 
-    process_group.GRACE = 5.0
-    if fails and fails == os.environ["RANK"]:
-        optimizer_step = state.TrainState.optimizer_step
-
-        def falls(self):
-            if self.update == 1:
-                raise RuntimeError("fell over")
-            return optimizer_step(self)
-
-        state.TrainState.optimizer_step = falls
-    result = worker.execute(json.loads((folder / "task.json").read_text()))
+    process_group.GRACE, process_group.ROLL_CALL, process_group.SILENT = 5.0, 5.0, 10
+    stop = Signals()
+    if rank == os.environ.get("RANK"):
+        PLACES[where](TROUBLE[how])
+    result = worker.execute(json.loads((folder / "task.json").read_text()), stop)
     note("execute", folder, result)
-    sys.exit(result["state"] != "done")
+    os._exit(result["state"] != "done")  # as a job does
+
+
+def fail() -> None:
+    raise RuntimeError("fell over")
+
+
+def spoil() -> None:
+    from alignbench.config import UserError
+
+    raise UserError("the reward is not finite")
+
+
+TROUBLE = {
+    "fails": fail,
+    "spoils": spoil,
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGUSR2),
+}
+
+
+def second_call(owner: Any, name: str, trouble: Callable[[], Any], nth: int = 2) -> None:
+    """Make trouble before the n-th call of a function."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == nth:
+            trouble()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, called)
+
+
+def while_training(trouble: Callable[[], Any]) -> None:
+    from alignbench.training.meter import MeteredReward
+
+    second_call(MeteredReward, "__call__", trouble)  # between two collectives of FSDP
+
+
+def while_saving(trouble: Callable[[], Any]) -> None:
+    from alignbench.training import checkpoint
+
+    second_call(checkpoint, "_replace", trouble)
+
+
+def while_generating(trouble: Callable[[], Any]) -> None:
+    from alignbench.run import image_stage
+
+    second_call(image_stage, "_png", trouble)
+
+
+def while_scoring(trouble: Callable[[], Any]) -> None:
+    from alignbench.run.score_stage import _Judge
+
+    second_call(_Judge, "_score_rows", trouble, nth=1)
+
+
+def while_starting(trouble: Callable[[], Any]) -> None:
+    from alignbench.run.process_group import ProcessGroup
+
+    second_call(ProcessGroup, "join", trouble, nth=1)
+
+
+PLACES = {
+    "starting": while_starting,
+    "training": while_training,
+    "saving": while_saving,
+    "generating": while_generating,
+    "scoring": while_scoring,
+}
 
 
 if __name__ == "__main__":

@@ -806,10 +806,10 @@ def test_a_metered_flow_is_otherwise_the_flow():
 
 
 def test_two_ranks_are_one(tmp_path):
-    """Two real processes make the updates of one: same choices at every step, same weights and costs, to rounding.
+    """Two real processes make the updates of one: same choices, weights, costs and statistics, to rounding.
 
-    When one of them fails, the other stops too, with the reason's place in its own error; when one of them is asked to
-    stop, both do, after the same batch, and one process goes on from what they saved.
+    When one of them is asked to stop, both do, after the same batch, and one process goes on from what they saved; when
+    one fails, it says where and waits for nobody, and the other ends, too.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -824,7 +824,7 @@ def test_two_ranks_are_one(tmp_path):
     assert first["draws"] == second["draws"]
     assert first["bias"] == second["bias"]
     for name, method in (("leapalign", LEAP), ("dancegrpo", GRPO)):
-        flow, records = run(method, settings(batches=3))
+        flow, records = run(method, settings(batches=3), reward=QuadraticReward(margin=-1.0))
         both = torch.tensor(first["bias"][name], dtype=torch.float64)
         torch.testing.assert_close(both, flow.bias.detach(), rtol=1e-9, atol=1e-9)
         for mine, theirs in itertools.chain(
@@ -832,10 +832,10 @@ def test_two_ranks_are_one(tmp_path):
             zip(unclocked(records), unclocked(second["records"][name]), strict=True),
         ):
             assert mine == pytest.approx(theirs, rel=1e-7, abs=1e-9)
-    assert "step 1" in first["error"]
-    assert "another rank failed (rank 1: the reward quadratic is not finite" in first["error"]
+    assert first["error"]
     assert "step 1" in second["error"]
     assert "reward quadratic is not finite" in second["error"]
+    assert all(record["reward_std"] > 0 for record in first["records"]["leapalign"])
     assert first["stopped"] == second["stopped"] == "training: stopped after 2 batches"
     assert [record["step"] for record in run(LEAP, folder=tmp_path / "stopped")[1]] == [2, 3, 4, 5]
 
@@ -857,13 +857,9 @@ def train_as_rank(rank: int, port: str, folder: Path) -> None:
     torch.set_num_threads(1)
     notes: dict = {"bias": {}, "records": {}}
     for name, method in (("leapalign", LoggedLeap(steps=STEPS)), ("dancegrpo", GRPO)):
-        flow, records = run(method, settings(batches=3), folder / name)
+        flow, records = run(method, settings(batches=3), folder / name, reward=QuadraticReward(margin=-1.0))
         notes["bias"][name], notes["records"][name] = flow.bias.tolist(), records
     notes["draws"] = LoggedLeap.draws
-    try:
-        run(LEAP, reward=Failing(float("nan"), after=1) if rank == 1 else None)
-    except UserError as error:
-        notes["error"] = str(error)
     asked = iter([False, rank == 1])
     parts = LEAP, AffineFlow(STEPS), QuadraticReward(), PROMPTS, settings(checkpoint_every=100)
     options = {"accelerator": Accelerator(cpu=True), "checkpoints": folder / "stopped"}
@@ -871,6 +867,10 @@ def train_as_rank(rank: int, port: str, folder: Path) -> None:
         list(loop.train(*parts, **options, stop=lambda: next(asked)))
     except Interrupted as error:
         notes["stopped"] = str(error)
+    try:
+        run(LEAP, reward=Failing(float("nan"), after=1) if rank == 1 else None)
+    except (UserError, RuntimeError) as error:  # rank 0: the connection broke when rank 1 ended
+        notes["error"] = str(error)
     (folder / f"rank{rank}.json").write_text(json.dumps(notes))
 
 
