@@ -18,7 +18,6 @@ from alignbench.config import (
     Missing,
     Requirement,
     UserError,
-    decode,
     did_you_mean,
     settings,
 )
@@ -27,7 +26,7 @@ from alignbench.evaluator import Evaluator
 from alignbench.experiment import margins, resources
 from alignbench.experiment.cells import PlannedRun, cells_of, distinct
 from alignbench.experiment.checks import check_evaluation, check_run, check_settings, load, run_check
-from alignbench.experiment.document import RUN_PARTS, Document
+from alignbench.experiment.document import Document, decoded
 from alignbench.experiment.ids import BASE, base_of, evaluator_content, image_set_id, run_id
 from alignbench.experiment.roles import Score
 from alignbench.experiment.spec import (
@@ -84,6 +83,7 @@ class Plan:
             cases=list(dict.fromkeys(cell.spec.label for cell in self.cells)),
             runs=[self._run(cell) for cell in self.cells],
             plugins=list(plugins),
+            replaced=list(self.document.inherited.replaced),
         )
 
     def _run(self, cell: PlannedRun) -> ManifestRun:
@@ -132,8 +132,7 @@ class Draft(NamedTuple):
 def draft(document: Document, registry: Registry) -> Draft:
     """Return every cell with its settings checked. Raise UserError for the first mistake, with its place."""
     where, builder = document.path, Builder(registry)
-    _refuse_case_settings(document)
-    sweep = decode(Sweep, document.data, f"{where}: ")
+    sweep = decoded(document)
     cells = cells_of(sweep, document, builder)
     resources.check_options(sweep.slurm, f"{where}: slurm", registry)
     for cell in distinct(cells):
@@ -205,18 +204,6 @@ def warnings_of(plan: Plan) -> list[str]:
         if why := margins.never_closes(margin, evaluator.reward_range):
             warnings[f"{plan.document.path}: reward.margin: {evaluator.name}: {why}"] = None
     return list(warnings)
-
-
-def _refuse_case_settings(document: Document) -> None:
-    """Raise UserError for a case that sets more than its method: that is an exception without a reason."""
-    cases = document.data.get("cases")
-    for i, case in enumerate(cases if isinstance(cases, list) else []):
-        odd = [key for key in case if key in RUN_PARTS and key != "method"] if isinstance(case, dict) else []
-        if odd:
-            raise UserError(
-                f"{document.path}: cases[{i}].{odd[0]}: rows would be unequal; a case has only a label and a method, "
-                "exceptions go under 'overrides' with a reason"
-            )
 
 
 def _check_primary(name: str, evaluators: Sequence[Evaluator], where: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignbench.config import UserError
-from alignbench.experiment.document import Document
+from alignbench.experiment.document import Document, decoded
 from alignbench.rehearsal import tiny_backends, tiny_evaluators
 
 STAMP = "REHEARSAL"
@@ -25,7 +25,7 @@ REMOTE = ("revision", "base_revision", "clip_revision", "server", "served_model"
 
 def rehearse(document: Document, store: Path) -> Document:
     """Return the sweep's rehearsal. Small checkpoints that are missing are made in ``store/rehearsal``."""
-    backend = document.data.get("base", {}).get("backend", {})
+    backend = decoded(document).base.backend
     if backend.get("name") not in BACKENDS:
         what = f"only the backends {', '.join(BACKENDS)} have a small model"
         raise UserError(f"{document.path}: --rehearse: {what}, not {backend.get('name')}")

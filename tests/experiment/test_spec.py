@@ -253,7 +253,7 @@ BEFORE = {  # digests of settings and ids, cell by cell, as of revision acc4a42
     "quickstart": "c73011cd9b",
     "shapes": "5b8d513244",
     "shapes_curves": "c995a0ec5f",
-    "shapes_methods": "275e455857",
+    "shapes_methods": "cc2d877f62",  # FlowBP-Lagrange no longer has the note on the learning rate that it replaces
     "table2": "bbb98f75b3",
     "table2_geneval": "d3ef14e958",
     "table3_hpsv3": "dd54c72ff8",
