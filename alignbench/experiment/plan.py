@@ -25,7 +25,14 @@ from alignbench.digests import content_id
 from alignbench.evaluator import Evaluator
 from alignbench.experiment import margins, resources
 from alignbench.experiment.cells import PlannedRun, cells_of, distinct
-from alignbench.experiment.checks import check_evaluation, check_run, check_settings, load, run_check
+from alignbench.experiment.checks import (
+    check_evaluation,
+    check_run,
+    check_settings,
+    cut_prompts,
+    repeated_prompts,
+    run_check,
+)
 from alignbench.experiment.document import Document, decoded
 from alignbench.experiment.ids import BASE, base_of, evaluator_content, image_set_id, run_id
 from alignbench.experiment.roles import Score
@@ -34,7 +41,7 @@ from alignbench.experiment.spec import (
     Sweep,
 )
 from alignbench.plugins import NAME, Builder, Registry
-from alignbench.prompts import Prompt
+from alignbench.prompts import Prompt, evaluation_prompts, load_prompts
 from alignbench.store.manifest import (
     Manifest,
     ManifestMetric,
@@ -154,7 +161,9 @@ def completed(draft: Draft) -> Plan:
     """Return the plan of a draft. Raise UserError for the first file that is missing or wrong."""
     document, sweep, cells, evaluators, builder = draft
     where, evaluation = document.path, sweep.evaluation
-    prompts = load(evaluation.protocol.prompts, f"{where}: evaluation.protocol.prompts")[: evaluation.limit]
+    prompts = evaluation_prompts(evaluation.protocol.prompts, f"{where}: evaluation.protocol.prompts")[
+        : evaluation.limit
+    ]
     for cell in distinct(cells):
         check_run(cell, f"{where}: {cell.spec.label}")
         check_evaluation(cell, evaluation, where)
@@ -167,29 +176,33 @@ def completed(draft: Draft) -> Plan:
 
 def missing(draft: Draft) -> list[Requirement]:
     """Return everything to fetch before the sweep can start, once each. Raise UserError for what cannot be fetched."""
-    needs: list[Requirement] = []
+    path, needs = draft.document.path, list[Requirement]()
     for cell in distinct(draft.cells):
-        needs += [*_absent(cell.backend), *_absent(cell.method)]
+        where = f"{path}: {cell.spec.label}"
+        needs += [*_absent(cell.backend, where), *_absent(cell.method, where)]
         if cell.trains:
-            needs += _raised(load, cell.spec.prompts, f"{cell.spec.label}: prompts")
-            needs += [need for term in cell.rewards for need in _absent(term.evaluator)]
-    needs += _raised(load, draft.sweep.evaluation.protocol.prompts, "evaluation.protocol.prompts")
-    needs += [need for evaluator in draft.evaluators for need in _absent(evaluator)]
+            needs += _raised(where, load_prompts, cell.spec.prompts)
+            needs += [need for term in cell.rewards for need in _absent(term.evaluator, where)]
+    needs += _raised(path, load_prompts, draft.sweep.evaluation.protocol.prompts, "evaluation.protocol.prompts")
+    for i, evaluator in enumerate(draft.evaluators):
+        needs += _absent(evaluator, f"{path}: evaluation.evaluators[{i}]")
     return list({need.command: need for need in needs}.values())
 
 
-def _absent(part: Config) -> list[Requirement]:
+def _absent(part: Config, where: str) -> list[Requirement]:
     """Return the files that ``part`` lacks. Raise UserError if all exist but cannot be used."""
-    return weights.absent(part) or _raised(part.files)  # type: ignore[attr-defined]  # all three kinds have it
+    absent = list[Requirement]()
+    run_check(where, lambda: absent.extend(weights.absent(part)))
+    return absent or _raised(where, part.files)  # type: ignore[attr-defined]  # all three kinds have it
 
 
-def _raised(check: Callable[..., Any], *arguments: Any) -> list[Requirement]:
+def _raised(where: str, check: Callable[..., Any], *arguments: Any) -> list[Requirement]:
     """Return the requirement named by the Missing that ``check`` raises, as plug-ins and prompt lists do.
 
-    Re-raise a Missing that names none.
+    Raise any other error, and a Missing that names none, as ``run_check`` does.
     """
     try:
-        check(*arguments)
+        run_check(where, check, *arguments)
     except Missing as error:
         if error.requirement is None:
             raise
@@ -203,6 +216,9 @@ def warnings_of(plan: Plan) -> list[str]:
     for evaluator, margin, _ in (term for cell in plan.cells if cell.trains for term in cell.rewards):
         if why := margins.never_closes(margin, evaluator.reward_range):
             warnings[f"{plan.document.path}: reward.margin: {evaluator.name}: {why}"] = None
+    for cell in distinct(plan.cells):
+        for what in (*repeated_prompts(cell), *cut_prompts(cell, plan.prompts)):
+            warnings[f"{plan.document.path}: {what}"] = None
     return list(warnings)
 
 
@@ -223,7 +239,7 @@ def identify(
     cell: PlannedRun, prompts: Sequence[Prompt], builder: Builder, at_milestones: Sequence[Prompt] | None = None
 ) -> PlannedRun:
     """Return ``cell`` with the ids of its weights and images. ``at_milestones``: prompts there; None for all."""
-    training_prompts = load(cell.spec.prompts, "prompts") if cell.trains else []
+    training_prompts = load_prompts(cell.spec.prompts, "prompts") if cell.trains else []
     name = f"{cell.spec.method['name']}-{run_id(cell.spec, cell.parts, builder.registry, training_prompts)}"
     images = image_set_id(name, cell.trains, cell.protocol, prompts)
     fewer = prompts if at_milestones is None else at_milestones
