@@ -290,8 +290,8 @@ class _Loader(yaml.SafeLoader):
     it, aliases that repeat each other into millions of settings, and every type but text, numbers, lists and mappings.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-    yaml_constructors: ClassVar[dict[Any, Any]] = {
+    yaml_implicit_resolvers: ClassVar = {}  # type: ignore[misc]  # a class's own, whatever its stubs say
+    yaml_constructors: ClassVar = {
         tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (f"{TAG}str", f"{TAG}seq", f"{TAG}map", None)
     }
 
@@ -300,7 +300,7 @@ class _Loader(yaml.SafeLoader):
         self.depth = 0
         self.sizes: dict[yaml.Node, int] = {}  # nodes of what is complete, aliases counted again
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if self.depth == DEPTH:
             raise _at(event.start_mark, f"brackets or settings are nested more than {DEPTH} deep")
@@ -325,8 +325,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag == f"{TAG}merge":  # `<<: *anchor` may repeat
                 continue
-            if key.tag != f"{TAG}str":
-                written = "like this" if not isinstance(key, yaml.ScalarNode) else key.value or "null"
+            if key.tag != f"{TAG}str" or not isinstance(key, yaml.ScalarNode):
+                written = (key.value or "null") if isinstance(key, yaml.ScalarNode) else "like this"
                 raise _at(key.start_mark, f"the key {written} is not text; put it in quotes")
             if key.value in seen:
                 what = f"the key '{key.value}' is already set on line {seen[key.value]}; keep one of them"
@@ -335,7 +335,7 @@ class _Loader(yaml.SafeLoader):
         return 1 + sum(self.sizes[key] + self.sizes[value] for key, value in node.value)
 
 
-def _at(mark: yaml.Mark, problem: str) -> yaml.MarkedYAMLError:
+def _at(mark: Any, problem: str) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
@@ -343,7 +343,7 @@ def _scalar(kind: str) -> Callable[[_Loader, yaml.Node], Any]:
     """Return the constructor of a type; it also checks what stands behind an explicit tag, ``!!int x``."""
     spelling, _, value = SCALARS[kind]
 
-    def construct(loader: _Loader, node: yaml.Node) -> Any:
+    def construct(loader: _Loader, node: Any) -> Any:
         text = loader.construct_scalar(node)
         try:
             if re.fullmatch(spelling, text):
@@ -370,8 +370,8 @@ def parse_yaml(text: str, where: str) -> Any:
         line = f"{where}:{error.problem_mark.line + 1}" if error.problem_mark else where
         raise UserError(f"{line}: {error.problem}") from None
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{where}:{line}: the character U+{error.character:04X} is not text; remove it") from None
+        number = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{where}:{number}: the character U+{error.character:04X} is not text; remove it") from None
 
 
 def load_yaml(path: Path, packaged: Mapping[str, Path] | None = None) -> dict[str, Any]:

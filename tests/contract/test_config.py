@@ -98,6 +98,7 @@ def test_scientific_notation_is_a_number(text: str) -> None:
         ("a: 1\nb: " + 5000 * "9", "x:2: '99999999999999999999...' is not a value of the type int"),
         ("a: 1\nb: \0", "x:2: the character U+0000 is not text"),
         ("? [a]\n: 1", "x:1: the key like this is not text"),
+        ("? !!str [a]\n: 1", "x:1: the key like this is not text"),
     ],
 )
 def test_bad_yaml_names_file_and_line(text: str, line: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.tiny_sweep import PLUGIN, SWEEP, sweep_file
+from support.tiny_sweep import PLUGIN, SWEEP, alignbench, sweep_file
 
 from alignbench.config import UserError
 from alignbench.experiment.cells import PlannedRun
@@ -47,6 +47,15 @@ def test_overrides_are_replaced_or_appended_to(tmp_path):
     assert both.inherited.replaced == ()
 
 
+def test_validate_says_what_is_replaced(tmp_path, capsys):
+    """It prints a line for each list after its verdict, and nothing for a sweep that extends none."""
+    document = child(tmp_path, overrides=[STEPS])
+    assert alignbench("validate", document.path, store=tmp_path / "store") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [f"  replaces {document.inherited.replaced[0]}"]
+    assert alignbench("validate", str(tmp_path / "tiny.yaml"), store=tmp_path / "store") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_every_list_that_is_replaced_is_said(tmp_path):
     """Cases, evaluators, axes and lists of values, at any depth; equal and longer lists replace nothing."""
     base = {"training": {"milestones": [2]}}
@@ -76,7 +85,7 @@ def test_a_budget_of_another_kind_replaces_the_inherited_one(tmp_path, budget):
     (kind, value) = next(iter(budget.items()))
     assert {getattr(cell.spec.training.budget, kind) for cell in trained(document)} == {value}
     assert len(document.inherited.replaced) == 1
-    assert document.inherited.replaced[0].startswith("base.training.budget: {")
+    assert document.inherited.replaced[0] == f"base.training.budget: {kind} {value} in place of images 8 of tiny.yaml"
     assert child(tmp_path, base={"training": {"budget": {"images": 9}}}).inherited.replaced == ()
 
 
