@@ -37,11 +37,12 @@ from alignbench.store.stages import Stage  # noqa: E402
 
 def ours(folder: Path, runs: int) -> str:
     """Submit empty runs as the launcher does; return the array's id."""
-    array = slurm.Array(Stage.TRAIN, [None] * runs, resources.Resources())  # type: ignore[list-item]  # cells are not read
+    cells: list[Any] = [None] * runs  # are not read
+    array = slurm.Array(Stage.TRAIN, resources.Resources(), cells=cells, tasks=list(range(runs)))
     code = take(folder)
     jobs = folder / "jobs" / "soak"
-    write_json(jobs / "0.json", {"tasks": [{"stages": []}] * runs})
-    slurm.submit(array, jobs, "soak", code.environment())
+    write_json(jobs / "0.json", {"tasks": {str(task): {"stages": []} for task in array.tasks}})
+    slurm.submit(array, jobs, "soak", code)
     return array.job
 
 

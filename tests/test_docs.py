@@ -290,10 +290,13 @@ def test_readme_says_what_the_report_of_five_seeds_says():
 
 
 def test_readme_says_what_the_report_of_all_methods_says():
-    """The number of trained rows, all of whose intervals exclude zero, also after Holm's correction."""
+    """The number of trained rows, all of whose intervals exclude zero, and of those that Holm's correction leaves."""
     rows = [row for (_, metric), row in table("shapes_methods").items() if metric == "hpsv2.1" and row["change"]]
-    assert f"All {len(rows)} rows raise the reward" in text(ROOT / "README.md")
-    assert all(float(row["change_lo"]) > 0 and float(row["p_holm"]) < 0.05 for row in rows)
+    left = sum(float(row["p_holm"]) < 0.05 for row in rows)
+    assert all(float(row["change_lo"]) > 0 for row in rows)
+    page = text(ROOT / "README.md")
+    assert f"All {len(rows)} rows raise the reward" in page
+    assert f"for {left} of them also after Holm's correction" in page
 
 
 def test_readme_has_the_sizes_of_the_shapes_world():

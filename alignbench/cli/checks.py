@@ -87,13 +87,14 @@ def plan(request: Request, only: Sequence[str], gpu: str) -> int:
     from alignbench.experiment.plan import completed, draft, missing
     from alignbench.launch import submissions
     from alignbench.planning.plan_page import gpu_named, page
+    from alignbench.store.run_state import Jobs
 
     assumed, store = gpu_named(gpu), request.store()
     drafted = draft(request.document(), request.registry())
     gaps = missing(drafted)
     plan = None if gaps else warned(completed(drafted))
     cells = selected(plan or drafted, only)
-    jobs = submissions.known_jobs(submissions.read(store, Path(drafted.document.manifest).stem))
+    jobs = submissions.known_jobs(store, plan.manifest()) if plan else Jobs
     print(page(drafted, plan, cells, store, assumed, gaps, jobs))
     if plan is not None:
         print(summary(store, plan, cells))

@@ -40,6 +40,12 @@ class Verb(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args if ctx.resilient_parsing else list(self._spelt_out(ctx, args)))
 
+    def invoke(self, ctx: click.Context) -> Any:
+        from alignbench.store.shell import leave_ranks  # imported late: --help needs none of it
+
+        leave_ranks()
+        return super().invoke(ctx)
+
     def _spelt_out(self, ctx: click.Context, args: Sequence[str]) -> Iterator[str]:
         """Yield ``args`` with one value per option: ``--only a b`` as ``--only a --only b``, ``-e=a`` as ``-e a``.
 

@@ -70,7 +70,7 @@ def report(request: Request, out: str | None, formats: str | None) -> int:
     store = Store(request.folder)  # may be read-only
     store.check_folder()
     name, manifest = request.manifest(store)
-    results = Results(store.root, manifest, submissions.known_jobs(submissions.read(store, name)), sweep=name)
+    results = Results(store.root, manifest, submissions.known_jobs(store, manifest), sweep=name)
     paths = build(results, Path(out or f"outputs/{manifest.name}"), chosen)
     if "md" in chosen:
         print(paths[0].read_text(encoding="utf-8"))

@@ -104,13 +104,13 @@ def run(request: Request, method: str, track: Sequence[str]) -> int:
 def status(request: Request) -> int:
     """Show the state of every sweep in the store, or of each run of one sweep with its jobs on the cluster."""
     from alignbench.config import UserError
-    from alignbench.launch import status_table, submissions
+    from alignbench.launch import status_table
     from alignbench.store.manifest import read_manifest
 
     store = request.store()
     if request.words:
-        name, manifest = request.manifest(store)
-        rows = status_table.rows(store, manifest, submissions.read(store, name))
+        _, manifest = request.manifest(store)
+        rows = status_table.rows(store, manifest)
         print(status_table.table(rows))
         return status_table.exit_code(rows)
     for path in store.manifests():
@@ -119,7 +119,7 @@ def status(request: Request) -> int:
         except UserError as error:  # concerns one sweep; the others are still shown
             print(f"alignbench: {error}", file=sys.stderr)
             continue
-        rows = status_table.rows(store, manifest, submissions.read(store, path.stem))
+        rows = status_table.rows(store, manifest)
         print(f"{path.stem}: {status_table.summary(rows)}  (alignbench report {manifest.sweep or path.stem})")
     if not store.manifests():
         print(f"no sweep was run in {store.root} yet; try: alignbench sweep quickstart")
@@ -147,8 +147,9 @@ def cancel(request: Request, only: Sequence[str]) -> int:
     from alignbench.launch import slurm, submissions
 
     store = request.store()
-    name, _ = request.manifest(store)
-    live = submissions.live_jobs(submissions.read(store, name))
+    name, manifest = request.manifest(store)
+    wanted = {artefact.id for run in manifest.runs for artefact in run.missing(store)}
+    live = submissions.slurm_jobs(submissions.read(store, name), wanted).live
     chosen = {cell.id for cell in selected(request.plan(), only)} if only else None
     ended = sorted({job.job for job, _ in live.values() if chosen is None or job.run in chosen})
     slurm.cancel(ended)
@@ -167,18 +168,19 @@ def retry(
     """Retry the runs that failed or were lost, with the launcher used before."""
     from alignbench.launch import status_table, submissions
     from alignbench.launch.local import check_launcher
-    from alignbench.store.run_state import LOST
+    from alignbench.store.run_state import LOST, UNKNOWN
 
     store = request.store()
     name, manifest = request.manifest(store)
     records = submissions.read(store, name)
     latest = next((record for record in records if record.launcher == "slurm"), None)
-    plan = request.plan()
-    again = {row.id for row in status_table.rows(store, manifest, records) if row.state in LOST}
+    plan, rows = request.plan(), status_table.rows(store, manifest)
+    again = {row.id for row in rows if row.state in LOST}
     cells = [cell for cell in selected(plan, only) if cell.id in again]
     if not cells:
-        print("no run has failed or was lost", file=sys.stderr)
-        return status_table.exit_code(status_table.rows(store, manifest, records))
+        unknown = next((f"; {row.title} is {row.reason}" for row in rows if row.state == UNKNOWN), "")
+        print(f"no run has failed or was lost{unknown}", file=sys.stderr)
+        return status_table.exit_code(rows)
     if latest is None:
         return _make(request, plan, cells, store, "local", jobs, track)
     check_launcher("slurm")
@@ -294,19 +296,19 @@ def _submit(
     wait: bool,
 ) -> int:
     """Submit what is missing to SLURM and return the exit code; with ``wait``, only after all jobs have ended."""
-    from alignbench.launch import status_table, submissions
+    from alignbench.launch import slurm, status_table
     from alignbench.launch.submit import submit
     from alignbench.store.run_state import LOST
 
+    slurm.check_paths(store.root)
     manifest = _record(request, plan, cells, store, track)
     count = submit(plan, cells, store, options, request.plugins, track)
     print(f"{count} jobs submitted; alignbench status {plan.document.command}", file=sys.stderr)
     chosen = {(cell.spec.label, cell.seed) for cell in cells}
     shown = manifest.only([run for run in manifest.runs if (run.label, run.seed) in chosen])
-    name = Path(plan.document.manifest).stem
     if wait:
-        status_table.follow(store, shown, name)
-    rows = status_table.rows(store, shown, submissions.read(store, name))
+        status_table.follow(store, shown)
+    rows = status_table.rows(store, shown)
     for row in rows:
         if row.state in LOST:
             print(f"alignbench: {row.title} {row.state}: {row.reason}", file=sys.stderr)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alignbench.config import UserError
-from alignbench.launch import slurm, submissions
+from alignbench.launch import submissions
 from alignbench.run import code_snapshot, provenance, trackers
 from alignbench.store.artefacts import Store
 from alignbench.store.locks import Lock, alive, locks_held
 from alignbench.store.manifest import Manifest, read_manifest
+from alignbench.store.shell import NoAnswer
 from alignbench.store.stages import Stage
 
 SETTLED = 3600.0  # seconds after which the writer of a half-written file is presumed dead
@@ -148,8 +149,8 @@ def _live(record: submissions.Submission) -> bool:
     if record.launcher != "slurm":
         return record.host != socket.gethostname() or alive(record.pid)
     try:
-        return bool({job.job for job in record.jobs} & slurm.live([record.name]).keys())
-    except (UserError, OSError):  # this machine cannot ask SLURM
+        return bool(submissions.slurm_jobs([record], {id for job in record.jobs for id in job.makes}).live)
+    except NoAnswer:
         return True
 
 

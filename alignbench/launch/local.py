@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -152,10 +153,10 @@ class LocalLaunch:
     def _submit(self, job: Job) -> None:
         import submitit
 
-        executor = submitit.LocalExecutor(self.folder)
+        executor = submitit.LocalExecutor(self.folder, python=shlex.join(self.code.python()) if self.code else None)
         gpus = [self.gpus[job.slot % len(self.gpus)]] if self.gpus else []
         executor.update_parameters(timeout_min=FOREVER, gpus_per_node=len(gpus), visible_gpus=gpus)
-        variables = {"OMP_NUM_THREADS": str(self.threads), **(self.code.environment() if self.code else {})}
+        variables = {"OMP_NUM_THREADS": str(self.threads), "PYTHONSAFEPATH": "1"}
         with _environment(**variables), _child_output(self.folder / "submitit.log"):
             job.handle = executor.submit(execute, self.task(job, os.getpid()))
 

@@ -11,6 +11,7 @@ from alignbench.config import UserError, did_you_mean
 from alignbench.launch import submissions
 from alignbench.store.artefacts import Store
 from alignbench.store.locks import alive
+from alignbench.store.shell import NoAnswer
 
 
 def read(store: Store, run: str, follow: bool = False) -> Iterator[str]:
@@ -62,7 +63,11 @@ def _job_output(store: Store, run: str) -> list[Path]:
 def _active(store: Store, run: str) -> bool:
     """Return whether a job makes an artefact of this run, or is about to."""
     launches = [record for record in submissions.read(store) if any(job.run == run for job in record.jobs)]
-    if any(job.run == run for job, _ in submissions.live_jobs(launches).values()):
+    wanted = {id for record in launches for job in record.jobs if job.run == run for id in job.makes}
+    try:
+        if submissions.slurm_jobs(launches, wanted).live:
+            return True
+    except NoAnswer:  # it may still be active
         return True
     return any(
         record.launcher != "slurm" and record.host == socket.gethostname() and alive(record.pid) for record in launches

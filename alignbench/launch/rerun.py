@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -168,8 +167,7 @@ def original_code(store: Store, name: str) -> tuple[str, code_snapshot.Snapshot 
 def run_with(snapshot: code_snapshot.Snapshot, words: list[str]) -> int:
     """Run the command line with the code of a snapshot, and return its exit code."""
     sys.stdout.flush()
-    command = [sys.executable, "-P", "-m", "alignbench.cli", *words]
-    return subprocess.run(command, env=os.environ | snapshot.environment(), check=False).returncode
+    return subprocess.run([*snapshot.python(), "-m", "alignbench.cli", *words], check=False).returncode
 
 
 def _next(folder: Path, id: str) -> Path:

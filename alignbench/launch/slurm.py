@@ -1,26 +1,26 @@
 """A sweep as SLURM job arrays: one per stage and set of resources; each task waits only for its own predecessor.
 
-submitit writes the batch files and submits them. Their command is ``python -m alignbench.run.slurm_job``, which reads
-its task from JSON: a store is shared, and with a pickle anyone with write access could plant code in it.
+A job's command is ``python -m alignbench.run.slurm_job``, which reads its task from JSON: a store is shared, and with a
+pickle anyone with write access could plant code in it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from alignbench.config import UserError
-from alignbench.experiment.resources import MAX_ARRAY_TASKS, Resources, resources
+from alignbench.config import UserError, decode
+from alignbench.experiment.resources import ODD, Resources, Slurm, resources
+from alignbench.run.code_snapshot import Snapshot
+from alignbench.store.shell import NoAnswer, slurm_answer, slurm_command, slurm_error
 from alignbench.store.stages import Stage
 
 if TYPE_CHECKING:
@@ -28,17 +28,26 @@ if TYPE_CHECKING:
     from alignbench.experiment.roles import Score
     from alignbench.launch.pending import PendingRun
 
+# SLURM's states of jobs that have not ended, those that wait first
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+ACTIVE = (*WAITING, *("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "STAGE_OUT"))
+ENDED = "Invalid job id|already"  # in scancel's errors about a job that has ended
 
-@dataclass
+
+@dataclass(eq=False)  # an array is itself, whatever it holds
 class Array:
-    """A job array of one stage. Task i works on ``cells[i]`` once task i of ``after`` has succeeded."""
+    """A job array of one stage. Task ``tasks[i]`` works on ``cells[i]``, once task ``tasks[i]`` of ``after`` succeeded.
+
+    ``after``: an array of this submission, or SLURM's id of an earlier one.
+    """
 
     stage: Stage
-    cells: list[PlannedRun]
     resources: Resources
-    after: Array | None = None
     evaluator: str = ""
-    files: Sequence[str] = ()  # its score files, relative to the folders of their image sets
+    after: Array | str = ""
+    cells: list[PlannedRun] = field(default_factory=list)
+    tasks: list[int] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)  # score files, relative to the folders of the image sets
     job: str = ""  # SLURM's job id, once submitted
     number: int = 0
 
@@ -47,77 +56,92 @@ class Array:
         """The stage and, when scoring, the evaluator, as in ``score hpsv2``."""
         return f"{self.stage.verb} {self.evaluator}".strip()
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What the tasks of one array have in common."""
+        return self.stage, self.resources, self.evaluator, self.after
+
+    @property
+    def waits_for(self) -> str:
+        """SLURM's id of the array that this one waits for; "" for none."""
+        return self.after.job if isinstance(self.after, Array) else self.after
+
     def stages(self, cell: PlannedRun) -> list[Stage]:
         """Return the stages that the job of ``cell`` runs."""
         untrained = self.stage is Stage.GENERATE and not cell.trains
         return [Stage.TRAIN, Stage.GENERATE] if untrained else [self.stage]
 
 
-@dataclass
-class _Chain:
-    """Runs that go through the same stages with the same resources."""
+class _Slot(NamedTuple):
+    """A task that makes an artefact, of an array of this submission or (by its id) of an earlier one."""
 
-    train: Resources | None
-    generate: Resources | None
-    runs: list[PendingRun]
+    array: Array | str
+    task: int
 
 
 def arrays(
-    slurm: dict[str, Any], pending: Iterable[PendingRun], scored: Callable[[PlannedRun], Sequence[Score]]
+    slurm: dict[str, Any],
+    pending: Iterable[PendingRun],
+    scored: Callable[[PlannedRun], Sequence[Score]],
+    live: Mapping[str, str] | None = None,
 ) -> list[Array]:
-    """Return the arrays that make all that is missing, predecessors first. Rows that share a run are made once.
+    """Return the arrays that make all that is missing, predecessors first.
 
-    ``scored``: returns the evaluators of a cell, in the same order for all cells.
+    ``scored``: returns the evaluators of a cell. ``live``: artefacts and the queued or running jobs (``12_3``) that
+    make them; these are not made again, and what needs them waits for that job. So do rows that share a run.
     """
-    made: list[Array] = []
-    for chain in _chains(slurm, pending):
-        for start in range(0, len(chain.runs), MAX_ARRAY_TASKS):
-            made += _arrays_of(slurm, chain, chain.runs[start : start + MAX_ARRAY_TASKS], scored)
+    size, made = decode(Slurm, slurm, "slurm").array_size, list[Array]()
+    making = {id: _Slot(job.partition("_")[0], int(job.partition("_")[2])) for id, job in (live or {}).items()}
+    for run in pending:
+        cell, lacking = run.cell, _lacking(run)
+        before: _Slot | None = None  # the task that makes what the next one needs
+        for stage in (Stage.TRAIN, Stage.GENERATE):
+            ids = lacking.get(stage, [])
+            slots = {making.get(id) for id in ids}
+            slot = slots.pop() if len(slots) == 1 else None
+            if ids and slot is None:
+                slot = _add(made, size, Array(stage, resources(slurm, stage, cell)), cell, before)
+                making |= dict.fromkeys(ids, slot)
+            before = slot or before
+        for score in scored(cell):
+            names = {f"{images}/{score.file.removesuffix('.parquet')}" for images in _image_sets(cell)}
+            if ids := [id for id in lacking.get(Stage.SCORE, []) if id in names and id not in making]:
+                like = Array(Stage.SCORE, resources(slurm, Stage.SCORE, cell, score.name), score.name)
+                making |= dict.fromkeys(ids, _add(made, size, like, cell, before, score.file))
     for number, array in enumerate(made):
         array.number = number
     return made
 
 
-def _chains(slurm: dict[str, Any], pending: Iterable[PendingRun]) -> list[_Chain]:
-    chains: list[_Chain] = []
-    seen = set[tuple[str, str]]()
-    for run in pending:
-        if (run.cell.id, run.cell.images) in seen:
-            continue
-        seen.add((run.cell.id, run.cell.images))
-        stages = {artefact.stage for artefact in run.missing}
-        if not run.cell.trains and Stage.TRAIN in stages:  # recorded by the job that generates the images
-            stages = stages - {Stage.TRAIN} | {Stage.GENERATE}
-        train, generate = (
-            resources(slurm, stage, run.cell) if stage in stages else None for stage in (Stage.TRAIN, Stage.GENERATE)
-        )
-        chain = next((c for c in chains if (c.train, c.generate) == (train, generate)), None)
-        if chain is None:
-            chains.append(chain := _Chain(train, generate, []))
-        chain.runs.append(run)
-    return chains
+def _lacking(run: PendingRun) -> dict[Stage, list[str]]:
+    """Return the artefacts that a run lacks, by the stage whose job makes them."""
+    lacking: dict[Stage, list[str]] = {}
+    for artefact in run.missing:
+        untrained = artefact.stage is Stage.TRAIN and not run.cell.trains  # recorded by the job that makes the images
+        stage = Stage.GENERATE if untrained else artefact.stage
+        if stage is not Stage.GENERATE or artefact.id in (run.cell.id, *_image_sets(run.cell)):  # not another row's
+            lacking.setdefault(stage, []).append(artefact.id)
+    return lacking
 
 
-def _arrays_of(
-    slurm: dict[str, Any], chain: _Chain, runs: Sequence[PendingRun], scored: Callable[[PlannedRun], Sequence[Score]]
-) -> Iterator[Array]:
-    cells = [run.cell for run in runs]
-    last = None
-    for stage, requested in ((Stage.TRAIN, chain.train), (Stage.GENERATE, chain.generate)):
-        if requested is not None:
-            yield (last := Array(stage, cells, requested, last))
-    for column in zip(*(scored(cell) for cell in cells)):
-        pairs = [(run.cell, score) for run, score in zip(runs, column) if _lacks(run, score)]
-        if pairs:  # where images are missing, so are all scores: then the tasks of both arrays correspond
-            (first, score), files = pairs[0], [score.file for _, score in pairs]
-            requested = resources(slurm, Stage.SCORE, first, score.name)
-            yield Array(Stage.SCORE, [cell for cell, _ in pairs], requested, last, score.name, files)
+def _image_sets(cell: PlannedRun) -> list[str]:
+    return [cell.images, *(images for _, images in cell.milestones)]
 
 
-def _lacks(run: PendingRun, score: Score) -> bool:
-    sets = [run.cell.images, *(images for _, images in run.cell.milestones)]
-    names = {f"{images}/{score.file.removesuffix('.parquet')}" for images in sets}
-    return any(artefact.id in names for artefact in run.missing)
+def _add(made: list[Array], size: int, like: Array, cell: PlannedRun, before: _Slot | None, file: str = "") -> _Slot:
+    """Add a task for ``cell`` to an array like ``like``, a new one if need be. It has the number of its predecessor."""
+    like.after = before.array if before else ""
+    for array in made:
+        task = before.task if before else len(array.cells)
+        if array.kind == like.kind and task not in array.tasks and (before or task < size):
+            break
+    else:
+        made.append(array := like)
+        task = before.task if before else 0
+    array.cells.append(cell)
+    array.tasks.append(task)
+    array.files.append(file)
+    return _Slot(array, task)
 
 
 def check() -> None:
@@ -129,45 +153,84 @@ def check() -> None:
         )
 
 
-def submit(array: Array, folder: Path, name: str, environment: dict[str, str]) -> None:
-    """Submit an array to SLURM and set its ``job``. ``environment``: variables added to this process' environment.
+def check_paths(store: Path) -> None:
+    """Raise UserError for a store, or a folder to work in, whose path SLURM would misread."""
+    for what, path in (("--store", store.resolve()), ("this folder", Path.cwd())):
+        if odd := re.search(ODD, str(path)):
+            raise UserError(f"{what} {str(path)!r}: SLURM takes no path with {odd[0]!r}; choose another folder")
+
+
+def submit(array: Array, folder: Path, name: str, code: Snapshot) -> None:
+    """Submit an array, whose jobs run ``code``, to SLURM and set its ``job``.
 
     Raise UserError with SLURM's own message if it is refused.
     """
-    import submitit
+    script = folder / f"{array.number}.sh"
+    script.write_text(_script(array, folder, name, code), encoding="utf-8")
+    done = slurm_command("sbatch", str(script))
+    submitted = re.search(r"Submitted batch job (\d+)", done.stdout)
+    if done.returncode != 0 or submitted is None:
+        said = slurm_error(done.stderr or done.stdout)
+        raise UserError(f"SLURM refused the jobs that {array.title}: {said}{_remedy(said)}")
+    array.job = submitted[1]
+    script.rename(folder / f"{array.job}_submission.sh")
 
-    if "%" in str(folder):
-        raise UserError(f"{folder}: SLURM would read the % as a pattern; choose a store without % in its path")
-    executor = submitit.SlurmExecutor(folder)
-    extra: dict[str, Any] = {"chdir": os.getcwd(), "requeue": True}
-    if array.after is not None:
-        extra |= {"dependency": f"aftercorr:{array.after.job}", "kill-on-invalid-dep": "yes"}
-    executor.update_parameters(
-        job_name=name,
-        setup=[*(f"export {name}={shlex.quote(value)}" for name, value in environment.items()), *array.resources.setup],
-        additional_parameters=extra | array.resources.additional,
-        **array.resources.options(),
-    )
-    executor.parameters["map_count"] = len(array.cells)
+
+def _remedy(said: str) -> str:
+    """Return which setting answers SLURM's refusal, if one does."""
+    if "job array specification" in said:
+        return "; lower slurm.array_size below the cluster's MaxArraySize"
+    return "; set slurm.submit_limit to the jobs that you may have in the queue" if "SubmitJob" in said else ""
+
+
+def _script(array: Array, folder: Path, name: str, code: Snapshot) -> str:
+    """Return the batch file: what is requested, the lines of ``setup``, and the command."""
+    log, request = f"{str(folder).replace('%', '%%')}/%A_%a", array.resources
+    width = min(len(array.cells), request.array_parallelism)
+    options: dict[str, str] = {
+        "job-name": name,
+        "array": f"{_ranges(array.tasks)}%{width}",
+        "output": f"{log}_0_log.out",
+        "open-mode": "append",
+        "chdir": os.getcwd(),
+        "requeue": "",
+        **({"dependency": f"aftercorr:{array.waits_for}", "kill-on-invalid-dep": "yes"} if array.waits_for else {}),
+        **request.options(),
+    }
     # the signal sent before the time limit would end the task until Python handles it
-    words = ["bash", "-c", 'trap "" USR2; exec "$@"', "job"]
-    words += [sys.executable, "-P", "-u", "-m", "alignbench.run.slurm_job", str(folder / f"{array.number}.json")]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, and also raises it
-            array.job = executor._submit_command(shlex.join(words)).job_id
-    except submitit.core.utils.FailedJobError as error:
-        raise UserError(f"SLURM refused the jobs that {array.title}: {_refusal(str(error))}") from None
+    interpreter = shlex.split(request.python) if request.python else [sys.executable]
+    job = ["bash", "-c", 'trap "" USR2; exec "$@"', "job", *code.python(interpreter)]
+    job += ["-m", "alignbench.run.slurm_job", str(folder / f"{array.number}.json")]
+    step = ["srun", "--unbuffered", "--kill-on-bad-exit=1", f"--output={log}_%t_log.out", *request.srun_options(), *job]
+    lines = [f"#SBATCH --{key}={shlex.quote(text)}" if text else f"#SBATCH --{key}" for key, text in options.items()]
+    return "\n".join(["#!/bin/bash", *lines, *request.setup, shlex.join(step), ""])
 
 
-def _refusal(text: str) -> str:
-    lines = [line.split("error:", 1)[1].strip() for line in text.splitlines() if "error:" in line]
-    return "; ".join(dict.fromkeys(lines)) or " ".join(text.split())[-300:]
+def _ranges(tasks: Iterable[int]) -> str:
+    """Return numbers as SLURM writes them, as in ``0-3,7``."""
+    runs = groupby(enumerate(sorted(tasks)), lambda pair: pair[1] - pair[0])
+    ends = [[task for _, task in run] for _, run in runs]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in ends)
+
+
+def _tasks(text: str) -> list[int]:
+    """Return the numbers in ``0-3,7`` or ``0-9:3``. Raise ValueError for anything else."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, rest = part.partition("-")
+        last, _, step = rest.partition(":")
+        numbers += range(int(first), int(last or first) + 1, int(step or 1))
+    return numbers
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs. Unknown and finished ones are ignored."""
-    if jobs:
-        subprocess.run(["scancel", *jobs], capture_output=True, check=False)
+    """Cancel jobs. Finished ones are ignored; raise UserError if SLURM does not answer."""
+    if not jobs:
+        return
+    done = slurm_command("scancel", *jobs)
+    said = [line for line in done.stderr.splitlines() if "error:" in line and not re.search(ENDED, line)]
+    if done.returncode != 0 and said:
+        raise UserError(f"SLURM does not answer: {slurm_error(said[0])}; jobs may still be in the queue, so try again")
 
 
 class LiveJob(NamedTuple):
@@ -178,33 +241,58 @@ class LiveJob(NamedTuple):
     restarts: int
     left: str  # time left, as SLURM prints it
 
+    @property
+    def waits(self) -> bool:
+        return self.state in WAITING
+
 
 def live(names: Iterable[str]) -> dict[str, LiveJob]:
     """Return the jobs with one of these names that have not ended, by id (``12_3``).
 
-    Raise UserError if SLURM does not answer.
+    Raise NoAnswer if SLURM cannot be asked or does not answer.
     """
     chosen = sorted(set(names))
-    if not chosen or shutil.which("squeue") is None:
+    if not chosen:
         return {}
     columns = "ArrayJobID:|,ArrayTaskID:|,State:|,RestartCnt:|,TimeLeft:|,Reason:"
-    words = ["squeue", "--noheader", "--array", f"--name={','.join(chosen)}", "-O", columns]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise UserError(f"SLURM does not answer: {_refusal(done.stderr)}; try again")
+    words = ["squeue", "--noheader", "--all", "--array", f"--name={','.join(chosen)}", "-O", columns]
+    return slurm_answer(*words, read=_queue)
+
+
+def _queue(text: str) -> dict[str, LiveJob]:
+    """Return the jobs that squeue lists. Raise ValueError for a line that does not describe one."""
     jobs = {}
-    for line in done.stdout.splitlines():
-        array, task, state, restarts, left, reason = (part.strip() for part in line.split("|", 5))
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("CLUSTER: "):
+            continue
+        parts = [part.strip() for part in line.split("|", 5)]
+        if len(parts) != 6 or not parts[0].isdigit() or not (parts[3] or "0").isdigit():
+            raise ValueError(f"'{line.strip()[:100]}', which is not a job")
+        array, task, state, restarts, left, reason = parts
         jobs[f"{array}_{task}"] = LiveJob(state, reason, int(restarts or 0), left)
     return jobs
 
 
-def final_state(job: str) -> str:
-    """Return how a job ended, in SLURM's words (``TIMEOUT``); "" if SLURM does not know."""
-    if shutil.which("sacct") is None:
-        return ""
-    done = subprocess.run(
-        ["sacct", "-X", "-P", "-n", "-o", "State", "-j", job], capture_output=True, text=True, check=False
-    )
-    lines = done.stdout.split("\n") if done.returncode == 0 else []
-    return re.sub(r" by \d+", "", lines[0].strip()) if lines else ""
+def accounted(jobs: Iterable[str]) -> dict[str, str]:
+    """Return the states of jobs (``12_3``) in SLURM's words, as far as its accounting knows them."""
+    wanted = sorted(set(jobs))
+    if not wanted:
+        return {}
+    ids = ",".join(sorted({job.partition("_")[0] for job in wanted}, key=int))
+    try:
+        text = slurm_command("sacct", "--allusers", "-X", "-P", "-n", "-o", "JobID,State", "-j", ids).stdout
+    except NoAnswer:
+        return {}
+    states: dict[str, str] = {}
+    whole: dict[str, str] = {}  # an array that was cancelled before any of its tasks began is one line
+    for line in text.splitlines():
+        id, _, state = line.strip().partition("|")
+        state = re.sub(r" by \d+", "", state).strip()
+        if found := re.fullmatch(r"(\d+)_\[([\d,:-]+)(%\d+)?\]", id):
+            states |= {f"{found[1]}_{task}": state for task in _tasks(found[2])}
+        elif id.isdigit():
+            whole[id] = state
+        else:
+            states[id] = state
+    found_states = {job: states.get(job, whole.get(job.partition("_")[0], "")) for job in wanted}
+    return {job: state for job, state in found_states.items() if state}

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from alignbench.launch import submissions
 from alignbench.launch.display import progress_text
-from alignbench.launch.submissions import Submission
 from alignbench.store.artefacts import Store
 from alignbench.store.manifest import Manifest, ManifestRun
 from alignbench.store.run_state import LOST, STATES, Job, Jobs, run_state
@@ -30,9 +29,9 @@ class Row(NamedTuple):
     reason: str
 
 
-def rows(store: Store, manifest: Manifest, records: Sequence[Submission]) -> list[Row]:
-    """Return a row for every run of a manifest. ``records``: the sweep's submissions, latest first."""
-    jobs = submissions.known_jobs(records)
+def rows(store: Store, manifest: Manifest) -> list[Row]:
+    """Return a row for every run of a manifest."""
+    jobs = submissions.known_jobs(store, manifest)
     return [_row(store, run, jobs) for run in manifest.runs]
 
 
@@ -74,7 +73,7 @@ def table(rows: Sequence[Row]) -> str:
     return f"{text}\n{summary(rows)}"
 
 
-def follow(store: Store, manifest: Manifest, sweep: str, every: float = 5.0) -> None:
+def follow(store: Store, manifest: Manifest, every: float = 5.0) -> None:
     """Show the status of a sweep until none of its runs is queued or running. Ctrl-C ends the display, not the jobs."""
     from rich.console import Console
     from rich.live import Live
@@ -84,7 +83,7 @@ def follow(store: Store, manifest: Manifest, sweep: str, every: float = 5.0) -> 
     with Live(console=console, auto_refresh=False, transient=True) as live:
         before: dict[str, str] = {}
         while True:
-            current = rows(store, manifest, submissions.read(store, sweep))
+            current = rows(store, manifest)
             for row in current:
                 if row.state in ("done", *LOST) and before.get(row.id) not in (None, row.state):
                     line = f"{row.title}: {row.state}{f' ({row.reason})' if row.reason else ''}"

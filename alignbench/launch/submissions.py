@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +23,12 @@ import msgspec
 from alignbench.launch import slurm
 from alignbench.store.artefacts import Store
 from alignbench.store.files import read_json, write_json
+from alignbench.store.manifest import Manifest
 from alignbench.store.run_state import Job, Jobs
+from alignbench.store.shell import NoAnswer
 
 FILE = "jobs.json"
+NOT_LISTED = "squeue does not list it, but sacct does"
 JOB = re.compile(r"(\d+_\d+)?")
 
 
@@ -77,27 +80,50 @@ def read(store: Store, sweep: str | None = None) -> list[Submission]:
     return sorted(chosen, key=lambda record: -record.submitted)
 
 
-def live_jobs(submissions: Iterable[Submission]) -> dict[str, tuple[JobEntry, slurm.LiveJob]]:
-    """Return the artefacts that queued or running SLURM jobs will make, with their jobs. SLURM is asked once."""
-    on_slurm = [submission for submission in submissions if submission.launcher == "slurm"]
-    live = slurm.live(submission.name for submission in on_slurm)
-    jobs = [job for submission in reversed(on_slurm) for job in submission.jobs]
-    return {artefact: (job, live[job.job]) for job in jobs if job.job in live for artefact in job.makes}
+class SlurmJobs(NamedTuple):
+    """What SLURM says about the jobs that make some artefacts."""
+
+    live: dict[str, tuple[JobEntry, slurm.LiveJob]]  # artefact -> the queued or running job that makes it
+    ended: dict[str, str]  # job -> how it ended, in SLURM's words
 
 
-def known_jobs(submissions: Sequence[Submission]) -> Callable[[], Jobs]:
-    """Return the callable that ``run_state`` expects, for a sweep's submissions, latest first. SLURM is asked once."""
+def slurm_jobs(submissions: Iterable[Submission], wanted: Container[str]) -> SlurmJobs:
+    """Ask SLURM, once, about the jobs that make the artefacts ``wanted``. Raise NoAnswer if that is not possible.
+
+    A job that squeue does not list, but accounting calls queued or running, has not ended.
+    """
+    on_slurm = [record for record in submissions if record.launcher == "slurm"]
+    entries = [(id, job) for record in reversed(on_slurm) for job in record.jobs for id in job.makes if id in wanted]
+    listed = slurm.live({record.name for record in on_slurm}) if entries else {}
+    states = slurm.accounted({job.job for _, job in entries} - listed.keys())
+    unlisted = {job: slurm.LiveJob(state, NOT_LISTED, 0, "") for job, state in states.items() if state in slurm.ACTIVE}
+    live = listed | unlisted
+    return SlurmJobs({id: (job, live[job.job]) for id, job in entries if job.job in live}, states)
+
+
+def known_jobs(store: Store, manifest: Manifest) -> Callable[[], Jobs]:
+    """Return the callable that ``run_state`` expects, for the runs of a sweep, whichever sweep submitted their jobs."""
 
     @functools.cache
     def ask() -> Jobs:
-        live = {artefact: _job(entry, job) for artefact, (entry, job) in live_jobs(submissions).items()}
-        jobs = [job for submission in reversed(submissions) for job in submission.jobs]
-        latest = {artefact: _job(job) for job in jobs for artefact in job.makes}
-        return Jobs(live, latest, slurm.final_state)
+        wanted = {artefact.id for run in manifest.runs for artefact in run.missing(store)}
+        records = read(store)
+        latest = {
+            id: _job(entry)._replace(host=record.host)
+            for record in reversed(records)
+            for entry in record.jobs
+            for id in entry.makes
+            if id in wanted
+        }
+        try:
+            live, ended = slurm_jobs(records, wanted)
+        except NoAnswer as error:
+            return Jobs({}, latest, unknown=str(error))
+        return Jobs({id: _job(entry, status) for id, (entry, status) in live.items()}, latest, ended)
 
     return ask
 
 
 def _job(entry: JobEntry, live: slurm.LiveJob | None = None) -> Job:
-    status = (live.state == "PENDING", live.reason, live.restarts, live.left) if live else ()
+    status = (live.waits, live.reason, live.restarts, live.left) if live else ()
     return Job(entry.job, entry.stage, entry.progress, *status)

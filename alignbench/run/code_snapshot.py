@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -22,6 +22,17 @@ from alignbench.store.files import cannot_write
 
 PARTS = ("", "methods", "evaluators", "reports", "sweeps")  # packages, each possibly in a separate folder
 CODE, PLUGINS = "code", "plugins"  # folders in the store and in a snapshot
+START = """\
+import os, runpy, sys, time
+code, patience = sys.argv[1], time.monotonic() + 60  # a shared disk may show a new folder late
+while not os.path.isdir(code):
+    if time.monotonic() > patience:
+        sys.exit(f"{code}: not visible on {os.uname().nodename}; the store must lie on a disk that all nodes share")
+    time.sleep(1)
+sys.path.insert(0, code)
+del sys.argv[: sys.argv.index("-m") + 1]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 
 class Snapshot(NamedTuple):
@@ -31,10 +42,12 @@ class Snapshot(NamedTuple):
     plugins: list[str]
     given: list[str]
 
-    def environment(self) -> dict[str, str]:
-        """Return the variables with which a new interpreter runs this code, ahead of an editable install, unchanged."""
-        path = os.pathsep.join(filter(None, [str(self.path), os.environ.get("PYTHONPATH")]))
-        return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    def python(self, interpreter: Sequence[str] = (sys.executable,)) -> list[str]:
+        """Return the words of a Python that runs this code, ahead of any installed; ``-m``, a module and words follow.
+
+        Not PYTHONPATH: a colon in a path would split it, and the shell of a job or a container may set another.
+        """
+        return [*interpreter, "-P", "-B", "-u", "-c", START, str(self.path)]
 
 
 def take(store: Path, plugins: Sequence[str] = ()) -> Snapshot:

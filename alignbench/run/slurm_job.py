@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 DONE, FAILED, ENDED = 0, 1, 128 + signal.SIGTERM
+PATIENCE = 60.0  # seconds in which a shared disk shows a new file to all nodes
 
 
 class Signals:
@@ -37,7 +39,10 @@ class Signals:
 def main(file: str) -> int:
     """Execute this job's task and return the exit code. Rank 0 acts for all."""
     signals = Signals()  # before anything slow: an early signal would end the process
-    task = json.loads(Path(file).read_text(encoding="utf-8"))["tasks"][int(os.environ["SLURM_ARRAY_TASK_ID"])]
+    task = _task(Path(file))
+    if task is None:
+        print(f"{file}: not visible on {socket.gethostname()}; the store must lie on a disk that all nodes share")
+        return FAILED
     if not task["stages"]:
         return DONE
     rank = _join_ranks()
@@ -51,8 +56,21 @@ def main(file: str) -> int:
     return DONE if result["state"] == "done" else FAILED
 
 
+def _task(file: Path) -> dict[str, Any] | None:
+    """Return this job's task, once this node sees its file; None if that takes too long."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError):
+            return json.loads(file.read_text(encoding="utf-8"))["tasks"][os.environ["SLURM_ARRAY_TASK_ID"]]
+        time.sleep(1)
+    return None
+
+
 def _join_ranks() -> int:
     """Return the rank of this process; with several ranks, set the environment variables that accelerate reads."""
+    from alignbench.store.shell import leave_ranks
+
+    leave_ranks()
     ranks, rank = int(os.environ.get("SLURM_NTASKS", 1)), int(os.environ.get("SLURM_PROCID", 0))
     if ranks > 1:
         first = os.environ["SLURM_LAUNCH_NODE_IPADDR"]  # of the job's first node, whose name may be known to SLURM only
@@ -66,17 +84,20 @@ def _join_ranks() -> int:
 
 def _requeue(rank: int) -> int:
     """Ask SLURM to requeue this task, upon which it ends this process. Return FAILED if it refuses."""
+    from alignbench.store.shell import NoAnswer, slurm_answer
+
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the signal by which SLURM ends it; all is saved
     if rank != 0:
         return DONE
     # not SLURM_JOB_ID: for the last task of an array it is the id of the array, and all tasks would be requeued
     task = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    answer: Any = subprocess.run(["scontrol", "requeue", task], capture_output=True, text=True)
-    if answer.returncode == 0:
-        time.sleep(60)  # SLURM ends this process meanwhile
-        return DONE
-    print(f"the job's time is up, and SLURM does not requeue it: {answer.stderr.strip()}", flush=True)
-    return FAILED
+    try:
+        slurm_answer("scontrol", "requeue", task)
+    except NoAnswer as error:
+        print(f"the job's time is up, and it is not requeued ({error}); `alignbench retry` resumes it", flush=True)
+        return FAILED
+    time.sleep(60)  # SLURM ends this process meanwhile
+    return DONE
 
 
 if __name__ == "__main__":

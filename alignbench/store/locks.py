@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
-import subprocess
 import threading
 import time
 import uuid
@@ -17,6 +15,7 @@ from typing import Any
 
 from alignbench.config import UserError
 from alignbench.store.files import cannot_write, read_json
+from alignbench.store.shell import NoAnswer, slurm_command
 
 BEAT = 15.0  # seconds between heartbeats of a lock
 STALE = 600.0  # seconds without a heartbeat after which its holder counts as gone
@@ -157,11 +156,13 @@ def _gone(holder: dict[str, Any]) -> bool:
 
 def _job_ended(job: Any) -> bool:
     """Return whether SLURM says that a holder's job, possibly on another machine, has ended."""
-    if not job or shutil.which("squeue") is None:
+    if not job:
         return False
     twice = f"{job[0]},{job[0]}"  # a list: for a single unknown job, squeue would exit with an error
-    words = ["squeue", "--noheader", "--jobs", twice, "--format", "%T"]
-    asked = subprocess.run(words, capture_output=True, text=True, check=False)
+    try:
+        asked = slurm_command("squeue", "--all", "--noheader", "--jobs", twice, "--format", "%T")
+    except NoAnswer:
+        return False
     return asked.returncode == 0 and not asked.stdout.strip()
 
 

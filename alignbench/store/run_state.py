@@ -14,7 +14,8 @@ from alignbench.store.artefacts import Artefact, Store
 from alignbench.store.files import read_json
 from alignbench.store.manifest import ManifestRun
 
-STATES = ("done", "running", "requeued", "queued", "planned", "stale", "failed")
+UNKNOWN = "unknown here"  # a job was submitted, and this machine cannot ask SLURM
+STATES = ("done", "running", "requeued", "queued", UNKNOWN, "planned", "stale", "failed")
 LOST = ("failed", "stale")  # the states in which `alignbench retry` runs it again
 WAITING = {  # SLURM's reason -> the one shown
     "Dependency": "waits for the previous stage",
@@ -34,6 +35,7 @@ class Job(NamedTuple):
     reason: str = ""  # why it is pending
     restarts: int = 0
     left: str = ""  # remaining time, as SLURM prints it
+    host: str = ""  # where it was submitted
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Jobs:
 
     live: Mapping[str, Job] = field(default_factory=dict)  # jobs that have not ended
     latest: Mapping[str, Job] = field(default_factory=dict)  # the job submitted last, ended or not
-    ending: Callable[[str], str] = lambda job: ""  # job id -> how the job ended, in SLURM's words
+    ended: Mapping[str, str] = field(default_factory=dict)  # job id -> how the job ended, in SLURM's words
+    unknown: str = ""  # why SLURM cannot be asked; "" if it was
 
 
 class RunState(NamedTuple):
@@ -81,7 +84,7 @@ def _is_complete(store: Store, run: ManifestRun) -> bool:
 def _unfinished(missing: Sequence[Artefact], jobs: Jobs) -> RunState:
     """Return the state of an incomplete run.
 
-    A running job or a held lock takes precedence over an old failure, and a failure over pending jobs.
+    A running job or a held lock takes precedence over an old failure or a lost job, and these over pending jobs.
     """
     live = [(part, jobs.live[part.id]) for part in missing if part.id in jobs.live]
     for part, job in live:
@@ -93,13 +96,17 @@ def _unfinished(missing: Sequence[Artefact], jobs: Jobs) -> RunState:
     for part in missing:
         if part.id not in jobs.live and (reason := part.failure) is not None:
             return RunState("failed", reason, missing, part)
+    for part in missing:
+        lost = jobs.latest.get(part.id)
+        if lost is not None and lost.id and part.id not in jobs.live and not part.done:  # made while SLURM was asked
+            if jobs.unknown:
+                why = f"{jobs.unknown} (job {lost.id} was submitted on {lost.host})"
+                return RunState(UNKNOWN, why, missing, part, lost)
+            how = jobs.ended.get(lost.id, "")
+            why = f"job {lost.id} has ended{f' ({how})' if how else ''} without having made it"
+            return RunState("stale", f"{why}; `alignbench retry` makes it", missing, part, lost)
     for part, job in live:
         why = WAITING.get(job.reason, job.reason)
         return RunState("requeued" if job.restarts else "queued", why, missing, part, job)
-    for part in missing:
-        if (lost := jobs.latest.get(part.id)) is not None and lost.id:
-            how = jobs.ending(lost.id)
-            why = f"job {lost.id} has ended{f' ({how})' if how else ''} without having made it"
-            return RunState("stale", f"{why}; `alignbench retry` makes it", missing, part, lost)
     kinds = ", ".join(dict.fromkeys(part.stage.kind for part in missing))
     return RunState("planned", f"not made yet: {kinds}", missing, missing[0])

@@ -24,7 +24,7 @@ def test_times_are_those_of_slurm(text: str, seconds: float) -> None:
     for written in {text, f"'{text}'"} - {"'~'"}:
         resources = decode(Resources, parse_yaml(f"time: {written}", "c.yaml"), "c.yaml: ")
         assert resources.seconds == seconds
-        assert str(resources.options()["time"]) == (text if text != "~" else "None")
+        assert resources.options().get("time") == (None if text == "~" else text)
 
 
 @pytest.mark.parametrize("text", ["0", "16G", "16000M", "16000", "1t", "512GB"])
@@ -32,7 +32,9 @@ def test_memory_is_as_slurm_reads_it(text: str) -> None:
     """0 is all memory of a node, a bare number megabytes; handed on as written."""
     for written in (text, f"'{text}'"):
         resources = decode(Resources, parse_yaml(f"mem: {written}", "c.yaml"), "c.yaml: ")
-        assert str(resources.options()["mem"]) == text
+        assert resources.options()["mem"] == text
+        with pytest.raises(UserError, match="additional.mem-per-cpu: the setting mem says it, too"):
+            decode(Resources, {"mem": resources.mem, "additional": {"mem-per-cpu": "2G"}}, "c.yaml: ")
 
 
 @pytest.mark.parametrize(

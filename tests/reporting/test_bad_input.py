@@ -100,11 +100,12 @@ CASES = {  # what is bad: (a store's results, a sentence of the page)
         "spread unknown",
     ),
 }
+FAST = ("one prompt, one image, one method", "all scores missing", "a constant measure", "curves of one prompt")
 EMPTY = re.compile(r"(?<![\w.-])[-+−]?(nan|inf|infinity|none)(?![\w-])", re.IGNORECASE)
 WIDTHLESS = re.compile(r"\[\s*([-+−$]*[\d.,]+?)\s*,\s*\1\s*\]")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES])
 def test_bad_input_gives_a_page_that_says_what_cannot_be_concluded(case, tmp_path):
     """In every form: no traceback, no number that is none, no interval without width; and a sentence on what is
     unknown."""

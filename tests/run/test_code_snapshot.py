@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,12 @@ print(json.dumps({
 
 
 def facts(taken: code_snapshot.Snapshot, folder: Path) -> dict:
-    """Return facts about the code that a new interpreter in ``folder`` runs."""
+    """Return facts about the code that a new interpreter in ``folder`` runs, whatever its user put on the path."""
+    (folder / "facts.py").write_text(FACTS)
     done = subprocess.run(
-        [sys.executable, "-c", FACTS],
+        [*taken.python(), "-m", "facts"],
         cwd=folder,
-        env=os.environ | taken.environment(),
+        env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -49,7 +51,7 @@ def facts(taken: code_snapshot.Snapshot, folder: Path) -> dict:
 
 @pytest.fixture
 def taken(tmp_path):
-    return code_snapshot.take(tmp_path / "store", [PLUGIN])
+    return code_snapshot.take(tmp_path / "it's 50%: a store", [PLUGIN])
 
 
 def test_a_snapshot_holds_every_file_and_nothing_else(taken):
@@ -75,6 +77,18 @@ def test_a_new_interpreter_runs_the_snapshot_and_finds_its_data_there(taken, tmp
     assert found["prompts"] > 0
     assert found["version"]
     assert not list(taken.path.rglob("__pycache__"))
+
+
+def test_a_snapshot_that_is_not_visible_yet_is_awaited(tmp_path):
+    """A shared disk may show it late; no other code runs instead."""
+    late = code_snapshot.Snapshot(tmp_path / "late", [], [])
+    process = subprocess.Popen([*late.python(), "-m", "mine", "a b"], stdout=subprocess.PIPE, text=True)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "mine.py").write_text("import sys; print(__name__, sys.argv[1:], sys.flags.safe_path)\n")
+    time.sleep(0.3)
+    assert process.poll() is None
+    (tmp_path / "made").rename(late.path)
+    assert process.communicate(timeout=60)[0] == "__main__ ['a b'] True\n"
 
 
 def test_later_edits_do_not_change_a_snapshot(tmp_path):
@@ -103,15 +117,14 @@ def test_later_edits_do_not_change_a_snapshot(tmp_path):
 
 
 def test_the_command_line_runs_from_a_read_only_snapshot(taken, tmp_path):
-    """``python -P -m alignbench.cli`` lists the snapshot's methods and the plug-in's, with every folder read-only."""
+    """The command line lists the snapshot's methods and the plug-in's, with every folder read-only."""
     folders = [taken.path, *(path for path in taken.path.rglob("*") if path.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "alignbench.cli", "ls", "methods", "--plugin", *taken.plugins],
+            [*taken.python(), "-m", "alignbench.cli", "ls", "methods", "--plugin", *taken.plugins],
             cwd=tmp_path,
-            env=os.environ | taken.environment(),
             capture_output=True,
             text=True,
             timeout=60,
@@ -143,7 +156,7 @@ def test_plug_ins_of_one_name_do_not_replace_each_other(tmp_path):
 
 def test_the_name_is_the_content(tmp_path, taken):
     """The same code is copied once; another plug-in, or another byte in one, makes another snapshot."""
-    store = tmp_path / "store"
+    store = taken.path.parents[1]
     born = taken.path.stat().st_ctime_ns
     assert code_snapshot.take(store, [PLUGIN]) == taken
     assert taken.path.stat().st_ctime_ns == born
@@ -171,7 +184,7 @@ def test_a_snapshot_that_was_changed_is_refused(taken, tmp_path):
     path.chmod(0o644)
     path.write_text("# something else\n")
     with pytest.raises(UserError, match="not the code that was copied there"):
-        code_snapshot.take(tmp_path / "store", [PLUGIN])
+        code_snapshot.take(taken.path.parents[1], [PLUGIN])
 
 
 def test_a_full_or_forbidden_disk_leaves_nothing_half_made(tmp_path, monkeypatch):

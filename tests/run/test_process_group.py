@@ -1,6 +1,7 @@
 """Several processes make the same run as one, and all of them end together."""
 
 import json
+import os
 import shutil
 
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import rank_process, tiny
-from support.tiny_sweep import PLUGIN, sweep_file
+from support.tiny_sweep import PLUGIN, alignbench, sweep_file
 
 from alignbench.config import UserError
 from alignbench.experiment.document import read
@@ -195,6 +196,16 @@ def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path, fails):
     assert "RuntimeError: fell over" in (run.failure or "")
     assert not run.busy
     assert not run.done
+
+
+def test_a_verb_waits_for_no_rank_of_the_shell_that_it_is_typed_in(monkeypatch):
+    """Inside torchrun or mpirun it would hang as soon as it loads a model, waiting for ranks that nobody starts."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert ProcessGroup().size == 4
+    assert alignbench("ls", "methods", plugin=False) == 0
+    assert (ProcessGroup().size, ProcessGroup().rank) == (1, 0)
+    assert not {"LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys()  # which accelerate reads
 
 
 def test_one_process_starts_nothing(monkeypatch):

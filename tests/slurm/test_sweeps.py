@@ -265,6 +265,56 @@ def test_tasks_of_one_job_are_one_run(prepare, tmp_path):
         assert abs(ours[name] - value).max() < 1e-4, name
 
 
+SHELL = {
+    "SLURM_MEM_PER_CPU": "100", "SLURM_MEM_PER_NODE": "77", "SLURM_NTASKS": "7", "SLURM_EXPORT_ENV": "NONE",
+    "SBATCH_TIMELIMIT": "1", "SBATCH_PARTITION": "nowhere", "SBATCH_EXPORT": "NONE", "SQUEUE_STATES": "FAILED",
+    "SQUEUE_USERS": "nobody", "SQUEUE_PARTITION": "short", "SQUEUE_FORMAT": "%i", "WORLD_SIZE": "4", "RANK": "1",
+    "LOCAL_RANK": "1", "PMI_SIZE": "4", "ACCELERATE_MIXED_PRECISION": "fp16",
+}  # fmt: skip
+
+
+def test_two_sweeps_typed_inside_an_allocation_share_a_training_run(prepare, cluster, calm, tmp_path, monkeypatch):
+    """The shell's filters, defaults and ranks reach neither SLURM nor the jobs, nor does an odd path disturb them.
+
+    The second sweep, with other images, waits for the first one's training. Tasks that are cancelled in bulk say so,
+    and the next retry or sweep makes the rest.
+    """
+    evaluation = {"evaluators": [{"name": "counted"}], "limit": IMAGES, "protocol": {"steps": 3}}
+    folders = [tmp_path / name for name in ("second", "first")]
+    for folder in folders:
+        folder.mkdir()
+    store = tmp_path / "it's 50%: a store"
+    second = prepare("calm1", folder=folders[0], store=store, name="second", evaluation=evaluation)
+    first = prepare("base", "calm1", folder=folders[1], store=store)  # its folder controls the runs of both
+    held = first.stop_at("calm1", 2)
+    with monkeypatch.context() as shell:
+        for name, value in SHELL.items():
+            shell.setenv(name, value)
+        first.submit()
+        second.submit()
+        assert "0 jobs submitted" in first.run("sweep", "--launcher", "slurm")[1]
+    records = [json.loads(path.read_text()) for path in sorted(store.glob("jobs/*/jobs.json"))]
+    stages = {record["sweep"].partition("-")[0]: [t["stage"] for t in record["tickets"]] for record in records}
+    assert stages == {
+        "tiny": ["generate", "score counted", "train", "generate", "score counted"],
+        "second": ["generate", "score counted"],
+    }
+    first.reached("calm1", 2)
+    training = next(t["job"] for record in records for t in record["tickets"] if t["stage"] == "train")
+    cluster.cancel(training.partition("_")[0])
+    assert first.end() == 2
+    for sweep in (first, second):
+        assert "(CANCELLED)" in sweep.states()["calm1"]
+    held.unlink()
+    assert first.run("retry")[0] == 3
+    second.submit()
+    assert [sweep.end() for sweep in (first, second)] == [0, 0]
+    assert first.batches("calm1") == [0, 1, 2, 2, 3]
+    (weights,) = store.glob(f"runs/*/{FINAL}")
+    ours, theirs = load_file(weights), load_file(calm / weights.relative_to(store))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
 # -- two users on one store -------------------------------------------------------------------------------------------
 
 

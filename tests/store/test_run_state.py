@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.tiny_sweep import alignbench
 
-from alignbench.launch import slurm, status_table, submissions
+from alignbench.launch import cleanup, slurm, status_table, submissions
 from alignbench.store.artefacts import Store
 from alignbench.store.files import write_json
 from alignbench.store.locks import Lock
@@ -41,11 +41,11 @@ def shown_states(capsys, swept: Path, store: Store) -> dict[str, str]:
     """Return {verb: the state that it shows for the run}."""
     name, states = store.manifests()[0].stem, {}
     commands = {
-        "status": ((name,), r"^Last, seed 0 +\S+ +(\w+)"),
-        "plan": ((str(swept / "tiny.yaml"),), r"^Last, seed 0 +(\w+)"),
+        "status": ((name,), r"^Last, seed 0 +\S+ +(unknown here|\w+)"),
+        "plan": ((str(swept / "tiny.yaml"),), r"^Last, seed 0 +(unknown here|\w+)"),
         "report": (
             (name, "--format", "md", "--out", str(store.root.parent / "out")),
-            r"^- Last, seed 0: \*\*(\w+)\*\*",
+            r"^- Last, seed 0: \*\*(unknown here|\w+)\*\*",
         ),
     }
     for verb, (words, pattern) in commands.items():
@@ -71,12 +71,30 @@ def test_every_verb_says_the_same_state(tiny, swept, monkeypatch, capsys, state,
     """status, plan and report agree, whether training failed or not, and was submitted to SLURM or not."""
     store, run = tiny
     monkeypatch.setattr(slurm, "live", lambda names: {"7_0": live} if list(names) and live else {})
-    monkeypatch.setattr(slurm, "final_state", lambda job: "TIMEOUT")
+    monkeypatch.setattr(slurm, "accounted", lambda jobs: dict.fromkeys(jobs, "TIMEOUT"))
     if failed:
         run.weights(store).fail("loss is nan", "log.txt")
     if job:
         record(store, run.id)
     assert shown_states(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), state)
+
+
+def test_a_machine_without_slurm_does_not_know_what_became_of_jobs(tiny, swept, monkeypatch, capsys):
+    """Every verb says "unknown here" and where to ask, nothing is made again or cancelled, and gc keeps its files."""
+    store, run = tiny
+    record(store, run.id, "of a sweep that is gone")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert shown_states(capsys, swept, store) == dict.fromkeys(("status", "plan", "report"), "unknown here")
+    name = store.manifests()[0].stem
+    assert alignbench("status", name, store=store.root, plugin=False) == 3
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "there is no squeue on this machine; ask on a login node" in shown
+    assert "7_0 was submitted on login" in shown
+    assert alignbench("retry", str(swept / "tiny.yaml"), store=store.root) == 3
+    assert "no run has failed or was lost; Last, seed 0 is unknown here: there is no squeue" in capsys.readouterr().err
+    assert alignbench("cancel", str(swept / "tiny.yaml"), store=store.root) == 1
+    assert "unknown here: there is no squeue on this machine" in capsys.readouterr().err
+    assert [entry.sweep for entry in submissions.read(store) if cleanup._live(entry)] == [name]
 
 
 def test_every_verb_says_that_a_run_is_being_made(tiny, swept, capsys):
@@ -102,14 +120,14 @@ def test_slurm_is_queried_once_and_only_for_its_own_jobs(tiny, monkeypatch):
     store, run = tiny
     asked = []
     monkeypatch.setattr(slurm, "live", lambda names: asked.append(list(names)) or {})
-    monkeypatch.setattr(slurm, "final_state", lambda job: "")
+    monkeypatch.setattr(slurm, "accounted", lambda jobs: asked.append(sorted(jobs)) or {})
     manifest = read_manifest(store.manifests()[0])
     shutil.rmtree(store.root / "runs")
-    for launcher, names in (("slurm", ["alignbench-tiny"]), ("local", [])):
+    for launcher, questions in (("slurm", [["alignbench-tiny"], ["7_0"]]), ("local", [[]])):
         asked.clear()
         record(store, run.id, launcher=launcher)
-        status_table.rows(store, manifest, submissions.read(store))
-        assert asked == [names]
+        status_table.rows(store, manifest)
+        assert [question for question in asked if question] == [question for question in questions if question]
 
 
 def test_a_failure_that_no_job_retries_precedes_pending_jobs(tiny):
@@ -130,11 +148,17 @@ def test_a_failure_that_no_job_retries_precedes_pending_jobs(tiny):
 def test_a_lost_job_says_how_it_ended(tiny):
     """The reason has SLURM's word and what to do; a worker of a local sweep has no job that could be lost."""
     store, run = tiny
-    found = run_state(store, run, lambda: Jobs(latest={run.id: Job("7_0", "train", "/none")}, ending=lambda job: "OOM"))
+    found = run_state(store, run, lambda: Jobs(latest={run.id: Job("7_0", "train", "/none")}, ended={"7_0": "OOM"}))
     assert found.state == "stale"
     assert found.reason == "job 7_0 has ended (OOM) without having made it; `alignbench retry` makes it"
+    waiting = Job("9_0", "train", "/none", pending=True)  # of another sweep, which shares the weights
+    lost = Jobs(
+        live={run.id: waiting}, latest={run.images: Job("7_0", "generate", "/none")}, ended={"7_0": "CANCELLED"}
+    )
+    (store.root / "images" / run.images / "manifest.parquet").unlink()
+    assert run_state(store, run, lambda: lost).state == "stale"
     found = run_state(store, run, lambda: Jobs(latest={run.id: Job("", "", "/none")}))
-    assert (found.state, found.reason) == ("planned", "not made yet: run")
+    assert (found.state, found.reason) == ("planned", "not made yet: run, images")
 
 
 def test_done_means_that_nothing_is_missing(tiny):
