@@ -305,7 +305,7 @@ class _Loader(yaml.SafeLoader):
         if self.depth == DEPTH:
             raise _at(event.start_mark, f"brackets or settings are nested more than {DEPTH} deep")
         self.depth += 1
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         self.depth -= 1
         if not isinstance(event, yaml.AliasEvent):
             self.sizes[node] = self._size(node)

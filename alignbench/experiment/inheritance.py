@@ -86,8 +86,8 @@ def _replaced(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
             yield f"{path}: {_summary(new)} in place of {_summary(old)}"
     old_budget, new_budget = ({k: v for k, v in _at(data, BUDGET).items() if v is not None} for data in (before, after))
     if old_budget and old_budget.keys() != new_budget.keys():
-        new, old = (" ".join(f"{kind} {n}" for kind, n in budget.items()) for budget in (new_budget, old_budget))
-        yield f"{BUDGET}: {new} in place of {old}"
+        kinds = [" ".join(f"{kind} {n}" for kind, n in budget.items()) for budget in (new_budget, old_budget)]
+        yield f"{BUDGET}: {' in place of '.join(kinds)}"
 
 
 def _lists(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:

@@ -33,7 +33,7 @@ def test_memory_is_as_slurm_reads_it(text: str) -> None:
     for written in (text, f"'{text}'"):
         resources = decode(Resources, parse_yaml(f"mem: {written}", "c.yaml"), "c.yaml: ")
         assert resources.options()["mem"] == text
-        with pytest.raises(UserError, match="additional.mem-per-cpu: the setting mem says it, too"):
+        with pytest.raises(UserError, match=r"additional.mem-per-cpu: the setting mem says it, too"):
             decode(Resources, {"mem": resources.mem, "additional": {"mem-per-cpu": "2G"}}, "c.yaml: ")
 
 
