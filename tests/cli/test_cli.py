@@ -399,7 +399,7 @@ def test_the_version_is_printed(capsys):
         (["sweep", "quickstart", "--slurm", "x"], "--slurm: --launcher local ignores it"),
         (
             ["plan", "quickstart", "--seeds", str(2**64)],
-            "training.seed: expected a whole number <= 9223372036854775807",
+            r"quickstart: grid.training.seed\[0\]: a whole number of 65 bits; choose one of at most 63",
         ),
     ],
 )
