@@ -68,6 +68,8 @@ class Evaluator(Config):
     - ``reward_range``: bounds of ``reward``; margins are checked against them.
     - ``paired``: True if ``score`` compares with the base model's images; it then takes a third argument ``base``, and
       the class has a setting ``base: str | None = None``.
+    - ``unhashed``: settings that change no number, such as the address of a server; they are in no id.
+    - ``reward_only``: settings that change ``reward`` but no score; they are in no score's id.
     """
 
     name: ClassVar[str]
@@ -78,6 +80,8 @@ class Evaluator(Config):
     gigabytes: ClassVar[float | None] = None
     reward_range: ClassVar[tuple[float, float] | None] = None
     paired: ClassVar[bool] = False
+    unhashed: ClassVar[tuple[str, ...]] = ()
+    reward_only: ClassVar[tuple[str, ...]] = ()
 
     def files(self) -> list[Path]:
         """Return the weight and configuration files that determine the score; they are hashed into its id.

@@ -42,7 +42,8 @@ class Flow(Protocol):
 
     A flow that is evaluated also has ``at(size=, guidance=)``, which returns the same weights at the image size
     (pixels) and guidance of the evaluation. One that takes published weights has ``load_transformer`` and
-    ``load_lora``, each of the files that ``weights.published`` returns. A toy that is only trained needs none of these.
+    ``load_lora``, each of the files that ``weights.published`` returns, the second with the strength that the row says.
+    A toy that is only trained needs none of these.
     """
 
     def velocity(self, x: Tensor, sigma: float | Tensor, cond: Cond, *, reference: bool = False) -> Tensor:

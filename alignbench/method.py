@@ -78,6 +78,13 @@ class AlignMethod(Config):
         """
         return []
 
+    def fits(self, backend: Any) -> list[str]:
+        """Return warnings about this method on this backend, whose files are there. Called before a model is loaded.
+
+        Raise UserError if they cannot work together.
+        """
+        return []
+
     def prepare(self, flow: Flow) -> None:
         """Prepare ``flow``, once: after the model is loaded and before training.
 

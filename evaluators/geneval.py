@@ -330,10 +330,10 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
     """
     offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
     reach = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
-    revised = [math.copysign(max(abs(o) - POSITION_THRESHOLD * r, 0), o) for o, r in zip(offset, reach)]
-    if all(abs(r) < 1e-3 for r in revised):
+    beyond = [math.copysign(max(abs(o) - POSITION_THRESHOLD * r, 0), o) for o, r in zip(offset, reach)]
+    if max(map(abs, beyond)) < 1e-3:
         return set()
-    dx, dy = (r / math.hypot(*offset) for r in revised)
+    dx, dy = (b / math.hypot(*offset) for b in beyond)
     named = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
     return {name for name, holds in named.items() if holds}
 

@@ -41,6 +41,7 @@ class PickScore(Evaluator):
     version: ClassVar[str] = "1-1"
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("pickscore", "logit"),)
     differentiable: ClassVar[bool] = True
+    reward_only: ClassVar[tuple[str, ...]] = ("reward_unit",)
 
     weights: str = "yuvalkirstain/PickScore_v1"
     revision: str | None = None

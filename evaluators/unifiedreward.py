@@ -137,6 +137,11 @@ class UnifiedReward(Evaluator):
             raise UserError("unifiedreward: concurrency and timeout must be positive; the defaults are 16 and 120")
 
     @property
+    def unhashed(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on where the model runs
+        """Settings that change no score: how the server is reached, and those of the way that is not taken."""
+        return "server", "concurrency", "timeout", "dtype" if self.server else "served_model"
+
+    @property
     def metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]  # depends on the template
         return tuple(Metric(f"ur_{part}_{self.template}", "1-5") for part in self._template.metrics)
 

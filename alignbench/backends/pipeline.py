@@ -110,6 +110,43 @@ class PipelineBackend(Config):
                 paths += weights.model_files(self.folder / part, "backend.model")
         return paths + self.text_files()
 
+    def check_complete(self) -> None:
+        """Raise UserError, with file and tensor, unless every part has all its weights: they would be random ones."""
+        for part in self.present(self.models):
+            library, name = self.index[part]
+            weights.check_complete(library, name, self.folder / part, "backend.model")
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the transformer's tensors by name."""
+        where, folder = "backend.model", self.folder / "transformer"
+        found = weights.stored(weights.model_files(folder, where), where)
+        return {name: tensor.shape for name, tensor in found.items()}
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of the transformer's linear layers by name: those that adapters can have."""
+        matrices = {name: shape for name, shape in self.shapes.items() if name.endswith(".weight") and len(shape) == 2}
+        return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in matrices.items()}
+
+    def check_transformer(self, files: Sequence[Path]) -> None:
+        """Raise UserError unless published weights are of this model: every name and shape, and the configuration."""
+        check_config(files, self.read("transformer"))
+        weights.check_published(files, self.shapes)
+
+    def check_lora(self, files: Sequence[Path], **strength: Any) -> list[str]:
+        """Return warnings about published adapters. Raise UserError unless ``load_lora`` can load all of them."""
+        from alignbench.backends.lora import read_lora
+
+        check_config(files, self.read("transformer"))
+        lora = read_lora(files, self.layers, self.pipeline, **strength)
+        warnings = []
+        if not lora.stated:
+            warnings.append("nothing says how strong these adapters are: loaded as diffusers does, as method.scale: 1")
+        if lora.base not in (None, self.model) and not Path(self.model).expanduser().exists() and "/" in self.model:
+            warnings.append(f"these adapters were trained on {lora.base}, and the row starts from {self.model}")
+        return [f"method.weights: {warning}" for warning in warnings]
+
     @property
     def encoders(self) -> list[str]:
         """Subfolders of the text encoders."""
@@ -229,6 +266,7 @@ class PipelineBackend(Config):
         import torch
 
         self.files()
+        self.check_complete()
         device = torch.device("cpu") if accelerator is None else accelerator.device
         try_attention(self.attention, self._dtype, self.read("transformer").get("attention_head_dim", 64), device)
         if self.compile:
@@ -255,6 +293,7 @@ class PipelineBackend(Config):
     def load_text_encoders(self, device: torch.device) -> PromptEncoder:
         """Return what encodes prompts, loading only the pipeline's text encoders."""
         self.files()
+        self.check_complete()
         pipeline = self._pipeline(("transformer", "vae")).to(device)
         _freeze(pipeline, self.encoders)
         return self.text(pipeline, device)
@@ -418,40 +457,35 @@ class PipelineFlow:
         return getattr(torch, self._settings.dtype)
 
     def load_transformer(self, files: Sequence[Path]) -> None:
-        """Replace the transformer's weights by published ones. UserError for a name or shape that does not fit."""
+        """Replace the transformer's weights by published ones. UserError for what does not fit, or is not finite."""
+        import torch
         from safetensors.torch import load_file
 
-        from alignbench.weights import copy_parameters
+        from alignbench.weights import check_published, copy_parameters
 
-        self._check_config([path for path in files if path.name == "config.json"])
+        check_config(files, json.loads(self.transformer.to_json_string()))
         paths = [path for path in files if path.suffix == ".safetensors"]
         stored = {name: tensor for path in paths for name, tensor in load_file(path).items()}  # mapped, not read yet
         own = self.transformer.state_dict()
         plain = {name.replace(".base_layer", ""): tensor for name, tensor in own.items() if ".lora_" not in name}
+        check_published(files, {name: tuple(tensor.shape) for name, tensor in plain.items()})
+        for name, tensor in stored.items():
+            if not torch.isfinite(tensor.float()).all():
+                raise UserError(f"{paths[0]}: {name} has values that are not finite; its training has failed")
         copy_parameters(plain, stored, paths[0])
         self._separate.setdefault("base", None)
 
-    def load_lora(self, files: Sequence[Path]) -> None:
-        """Add published adapters. UserError for a name or shape that does not fit."""
+    def load_lora(self, files: Sequence[Path], **strength: Any) -> None:
+        """Add published adapters. UserError for what does not fit. ``strength``: the row's, as for ``read_lora``."""
         from alignbench.backends.lora import read_lora
 
-        adapters = read_lora(files, dict(self.transformer.named_modules()))
+        adapters = read_lora(files, self._settings.layers, self._settings.pipeline, **strength).tensors
         self.transformer.load_lora_adapter(adapters, prefix=None, adapter_name="published")
         self.transformer.set_adapter("published")
         for name, parameter in self.transformer.named_parameters():
             if ".published." in name:
                 parameter.data = parameter.data.float()
         _disable_input_casts(self.transformer)
-
-    def _check_config(self, configs: Sequence[Path]) -> None:
-        """Raise UserError for a setting that differs from this model's: not every one shows in the weights' shapes."""
-        ours = json.loads(self.transformer.to_json_string())
-        for path in configs:
-            theirs = json.loads(path.read_text())
-            common = [key for key in theirs.keys() & ours.keys() if key == "_class_name" or key[0] != "_"]
-            if odd := sorted(key for key in common if theirs[key] != ours[key]):
-                what = f"{odd[0]} is {theirs[odd[0]]} and the model's is {ours[odd[0]]}"
-                raise UserError(f"{path}: {what}; these are weights of another model")
 
     def _autocast(self):
         import torch
@@ -480,6 +514,20 @@ class PipelineFlow:
             finally:
                 self.transformer.enable_adapters()
                 self.transformer.gradient_checkpointing = checkpointing
+
+
+def check_config(files: Sequence[Path], ours: Mapping[str, Any]) -> None:
+    """Raise UserError for a setting that differs from this model's: not every one shows in the weights' shapes."""
+    for path in files:
+        if path.name != "config.json":
+            continue
+        theirs = json.loads(path.read_text())
+        if not isinstance(theirs, dict):
+            raise UserError(f"{path}: expected keys and values, got a {type(theirs).__name__}")
+        common = [key for key in theirs.keys() & ours.keys() if key == "_class_name" or key[0] != "_"]
+        if odd := sorted(key for key in common if theirs[key] != ours[key]):
+            what = f"{odd[0]} is {theirs[odd[0]]} and the model's is {ours[odd[0]]}"
+            raise UserError(f"{path}: {what}; these are weights of another model")
 
 
 def _freeze(pipeline: Pipeline, parts: Sequence[str]) -> None:

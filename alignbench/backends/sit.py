@@ -50,6 +50,7 @@ class SiT(GuidedBackend):
     """SiT-XL/2, by its checkpoint; every prompt is an ImageNet class. ``guidance``: for training only."""
 
     name: ClassVar[str] = "sit"
+    pipeline: ClassVar[str] = "SiTPipeline"  # none of diffusers'
     models: ClassVar[tuple[str, ...]] = ("transformer", "vae")
     published: ClassVar = {CHECKPOINT: SIT_XL_2}
 
@@ -100,6 +101,16 @@ class SiT(GuidedBackend):
             raise UserError(f"backend.vae: {what}; choose stabilityai/sd-vae-ft-mse or -ema")
         self.check_size(self.size, "backend.size")
         return [*paths, Path(self.classes).expanduser()] if self.classes and self.names else paths
+
+    def check_complete(self) -> None:
+        """Raise UserError unless the autoencoder has all its weights; ``files`` has compared the network's."""
+        weights.check_complete("diffusers", "AutoencoderKL", self.vae_folder, "backend.vae")
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of the network's linear layers by name."""
+        linears = SiTTransformer.read(self.read("transformer")).linears()
+        return {linear.name: (linear.n_out, linear.n_in) for linear in linears if linear.name != "x_embedder.proj"}
 
     def check_size(self, size: int, where: str) -> None:
         """Raise UserError unless the checkpoint has the positions of this size."""

@@ -116,21 +116,22 @@ def score(
 ) -> int:
     """Score a folder of images: a table with a row per image and metric, and means with confidence intervals.
 
-    FOLDER has GenEval's layout, alignbench's own file names, or, sorted by name, the same number of images for every
-    prompt of --prompts; a .jsonl list may name each image's "file" instead. Example of an evaluator's setting:
-    pickscore.weights=shapes.
+    FOLDER has GenEval's layout, alignbench's own file names, or names in which a number counts the prompts of
+    --prompts; that list may name each image's "file" instead. See docs/importing.md. Example of an evaluator's
+    setting: pickscore.weights=shapes.
     """
     from alignbench.evaluation import folders, scoring
     from alignbench.reporting import score_summary
 
     chosen = scoring.make_evaluators(registry(plugin), evaluators, list(words))
-    images = folders.folder_images(Path(folder), prompts)
+    images, remarks = folders.read_folder(Path(folder), prompts)
     for evaluator in chosen:
         evaluator.check([image.prompt for image in images])
     bases = [scoring.base_images(evaluator, images, prompts) for evaluator in chosen]
     scored = [(evaluator, scoring.score_images(evaluator, images, base)) for evaluator, base in zip(chosen, bases)]
     for path in score_summary.save(scored, Path(out), list(plugin)):
         print(f"written: {path}", file=sys.stderr)
+    print("".join(f"{folder}: {remark}\n" for remark in remarks), end="", file=sys.stderr)
     print(score_summary.summary(scored))
     return DONE if all(frame["ok"].all() for _, frame in scored) else SOME_FAILED
 

@@ -245,14 +245,19 @@ def gc(yes: bool, store: str) -> int:
 
 
 def _record(request: Request, plan: Plan, cells: Sequence[PlannedRun], store: Store, track: Sequence[str]) -> Manifest:
-    """Write the manifest, print how much is to be done, and return the manifest."""
+    """Write the manifest, print how much is to be done, what changed and what is damaged; return the manifest."""
+    from alignbench.launch.pending import set_damaged_aside
     from alignbench.run import trackers
-    from alignbench.store.manifest import write_manifest
+    from alignbench.store.manifest import changed_ids, write_manifest
 
     trackers.check(track)
     store.open()
-    manifest = plan.manifest(request.plugins)
-    write_manifest(store.root / "sweeps" / plan.document.manifest, manifest)
+    manifest, path = plan.manifest(request.plugins), store.root / "sweeps" / plan.document.manifest
+    chosen = {(cell.spec.label, cell.seed) for cell in cells}
+    damaged = set_damaged_aside([manifest.by_seed[key] for key in chosen], store)
+    for line in filter(None, [changed_ids(path, manifest), *damaged]):
+        print(f"alignbench: {line}", file=sys.stderr)
+    write_manifest(path, manifest)
     print(summary(store, plan, cells), file=sys.stderr)
     return manifest
 

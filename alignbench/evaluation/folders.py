@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench.config import UserError, read_text
+from alignbench.evaluation.file_numbers import REMEDY, first_gap, places
 from alignbench.prompts import Prompt, load_prompts, parse_prompt
 
 OUR_STEM = re.compile(r"([0-9a-f]{12})-(\d+)")  # alignbench's own file names: prompt id and image index
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SAMPLE = re.compile("[0-9]{1,15}")  # stem of an image in GenEval's layout
+FILE_KEYS = (  # of a list's line: the name of its image
+    *("file", "file_name", "filename", "file_path", "filepath", "image", "image_file", "image_path"),
+    *("img", "img_path", "path"),
+)
+SHOWN = 3  # examples in a remark
 
 
 class FolderImage(NamedTuple):
@@ -26,83 +35,226 @@ class FolderImage(NamedTuple):
     prompt_index: int = 0
 
 
+class ImageFolder(NamedTuple):
+    """The images of a folder, and remarks: how they were paired with prompts, and what was left out."""
+
+    images: list[FolderImage]
+    remarks: list[str]
+
+
 def folder_images(folder: Path, prompts: str | None = None) -> list[FolderImage]:
+    """Return the images of ``read_folder``."""
+    return read_folder(folder, prompts).images
+
+
+def read_folder(folder: Path, prompts: str | None = None) -> ImageFolder:
     """Return the images of ``folder`` with their prompts. Raise UserError if it is unclear which belongs to which.
 
-    Without ``prompts``: GenEval's layout (``00000/metadata.jsonl`` beside ``00000/samples/*.png``). With a .jsonl file
-    whose lines name a "file": those files. With any other list: files called ``<prompt id>-<index>``, as alignbench
-    names its own, or else all files in the order of their names, the same number for every prompt. A prompt that the
-    list repeats has further images.
+    Without ``prompts``: GenEval's layout (``00000/metadata.jsonl`` beside ``00000/samples/0000.png``). With a list that
+    names an image in every line (FILE_KEYS): those images. With any other list: files called ``<prompt id>-<index>``,
+    as alignbench names its own, or else files whose names count the prompts (``places``). A prompt that the list
+    repeats has further images.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; name the folder that holds the images")
-    return number_images(_found(folder, prompts), folder)
+    found = _geneval_images(folder) if prompts is None else _listed_images(folder, prompts)
+    return found._replace(images=number_images(found.images, folder))
 
 
 def number_images(images: Sequence[Any], path: Path) -> list[Any]:
     """Return the images with unique (prompt, image index): a prompt that the list repeats has further images.
 
     ``images``: of any type that has ``prompt``, ``prompt_index`` and ``image_index``. Raise UserError if an image
-    appears twice. ``path``: where they were found.
+    appears twice, or a prompt under two tasks. ``path``: where they were found.
     """
     size = 1 + max(image.image_index for image in images)
     positions: dict[str, list[int]] = {}
+    tags: dict[str, str] = {}
     seen, numbered = set[tuple[str, int]](), []
     for image in images:
+        text, tag = image.prompt.text[:60], tags.setdefault(image.prompt.id, image.prompt.tag)
+        if tag != image.prompt.tag:
+            raise UserError(f"{path}: '{text}' has the tag '{tag}' and '{image.prompt.tag}'; give it one of them")
         known = positions.setdefault(image.prompt.id, [])
         if image.prompt_index not in known:
             known.append(image.prompt_index)
         index = image.image_index + size * known.index(image.prompt_index)
         if (image.prompt.id, index) in seen:
-            what = f"'{image.prompt.text[:60]}', image {image.image_index}, appears twice; keep one of them"
-            raise UserError(f"{path}: {what}")
+            raise UserError(f"{path}: '{text}', image {image.image_index}, appears twice; keep one of them")
         seen.add((image.prompt.id, index))
         numbered.append(image._replace(image_index=index))
     return numbered
 
 
-def _found(folder: Path, prompts: str | None) -> list[FolderImage]:
-    if prompts is None:
-        return _geneval_images(folder)
-    if images := _named_images(folder, prompts):
-        return images
-    prompt_list = load_prompts(prompts, "--prompts")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise UserError(f"{folder}: the folder contains no images ({', '.join(SUFFIXES)})")
-    return _images_by_id(files, prompt_list, prompts) or _images_in_order(files, prompt_list, prompts)
+def count_from_zero(images: Sequence[Any]) -> list[Any]:
+    """Return the images with an index from 0 in place of any number. ``images``: as for ``number_images``.
+
+    If some prompt has all the numbers that occur, a number is the same index for every prompt, also for those that lack
+    an image. If not (images named by seeds of their own), each prompt's images are counted by themselves.
+    """
+    by_prompt: dict[int, set[int]] = {}
+    for image in images:
+        by_prompt.setdefault(image.prompt_index, set()).add(image.image_index)
+    everywhere = set().union(*by_prompt.values())
+    if everywhere in by_prompt.values():
+        by_prompt = dict.fromkeys(by_prompt, everywhere)
+    ranks = {prompt: {number: i for i, number in enumerate(sorted(known))} for prompt, known in by_prompt.items()}
+    return [image._replace(image_index=ranks[image.prompt_index][image.image_index]) for image in images]
 
 
-def _geneval_images(folder: Path) -> list[FolderImage]:
-    images = []
-    for number, metadata in enumerate(sorted(folder.glob("*/metadata.jsonl"))):
-        prompt = parse_prompt(read_text(metadata).strip(), f"{metadata}:1")
-        samples = sorted(path for path in (metadata.parent / "samples").glob("*") if path.suffix.lower() in SUFFIXES)
-        images += [FolderImage(file, prompt, index, number) for index, file in enumerate(samples)]
-    if not images:
+def is_image(path: Path) -> bool:
+    """Return whether the file counts as an image. Hidden ones do not: macOS writes ``._0.png`` beside ``0.png``."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _deeper_images(folder: Path) -> list[Path]:
+    """Return the images in subfolders that are not hidden."""
+    below = [path for path in folder.rglob("*") if path.parent != folder and is_image(path)]
+    return sorted(path for path in below if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+
+
+def _remark_left_out(paths: Iterable[Path], folder: Path, why: str) -> list[str]:
+    names = sorted(str(path.relative_to(folder)) for path in paths)
+    if not names:
+        return []
+    shown = ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
+    return [f"left out {len(names)} image{'s' * (len(names) > 1)} {why}: {shown}"]
+
+
+# -- GenEval's layout -------------------------------------------------------------------------------------------------
+
+
+def _geneval_images(folder: Path) -> ImageFolder:
+    """Read numbered folders with a metadata.jsonl, and in samples/ the images whose names are numbers.
+
+    This is what the official script counts. It does not look at other files, such as a contact sheet; a folder without
+    metadata or samples is an error.
+    """
+    folders = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    folders = [path for path in folders if (path / "metadata.jsonl").is_file() or (path / "samples").is_dir()]
+    if not any((path / "metadata.jsonl").is_file() for path in folders):
         raise UserError(
             f"{folder}: there is no */metadata.jsonl with samples/ beside it; name the prompts with --prompts FILE"
         )
-    return images
+    if odd := next((path for path in sorted(folders) if not re.fullmatch("[0-9]+", path.name)), None):
+        raise UserError(f"{odd}: GenEval's folders have numbers for names; rename it, or move it elsewhere")
+    images, others = list[FolderImage](), list[Path]()
+    for path in sorted(folders, key=lambda path: (int(path.name), path.name)):
+        if not (path / "metadata.jsonl").is_file():
+            raise UserError(f"{path}: there is no metadata.jsonl beside samples/; it says what the prompt is")
+        prompt = parse_prompt(read_text(path / "metadata.jsonl").strip(), f"{path / 'metadata.jsonl'}:1")
+        files = [file for file in (path / "samples").glob("*") if is_image(file)]
+        samples = [file for file in files if SAMPLE.fullmatch(file.stem)]
+        if not samples:
+            what = "no images are in samples/ (0000.png, ...)"
+            raise UserError(f"{path}: {what}; make them, or move the folder elsewhere to leave its prompt out")
+        others += set(files) - set(samples)
+        images += [FolderImage(file, prompt, int(file.stem), int(path.name)) for file in samples]
+    images.sort(key=lambda image: (image.prompt_index, image.image_index, image.file))
+    gap = first_gap([int(path.name) for path in folders])
+    remarks = [] if gap is None else [f"the numbers of the folders leave out {gap}: were all prompts made?"]
+    remarks += _remark_left_out(others, folder, "without a number for a name")
+    return ImageFolder(count_from_zero(images), remarks)
 
 
-def _named_images(folder: Path, prompts: str) -> list[FolderImage]:
-    """Return the images that a .jsonl list names with a "file" in every line; [] for other lists."""
+# -- lists of prompts -------------------------------------------------------------------------------------------------
+
+
+def _listed_images(folder: Path, prompts: str) -> ImageFolder:
+    rows = _rows(prompts)
+    files = sorted(filter(is_image, folder.iterdir()))
+    if key := _file_key(rows, folder, prompts):
+        return _named_images(folder, files, rows, key, prompts)
+    prompt_list = [prompt for _, prompt in rows]
+    deeper = _deeper_images(folder)
+    if not files:
+        if any(folder.glob("*/metadata.jsonl")):
+            raise UserError(f"{folder}: GenEval's layout (*/metadata.jsonl) has its own prompts; leave --prompts out")
+        more = f"; its subfolders have: name one of them, such as {deeper[0].parent}, or {REMEDY}" if deeper else ""
+        raise UserError(f"{folder}: the folder contains no images ({', '.join(SUFFIXES)}){more}")
+    if images := _images_by_id(files, prompt_list, prompts):
+        absent = len({prompt.id for prompt in prompt_list} - {image.prompt.id for image in images})
+        remarks = [f"{absent} of the {len(prompt_list)} prompts of {prompts} have no image"] * bool(absent)
+    else:
+        images = [
+            FolderImage(file, prompt_list[place], index, place)
+            for file, place, index in places(files, len(prompt_list), prompts)
+        ]
+        shown = [f"{image.file.name} with '{image.prompt.text[:60]}'" for image in [*images[:2], *images[2:][-1:]]]
+        remarks = [f"paired by the numbers in the names of the images: {', '.join(shown)}"]
+    return ImageFolder(images, [*remarks, *_remark_left_out(deeper, folder, "in subfolders")])
+
+
+def _rows(prompts: str) -> list[tuple[str, Prompt]]:
+    """Return (place, prompt) for every line of the list. A .jsonl list may repeat a prompt."""
     path = Path(prompts)
     if path.suffix != ".jsonl" or not path.is_file():
-        return []
-    lines = read_text(path).splitlines()
-    if not lines or '"file"' not in lines[0]:
-        return []
-    images, last_index = [], dict[str, int]()
-    for number, line in enumerate(lines, 1):
-        prompt = parse_prompt(line, f"{path}:{number}")
-        file = folder / str((prompt.metadata or {}).get("file"))
-        if not file.is_file():
-            raise UserError(f'{path}:{number}: "file": {file} is missing')
-        last_index[prompt.id] = last_index.get(prompt.id, -1) + 1
-        images.append(FolderImage(file, prompt, last_index[prompt.id]))
-    return images
+        return [(f"{prompts}:{number}", prompt) for number, prompt in enumerate(load_prompts(prompts, "--prompts"), 1)]
+    lines = read_text(path).removesuffix("\n").split("\n")  # not splitlines(), which also splits at U+2028
+    spots = [f"{path}:{number}" for number in range(1, len(lines) + 1)]
+    return [(spot, parse_prompt(line, spot)) for spot, line in zip(spots, lines)]
+
+
+def _file_key(rows: Sequence[tuple[str, Prompt]], folder: Path, source: str) -> str | None:
+    """Return the key under which the list names images; None if it names none. Raise UserError if it has several."""
+    keys = dict.fromkeys(
+        key
+        for _, prompt in rows
+        for key, value in (prompt.metadata or {}).items()
+        if key != "prompt" and _names_image(key, value, folder)
+    )
+    if len(keys) > 1 and "file" not in keys:
+        quoted = " and ".join(f'"{key}"' for key in keys)
+        raise UserError(f'{source}: images are named under {quoted}; name those of this folder under "file"')
+    return "file" if "file" in keys else next(iter(keys), None)
+
+
+def _names_image(key: str, value: Any, folder: Path) -> bool:
+    """Return whether a list's entry names an image: by its key, or because it looks like the name of an image.
+
+    HPDv2's lists have several images of other models in every line: those are not of this folder.
+    """
+    if isinstance(value, list):
+        return any(isinstance(name, str) and os.path.isfile(folder / name) for name in value)
+    return value is not None and (key in FILE_KEYS or (isinstance(value, str) and value.lower().endswith(SUFFIXES)))
+
+
+def _named_images(
+    folder: Path, files: Sequence[Path], rows: Sequence[tuple[str, Prompt]], key: str, source: str
+) -> ImageFolder:
+    images, counts, lines = list[FolderImage](), Counter[str](), dict[Path, str]()
+    for spot, prompt in rows:
+        file = _locate((prompt.metadata or {}).get(key), folder, Path(source).parent, f'{spot}: "{key}"')
+        if first := lines.get(_place(file)):
+            raise UserError(f'{spot}: "{key}": {file} is already the image of {first}; an image has one prompt')
+        lines[_place(file)] = spot
+        images.append(FolderImage(file, prompt, counts[prompt.id]))
+        counts[prompt.id] += 1
+    unnamed = [file for file in files if _place(file) not in lines]
+    return ImageFolder(images, _remark_left_out(unnamed, folder, f"that {source} does not name"))
+
+
+def _locate(name: Any, folder: Path, beside: Path, spot: str) -> Path:
+    """Return the file within ``folder`` that a list in the folder ``beside`` calls ``name``. ``spot``: for errors.
+
+    A list may have been written for other images of the same names, so a file elsewhere is an error.
+    """
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{spot}: expected the name of an image, as in other lines, got {name!r:.60}")
+    found = {_place(path): path for path in (beside / name, folder / name) if os.path.isfile(path)}
+    within = [path for place, path in found.items() if place.is_relative_to(folder.resolve())]
+    if len(within) == 1:
+        return within[0]
+    if within:
+        raise UserError(f"{spot}: {within[0]} and {within[1]} exist; give the whole path of the image")
+    if found:
+        raise UserError(f"{spot}: {next(iter(found.values()))} is not in {folder}; name the folder that holds it")
+    raise UserError(f"{spot}: {folder / name!s:.200} is missing")
+
+
+def _place(file: Path) -> Path:
+    """Return the absolute path of a file. A link to an image counts where the link is."""
+    return file.parent.resolve() / file.name
 
 
 def _images_by_id(files: Sequence[Path], prompts: Sequence[Prompt], source: str) -> list[FolderImage]:
@@ -118,14 +270,3 @@ def _images_by_id(files: Sequence[Path], prompts: Sequence[Prompt], source: str)
                 "name the list that these images were made from"
             )
     return [FolderImage(file, by_id[match[1]], int(match[2])) for file, match in zip(files, matches) if match]
-
-
-def _images_in_order(files: Sequence[Path], prompts: Sequence[Prompt], source: str) -> list[FolderImage]:
-    per_prompt, rest = divmod(len(files), len(prompts))
-    if rest or not per_prompt:
-        raise UserError(
-            f"{files[0].parent}: {len(files)} images cannot be divided equally among the {len(prompts)} prompts of "
-            f'{source}; write a .jsonl file with "prompt" and "file" in every line'
-        )
-    places = (divmod(i, per_prompt) for i in range(len(files)))
-    return [FolderImage(file, prompts[place], index, place) for file, (place, index) in zip(files, places)]

@@ -18,12 +18,13 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench.config import UserError, read_text
-from alignbench.evaluation.folders import folder_images, number_images
+from alignbench.evaluation.folders import count_from_zero, number_images, read_folder
 from alignbench.evaluator import Metric
 from alignbench.prompts import Prompt, load_prompts, parse_prompt
 
@@ -63,17 +64,21 @@ class Source(NamedTuple):
 def read(kind: str, path: Path, prompts: str | None = None, image_folder: Path | None = None) -> Source:
     """Return the source at ``path``. Raise UserError, with the line or key, if it does not have the format ``kind``.
 
-    ``prompts``: for "images", as for ``folder_images``; else the list that supplies the prompts' tags and metadata.
+    ``prompts``: for "images", as for ``read_folder``; else the list that supplies the prompts' tags and metadata.
     ``image_folder``: where the images are now, if not where the file says.
     """
     if kind == "images":
+        found = read_folder(path, prompts)
         images = [
-            ImportedImage(image.prompt, image.prompt_index, image.image_index, image.file, {})
-            for image in folder_images(path, prompts)
+            ImportedImage(image.prompt, image.prompt_index, image.image_index, image.file, {}) for image in found.images
         ]
-        return Source(kind, images, {}, {}, [])
+        return Source(kind, images, {}, {}, found.remarks)
     source = READERS[kind](path, image_folder)
-    return source._replace(images=_take_prompts(number_images(source.images, path), prompts, path))
+    numbered = number_images(source.images, path)
+    files = Counter(image.file for image in numbered)
+    if twice := next((file for file in files if files[file] > 1), None):
+        raise UserError(f"{path}: {twice} is the image of {files[twice]} entries; an image has one prompt")
+    return source._replace(images=_take_prompts(numbered, prompts, path))
 
 
 def _take_prompts(images: list[ImportedImage], prompts: str | None, path: Path) -> list[ImportedImage]:
@@ -190,7 +195,7 @@ def read_geneval(path: Path, image_folder: Path | None) -> Source:
     images = [_geneval_image(item, spot, file.parent, image_folder) for spot, item in _lines(file)]
     images.sort(key=lambda image: (image.prompt_index, image.image_index))  # the script lists folders in any order
     metric = Metric("geneval (official)", "fraction", by_task=True)
-    return Source("geneval", images, {"correct": metric}, {}, [])
+    return Source("geneval", count_from_zero(images), {"correct": metric}, {}, [])
 
 
 def _geneval_image(item: Any, spot: str, folder: Path, image_folder: Path | None) -> ImportedImage:

@@ -11,11 +11,14 @@ import hashlib
 import os
 import re
 import shlex
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import structs
@@ -26,11 +29,11 @@ from alignbench.evaluation import scoring
 from alignbench.evaluation.folders import FolderImage
 from alignbench.evaluation.import_formats import UNKNOWN, ImportedImage, Source, read
 from alignbench.experiment.document import sweeps
-from alignbench.experiment.ids import evaluator_content
+from alignbench.experiment.ids import score_content
 from alignbench.experiment.spec import Protocol
 from alignbench.plugins import Registry
-from alignbench.store.artefacts import Store, locked
-from alignbench.store.files import write, write_frame, write_json
+from alignbench.store.artefacts import Artefact, Store, check_images, locked, set_aside
+from alignbench.store.files import check_frame, read_frame, write, write_frame, write_json
 from alignbench.store.locks import Lock
 from alignbench.store.manifest import (
     UNTRAINED,
@@ -38,6 +41,7 @@ from alignbench.store.manifest import (
     ManifestMetric,
     ManifestRun,
     ManifestScore,
+    as_read,
     read_manifest,
     write_manifest,
 )
@@ -124,6 +128,7 @@ def import_row(
     with _sweep_lock(store, request.sweep):
         old = _read_sweep(store, request.sweep)
         runs = _merge(old.runs if old else [], run, request)
+        _set_damaged_aside(store, run)
         own = [_own_scores(run.images, evaluator, registry, source.images, store) for evaluator in evaluators]
         _copy_images(store, run, source.images, inspections)
         for file, frame, about in [*_imported_scores(run.images, source), *filter(None, own)]:
@@ -264,7 +269,7 @@ def _measured_size(inspections: Sequence[Inspection]) -> Any:
 
 
 def _gaps(source: Source, inspections: Sequence[Inspection]) -> list[str]:
-    """Return remarks that count unreadable images, repeated prompts and missing scores."""
+    """Return remarks that count unreadable images, repeated prompts, uneven numbers and missing scores."""
     images, remarks = source.images, []
     if errors := [inspection.error for inspection in inspections if inspection.error]:
         shown = "; ".join(errors[:SHOWN])
@@ -272,10 +277,24 @@ def _gaps(source: Source, inspections: Sequence[Inspection]) -> list[str]:
     prompts = {image.prompt.id for image in images}
     if repeats := len({(image.prompt.id, image.prompt_index) for image in images}) - len(prompts):
         remarks.append(f"its list repeats {repeats} prompts: all images of one prompt are counted together")
+    counts = sorted(Counter(image.prompt.id for image in images).values())
+    if counts[0] < counts[-1]:
+        remark = f"its prompts have {counts[0]} to {counts[-1]} images and count alike in every mean"
+        if source.kind == "geneval":
+            remark += f"; if every image counts alike, as in GenEval's own script, it is {_official_mean(source):.4f}"
+        remarks.append(remark)
     for key, metric in source.metrics.items():
         if missing := sum(image.scores.get(key) is None for image in images):
             remarks.append(f"{metric.name}: {missing} of {len(images)} images have no score")
     return remarks
+
+
+def _official_mean(source: Source) -> float:
+    """Return the mean of the task means over images of GenEval's verdicts, as its own summary has it."""
+    by_task: dict[str, list[float]] = {}
+    for image in source.images:
+        by_task.setdefault(image.prompt.tag, []).append(image.scores["correct"] or 0.0)
+    return fmean(map(fmean, by_task.values()))
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
@@ -314,7 +333,7 @@ def _entry(evaluator: str, version: str, file: str, metrics: Sequence[Any], abou
 
 
 def _own_entry(image_set: str, evaluator: Any, registry: Registry) -> ManifestScore:
-    stem = f"{evaluator.name}@{evaluator.version}-{content_id(evaluator_content(evaluator, registry))}"
+    stem = f"{evaluator.name}@{evaluator.version}-{content_id(score_content(evaluator, registry))}"
     file = f"scores/{image_set}/{stem}.parquet"
     return _entry(evaluator.name, evaluator.version, file, evaluator.metrics, settings(evaluator))
 
@@ -328,7 +347,19 @@ def _own_scores(
         return None
     files = [FolderImage(image.file, image.prompt, image.image_index) for image in images]
     frame = scoring.score_images(evaluator, files).drop(columns="file")
-    return file, frame, {"evaluator": evaluator_content(evaluator, registry) | {"name": evaluator.name}}
+    return file, frame, {"evaluator": score_content(evaluator, registry) | {"name": evaluator.name}}
+
+
+def _set_damaged_aside(store: Store, run: ManifestRun) -> None:
+    """Have everything of a row made again that is in the store but damaged; say what."""
+    images = store.images(run.images)
+    checks: list[tuple[Artefact, Callable[[], Any]]] = [(images, partial(check_images, images))]
+    for scores in (store.scores(run.images, Path(entry.file).name) for entry in run.scores):
+        checks.append((scores, partial(check_frame, scores.product)))
+    for artefact, check in checks:
+        if what := set_aside(artefact, check):
+            artefact.status.unlink(missing_ok=True)  # nothing has failed
+            print(f"alignbench: {what}; imported again", file=sys.stderr)
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
@@ -371,6 +402,11 @@ def _merge(runs: Sequence[ManifestRun], run: ManifestRun, request: ImportRequest
     the request says to replace it.
     """
     label, seed = run.label, run.seed
+    names = {as_read(label), as_read(run.title)}
+    if like := next(
+        (old for old in runs if old.label != label and names & {*map(as_read, (old.label, old.title))}), None
+    ):
+        raise UserError(f"--label {label}: reads like the row '{like.label}'; use that label, or another one")
     same_label = [old for old in runs if old.label == label]
     if not request.replace and any(old.seed != seed and UNTRAINED in (old.seed, seed) for old in same_label):
         what = "has training runs with a seed and one without; number them all with --seed 0, 1, ..., or use --replace"
@@ -456,7 +492,5 @@ def _with_role(entry: ManifestScore, rewards: Sequence[str], all_stated: bool) -
 
 
 def _prompt_ids(store: Store, image_set: str) -> set[str]:
-    import pandas as pd
-
     file = store.images(image_set).product
-    return set(pd.read_parquet(file, columns=["prompt_id"])["prompt_id"]) if file.is_file() else set()
+    return set(read_frame(file)["prompt_id"]) if file.is_file() else set()

@@ -134,13 +134,17 @@ def score_images(
 ) -> pd.DataFrame:
     """Return a row per image: file, prompt_id, tag, index, and the columns of ``score_rows``.
 
-    ``base``: what ``base_images`` returns.
+    The images of one prompt come together, wherever they stand in ``images``. ``base``: what ``base_images`` returns.
     """
     import pandas as pd
 
+    order = {prompt: rank for rank, prompt in enumerate(dict.fromkeys(image.prompt.id for image in images))}
+    images, *bases = (
+        sorted(side, key=lambda image: order[image.prompt.id]) for side in (images, base) if side is not None
+    )
     frames = []
     for rows in passes([image.prompt.id for image in images]):
-        sides = [side[rows] for side in (images, base) if side is not None]
+        sides = [side[rows] for side in (images, *bases)]
         pixels = [list(in_threads(read_image, [image.file for image in side])) for side in sides]
         scores = score_rows(evaluator, pixels[0], [image.prompt for image in sides[0]], *pixels[1:])
         about = [(str(image.file), image.prompt.id, image.prompt.tag, image.image_index) for image in sides[0]]

@@ -32,9 +32,7 @@ from alignbench.experiment.spec import (
 )
 from alignbench.method import AlignMethod
 from alignbench.plugins import Builder, Registry
-from alignbench.store.manifest import (
-    UNTRAINED,
-)
+from alignbench.store.manifest import UNTRAINED, as_read
 
 CELL_PARTS = (*RUN_PARTS, "evaluation")
 SAMPLER = ("steps", "guidance", "weights", "tuned_steps")  # protocol settings that may differ between rows
@@ -79,8 +77,9 @@ class PlannedRun:
 
 def cells_of(sweep: Sweep, document: Document, builder: Builder) -> list[PlannedRun]:
     """Return every run of a sweep, without ids. Raise UserError for the first wrong setting."""
-    cells = [cell for index, _ in enumerate(sweep.cases) for cell in _case(sweep, document, index, builder)]
-    _refuse_duplicates(cells, document.path)
+    cases = [list(_case(sweep, document, index, builder)) for index, _ in enumerate(sweep.cases)]
+    _refuse_duplicates(cases, document.path)
+    cells = [cell for case in cases for cell in case]
     _refuse_unused(sweep, document, cells, builder.registry)
     return cells
 
@@ -267,13 +266,22 @@ def _but_seed(cell: PlannedRun) -> str:
     return content_id(plain | {"training": plain["training"] | {"seed": 0}})
 
 
-def _refuse_duplicates(cells: Sequence[PlannedRun], where: str) -> None:
-    seen = set[tuple[str, int]]()
-    for cell in cells:
-        name = " ".join(cell.spec.label.split()), cell.seed  # as tables show it
-        if name in seen:
-            raise UserError(f"{where}: two runs are called '{cell.title}'; give each case its own label")
-        seen.add(name)
+def _refuse_duplicates(cases: Sequence[Sequence[PlannedRun]], where: str) -> None:
+    """Raise UserError if a row's name, or that of a run in it, reads like another row's, or two runs share a name."""
+    rows: dict[str, tuple[int, str]] = {}
+    titles = set[str]()
+    for index, cells in enumerate(cases):
+        for cell in cells:
+            row = index, cell.spec.label
+            for name in (cell.spec.label, cell.title):
+                if (other := rows.setdefault(as_read(name), row)) != row:
+                    raise UserError(
+                        f"{where}: cases[{other[0]}] '{other[1]}' and cases[{index}] '{name}' read alike, as one row "
+                        "or one of its runs; give each case its own label"
+                    )
+            if cell.title in titles:
+                raise UserError(f"{where}: two runs are called '{cell.title}'; give each case its own label")
+            titles.add(cell.title)
 
 
 def _refuse_unused(sweep: Sweep, document: Document, cells: Sequence[PlannedRun], registry: Registry) -> None:

@@ -29,13 +29,19 @@ def check_settings(cell: PlannedRun, where: str) -> None:
     check_weight_dtype(training.optimizer, cell.spec.backend, where)
 
 
-def check_run(cell: PlannedRun, where: str) -> None:
-    """Raise UserError if weights are missing, prompts cannot be used, or method, model and reward do not fit."""
+def check_run(cell: PlannedRun, where: str) -> list[str]:
+    """Return the method's warnings about its model.
+
+    Raise UserError if weights are missing, prompts cannot be used, or method, model and reward do not fit.
+    """
     backend, method = cell.parts[:2]
     run_check(where, backend.files)
+    if hasattr(backend, "check_complete"):
+        run_check(where, backend.check_complete)
     run_check(where, method.files)
+    remarks = [f"{where}: {remark}" for remark in run_check(where, method.fits, backend)]
     if not method.trains:
-        return
+        return remarks
     if method.stochastic and (why := getattr(backend, "deterministic", None)):
         raise UserError(
             f"{where}: method.name: {method.name} samples by an SDE, and {why}; "
@@ -48,6 +54,7 @@ def check_run(cell: PlannedRun, where: str) -> None:
         run_check(where, evaluator.check, prompts)
         if why := margins.never_opens(margin, evaluator.reward_range):
             raise UserError(f"{where}: reward.margin: {evaluator.name}: {why}")
+    return remarks
 
 
 def check_evaluation(cell: PlannedRun, evaluation: Evaluation, where: str) -> None:
@@ -93,11 +100,11 @@ def cut_prompts(cell: PlannedRun, evaluation: Sequence[Prompt]) -> Iterator[str]
                 yield f"backend: {what}; the model does not read their ends; the first is '{cut[0].text[:60]}...'"
 
 
-def run_check(where: str, check: Callable[..., Any], *arguments: Any) -> None:
-    """Call ``check``; prefix its UserError with ``where``. What a plug-in's own code raises is one, too."""
+def run_check(where: str, check: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what ``check`` returns; prefix its UserError with ``where``. A plug-in's own failures are such, too."""
     with blamed(check, where):
         try:
-            check(*arguments)
+            return check(*arguments)
         except Missing as error:
             raise Missing(f"{where}: {error}", error.requirement) from None
         except UserError as error:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from alignbench.config import settings
+from alignbench.config import UserError, did_you_mean, settings
 from alignbench.digests import content_id, fingerprint
 from alignbench.evaluator import Evaluator, Term
 from alignbench.experiment.spec import Protocol, RunSpec
@@ -51,12 +51,13 @@ def run_id(spec: RunSpec, parts: Parts, registry: Registry, prompts: Sequence[Pr
         training_only = set(getattr(backend, "training_only", ()))
         sampled = {key: value for key, value in described.items() if key not in training_only}
         if files:
-            brought["method"] = {key: value for key, value in spec.method.items() if key != "steps"}  # for training
+            unset = {name for name in ("file", "alpha", "scale") if spec.method.get(name) is None}  # as in older ids
+            brought["method"] = {key: value for key, value in spec.method.items() if key not in {"steps", *unset}}
             brought["method source"] = registry.source("method", spec.method["name"])
         return content_id({"backend": sampled, "backend files": fingerprint(backend.files()), **brought})
     rewards = [
         {
-            "reward": evaluator_content(term.evaluator, registry),
+            "reward": evaluator_content(term.evaluator, registry, term.evaluator.unhashed),
             "margin": term.margin,
             "weight": term.weight if len(parts.rewards) > 1 else 1.0,
         }
@@ -117,10 +118,19 @@ def base_of(
     return base, parts._replace(method=method), structs.replace(protocol, tuned_steps=None)
 
 
-def evaluator_content(evaluator: Evaluator, registry: Registry) -> dict[str, Any]:
+def score_content(evaluator: Evaluator, registry: Registry) -> dict[str, Any]:
     """Return everything that determines an evaluator's scores of given images."""
+    return evaluator_content(evaluator, registry, [*evaluator.unhashed, *evaluator.reward_only])
+
+
+def evaluator_content(evaluator: Evaluator, registry: Registry, unhashed: Sequence[str]) -> dict[str, Any]:
+    """Return an evaluator's settings and files. Settings in ``unhashed`` have their defaults: they change nothing."""
+    plain = settings(evaluator)
+    defaults = {field.name: None if field.required else field.default for field in structs.fields(evaluator)}
+    if wrong := next((name for name in unhashed if name not in defaults), None):
+        raise UserError(f"{evaluator.name}: unhashed: there is no setting '{wrong}'{did_you_mean(wrong, defaults)}")
     return {
-        "settings": settings(evaluator),
+        "settings": plain | {name: defaults[name] for name in unhashed},
         "version": evaluator.version,
         "files": fingerprint(evaluator.files()),
         "source": registry.source("evaluator", evaluator.name),

@@ -5,7 +5,7 @@ All mistakes that can be found without loading a model are found here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -34,13 +34,13 @@ from alignbench.experiment.checks import (
     run_check,
 )
 from alignbench.experiment.document import Document, decoded
-from alignbench.experiment.ids import BASE, base_of, evaluator_content, image_set_id, run_id
+from alignbench.experiment.ids import BASE, base_of, image_set_id, run_id, score_content
 from alignbench.experiment.roles import Score
 from alignbench.experiment.spec import (
     Evaluation,
     Sweep,
 )
-from alignbench.plugins import NAME, Builder, Registry
+from alignbench.plugins import NAME, Builder, Registry, blamed
 from alignbench.prompts import Prompt, evaluation_prompts, load_prompts
 from alignbench.store.manifest import (
     Manifest,
@@ -64,6 +64,7 @@ class Plan:
     prompts: list[Prompt]  # of the evaluation
     training_evaluator: str  # names of the rewards
     primary: str = ""  # metric, if the sweep names one
+    remarks: Sequence[str] = ()  # of rows that are one run, and of methods on the models that they start from
 
     def scored(self, cell: PlannedRun) -> list[Score]:
         """Return the evaluators for one cell; a paired one's file name includes the id of the base model's images."""
@@ -164,14 +165,18 @@ def completed(draft: Draft) -> Plan:
     prompts = evaluation_prompts(evaluation.protocol.prompts, f"{where}: evaluation.protocol.prompts")[
         : evaluation.limit
     ]
+    remarks: list[str] = []
     for cell in distinct(cells):
-        check_run(cell, f"{where}: {cell.spec.label}")
+        remarks += check_run(cell, f"{where}: {cell.spec.label}")
         check_evaluation(cell, evaluation, where)
     scores = _scores(draft, prompts)
     fewer = prompts[: evaluation.at_milestones.limit]
     cells = [identify(cell, prompts, builder, fewer) for cell in cells]
-    names = dict.fromkeys(evaluator.name for evaluator in _trained_on(cells))
-    return Plan(document, evaluation, evaluators, cells, scores, prompts, ", ".join(names), sweep.primary)
+    rewards = ", ".join(dict.fromkeys(evaluator.name for evaluator in _trained_on(cells)))
+    if not document.rehearsal:  # which makes different budgets equally small
+        remarks += _equal_rows(cells)
+    remarks = list(dict.fromkeys(remarks))
+    return Plan(document, evaluation, evaluators, cells, scores, prompts, rewards, sweep.primary, remarks)
 
 
 def missing(draft: Draft) -> list[Requirement]:
@@ -191,8 +196,8 @@ def missing(draft: Draft) -> list[Requirement]:
 
 def _absent(part: Config, where: str) -> list[Requirement]:
     """Return the files that ``part`` lacks. Raise UserError if all exist but cannot be used."""
-    absent = list[Requirement]()
-    run_check(where, lambda: absent.extend(weights.absent(part)))
+    with blamed(part, where):
+        absent = run_check(where, weights.absent, part)
     return absent or _raised(where, part.files)  # type: ignore[attr-defined]  # all three kinds have it
 
 
@@ -219,7 +224,7 @@ def warnings_of(plan: Plan) -> list[str]:
     for cell in distinct(plan.cells):
         for what in (*repeated_prompts(cell), *cut_prompts(cell, plan.prompts)):
             warnings[f"{plan.document.path}: {what}"] = None
-    return list(warnings)
+    return [*plan.remarks, *warnings]
 
 
 def _check_primary(name: str, evaluators: Sequence[Evaluator], where: str) -> None:
@@ -251,6 +256,15 @@ def identify(
     spec, parts, protocol = base_of(cell.spec, cell.parts, cell.protocol, builder)
     base = image_set_id(f"{BASE}-{run_id(spec, parts, builder.registry, [])}", False, protocol, prompts)
     return replace(cell, published=published, id=name, images=images, base=base, milestones=milestones)
+
+
+def _equal_rows(cells: Sequence[PlannedRun]) -> Iterator[str]:
+    """Yield a remark for every run in two rows: it is made once, and both rows have its scores."""
+    rows: dict[tuple[str, str], str] = {}
+    for cell in cells:
+        label = cell.spec.label
+        if (other := rows.setdefault((cell.id, cell.images), label)) != label:
+            yield f"'{other}' and '{label}' are the same run: no setting that changes its images differs"
 
 
 T = TypeVar("T")
@@ -291,7 +305,7 @@ def _scores(draft: Draft, prompts: Sequence[Prompt]) -> list[Score]:
             raise UserError(f"{place}.base: a sweep makes the base model's images itself; leave it out")
         run_check(place, evaluator.files)
         run_check(place, evaluator.check, prompts)
-        content = evaluator_content(evaluator, registry)
+        content = score_content(evaluator, registry)
         if not NAME.fullmatch(evaluator.version):
             what = f"version {evaluator.version!r} of {evaluator.name} becomes a part of file names"
             raise UserError(f"{place}: {what}; use letters, digits and . _ -")

@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
 
     cell: PlannedRun
     state: str  # "done" or "failed"
-    reason: str = ""
+    reason: str = ""  # of the failure; what was damaged and is made again
 
 
 @dataclass
@@ -100,7 +100,8 @@ class Display:
         if self.bars is not None:
             self.bars.remove_task(self._rows.pop(id(job)))
         elapsed = duration(time.time() - job.started)
-        result = f"done in {elapsed}" if outcome.state == "done" else f"FAILED after {elapsed}: {outcome.reason}"
+        result = f"done in {elapsed}" if outcome.state == "done" else f"FAILED after {elapsed}"
+        result += f": {outcome.reason}" if outcome.reason else ""
         self.log(f"[{self.finished}/{self.total}] {job.cell.title}: {result}")
 
     def share(self) -> float:

@@ -181,7 +181,7 @@ def settle(job: Job, result: dict[str, Any], log: str) -> Outcome:
     """Return the outcome of a worker. A failure that it could not record itself is recorded here."""
     missing = [artefact for artefact in job.missing if not artefact.done]
     if not missing:
-        return Outcome(job.cell, "done")
+        return Outcome(job.cell, "done", result["reason"] if result["state"] == "done" else "")
     if result["state"] == "failed" and all(artefact.failure is None for artefact in missing):
         missing[0].fail(result["reason"], log)
     return Outcome(job.cell, result["state"], result["reason"])

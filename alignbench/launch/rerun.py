@@ -19,8 +19,8 @@ from alignbench.launch.display import Job, show
 from alignbench.launch.local import settle
 from alignbench.plugins import Registry
 from alignbench.run import Task, code_snapshot, execute, provenance
-from alignbench.store.artefacts import Artefact, Store
-from alignbench.store.files import read_json
+from alignbench.store.artefacts import Artefact, Store, check_images
+from alignbench.store.files import Damaged, check_file, read_json
 from alignbench.store.manifest import ManifestRun, ManifestScore, read_manifest
 from alignbench.store.stages import Stage
 
@@ -234,6 +234,8 @@ def compare(store: Store, fresh: Store, run: ManifestRun, first: bool = True) ->
         part = "weights" if old.stage is Stage.TRAIN else f"{old.stage.kind} {old.id}"
         if new is None or not new.done:
             yield Verdict(part, "", "not made")
+        elif damage := _damage(old):
+            yield Verdict(part, "", damage)
         elif old.stage is Stage.TRAIN:
             yield _weights(old.product, new.product)
             for update in (milestone.update for milestone in run.milestones):
@@ -247,6 +249,15 @@ def compare(store: Store, fresh: Store, run: ManifestRun, first: bool = True) ->
             yield _images(part, old.folder, new.folder)
         else:
             yield _frames(part, pd.read_parquet(old.product), pd.read_parquet(new.product))
+
+
+def _damage(old: Artefact) -> str:
+    """Return what is damaged of a finished artefact, "" for nothing."""
+    try:
+        check_images(old) if old.stage is Stage.GENERATE else check_file(old.product)
+    except Damaged as damage:
+        return damage.what
+    return ""
 
 
 def _weights(old: Path, new: Path) -> Verdict:

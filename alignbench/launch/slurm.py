@@ -1,11 +1,13 @@
 """A sweep as SLURM job arrays: one per stage and set of resources; each task waits only for its own predecessor.
 
-A job's command is ``python -m alignbench.run.slurm_job``, which reads its task from JSON: a store is shared, and with a
-pickle anyone with write access could plant code in it.
+submitit writes the batch files and submits them. Their command is ``python -m alignbench.run.slurm_job``, which reads
+its task from JSON: a store is shared, and with a pickle anyone with write access could plant code in it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from alignbench.config import UserError, decode
 from alignbench.experiment.resources import ODD, Resources, Slurm, resources
 from alignbench.run.code_snapshot import Snapshot
-from alignbench.store.shell import NoAnswer, slurm_answer, slurm_command, slurm_error
+from alignbench.store.shell import NoAnswer, slurm_answer, slurm_command, slurm_error, slurm_shell
 from alignbench.store.stages import Stage
 
 if TYPE_CHECKING:
@@ -165,15 +167,21 @@ def submit(array: Array, folder: Path, name: str, code: Snapshot) -> None:
 
     Raise UserError with SLURM's own message if it is refused.
     """
-    script = folder / f"{array.number}.sh"
-    script.write_text(_script(array, folder, name, code), encoding="utf-8")
-    done = slurm_command("sbatch", str(script))
-    submitted = re.search(r"Submitted batch job (\d+)", done.stdout)
-    if done.returncode != 0 or submitted is None:
-        said = slurm_error(done.stderr or done.stdout)
-        raise UserError(f"SLURM refused the jobs that {array.title}: {said}{_remedy(said)}")
-    array.job = submitted[1]
-    script.rename(folder / f"{array.job}_submission.sh")
+    import submitit
+
+    executor = submitit.SlurmExecutor(folder)
+    executor.update_parameters(**_parameters(array, folder, name))
+    # the signal sent before the time limit would end the task until Python handles it
+    interpreter = shlex.split(array.resources.python) if array.resources.python else [sys.executable]
+    words = ["bash", "-c", 'trap "" USR2; exec "$@"', "job", *code.python(interpreter)]
+    words += ["-m", "alignbench.run.slurm_job", str(folder / f"{array.number}.json")]
+    try:
+        # submitit prints what sbatch says, and also raises it
+        with slurm_shell(), contextlib.redirect_stderr(io.StringIO()):
+            array.job = executor._submit_command(shlex.join(words)).job_id
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        said = slurm_error(str(error))
+        raise UserError(f"SLURM refused the jobs that {array.title}: {said}{_remedy(said)}") from None
 
 
 def _remedy(said: str) -> str:
@@ -183,27 +191,26 @@ def _remedy(said: str) -> str:
     return "; set slurm.submit_limit to the jobs that you may have in the queue" if "SubmitJob" in said else ""
 
 
-def _script(array: Array, folder: Path, name: str, code: Snapshot) -> str:
-    """Return the batch file: what is requested, the lines of ``setup``, and the command."""
+def _parameters(array: Array, folder: Path, name: str) -> dict[str, Any]:
+    """Return submitit's parameters of an array: its own defaults give way to what the sweep says."""
     log, request = f"{str(folder).replace('%', '%%')}/%A_%a", array.resources
     width = min(len(array.cells), request.array_parallelism)
     options: dict[str, str] = {
-        "job-name": name,
         "array": f"{_ranges(array.tasks)}%{width}",
         "output": f"{log}_0_log.out",
-        "open-mode": "append",
         "chdir": os.getcwd(),
         "requeue": "",
         **({"dependency": f"aftercorr:{array.waits_for}", "kill-on-invalid-dep": "yes"} if array.waits_for else {}),
         **request.options(),
     }
-    # the signal sent before the time limit would end the task until Python handles it
-    interpreter = shlex.split(request.python) if request.python else [sys.executable]
-    job = ["bash", "-c", 'trap "" USR2; exec "$@"', "job", *code.python(interpreter)]
-    job += ["-m", "alignbench.run.slurm_job", str(folder / f"{array.number}.json")]
-    step = ["srun", "--unbuffered", "--kill-on-bad-exit=1", f"--output={log}_%t_log.out", *request.srun_options(), *job]
-    lines = [f"#SBATCH --{key}={shlex.quote(text)}" if text else f"#SBATCH --{key}" for key, text in options.items()]
-    return "\n".join(["#!/bin/bash", *lines, *request.setup, shlex.join(step), ""])
+    return {
+        "job_name": name,
+        **dict.fromkeys(("time", "wckey")),  # else five minutes, and "submitit"
+        "stderr_to_stdout": True,
+        "setup": request.setup,
+        "srun_args": ["--kill-on-bad-exit=1", f"--output={log}_%t_log.out", *request.srun_options()],
+        "additional_parameters": {key.replace("-", "_"): text or True for key, text in options.items()},
+    }
 
 
 def _ranges(tasks: Iterable[int]) -> str:

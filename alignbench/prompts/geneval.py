@@ -3,8 +3,9 @@
 A line has the official form: the task, the objects that the image must include, those that it must exclude, and the
 prompt. No file is shipped. The test list is drawn as the official generator draws it, and its sha256 must be that of
 the official file. The training list, in the proportions of Flow-GRPO (arXiv 2505.05470), is drawn with
-``random.random`` only, hence the same in every version of Python. Departure: Flow-GRPO's own training file was shuffled
-without a seed, so this is another draw of the same kind.
+``random.random`` only, hence the same in every version of Python. Departures from Flow-GRPO: its training file was
+shuffled without a seed, so this is another draw of the same kind; and it leaves out the test prompts only, where this
+leaves out their scenes, however they are worded.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush""".replac
 )
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
+MIRRORED = {"right of": "left of", "below": "above"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 PROPORTIONS = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 N, C = len(CLASSES), len(COLORS)
@@ -37,6 +39,7 @@ POOL = {  # number of different prompts of each task
     "colors": (N - 1) * C,
     "two_object": N * (N - 1),
 }
+TWICE = ("position", "color_attr", "two_object")  # tasks in which two prompts ask for one scene
 TRAIN, SEED = 50_000, 0
 OFFICIAL_SEED, OFFICIAL_COUNT = 43, 100  # draws per task, repetitions included
 OFFICIAL_SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"  # of evaluation_metadata.jsonl
@@ -67,15 +70,25 @@ def test() -> list[Line]:
 
 
 def train(count: int = TRAIN, seed: int = SEED) -> list[Line]:
-    """Return ``count`` lines in Flow-GRPO's proportions, shuffled, without the test prompts.
+    """Return ``count`` lines in Flow-GRPO's proportions, shuffled, without the scenes of the test list.
 
     The prompts of a task are all different if it has enough of them; otherwise they are drawn with replacement.
     """
-    rng, lines = random.Random(seed), list[Line]()
+    rng, lines, test_list = random.Random(seed), list[Line](), test()
     for task, share in shares(count).items():
-        held_out = {line["prompt"] for line in test() if line["tag"] == task}
+        held_out = {scene(line) for line in test_list if line["tag"] == task}
         lines += _draw(task, share, held_out, rng)
     return sorted(lines, key=lambda _: rng.random())
+
+
+def scene(line: Line) -> tuple[str, ...]:
+    """Return what a line asks for, the same for every wording: "a cow right of a dog" is "a dog left of a cow"."""
+    things = [f"{thing['count']} {thing.get('color')} {thing['class']}" for thing in line["include"]]
+    relation = next((thing["position"][0] for thing in line["include"] if "position" in thing), None)
+    if relation is None:
+        return line["tag"], *sorted(things)
+    target, placed = things
+    return (MIRRORED[relation], target, placed) if relation in MIRRORED else (relation, placed, target)
 
 
 def shares(count: int) -> dict[str, int]:
@@ -87,7 +100,7 @@ def shares(count: int) -> dict[str, int]:
     return whole
 
 
-def _draw(task: str, count: int, held_out: set[str], rng: random.Random) -> list[Line]:
+def _draw(task: str, count: int, held_out: set[tuple[str, ...]], rng: random.Random) -> list[Line]:
     def one(n: int) -> int:
         return int(rng.random() * n)
 
@@ -95,11 +108,11 @@ def _draw(task: str, count: int, held_out: set[str], rng: random.Random) -> list
         first, second = one(n), one(n - 1)
         return first, second + (second >= first)
 
-    taken, lines = set(held_out), list[Line]()
-    enough = POOL[task] - len(held_out) >= count
+    taken, lines = set[str](), list[Line]()
+    enough = POOL[task] - len(held_out) * (1 + (task in TWICE)) >= count
     while len(lines) < count:
         line = TASKS[task](one, two)
-        if line["prompt"] not in taken:
+        if line["prompt"] not in taken and scene(line) not in held_out:
             lines.append(line)
             taken |= {line["prompt"]} if enough else set()
     return lines

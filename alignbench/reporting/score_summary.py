@@ -36,7 +36,7 @@ def save(scored: Sequence[tuple[Any, pd.DataFrame]], out: Path, plugins: Sequenc
 
     Return both paths. UserError for any other ending.
     """
-    from alignbench.experiment.ids import evaluator_content
+    from alignbench.experiment.ids import score_content
     from alignbench.store.files import write, write_frame, write_json
 
     if out.suffix not in (".csv", ".parquet"):
@@ -44,7 +44,7 @@ def save(scored: Sequence[tuple[Any, pd.DataFrame]], out: Path, plugins: Sequenc
     table, about = tidy(scored), out.with_suffix(".json")
     write(out, table.to_csv(index=False)) if out.suffix == ".csv" else write_frame(out, table)
     registry = Registry(plugins)
-    write_json(about, {evaluator.name: evaluator_content(evaluator, registry) for evaluator, _ in scored})
+    write_json(about, {evaluator.name: score_content(evaluator, registry) for evaluator, _ in scored})
     return [out, about]
 
 
@@ -78,9 +78,22 @@ def run_summary(run: ManifestRun, scores: pd.DataFrame) -> str:
         shown = interval(found.mean, lo, hi, decimals(measure))
         counts = [len(own), int((~own["ok"].eq(True)).sum()), found.prompts, found.dropped]
         rows.append([Cell(name), Cell(shown), *(Cell(str(count)) for count in counts)])
-        notes += _notes(analysis, measure, run.label)
+        notes += [*_notes(analysis, measure, run.label), *_note_uneven(own, measure)]
     columns = ["metric", "mean [95 % interval]", "images", "failed", "prompts", "prompts without a score"]
     return "\n".join([Table([Column(name) for name in columns], rows).markdown(), *notes])
+
+
+def _note_uneven(own: pd.DataFrame, measure: Measure) -> Iterator[str]:
+    """Yield the mean over images if it may differ from the table's, in which every prompt counts alike."""
+    scored = own[own["ok"].eq(True)]
+    counts = scored.groupby("prompt_id").size()
+    if counts.nunique() > 1:
+        means = scored.groupby("tag" if measure.by_task else "metric", observed=True)["score"].mean()
+        official = ", as in GenEval's own script," if measure.by_task else ""
+        yield (
+            f"{title(measure)}: prompts have {counts.min()} to {counts.max()} images and count alike; "
+            f"if every image counts alike{official} the mean is {means.mean():.{decimals(measure)}f}"
+        )
 
 
 def _notes(analysis: Analysis, measure: Measure, label: str) -> Iterator[str]:

@@ -54,8 +54,8 @@ def _make_images(session: RunSession, target: Target, folder: Path) -> None:
     from alignbench.evaluation.images import generate
 
     wanted, group = _wanted(target), session.group
-    exist = group.broadcast(lambda: [_file(folder, prompt, index).exists() for prompt, index in wanted])
-    done = {(prompt.id, index) for (prompt, index), exists in zip(wanted, exist) if exists}
+    whole = group.broadcast(lambda: [_is_whole(_file(folder, prompt, index)) for prompt, index in wanted])
+    done = {(prompt.id, index) for (prompt, index), is_whole in zip(wanted, whole) if is_whole}
     if len(done) == len(wanted):
         return
     flow, shard, made = _flow(session, target), (group.rank, group.size), len(done)
@@ -66,15 +66,28 @@ def _make_images(session: RunSession, target: Target, folder: Path) -> None:
         session.raise_if_stopped()
 
 
+def _is_whole(file: Path) -> bool:
+    """Return whether an image of an earlier attempt is there and undamaged: a PNG has checksums of its own."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            image.verify()
+    except Exception:  # Pillow raises many types, depending on what the file contains
+        return False
+    return True
+
+
 def _flow(session: RunSession, target: Target) -> Any:
     """Return the model with the target's weights."""
     flow = session.flow
     if target.trained:
-        from alignbench.training.checkpoint import load_weights
+        from alignbench.training.checkpoint import load_weights, read_weights
 
         update = target.update
         path = session.run.product if update is None else session.store.milestone(target.run, update)
-        load_weights(flow, path, target.protocol.weights)
+        with session.reading(session.run, lambda: read_weights(path)):
+            load_weights(flow, path, target.protocol.weights)
     else:
         session.registry.make("method", target.spec.method, "method").prepare(flow)
     return flow

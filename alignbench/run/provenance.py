@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from alignbench.digests import WHOLE, file_digest, fingerprint
+from alignbench.digests import file_digest, fingerprint
 from alignbench.plugins import Registry, digest
 from alignbench.run import code_snapshot
 from alignbench.store.files import read_json, write, write_json
@@ -117,14 +117,9 @@ def devices() -> list[str]:
 
 
 def weights(files: Iterable[Path]) -> dict[str, Any]:
-    """Return, for files that determine a result, the digest used in ids, and the size and sha256 of each file.
-
-    A large file has "sampled", a digest of its size, head, middle and tail, in place of "sha256".
-    """
-    paths, described = sorted(files), {}
-    for path in paths:
-        size = path.stat().st_size
-        described[str(path)] = {"bytes": size, "sha256" if size <= WHOLE else "sampled": file_digest(path)}
+    """Return, for files that determine a result, the digest used in ids, and the size and sha256 of each file."""
+    paths = sorted(files)
+    described = {str(path): {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in paths}
     return {"digest": fingerprint(paths), "files": described}
 
 

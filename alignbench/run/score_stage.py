@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from alignbench.config import UserError
-from alignbench.experiment.ids import evaluator_content
+from alignbench.experiment.ids import score_content
 from alignbench.run import provenance
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Target
-from alignbench.store.artefacts import Artefact
-from alignbench.store.files import write_frame, write_json
+from alignbench.store.artefacts import Artefact, check_images
+from alignbench.store.files import Damaged, is_whole, read_frame, write_frame, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
+
+T = TypeVar("T")
 
 
 def score(session: RunSession, targets: Sequence[Target]) -> None:
@@ -60,7 +62,7 @@ class _Judge:
     def _made_by(self) -> dict[str, Any]:
         """Return the evaluator's content, weights and code, to be recorded beside its scores."""
         evaluator = self._make()
-        content = evaluator_content(evaluator, self.session.registry) | {"name": evaluator.name}
+        content = score_content(evaluator, self.session.registry) | {"name": evaluator.name}
         files = provenance.weights(evaluator.files())
         return {"evaluator": content, "weights": files, "made_by": provenance.made_by(self.session.code)}
 
@@ -73,16 +75,22 @@ class _Judge:
         if self._evaluator is None:
             self._evaluator = self._make()
         self._check_base()
-        images = pd.read_parquet(self.session.images(target).product)
+        images = self._read(target, lambda images: read_frame(images.product))
         frames = []
         for rows in passes(list(images["prompt_id"])):  # one file each, so that a killed run keeps its scores
             part = _parts(artefact) / f"{rows.start}.parquet"
-            if not part.exists():
+            if not is_whole(part):
                 write_frame(part, self._score_rows(target, images.iloc[rows]))
                 self.session.raise_if_stopped()
-            frames.append(pd.read_parquet(part))
+            frames.append(read_frame(part))
             self.session.progress(f"scoring, {self.entry['name']}", rows.stop / len(images))
         return pd.concat(frames, ignore_index=True)
+
+    def _read(self, target: Target, read: Callable[[Artefact], T]) -> T:
+        """Return what ``read`` gives for a target's image set."""
+        images = self.session.images(target)
+        with self.session.reading(images, lambda: check_images(images)):
+            return read(images)
 
     def _check_base(self) -> None:
         if self.base is not None and not (images := self.session.images(self.base)).done:
@@ -92,7 +100,7 @@ class _Judge:
         from alignbench.evaluation.scoring import score_rows
 
         prompts = {prompt.id: prompt for prompt in target.prompts}
-        sides = [_images(self.session.images(side), rows) for side in (target, self.base) if side is not None]
+        sides = [self._read(side, lambda set: _images(set, rows)) for side in (target, self.base) if side is not None]
         scores = score_rows(self._evaluator, sides[0], [prompts[id] for id in rows["prompt_id"]], *sides[1:])
         return rows[["prompt_id", "tag", "index"]].reset_index(drop=True).join(scores)
 
@@ -103,20 +111,22 @@ def _parts(artefact: Artefact) -> Path:
 
 def _images(images: Artefact, rows: pd.DataFrame) -> list[Image]:
     """Read the images of a set that match the prompts and indices of ``rows``, in the order of ``rows``."""
-    import pandas as pd
 
     from alignbench.evaluation.scoring import in_threads
 
     keys = ["prompt_id", "index"]
-    listed = rows[keys].merge(pd.read_parquet(images.product), on=keys, how="left", validate="1:1")
+    listed = rows[keys].merge(read_frame(images.product), on=keys, how="left", validate="1:1")
     return list(in_threads(lambda file, sha256: _image(images.folder, file, sha256), listed["file"], listed["sha256"]))
 
 
 def _image(folder: Path, file: str, sha256: str) -> Image:
-    """Read an image. Raise UserError if the file changed since it was made."""
+    """Read an image. Raise Damaged if the file is not what was made."""
     from PIL import Image
 
-    data = (folder / file).read_bytes()
+    try:
+        data = (folder / file).read_bytes()
+    except FileNotFoundError:
+        raise Damaged(folder / file, why="it is missing") from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{folder / file}: changed since it was made; delete {folder} to make its images again")
+        raise Damaged(folder / file)
     return Image.open(io.BytesIO(data)).convert("RGB")

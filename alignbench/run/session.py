@@ -23,8 +23,8 @@ from alignbench.prompts import load_prompts
 from alignbench.run import provenance
 from alignbench.run.process_group import STOPPED, OtherFailed, ProcessGroup
 from alignbench.run.task import Failed, Progress, Target, Task
-from alignbench.store.artefacts import Artefact, Store, locked, milestone_expected
-from alignbench.store.files import cannot_write
+from alignbench.store.artefacts import Artefact, Store, locked, milestone_expected, set_aside
+from alignbench.store.files import Damaged, cannot_write
 from alignbench.store.locks import Lock, LockLost
 from alignbench.store.stages import Stage
 
@@ -51,6 +51,7 @@ class RunSession:
         self.progress = Progress(Path(task.progress) if self.group.is_main else None)
         self.failures: list[str] = []
         self.made: list[str] = []  # kinds of the artefacts made in this session
+        self.damaged: list[str] = []  # finished files that were found damaged, each with the reason
         self._flow: Any = None
 
     @property
@@ -180,6 +181,23 @@ class RunSession:
             self.group.on_deadlock = give_up
             self.group.broadcast(lambda: lock is not None)
             yield lock
+
+    @contextmanager
+    def reading(self, artefact: Artefact, check: Callable[[], Any]) -> Iterator[None]:
+        """Read a finished artefact in a ``with`` block. If it is damaged, mark it as not done and raise Damaged.
+
+        ``check`` raises Damaged for all of it.
+        """
+        if not artefact.done:
+            raise UserError(f"it needs {artefact.id}, which is missing: {artefact.failure or 'not made yet'}")
+        try:
+            yield
+        except Damaged as damage:
+            if self.group.is_main:
+                self.damaged.append(damage.what)
+                self.warn(damage.what)
+                set_aside(artefact, check)
+            raise
 
     def _record(self, artefact: Artefact, reason: str, run: str) -> None:
         if self.group.is_main:

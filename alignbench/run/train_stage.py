@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -13,7 +14,7 @@ from alignbench.config import settings
 from alignbench.prompts import digest, load_prompts
 from alignbench.run import provenance
 from alignbench.run.session import RunSession, stores_embeddings
-from alignbench.store.files import write, write_frame
+from alignbench.store.files import Damaged, move, read_frame, write, write_frame
 from alignbench.store.locks import Lock
 
 
@@ -24,6 +25,10 @@ def train(session: RunSession) -> None:
         if lock is None:
             return
         group.broadcast(lambda: session.check_unchanged(session.end))
+        if session.task.trains and (facts := group.broadcast(lambda: _results(session))) is not None:
+            if group.is_main:
+                run.succeed(**facts)
+            return
         started = time.time()
         if group.is_main:
             plain = settings(session.spec)
@@ -34,6 +39,26 @@ def train(session: RunSession) -> None:
             provenance.end(run.folder, started)
             run.succeed(**facts)
             shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+
+
+def _results(session: RunSession) -> dict[str, Any] | None:
+    """Return the facts for the status if only the status is missing or damaged, since all results are there; else None.
+
+    Training moves its weights into the run's folder when it has ended.
+    """
+    from alignbench.training.checkpoint import read_weights
+
+    folder, facts = session.run.folder, {}
+    with suppress(Damaged):  # then its costs are lost, which is no reason to train again
+        facts = {"updates": int(read_frame(folder / "train.parquet")["update"].iloc[-1]) + 1}
+    reached = [n for n in session.spec.training.milestones if n <= facts.get("updates", n)]
+    try:
+        for path in (session.run.product, *(session.store.milestone(session.run.id, update) for update in reached)):
+            read_weights(path)
+    except Damaged:
+        return None
+    session.note("status.json was missing or damaged; the results of training are whole")
+    return facts
 
 
 def _origin(session: RunSession) -> dict[str, Any]:
@@ -144,7 +169,7 @@ def _finish(session: RunSession, lock: Lock) -> dict[str, Any]:
     kept = [session.store.milestone(session.run.id, update) for update in milestones if update <= updates]
     for path in (final, *kept):
         path.chmod((folder / "train.parquet").stat().st_mode)  # safetensors' default would deny access to the group
-    final.replace(session.run.product)
+    move(final, session.run.product)
     for update in milestones[len(kept) :]:
         session.warn(f"there is no milestone at update {update}: training ended after {updates} updates")
     return {"updates": updates}

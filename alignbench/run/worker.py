@@ -26,24 +26,36 @@ def execute(task: dict[str, Any], stop: Callable[[], bool] = lambda: False) -> d
     """Execute the stages of a task. ``stop`` is polled wherever stopping loses no work.
 
     Returns {"state": "done" | "failed" | "interrupted", "reason", "made": kinds of the artefacts made}. Failures are
-    not raised: the reason is recorded in the store and returned, and other evaluators still run.
+    not raised: the reason is recorded in the store and returned, and other evaluators still run. If a finished file
+    proves to be damaged, the stages are executed a second time, to make it again.
     """
     try:
         session = RunSession(Task(**task), stop)
     except UserError as error:  # a plug-in that changed under the sweep
         return {"state": "failed", "reason": str(error), "made": []}
-    state = "done"
     with _process(session.task, session.log(session.run.id)):
-        try:
-            for kind in session.task.stages:
-                STAGES[kind](session)
-        except Interrupted:
-            state = "interrupted"
-        except Failed as failure:
-            session.failures.append(str(failure))
+        alone = session.group.size == 1
+        state = _execute(session)
+        if session.damaged and alone and state != "interrupted":  # of several ranks, the next sweep makes it again
+            session.failures.clear()
+            session.unload()  # it may have weights that were read before
+            state = _execute(session)
         session.group.close()  # not after an unexpected exception: then this process must not wait for the others
     state = "failed" if session.failures else state
-    return {"state": state, "reason": "; ".join(session.failures), "made": session.made}
+    reasons = session.failures or [f"made again: {what}" for what in session.damaged]
+    return {"state": state, "reason": "; ".join(reasons), "made": session.made}
+
+
+def _execute(session: RunSession) -> str:
+    """Execute every stage once, up to the first that fails. Return "done" unless a stop was requested."""
+    try:
+        for kind in session.task.stages:
+            STAGES[kind](session)
+    except Interrupted:
+        return "interrupted"
+    except Failed as failure:
+        session.failures.append(str(failure))
+    return "done"
 
 
 def _generate(session: RunSession) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignbench.config import UserError
-from alignbench.store.files import cannot_write, read_json, write_json
+from alignbench.store.files import Damaged, cannot_write, read_frame, read_json, write_json
 from alignbench.store.locks import Lock, held, holder, timestamp
 from alignbench.store.stages import Stage
 
@@ -150,6 +151,50 @@ def locked(artefact: Artefact, waiting: Callable[[str], Any] = lambda holder: No
     """
     with held(artefact.lock, waiting, lambda: artefact.done) as lock:
         yield None if artefact.done else lock
+
+
+def set_aside(artefact: Artefact, check: Callable[[], Any]) -> str:
+    """Mark an artefact as not done if ``check`` raises Damaged, and return what is damaged, "" for nothing.
+
+    It is then made again. The damaged files are kept as ``<name>.damaged``.
+    """
+    if not artefact.done or _damage(check) is None:
+        return ""
+    with held(artefact.lock):
+        damage = _damage(check) if artefact.done else None  # else another process has marked it
+        if damage is None:
+            return ""
+        artefact.fail(str(damage), "")
+        for path in damage.paths:
+            with suppress(FileNotFoundError):
+                path.replace(path.with_name(f"{path.name}.damaged"))
+        if artefact.stage is Stage.GENERATE:  # the other images stay where they are
+            artefact.product.unlink(missing_ok=True)
+    return damage.what
+
+
+def _damage(check: Callable[[], Any]) -> Damaged | None:
+    try:
+        check()
+    except Damaged as damage:
+        return damage
+    return None
+
+
+def check_images(images: Artefact) -> None:
+    """Raise Damaged if the table of an image set, or any of its images, is not what was written."""
+    table = read_frame(images.product)
+    listed = ((images.folder / file, sha256) for file, sha256 in zip(table["file"], table["sha256"]) if file)
+    if damaged := [path for path, sha256 in listed if _sha256(path) != sha256]:
+        raise Damaged(*damaged)
+
+
+def _sha256(path: Path) -> str:
+    """Return the hash of a file, "" if it is missing."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 def milestone_expected(store: Store, run: str, update: int) -> bool:

@@ -9,6 +9,8 @@ retried; it never counts as done. Only one process at a time makes an artefact, 
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import json
 import os
 import uuid
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def write(path: Path, content: bytes | str | Callable[[Path], Any]) -> None:
+def write(path: Path, content: bytes | str | Callable[[Path], Any], *, sealed: bool = False) -> None:
     """Write ``path`` whole or not at all. ``content``: bytes, text, or a function that writes to the path it is given.
+
+    ``sealed``: write its hash beside it, so that later damage is noticed.
 
     Raise UserError if the disk is full or not writable.
     """
@@ -38,6 +42,9 @@ def write(path: Path, content: bytes | str | Callable[[Path], Any]) -> None:
         else:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         flush(temporary)
+        if sealed:
+            with temporary.open("rb") as file:
+                _write_seal(path, hashlib.file_digest(file, "sha256").hexdigest())
         temporary.replace(path)
         flush(path.parent)
     except OSError as error:
@@ -77,16 +84,90 @@ def read_json(path: Path | str) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+# -- finished files and their hashes -----------------------------------------------------------------------------------
+
+
+class Damaged(UserError):
+    """Finished files whose content is not what was written. ``what``: the first one and the reason, no remedy."""
+
+    def __init__(self, *paths: Path, why: str = "its content is not what was written") -> None:
+        """Make the error about these files."""
+        others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        self.paths, self.what = paths, f"{paths[0]}{others}: damaged ({why})"
+        super().__init__(f"{self.what}; run its sweep or import again, which makes it anew")
+
+
+def _seal(path: Path) -> Path:
+    """Return the file beside a finished file that holds its hash, as ``sha256sum --check`` reads it."""
+    return path.with_suffix(".sha256")
+
+
+def _write_seal(path: Path, sha256: str) -> None:
+    write(_seal(path), f"{sha256}  {path.name}\n" * 2)  # twice, so that damage to this file is no damage to that one
+
+
+def _sealed(path: Path) -> str | None:
+    """Return the hash recorded for a file; None if there is none, as beside files of earlier versions."""
+    try:
+        lines = _seal(path).read_text().splitlines()
+    except (OSError, ValueError):
+        return None
+    return lines[0].partition(" ")[0] if len(lines) == 2 and lines[0] == lines[1] else None
+
+
+def check_file(path: Path) -> None:
+    """Raise Damaged if a finished file is missing or is not what was written."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise Damaged(path, why="it is missing") from None
+    if found != (_sealed(path) or found):
+        raise Damaged(path)
+
+
+def move(path: Path, target: Path) -> None:
+    """Rename a finished file, with its hash."""
+    if (sha256 := _sealed(path)) is not None:
+        _write_seal(target, sha256)
+    path.replace(target)
+
+
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    write(path, lambda temporary: frame.to_parquet(temporary, index=False))
+    """Write a table, with its hash beside it."""
+    write(path, lambda temporary: frame.to_parquet(temporary, index=False), sealed=True)
+
+
+def check_content(path: Path, content: bytes) -> bytes:
+    """Return the ``content`` of a finished file. Raise Damaged if it is not what was written."""
+    sha256 = _sealed(path)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise Damaged(path)
+    return content
 
 
 def read_frame(path: Path) -> pd.DataFrame:
-    """Return a table that ``write_frame`` has written. Raise UserError if it is damaged."""
+    """Return a table that ``write_frame`` has written. Raise Damaged if it is not what was written."""
     import pandas as pd
     import pyarrow as pa
 
     try:
-        return pd.read_parquet(path)
+        return pd.read_parquet(io.BytesIO(check_content(path, path.read_bytes())))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it, and run the sweep again") from None
+        raise Damaged(path, why=f"it cannot be read: {error}") from None
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a table is there and undamaged."""
+    try:
+        check_frame(path)
+    except Damaged:
+        return False
+    return True
+
+
+def check_frame(path: Path) -> None:
+    """Raise Damaged if a table is not what was written or, where no hash was recorded, cannot be read."""
+    if _sealed(path) is None:
+        read_frame(path)
+    check_file(path)

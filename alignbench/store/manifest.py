@@ -7,6 +7,7 @@ others; ``read_manifest`` decodes all of them into one type, so that readers nee
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -182,6 +183,12 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
         return structs.replace(self, runs=list(runs))
 
 
+def as_read(name: str) -> str:
+    """Return the name of a row as readers take it, who see neither case, extra spaces nor invisible characters."""
+    shown = "".join(c for c in unicodedata.normalize("NFKC", name) if c.isprintable() or c.isspace())
+    return " ".join(shown.split()).casefold()
+
+
 def read_manifest(path: Path) -> Manifest:
     """Decode a manifest, ignoring unknown keys. Raise UserError if the file is damaged or not a manifest."""
     try:
@@ -194,7 +201,27 @@ def read_manifest(path: Path) -> Manifest:
     if len(manifest.by_seed) < len(manifest.runs):
         twice = next(run.title for run in manifest.runs if manifest.by_seed[run.label, run.seed] is not run)
         raise UserError(f"{path}: two runs are called '{twice}'; give each row its own label and run its sweep again")
+    for label, runs in manifest.rows.items():
+        if len(methods := {(run.method, run.trained): run.method for run in runs}) > 1:
+            what = f"the row '{label}' averages runs of several cases ({', '.join(methods.values())})"
+            raise UserError(f"{path}: {what}; give each its own label and run its sweep again")
     return manifest
+
+
+def changed_ids(path: Path, manifest: Manifest) -> str:
+    """Return a line if runs of the manifest in ``path`` have other ids now, although no setting changed; else ""."""
+    try:
+        before = read_manifest(path).by_seed if path.exists() else {}
+    except UserError:
+        return ""
+    pairs = [(before[key], run) for key, run in manifest.by_seed.items() if key in before]
+    changed = sum(_ids(old) != _ids(new) for old, new in pairs)
+    why = "a model, reward, prompt list or plug-in has other content, or an earlier version computed them"
+    return f"{changed} of {len(pairs)} runs have other ids than at the last sweep: {why}" if changed else ""
+
+
+def _ids(run: ManifestRun) -> list[Any]:
+    return [(part.images, [score.file for score in part.scores]) for part in run.image_sets]
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -6,12 +6,13 @@ defaults and filters of SLURM's commands. None of them is about our jobs, which 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from alignbench.config import UserError
@@ -46,6 +47,23 @@ def slurm_environment() -> dict[str, str]:
     if "SBATCH_CLUSTERS" in given:  # of which only sbatch knows
         kept.setdefault("SLURM_CLUSTERS", given["SBATCH_CLUSTERS"])
     return kept | {"SLURM_BITSTR_LEN": "0"}  # else lists of tasks are cut short
+
+
+@contextlib.contextmanager
+def slurm_shell() -> Iterator[None]:
+    """Give this process the environment of SLURM's commands for a while."""
+    given = dict(os.environ)
+    try:
+        _replace_environment(slurm_environment())
+        yield
+    finally:
+        _replace_environment(given)
+
+
+def _replace_environment(variables: Mapping[str, str]) -> None:
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
 
 
 def ignored_defaults() -> list[str]:

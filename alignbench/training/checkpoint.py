@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from alignbench.config import UserError
-from alignbench.store.files import flush, write
+from alignbench.store.files import Damaged, check_file, flush, write
 from alignbench.weights import copy_parameters
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ FINAL = "final.safetensors"  # in a run's checkpoint folder, once training is fi
 STATE = re.compile(r"step_(\d+)-([0-9a-f]{16})\.pt")  # batches done, first digits of the content's sha256
 
 
-def _replace(path: Path, content: Callable[[Path], object]) -> None:
+def _replace(path: Path, content: Callable[[Path], object], *, sealed: bool = False) -> None:
     """Write a file as ``store.files.write`` does. UserError also for a full disk that torch or safetensors reports.
 
     A file has one writer, so temporary files of its name come from a killed writer, and are removed.
@@ -38,7 +38,7 @@ def _replace(path: Path, content: Callable[[Path], object]) -> None:
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
     try:
-        write(path, content)
+        write(path, content, sealed=sealed)
     except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
         why = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be written ({why}); free space there, or choose another store") from error
@@ -125,15 +125,24 @@ def save_weights(named: Mapping[str, Tensor], path: Path, ema: Sequence[Tensor] 
     if ema is not None:
         tensors |= {f"ema.{name}": mean for name, mean in zip(named, ema, strict=True)}
     contiguous = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
-    _replace(path, lambda temporary: save_file(contiguous, temporary))
+    _replace(path, lambda temporary: save_file(contiguous, temporary), sealed=True)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors in a file of ``save_weights``. Raise Damaged if it is not what was written."""
+    check_file(path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise Damaged(path, why=f"it cannot be read: {error}") from error
 
 
 def load_weights(flow: Flow, path: Path, which: str = "ema") -> None:
-    """Copy trained weights, "ema" or "last", into ``flow``. UserError unless names and shapes match exactly."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable weight file ({error}); train the run again") from error
+    """Copy trained weights, "ema" or "last", into ``flow``.
+
+    Raise Damaged if the file is not what was written, UserError unless names and shapes match exactly.
+    """
+    tensors = read_weights(path)
     stored = {name.removeprefix(f"{which}."): t for name, t in tensors.items() if name.startswith(f"{which}.")}
     if not stored:
         kinds = ", ".join(sorted({name.split(".")[0] for name in tensors}))

@@ -112,12 +112,26 @@ BAD = {  # what is wrong: (changes to the sweep, the line)
     "a misspelt grid": ({"grid": {"training.sede": [0]}}, "grid: training.sede: training has no such .* 'seed'"),
     "two rows of one name": (
         {"cases": [{"label": "A", "method": {"name": "last"}}, {"label": "A", "method": {"name": "stopped"}}]},
-        "two runs are called 'A, seed 0'; give each case its own label",
+        r"cases\[0\] 'A' and cases\[1\] 'A' read alike, .*; give each case its own label",
+    ),
+    "an untrained and a trained row of one name": (
+        {"cases": [{"label": "A", "method": {"name": "base"}}, {"label": "A", "method": {"name": "last"}}]},
+        r"cases\[0\] 'A' and cases\[1\] 'A' read alike",
     ),
     "two rows whose names look alike": (
-        {"cases": [{"label": "A B", "method": {"name": "last"}}, {"label": "A  B", "method": {"name": "stopped"}}]},
-        "two runs are called 'A  B, seed 0'; give each case its own label",
+        {
+            "cases": [
+                {"label": "A B", "method": {"name": "last"}},
+                {"label": "a\u200b \u00a0B ", "method": {"name": "base"}},
+            ]
+        },
+        r"cases\[0\] 'A B' and cases\[1\] .* read alike",
     ),
+    "a row named like another's run": (
+        {"cases": [{"label": "A", "method": {"name": "last"}}, {"label": "A, seed 1", "method": {"name": "base"}}]},
+        r"cases\[0\] 'A' and cases\[1\] 'A, seed 1' read alike",
+    ),
+    "a seed twice": ({"grid": {"training.seed": [0, 0]}}, "two runs are called 'Last, seed 0'"),
     "a size that does not fit": (
         {"evaluation": {"protocol": {"size": 33}}},
         r"protocol.size: 33 pixels are not a multiple",

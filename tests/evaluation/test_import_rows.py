@@ -70,10 +70,10 @@ def unirl(folder: Path) -> Path:
     return folder
 
 
-def geneval(folder: Path, each: int = 2) -> Path:
-    """Write what evaluate_images.py writes, with the folders in an arbitrary order."""
+def geneval(folder: Path, each: int = 2, times: int = 1) -> Path:
+    """Write what evaluate_images.py writes, with the folders in an arbitrary order. ``times``: folders per prompt."""
     rng, lines = random.Random(0), []
-    for i, (text, tag) in enumerate(zip(TEXTS, TASKS)):
+    for i, (text, tag) in enumerate(zip(TEXTS * times, TASKS * times)):
         metadata = {"tag": tag, "include": [{"class": "circle", "count": 1}], "prompt": text}
         for j in range(each):
             file = draw(folder / f"{i:05d}/samples/{j:04d}.png", 20 * i + j)
@@ -254,6 +254,35 @@ def test_genevals_score_equals_its_own_summary(tmp_path):
     assert row.split("|")[2].split()[0] == f"{overall:.4f}"
 
 
+def test_genevals_summary_counts_images_and_we_count_prompts(tmp_path, capsys):
+    """With unequal numbers of images the two differ: the import and the page say so, with the official number."""
+    folder, store = geneval(tmp_path / "out", each=3), tmp_path / "store"
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if not row["filename"].endswith(("00002/samples/0001.png", "00005/samples/0002.png"))]
+    (folder / "results.jsonl").write_text(lines(*rows))
+    official = pd.DataFrame(rows).groupby("tag")["correct"].mean().mean()
+    prompts = pd.DataFrame(rows).groupby(["tag", "prompt"])["correct"].mean().groupby("tag").mean().mean()
+    assert abs(official - prompts) > 0.001
+    assert do_import(store, "geneval", folder, "--label", "A") == 0
+    remark = "its prompts have 2 to 3 images and count alike in every mean; if every image counts alike, as in GenEval"
+    assert f"{remark}'s own script, it is {official:.4f}" in capsys.readouterr().out
+    text = report(store)
+    assert remark in section(text, "Imported rows")
+    row = next(line for line in section(text, "Results").splitlines() if line.startswith("| A "))
+    assert row.split("|")[2].split()[0] == f"{prompts:.4f}"
+
+
+@pytest.mark.parametrize("kind", ["images", "geneval"])
+def test_flow_grpos_layout_is_imported(kind, tmp_path, capsys):
+    """A folder for every line, each prompt four times: four images of each prompt, none lost and none twice."""
+    folder, store = geneval(tmp_path / "out", each=1, times=4), tmp_path / "store"
+    assert do_import(store, kind, folder, "--label", "A") == 0
+    assert "its list repeats 18 prompts" in capsys.readouterr().out
+    found = pd.read_parquet(store / "images" / sweep(store)["runs"][0]["images"] / "manifest.parquet")
+    assert set(zip(found["text"], found["index"])) == {(text, i) for text in TEXTS for i in range(4)}
+    assert len(found) == 24
+
+
 def test_genevals_reasons_are_kept(tmp_path):
     """The reason is kept with the score, on one line; the prompt's metadata are available for scoring."""
     folder, store = geneval(tmp_path / "out"), tmp_path / "store"
@@ -341,6 +370,25 @@ def test_an_unreadable_image_is_marked(tmp_path, capsys):
     assert "2 of 6 images" in report(store)
 
 
+def test_every_prompt_gets_its_own_image(tmp_path, capsys):
+    """2.png is that of prompt 2, whether names are unpadded or a list names them; a sheet among them is refused."""
+    store, texts = tmp_path / "store", [f"thing {i}" for i in range(12)]
+    files = [draw(tmp_path / f"images/{i}.png", 20 * i) for i in range(12)]
+    (tmp_path / "list.txt").write_text("".join(f"{text}\n" for text in texts))
+    named = [{"image": file.name, "prompt": text} for file, text in zip(files, texts)]
+    (tmp_path / "named.jsonl").write_text(lines(*random.Random(0).sample(named, 12)))
+    for name in ("named.jsonl", "list.txt"):
+        options = ["--prompts", str(tmp_path / name), "--label", name]
+        assert do_import(store, "images", tmp_path / "images", *options) == 0
+        kept = store / "images" / sweep(store)["runs"][-1]["images"]
+        table = pd.read_parquet(kept / "manifest.parquet").set_index("text")
+        assert all((kept / table["file"][t]).read_bytes() == f.read_bytes() for f, t in zip(files, texts))
+    assert "0.png with 'thing 0', 1.png with 'thing 1', 11.png with 'thing 11'" in capsys.readouterr().out
+    draw(tmp_path / "images/grid.png")
+    assert do_import(store, "images", tmp_path / "images", *options) == 1
+    refused(capsys, "grid.png: its name is formed unlike the others'")
+
+
 def test_images_without_scores_make_a_gallery(tmp_path, capsys):
     """Images alone make a page with a grid and no column of scores."""
     folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
@@ -395,6 +443,37 @@ def test_importing_the_same_content_twice_changes_nothing(tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     assert do_import(store, "flowbp", tmp_path / "copy", "--label", "A", "-e", "bright") == 0
     assert files(store) == before
+
+
+def test_what_is_damaged_is_imported_again(tmp_path, capsys):
+    """A changed image, another program's table of scores and our own scores are named, and come back as they were."""
+    folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
+    words = ("--label", "A", "-e", "bright")
+    do_import(store, "flowbp", folder, *words)
+    before = {name: content for name, (_, content) in files(store).items()}
+    image = next(store.glob("images/*/*.png"))
+    image.write_bytes(image.read_bytes() + b"x")
+    tables = sorted(store.glob("scores/*/*.parquet"))
+    for path in tables:
+        pd.read_parquet(path)[1:].to_parquet(path, index=False)
+    capsys.readouterr()
+    assert do_import(store, "flowbp", folder, *words) == 0
+    said = capsys.readouterr().err
+    assert all(
+        f"{path}: damaged (its content is not what was written); imported again" in said for path in (image, *tables)
+    )
+    after = {name: content for name, (_, content) in files(store).items()}
+    assert {name: content for name, content in after.items() if not name.endswith(".damaged")} == before
+
+
+@pytest.mark.parametrize("label", ["refl", "ReFL, seed 1"])
+def test_two_rows_never_read_alike(tmp_path, capsys, label):
+    """A label that differs from another's only in case, or is the name of one of its runs, is refused."""
+    folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
+    do_import(store, "flowbp", folder, "--label", "ReFL", "--seed", "1")
+    capsys.readouterr()
+    assert do_import(store, "flowbp", folder, "--label", label, "--seed", "2") == 1
+    assert f"--label {label}: reads like the row 'Re" in capsys.readouterr().err
 
 
 def test_the_name_of_the_list_is_not_content(tmp_path):
@@ -601,6 +680,11 @@ BAD = {  # mistake: (kind, content of the file, error message)
     "a negative index": ("flowbp", table(but(ROW, prompt_idx=-1)), r'"prompt_idx": expected a whole number, got -1'),
     "a score of text": ("flowbp", table(but(ROW, hpsv2="0.3")), r"scores\[0\].hpsv2: expected a number, got '0.3'"),
     "a row twice": ("flowbp", table(ROW, ROW), "'a ring', image 0, appears twice"),
+    "an image of two prompts": (
+        "flowbp",
+        table(ROW, but(ROW, prompt_idx=1, prompt="a cross")),
+        "x.png is the image of 2 entries",
+    ),
     "a row of text": ("flowbp", table("x"), r"scores\[0\]: expected an object"),
     "not UTF-8": ("flowbp", b'{"scores": "\xff"}', r"scores.json: not UTF-8 text \(byte 12\)"),
     "a line that is no JSON": ("unirl", lines(LINE, "nan?"), "scores.jsonl:2: not JSON"),

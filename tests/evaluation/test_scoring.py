@@ -1,4 +1,4 @@
-"""Scoring any folder of images: which image belongs to which prompt, what a bad image costs, what is written."""
+"""Scoring any folder of images: what a bad image costs, what is written, what is said."""
 
 import json
 
@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from support.image_folders import draw
 from support.tiny_sweep import PLUGIN
 
 from alignbench.cli import main
-from alignbench.config import UserError
 from alignbench.evaluation.folders import FolderImage, folder_images
 from alignbench.evaluation.scoring import PER_PASS, make_evaluators, passes, score_images, score_rows
 from alignbench.evaluator import Evaluator, Metric
@@ -17,8 +17,6 @@ from alignbench.plugins import Registry
 from alignbench.prompts import Prompt, prompt_id
 from alignbench.reporting.score_summary import summary
 from alignbench.testing.evaluator_contract import random_image
-
-TEXTS = ["a red circle", "two blue squares", "a green ring"]
 
 
 class Mean(Evaluator):
@@ -33,91 +31,6 @@ class Mean(Evaluator):
         if any(image.width == self.bad for image in images):
             raise RuntimeError("cannot look at this")
         return pd.DataFrame({"mean": [float(np.asarray(image).mean()) for image in images]})
-
-
-@pytest.fixture
-def listed(tmp_path):
-    """A folder with a prompt list, and with a folder for images."""
-    (tmp_path / "list.txt").write_text("\n".join(TEXTS) + "\n")
-    (tmp_path / "images").mkdir()
-    return tmp_path
-
-
-def draw(folder, names, size=8):
-    for i, name in enumerate(names):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (size, size), (20 * i,) * 3).save(path)
-
-
-# ---- which image belongs to which prompt
-
-
-def test_in_the_order_of_their_names(listed):
-    """Six images for three prompts are two for each, prompt by prompt."""
-    draw(listed / "images", [f"{i:03}.png" for i in range(6)])
-    images = folder_images(listed / "images", str(listed / "list.txt"))
-    assert [(p.prompt.text, p.image_index) for p in images] == [(text, i) for text in TEXTS for i in range(2)]
-
-
-def test_by_alignbenchs_own_names(listed):
-    """Names are <prompt id>-<index>.png, in any order and number."""
-    names = [f"{prompt_id(TEXTS[2])}-0.png", f"{prompt_id(TEXTS[0])}-1.png", f"{prompt_id(TEXTS[0])}-0.png"]
-    draw(listed / "images", names)
-    found = {
-        p.file.name: (p.prompt.text, p.image_index) for p in folder_images(listed / "images", str(listed / "list.txt"))
-    }
-    assert found == dict(zip(names, [(TEXTS[2], 0), (TEXTS[0], 1), (TEXTS[0], 0)]))
-
-
-def test_by_a_list_that_names_files(listed):
-    """Every .jsonl line has a prompt and its file; a prompt may be repeated."""
-    draw(listed / "images", ["a.png", "b.png", "c.png"])
-    lines = [{"prompt": TEXTS[i], "file": f"{name}.png"} for i, name in ((0, "b"), (1, "a"), (0, "c"))]
-    (listed / "named.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    images = folder_images(listed / "images", str(listed / "named.jsonl"))
-    assert [(p.file.name, p.prompt.text, p.image_index) for p in images] == [
-        ("b.png", TEXTS[0], 0),
-        ("a.png", TEXTS[1], 0),
-        ("c.png", TEXTS[0], 1),
-    ]
-
-
-def test_genevals_layout(listed):
-    """With 00000/metadata.jsonl beside 00000/samples/*.png no list is needed."""
-    for i, text in enumerate(TEXTS):
-        draw(listed / "images", [f"{i:05}/samples/{j:04}.png" for j in range(2)])
-        metadata = {"prompt": text, "tag": "colors", "include": []}
-        (listed / "images" / f"{i:05}" / "metadata.jsonl").write_text(json.dumps(metadata) + "\n")
-    images = folder_images(listed / "images")
-    assert [(p.prompt.text, p.prompt.tag, p.image_index) for p in images] == [
-        (t, "colors", i) for t in TEXTS for i in range(2)
-    ]
-    assert images[0].prompt.metadata["include"] == []
-
-
-@pytest.mark.parametrize(
-    ("names", "prompts", "says"),
-    [
-        ([f"{i}.png" for i in range(5)], "list.txt", "5 images cannot be divided equally among the 3 prompts"),
-        (["notes.pdf"], "list.txt", "the folder contains no images"),
-        ([f"{'ab' * 6}-0.png"], "list.txt", "the name does not begin with the id of a prompt of"),
-        (["a.png"], None, "name the prompts with --prompts"),
-    ],
-)
-def test_unclear_folders_are_refused(listed, names, prompts, says):
-    """No image is assigned to a prompt by guesswork."""
-    for name in names:
-        (listed / "images" / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=says):
-        folder_images(listed / "images", prompts and str(listed / prompts))
-
-
-def test_a_missing_file_of_a_list_is_refused(listed):
-    """The error names the line of the list."""
-    (listed / "named.jsonl").write_text(json.dumps({"prompt": "a", "file": "gone.png"}) + "\n")
-    with pytest.raises(UserError, match=r"named.jsonl:1: .*gone.png is missing"):
-        folder_images(listed / "images", str(listed / "named.jsonl"))
 
 
 # ---- scores
@@ -188,6 +101,41 @@ def test_passes_keep_a_prompts_images_together():
     assert list(passes([])) == []
 
 
+def test_images_of_one_prompt_are_scored_together(listed):
+    """However the list orders its lines, an evaluator sees all images of a prompt at once."""
+
+    class Count(Mean):
+        def score(self, images, prompts):
+            ids = [prompt.id for prompt in prompts]
+            return pd.DataFrame({"mean": [float(ids.count(id)) for id in ids]})
+
+    draw(listed / "images", ["0.png"])
+    prompts = [Prompt(str(i), "") for i in range(PER_PASS // 2)]
+    rounds = [FolderImage(listed / "images/0.png", prompt, j) for j in range(3) for prompt in prompts]
+    frame = score_images(Count(), rounds)
+    assert set(frame["mean"]) == {3.0}
+    assert list(zip(frame["prompt_id"], frame["index"])) == [(prompt.id, j) for prompt in prompts for j in range(3)]
+
+
+def test_the_summary_says_what_unequal_numbers_of_images_mean():
+    """Prompts count alike: (1 + 0) / 2 of colors; images count alike in GenEval's own script: (3 + 0) / 4."""
+
+    class Judge(Mean):
+        metrics = (Metric("right", "fraction", by_task=True),)
+
+    def said(ids, tags, right):
+        about = {"file": "", "prompt_id": list(ids), "tag": tags, "index": range(len(ids)), "ok": True, "error": None}
+        return summary([(Judge(), pd.DataFrame({**about, "right": right}))])
+
+    uneven = said("aaabc", ["colors"] * 4 + ["counting"], [1.0, 1.0, 1.0, 0.0, 1.0])
+    assert "| 0.750 " in uneven
+    assert (
+        "right, by task: prompts have 1 to 3 images and count alike; "
+        "if every image counts alike, as in GenEval's own script, the mean is 0.875" in uneven
+    )
+    assert "count alike" not in said("aabbcc", ["colors"] * 4 + ["counting"] * 2, 1.0)
+
+
 def test_the_summary_counts_what_failed(listed):
     """Means are over the images that have a score; the others are counted."""
     draw(listed / "images", [f"{i}.png" for i in range(6)])
@@ -232,14 +180,6 @@ def test_a_repeated_prompt_is_one_prompt_with_more_images(tmp_path):
     assert [cell.strip() for cell in line.split("|")[3:-1]] == ["6", "0", "2", "0"]
 
 
-def test_two_files_of_one_image_are_refused(listed):
-    """The same prompt id and index as .png and as .jpg: one of them is left over from something else."""
-    name = f"{prompt_id(TEXTS[0])}-0"
-    draw(listed / "images", [f"{name}.png", f"{name}.jpg"])
-    with pytest.raises(UserError, match=r"'a red circle', image 0, appears twice; keep one of them"):
-        folder_images(listed / "images", str(listed / "list.txt"))
-
-
 # ---- the verb
 
 
@@ -264,6 +204,21 @@ def test_score_writes_a_table_and_what_made_it(listed, capsys):
     code, _ = run(*words, "bright.power=2.0", "--out", listed / "out.parquet", capsys=capsys)
     assert code == 2
     assert pd.read_parquet(listed / "out.parquet")["ok"].tolist() == [True, False, True]
+
+
+def test_score_gives_every_prompt_its_own_image(listed, capsys):
+    """Prompt 2 has the score of 2.png, not that of 10.png, and the console shows how images were paired."""
+    draw(listed / "images", [f"{i}.png" for i in range(12)])
+    words = [listed / "images", "--prompts", listed / "twelve.txt", "-e", "bright", "--out", listed / "out.csv"]
+    code, shown = run(*words, capsys=capsys)
+    assert code == 0
+    scores = pd.read_csv(listed / "out.csv").set_index("prompt_id")["score"]
+    assert [scores[prompt_id(f"thing {i}")] for i in range(12)] == pytest.approx([20 * i / 255 for i in range(12)])
+    assert "images: paired by the numbers in the names of the images: 0.png with 'thing 0', 1.png with" in shown.err
+    draw(listed / "images", ["grid.png"])
+    code, shown = run(*words, capsys=capsys)
+    assert code == 1
+    assert "grid.png: its name is formed unlike the others'" in shown.err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""GenEval's prompts: the byte-identical official test list, and a training list without its prompts."""
+"""GenEval's prompts: the byte-identical official test list, and a training list without its scenes."""
 
 import hashlib
 import json
@@ -95,11 +95,50 @@ def test_the_training_list(train_list, test_list):
     assert len({p.tag for p in train_list[:20]}) > 2  # shuffled
 
 
+def asked(prompt):
+    """Return what a prompt's words ask for, whatever their order: of two things, or of the first beside the second."""
+    (a, *more), mirror = read(prompt.text), {"right of": "left of", "below": "above"}
+    if not more:
+        return prompt.tag, a
+    b, relation = more[0][:3], more[0][3]
+    if relation is None:
+        return prompt.tag, frozenset({a[:3], b})
+    return (mirror[relation], a[:3], b) if relation in mirror else (relation, b, a[:3])
+
+
+def test_no_scene_of_the_test_list_is_trained_on(train_list, test_list):
+    """Neither with its objects swapped nor with its position mirrored, as strings alone would let pass.
+
+    Of the 50,000 lines that are not test prompts, 131 ask for one of the 552 test scenes.
+    """
+    scenes = {asked(prompt) for prompt in test_list}
+    assert len(scenes) == 552  # a laptop left of a cow and a cow right of a laptop are one
+    assert not scenes & {asked(prompt) for prompt in train_list}
+
+
+def test_a_scene_is_the_same_for_every_wording():
+    """Objects swapped, positions mirrored; another colour, relation or object is another scene."""
+
+    def drawn(task, things):
+        """Return the scene of a prompt whose draws are ``things``: pairs, then one of four."""
+        pairs = iter(things)
+        return geneval.scene(geneval.TASKS[task](lambda n: next(pairs), lambda n: next(pairs)))
+
+    left, right, above, below = range(4)
+    assert drawn("two_object", [(3, 5)]) == drawn("two_object", [(5, 3)]) != drawn("two_object", [(5, 4)])
+    assert drawn("position", [(3, 5), left]) == drawn("position", [(5, 3), right])
+    assert drawn("position", [(3, 5), above]) == drawn("position", [(5, 3), below])
+    assert drawn("position", [(3, 5), left]) != drawn("position", [(5, 3), left])
+    assert drawn("position", [(3, 5), left]) != drawn("position", [(3, 5), above])
+    assert drawn("color_attr", [(3, 5), (0, 1)]) == drawn("color_attr", [(5, 3), (1, 0)])
+    assert drawn("color_attr", [(3, 5), (0, 1)]) != drawn("color_attr", [(5, 3), (0, 1)])
+
+
 def test_the_training_list_is_the_same_everywhere(train_list):
     """Its sha256 is fixed for all versions of Python and numpy; another seed gives another list."""
     texts = "\n".join(prompt.text for prompt in train_list)
     assert hashlib.sha256(texts.encode()).hexdigest() == (
-        "7ceea2c23355108af113104f31c63af1e911cac77599cacc6938ffcd563e6d93"
+        "cabc8d05def101c2f2475e37169e583539e8b6c2f0fbdc0f9ca94f61ee586e30"
     )
     assert geneval.train(20, seed=1) != geneval.train(20, seed=2)
     assert geneval.train(20, seed=1) == geneval.train(20, seed=1)

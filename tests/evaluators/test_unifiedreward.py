@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 
 from alignbench.config import UserError
+from alignbench.digests import content_id
 from alignbench.evaluation.scoring import score_rows
 from alignbench.evaluators import unifiedreward
 from alignbench.evaluators.unifiedreward import Answer, UnifiedReward, parse
-from alignbench.experiment.ids import evaluator_content
+from alignbench.experiment.ids import score_content
 from alignbench.prompts import Prompt
 from alignbench.rehearsal import tiny_qwen
 from alignbench.testing import EvaluatorContract
@@ -441,11 +442,35 @@ def test_what_a_number_means_is_in_its_name(server, tmp_path):
     assert UnifiedReward(weights=str(snapshot)).version == "1-acs-0123456789ab"
     assert UnifiedReward(weights=str(tmp_path)).version == "1-acs"
 
-    class Registry:
-        def source(self, kind, name):
-            return None
+    assert score_content(first, Sources()) != score_content(second, Sources())
 
-    assert evaluator_content(first, Registry()) != evaluator_content(second, Registry())
+
+class Sources:
+    """A registry in which every evaluator is built in."""
+
+    def source(self, kind, name):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"server": "https://elsewhere:30000/v1"}, True),
+        ({"concurrency": 2}, True),
+        ({"timeout": 5.0}, True),
+        ({"dtype": "float32"}, True),  # of the model in this process
+        ({"served_model": "another"}, False),  # a server may offer several
+        ({"revision": "89ab"}, False),
+        ({"max_new_tokens": 9}, False),
+        ({"template": "final"}, False),
+        ({"weights": "CodeGoat24/UnifiedReward-2.0-qwen-7b"}, False),
+    ],
+)
+def test_how_a_server_is_reached_is_in_no_id(change, same):
+    """Its address, the number of requests and the patience change no number; the model, its question and limit do."""
+    about = {"server": "http://127.0.0.1:8000", "revision": "0123"}
+    before, after = (score_content(UnifiedReward(**given), Sources()) for given in (about, about | change))
+    assert (content_id(before) == content_id(after)) == same
 
 
 @pytest.mark.parametrize(
@@ -479,7 +504,7 @@ def local(request, tmp_path_factory):
 
 
 def as_the_repository(folder, image, text, tokens):
-    """Restate UnifiedReward's own script: Pillow's resize, Qwen's processor, greedy generation, the new tokens."""
+    """Ask as UnifiedReward's own script: Pillow's resize, Qwen's processor, greedy generation, the new tokens."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
@@ -493,8 +518,8 @@ def as_the_repository(folder, image, text, tokens):
     inputs = processor(text=[chat], images=[resized], padding=True, return_tensors="pt")
     with torch.no_grad():
         written = model.eval().generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    trimmed = [out[len(given) :] for given, out in zip(inputs["input_ids"], written)]
-    return processor.batch_decode(trimmed, skip_special_tokens=True, clean_up_tokenization_spaces=False)[0]
+    answer = written[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def test_the_model_is_asked_as_in_the_repository(local):

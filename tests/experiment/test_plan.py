@@ -9,9 +9,18 @@ import shutil
 import signal
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from support.sweep_process import PATIENCE, start, trainer, until
 from support.tiny_sweep import PLUGIN, alignbench, debug_sweep, same, sweep_file, tables
+
+from alignbench.experiment.document import read
+from alignbench.experiment.plan import resolve
+from alignbench.launch.pending import task
+from alignbench.plugins import Registry
+from alignbench.run import execute
+from alignbench.store.artefacts import Store
+from alignbench.store.files import read_json
 
 
 def todo(folder: Path, capsys, *words: str) -> str:
@@ -33,7 +42,8 @@ def test_a_sweep_makes_everything_that_its_manifest_promises(swept):
     for run in (swept / "store" / "runs").iterdir():
         made = {path.name for path in run.iterdir()}
         always = {"spec.yaml", "provenance.json", "plugins", "status.json", "log.txt"}
-        assert always >= made - {"train.parquet", "weights.safetensors", "dirty.patch"}
+        trained = {"train.parquet", "train.sha256", "weights.safetensors", "weights.sha256"}
+        assert always >= made - trained - {"dirty.patch"}
         assert ("weights.safetensors" in made) == (not run.name.startswith("base"))
     provenance = json.loads(next((swept / "store").glob("runs/last-*/provenance.json")).read_text())
     assert provenance["packages"]["torch"]
@@ -92,13 +102,113 @@ def test_generation_resumes_where_it_stopped(copy, swept, capsys):
     assert kept.stat().st_mtime_ns == before
 
 
-def test_an_image_that_was_changed_is_not_scored(copy, capsys):
-    """An image that differs from its manifest is an error with the way out, not a score."""
-    shutil.rmtree(copy / "store" / "scores")
-    image = next((copy / "store" / "images").glob("*/*-0.png"))
-    image.write_bytes(image.read_bytes() + b"\0")
-    assert debug_sweep(sweep_file(copy), copy / "store") == 2
-    assert "changed since it was made" in capsys.readouterr().err
+def flip(path: Path) -> Path:
+    """Flip a bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def shuffled(path: Path) -> Path:
+    """Write the rows of a score file in another order: each image has another one's score."""
+    frame = pd.read_parquet(path)
+    frame["brightness"] = frame["brightness"].to_numpy()[::-1]
+    frame.to_parquet(path, index=False)
+    return path
+
+
+def trained(store: Path) -> Path:
+    return next(path.parent for path in sorted(store.glob("runs/last-*/weights.safetensors")))
+
+
+def image_of(store: Path, run: Path) -> Path:
+    """Return the table of a run's images."""
+    found = (path for path in store.glob("images/*/protocol.json") if json.loads(path.read_text())["run"] == run.name)
+    return next(found).with_name("manifest.parquet")
+
+
+def damaged_weights(store: Path) -> Path:
+    run = trained(store)
+    shutil.rmtree(image_of(store, run).parent)  # else nothing would read them
+    return flip(run / "weights.safetensors")
+
+
+def damaged_image(store: Path) -> Path:
+    shutil.rmtree(store / "scores")
+    return flip(next((store / "images").glob("*/*-0.png")))
+
+
+@pytest.mark.parametrize(
+    ("damage", "made"),
+    [
+        pytest.param(damaged_weights, "0 to train, 1 image sets", id="weights"),
+        pytest.param(damaged_image, "0 image sets to make, 6 scores", id="an image"),
+        pytest.param(lambda store: shuffled(next(store.glob("scores/*/bright@*.parquet"))), "1 scores", id="scores"),
+        pytest.param(lambda store: flip(next(store.glob("images/*/manifest.parquet"))), "1 image sets", id="a table"),
+    ],
+)
+def test_what_is_damaged_is_named_and_made_again_by_the_same_command(copy, swept, capsys, damage, made):
+    """The sweep, run again, ends well, with the bits that were there before; the damaged file is kept beside them."""
+    path = damage(copy / "store")
+    assert debug_sweep(sweep_file(copy), copy / "store") == 0
+    said = capsys.readouterr().err
+    assert f"{path}: damaged (its content is not what was written)" in said.replace(str(copy.resolve()), str(copy))
+    assert made in said
+    assert path.with_name(f"{path.name}.damaged").is_file()
+    same(copy / "store", swept / "store")
+    assert todo(copy, capsys) == "3 runs: 0 to train, 0 image sets to make, 0 scores to compute"
+
+
+@pytest.mark.slow
+def test_a_job_of_one_stage_leaves_what_is_damaged_to_the_next_sweep(copy, swept):
+    """A cluster's job that makes images finds the weights damaged: the run is marked, and a sweep trains it again."""
+    path = damaged_weights(copy / "store")
+    store, plan = Store(copy / "store"), resolve(read(sweep_file(copy)), Registry([PLUGIN]))
+    cell = next(cell for cell in plan.cells if cell.id == path.parent.name)
+    about = {"scores": [], "plugins": [PLUGIN], "threads": 1, "progress": str(copy / "progress.json")}
+    found = execute(task(plan, store, cell, None, **about, stages=["images"]))
+    assert found["state"] == "failed"
+    assert re.fullmatch(rf"generation: it needs {cell.id}, which is missing: .*: damaged .*anew", found["reason"])
+    assert not store.run(cell.id, True).done
+    assert debug_sweep(sweep_file(copy), copy / "store") == 0
+    same(copy / "store", swept / "store")
+
+
+@pytest.mark.parametrize("status", [b'{"state": "do', b'{"state": "failed", "reason": "the disk is full"}'])
+def test_a_broken_status_does_not_repeat_a_training(copy, swept, capsys, status):
+    """While weights and records are whole, only the status is written again, with what they say."""
+    run = trained(copy / "store")
+    before = (run / "weights.safetensors").stat().st_mtime_ns
+    updates = read_json(run / "status.json")["updates"]
+    (run / "status.json").write_bytes(status)
+    assert debug_sweep(sweep_file(copy), copy / "store") == 0
+    assert (run / "weights.safetensors").stat().st_mtime_ns == before
+    found = read_json(run / "status.json")
+    assert (found["state"], found["updates"]) == ("done", updates)
+    same(copy / "store", swept / "store")
+
+
+def test_damaged_records_are_not_reported(copy, swept, capsys):
+    """A report refuses them; the sweep puts them aside, says what is lost, and trains nothing."""
+    words = ("--out", str(copy / "out"), "--store", str(copy / "store"))
+    flip(trained(copy / "store") / "train.parquet")
+    assert alignbench("report", sweep_file(copy), *words, plugin=False) == 1
+    assert "train.parquet: damaged (its content is not what was written)" in capsys.readouterr().err
+    assert "0 to train, 0 image sets to make, 0 scores" in todo(copy, capsys)
+    assert debug_sweep(sweep_file(copy), copy / "store") == 0
+    assert "train.parquet: damaged; reports leave its costs out, the weights are whole" in capsys.readouterr().err
+    assert alignbench("report", sweep_file(copy), *words, plugin=False) == 0
+
+
+def test_new_ids_are_announced(copy, capsys):
+    """If a plug-in's content changed since the last sweep, one line says that runs have other ids; else none does."""
+    assert debug_sweep(sweep_file(copy), copy / "store") == 0
+    assert "other ids" not in capsys.readouterr().err
+    manifest = next((copy / "store" / "sweeps").glob("tiny*.json"))
+    manifest.write_text(manifest.read_text().replace("bright@", "bright@0"))
+    assert debug_sweep(sweep_file(copy), copy / "store") == 0
+    assert "3 of 3 runs have other ids than at the last sweep: " in capsys.readouterr().err
 
 
 def test_a_failed_run_is_listed_and_retried_and_stops_no_other(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import shutil
 from importlib.metadata import EntryPoint
@@ -13,12 +12,12 @@ from typing import Any
 import pytest
 from support.tiny_sweep import PLUGIN, SWEEP, sweep_file
 
-from alignbench import digests, plugins
+from alignbench import plugins
 from alignbench.config import UserError, decode, settings
 from alignbench.digests import content_id, fingerprint
 from alignbench.experiment.cells import select
 from alignbench.experiment.document import read, sweeps
-from alignbench.experiment.ids import run_id
+from alignbench.experiment.ids import evaluator_content, run_id, score_content
 from alignbench.experiment.plan import Plan, completed, draft, missing, resolve, warnings_of
 from alignbench.experiment.spec import Budget, Training
 from alignbench.plugins import Registry
@@ -219,6 +218,14 @@ def test_a_sweep_builds_each_part_once_or_twice(name, monkeypatch):
     assert len(built) <= 2 * len({content_id(settings(part)) for part in parts})
 
 
+def test_two_rows_that_are_one_run_are_remarked(tmp_path, tiny):
+    """The plan has both rows, and says that they are one run; of rows that differ it says nothing."""
+    twice = plan(tmp_path, changes={"cases": [{"label": name, "method": {"name": "last"}} for name in ("A", "B")]})
+    assert len(set(ids(twice))) < len(twice.cells)
+    assert twice.remarks == ["'A' and 'B' are the same run: no setting that changes its images differs"]
+    assert tiny.remarks == []
+
+
 def test_equal_settings_are_one_object(tmp_path):
     """Cells share a part if its settings are equal, and have separate ones otherwise."""
     changes = {"grid": {"training.seed": [0, 1], "method.steps": [2, 3]}}
@@ -287,7 +294,7 @@ BEFORE = {  # digests of settings and ids, cell by cell, as of revision acc4a42
     "shapes": "5b8d513244",
     "shapes_curves": "c995a0ec5f",
     "shapes_methods": "cc2d877f62",  # FlowBP-Lagrange no longer has the note on the learning rate that it replaces
-    "table2": "bbb98f75b3",
+    "table2": "d358852f23",  # its published rows have the settings file, alpha and scale, which are not in their ids
     "table2_geneval": "d3ef14e958",
     "table3_hpsv3": "dd54c72ff8",
     "table3_pickscore": "90f3566265",
@@ -373,6 +380,24 @@ def test_an_evaluators_settings_change_its_scores_alone(tmp_path, tiny):
     assert [a == b for a, b in zip(scores(changed), scores(tiny))] == [False, True]
 
 
+def test_the_unit_of_a_reward_is_in_no_scores_id():
+    """PickScore's table holds the logit whatever unit is trained on; a run's id has the unit."""
+    found = Registry()
+    plain = {"name": "pickscore", "weights": "shapes"}
+    logit, cosine = (found.make("evaluator", plain | {"reward_unit": unit}, "") for unit in ("logit", "cosine"))
+    assert score_content(logit, found) == score_content(cosine, found)
+    assert evaluator_content(logit, found, logit.unhashed) != evaluator_content(cosine, found, cosine.unhashed)
+
+
+def test_a_setting_that_changes_nothing_must_exist(monkeypatch):
+    """A misspelt name in a plug-in's ``unhashed`` would leave the setting in the id."""
+    found = Registry()
+    stats = found.make("evaluator", {"name": "picture_stats"}, "")
+    monkeypatch.setattr(type(stats), "unhashed", ("pacth",))
+    with pytest.raises(UserError, match=r"^picture_stats: unhashed: there is no setting 'pacth'; did you mean 'patch'"):
+        score_content(stats, found)
+
+
 def test_methods_with_equal_fields_have_different_ids(tmp_path):
     """The name of a method is hashed with its fields."""
     changes = {"cases": [LAST, {"label": "Stopped", "method": {"name": "stopped"}}]}
@@ -410,23 +435,6 @@ def test_prompts_count_by_content(tmp_path):
     a, b, c = (ids(plan(tmp_path, f"prompts={tmp_path}/{name}.txt")) for name in "abc")
     assert a == b
     assert set(a[1:]).isdisjoint(c)
-
-
-def test_large_files_are_sampled(tmp_path, monkeypatch):
-    """Above the limit, size, head, middle and tail are hashed: a change there is noticed, and the rest is not read."""
-    monkeypatch.setattr(digests, "WHOLE", 1000)
-    monkeypatch.setattr(digests, "SAMPLE", 100)
-    path, found = tmp_path / "weights", []
-    for place in (None, 0, 2000, 3999, 1000):
-        data = bytearray(4000)
-        if place is not None:
-            data[place] = 1
-        path.write_bytes(data)
-        os.utime(path, (len(found), len(found)))  # the cache goes by size and time
-        found.append(fingerprint([path]))
-    assert len(set(found[:4])) == 4
-    assert found[4] == found[0]
-    assert fingerprint([path]) == found[4]
 
 
 def test_a_budget_is_exactly_one():

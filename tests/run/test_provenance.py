@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.tiny_sweep import PLUGIN
 
-from alignbench.experiment.ids import evaluator_content
+from alignbench.experiment.ids import score_content
 from alignbench.plugins import Registry
 from alignbench.run import code_snapshot, provenance
 from alignbench.weights import SHAPES
@@ -112,7 +112,7 @@ def test_images_and_scores_name_their_makers(swept):
         found = json.loads(path.with_suffix(".json").read_text())
         assert found["made_by"]["code"] == digest
         evaluator = registry.make("evaluator", found["evaluator"]["settings"], "")
-        assert found["evaluator"] == evaluator_content(evaluator, registry) | {"name": evaluator.name}
+        assert found["evaluator"] == score_content(evaluator, registry) | {"name": evaluator.name}
         assert found["weights"]["digest"] == found["evaluator"]["files"]
         assert len(found["weights"]["files"]) == len(evaluator.files())
 
@@ -131,15 +131,6 @@ def test_every_attempt_is_remembered(tmp_path, monkeypatch):
     assert (tmp_path / "dirty.patch").read_text() == "a change"
     provenance.begin(tmp_path, 0.0, provenance.made_by(code) | provenance.machine(1), code | {"diff": ""}, registry)
     assert not (tmp_path / "dirty.patch").exists()
-
-
-def test_a_large_file_is_sampled_and_says_so(tmp_path):
-    """A digest of parts of a file is never recorded as its sha256."""
-    path = tmp_path / "weights"
-    with path.open("wb") as file:
-        file.truncate(256 * 2**20 + 1)
-    (row,) = provenance.weights([path])["files"].values()
-    assert set(row) == {"bytes", "sampled"}
 
 
 def test_the_driver_version_is_parsed(tmp_path):

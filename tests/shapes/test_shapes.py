@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from alignbench.evaluators import geneval
+from alignbench.prompts.geneval import scene
 from alignbench.shapes import ASSETS, MAX_TEXT
 from alignbench.shapes import checker as C
 from alignbench.shapes import scene as S
@@ -101,6 +102,13 @@ def test_splits_are_disjoint_and_cover_the_six_tasks():
     assert Counter(m["tag"] for m in splits["test"]) == S.TEST_SIZES
     assert Counter(m["tag"] for m in splits["val"]) == S.VAL_SIZES
     assert {m["tag"] for m in splits["train"]} == set(S.TASKS)
+
+
+def test_scenes_are_shared_as_announced():
+    """22 training and 8 validation prompts ask for a test scene, with objects swapped or positions mirrored."""
+    splits = S.splits()
+    scenes = {scene(m) for m in splits["test"]}
+    assert [sum(scene(m) in scenes for m in splits[name]) for name in ("train", "val")] == [22, 8]
 
 
 @pytest.mark.parametrize("name", ["train", "val", "test"])

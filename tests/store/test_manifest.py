@@ -22,7 +22,15 @@ from alignbench.reporting import report
 from alignbench.reporting.analysis.results import Results
 from alignbench.store.artefacts import Store
 from alignbench.store.files import write_json
-from alignbench.store.manifest import UNTRAINED, Manifest, ManifestRun, manifest_data, read_manifest, write_manifest
+from alignbench.store.manifest import (
+    UNTRAINED,
+    Manifest,
+    ManifestRun,
+    as_read,
+    manifest_data,
+    read_manifest,
+    write_manifest,
+)
 
 MILESTONES = {"base": {"training": {"milestones": [1, 3]}}, "evaluation": {"milestone_prompts": 2}}
 EXCEPTION = {"match": {"method": "last"}, "set": {"training.optimizer.lr": 1e-4}, "reason": 'små, "but" enough'}
@@ -164,6 +172,23 @@ def test_two_runs_of_one_name_are_refused(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps({"name": "s", "runs": twice}))
     with pytest.raises(UserError, match=r"s\.json: two runs are called 'Last, seed 0'; give each row its own label"):
         read_manifest(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize("other", [{"seed": -1, "method": "base"}, {"seed": 1, "method": "refl"}])
+def test_a_row_of_two_cases_is_refused(tmp_path, other):
+    """Earlier versions averaged an untrained and a trained case of one label, or two methods, into one row."""
+    runs = [RUN, RUN | {"id": "another", "images": "j"} | other]
+    (tmp_path / "s.json").write_text(json.dumps({"name": "s", "runs": runs}))
+    with pytest.raises(UserError, match=r"s\.json: the row 'Last' averages runs of several cases \(last, .*own label"):
+        read_manifest(tmp_path / "s.json")
+
+
+def test_names_that_read_alike():
+    """Readers see neither case, extra or special spaces, composition nor invisible characters; they see all else."""
+    alike = ["ReFL k=1", " refl  K=1 ", "ReFL\u00a0k=1", "Re\u200bFL k=1", "ReFL k\uff1d1", "ReFL k=\u20601"]
+    assert {as_read(name) for name in alike} == {"refl k=1"}
+    assert as_read("caf\u00e9") == as_read("cafe\u0301") != as_read("cafe")
+    assert as_read("ReFL, k=1") != as_read("ReFL k=1")
 
 
 def test_a_role_that_does_not_exist_is_unknown(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from alignbench.config import UserError
 from alignbench.reporting.analysis import score_tables
 from alignbench.reporting.analysis.score_tables import Columns, ScoreFile, read_columns, read_scores
-from alignbench.store.files import write, write_frame
+from alignbench.store.files import move, write, write_frame
 
 TEXTS = ["run", "metric", "prompt_id", "tag"]
 
@@ -111,13 +111,13 @@ def test_what_did_not_change_is_not_decoded_again(tmp_path, kept, monkeypatch):
 
 
 def in_place(path: Path) -> None:
-    """Change a number in a file, keeping its size and times."""
+    """Change a number in a file that an earlier version wrote without a hash, keeping its size and times."""
     about, content = path.stat(), path.read_bytes()
     frame = pd.read_parquet(path)
-    write_frame(path.with_name("x"), frame.assign(clip=frame["clip"] + 1))
-    changed = path.with_name("x").read_bytes()
+    changed = frame.assign(clip=frame["clip"] + 1).to_parquet(index=False)
     assert len(changed) == len(content)
     path.write_bytes(changed)
+    path.with_suffix(".sha256").unlink()
     os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
     now = path.stat()
     assert (now.st_size, now.st_mtime_ns, now.st_ino) == (about.st_size, about.st_mtime_ns, about.st_ino)
@@ -130,7 +130,7 @@ def in_place(path: Path) -> None:
         pytest.param(lambda root, files: (root / files[2].path).unlink(), id="a file vanished"),
         pytest.param(lambda root, files: saved(root, "absent", pd.read_parquet(root / files[0].path)), id="one came"),
         pytest.param(
-            lambda root, files: (root / files[0].path).replace(root / files[5].path), id="one took another's place"
+            lambda root, files: move(root / files[0].path, root / files[5].path), id="one took another's place"
         ),
         pytest.param(lambda root, files: files.reverse(), id="another order"),
         pytest.param(lambda root, files: files.pop(0), id="a file that is no longer asked for"),
@@ -178,7 +178,7 @@ def test_a_damaged_score_file_is_named(tmp_path, kept, known):
     path = tmp_path / files[3].path
     for content in (path.read_bytes()[:-9], b"", b"no parquet"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"^{path}: cannot be read \(.*\); delete it, and run the sweep again$"):
+        with pytest.raises(UserError, match=rf"^{path}: damaged \(.*\); run its sweep or import again, "):
             read_scores(tmp_path, files, kept)
     write_frame(path, pd.DataFrame({"prompt_id": ["a"], "tag": "x", "index": 0, "clip": 1.0, "ok": True}))
     with pytest.raises(UserError, match=r"cannot be read .*aesthetic"):
@@ -285,5 +285,5 @@ def test_damaged_records_are_named(tmp_path):
     """One line with the path of the file."""
     files = records(tmp_path)
     Path(files["more"]).write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=rf"^{files['more']}: cannot be read"):
+    with pytest.raises(UserError, match=rf"^{files['more']}: damaged"):
         read_columns(files, tmp_path / "training")

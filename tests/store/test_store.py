@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -17,8 +18,18 @@ import pytest
 from alignbench.config import UserError
 from alignbench.reporting.analysis.results import COSTS, Results
 from alignbench.store import locks as stores
-from alignbench.store.artefacts import Store, locked
-from alignbench.store.files import read_frame, read_json, write, write_frame, write_json
+from alignbench.store.artefacts import Store, check_images, locked, set_aside
+from alignbench.store.files import (
+    Damaged,
+    check_frame,
+    is_whole,
+    move,
+    read_frame,
+    read_json,
+    write,
+    write_frame,
+    write_json,
+)
 from alignbench.store.locks import Lock, LockLost, alive
 from alignbench.store.manifest import Manifest, ManifestMetric, ManifestRun, ManifestScore
 
@@ -94,9 +105,9 @@ def test_json_that_is_not_an_object_is_no_status(store, content):
 
 
 def test_a_damaged_table_is_named(tmp_path):
-    """The error says which file to delete."""
+    """The error names the file, and the command that makes it again."""
     write(tmp_path / "manifest.parquet", b"PAR1 cut")
-    with pytest.raises(UserError, match=r"manifest.parquet: cannot be read .*; delete it, and run the sweep again$"):
+    with pytest.raises(Damaged, match=r"manifest.parquet: damaged \(it cannot be read: .*; run its sweep .* anew$"):
         read_frame(tmp_path / "manifest.parquet")
 
 
@@ -352,3 +363,120 @@ def test_the_lock_file_names_its_holder(store):
     assert lock.try_acquire()
     assert json.loads(lock.path.read_text())["pid"] == os.getpid()
     lock.release()
+
+
+# -- finished files carry their hashes ---------------------------------------------------------------------------------
+
+
+def table(path: Path) -> pd.DataFrame:
+    """Write a table and return it."""
+    frame = pd.DataFrame({"prompt_id": ["a", "b", "c"], "index": 0, "m": [0.5, 0.25, 0.125], "ok": True})
+    write_frame(path, frame)
+    return frame
+
+
+def test_no_bit_of_a_table_flips_unnoticed(tmp_path):
+    """Each of a hundred flipped bits, a truncation and an empty file are damage; the file as written is not."""
+    path = tmp_path / "scores.parquet"
+    pd.testing.assert_frame_equal(table(path), read_frame(path))
+    whole = path.read_bytes()
+    flipped = (
+        whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]
+        for place in range(0, len(whole), len(whole) // 100)
+    )
+    for content in (*flipped, whole[:-9], b""):
+        path.write_bytes(content)
+        with pytest.raises(Damaged, match=rf"^{path}: damaged \(its content is not what was written\); run its sweep"):
+            read_frame(path)
+        assert not is_whole(path)
+    path.write_bytes(whole)
+    assert is_whole(path)
+
+
+@pytest.mark.parametrize(
+    "rewritten",
+    [
+        pytest.param(lambda frame: frame[::-1], id="permuted"),
+        pytest.param(lambda frame: frame[:2], id="truncated"),
+        pytest.param(lambda frame: frame.assign(m=frame["m"].to_numpy()[::-1]), id="other scores"),
+    ],
+)
+def test_a_table_that_another_program_wrote_is_damaged(tmp_path, rewritten):
+    """A valid file with other rows is not what was written."""
+    path = tmp_path / "scores.parquet"
+    rewritten(table(path)).to_parquet(path, index=False)
+    with pytest.raises(Damaged, match="not what was written"):
+        read_frame(path)
+
+
+@pytest.mark.parametrize("content", [None, "", "0" * 64 + "  scores.parquet\n" * 2, "half a li"])
+def test_a_damaged_hash_is_no_damage_of_its_file(tmp_path, content):
+    """It is written twice; if the two differ or are gone, the file is read like one without, of an earlier version.
+
+    Of such a file only the format is checked.
+    """
+    path = tmp_path / "scores.parquet"
+    frame, seal = table(path), tmp_path / "scores.sha256"
+    seal.unlink() if content is None else seal.write_text(content)
+    pd.testing.assert_frame_equal(frame, read_frame(path))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(Damaged, match="it cannot be read: "):
+        read_frame(path)
+
+
+def test_a_hash_is_that_of_sha256sum(tmp_path):
+    """Its file is in the format of that program, and moves with the file that it belongs to."""
+    table(tmp_path / "a.parquet")
+    move(tmp_path / "a.parquet", tmp_path / "b.parquet")
+    line = f"{hashlib.sha256((tmp_path / 'b.parquet').read_bytes()).hexdigest()}  b.parquet\n"
+    assert (tmp_path / "b.sha256").read_text() == line * 2
+    assert is_whole(tmp_path / "b.parquet")
+
+
+def test_what_is_damaged_is_marked_once(store):
+    """A damaged score file is kept under another name, and is to be made; what was made again meanwhile stays."""
+    scores = store.scores("i0", "e@1-0.parquet")
+
+    def check() -> None:
+        check_frame(scores.product)
+
+    assert set_aside(scores, check) == ""  # it is not made yet
+    table(scores.product)
+    assert set_aside(scores, check) == ""
+    scores.product.write_bytes(b"PAR1")
+    assert set_aside(scores, check) == f"{scores.product}: damaged (its content is not what was written)"
+    assert not scores.done
+    assert scores.failure.startswith(f"{scores.product}: damaged (its content")
+    assert scores.product.with_name("e@1-0.parquet.damaged").read_bytes() == b"PAR1"
+
+    calls = []
+
+    def made_again() -> None:
+        calls.append(scores)
+        if len(calls) == 1:  # another process makes it before this one has the lock
+            table(scores.product)
+            raise Damaged(scores.product)
+
+    table(scores.product)
+    assert set_aside(scores, made_again) == ""
+    assert len(calls) == 2
+    assert scores.done
+
+
+def test_images_are_checked_by_their_table(store):
+    """All damaged and missing images are found at once; the others stay, and only the table is gone."""
+    images = store.images("i0")
+    rows = []
+    for name in ("a-0.png", "b-0.png", "c-0.png"):
+        write(images.folder / name, name)
+        rows.append({"file": name, "sha256": hashlib.sha256(name.encode()).hexdigest()})
+    write_frame(
+        images.product, pd.DataFrame([*rows, {"file": "", "sha256": ""}])
+    )  # an imported one that was unreadable
+    check_images(images)
+    (images.folder / "b-0.png").write_text("another image")
+    (images.folder / "c-0.png").unlink()
+    what = set_aside(images, lambda: check_images(images))
+    assert what == f"{images.folder / 'b-0.png'} and 1 more: damaged (its content is not what was written)"
+    left = {"a-0.png", "b-0.png.damaged", "manifest.sha256", "status.json"}
+    assert {path.name for path in images.folder.iterdir()} == left

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from msgspec import structs
 from safetensors.torch import load_file, save_file
 from support import tiny
 from support.tiny_sweep import PLUGIN, SWEEP, alignbench, debug_sweep, sweep_file, tables
@@ -15,6 +16,7 @@ from alignbench.analytic import AffineFlow
 from alignbench.backends.flux import Flux
 from alignbench.config import UserError
 from alignbench.experiment.document import read
+from alignbench.experiment.ids import run_id
 from alignbench.experiment.plan import resolve
 from alignbench.flow import integrate
 from alignbench.methods.checkpoint import Checkpoint
@@ -189,8 +191,89 @@ def test_adapters_of_peft(folder, tmp_path):
     assert (images(flow) - theirs(pipe)).abs().max() <= 1e-5
 
 
+def test_adapters_of_dancegrpo(folder, tmp_path):
+    """Its trainer keeps rank and alpha in lora_config.json: the images of the model that was trained."""
+    from diffusers import FluxPipeline
+
+    pipe = adapted(folder)
+    FluxPipeline.save_lora_weights(tmp_path, transformer_lora_layers=adapters(pipe), safe_serialization=True)
+    said = {"lora_rank": 4, "lora_alpha": 8, "target_modules": ["attn.to_q", "ff.net.2"]}
+    (tmp_path / "lora_config.json").write_text(json.dumps({"step": 300, "lora_params": said}))
+    flow = load(folder)
+    Checkpoint(weights=str(tmp_path), kind="lora").prepare(flow)
+    assert (images(flow) - theirs(pipe)).abs().max() <= 1e-5
+
+
+def kohya():
+    """Adapters under the names of sd-scripts, with alpha 6 of rank 2, for layers that the tiny model has."""
+    parts = {"attn_qkv": (96, 32), "attn_proj": (32, 32), "mlp_0": (128, 32), "mlp_2": (32, 128)}
+    state = {}
+    for stream in ("img", "txt"):
+        for part, (out, inner) in parts.items():
+            name = f"lora_unet_double_blocks_1_{stream}_{part}"
+            state[f"{name}.lora_down.weight"] = 0.3 * torch.randn(
+                2, inner, generator=torch.Generator().manual_seed(out)
+            )
+            state[f"{name}.lora_up.weight"] = 0.3 * torch.randn(out, 2, generator=torch.Generator().manual_seed(inner))
+            state[f"{name}.alpha"] = torch.tensor(6.0)
+    return state
+
+
+def test_adapters_of_sd_scripts(folder, tmp_path):
+    """Both streams of a double block: the images of a pipeline with load_lora_weights."""
+    save_file(kohya(), tmp_path / LORA)
+    pipe, flow = pipeline(folder), load(folder)
+    before = images(flow)
+    pipe.load_lora_weights(tmp_path)
+    Checkpoint(weights=str(tmp_path), kind="lora").prepare(flow)
+    assert (images(flow) - theirs(pipe)).abs().max() <= 1e-5
+    assert (images(flow) - before).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_that_changed_the_base_are_refused(folder, tmp_path, start):
+    """Started from the base's own values, they are not what is added to it; diffusers' header says so."""
+    from peft import LoraConfig
+
+    pipe = pipeline(folder)
+    pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["attn.to_q"], init_lora_weights=start))
+    pipe.transformer.save_lora_adapter(tmp_path)
+    with pytest.raises(UserError, match=f"init_lora_weights is {start}, which changes the base model as well"):
+        Checkpoint(weights=str(tmp_path), kind="lora").fits(Flux(model=str(folder), size=32))
+
+
+def test_one_of_several_files(folder, tmp_path):
+    """``file`` chooses; without it the folder is refused, and a wrong name gets the nearest."""
+    for name, factor in (("early.safetensors", 1.0), ("late.safetensors", 2.0)):
+        save_file({n: t if n.endswith("alpha") else factor * t for n, t in kohya().items()}, tmp_path / name)
+    made = {"weights": str(tmp_path), "kind": "lora"}
+    with pytest.raises(UserError, match=r"early.safetensors, late.safetensors\); name one file, .* method.file"):
+        Checkpoint(**made).files()
+    with pytest.raises(UserError, match=r"has no file 'lte.safetensors'; did you mean 'late.safetensors'"):
+        Checkpoint(**made, file="lte.safetensors").files()
+    chosen = Checkpoint(**made, file="late.safetensors")
+    assert chosen.files() == [tmp_path / "late.safetensors"]
+    assert chosen.fits(Flux(model=str(folder), size=32)) == []
+
+
+def test_a_strength_on_the_row(folder, tmp_path):
+    """``scale`` 0.5 is half of what diffusers adds; said twice, or of a transformer, it is refused."""
+    adapted(folder).transformer.save_lora_adapter(tmp_path)
+    made = {"weights": str(tmp_path), "kind": "lora"}
+    pipe, flow = pipeline(folder), load(folder)
+    pipe.transformer.load_lora_adapter(load_file(tmp_path / LORA), prefix=None)
+    for layer in pipe.transformer.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default_0", 0.5)
+    Checkpoint(**made, scale=0.5).prepare(flow)
+    assert (images(flow) - theirs(pipe)).abs().max() <= 1e-5
+    for wrong in ({"scale": 1.0, "alpha": 2.0}, {"scale": 0.0}, {"alpha": 1.0, "kind": "transformer"}):
+        with pytest.raises(UserError, match=r"method\.(scale|alpha)"):
+            Checkpoint(**made | wrong)
+
+
 def test_alphas_beside_the_tensors(folder, tmp_path):
-    """``<layer>.alpha``, as trainers write it, beats the configuration of the header."""
+    """``<layer>.alpha``, as trainers write it."""
     pipe = adapted(folder)
     state = adapters(pipe)
     layers = {name.rpartition(".lora_")[0] for name in state}
@@ -267,7 +350,10 @@ Q = "transformer_blocks.0.attn.to_q"
         ),
         (lambda s: s.update({f"{Q}.lora_magnitude_vector": torch.ones(32)}), "lora_magnitude_vector is not a lora_A"),
         (lambda s: s.update({"text_encoder.q.lora_A.weight": torch.ones(4, 5)}), "text_encoder.q.lora_A.weight is not"),
-        (lambda s: s.update({"norm_out.norm.lora_A.weight": torch.ones(4, 5)}), "norm_out.norm.lora_A.weight is not"),
+        (
+            lambda s: s.update({f"norm_out.norm.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}),
+            "norm_out.norm.lora_A.weight is not",
+        ),
     ],
 )
 def test_adapters_that_do_not_fit_are_named(folder, tmp_path, change, line):
@@ -286,7 +372,7 @@ def test_one_kind_is_not_taken_for_the_other(folder, published, tmp_path):
     adapted(folder).transformer.save_lora_adapter(tmp_path)
     with pytest.raises(UserError, match="is not a lora_A, lora_B or alpha"):
         Checkpoint(weights=str(published / "single"), kind="lora").prepare(load(folder))
-    with pytest.raises(UserError, match="parameters do not fit the model"):
+    with pytest.raises(UserError, match=r"these are adapters, not a transformer; choose method\.kind: lora"):
         Checkpoint(weights=str(tmp_path)).prepare(load(folder))
 
 
@@ -426,23 +512,70 @@ def test_the_example_of_the_docs(tmp_path):
     assert cells[1].images != cells[2].images
 
 
+def test_settings_that_a_row_leaves_out_keep_the_ids_of_older_stores(tmp_path):
+    """``file``, ``alpha`` and ``scale`` are younger than the stores: absent, they are not hashed."""
+    row = published_row("shapes", subfolder="transformer")
+    cell = planned(tmp_path, {"cases": [SWEEP["cases"][0], row]}).cells[1]
+    older = {key: value for key, value in cell.spec.method.items() if key not in ("file", "alpha", "scale")}
+    assert len(older) == len(cell.spec.method) - 3
+    made = run_id(structs.replace(cell.spec, method=older), cell.parts, Registry([PLUGIN]), [])
+    assert cell.id == f"checkpoint-{made}"
+
+
 def test_ids_of_checkpoints(tmp_path):
     """Other weights or settings are other runs; the row's label, ``steps`` and what trains adapters are not."""
+    own = load_file(Flux(model="shapes").folder / "transformer" / SINGLE)
     for name, factor in (("one", 1.0), ("two", 1.01)):
         (tmp_path / name).mkdir()
-        save_file({"proj_out.weight": factor * torch.ones(4, 4)}, tmp_path / name / SINGLE)
+        save_file(own | {"proj_out.bias": factor * own["proj_out.bias"]}, tmp_path / name / SINGLE)
+    rows, columns = own["proj_out.weight"].shape
+    (tmp_path / "lora").mkdir()
+    halves = {"proj_out.lora_A.weight": torch.ones(2, columns), "proj_out.lora_B.weight": torch.ones(rows, 2)}
+    save_file(halves, tmp_path / "lora" / LORA)
     one = published_row(tmp_path / "one")
 
     def ids(*cases, words=()):
         return [cell.id for cell in planned(tmp_path, {"cases": [SWEEP["cases"][0], *cases]}, *words).cells]
 
     base, first = ids(one)
-    others = [published_row(tmp_path / "two", "Two"), published_row(tmp_path / "one", "LoRA", kind="lora")]
+    others = [published_row(tmp_path / "two", "Two")]
+    others += [published_row(tmp_path / "lora", f"LoRA {a}", kind="lora", alpha=a) for a in (None, 1.0, 2.0)]
     assert ids(one, *others)[:2] == [base, first]
-    assert len(set(ids(one, *others))) == 4
+    assert len(set(ids(one, *others))) == 6
     assert ids(one | {"label": "Other"}, words=["method.steps=3", "backend.lora_rank=2"]) == [base, first]
     shutil.copy(tmp_path / "two" / SINGLE, tmp_path / "one" / SINGLE)
     assert ids(one)[1] not in (base, first)
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("transformer", r"tiny.yaml: Wrong: .*112 parameters do not fit the model \(.*; is it the same backend"),
+        ("lora", r"tiny.yaml: Wrong: .*to_q: lora_A \(2, 7\) and lora_B \(7, 2\) do not fit .* adapters of this model"),
+    ],
+)
+def test_weights_of_another_model_stop_the_sweep_at_once(tmp_path, kind, line):
+    """From their headers, before any model is loaded."""
+    state = {"proj_out.weight": torch.ones(4, 4)}
+    if kind == "lora":
+        state = {f"{Q}.lora_A.weight": torch.ones(2, 7), f"{Q}.lora_B.weight": torch.ones(7, 2)}
+    save_file(state, tmp_path / SINGLE)
+    with pytest.raises(UserError, match=line):
+        planned(tmp_path, {"cases": [SWEEP["cases"][0], published_row(tmp_path, "Wrong", kind=kind)]})
+
+
+def test_a_strength_that_nothing_says_is_a_warning(tmp_path, capsys):
+    """``validate`` names the row and the setting, and its exit code is 0; with the setting it says nothing."""
+    own = load_file(Flux(model="shapes").folder / "transformer" / SINGLE)
+    rows, columns = own["proj_out.weight"].shape
+    halves = {"proj_out.lora_A.weight": torch.ones(2, columns), "proj_out.lora_B.weight": torch.ones(rows, 2)}
+    (tmp_path / "lora").mkdir()
+    save_file(halves, tmp_path / "lora" / LORA)
+    for more, said in (({}, True), ({"scale": 1}, False)):
+        row = published_row(tmp_path / "lora", "Found", kind="lora", **more)
+        path = sweep_file(tmp_path, {"cases": [SWEEP["cases"][0], row]})
+        assert alignbench("validate", path, store=tmp_path / "store") == 0
+        assert ("Found: method.weights: nothing says how strong" in capsys.readouterr().err) == said
 
 
 def test_a_checkpoint_that_is_missing_stops_the_sweep_at_once(tmp_path):

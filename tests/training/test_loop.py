@@ -627,7 +627,8 @@ def test_kill_9_and_resume(tmp_path):
     flow, rest = run(LEAP, training, tmp_path / "resumed")
     assert len(kept) + len(rest) == 25
     same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
-    assert names(tmp_path / "resumed") == [FINAL, *(path.name for path in reversed(saved_states(tmp_path / "resumed")))]
+    states = [path.name for path in reversed(saved_states(tmp_path / "resumed"))]
+    assert names(tmp_path / "resumed") == [FINAL, "final.sha256", *states]
     assert [read_state(path)["step"] for path in saved_states(tmp_path / "resumed")] == [25, 24]
 
 
@@ -653,10 +654,10 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_weights(AffineFlow(STEPS), path, "ema")
     with pytest.raises(UserError, match=r"bias is \(4, 3\) in the file and \(5, 3\) in the model"):
         load_weights(AffineFlow(5), path, "last")
-    with pytest.raises(UserError, match="not a readable weight file"):
+    with pytest.raises(UserError, match=r"damaged \(it is missing"):
         load_weights(AffineFlow(STEPS), tmp_path / "absent.safetensors")
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UserError, match="not a readable weight file"):
+    with pytest.raises(UserError, match=r"damaged \(its content is not what was written"):
         load_weights(AffineFlow(STEPS), path)
 
 

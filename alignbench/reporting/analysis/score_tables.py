@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from alignbench.config import UserError
-from alignbench.store.files import read_json, write, write_json
+from alignbench.store.files import check_content, read_json, write, write_json
 
 Columns = dict[str, NDArray[Any]]
 
@@ -110,7 +110,7 @@ def _named(table: pa.Table) -> Iterable[tuple[str, pa.ChunkedArray]]:
 def _decode(path: str, content: bytes, types: dict[str, str] | None = None) -> pa.Table:
     """Return a parquet file's columns, or only those in ``types`` (Arrow types). UserError if some are missing."""
     try:
-        file = parquet.ParquetFile(pa.BufferReader(content))
+        file = parquet.ParquetFile(pa.BufferReader(check_content(Path(path), content)))
         table = file.read(columns=list(types) if types else None, use_threads=False)
         wanted = pa.schema(types.items()) if types else table.schema
         return table if table.schema == wanted else table.select(wanted.names).cast(wanted)

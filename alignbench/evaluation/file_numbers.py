@@ -1,0 +1,105 @@
+"""Numbers in the names of image files: which of them counts the prompts.
+
+Names are read by their numbers, never by their letters: ``10.png`` follows ``9.png``. All names have to be formed
+alike, so that a contact sheet among them is noticed. Names that allow two readings, or none, are refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from alignbench.config import UserError
+
+PROMPT_WORDS, SEED_WORDS = {"p", "prompt", "prompts", "caption"}, {"s", "seed"}
+REMEDY = 'write a .jsonl list with "prompt" and "file" in every line'
+
+
+class NumberedFile(NamedTuple):
+    """A file, the text around the numbers in its name, and the numbers."""
+
+    file: Path
+    text: tuple[str, ...]
+    numbers: tuple[int, ...]
+
+
+def places(files: Sequence[Path], prompts: int, source: str) -> list[tuple[Path, int, int]]:
+    """Return (file, position of its prompt, index among the prompt's images), prompt by prompt.
+
+    The number that counts the prompts from 0 or 1, without a gap, is the one called "prompt" or "p", or else the first
+    that is not a seed. If it is different in every name, the images of a prompt follow each other, the same number for
+    each. Raise UserError for other names. ``prompts``: their number; ``source``: the list's name.
+    """
+    folder, numbered = files[0].parent, sorted(map(_read, files), key=lambda each: each.numbers)
+    _check_names(numbered)
+    if prompts == 1:
+        return [(each.file, 0, index) for index, each in enumerate(numbered)]
+    fields = _counting_fields(numbered)
+    if not fields:
+        raise UserError(f"{folder}: {_no_count(numbered)}, so they do not say which prompt is whose; {REMEDY}")
+    per_prompt, rest = divmod(len(files), prompts)
+    if rest or not per_prompt:
+        what = f"{len(files)} images cannot be divided equally among the {prompts} prompts of {source}"
+        raise UserError(f"{folder}: {what}; name the list that they were made from, or {REMEDY}")
+    counts = Counter(each.numbers[fields[0]] for each in numbered)
+    if len(counts) == prompts and min(counts.values()) < per_prompt:
+        what = f"by the numbers in their names prompts have {min(counts.values())} to {max(counts.values())} images"
+        raise UserError(f"{folder}: {what}; make the missing ones, or {REMEDY}")
+    if len(counts) != prompts and (len(counts) < len(files) or len(fields) > 1):
+        what = f"the names of the images count {len(counts)} prompts, but {source} has {prompts}"
+        raise UserError(f"{folder}: {what}; name the list that they were made from, or {REMEDY}")
+    numbered.sort(key=lambda each: each.numbers[fields[0]])  # those of one prompt stay in the order of all numbers
+    return [(each.file, *divmod(i, per_prompt)) for i, each in enumerate(numbered)]
+
+
+def _read(file: Path) -> NumberedFile:
+    parts = re.split("([0-9]+)", file.stem.casefold())
+    return NumberedFile(file, tuple(parts[::2]), tuple(map(int, parts[1::2])))
+
+
+def _check_names(numbered: Sequence[NumberedFile]) -> None:
+    """Raise UserError for a name that is formed unlike the others, and for two that have the same numbers."""
+    ((text, _),) = Counter(each.text for each in numbered).most_common(1)
+    usual = next(each for each in numbered if each.text == text)
+    if odd := next((each for each in numbered if each.text != text), None):
+        what = f"its name is formed unlike the others' ({usual.file.name})"
+        raise UserError(f"{odd.file}: {what}; move it elsewhere if it shows no prompt, or {REMEDY}")
+    for one, other in itertools.pairwise(numbered):
+        if one.numbers == other.numbers:
+            names = sorted([one.file.name, other.file.name])
+            raise UserError(f"{one.file.parent}: {names[0]} and {names[1]} have the same numbers; keep one of them")
+
+
+def _counting_fields(numbered: Sequence[NumberedFile]) -> list[int]:
+    """Return the positions of the numbers that may count the prompts, likeliest first."""
+    columns = list(zip(*(each.numbers for each in numbered)))
+    varying = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+    words = {i: _word(numbered[0].text[i]) for i in varying}
+    if named := [i for i in varying if words[i] in PROMPT_WORDS]:
+        varying = named
+    elif len(varying) > 1:
+        varying = [i for i in varying if words[i] not in SEED_WORDS]
+    return [i for i in varying if first_gap(columns[i]) is None]
+
+
+def _word(text: str) -> str:
+    """Return the last word in ``text``, which stands before a number."""
+    return (re.findall("[a-z]+", text) or [""])[-1]
+
+
+def first_gap(numbers: Sequence[int]) -> int | None:
+    """Return the first number that is missing if ``numbers`` count from 0 or 1; None if none is."""
+    known = set(numbers)
+    start = min(min(known), 1)
+    return next((i for i in range(start, max(known)) if i not in known), None)
+
+
+def _no_count(numbered: Sequence[NumberedFile]) -> str:
+    columns = [column for column in zip(*(each.numbers for each in numbered)) if len(set(column)) > 1]
+    if not columns:
+        return "the names of the images have no numbers that differ"
+    return f"the numbers in the names of the images leave out {first_gap(columns[0])}"
