@@ -69,7 +69,7 @@ def requirement(
     Raise UserError for a name that is none of these.
     """
     path = SHAPES / shapes if name == "shapes" and shapes else Path(name).expanduser()
-    if path.exists():
+    if _exists(path):
         return Requirement(name, found=path)
     if name == "shapes" and shapes:
         raise UserError(
@@ -81,6 +81,13 @@ def requirement(
     command = " ".join(["hf download", name, *files, *(["--revision", revision] if revision else [])])
     text = f"{where}: '{name}' is neither a path nor in the hub cache; fetch it once with `{command}`, or give a folder"
     return Requirement(name, text, command, GATED.get(name, ""), _cached(name, revision))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
@@ -104,7 +111,7 @@ def check(files: Iterable[Path], where: str) -> list[Path]:
             _CHECKS.get(path.suffix, _readable)(path)
         except FileNotFoundError:
             raise Missing(f"{where}: {path} is missing") from None
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{where}: {path} cannot be read: {reason}") from None
     return ordered

@@ -139,7 +139,9 @@ def _prepare_streams() -> None:
 
 
 def _refuse(text: str) -> int:
-    print(f"alignbench: {text}", file=sys.stderr)
+    """Print one line, in which whatever would break it or steer the terminal is written as Python writes it."""
+    plain = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    print(f"alignbench: {plain}", file=sys.stderr)
     return USAGE
 
 
