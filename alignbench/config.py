@@ -12,9 +12,9 @@ import os
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 import yaml
@@ -110,7 +110,7 @@ def decode(cls: type[C], data: Any, where: str) -> C:
 
     Raise UserError for an unknown or missing key, a wrong type, nan or inf.
     """
-    _check_finite(data, where)
+    _check_plain(data, where)
     try:
         return msgspec.convert(data, cls)
     except msgspec.ValidationError as error:
@@ -156,7 +156,7 @@ _WORDS = {
 def _explain(cls: type[Config], data: Any, where: str, message: str) -> str:
     """Return msgspec's message as one line in our own words, with the full path and what would be right."""
     at = _AT.search(message)
-    path = at["path"].lstrip(".") if at else ""
+    path = _with_key(cls, data, at["path"].lstrip("."), message) if at else ""
     owner = _class_at(cls, path)
     title = class_name(owner) or owner.__name__.lower()
     text = message[: at.start()] if at else message
@@ -166,9 +166,24 @@ def _explain(cls: type[Config], data: Any, where: str, message: str) -> str:
         return f"{spot}: {title} has no such setting{did_you_mean(field, owner.__struct_fields__, 'settings')}"
     if missing := _MISSING.match(text):
         return f"{join(where, path)}: '{missing['field']}' is missing; {title} needs it"
+    quotes = "; put it in quotes" * bool(re.match(r"Expected `str( \| null)?`, got `(int|float|bool)`", text))
     text = re.sub(r"`([^`]*)`", lambda m: " or ".join(_WORDS.get(w, w) for w in m[1].split(" | ")), text)
-    instead = _choices(cls, path) + _refused(cls, data, path)
+    if form := _form(cls, path):
+        text = re.sub(r"Expected text matching regex .*", "wrong form", text)
+    instead = _choices(cls, path) + form + _refused(cls, data, path) + quotes
     return f"{join(where, path)}: {text[0].lower()}{text[1:]}{_shown(data, path)}{instead}"
+
+
+def _with_key(cls: type[Config], data: Any, path: str, message: str) -> str:
+    """Return ``path`` with the key for which msgspec writes ``[...]``: the one that is wrong alone, too."""
+    above, dots, below = path.partition("[...]")
+    for key, value in pick(data, above).items() if dots else ():
+        try:
+            msgspec.convert(put(data, above, {key: value}, ""), cls)
+        except msgspec.ValidationError as error:
+            if str(error) == message:
+                return f"{above}.{key}{below}"
+    return path
 
 
 def _parts(path: str) -> list[str | int]:
@@ -189,10 +204,16 @@ def _types_at(cls: type[Config], path: str) -> list[Any]:
     """Return the types that the setting at ``path`` may have: union members one by one, ``Annotated`` unwrapped."""
     allowed: list[Any] = [cls]
     for part in _parts(path):
-        owner = next((t for t in allowed if isinstance(t, type) and issubclass(t, Config)), None)
-        hints = typing.get_type_hints(owner) if owner else {}
-        allowed = list(_members(hints[part])) if part in hints else []
+        allowed = [hint for owner in allowed for hint in _hints(owner, part)]
     return allowed
+
+
+def _hints(owner: Any, part: str | int) -> Iterator[Any]:
+    """Yield the types that an item of a list, a value of a mapping, or a setting of a class may have."""
+    if isinstance(owner, type) and issubclass(owner, Config):
+        yield from _members(typing.get_type_hints(owner).get(str(part)))
+    elif typing.get_origin(owner) in (list, tuple, dict):
+        yield from _members(typing.get_args(owner)[-1 if typing.get_origin(owner) is dict else 0])
 
 
 def _members(hint: Any) -> Iterator[Any]:
@@ -212,110 +233,222 @@ def _choices(cls: type[Config], path: str) -> str:
     return f"; choose one of {', '.join(map(str, values))}" if values else ""
 
 
+def _form(cls: type[Config], path: str) -> str:
+    """Return the description of the setting's form in its ``Meta``, in words: for those that have a pattern."""
+    name = path.rpartition(".")[2]
+    owner = _class_at(cls, path.rpartition(".")[0])
+    hints = _members(typing.get_type_hints(owner, include_extras=True).get(name))
+    metas = (meta for hint in hints for meta in getattr(hint, "__metadata__", ()))
+    return next((f"; choose {meta.description}" for meta in metas if meta.description), "")
+
+
 def _refused(cls: type[Config], data: Any, path: str) -> str:
     """Return why a plausible value is not allowed, if the class says so in ``refused``: {setting: {value: why}}."""
     reasons = getattr(cls, "refused", {}).get(path, {})
-    return f" ({reasons[data[path]]})" if reasons and data[path] in reasons else ""
+    return f" ({reasons[data[path]]})" if reasons and str(data[path]) in reasons else ""
 
 
-def _check_finite(data: Any, where: str) -> None:
-    """Raise UserError for nan and inf, which are valid YAML and valid floats, but never a setting."""
+def _check_plain(data: Any, where: str) -> None:
+    """Raise UserError for what YAML can say and a setting cannot be: nan, inf, more than 64 bits, half a character."""
     if isinstance(data, float) and not math.isfinite(data):
         raise UserError(f"{where}: {data} is not a number that can be used here")
+    if isinstance(data, int) and not -(2**63) <= data < 2**63:
+        raise UserError(f"{where}: a whole number of {data.bit_length()} bits; choose one of at most 63")
+    if isinstance(data, str) and not data.isascii() and any("\ud800" <= character <= "\udfff" for character in data):
+        raise UserError(f"{where}: {data!r} holds half of a surrogate pair; write the whole character")
     if isinstance(data, dict):
         for key, value in data.items():
-            _check_finite(value, join(where, str(key)))
+            _check_plain(key, where)
+            _check_plain(value, join(where, str(key)))
     if isinstance(data, list | tuple):
         for i, value in enumerate(data):
-            _check_finite(value, join(where, f"[{i}]"))
+            _check_plain(value, join(where, f"[{i}]"))
 
 
 # -- YAML -------------------------------------------------------------------------------------------------------------
 
+DEPTH, NODES = 50, 100_000  # of nested settings; of settings in a file, those that aliases repeat included
+TAG = "tag:yaml.org,2002:"
+DIGITS = "[0-9]*(?:_[0-9]+)*"
+SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {  # type -> (its spelling, what it may begin with, value)
+    "null": (r"~|null|Null|NULL|", "~nN", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true"),
+    "int": (rf"[-+]?(0|[1-9]{DIGITS}|0x[0-9a-fA-F]+)", "-+0123456789", lambda text: int(text, 0)),
+    "float": (
+        rf"[-+]?([0-9]{DIGITS}\.[0-9]*|\.[0-9]+|[0-9]{DIGITS}(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)",
+        "-+0123456789.",
+        lambda text: float(re.sub(r"\.(?=[iInN])", "", text)),
+    ),
+}
+
 
 class _Loader(yaml.SafeLoader):
-    """A loader of YAML 1.1 as people write it: ``1e-5`` is a number, and a key given twice is an error."""
+    """A loader of YAML 1.2's types: what looks like a time, a date or an octal number is text, and so is ``yes``.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Return a mapping. Raise an error with the line for a key that is not text or is given twice."""
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor` may repeat
+    YAML 1.1 reads ``12:00:00`` in base 60, ``010`` in base 8 and ``no`` as false. As people write it, ``1e-5`` and
+    ``1_000`` are numbers. Refused with the line: a key that is not text or is given twice, an alias of what contains
+    it, aliases that repeat each other into millions of settings, and every type but text, numbers, lists and mappings.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (f"{TAG}str", f"{TAG}seq", f"{TAG}map", None)
+    }
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+        self.sizes: dict[yaml.Node, int] = {}  # nodes of what is complete, aliases counted again
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if self.depth == DEPTH:
+            raise _at(event.start_mark, f"brackets or settings are nested more than {DEPTH} deep")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if not isinstance(event, yaml.AliasEvent):
+            self.sizes[node] = self._size(node)
+        elif node not in self.sizes:
+            raise _at(event.start_mark, f"the alias *{event.anchor} stands inside of what it refers to")
+        if self.sizes[node] > NODES:
+            raise _at(event.start_mark, f"aliases repeat this into more than {NODES:,} settings; write them out")
+        return node
+
+    def _size(self, node: yaml.Node) -> int:
+        """Return the number of nodes in a complete node. Raise an error for a key that is not text, or given twice."""
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if isinstance(node, yaml.SequenceNode):
+            return 1 + sum(self.sizes[item] for item in node.value)
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.tag == f"{TAG}merge":  # `<<: *anchor` may repeat
                 continue
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise _at(key_node.start_mark, f"the key {key!r} is not text; put it in quotes")
-            if key in seen:
-                raise _at(key_node.start_mark, f"the key '{key}' is already set on line {seen[key]}; keep one of them")
-            seen[key] = line
-        return super().construct_mapping(node, deep)
+            if key.tag != f"{TAG}str":
+                written = "like this" if not isinstance(key, yaml.ScalarNode) else key.value or "null"
+                raise _at(key.start_mark, f"the key {written} is not text; put it in quotes")
+            if key.value in seen:
+                what = f"the key '{key.value}' is already set on line {seen[key.value]}; keep one of them"
+                raise _at(key.start_mark, what)
+            seen[key.value] = key.start_mark.line + 1
+        return 1 + sum(self.sizes[key] + self.sizes[value] for key, value in node.value)
 
 
 def _at(mark: yaml.Mark, problem: str) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+def _scalar(kind: str) -> Callable[[_Loader, yaml.Node], Any]:
+    """Return the constructor of a type; it also checks what stands behind an explicit tag, ``!!int x``."""
+    spelling, _, value = SCALARS[kind]
+
+    def construct(loader: _Loader, node: yaml.Node) -> Any:
+        text = loader.construct_scalar(node)
+        try:
+            if re.fullmatch(spelling, text):
+                return value(text)
+        except ValueError:  # Python converts no more than 4,300 digits
+            text = f"{text[:20]}..."
+        raise _at(node.start_mark, f"{text!r} is not a value of the type {kind}")
+
+    return construct
+
+
+for _kind, (_spelling, _first, _) in SCALARS.items():
+    _starts = [*_first, *([""] if _kind == "null" else [])]  # "": of what is left out
+    _Loader.add_implicit_resolver(f"{TAG}{_kind}", re.compile(rf"({_spelling})\Z"), _starts)
+    _Loader.add_constructor(f"{TAG}{_kind}", _scalar(_kind))
+_Loader.add_implicit_resolver(f"{TAG}merge", re.compile(r"<<\Z"), ["<"])
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return YAML ``text`` as plain data. Raise UserError with the line number for bad syntax or a key given twice."""
+    """Return YAML ``text`` as plain data. Raise UserError, with the line, for what cannot be read or is unclear."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f"{where}:{error.problem_mark.line + 1}" if error.problem_mark else where
         raise UserError(f"{line}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
-        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{where}:{line}: the character U+{error.character:04X} is not text; remove it") from None
 
 
 def load_yaml(path: Path, packaged: Mapping[str, Path] | None = None) -> dict[str, Any]:
-    """Return the settings in a YAML file, laid over those of the file that it ``extends``, key by key.
+    """Return the settings in a YAML file, laid over those of the file that it ``extends``, as ``merge`` does."""
+    data: dict[str, Any] = {}
+    for file, own in load_chain(path, packaged or {}).items():
+        data = merge(data, own, f"{file}: ")
+    return data
+
+
+def load_chain(path: Path, packaged: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Return the settings of a YAML file and of all files that it extends, by file: the last one is ``path``.
 
     ``extends: other.yaml`` is relative to the file; ``extends: name`` is one of ``packaged``, {name: path}. Raise
     UserError for a file that cannot be read, is not a mapping, or extends itself.
     """
-    return _load_yaml(path, packaged or {}, ())
-
-
-def _load_yaml(path: Path, packaged: Mapping[str, Path], chain: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in chain:
-        raise UserError(f"{path}: extends itself, via {' -> '.join(p.name for p in chain)}")
-    data = parse_yaml(read_text(path), str(path))
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected settings (key: value), got {type(data).__name__}")
-    if "extends" not in data:
-        return data
-    parent = data.pop("extends")
-    beside = path.parent / str(parent)
-    if not beside.exists() and parent not in packaged:
-        raise UserError(f"{path}: extends: there is no file {beside}{did_you_mean(parent, packaged, 'packaged')}")
-    extended = beside if beside.exists() else packaged[parent]
-    return merge(_load_yaml(extended, packaged, (*chain, path.resolve())), data)
+    files: dict[Path, dict[str, Any]] = {}
+    while True:
+        data = parse_yaml(read_text(path), str(path))
+        if not isinstance(data, dict):
+            got = "nothing" if data is None else f"{_WORDS.get(type(data).__name__, type(data).__name__)}"
+            raise UserError(f"{path}: expected settings (key: value), got {got}")
+        files[path] = {key: value for key, value in data.items() if key != "extends"}
+        if "extends" not in data:
+            return {str(path): files[path] for path in reversed(files)}
+        parent = data["extends"]
+        if not isinstance(parent, str) or not parent:
+            raise UserError(f"{path}: extends: {parent!r} is not the name of a file; a sweep extends a single one")
+        beside = path.parent / parent
+        if not beside.exists() and parent not in packaged:
+            raise UserError(f"{path}: extends: there is no file {beside}{did_you_mean(parent, packaged, 'packaged')}")
+        path = beside if beside.exists() else packaged[parent]
+        if path.resolve() in [file.resolve() for file in files]:
+            raise UserError(f"{path}: extends itself, via {' -> '.join(file.name for file in files)}")
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file. Raise UserError if it cannot be read or is not UTF-8."""
+    """Return the text of a UTF-8 file, with or without a byte-order mark.
+
+    Raise UserError if it cannot be read or is not UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a null character in the name
+        raise UserError(f"{str(path)!r}: cannot be read: {error}") from None
 
 
-def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Return ``top`` laid over ``base``, key by key at every depth; lists and single values are replaced whole."""
+def merge(base: dict[str, Any], top: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Return ``top`` laid over ``base``, key by key at every depth; lists and single values are replaced whole.
+
+    A key that ends in ``+`` appends its list to that of ``base``: ``overrides+: [...]``. Raise UserError, with
+    ``where``, if there is none.
+    """
     out = dict(base)
     for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = merge(out[key], value) if both else value
+        place, name = join(where, key), key.removesuffix("+")
+        if name != key:
+            if not isinstance(value, list) or not isinstance(base.get(name), list) or name in top:
+                raise UserError(f"{place}: appends to an inherited list '{name}', and there is none; leave out the +")
+            out[name] = [*base[name], *value]
+        elif isinstance(value, dict) and isinstance(out.get(key, {}), dict):
+            out[key] = merge(out.get(key, {}), value, place)
+        else:
+            out[key] = value
     return out
 
 
 # -- dotted paths -----------------------------------------------------------------------------------------------------
+
+
+def is_path(text: str) -> bool:
+    """Return whether ``text`` is a dotted path: ``training.batch``, ``cases[1].method.alpha``."""
+    return re.fullmatch(r"[A-Za-z_]\w*(\.\w+|\[[0-9]{1,9}\])*", text) is not None
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -324,7 +457,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     Raise UserError for any other form.
     """
     path, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+|\[\d+\])*", path):
+    if not equals or not is_path(path):
         raise UserError(f"command line: {text!r} is not of the form path.to.setting=value")
     return path, parse_yaml(value, f"command line: {path}")
 

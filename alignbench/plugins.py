@@ -13,7 +13,9 @@ import importlib
 import importlib.util
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -97,7 +99,7 @@ class Registry:
 
     def entry(self, kind: Kind, name: Any, where: str) -> Entry:
         """Return the entry of this name. Raise UserError, with the nearest name and all of them, if there is none."""
-        if (kind, name) not in self.entries:
+        if not isinstance(name, str) or (kind, name) not in self.entries:
             known = did_you_mean(str(name), self.names(kind), f"{kind}s")
             raise UserError(f"{where}: there is no {kind} '{name}'{known}")
         return self.entries[kind, name]
@@ -115,7 +117,8 @@ class Registry:
         if not isinstance(plain, dict) or "name" not in plain:
             raise UserError(f"{where}: expected settings with a 'name'{did_you_mean('', self.names(kind), f'{kind}s')}")
         cls = self.get(kind, plain["name"], f"{where}.name")
-        return decode(cls, {key: value for key, value in plain.items() if key != "name"}, where)
+        with blamed(cls, where):
+            return decode(cls, {key: value for key, value in plain.items() if key != "name"}, where)
 
     def source(self, kind: Kind, name: str) -> str | None:
         """Return the sha256 of the file that defines a plug-in; None for built-ins: their revision is recorded."""
@@ -167,7 +170,9 @@ def _scan(path: Path, module: str, plugin: bool, kinds: dict[str, Kind], plain: 
     try:
         tree = ast.parse(read_text(path))
     except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from None
+        raise UserError(f"{path}:{error.lineno or 1}: not valid Python: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # a null character; nested too deeply
+        raise UserError(f"{path}: not valid Python: {error or type(error).__name__}") from None
     local = dict(kinds) | ({"Config": plain} if plain else {})
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):
@@ -208,6 +213,36 @@ def _import(entry: Entry) -> Any:
         return module
     except UserError:
         raise
-    except Exception as error:  # whatever the author's file raises
+    except (Exception, SystemExit) as error:  # whatever the author's file raises
         sys.modules.pop(entry.module, None)
-        raise UserError(f"{entry.path}: cannot be imported: {type(error).__name__}: {error}") from error
+        where = f"{entry.path}{_line(error, entry.path)}"
+        raise UserError(f"{where}: cannot be imported: {_said(error)}") from error
+
+
+@contextmanager
+def blamed(part: Any, where: str) -> Iterator[None]:
+    """Turn whatever the code of a plug-in raises into a UserError with its file and line; leave bugs of ours alone.
+
+    ``part``: a class of settings, an instance, or a method of one; ``where``: the setting that names it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        owner = getattr(part, "__self__", part)
+        module = sys.modules.get((owner if isinstance(owner, type) else type(owner)).__module__)
+        path = Path(getattr(module, "__file__", None) or "")
+        if module is None or module.__name__.startswith("alignbench.") or not (line := _line(error, path)):
+            raise
+        raise UserError(f"{where}: {path}{line}: {_said(error)}; correct the plug-in") from error
+
+
+def _line(error: BaseException, path: Path) -> str:
+    """Return the last line of a file that an error passed, as ``:12``; "" if it passed none."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    return f":{lines[-1]}" if lines else ""
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

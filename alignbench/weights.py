@@ -66,7 +66,7 @@ def requirement(
     Raise UserError for a name that is none of these.
     """
     path = SHAPES / shapes if name == "shapes" and shapes else Path(name).expanduser()
-    if path.exists():
+    if _exists(path):
         return Requirement(name, found=path)
     if name == "shapes" and shapes:
         raise UserError(
@@ -78,6 +78,13 @@ def requirement(
     command = " ".join(["hf download", name, *files, *(["--revision", revision] if revision else [])])
     text = f"{where}: '{name}' is neither a path nor in the hub cache; fetch it once with `{command}`, or give a folder"
     return Requirement(name, text, command, GATED.get(name, ""), _cached(name, revision))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
@@ -101,7 +108,7 @@ def check(files: Iterable[Path], where: str) -> list[Path]:
             _CHECKS.get(path.suffix, _readable)(path)
         except FileNotFoundError:
             raise Missing(f"{where}: {path} is missing") from None
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{where}: {path} cannot be read: {reason}") from None
     return ordered
@@ -127,7 +134,10 @@ def _safetensors(path: Path) -> None:
         if not 2 <= length <= size - 8:
             raise ValueError("not a safetensors file, or a truncated one")
         header = json.loads(file.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    try:
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (AttributeError, KeyError, IndexError, TypeError):
+        raise ValueError("its header does not list tensors") from None
     if size != 8 + length + max(ends, default=0):
         raise ValueError(f"truncated: {size} bytes instead of {8 + length + max(ends, default=0)}")
 

@@ -62,6 +62,9 @@ class Flux(PipelineBackend):
                 config = json.loads((self.folder / "tokenizer_2" / "tokenizer_config.json").read_text())
         return min(self.max_sequence_length, config.get("model_max_length", self.max_sequence_length))
 
+    def text_limits(self) -> dict[str, int]:
+        return {"tokenizer": self.tokenizer_limit("tokenizer"), "tokenizer_2": self.text_tokens}
+
     @property
     def deterministic(self) -> str | None:
         """Why the model's velocity gives no score, hence no SDE; None if it does. Read from its configuration alone."""

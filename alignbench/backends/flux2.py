@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 HUB = "black-forest-labs/FLUX.2-klein"
 PUBLISHED = {f"{HUB}-base-4B": FLUX_2_KLEIN_4B, f"{HUB}-base-9B": FLUX_2_KLEIN_9B}
 DISTILLED = {f"{HUB}-4B": FLUX_2_KLEIN_4B, f"{HUB}-9B": FLUX_2_KLEIN_9B}
+CHAT = 12  # tokens of Qwen3's chat template around a prompt
 LAYERS = (9, 18, 27)  # of Qwen3: their hidden states condition the transformer
 SINGLE_BLOCKS = 24  # in klein 9B; 4B has 20
 
@@ -57,6 +58,9 @@ class Flux2(GuidedBackend):
     def text_tokens(self) -> int:
         """Tokens per prompt."""
         return self.max_sequence_length
+
+    def text_limits(self) -> dict[str, int]:
+        return {"tokenizer": self.max_sequence_length - CHAT}
 
     @property
     def distilled(self) -> bool:

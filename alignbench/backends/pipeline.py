@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -123,6 +124,16 @@ class PipelineBackend(Config):
                 raise UserError(f"backend.model: {self.folder / part} is missing or empty")
             paths += weights.check(files, "backend.model")
         return paths
+
+    def text_limits(self) -> dict[str, int]:
+        """Return how many tokens of a prompt, start and end included, the model reads: {tokenizer's folder: limit}."""
+        return {}
+
+    def tokenizer_limit(self, part: str) -> int:
+        """Return the limit that a tokenizer's own configuration gives."""
+        file = "tokenizer_config.json"
+        config = self.read(part, file) if (self.folder / part / file).is_file() else {}
+        return config.get("model_max_length", sys.maxsize)
 
     @property
     def index(self) -> dict[str, Any]:

@@ -74,6 +74,11 @@ class SD3(GuidedBackend):
         """Tokens per prompt: CLIP's and T5's."""
         return CLIP_TOKENS + self.max_sequence_length
 
+    def text_limits(self) -> dict[str, int]:
+        words = self.tokenizer_limit("tokenizer")  # the pipeline cuts for both CLIPs at the first one's length
+        limits = {"tokenizer": words, "tokenizer_2": words, "tokenizer_3": self.max_sequence_length}
+        return {part: limits[part] for part in self.present(self.tokenizers)}
+
     @property
     def deterministic(self) -> str | None:
         """Why the model's velocity gives no score, hence no SDE; None if it does. Only the model's name tells."""

@@ -70,6 +70,8 @@ def validate(request: Request) -> int:
     plan = warned(completed(drafted))
     evaluators = ", ".join(score.name for score in plan.scores)
     print(f"{plan.document.path}: fine; {len(plan.cells)} runs, {len(plan.prompts)} prompts, scored by {evaluators}")
+    for line in plan.document.inherited.replaced:
+        print(f"  replaces {line}")
     return DONE
 
 

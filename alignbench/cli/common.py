@@ -255,14 +255,15 @@ class Request:
 
     def with_method(self, name: str | None, default: str) -> Document:
         """Read the sweep; if it has no case of the method ``name``, add one with the method's defaults."""
-        from alignbench.experiment.document import Document
+        from dataclasses import replace
+
+        from alignbench.experiment.document import decoded
 
         document = self.document(default)
-        cases = document.data.get("cases") or []
-        if name is None or any((case.get("method") or {}).get("name") == name for case in cases):
+        if name is None or any(case.method.get("name") == name for case in decoded(document).cases):
             return document
-        cases = [*cases, {"label": name, "method": {"name": name}}]
-        return Document(document.path, document.data | {"cases": cases}, document.run_sets, document.command)
+        cases = [*document.data["cases"], {"label": name, "method": {"name": name}}]
+        return replace(document, data=document.data | {"cases": cases})
 
     def plan(self) -> Plan:
         return resolve(self.document(), self.registry())

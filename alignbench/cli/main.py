@@ -120,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(text: str) -> int:
-    print(f"alignbench: {text}", file=sys.stderr)
+    """Print one line, in which whatever would break it or steer the terminal is written as Python writes it."""
+    plain = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    print(f"alignbench: {plain}", file=sys.stderr)
     return USAGE
 
 

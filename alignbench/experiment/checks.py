@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from alignbench import prompts as prompt_lists
-from alignbench.config import (
-    UserError,
-)
+from alignbench.config import Missing, UserError
 from alignbench.experiment import margins
 from alignbench.experiment.cells import PlannedRun
 from alignbench.experiment.spec import (
@@ -16,12 +14,8 @@ from alignbench.experiment.spec import (
     Training,
     check_weight_dtype,
 )
-from alignbench.prompts import Prompt
-
-
-def load(name: str, where: str) -> list[Prompt]:
-    """Return a prompt list. Raise UserError with ``where``, the place that names it, if it cannot be read."""
-    return prompt_lists.load_prompts(name, where)
+from alignbench.plugins import blamed
+from alignbench.prompts import Prompt, evaluation_prompts, load_prompts
 
 
 def check_settings(cell: PlannedRun, where: str) -> None:
@@ -47,7 +41,7 @@ def check_run(cell: PlannedRun, where: str) -> None:
             f"{where}: method.name: {method.name} samples by an SDE, and {why}; "
             "choose a model that is not distilled, or a method that follows the ODE"
         )
-    prompts = load(cell.spec.prompts, f"{where}: prompts")
+    prompts = load_prompts(cell.spec.prompts, f"{where}: prompts")
     _check_prompts(cell.spec.prompts, prompts, backend)
     for evaluator, margin, _ in cell.rewards:
         run_check(where, evaluator.files)
@@ -71,19 +65,43 @@ def check_evaluation(cell: PlannedRun, evaluation: Evaluation, where: str) -> No
         )
     if hasattr(cell.backend, "check_size"):
         cell.backend.check_size(protocol.size, f"{where}: evaluation.protocol.size")
-    prompts = load(protocol.prompts, f"{where}: evaluation.protocol.prompts")
-    if len({prompt.id for prompt in prompts}) < len(prompts):
-        what = f"{protocol.prompts} repeats prompts, so their images would count more than once"
-        raise UserError(f"{where}: evaluation.protocol.prompts: {what}; choose a list for evaluation")
+    prompts = evaluation_prompts(protocol.prompts, f"{where}: evaluation.protocol.prompts")
     _check_prompts(protocol.prompts, prompts[: evaluation.limit], cell.backend)
 
 
+def repeated_prompts(cell: PlannedRun) -> Iterator[str]:
+    """Yield how many prompts of a run's lists repeat earlier ones."""
+    lists = {"evaluation.protocol.prompts": (cell.protocol.prompts, "evaluation uses each once")}
+    if cell.trains and cell.spec.prompts not in prompt_lists.GENERATED:
+        lists["prompts"] = (cell.spec.prompts, "training draws them as often as they are listed")
+    for key, (name, use) in lists.items():
+        all_of_it, distinct = load_prompts(name), evaluation_prompts(name)
+        if count := len(all_of_it) - len(distinct):
+            yield f"{key}: {count} of {len(all_of_it)} prompts of {name} repeat an earlier one; {use}"
+
+
+def cut_prompts(cell: PlannedRun, evaluation: Sequence[Prompt]) -> Iterator[str]:
+    """Yield how many prompts of a run are longer than a text encoder of its model reads."""
+    lists = {cell.protocol.prompts: evaluation}
+    if cell.trains:
+        lists[cell.spec.prompts] = load_prompts(cell.spec.prompts)
+    limits = cell.backend.text_limits() if hasattr(cell.backend, "text_limits") else {}
+    for name, prompts in lists.items():
+        for encoder, limit in limits.items():
+            if cut := prompt_lists.longer_than(limit, prompts, cell.backend.folder / encoder):
+                what = f"{len(cut)} of {len(prompts)} prompts of {name} are longer than the {limit} tokens of {encoder}"
+                yield f"backend: {what}; the model does not read their ends; the first is '{cut[0].text[:60]}...'"
+
+
 def run_check(where: str, check: Callable[..., Any], *arguments: Any) -> None:
-    """Call ``check``; prefix its UserError with ``where``."""
-    try:
-        check(*arguments)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    """Call ``check``; prefix its UserError with ``where``. What a plug-in's own code raises is one, too."""
+    with blamed(check, where):
+        try:
+            check(*arguments)
+        except Missing as error:
+            raise Missing(f"{where}: {error}", error.requirement) from None
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
 
 def _micro_batches(training: Training) -> set[int]:

@@ -8,18 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignbench.config import (
-    UserError,
-    did_you_mean,
-    load_yaml,
-    merge,
-    parse_assignment,
-    put,
-)
+from alignbench.config import UserError, decode, did_you_mean, load_chain, merge, parse_assignment, put
 from alignbench.digests import content_id
-from alignbench.experiment.spec import (
-    Sweep,
-)
+from alignbench.experiment.inheritance import BUDGET, Inherited, inherit
+from alignbench.experiment.spec import Sweep
 
 RUN_PARTS = ("backend", "method", "reward", "prompts", "training")
 
@@ -33,6 +25,8 @@ class Document:
     run_sets: list[tuple[str, Any]] = field(default_factory=list)  # assignments for every run; they override all others
     command: str = ""  # what to type after `alignbench sweep` or `alignbench report`
     rehearsal: bool = False  # tiny models in place of all models: the numbers mean nothing
+    inherited: Inherited = field(default_factory=Inherited)
+    typed: list[str] = field(default_factory=list)  # settings and axes that the command line sets
 
     @property
     def name(self) -> str:
@@ -53,7 +47,7 @@ def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, l
 
     Raise UserError if it cannot be read, or for an unknown setting on the command line.
     """
-    data = load_yaml(_find(path), sweeps())
+    data, inherited = inherit(load_chain(_find(path), sweeps()))
     words = [path, *assignments]
     if seeds is not None:
         assignments = [*assignments, f"grid={{training.seed: [{seeds}]}}"]
@@ -61,9 +55,10 @@ def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, l
     if limit is not None:
         assignments = [*assignments, f"evaluation.limit={limit}"]
         words += ["--limit", str(limit)]
-    run_sets = []
+    run_sets, typed = [], list[str]()
     for place, value in map(parse_assignment, assignments):
         place = "training.seed" if place == "seed" else place
+        typed.append(place)
         head = place.partition(".")[0].partition("[")[0]
         if head in RUN_PARTS:
             run_sets.append((place, value))
@@ -77,12 +72,32 @@ def read(path: str, assignments: Sequence[str] = (), seeds: str | None = None, l
             )
         elif head == "grid":
             axis = place.removeprefix("grid").removeprefix(".")
-            data = merge(data, {"grid": {axis: value} if axis else value})
+            grid = {axis: value} if axis else value
+            typed += grid if isinstance(grid, dict) else []
+            data = merge(data, {"grid": grid}, "command line: ")
         else:
-            data = put(data, place, value, "command line")
+            if place.startswith(f"{BUDGET}.") and value is not None:
+                data = put(data, BUDGET, {}, f"command line: {place}")
+            data = put(data, place, value, f"command line: {place}")
             if place.startswith("evaluation.protocol."):  # takes precedence over a row's overrides, too
                 run_sets.append((place, value))
-    return Document(path, data, run_sets, " ".join(words))
+    return Document(path, data, run_sets, " ".join(words), inherited=inherited, typed=typed)
+
+
+def decoded(document: Document) -> Sweep:
+    """Return the document as a sweep, whose parts are not checked yet. Raise UserError for the first mistake.
+
+    A case that sets more than its method is one: that is an exception without a reason.
+    """
+    cases = document.data.get("cases")
+    for i, case in enumerate(cases if isinstance(cases, list) else []):
+        odd = [key for key in case if key in RUN_PARTS and key != "method"] if isinstance(case, dict) else []
+        if odd:
+            raise UserError(
+                f"{document.path}: cases[{i}].{odd[0]}: rows would be unequal; a case has only a label and a method, "
+                "exceptions go under 'overrides' with a reason"
+            )
+    return decode(Sweep, document.data, f"{document.path}: ")
 
 
 def _find(path: str) -> Path:

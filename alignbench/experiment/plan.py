@@ -18,7 +18,6 @@ from alignbench.config import (
     Missing,
     Requirement,
     UserError,
-    decode,
     did_you_mean,
     settings,
 )
@@ -26,8 +25,15 @@ from alignbench.digests import content_id
 from alignbench.evaluator import Evaluator
 from alignbench.experiment import margins, resources
 from alignbench.experiment.cells import PlannedRun, cells_of, distinct
-from alignbench.experiment.checks import check_evaluation, check_run, check_settings, load, run_check
-from alignbench.experiment.document import RUN_PARTS, Document
+from alignbench.experiment.checks import (
+    check_evaluation,
+    check_run,
+    check_settings,
+    cut_prompts,
+    repeated_prompts,
+    run_check,
+)
+from alignbench.experiment.document import Document, decoded
 from alignbench.experiment.ids import BASE, base_of, evaluator_content, image_set_id, run_id
 from alignbench.experiment.roles import Score
 from alignbench.experiment.spec import (
@@ -35,7 +41,7 @@ from alignbench.experiment.spec import (
     Sweep,
 )
 from alignbench.plugins import NAME, Builder, Registry
-from alignbench.prompts import Prompt
+from alignbench.prompts import Prompt, evaluation_prompts, load_prompts
 from alignbench.store.manifest import (
     Manifest,
     ManifestMetric,
@@ -84,6 +90,7 @@ class Plan:
             cases=list(dict.fromkeys(cell.spec.label for cell in self.cells)),
             runs=[self._run(cell) for cell in self.cells],
             plugins=list(plugins),
+            replaced=list(self.document.inherited.replaced),
         )
 
     def _run(self, cell: PlannedRun) -> ManifestRun:
@@ -132,8 +139,7 @@ class Draft(NamedTuple):
 def draft(document: Document, registry: Registry) -> Draft:
     """Return every cell with its settings checked. Raise UserError for the first mistake, with its place."""
     where, builder = document.path, Builder(registry)
-    _refuse_case_settings(document)
-    sweep = decode(Sweep, document.data, f"{where}: ")
+    sweep = decoded(document)
     cells = cells_of(sweep, document, builder)
     resources.check_options(sweep.slurm, f"{where}: slurm", registry)
     for cell in distinct(cells):
@@ -155,7 +161,9 @@ def completed(draft: Draft) -> Plan:
     """Return the plan of a draft. Raise UserError for the first file that is missing or wrong."""
     document, sweep, cells, evaluators, builder = draft
     where, evaluation = document.path, sweep.evaluation
-    prompts = load(evaluation.protocol.prompts, f"{where}: evaluation.protocol.prompts")[: evaluation.limit]
+    prompts = evaluation_prompts(evaluation.protocol.prompts, f"{where}: evaluation.protocol.prompts")[
+        : evaluation.limit
+    ]
     for cell in distinct(cells):
         check_run(cell, f"{where}: {cell.spec.label}")
         check_evaluation(cell, evaluation, where)
@@ -168,29 +176,33 @@ def completed(draft: Draft) -> Plan:
 
 def missing(draft: Draft) -> list[Requirement]:
     """Return everything to fetch before the sweep can start, once each. Raise UserError for what cannot be fetched."""
-    needs: list[Requirement] = []
+    path, needs = draft.document.path, list[Requirement]()
     for cell in distinct(draft.cells):
-        needs += [*_absent(cell.backend), *_absent(cell.method)]
+        where = f"{path}: {cell.spec.label}"
+        needs += [*_absent(cell.backend, where), *_absent(cell.method, where)]
         if cell.trains:
-            needs += _raised(load, cell.spec.prompts, f"{cell.spec.label}: prompts")
-            needs += [need for term in cell.rewards for need in _absent(term.evaluator)]
-    needs += _raised(load, draft.sweep.evaluation.protocol.prompts, "evaluation.protocol.prompts")
-    needs += [need for evaluator in draft.evaluators for need in _absent(evaluator)]
+            needs += _raised(where, load_prompts, cell.spec.prompts)
+            needs += [need for term in cell.rewards for need in _absent(term.evaluator, where)]
+    needs += _raised(path, load_prompts, draft.sweep.evaluation.protocol.prompts, "evaluation.protocol.prompts")
+    for i, evaluator in enumerate(draft.evaluators):
+        needs += _absent(evaluator, f"{path}: evaluation.evaluators[{i}]")
     return list({need.command: need for need in needs}.values())
 
 
-def _absent(part: Config) -> list[Requirement]:
+def _absent(part: Config, where: str) -> list[Requirement]:
     """Return the files that ``part`` lacks. Raise UserError if all exist but cannot be used."""
-    return weights.absent(part) or _raised(part.files)  # type: ignore[attr-defined]  # all three kinds have it
+    absent = list[Requirement]()
+    run_check(where, lambda: absent.extend(weights.absent(part)))
+    return absent or _raised(where, part.files)  # type: ignore[attr-defined]  # all three kinds have it
 
 
-def _raised(check: Callable[..., Any], *arguments: Any) -> list[Requirement]:
+def _raised(where: str, check: Callable[..., Any], *arguments: Any) -> list[Requirement]:
     """Return the requirement named by the Missing that ``check`` raises, as plug-ins and prompt lists do.
 
-    Re-raise a Missing that names none.
+    Raise any other error, and a Missing that names none, as ``run_check`` does.
     """
     try:
-        check(*arguments)
+        run_check(where, check, *arguments)
     except Missing as error:
         if error.requirement is None:
             raise
@@ -204,19 +216,10 @@ def warnings_of(plan: Plan) -> list[str]:
     for evaluator, margin, _ in (term for cell in plan.cells if cell.trains for term in cell.rewards):
         if why := margins.never_closes(margin, evaluator.reward_range):
             warnings[f"{plan.document.path}: reward.margin: {evaluator.name}: {why}"] = None
+    for cell in distinct(plan.cells):
+        for what in (*repeated_prompts(cell), *cut_prompts(cell, plan.prompts)):
+            warnings[f"{plan.document.path}: {what}"] = None
     return list(warnings)
-
-
-def _refuse_case_settings(document: Document) -> None:
-    """Raise UserError for a case that sets more than its method: that is an exception without a reason."""
-    cases = document.data.get("cases")
-    for i, case in enumerate(cases if isinstance(cases, list) else []):
-        odd = [key for key in case if key in RUN_PARTS and key != "method"] if isinstance(case, dict) else []
-        if odd:
-            raise UserError(
-                f"{document.path}: cases[{i}].{odd[0]}: rows would be unequal; a case has only a label and a method, "
-                "exceptions go under 'overrides' with a reason"
-            )
 
 
 def _check_primary(name: str, evaluators: Sequence[Evaluator], where: str) -> None:
@@ -236,7 +239,7 @@ def identify(
     cell: PlannedRun, prompts: Sequence[Prompt], builder: Builder, at_milestones: Sequence[Prompt] | None = None
 ) -> PlannedRun:
     """Return ``cell`` with the ids of its weights and images. ``at_milestones``: prompts there; None for all."""
-    training_prompts = load(cell.spec.prompts, "prompts") if cell.trains else []
+    training_prompts = load_prompts(cell.spec.prompts, "prompts") if cell.trains else []
     name = f"{cell.spec.method['name']}-{run_id(cell.spec, cell.parts, builder.registry, training_prompts)}"
     images = image_set_id(name, cell.trains, cell.protocol, prompts)
     fewer = prompts if at_milestones is None else at_milestones

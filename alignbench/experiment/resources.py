@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from alignbench.experiment.cells import PlannedRun
 
 MAX_ARRAY_TASKS = 1000  # tasks of an array; SLURM's default MaxArraySize is 1001
-Time = Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=r"^(\d+-)?\d{1,2}(:\d\d){1,2}$")]
+CLOCK = r"[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|UNLIMITED|INFINITE"
+TIME_FORM = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds] or UNLIMITED"
+Time = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=rf"^(?i:{CLOCK})\Z", description=TIME_FORM)]
+MEMORY_FORM = "megabytes, a number with K, M, G or T such as 64G, or 0 for all memory of a node"
+Memory = (
+    Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^(?i:[0-9]+([KMGT]B?)?)\Z", description=MEMORY_FORM)]
+)
 
 
 class Resources(Config):
@@ -28,8 +34,8 @@ class Resources(Config):
     gpus_per_node: Annotated[int, Meta(ge=0)] = 0
     tasks_per_node: Count | None = None  # ranks on a node; None: one per GPU, or one without GPUs
     cpus_per_task: Count | None = None
-    time: Time | None = None  # minutes, minutes:seconds, hours:minutes:seconds or days-hours:minutes[:seconds]
-    mem: str | None = None  # per node, for instance 64G
+    time: Time | None = None  # in SLURM's forms; 0: no limit
+    mem: Memory | None = None  # per node, in SLURM's forms
     constraint: str | None = None
     qos: str | None = None
     account: str | None = None
@@ -50,13 +56,14 @@ class Resources(Config):
     @property
     def seconds(self) -> float:
         """``time`` in seconds; infinite if it is not set."""
-        if not isinstance(self.time, str):
-            return math.inf if self.time is None else 60 * self.time
-        days, _, clock = self.time.rpartition("-")
-        hours, minutes, *seconds = map(int, clock.split(":"))
-        if not days and not seconds:  # minutes:seconds
-            return 60 * hours + minutes
-        return 86_400 * int(days or 0) + 3600 * hours + 60 * minutes + sum(seconds)
+        if self.time is None or str(self.time).upper() in ("0", "UNLIMITED", "INFINITE"):
+            return math.inf
+        days, dash, clock = str(self.time).rpartition("-")
+        fields = [int(part) for part in clock.split(":")]
+        if not dash and len(fields) < 3:  # minutes[:seconds]
+            fields.insert(0, 0)
+        hours, minutes, seconds = [*fields, 0, 0][:3]
+        return 86_400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds
 
     def options(self) -> dict[str, Any]:
         """Return the options under submitit's names."""

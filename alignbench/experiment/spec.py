@@ -14,6 +14,9 @@ Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # 64 bits, as in tables of scores
+NAME_FORM = "at most 100 ASCII letters, digits, '_', '-' and '.': it becomes part of file names"
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z", description=NAME_FORM)]
 
 
 class Optimizer(Config):
@@ -56,7 +59,7 @@ class Training(Config):
     micro_batch: Count | None = None  # images per backward pass on one rank; None: batch / ranks
     reward_slice: Count | None = None  # images decoded and rewarded at a time, with gradient; None: a whole micro-batch
     ema_on_host: bool = False  # keep the average of the weights in host memory instead of beside the weights
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  # 64 bits, as in tables of scores
+    seed: Seed = 0
     checkpoint_every: Count = 25  # batches; not part of the run id
     keep: Count = 2  # checkpoints; more than one, in case the disk damages one; not part of the run id
     drift_every: Count | None = 10  # batches between measurements of drift from the base model; not part of the run id
@@ -81,7 +84,7 @@ class Protocol(Config):
     size: Count = 1024  # pixels, square
     weights: Literal["ema", "last"] = "ema"
     tuned_steps: Count | None = None  # the base model takes the steps after these (hybrid inference); None: no step
-    seed: Annotated[int, Meta(ge=0)] = 0  # the noise of image (prompt, index) comes from (seed, prompt id, index)
+    seed: Seed = 0  # the noise of image (prompt, index) comes from (seed, prompt id, index)
 
 
 class RewardSettings(Config):
@@ -123,7 +126,7 @@ class Base(Config):
 class Case(Config):
     """Row of the table: a label and a method."""
 
-    label: Annotated[str, Meta(min_length=1)]
+    label: Annotated[str, Meta(pattern=r"\S", description="a name for the row")]
     method: dict[str, Any]
 
 
@@ -154,7 +157,7 @@ class Sweep(Config):
     """Sweep file: ``cases`` times ``grid``, each a variation of ``base``."""
 
     schema: Literal[1]
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    name: Name
     base: Base
     cases: Annotated[list[Case], Meta(min_length=1)]
     evaluation: Evaluation

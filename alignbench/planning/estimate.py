@@ -20,7 +20,7 @@ from alignbench.planning.memory import (
     trained_parameters,
 )
 from alignbench.planning.observe import Usage, negative_gradient, not_estimable, observe_cached
-from alignbench.prompts import load_prompts
+from alignbench.prompts import evaluation_prompts
 from alignbench.prompts.public import SETS
 
 if TYPE_CHECKING:
@@ -153,9 +153,9 @@ class Estimator(NamedTuple):
 
 
 def prompt_count(name: str, limit: int | None) -> int:
-    """Return the number of prompts in a list, at most ``limit``; for a public set, even before its file is fetched."""
+    """Return how many different prompts a list has, at most ``limit``; for a public set, even before it is fetched."""
     try:
-        count = len(load_prompts(name))
+        count = len(evaluation_prompts(name))
     except UserError:
         if name not in SETS:
             raise

@@ -1,6 +1,6 @@
 """Prompts: lists in files, packaged and public sets by name, and GenEval's generator.
 
-A list is named by a path (``.txt``: one prompt per line; ``.jsonl``: one object per line), as a packaged list
+A list is named by the path of a file (text, JSON, a table; see ``formats``), as a packaged list
 ("shapes/train", "shapes/val", "shapes/test"), as a generated one ("geneval/train", "geneval/test", "imagenet/classes"),
 or as a public set ("hpdv2/test", "drawbench", ...). ``alignbench ls prompts`` shows all names.
 """
@@ -15,8 +15,10 @@ from alignbench.prompts.lists import (
     check_vocabulary,
     classes,
     digest,
+    evaluation_prompts,
     load_prompts,
     locate,
+    longer_than,
     parse_prompt,
     prompt_id,
 )
@@ -31,8 +33,10 @@ __all__ = [
     "check_vocabulary",
     "classes",
     "digest",
+    "evaluation_prompts",
     "load_prompts",
     "locate",
+    "longer_than",
     "parse_prompt",
     "prompt_id",
 ]

@@ -1,8 +1,7 @@
 """Lists of prompts: finding, reading and checking them.
 
-Two file formats: ``.txt`` (one prompt per line) and ``.jsonl`` (one object per line with "prompt", and optionally "tag"
-for its task; the whole object is kept as metadata). GenEval's lists and that of ImageNet's classes are generated on
-demand.
+A list is a file in one of the ``formats``, a packaged or a public list. GenEval's lists and that of ImageNet's classes
+are generated on demand. A list may repeat prompts: training draws such a prompt more often, evaluation uses it once.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from alignbench.config import UserError, did_you_mean, read_text
 from alignbench.evaluator import Prompt
-from alignbench.prompts import geneval, public
+from alignbench.prompts import formats, geneval, public
 from alignbench.prompts.public import SETS
 
 SHAPES = Path(__file__).parents[1] / "shapes" / "assets" / "prompts"
@@ -55,26 +55,41 @@ def locate(name: str, where: str) -> Path:
         if split not in SPLITS:
             raise UserError(f"{where}: there are no prompts '{name}'{did_you_mean(split, SPLITS, 'shapes/')}")
         return SHAPES / f"{split}.jsonl"
-    if Path(name).suffix not in (".txt", ".jsonl"):
+    if Path(name).suffix.lower() not in formats.READERS:
         raise UserError(
-            f"{where}: '{name}' is not a prompt file; give a .txt or .jsonl file, shapes/train, /val, /test, "
-            f"{', '.join([*GENERATED, *SETS])}"
+            f"{where}: {name!r} is not a prompt file; give a {', '.join(formats.READERS)} file, shapes/train, /val, "
+            f"/test, {', '.join([*GENERATED, *SETS])}"
         )
     return Path(name)
 
 
 def load_prompts(name: str, where: str = "prompts") -> list[Prompt]:
-    """Return the prompts of the list ``name``, in order.
+    """Return the prompts of the list ``name``, in order, those that repeat an earlier one included.
 
-    Raise UserError ("file:line: ...") for the first line that is empty, malformed or repeated, and as ``locate`` does.
+    Space around a prompt is left out, and a tab or line break within it is a space. Raise UserError ("where: file:line:
+    ...") for the first line that is empty or malformed, and as ``locate`` does.
     """
     if name in SETS and not Path(name).exists():
-        return [Prompt(prompt_id(text), _checked(text, name), tag) for text, tag in public.rows(name, where)]
+        return [Prompt(prompt_id(text), _plain(text, name), tag) for text, tag in public.rows(name, where)]
     path = locate(name, where)
     if name in GENERATED and not path.exists():
         return list(_generate(name))
-    text = read_text(path)
-    return list(_parse(path, text))
+    try:
+        stat = path.stat()
+        return list(_read(path, (stat.st_size, stat.st_mtime_ns)))
+    except (OSError, ValueError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: {str(path)!r}: cannot be read: {what}; give the path of a prompt file") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def evaluation_prompts(name: str, where: str = "prompts") -> list[Prompt]:
+    """Return the prompts of the list ``name``, in order, each once. Raise UserError as ``load_prompts`` does."""
+    first = dict[str, Prompt]()
+    for prompt in load_prompts(name, where):
+        first.setdefault(prompt.id, prompt)
+    return list(first.values())
 
 
 @functools.cache
@@ -84,24 +99,19 @@ def _generate(name: str) -> tuple[Prompt, ...]:
 
 
 @functools.lru_cache(maxsize=16)  # a sweep asks for the same few lists once per run
-def _parse(path: Path, text: str) -> tuple[Prompt, ...]:
-    lines = text.removesuffix("\n").split("\n")  # not splitlines(): it also splits at U+2028 and others
-    if lines == [""]:
+def _read(path: Path, state: tuple[int, int]) -> tuple[Prompt, ...]:
+    """Read a file. ``state``: size and modification time, so that a changed file is read again."""
+    if not state[0]:
         raise UserError(f"{path}: the file is empty; write one prompt per line")
-    prompts, seen = [], dict[str, int]()
-    for number, line in enumerate(lines, 1):
-        spot = f"{path}:{number}"
-        prompt = (parse_prompt if path.suffix == ".jsonl" else _from_text)(line.removesuffix("\r"), spot)
-        if prompt.id in seen:
-            first = seen[prompt.id]
-            raise UserError(f"{spot}: the prompt {prompt.text!r} is already on line {first}; keep one of them")
-        seen[prompt.id] = number
-        prompts.append(prompt)
-    return tuple(prompts)
+    prompts = tuple(map(_prompt, formats.read(path)))
+    if not prompts:
+        raise UserError(f"{path}: the file has no prompts")
+    return prompts
 
 
-def _from_text(line: str, spot: str) -> Prompt:
-    return Prompt(prompt_id(line), _checked(line, spot))
+def _prompt(line: formats.Line) -> Prompt:
+    text = _plain(line.text, line.spot)  # first: half a surrogate pair has no id
+    return Prompt(prompt_id(text), text, line.tag, line.metadata)
 
 
 def parse_prompt(line: str, spot: str) -> Prompt:
@@ -109,30 +119,21 @@ def parse_prompt(line: str, spot: str) -> Prompt:
 
     ``spot``: file and line number, for errors.
     """
-    if not line.strip():
-        raise UserError(f"{spot}: the line is empty; remove it")
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{spot}: not JSON: {error}") from None
-    if not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
-        raise UserError(f'{spot}: expected an object with a text "prompt"')
-    tag = data.get("tag", "")
-    if not isinstance(tag, str):
-        raise UserError(f'{spot}: "tag" is {tag!r}; it must be text')
-    text = _checked(data["prompt"], spot)  # first: half a surrogate pair has no id
-    return Prompt(prompt_id(text), text, tag, data)
+    return _prompt(formats.json_line(line, spot))
 
 
-def _checked(text: str, spot: str) -> str:
-    if not text.strip():
+BREAKS = re.compile(r"\s*[\t\n\r\v\f\x1c-\x1f\x85\u2028\u2029]\s*")
+
+
+def _plain(text: str, spot: str) -> str:
+    """Return a prompt on one line, without space or byte-order marks around it. Raise UserError for unusable text."""
+    text = BREAKS.sub(" ", text.strip("\ufeff")).strip()
+    if not text:
         raise UserError(f"{spot}: the prompt is empty; remove the line")
-    if text != text.strip():
-        raise UserError(f"{spot}: the prompt {text!r} has space at its start or end; remove it")
     for character in text:
-        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
-            name = {"\n": "a line break", "\t": "a tab"}.get(character, f"the control character U+{ord(character):04X}")
-            raise UserError(f"{spot}: {name} inside the prompt {text!r}; put every prompt on one line of plain text")
+        if unicodedata.category(character) in ("Cc", "Cs"):
+            what = f"the control character U+{ord(character):04X} inside the prompt {text!r}"
+            raise UserError(f"{spot}: {what}; write plain text")
     return text
 
 
@@ -155,7 +156,7 @@ def check_vocabulary(prompts: Sequence[Prompt], name: str, tokenizers: Sequence[
         unknown = _unknown_pieces(file)
         for number, prompt in enumerate(prompts, 1):
             if piece := unknown(prompt.text):
-                spot = f"{locate(name, where)}:{number}"
+                spot = f"{locate(name, where)}: prompt {number}"
                 raise UserError(
                     f"{spot}: the model's text encoder has no token for {piece!r} in {prompt.text!r}; "
                     "write the prompt without it"
@@ -186,3 +187,27 @@ def _unknown_pieces(file: Path) -> Callable[[str], str]:
         return next((text[a:b].strip() for a, b in spans), "")
 
     return first
+
+
+def longer_than(limit: int, prompts: Sequence[Prompt], folder: Path) -> list[Prompt]:
+    """Return the prompts of more than ``limit`` tokens, start and end included. ``folder``: the tokenizer's."""
+    texts = {prompt.text: prompt for prompt in prompts if len(prompt.text.encode()) + 2 > limit}  # a token has a byte
+    if not texts:
+        return []
+    lengths = _token_counts(folder, tuple(texts))
+    return [prompt for prompt, length in zip(texts.values(), lengths) if length > limit]
+
+
+@functools.lru_cache(maxsize=16)
+def _token_counts(folder: Path, texts: tuple[str, ...]) -> list[int]:
+    if (file := folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return [len(encoded.ids) for encoded in tokenizer.encode_batch(list(texts))]
+    from transformers import AutoTokenizer
+
+    slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return [len(ids) for ids in slow(list(texts), verbose=False)["input_ids"]]

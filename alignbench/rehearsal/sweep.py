@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignbench.config import UserError
-from alignbench.experiment.document import Document
+from alignbench.experiment.document import Document, decoded
 from alignbench.rehearsal import tiny_backends, tiny_evaluators
 
 STAMP = "REHEARSAL"
@@ -25,7 +25,7 @@ REMOTE = ("revision", "base_revision", "clip_revision", "server", "served_model"
 
 def rehearse(document: Document, store: Path) -> Document:
     """Return the sweep's rehearsal. Small checkpoints that are missing are made in ``store/rehearsal``."""
-    backend = document.data.get("base", {}).get("backend", {})
+    backend = decoded(document).base.backend
     if backend.get("name") not in BACKENDS:
         what = f"only the backends {', '.join(BACKENDS)} have a small model"
         raise UserError(f"{document.path}: --rehearse: {what}, not {backend.get('name')}")
@@ -54,7 +54,7 @@ class Shrink:
         sets = [override.get("set", {}) for override in data.get("overrides", [])]
         axes = [{axis: value} for axis, values in data.get("grid", {}).items() for value in values]
         parts = [{"training": data["base"].get("training", {})}, *sets, *axes, dict(document.run_sets)]
-        micro = [value for part in parts for value in _values(part, "training.micro_batch") if value]
+        micro = [n for part in parts for n in _values(part, "training.micro_batch") if isinstance(n, int) and n]
         self.batch = 2 * max(micro) if micro else BATCH  # two micro-batches of the largest
         self.budget = {kind: n for kind, n in data["base"].get("training", {}).get("budget", {}).items() if n}
 
@@ -100,9 +100,8 @@ class Shrink:
     def evaluator(self, plain: dict[str, Any]) -> dict[str, Any]:
         """Return the evaluator with a small checkpoint. Those of the shapes world stay, plug-ins keep their files."""
         name = plain.get("name")
-        if "shapes" in plain.values() or (
-            name not in tiny_evaluators.PACKAGED and name not in tiny_evaluators.BUILDERS
-        ):
+        known = isinstance(name, str) and (name in tiny_evaluators.PACKAGED or name in tiny_evaluators.BUILDERS)
+        if "shapes" in plain.values() or not known:
             return plain
         kept = {key: value for key, value in plain.items() if key not in REMOTE}
         shorter = {"max_new_tokens": 8} if name == "unifiedreward" else {}

@@ -103,18 +103,27 @@ neither its version nor its weights are verified."""
 
 
 def overrides_section(manifest: Manifest) -> list[str]:
-    """Return the section on overrides: every exception of the sweep, its reason, and the methods it applies to."""
+    """Return the section on overrides: every exception of the sweep, its reason, and the methods it applies to.
+
+    What the sweep replaces in the one that it extends follows.
+    """
     found: dict[str, dict[str, None]] = {}
     for run in manifest.runs:
         for note in run.notes:
-            text = f"{escape(_flat(note.set))}. {escape(note.reason)}"
+            origin = f" ({note.origin})" if note.origin else ""
+            text = f"{escape(_flat(note.set))}. {escape(note.reason + origin)}"
             found.setdefault(text, {})[run.label] = None
     every = len(manifest.rows)
     methods = {
         text: "all methods" if len(labels) == every else escape(listed([*labels])) for text, labels in found.items()
     }
     lines = [f"- {methods[text]}: {text}" for text in found]
-    return ["## Overrides, and why", "\n".join(lines)] if lines else []
+    replaced = [f"- {escape(text)}" for text in manifest.replaced]
+    both = ["\n".join(lines), *[REPLACED, "\n".join(replaced)] * bool(replaced)]
+    return ["## Overrides, and why", *filter(None, both)] if lines or replaced else []
+
+
+REPLACED = "This sweep extends another, of which it replaces:"
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench.experiment.spec import Evaluation, Protocol, RunSpec
-from alignbench.prompts import Prompt, load_prompts
+from alignbench.prompts import Prompt, evaluation_prompts
 
 
 class Task(NamedTuple):
@@ -57,7 +57,7 @@ class Target:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        return load_prompts(self.protocol.prompts)[: self.evaluation.limit]
+        return evaluation_prompts(self.protocol.prompts)[: self.evaluation.limit]
 
 
 class Failed(Exception):

@@ -62,11 +62,12 @@ class ManifestMilestone(Struct, frozen=True):
     scores: list[ManifestScore]
 
 
-class ManifestNote(Struct, frozen=True):
-    """Override that applies to a run, with its reason."""
+class ManifestNote(Struct, frozen=True, omit_defaults=True):
+    """Override that applies to a run: those of its settings that hold there, with its reason."""
 
     set: dict[str, Any]
     reason: str
+    origin: str = ""  # of an inherited reason: where it was written, if other settings hold there
 
 
 class ManifestRun(Struct, frozen=True, kw_only=True):
@@ -157,6 +158,7 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
     cases: list[str] = field(default_factory=list)  # labels, in the order of the table
     runs: list[ManifestRun]
     plugins: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)  # lists of the sweep that it extends, and what replaces them
 
     def __post_init__(self) -> None:
         own = [run if run.protocol else structs.replace(run, protocol=self.protocol) for run in self.runs]
@@ -202,11 +204,11 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 def manifest_data(manifest: Manifest) -> dict[str, Any]:
     """Return the content of the file: all fields in order, except those that only the other kind of sweep has.
 
-    Milestones and the primary measure are left out if there are none, as in files of earlier versions.
+    Milestones, the primary measure and replaced lists are left out if there are none, as in files of earlier versions.
     """
     absent, absent_in_runs = (MADE_ONLY, ()) if manifest.imported else (("imported",), IMPORTED_ONLY)
     data = {key: value for key, value in msgspec.to_builtins(manifest).items() if key not in absent}
-    data = {key: value for key, value in data.items() if value or key != "primary"}
+    data = {key: value for key, value in data.items() if value or key not in ("primary", "replaced")}
     data["runs"] = [
         {key: value for key, value in run.items() if key not in absent_in_runs and (value or key != "milestones")}
         for run in data["runs"]

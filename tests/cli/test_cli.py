@@ -130,21 +130,26 @@ BAD = {  # what is wrong: (changes to the sweep, the line)
         base(reward={"evaluator": {"name": "geneval", "detector": "shapes"}}) | case(name="refl"),
         "Mine: reward: refl needs the gradient of the reward",
     ),
-    "prompts that are not there": (prompts("none.txt"), r"none.txt: cannot be read: No such file"),
+    "prompts that are not there": (
+        prompts("none.txt"),
+        r"tiny.yaml: evaluation.protocol.prompts: 'none.txt': cannot be read: No such file",
+    ),
     "prompts with an empty line": (
         prompts("empty_line.txt"),
         r"empty_line.txt:2: the prompt is empty; remove the line",
     ),
     "prompts with a pipe": (
         prompts("pipe.txt"),
-        r"pipe.txt:2: the model's text encoder has no token for '\|' in 'a red \| circle'",
+        r"pipe.txt: prompt 2: the model's text encoder has no token for '\|' in 'a red \| circle'",
     ),
-    "prompts with an emoji": (prompts("emoji.txt"), r"emoji.txt:1: the model's text encoder has no token for '🔴'"),
-    "prompts with a line break": (
-        prompts("newline.jsonl"),
-        r"newline.jsonl:1: a line break inside the prompt 'a photo of\\na circle'; put every prompt on one line",
+    "prompts with an emoji": (
+        prompts("emoji.txt"),
+        r"emoji.txt: prompt 1: the model's text encoder has no token for '🔴'",
     ),
-    "prompts that are there twice": (prompts("twice.txt"), r"twice.txt:3: the prompt .* is already on line 1"),
+    "prompts in two columns": (
+        prompts("two.csv"),
+        r"prompts: two.csv:1: prompts may be in 'prompt' or 'text'",
+    ),
     "prompts that are not UTF-8": (prompts("latin.txt"), "latin.txt: not UTF-8 text"),
     "prompts that geneval cannot check": (
         {"evaluation": {"protocol": {"prompts": "fine.txt"}}},
@@ -155,8 +160,7 @@ FILES = {
     "empty_line.txt": EMPTY_LINE.encode(),
     "pipe.txt": b"a photo of a circle\na red | circle\n",
     "emoji.txt": "a photo of a 🔴\n".encode(),
-    "newline.jsonl": rb'{"prompt": "a photo of\na circle"}',
-    "twice.txt": b"a photo of a circle\na photo of a square\na photo of a circle\n",
+    "two.csv": b"prompt,text\na photo of a circle,a circle\n",
     "latin.txt": "a photo of a caf\xe9".encode("latin-1"),
     "fine.txt": b"a photo of a circle\n",
     "broken.pt": b"these are no weights",

@@ -762,7 +762,7 @@ def test_a_label_has_numbered_seeds_or_one_unknown_seed(tmp_path, capsys):
 
 PROMPTS = {  # mistake: (content of the list, error message)
     "another length": ("a\nb\nc\nd\ne\n", "12 images cannot be divided equally among the 5 prompts"),
-    "a prompt twice": ("a ring\na ring\n", "list.txt:2: the prompt 'a ring' is already on line 1"),
+    "an empty prompt": ("a ring\n\na disc\n", "--prompts: .*list.txt:2: the prompt is empty"),
     "not UTF-8": (b"a\xff\n", "list.txt: not UTF-8 text"),
     "nothing": ("", "list.txt: the file is empty"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -18,7 +19,7 @@ from alignbench.digests import content_id, fingerprint
 from alignbench.experiment.cells import select
 from alignbench.experiment.document import read, sweeps
 from alignbench.experiment.ids import run_id
-from alignbench.experiment.plan import Plan, completed, draft, missing, resolve
+from alignbench.experiment.plan import Plan, completed, draft, missing, resolve, warnings_of
 from alignbench.experiment.spec import Budget, Training
 from alignbench.plugins import Registry
 
@@ -87,10 +88,42 @@ def test_one_reward_or_several(tmp_path):
             plan(tmp_path, *assignment, changes={} if assignment else {"base": {"reward": []}})
 
 
-def test_a_list_that_repeats_prompts_is_not_for_evaluation(tmp_path):
-    """GenEval's training list repeats some prompts; a mean over their images would weigh them more."""
-    with pytest.raises(UserError, match=r"evaluation.protocol.prompts: geneval/train repeats prompts"):
-        plan(tmp_path, "evaluation.protocol.prompts=geneval/train")
+def test_evaluation_has_each_prompt_of_a_list_once(tmp_path):
+    """A list that repeats prompts is the same protocol as without; how many it repeats is a warning, by use."""
+    (tmp_path / "once.txt").write_text("a red circle\na blue square\n")
+    (tmp_path / "twice.txt").write_text("a red circle\na blue square\n a red circle\n")
+    changes = {"evaluation": {"evaluators": [{"name": "bright"}], "limit": None}}
+    once, twice = (
+        plan(
+            tmp_path,
+            f"evaluation.protocol.prompts={tmp_path}/{name}.txt",
+            f"prompts={tmp_path}/twice.txt",
+            changes=changes,
+        )
+        for name in ("once", "twice")
+    )
+    assert images(once) == images(twice)
+    assert [prompt.text for prompt in twice.prompts] == ["a red circle", "a blue square"]
+    (training,) = warnings_of(once)
+    assert re.search(r": prompts: 1 of 3 prompts of \S+twice.txt repeat an earlier one; training draws them", training)
+    (evaluation,) = {*warnings_of(twice)} - {training}
+    assert re.search(
+        r": evaluation.protocol.prompts: 1 of 3 prompts of \S+ repeat .*; evaluation uses each", evaluation
+    )
+
+
+def test_prompts_that_the_model_cuts_are_counted(tmp_path):
+    """A prompt beyond a text encoder's limit runs, and a warning counts it, names the encoder and shows the first."""
+    long = "a photo of " + " and ".join(20 * ["a red circle"])
+    (tmp_path / "long.txt").write_text(f"a red circle\n{long}\n")
+    changes = {"evaluation": {"evaluators": [{"name": "bright"}]}}
+    found = warnings_of(plan(tmp_path, f"evaluation.protocol.prompts={tmp_path}/long.txt", changes=changes))
+    for encoder in ("tokenizer", "tokenizer_2"):
+        what = (
+            rf"backend: 1 of 2 prompts of \S+long.txt are longer than the \d+ tokens of {encoder}; .* 'a photo of a red"
+        )
+        assert [line for line in found if re.search(what, line)]
+    assert not warnings_of(plan(tmp_path))
 
 
 def test_an_evaluator_without_a_reward_cannot_be_trained_on(tmp_path):
@@ -253,7 +286,7 @@ BEFORE = {  # digests of settings and ids, cell by cell, as of revision acc4a42
     "quickstart": "c73011cd9b",
     "shapes": "5b8d513244",
     "shapes_curves": "c995a0ec5f",
-    "shapes_methods": "275e455857",
+    "shapes_methods": "cc2d877f62",  # FlowBP-Lagrange no longer has the note on the learning rate that it replaces
     "table2": "bbb98f75b3",
     "table2_geneval": "d3ef14e958",
     "table3_hpsv3": "dd54c72ff8",
