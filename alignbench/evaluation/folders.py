@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from alignbench.config import UserError, read_text
 from alignbench.evaluation.file_numbers import REMEDY, first_gap, places
-from alignbench.prompts import Prompt, load_prompts, parse_prompt
+from alignbench.prompts import Prompt, formats, load_prompts, parse_prompt
 
 OUR_STEM = re.compile(r"([0-9a-f]{12})-(\d+)")  # alignbench's own file names: prompt id and image index
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -186,13 +187,10 @@ def _listed_images(folder: Path, prompts: str) -> ImageFolder:
 
 
 def _rows(prompts: str) -> list[tuple[str, Prompt]]:
-    """Return (place, prompt) for every line of the list. A .jsonl list may repeat a prompt."""
-    path = Path(prompts)
-    if path.suffix != ".jsonl" or not path.is_file():
-        return [(f"{prompts}:{number}", prompt) for number, prompt in enumerate(load_prompts(prompts, "--prompts"), 1)]
-    lines = read_text(path).removesuffix("\n").split("\n")  # not splitlines(), which also splits at U+2028
-    spots = [f"{path}:{number}" for number in range(1, len(lines) + 1)]
-    return [(spot, parse_prompt(line, spot)) for spot, line in zip(spots, lines)]
+    """Return (place, prompt) for every line of the list, which may repeat prompts."""
+    found, path = load_prompts(prompts, "--prompts"), Path(prompts)
+    spots = (line.spot for line in formats.read(path)) if path.is_file() else itertools.repeat(prompts)
+    return list(zip(spots, found))
 
 
 def _file_key(rows: Sequence[tuple[str, Prompt]], folder: Path, source: str) -> str | None:

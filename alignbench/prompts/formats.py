@@ -19,7 +19,7 @@ TEXT, TAG = ("prompt", "prompts", "caption", "captions", "text"), ("tag", "categ
 
 
 class Line(NamedTuple):
-    """A prompt as written. ``spot``: file and line, for errors; ``metadata``: the whole object, if it is one."""
+    """A prompt as written. ``spot``: file and line, for errors; ``metadata``: the whole object or row, if it is one."""
 
     spot: str
     text: str
@@ -143,7 +143,7 @@ def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Line]:
         if not text < len(row) <= len(names):
             what = f"{len(row)} fields, where the first line names {len(names)}"
             raise UserError(f"{path}:{number}: {what}; put a text that contains the separator in quotes")
-        yield Line(f"{path}:{number}", row[text], row[tag] if tag < len(row) else "")
+        yield Line(f"{path}:{number}", row[text], row[tag] if tag < len(row) else "", dict(zip(names, row)))
 
 
 def _parquet(path: Path) -> Iterator[Line]:

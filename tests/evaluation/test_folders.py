@@ -112,6 +112,21 @@ def test_names_in_a_list_are_absolute_or_relative_to_folder_or_list(listed):
     assert [p.file.resolve().name for p in images] == ["2.png", "0.png", "1.png"]
 
 
+@pytest.mark.parametrize("form", ["n.csv", "n.tsv", "n.json"])
+def test_other_lists_name_their_images_too(listed, form):
+    """A table's column or a JSON list's key; with an empty field, the line is named."""
+    draw(listed / "images", ["0.png", "1.png", "2.png"])
+    rows = [("image", "caption"), *((f"{2 - i}.png", text) for i, text in enumerate(TEXTS))]
+    (listed / "n.csv").write_text("".join(f"{name},{text}\n" for name, text in rows))
+    (listed / "n.tsv").write_text("".join(f"{name}\t{text}\n" for name, text in rows))
+    (listed / "n.json").write_text(json.dumps([dict(zip(rows[0], row)) for row in rows[1:]]))
+    images = folder_images(listed / "images", str(listed / form))
+    assert [(p.file.name, p.prompt.text) for p in images] == list(zip(["2.png", "1.png", "0.png"], TEXTS))
+    (listed / form).write_text((listed / form).read_text().replace("1.png", ""))
+    with pytest.raises(UserError, match=r"n\..*(3|\[1\]): \"image\": expected the name of an image"):
+        folder_images(listed / "images", str(listed / form))
+
+
 def test_links_are_images_of_their_folder(listed):
     """A folder of links to images elsewhere is read as one of images, by number or by a list."""
     draw(listed / "elsewhere", ["a.png", "b.png", "c.png"])
