@@ -136,7 +136,9 @@ def test_scores_reach_the_tracker_with_their_unit(fake, tmp_path):
 
     evaluator = Registry().make("evaluator", {"name": "geneval", "detector": "shapes"}, "evaluator")
     rows = [("p1", "color", 1.0), ("p2", "color", 0.0), ("p3", "count", 1.0)]
-    frame = pd.DataFrame(rows, columns=["prompt_id", "tag", "geneval"]).assign(index=0, ok=True, geneval_strict=None)
+    frame = pd.DataFrame(rows, columns=["prompt_id", "tag", "geneval"]).assign(
+        index=0, ok=True, error=None, geneval_strict=None
+    )
     found = means(evaluator, frame.astype({"geneval_strict": float}))
     assert found == {"geneval (fraction)": pytest.approx(0.75)}  # the mean of the tasks' means, 1/2 and 1
     shown = Trackers([fake.name], tmp_path, SHOWN, pytest.fail)
