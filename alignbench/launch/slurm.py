@@ -169,7 +169,10 @@ def submit(array: Array, folder: Path, name: str, code: Snapshot) -> None:
     """
     import submitit
 
-    executor = submitit.SlurmExecutor(folder)
+    class Executor(submitit.SlurmExecutor):
+        _get_job_id_from_submission_command = staticmethod(_job_id)  # its own takes any number that follows "job"
+
+    executor = Executor(folder)
     executor.update_parameters(**_parameters(array, folder, name))
     # the signal sent before the time limit would end the task until Python handles it
     interpreter = shlex.split(array.resources.python) if array.resources.python else [sys.executable]
@@ -182,6 +185,16 @@ def submit(array: Array, folder: Path, name: str, code: Snapshot) -> None:
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         said = slurm_error(str(error))
         raise UserError(f"SLURM refused the jobs that {array.title}: {said}{_remedy(said)}") from None
+
+
+def _job_id(said: str | bytes) -> str:
+    """Return the id of the job that sbatch submitted. Raise UserError unless it names one."""
+    text = said if isinstance(said, str) else said.decode(errors="replace")
+    found = re.findall(r"(?m)^Submitted batch job (\d+)\b", text)
+    if len(found) != 1:
+        what = "which does not name one job; if it submitted any, cancel them by hand"
+        raise UserError(f"sbatch says '{' '.join(text.split())[-300:]}', {what}")
+    return found[0]
 
 
 def _remedy(said: str) -> str:

@@ -187,6 +187,8 @@ def execute(folder: Path, where: str = "", how: str = "", rank: str = "") -> Non
     from alignbench.run.slurm_job import Signals
 
     process_group.GRACE, process_group.ROLL_CALL, process_group.SILENT = 5.0, 5.0, 10
+    if where == "starting":  # the others wait in vain
+        process_group.START = 10.0
     stop = Signals()
     if rank == os.environ.get("RANK"):
         PLACES[where](TROUBLE[how])
