@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -629,6 +630,16 @@ def test_a_row_is_one_line_without_control_characters():
     line = status_table.table([row]).splitlines()[1]
     assert line.endswith("a b [2J c")
     assert "\x1b" not in line
+
+
+def test_who_waits_for_jobs_waits_while_slurm_does_not_answer(tmp_path, monkeypatch, capsys):
+    """A controller that restarts does not end `--wait`; that it did not answer is told."""
+    states = [("queued", ""), ("unknown here", "SLURM does not answer"), ("running", ""), ("done", "")]
+    row = partial(status_table.Row, "Last", "last-1", step="", left="", job="")
+    rows = [row(state=state, reason=reason) for state, reason in states]
+    monkeypatch.setattr(status_table, "rows", lambda *_: [rows.pop(0)])
+    status_table.follow(Store(tmp_path), None, every=0.0)  # type: ignore[arg-type]
+    assert capsys.readouterr().err.splitlines() == ["Last: unknown here (SLURM does not answer)", "Last: done"]
 
 
 def test_exit_codes():
