@@ -189,7 +189,7 @@ def retry(
     again = {row.id for row in rows if row.state in LOST}
     cells = [cell for cell in selected(plan, only) if cell.id in again]
     if not cells:
-        unknown = next((f"; {row.title} is {row.reason}" for row in rows if row.state == UNKNOWN), "")
+        unknown = next((f"; {row.title}: {row.reason}" for row in rows if row.state == UNKNOWN), "")
         print(f"no run has failed or was lost{unknown}", file=sys.stderr)
         return status_table.exit_code(rows)
     if latest is None:

@@ -244,13 +244,15 @@ def _tasks(text: str) -> list[int]:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs. Finished ones are ignored; raise UserError if SLURM does not answer."""
+    """Cancel jobs. Finished ones are ignored; raise UserError if SLURM refuses or does not answer."""
     if not jobs:
         return
     done = slurm_command("scancel", *jobs)
-    said = [line for line in done.stderr.splitlines() if "error:" in line and not re.search(ENDED, line)]
-    if done.returncode != 0 and said:
-        raise UserError(f"SLURM does not answer: {slurm_error(said[0])}; jobs may still be in the queue, so try again")
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    said = [line for line in lines if not re.search(ENDED, line)]
+    if done.returncode != 0 and (said or not lines):
+        why = slurm_error("\n".join(said)) or f"exit code {done.returncode}"
+        raise UserError(f"scancel says {why}; jobs may still be in the queue: see `squeue --me`, and try again")
 
 
 class LiveJob(NamedTuple):

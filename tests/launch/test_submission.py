@@ -474,7 +474,7 @@ def test_jobs_that_are_left_after_a_refusal_are_named_with_its_reason(tmp_path, 
     assert alignbench("sweep", sweep_file(tmp_path, BASE), "--launcher", "slurm", store=tmp_path / "store") == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert "QOSMaxSubmitJobPerUserLimit; set slurm.submit_limit" in line
-    assert "the jobs 77 were submitted and could not be cancelled: SLURM does not answer: Unable to contact" in line
+    assert "the jobs 77 were submitted and could not be cancelled: scancel says Unable to contact" in line
     assert submissions.read(Store(tmp_path / "store"))[0].jobs[0].job == "77_0"
 
 
@@ -512,6 +512,12 @@ def test_jobs_that_cannot_be_cancelled_are_an_error(tools):
         patch.setenv("TEXT", "Unable to contact slurm controller (connect failure)")
         with pytest.raises(UserError, match=r"Unable to contact slurm controller .*; jobs may still be in the queue"):
             slurm.cancel(["7_0"])
+        patch.setenv("TEXT", "Kill job error on job id 7: Access/permission denied")
+        with pytest.raises(UserError, match=r"^scancel says Kill job error .*: Access/permission denied; jobs may"):
+            slurm.cancel(["7_0"])
+    (tools.folder / "scancel").write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(UserError, match=r"^scancel says exit code 3; jobs may still be in the queue"):
+        slurm.cancel(["7_0"])
 
 
 @pytest.mark.slow
