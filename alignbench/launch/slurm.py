@@ -187,9 +187,9 @@ def submit(array: Array, folder: Path, name: str, code: Snapshot) -> None:
         raise UserError(f"SLURM refused the jobs that {array.title}: {said}{_remedy(said)}") from None
 
 
-def _job_id(said: str | bytes) -> str:
+def _job_id(string: str | bytes) -> str:
     """Return the id of the job that sbatch submitted. Raise UserError unless it names one."""
-    text = said if isinstance(said, str) else said.decode(errors="replace")
+    text = string if isinstance(string, str) else string.decode(errors="replace")
     found = re.findall(r"(?m)^Submitted batch job (\d+)\b", text)
     if len(found) != 1:
         what = "which does not name one job; if it submitted any, cancel them by hand"
