@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from alignbench.config import UserError, read_text
 
+PLAIN = ("string", "large_string", "int8", "int16", "int32", "int64")  # parquet's columns that describe a prompt
 TEXT, TAG = ("prompt", "prompts", "caption", "captions", "text"), ("tag", "category")
 
 
@@ -85,14 +86,16 @@ def json_line(line: str, spot: str) -> Line:
 
 
 def _json(path: Path) -> Iterator[Line]:
-    """Yield the prompts of a list of texts or objects, {id: object}, or {"prompts": list}."""
+    """Yield the prompts of a list of texts or objects, {key: object}, or {"prompts": list}."""
     data = parse_json(read_text(path), str(path))
     if isinstance(data, dict) and not all(isinstance(value, dict) for value in data.values()):
         data = data[column(data, TEXT, str(path))]
     if not isinstance(data, list | dict):
         raise UserError(f'{path}: expected a list of prompts, or of objects with a text "prompt"')
-    for key, item in data.items() if isinstance(data, dict) else enumerate(data):
+    keyed = isinstance(data, dict)
+    for key, item in data.items() if keyed else enumerate(data):
         spot = f"{path}: [{key}]"
+        item = {"key": key, **item} if keyed else item
         yield Line(spot, item) if isinstance(item, str) else from_object(item, spot, TAG)
 
 
@@ -147,21 +150,23 @@ def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Line]:
 
 
 def _parquet(path: Path) -> Iterator[Line]:
-    """Yield the prompts of a parquet file. Columns with images, as in Pick-a-Pic, are not read."""
+    """Yield the prompts of a parquet file. Of further columns those of texts and whole numbers are read, not images."""
     import pyarrow.parquet
 
     try:
-        names = pyarrow.parquet.read_schema(path).names
-        text = column(names, TEXT, str(path))
-        tag = next((name for known in TAG for name in names if name.strip().lower() == known), None)
-        table = pyarrow.parquet.read_table(path, columns=[text, *([tag] if tag else [])])
+        schema = pyarrow.parquet.read_schema(path)
+        text = column(schema.names, TEXT, str(path))
+        tag = next((name for known in TAG for name in schema.names if name.strip().lower() == known), None)
+        plain = [field.name for field in schema if str(field.type).removeprefix("u") in PLAIN]
+        table = pyarrow.parquet.read_table(path, columns=list(dict.fromkeys([text, *([tag] if tag else []), *plain])))
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    tags = table[tag].to_pylist() if tag else [None] * len(table)
-    for number, (value, name) in enumerate(zip(table[text].to_pylist(), tags)):
-        if not isinstance(value, str):
-            raise UserError(f"{path}: row {number}: {text} is {value!r}; it must be text")
-        yield Line(f"{path}: row {number}", value, "" if name is None else str(name))
+    rows = (row for batch in table.to_batches() for row in batch.to_pylist())
+    for number, row in enumerate(rows):
+        if not isinstance(row[text], str):
+            raise UserError(f"{path}: row {number}: {text} is {row[text]!r}; it must be text")
+        name = row[tag] if tag else None
+        yield Line(f"{path}: row {number}", row[text], "" if name is None else str(name), row)
 
 
 READERS: dict[str, Callable[[Path], Iterator[Line]]] = {
