@@ -35,10 +35,10 @@ class NumberedFile(NamedTuple):
 def places(files: Sequence[Path], prompts: int, source: str) -> list[tuple[Path, int, int]]:
     """Return (file, position of its prompt, index among the prompt's images), prompt by prompt.
 
-    The number that counts the prompts from 0 or 1, without a gap, is the one called "prompt" or "p", or else the first
-    that is not a seed or the like. If it is different in every name, the images of a prompt follow each other, the same
-    number for each. Raise UserError for other names, and for images of several steps or settings. ``prompts``: their
-    number; ``source``: the list's name.
+    The number that counts the prompts from 0 or 1, without a gap, is the one called "prompt" or "p", or else the only
+    one that can: as many values as there are prompts, and not a seed or the like. Every prompt has the same number of
+    images. Raise UserError for other names, and for images of several steps or settings. ``prompts``: their number;
+    ``source``: the list's name.
     """
     folder, numbered = files[0].parent, sorted(map(_read, files), key=lambda each: each.numbers)
     _check_names(numbered)
@@ -55,9 +55,15 @@ def places(files: Sequence[Path], prompts: int, source: str) -> list[tuple[Path,
     if len(counts) == prompts and min(counts.values()) < per_prompt:
         what = f"by the numbers in their names prompts have {min(counts.values())} to {max(counts.values())} images"
         raise UserError(f"{folder}: {what}; make the missing ones, or {REMEDY}")
-    if len(counts) != prompts and (len(counts) < len(files) or len(fields) > 1):
+    if len(counts) == len(files) and len(fields) == 1 and per_prompt > 1:
+        what = f"the names only count {len(files)} images of {prompts} prompts: those of a prompt may follow each other"
+        raise UserError(f"{folder}: {what}, or come in rounds; call them <prompt>_<image>.png, or {REMEDY}")
+    if len(counts) != prompts:
         what = f"the names of the images count {len(counts)} prompts, but {source} has {prompts}"
         raise UserError(f"{folder}: {what}; name the list that they were made from, or {REMEDY}")
+    if per_prompt > 1 and len(_rivals(numbered, fields, prompts)) > 1:
+        what = "either number in the names of the images may count the prompts"
+        raise UserError(f"{folder}: {what}; call them prompt<number>_seed<number>.png, or {REMEDY}")
     numbered.sort(key=lambda each: each.numbers[fields[0]])  # those of one prompt stay in the order of all numbers
     return [(each.file, *divmod(i, per_prompt)) for i, each in enumerate(numbered)]
 
@@ -96,6 +102,12 @@ def _counting_fields(numbered: Sequence[NumberedFile]) -> list[int]:
     elif len(varying) > 1:
         varying = [i for i in varying if words[i] not in OTHER_WORDS]
     return [i for i in varying if first_gap(columns[i]) is None]
+
+
+def _rivals(numbered: Sequence[NumberedFile], fields: Sequence[int], prompts: int) -> list[int]:
+    """Return which of ``fields`` have as many values as there are prompts, the same number of times each."""
+    counts = [(i, Counter(each.numbers[i] for each in numbered)) for i in fields]
+    return [i for i, values in counts if len(values) == prompts and len(set(values.values())) == 1]
 
 
 def _word(text: Sequence[str]) -> str:

@@ -260,6 +260,7 @@ def test_text_is_encoded_once_and_alone(load):
         assert torch.equal(alone.tensors[name][0], rows[1])
 
 
+@pytest.mark.slow
 def test_published_weights_take_the_place_of_the_models(load, tmp_path):
     """A transformer that was saved, and adapters that were saved: the same velocity as before."""
     for kind, tune in (("transformer", "full"), ("lora", "lora")):

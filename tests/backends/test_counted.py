@@ -55,6 +55,7 @@ def dev() -> Outline:
     return Outline(flow, parts.transformer, [vae])
 
 
+@pytest.mark.slow
 def test_flux_1_dev_is_counted_as_it_is_computed(monkeypatch):
     """Parameters, FLOPs of an evaluation, of its backward and of a decode equal the formulas to the last digit;
     the bytes saved without checkpointing are within 3 % of them, and those of a checkpointed evaluation within 1 %.
@@ -84,6 +85,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("small")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux", "sd3", "flux2"])
 @pytest.mark.parametrize("embeddings", ["computed", "stored"])
 def test_every_pipeline_is_counted_as_it_is_computed(family, embeddings, folder):
@@ -120,6 +122,7 @@ def cells(tmp_path, plugin: str):
     return found, plan, registry
 
 
+@pytest.mark.slow
 def test_a_plug_in_needs_no_arithmetic(tmp_path):
     """The estimate of a run is that of the same model with arithmetic: its hours to 1e-6, its memory to 10 %."""
     (known, plain), plan, registry = cells(tmp_path, SAME)

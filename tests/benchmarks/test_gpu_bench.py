@@ -53,6 +53,7 @@ def test_a_forward_is_the_backends(gpu, world, sheet):
     assert row["mfu"] == pytest.approx(world.flops(world.size) / (row["value"] / 1e3) / gpu.PEAK)
 
 
+@pytest.mark.slow
 def test_a_training_sample_costs_its_forwards_and_backwards(gpu, world):
     """N steps of LeapAlign cost N forwards, 2 backwards, a decode and its backward; checkpointing repeats 2 and 1.
 
@@ -88,6 +89,7 @@ def test_all_weights_train_after_the_adapters_are_deleted(gpu, tmp_path, sheet):
     assert everything["mfu"] * everything["value"] > adapters["mfu"] * adapters["value"]
 
 
+@pytest.mark.slow
 def test_a_failed_or_skipped_phase_does_not_stop_the_others(gpu, world, sheet, tmp_path):
     """A phase that raises and one that would take too long are rows; later phases are measured and saved."""
 

@@ -133,6 +133,7 @@ def test_a_checkout_that_cannot_resolve_a_sweep_has_no_calls(found):
     assert found["Registry.make calls, quickstart"] is None
 
 
+@pytest.mark.slow
 def test_calls_of_make_are_counted_in_the_checkout(house):
     """Resolving this checkout's quickstart calls ``make`` at least once for each of its eleven runs."""
     trees = parsed(house.sources(ROOT, house.CODE))

@@ -98,6 +98,7 @@ def run(peers, clone: Path, results: Path):
     return peers.main(["--flowbp", str(clone), "--out", str(results), "--note", "written for a test", *few])
 
 
+@pytest.mark.slow
 def test_equal_steps_have_bitwise_equal_gradients_and_are_timed(peers, clone, tmp_path):
     """ReFL written again, with our noise, step, reward and weights, has equal gradients; results are saved."""
     run(peers, clone, tmp_path / "results")
@@ -112,6 +113,7 @@ def test_equal_steps_have_bitwise_equal_gradients_and_are_timed(peers, clone, tm
     assert "| refl | float32 | bitwise equal | none |" in table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("was", "now"),
     [

@@ -54,6 +54,7 @@ def test_a_call_is_repeated_with_its_own_backward(steps):
     assert flow.w.grad == 4.0
 
 
+@pytest.mark.slow
 def test_a_row_counts_the_methods_calls(steps):
     """LeapAlign takes ten steps per sample, two of them with gradient; both sides take time."""
     flow = steps.Flux(model="shapes", size=32, max_sequence_length=16, dtype="float32").load()

@@ -322,6 +322,7 @@ def test_ls_shows_what_can_be_named(capsys):
     assert re.search(r"(?m)^  leapalign +LeapAlign \(arXiv 2604.15311, CVPR 2026\): Gradient through leaps", out)
 
 
+@pytest.mark.slow
 def test_every_built_in_method_has_its_full_name_and_its_paper():
     """Each class has both, and the docstring of the method's file names the paper."""
     entries = [entry for entry in Registry().entries.values() if entry.kind == "method"]

@@ -113,6 +113,7 @@ def test_different_prompts_are_paired_where_both_have_them():
     assert "- PickScore, ReFL: 200 of 240 scores; prompts left out: 10 of the mean, 20 of the paired change" in text
 
 
+@pytest.mark.slow
 def test_gaps_leave_no_hole_in_the_page(tmp_path):
     """Every format is made, no number is nan, and everything that is missing is named.
 

@@ -64,16 +64,11 @@ def test_the_number_of_the_prompt_is_found(form):
 
 
 def test_as_many_images_as_prompts_in_a_square():
-    """Where both numbers have as many values as there are prompts, the first is the prompt's unless a word says so."""
+    """Where both numbers have as many values as there are prompts, a word has to say which of them is the prompt's."""
     square = [(i, j) for i in range(3) for j in range(3)]
-    assert paired([f"{i}_{j}.png" for i, j in square], 3) == {f"{i}_{j}.png": (i, j) for i, j in square}
-    assert paired([f"seed{j}_{i}.png" for i, j in square], 3) == {f"seed{j}_{i}.png": (i, j) for i, j in square}
-
-
-def test_one_number_for_several_images_each():
-    """Images that are only counted follow each other, prompt by prompt."""
-    names = [f"{i}.png" for i in range(24)]
-    assert paired(names, 12) == {name: divmod(i, 2) for i, name in enumerate(names)}
+    for form in ("p{i}_{j}.png", "seed{j}_{i}.png", "{i}_seed{j}.png"):
+        names = {form.format(i=i, j=j): (i, j) for i, j in square}
+        assert paired(names, 3) == names
 
 
 def test_a_list_of_one_prompt_has_all_images():
@@ -122,6 +117,8 @@ REFUSED = {  # mistake: (names, number of prompts, error message)
         2,
         "differ in 'cfg'; put images that were made",
     ),
+    "images that are only counted": ([f"{i}.png" for i in range(24)], 12, "may follow each other, or come in rounds"),
+    "a square": ([f"{i}_{j}.png" for i in range(3) for j in range(3)], 3, "either number in the names .* may count"),
     "two counters": (["0_0.png", "1_1.png", "2_0.png", "3_1.png"], 2, "count 4 prompts, but list.txt has 2"),
 }
 

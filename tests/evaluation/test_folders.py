@@ -13,8 +13,8 @@ from alignbench.prompts import prompt_id
 
 
 def test_in_the_order_of_their_names(listed):
-    """Six images for three prompts are two for each, prompt by prompt."""
-    draw(listed / "images", [f"{i:03}.png" for i in range(6)])
+    """Six images for three prompts are two for each, by the numbers of prompt and image."""
+    draw(listed / "images", [f"{i:03}_{j}.png" for i in range(3) for j in range(2)])
     images = folder_images(listed / "images", str(listed / "list.txt"))
     assert [(p.prompt.text, p.image_index) for p in images] == [(text, i) for text in TEXTS for i in range(2)]
 

@@ -305,6 +305,7 @@ def test_genevals_reasons_are_kept(tmp_path):
     assert read("geneval", folder).images[0].prompt.metadata["include"] == [{"class": "circle", "count": 1}]
 
 
+@pytest.mark.slow
 def test_the_order_of_lines_does_not_matter(tmp_path):
     """os.listdir lists folders in any order: a file with its lines reversed is the same row."""
     folder, store = geneval(tmp_path / "out"), tmp_path / "store"
@@ -457,6 +458,7 @@ def test_importing_the_same_content_twice_changes_nothing(tmp_path):
     assert files(store) == before
 
 
+@pytest.mark.slow
 def test_what_is_damaged_is_imported_again(tmp_path, capsys):
     """A changed image, another program's table of scores and our own scores are named, and come back as they were."""
     folder, store = flowbp(tmp_path / "eval"), tmp_path / "store"
@@ -589,6 +591,7 @@ def test_what_is_not_stated_is_unknown(tmp_path):
     assert frame[(frame["role"] == "cost") & (frame["method"] == "A")]["mean"].isna().all()
 
 
+@pytest.mark.slow
 def test_intervals_are_computed_from_the_imported_scores(tmp_path):
     """Mean and interval are ``stats.mean_interval`` of the file's numbers; the change is that of their pairs."""
     store, folders = tmp_path / "store", [flowbp(tmp_path / "a"), flowbp(tmp_path / "b", 0.1)]
@@ -607,6 +610,7 @@ def test_intervals_are_computed_from_the_imported_scores(tmp_path):
     assert np.allclose([row["change"], row["change_lo"], row["change_hi"]], change[:3], equal_nan=True)
 
 
+@pytest.mark.slow
 def test_numbered_imports_are_training_seeds(tmp_path):
     """Three imports with seeds are one row of three training runs, without the warning for a single run."""
     store = tmp_path / "store"
@@ -637,6 +641,7 @@ def test_stated_settings_are_marked_as_stated(tmp_path):
     assert "unknown: prompts, weights, seed" in text
 
 
+@pytest.mark.slow
 def test_a_stated_reward_decides_the_roles(tmp_path):
     """The reward's column is [train], by another project's port too; others are [held-out] if all rows state theirs."""
     store = tmp_path / "store"

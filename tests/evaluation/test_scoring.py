@@ -143,8 +143,8 @@ def test_the_summary_says_what_unequal_numbers_of_images_mean():
 
 def test_the_summary_counts_what_failed(listed):
     """Means are over the images that have a score; the others are counted."""
-    draw(listed / "images", [f"{i}.png" for i in range(6)])
-    (listed / "images" / "5.png").write_bytes(b"")
+    draw(listed / "images", [f"{i}_{j}.png" for i in range(3) for j in range(2)])
+    (listed / "images" / "2_1.png").write_bytes(b"")
     chosen = folder_images(listed / "images", str(listed / "list.txt"))
     evaluator = Mean()
     line = summary([(evaluator, score_images(evaluator, chosen, Kept(listed / "kept")))]).splitlines()[2]
@@ -214,7 +214,7 @@ def test_score_writes_a_table_and_what_made_it(listed, capsys):
 
 def test_score_goes_on_where_it_stopped(listed, capsys, monkeypatch):
     """What is scored is kept until nothing is missing: the same command asks only for the rest, and for new files."""
-    draw(listed / "images", [f"{i}.png" for i in range(6)])
+    draw(listed / "images", [f"{i}_{j}.png" for i in range(3) for j in range(2)])
     words = [listed / "images", "--prompts", listed / "list.txt", "-e", "away,bright", "--out", listed / "out.parquet"]
     monkeypatch.setenv("ALIGNBENCH_TEST_AWAY", "2")
     code, shown = run(*words, capsys=capsys)
@@ -222,7 +222,7 @@ def test_score_goes_on_where_it_stopped(listed, capsys, monkeypatch):
     assert "alignbench: away: 2 of 6 images lack a score: nobody is there\n" in shown.err
     assert f"kept in {listed / 'out.parts'}; the same command scores only the rest" in shown.err
     monkeypatch.delenv("ALIGNBENCH_TEST_AWAY")
-    Image.new("RGB", (9, 9), (7, 7, 7)).save(listed / "images" / "5.png")
+    Image.new("RGB", (9, 9), (7, 7, 7)).save(listed / "images" / "2_1.png")
     assert run(*words, capsys=capsys)[0] == 0
     table = pd.read_parquet(listed / "out.parquet").set_index("evaluator")
     assert table.loc["away", "raw"].tolist() == ["shown 3", "shown 3", "shown 6", "shown 6", "shown 6", "shown 3"]

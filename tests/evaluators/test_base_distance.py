@@ -86,6 +86,7 @@ def image_sets(folder: Path) -> dict[str, dict[str, bytes]]:
     }
 
 
+@pytest.mark.slow
 def test_the_worker_generates_the_images_of_the_base_row(alone, tmp_path):
     """A sweep without a Base row has the image set that a Base row makes: same id, same bytes."""
     folder, changes = alone
@@ -114,6 +115,7 @@ def test_distances_of_a_sweep(alone):
     assert (frame["base_distance"] > 0).all()
 
 
+@pytest.mark.slow
 def test_the_base_row_has_distance_zero(alone, tmp_path, capsys):
     """Added to the sweep, it adds no image set, its distances are exactly 0, and the report's column has no arrow."""
     folder, changes = alone
@@ -164,6 +166,7 @@ def test_the_base_image_set_is_part_of_the_id(tmp_path):
     assert mixed["Last"][1] != first["Last"][1]
 
 
+@pytest.mark.slow
 def test_failed_base_images_are_the_reason(tmp_path, capsys):
     """If they cannot be made (here: written), the distances say so, other scores exist, and a rerun repairs it."""
     evaluators = [*DISTANCES["evaluators"], {"name": "bright"}]
@@ -181,6 +184,7 @@ def test_failed_base_images_are_the_reason(tmp_path, capsys):
     assert set(tables(tmp_path / "store")[0]["metric"]) == {"brightness", "base_distance"}
 
 
+@pytest.mark.slow
 def test_the_base_model_has_no_milestones(tmp_path):
     """Its images are made only for the end; a milestone that training did not reach leaves no trace."""
     changes = {"cases": [LAST], "grid": {"training.seed": [0]}, "evaluation": DISTANCES}

@@ -519,6 +519,7 @@ def test_missing_weights_say_what_to_do(scorer, tmp_path):
             msgspec.structs.replace(scorer, weights=name).files()
 
 
+@pytest.mark.slow
 def test_files_need_no_torch(hps, pick, image_reward, clip_score, aesthetic):
     """The checks of every evaluator import neither torch nor transformers."""
     made = [hps, pick, image_reward, clip_score, aesthetic]

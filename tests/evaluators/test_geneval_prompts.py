@@ -71,6 +71,7 @@ def test_other_draws_are_refused(monkeypatch):
         geneval.test()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_metadata_match_the_prompt(split, request):
     """Parsing a prompt gives the classes, counts, colours and relation of its metadata; counting excludes one more."""
@@ -156,6 +157,7 @@ def test_shares_are_largest_remainders():
         assert not up or not down or min(up) >= max(down) - 1e-9
 
 
+@pytest.mark.slow
 def test_the_pools_are_counted_right():
     """POOL is a task's number of distinct prompts: enough draws find all of them."""
     rng = random.Random(0)

@@ -214,6 +214,7 @@ def test_the_size_is_the_checkpoints():
     assert (config.encoder_feedforward_dim, config.dim_feedforward, config.mask_feature_size) == (16, 24, 32)
 
 
+@pytest.mark.slow
 def test_the_official_size_is_transformers_default():
     """Swin-S's tensors give the configuration that transformers has for Mask2Former, but for the backbone."""
     from transformers import Mask2FormerConfig

@@ -51,6 +51,7 @@ def test_mjhq_is_fifty_of_each_category_whatever_the_files_order(hub, tmp_path):
     assert digest(load_prompts("mjhq/500")) == digest(first)
 
 
+@pytest.mark.slow
 def test_mjhq_train_holds_no_prompt_of_the_test(hub):
     """It has 25,000 distinct prompts, none of mjhq/500 even with other spaces, the same for any order of the file."""
     items = [(f"{i:05}", {"category": f"c{i % 10}", "prompt": f" prompt  {i % 26000}"}) for i in range(30000)]

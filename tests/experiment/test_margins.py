@@ -64,6 +64,7 @@ def reward_of(margin):
     return {"base": {"reward": {"evaluator": {"name": "hpsv2", "weights": "shapes"}, "margin": margin}}}
 
 
+@pytest.mark.slow
 def test_a_hinge_that_cannot_open_is_refused(tmp_path):
     """It is an error before any model is loaded; the published margin gives neither error nor warning."""
     with pytest.raises(

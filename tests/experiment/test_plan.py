@@ -87,6 +87,7 @@ def test_the_store_is_a_function_of_the_sweep(swept, tmp_path):
     same(tmp_path / "store", swept / "store")
 
 
+@pytest.mark.slow
 def test_generation_resumes_where_it_stopped(copy, swept, capsys):
     """After a kill between two images, the finished ones stay, the missing ones are made, and the set is the same."""
     for folder in (copy / "store" / "images").iterdir():
@@ -189,6 +190,7 @@ def test_a_broken_status_does_not_repeat_a_training(copy, swept, capsys, status)
     same(copy / "store", swept / "store")
 
 
+@pytest.mark.slow
 def test_damaged_records_are_not_reported(copy, swept, capsys):
     """A report refuses them; the sweep puts them aside, says what is lost, and trains nothing."""
     words = ("--out", str(copy / "out"), "--store", str(copy / "store"))
@@ -231,6 +233,7 @@ def test_a_failed_run_is_listed_and_retried_and_stops_no_other(tmp_path, monkeyp
     assert tables(tmp_path / "store")[1]["state"].tolist() == ["done", "done"]
 
 
+@pytest.mark.slow
 def test_an_evaluator_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     """Its scores are missing with a reason, and the others are made; a single bad image is not ok, with its error."""
     evaluators = [{"name": "broken"}, {"name": "bright"}]

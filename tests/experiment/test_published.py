@@ -150,6 +150,7 @@ def test_adjoint_matching_moves_with_lambda():
 # -- table 1 -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_table_1_is_what_the_gradients_do(monkeypatch):
     """Ticks measured on an analytic flow are those of the published table and of the committed file."""
     monkeypatch.setattr("sys.argv", ["capabilities", "table2"])

@@ -404,6 +404,7 @@ def test_methods_with_equal_fields_have_different_ids(tmp_path):
     assert len(set(ids(plan(tmp_path, changes=changes)))) == 4
 
 
+@pytest.mark.slow
 def test_a_plugins_source_is_part_of_its_runs(tmp_path, tiny):
     """Editing a plug-in makes everything it trained or scored stale, but not the base model's images."""
     edited = tmp_path / "bright.py"

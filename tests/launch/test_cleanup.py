@@ -58,6 +58,7 @@ def test_a_finished_store_has_nothing_to_delete(swept, capsys):
     assert "there is nothing to delete" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_unused_items_go_and_the_report_stays_the_same(copy, capsys):
     """With --yes every kind of leftover is deleted; every other file, and the report, is unchanged."""
     store = copy / "store"

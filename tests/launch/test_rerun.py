@@ -28,6 +28,7 @@ def verdicts(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith(("weights", "records", "images", "scores"))]
 
 
+@pytest.mark.slow
 def test_a_run_made_again_is_the_same(copy, capsys):
     """Weights, records, images and all scores are bitwise equal; the whole run is made in a store of its own."""
     store = copy / "store"
@@ -44,6 +45,7 @@ def test_a_run_made_again_is_the_same(copy, capsys):
         next(iter(rerun.rerun(Store(store), name, copy / "again")))
 
 
+@pytest.mark.slow
 def test_a_run_without_training_is_made_again_below_the_store_by_default(copy, capsys):
     """Its images and scores are compared; a second rerun gets a folder of its own."""
     store = copy / "store"

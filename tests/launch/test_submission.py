@@ -199,6 +199,7 @@ def test_options_have_the_values_that_yaml_gives_them():
     assert Resources(tasks_per_node=4, additional={"gres": "gpu:4"}).ranks == 4
 
 
+@pytest.mark.slow
 def test_a_cluster_file_overrides_the_sweep(tmp_path):
     """It overrides key by key; a mistake in it names the file."""
     file = tmp_path / "a100.yaml"
@@ -413,6 +414,7 @@ def tools(tmp_path, monkeypatch) -> Tools:
     return Tools(folder, monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_sweep_asks_for_what_its_file_says_inside_an_allocation_too(tmp_path, tools, monkeypatch, capsys):
     """Jobs and SLURM's commands see neither the allocation nor defaults nor filters, and what was ignored is named."""
     given = {"SLURM_MEM_PER_CPU": "1", "SBATCH_TIMELIMIT": "1", "SQUEUE_STATES": "FAILED", "SLURM_JOB_ID": "3"}
@@ -469,6 +471,7 @@ def test_jobs_that_cannot_be_cancelled_are_an_error(tools):
             slurm.cancel(["7_0"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ["back\\slash", "line\nbreak"])
 def test_a_path_that_slurm_misreads_is_refused_before_anything_is_written(tmp_path, tools, odd, capsys):
     """Its error is one line."""

@@ -169,6 +169,7 @@ def test_budgets_last_as_long_as_training_makes_them(budget, batches):
     assert observe_cached(method, training, 1).batches(training, 1.0) == batches
 
 
+@pytest.mark.slow
 def test_a_plan_agrees_with_the_run(tmp_path):
     """A plug-in's NFE and the bytes of its weights on disk are exact; the bytes of images have the right order."""
     path = sweep_file(tmp_path)
@@ -198,6 +199,7 @@ def data_bytes(path: Path) -> int:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_table_2_without_any_file(empty_hub, tmp_path, capsys):
     """The page has every run's cost, commands for all missing files, and FLUX.1-dev's licence; the exit code is 1."""
     assert alignbench("plan", "table2", store=tmp_path / "store", plugin=False) == 1
@@ -435,6 +437,7 @@ def test_a_constant_branch_costs_no_backward():
     assert (stop.forward, stop.grad, stop.live) == (48, 2, 2)
 
 
+@pytest.mark.slow
 def test_a_plan_of_guided_training_agrees_with_the_meter():
     """With two branches, the observed counts on the guided toy equal those of the training loop."""
     for name, negative in itertools.product(("draft_lv", "vggflow", "bptt", "adjoint_matching"), ("full", "stop")):

@@ -149,6 +149,7 @@ def test_bytes_of_a_weight(training, expected):
     assert found.casts == (0 if "weights" in training else 2 * PARAMETERS)
 
 
+@pytest.mark.slow
 def test_gradients_of_several_backwards_are_float32():
     """Micro-batches, or a method with several backwards per update, take two more bytes per weight."""
     once = bytes_per_weight(memory(LEAPALIGN, 2, tune="full", training=LEAST))
@@ -192,6 +193,7 @@ def test_fsdp_divides_what_is_trained(ranks, gigabytes):
     assert adapters.frozen == pytest.approx(found.frozen + 2 * PARAMETERS / ranks)
 
 
+@pytest.mark.slow
 def test_what_fsdp_cannot_have_is_not_offered():
     """Neither bfloat16 weights nor 8 bits are offered; a page that asks for them is refused with one line."""
     asked, ranks = spec(LEAPALIGN, 64, tune="full"), Group(8, "fsdp")
@@ -232,6 +234,7 @@ def test_a_group_is_not_divided():
     assert found == ["backend.embeddings=stored", "training.micro_batch=4"]
 
 
+@pytest.mark.slow
 def test_the_page_says_what_would_fit(capsys):
     """Table 2 trains all weights: exit code 2, and LoRA is offered; with LoRA it is 0, with the largest micro-batch."""
     assert alignbench("fit", "--gpu", "h200", plugin=False) == 2

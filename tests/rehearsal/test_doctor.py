@@ -247,6 +247,7 @@ def test_install_makes_the_environment(monkeypatch, capsys):
     assert "did you mean 'hpsv2-official'?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_golden_scores_do_not_depend_on_the_device():
     """Golden scores fix the precision if it would depend on the device."""
     for name in NAMES:

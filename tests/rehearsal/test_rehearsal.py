@@ -42,6 +42,7 @@ def test_a_rehearsal_has_the_sweeps_runs(name, small):
     assert rehearsed.manifest().rehearsal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["quickstart", "shapes"])
 def test_a_rehearsal_shares_no_id_with_the_sweep(name, small):
     """No run, image set or manifest is shared, so a rehearsal never counts as finished work of the sweep."""

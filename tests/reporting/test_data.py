@@ -213,6 +213,7 @@ def test_mistakes_are_one_line(sweep, ask, error):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_asking_is_light(store):
     """`import alignbench` loads neither pandas nor torch, and all that ``load`` gives is made without torch."""
     script = f"""

@@ -333,6 +333,7 @@ def test_seeds_that_differ_between_rows_are_listed():
     assert "- training seeds: 0, 1 (ReFL); 0 (DRTune)\n" in text
 
 
+@pytest.mark.slow
 def test_the_warning_is_in_every_form_of_the_report(tmp_path):
     """Markdown, page and LaTeX say that one training seed speaks of its weights."""
     report.build(results(seeds=(0,)), tmp_path, ["md", "html", "tex"])

@@ -227,6 +227,7 @@ def test_rows_of_a_swept_hyperparameter_stay_in_the_grids_order():
     assert rows[2][3].startswith("1")
 
 
+@pytest.mark.slow
 def test_the_plot_of_a_hyperparameter_has_every_measure():
     """A panel per measure on an axis spaced as the values are, and the number of the best mean in its caption."""
     plan, scores = grid_tables.swept({"alpha": [0.1, 1.0, 10.0]})

@@ -63,6 +63,7 @@ def test_structure_is_checked():
     assert structure_errors(text.replace("1.000", "one"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     COMPILER is None, reason="neither pdflatex nor tectonic is installed; the structure is tested above"
 )
@@ -73,6 +74,7 @@ def test_a_paper_takes_it(monkeypatch, tmp_path, methods, seeds):
     assert compile_errors(text, tmp_path / "paper") == []
 
 
+@pytest.mark.slow
 def test_bold_and_underlined_follow_the_decisions(monkeypatch):
     """A column's bold number is the row that is shown to lead, its underlined ones are the rest of the top group."""
     text, analysis = made(monkeypatch, 18)

@@ -115,6 +115,7 @@ def test_a_course_ends_where_the_report_does(whole):
             assert moved[course.label][-1] == pytest.approx(analysis.changes[measure][course.label].estimate, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_fewer_prompts_at_milestones_are_the_prompts_of_the_whole_course(whole, tmp_path):
     """Base and end are then those of these prompts alone: a course never compares different prompts."""
     results, analysis, found = whole
@@ -345,6 +346,7 @@ def test_an_unreached_milestone_is_named(whole, tmp_path):
     assert "- ReFL, seed 0: training ended before update 90" in text
 
 
+@pytest.mark.slow
 def test_half_a_store_makes_sections(whole, tmp_path):
     """Runs without records, milestones without scores, a seed that is missing: what is there is told."""
     results, _, _ = whole
@@ -362,6 +364,7 @@ def test_half_a_store_makes_sections(whole, tmp_path):
     assert "nan" not in text
 
 
+@pytest.mark.slow
 def test_a_task_with_one_prompt_leaves_intervals_unknown(tmp_path):
     """The means over tasks still cross the target; no interval, share or "never" is claimed for them."""
     results = made_up.made(tmp_path, prompts=4, seeds=(0, 1))  # two of three tasks have one prompt
@@ -392,6 +395,7 @@ def test_curves_need_no_torch_and_no_matplotlib():
 # -- published curves --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_published_curve_stands_beside_ours(whole):
     """At the very updates: a milestone's mean with its interval in the printed unit, the reward; else "not run"."""
     results, analysis, found = whole

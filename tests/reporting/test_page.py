@@ -209,6 +209,7 @@ def test_an_image_that_cannot_be_read_says_why(tmp_path):
     assert gallery.thumbnail(tmp_path / "text.png", 256) == gallery.UNREADABLE
 
 
+@pytest.mark.slow
 def test_further_images_come_as_far_as_the_budget_allows(tmp_path, monkeypatch):
     """The first layer is always there, as large as the budget allows; what is left out is said by seed and index."""
     given = photo_store.make(tmp_path, prompts=4, images=2, side=300, labels=photo_store.LABELS[:2])

@@ -225,6 +225,7 @@ def test_what_is_written(made, tmp_path, capsys):
 # ---- words
 
 
+@pytest.mark.slow
 def test_protocols_that_differ_are_told_first(tmp_path):
     """Other settings stand before the table; with another size or seed the noise is not the same, and it is said."""
     root = tmp_path / "store"
@@ -341,6 +342,7 @@ def test_an_empty_store_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_it_needs_no_torch(made):
     """Nothing heavy is loaded."""
     words = ["compare", "ReFL", "base", "--store", str(made[0].root)]

@@ -98,6 +98,7 @@ def test_colours_are_those_of_the_rows(drawn):
         assert not absent & used, figure.name
 
 
+@pytest.mark.slow
 def test_without_milestones_the_end_is_drawn(tmp_path):
     """The figures of the end and the training reward; one seed has no band and still a profile."""
     results = made_up.made(tmp_path, seeds=(0,), prompts=8, milestones=False, labels=LABELS)
@@ -111,6 +112,7 @@ def test_an_empty_store_draws_nothing(drawn, tmp_path):
     assert draw.figures(empty, analyse(empty.manifest, empty.scores)) == []
 
 
+@pytest.mark.slow
 def test_importing_plots_imports_no_matplotlib():
     """A report as markdown asks for colours at most."""
     code = "import sys, alignbench.reporting.plots.draw; sys.exit(bool({'torch', 'matplotlib'} & sys.modules.keys()))"

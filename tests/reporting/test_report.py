@@ -332,6 +332,7 @@ def test_csv_keeps_every_digit_and_every_name():
     ]
 
 
+@pytest.mark.slow
 def test_the_tidy_file_has_one_row_per_method_and_measure(tmp_path):
     """pandas reads the CSV back: six methods by four measures and seven costs, and five gains over measures; base has
     no change; roles are named, and what is known of the spread between training runs."""
@@ -355,6 +356,7 @@ def test_the_tidy_file_has_one_row_per_method_and_measure(tmp_path):
 # ------------------------------------------------------------------------------------------------------ files and speed
 
 
+@pytest.mark.slow
 def test_the_grid_has_a_row_per_method_and_a_column_per_prompt(tmp_path):
     """Ten prompts of all tasks, six methods, 32 px images enlarged four times with their pixels intact."""
     given = results(tmp_path)
@@ -373,6 +375,7 @@ def test_the_grid_has_a_row_per_method_and_a_column_per_prompt(tmp_path):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_page_alone_is_the_page_of_the_whole_report(tmp_path):
     """``--format html`` gives the bytes that all formats give, grid included, and no other file; markdown without png
     names no file that is not there."""
@@ -387,6 +390,7 @@ def test_a_page_alone_is_the_page_of_the_whole_report(tmp_path):
     assert "grid" not in text.read_text()
 
 
+@pytest.mark.slow
 def test_a_missing_image_leaves_a_grey_tile(tmp_path):
     """A method without images, or with damaged ones, keeps its row in the grid."""
     given = results(tmp_path)
@@ -431,6 +435,7 @@ def test_a_report_is_made_twice_alike(tmp_path):
     assert [path.read_bytes() for path in report.build(given, tmp_path / "b")] == first
 
 
+@pytest.mark.slow
 def test_a_store_on_disk_is_read(tmp_path):
     """The page of a real store is the page of its frames."""
     given = results(tmp_path)
@@ -443,6 +448,7 @@ def test_a_store_on_disk_is_read(tmp_path):
     assert "not in the numbers" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writable", [True, False])
 def test_the_report_stays_the_same_however_its_scores_were_read(tmp_path, writable, monkeypatch, capsys):
     """The first, and the next from kept tables: byte for byte; of a read-only store as well, where none are kept."""
@@ -463,6 +469,7 @@ def test_the_report_stays_the_same_however_its_scores_were_read(tmp_path, writab
         capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_reports_need_no_torch():
     """Importing the report, and every report module beside it, loads no torch."""
     code = (
@@ -471,6 +478,7 @@ def test_reports_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_large_sweep_is_quick():
     """30 runs of 300 prompts x 4 images and four measures (144,000 scores) are a page within five seconds."""
     plan = manifest(seeds=range(6))

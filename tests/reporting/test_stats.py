@@ -174,6 +174,7 @@ def test_a_fraction_at_its_end_has_an_interval_whatever_the_runs_of_others():
     assert 1 > limits[0][0] > limits[1][0] > limits[2][0] > 0
 
 
+@pytest.mark.slow
 def test_a_fraction_of_many_prompts_is_a_mean():
     """With 2,000 prompts, Wilson's interval and the bootstrap's are the same to a hundredth of their width."""
     values = (np.random.default_rng(0).random((2000, 2, 1)) < 0.6).astype(float)

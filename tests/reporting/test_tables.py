@@ -230,6 +230,7 @@ def test_the_probability_of_a_pair_is_the_share_of_images():
     assert share["LeapAlign", "ReFL"].mean == pytest.approx(1 - expected)
 
 
+@pytest.mark.slow
 def test_all_pairs_are_in_the_page_and_in_a_file_but_not_in_the_markdown(tmp_path):
     """The page has a matrix per measure, the CSV a row per pair and measure; the markdown has ranks and letters."""
     paths = {path.name: path for path in report.build(results(tmp_path), tmp_path / "out", ("md", "csv", "html"))}
@@ -273,6 +274,7 @@ def bad(kind):
 KINDS = ("one prompt", "one image", "one method", "one seed", "constant", "all missing", "seeds that differ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_input_is_words(kind, tmp_path):
     """Whatever is missing: all formats are made, nothing is nan, no interval has equal ends, and every row is there."""

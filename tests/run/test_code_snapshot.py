@@ -79,6 +79,7 @@ def test_a_new_interpreter_runs_the_snapshot_and_finds_its_data_there(taken, tmp
     assert not list(taken.path.rglob("__pycache__"))
 
 
+@pytest.mark.slow
 def test_a_snapshot_that_is_not_visible_yet_is_awaited(tmp_path):
     """A shared disk may show it late; no other code runs instead."""
     late = code_snapshot.Snapshot(tmp_path / "late", [], [])
@@ -91,6 +92,7 @@ def test_a_snapshot_that_is_not_visible_yet_is_awaited(tmp_path):
     assert process.communicate(timeout=60)[0] == "__main__ ['a b'] True\n"
 
 
+@pytest.mark.slow
 def test_later_edits_do_not_change_a_snapshot(tmp_path):
     """After its checkout is edited, an interpreter that runs the snapshot behaves as before."""
     checkout = tmp_path / "checkout"

@@ -74,6 +74,7 @@ def fake(request, monkeypatch) -> SimpleNamespace:
     return module
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_every_number_of_every_record(tmp_path):
     """A sweep with --track logs records as in train.parquet and scores as in the report; its ids do not change."""
     path = sweep_file(tmp_path)

@@ -136,6 +136,7 @@ def test_assets_are_small():
     assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 15e6
 
 
+@pytest.mark.slow
 def test_flux_pipeline_loads_and_draws():
     """diffusers' own FluxPipeline samples the shipped model; over a quarter of 24 images satisfy their prompt."""
     from diffusers import FluxPipeline

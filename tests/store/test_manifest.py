@@ -228,6 +228,7 @@ def test_derived_facts_of_a_run():
     assert (published.trained, published.is_base, published.training) == (False, False, "training unknown")
 
 
+@pytest.mark.slow
 def test_a_thousand_runs_are_decoded_fast(tmp_path):
     """Decoding into checked objects takes less time than json takes to make dictionaries: milliseconds."""
     manifest = planned(tmp_path).manifest()

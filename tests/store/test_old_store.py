@@ -71,6 +71,7 @@ def test_every_run_is_in_the_state_that_it_was_in(copy, sweep):
         assert reason in " ".join(said.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", ["old.yaml", "elsewhere"])
 def test_every_mean_and_every_cost_is_the_old_one(copy, sweep):
     """`report` gives the means, paired changes, shares, counts and costs that it gave; intervals have a newer model."""
@@ -87,6 +88,7 @@ def test_every_mean_and_every_cost_is_the_old_one(copy, sweep):
     pd.testing.assert_frame_equal(after, before, rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_every_id_is_the_old_one_so_that_finished_rows_are_not_made_again(copy):
     """The sweep file gives the ids that the store has: finished rows are not made again, and no file changes."""
     before, files = manifests(copy / "store"), contents(copy / "store", "runs", "images", "scores")

@@ -150,6 +150,7 @@ def test_no_change_goes_unnoticed(tmp_path, kept, change):
     equal(read_scores(tmp_path, files, kept), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["scores.feather", "scores.json"])
 def test_a_damaged_table_is_never_used(tmp_path, kept, file):
     """A table that is truncated, has a flipped bit, is empty or belongs to another sweep is read anew and rewritten."""
@@ -201,6 +202,7 @@ def test_nothing_is_kept_where_nothing_was_read(tmp_path, kept):
     assert not kept.parent.exists()
 
 
+@pytest.mark.slow
 def test_two_reports_at_once_do_not_disturb_each_other(tmp_path, kept):
     """Each asks for other rows and keeps them in the same place, again and again: all get what they asked for."""
     files = sweep(tmp_path)

@@ -214,6 +214,7 @@ def test_a_run_that_is_being_made_is_running(store):
 # -- locks ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_maker_at_a_time_and_the_second_reuses(store):
     """If several threads want a run, it is made once; the others wait, learn who holds it, and find it done."""
     run, made, waited = store.run("refl-0", trains=True), [], []
@@ -262,6 +263,7 @@ def test_another_machines_lock_counts_while_it_beats(store, monkeypatch):
     assert lock.try_acquire()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
 def test_a_clock_that_jumps_takes_no_lock_from_its_holder(store, monkeypatch, jump):
     """With a clock a day ahead or behind, a holder that keeps beating keeps its lock; one that stops loses it."""

@@ -132,6 +132,7 @@ def test_a_bad_name_is_refused_and_nothing_is_written(folder, capsys, name, line
     )
 
 
+@pytest.mark.slow
 def test_broken_promises_are_sentences(folder, capsys):
     """Every method of the file, one line per promise; an exception is its type and message, on one line; code 2."""
     (folder / "broken.py").write_text(BROKEN)
@@ -160,6 +161,7 @@ def sections(out: str) -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_traceback_is_there_when_asked_for(folder, capsys):
     """``--traceback`` shows the line of the author's file."""
     (folder / "broken.py").write_text(BROKEN)
@@ -169,6 +171,7 @@ def test_a_traceback_is_there_when_asked_for(folder, capsys):
     assert 'broken.py", line' in out
 
 
+@pytest.mark.slow
 def test_settings(folder, capsys):
     """A method without defaults says what it needs; with it, it is checked; a setting of no method is an error."""
     (folder / "needy.py").write_text(NEEDY)

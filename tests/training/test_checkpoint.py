@@ -283,6 +283,7 @@ def test_alphas_beside_the_tensors(folder, tmp_path):
     assert (images(flow) - theirs(pipe)).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16(folder, tuned, published, tmp_path):
     """Frozen parts in bfloat16: the velocity is within 5 % of float32's, and adapters themselves stay float32."""
     adapted(folder).transformer.save_lora_adapter(tmp_path)
@@ -469,6 +470,7 @@ def planned(folder, changes, *words, plugin=PLUGIN):
     return resolve(read(sweep_file(folder, changes), words), Registry([plugin]))
 
 
+@pytest.mark.slow
 def test_a_sweep_of_base_checkpoint_and_hybrid(tmp_path, capsys):
     """Through the command line: images differ, the report compares all rows with base and shows the departure."""
     weights = perturbed(pipeline(Flux(model="shapes").folder).transformer)
@@ -522,6 +524,7 @@ def test_settings_that_a_row_leaves_out_keep_the_ids_of_older_stores(tmp_path):
     assert cell.id == f"checkpoint-{made}"
 
 
+@pytest.mark.slow
 def test_ids_of_checkpoints(tmp_path):
     """Other weights or settings are other runs; the row's label, ``steps`` and what trains adapters are not."""
     own = load_file(Flux(model="shapes").folder / "transformer" / SINGLE)

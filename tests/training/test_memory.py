@@ -237,6 +237,7 @@ def test_adapters_need_no_copy_of_what_enters_them():
     assert adapters / 2 <= copies_cast - copies <= adapters  # what a norm gives is float32 already
 
 
+@pytest.mark.slow
 def test_gradients_of_adapters_in_bfloat16():
     """They are float32, and near those of a network in float32: cosine above 0.999."""
     gradients = [through(adapted(dtype))[1] for dtype in ("bfloat16", "float32")]
@@ -259,6 +260,7 @@ def test_the_average_on_the_host_is_the_average(tmp_path):
     assert ends[0] == ends[1] == ends[2]
 
 
+@pytest.mark.slow
 def test_the_average_on_the_host_is_no_part_of_the_plans_memory():
     """Four bytes less for each trained weight."""
     path = "table2_geneval"

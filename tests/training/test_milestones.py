@@ -236,6 +236,7 @@ def test_gc_keeps_what_milestones_have(swept, capsys):
     assert "images" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_rerun_compares_milestones(swept, tmp_path, capsys):
     """Their weights, images and scores are made again and are the same."""
     assert (

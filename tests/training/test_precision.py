@@ -173,6 +173,7 @@ def trained(folder, kind, store=None, lr=1e-3, **changes):
     return flow, list(stream)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", [None, 1])
 def test_masters_are_float32_under_autocast(folder, tmp_path, micro):
     """Bit by bit: every record, weight and average of three updates, also where a backward goes through two uses of
@@ -191,6 +192,7 @@ def test_masters_are_float32_under_autocast(folder, tmp_path, micro):
     assert all(t.dtype == torch.float32 for t in stored.values())
 
 
+@pytest.mark.slow
 def test_stochastic_weights_learn_what_float32_does(folder, tmp_path):
     """After four large updates weights have moved as float32's: cosine above 0.9, less than half of the norm apart.
     Final weights are in bfloat16, their average in float32, and both load.
