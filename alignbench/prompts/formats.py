@@ -92,11 +92,10 @@ def _json(path: Path) -> Iterator[Line]:
         data = data[column(data, TEXT, str(path))]
     if not isinstance(data, list | dict):
         raise UserError(f'{path}: expected a list of prompts, or of objects with a text "prompt"')
-    keyed = isinstance(data, dict)
-    for key, item in data.items() if keyed else enumerate(data):
+    for key, item in data.items() if isinstance(data, dict) else enumerate(data):
         spot = f"{path}: [{key}]"
-        item = {"key": key, **item} if keyed else item
-        yield Line(spot, item) if isinstance(item, str) else from_object(item, spot, TAG)
+        about = {"key": key, **item} if isinstance(data, dict) and isinstance(item, dict) else item
+        yield Line(spot, item) if isinstance(item, str) else from_object(about, spot, TAG)
 
 
 def _comma_separated(path: Path) -> Iterator[Line]:
