@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,12 +71,26 @@ def parse_json(text: str, spot: str) -> Any:
 
 
 def _text(path: Path) -> Iterator[Line]:
+    """Yield the lines of a text. Raise UserError if the first one shows that the file is of another format."""
+    lines = list(_lines(path))
+    first = lines[0].text.strip()
+    if re.fullmatch(r'\{\s*".*\}', first):
+        raise UserError(f"{lines[0].spot}: {first[:40]!r} is JSON, not a prompt; name the file .jsonl")
+    names = [name.strip().strip('"').lower() for name in re.split(r"[,;\t]", first)]
+    if len(lines) > 1 and {*names} & {*TEXT} and all(re.fullmatch(r"\w*", name) for name in names):
+        raise UserError(
+            f"{lines[0].spot}: {first[:40]!r} names columns; name the file .csv or .tsv, or remove the line"
+        )
+    return iter(lines)
+
+
+def _lines(path: Path) -> Iterator[Line]:
     lines = read_text(path).rstrip().split("\n")  # not splitlines(): it also splits at U+2028 and others
     return (Line(f"{path}:{number}", line) for number, line in enumerate(lines, 1))
 
 
 def _json_lines(path: Path) -> Iterator[Line]:
-    return (json_line(line, spot) for spot, line, *_ in _text(path))
+    return (json_line(line, spot) for spot, line, *_ in _lines(path))
 
 
 def json_line(line: str, spot: str) -> Line:
@@ -103,7 +118,7 @@ def _comma_separated(path: Path) -> Iterator[Line]:
     first = text.lstrip().partition("\n")[0]
     headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in ",;\t"}
     known = [delimiter for delimiter, names in headers.items() if {name.strip().lower() for name in names} & {*TEXT}]
-    return _table(path, _rows(path, text, known[0] if known else ","))
+    return _table(path, _rows(path, text, known[0] if known else ",", skipinitialspace=True))
 
 
 def _tab_separated(path: Path) -> Iterator[Line]:
