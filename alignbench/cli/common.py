@@ -299,6 +299,15 @@ class Request:
         return path.stem, read_manifest(path)
 
 
+def readable_store(folder: str) -> Store:
+    """Return the store, which may be read-only."""
+    from alignbench.store.artefacts import Store
+
+    store = Store(folder)
+    store.check_folder()
+    return store
+
+
 def usable_store(folder: str) -> Store:
     """Return the store. Raise UserError unless it can be written to; writes nothing."""
     from alignbench.store.artefacts import Store

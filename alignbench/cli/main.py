@@ -23,6 +23,7 @@ GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Share": (score, import_),
     "Extend": (new_method, check_method),
 }
+WORKING = (sweep, run, retry, rerun)  # verbs that are not done once nobody reads what they print
 COMPLETE = "_ALIGNBENCH_COMPLETE"  # environment variable that a shell sets to request completions
 RC_LINES = {  # shell -> (its startup file, the line to add there)
     "bash": ("~/.bashrc", 'eval "$(alignbench --completion bash)"'),
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
     if reason := obstacle():
         return _refuse(reason)
+    context = None
     try:
         if instruction := os.environ.get(COMPLETE):
             from click.shell_completion import shell_complete
@@ -108,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the output was piped into `head`
         sys.stdout = None  # type: ignore[assignment]  # nothing left to flush
-        return DONE
+        interrupted = context and context.invoked_subcommand in [verb.name for verb in WORKING]
+        return INTERRUPTED if interrupted else DONE
     except OSError as error:
         if (reason := denial(error)) is None:
             raise

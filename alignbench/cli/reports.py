@@ -23,6 +23,7 @@ from alignbench.cli.common import (
     Request,
     Verb,
     print_gaps,
+    readable_store,
     registry,
     settings_words,
     sweep_options,
@@ -65,12 +66,10 @@ def report(request: Request, out: str | None, formats: str | None) -> int:
     from alignbench.launch import submissions
     from alignbench.reporting.analysis.results import Results
     from alignbench.reporting.report import FORMATS, build, check_formats
-    from alignbench.store.artefacts import Store
 
     chosen = formats.split(",") if formats else FORMATS
     check_formats(chosen)
-    store = Store(request.folder)  # may be read-only
-    store.check_folder()
+    store = readable_store(request.folder)
     name, manifest = request.manifest(store)
     results = Results(store.root, manifest, submissions.known_jobs(store, manifest), sweep=name)
     paths = build(results, Path(out or f"outputs/{manifest.name}"), chosen)
@@ -93,10 +92,8 @@ def compare(a: str, b: str, evaluators: str | None, out: str | None, store: str)
     """
     from alignbench.reporting import compare
     from alignbench.reporting.analysis import pairs
-    from alignbench.store.artefacts import Store
 
-    place = Store(store)
-    place.check_folder()
+    place = readable_store(store)
     left, right = pairs.find(place, a), pairs.find(place, b)
     pair, remarks = pairs.compare(place, left, right, evaluators.split(",") if evaluators else ())
     text = compare.page(place, left, right, pair, remarks)

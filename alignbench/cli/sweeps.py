@@ -20,6 +20,7 @@ from alignbench.cli.common import (
     Verb,
     complete_methods,
     print_gaps,
+    readable_store,
     resolve,
     selected,
     slurm_options,
@@ -112,7 +113,7 @@ def status(request: Request) -> int:
     from alignbench.launch import status_table
     from alignbench.store.manifest import read_manifest
 
-    store = request.store()
+    store = readable_store(request.folder)
     if request.words:
         _, manifest = request.manifest(store)
         rows = status_table.rows(store, manifest)
@@ -142,7 +143,7 @@ def logs(run: str, follow: bool, store: str) -> int:
     """Print what a run's jobs have written. RUN is a run id (a folder in the store's runs/) or its beginning."""
     from alignbench.launch.logs import read
 
-    for text in read(usable_store(store), run, follow):
+    for text in read(readable_store(store), run, follow):
         print(text, end="", flush=True)
     return DONE
 
@@ -154,7 +155,7 @@ def cancel(request: Request, only: Sequence[str]) -> int:
     """Cancel a sweep's jobs on the cluster. Finished work is kept, and `alignbench retry` resumes from there."""
     from alignbench.launch import slurm, submissions
 
-    store = request.store()
+    store = readable_store(request.folder)
     name, manifest = request.manifest(store)
     wanted = {artefact.id for run in manifest.runs for artefact in run.missing(store)}
     live = submissions.slurm_jobs(submissions.read(store, name), wanted).live
@@ -188,7 +189,7 @@ def retry(
     again = {row.id for row in rows if row.state in LOST}
     cells = [cell for cell in selected(plan, only) if cell.id in again]
     if not cells:
-        unknown = next((f"; {row.title} is {row.reason}" for row in rows if row.state == UNKNOWN), "")
+        unknown = next((f"; {row.title}: {row.reason}" for row in rows if row.state == UNKNOWN), "")
         print(f"no run has failed or was lost{unknown}", file=sys.stderr)
         return status_table.exit_code(rows)
     if latest is None:
@@ -209,10 +210,8 @@ def rerun(run: str, into: str | None, store: str) -> int:
     a copy.
     """
     from alignbench.launch import rerun
-    from alignbench.store.artefacts import Store
 
-    place = Store(store)
-    place.check_folder()
+    place = readable_store(store)
     remark, copy = rerun.original_code(place, run)
     if remark:
         print(remark, flush=True)

@@ -169,7 +169,10 @@ def submit(array: Array, folder: Path, name: str, code: Snapshot) -> None:
     """
     import submitit
 
-    executor = submitit.SlurmExecutor(folder)
+    class Executor(submitit.SlurmExecutor):
+        _get_job_id_from_submission_command = staticmethod(_job_id)  # its own takes any number that follows "job"
+
+    executor = Executor(folder)
     executor.update_parameters(**_parameters(array, folder, name))
     # the signal sent before the time limit would end the task until Python handles it
     interpreter = shlex.split(array.resources.python) if array.resources.python else [sys.executable]
@@ -182,6 +185,16 @@ def submit(array: Array, folder: Path, name: str, code: Snapshot) -> None:
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         said = slurm_error(str(error))
         raise UserError(f"SLURM refused the jobs that {array.title}: {said}{_remedy(said)}") from None
+
+
+def _job_id(said: str | bytes) -> str:
+    """Return the id of the job that sbatch submitted. Raise UserError unless it names one."""
+    text = said if isinstance(said, str) else said.decode(errors="replace")
+    found = re.findall(r"(?m)^Submitted batch job (\d+)\b", text)
+    if len(found) != 1:
+        what = "which does not name one job; if it submitted any, cancel them by hand"
+        raise UserError(f"sbatch says '{' '.join(text.split())[-300:]}', {what}")
+    return found[0]
 
 
 def _remedy(said: str) -> str:
@@ -231,13 +244,15 @@ def _tasks(text: str) -> list[int]:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs. Finished ones are ignored; raise UserError if SLURM does not answer."""
+    """Cancel jobs. Finished ones are ignored; raise UserError if SLURM refuses or does not answer."""
     if not jobs:
         return
     done = slurm_command("scancel", *jobs)
-    said = [line for line in done.stderr.splitlines() if "error:" in line and not re.search(ENDED, line)]
-    if done.returncode != 0 and said:
-        raise UserError(f"SLURM does not answer: {slurm_error(said[0])}; jobs may still be in the queue, so try again")
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    said = [line for line in lines if not re.search(ENDED, line)]
+    if done.returncode != 0 and (said or not lines):
+        why = slurm_error("\n".join(said)) or f"exit code {done.returncode}"
+        raise UserError(f"scancel says {why}; jobs may still be in the queue: see `squeue --me`, and try again")
 
 
 class LiveJob(NamedTuple):

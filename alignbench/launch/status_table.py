@@ -11,7 +11,7 @@ from alignbench.launch.display import progress_text
 from alignbench.store.artefacts import Store
 from alignbench.store.files import read_json
 from alignbench.store.manifest import Manifest, ManifestRun
-from alignbench.store.run_state import LOST, STATES, Job, Jobs, run_state
+from alignbench.store.run_state import LOST, STATES, UNKNOWN, Job, Jobs, run_state
 from alignbench.store.text_table import printable, text_table
 
 
@@ -78,7 +78,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def follow(store: Store, manifest: Manifest, every: float = 5.0) -> None:
-    """Show the status of a sweep until none of its runs is queued or running. Ctrl-C ends the display, not the jobs."""
+    """Show the status of a sweep until none of its runs is queued or running. Ctrl-C ends the display, not the jobs.
+
+    While SLURM does not answer, they may be.
+    """
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -89,11 +92,11 @@ def follow(store: Store, manifest: Manifest, every: float = 5.0) -> None:
         while True:
             current = rows(store, manifest)
             for row in current:
-                if row.state in ("done", *LOST) and before.get(row.id) not in (None, row.state):
+                if row.state in ("done", UNKNOWN, *LOST) and before.get(row.id) not in (None, row.state):
                     line = f"{row.title}: {row.state}{f' ({row.reason})' if row.reason else ''}"
                     console.print(printable(line), markup=False, highlight=False)
             before = {row.id: row.state for row in current}
-            if not {row.state for row in current} & {"running", "requeued", "queued"}:
+            if not {row.state for row in current} & {"running", "requeued", "queued", UNKNOWN}:
                 return
             if console.is_terminal:
                 live.update(Text(table(current)), refresh=True)

@@ -11,9 +11,9 @@ import functools
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,18 +66,41 @@ def write(
 
 
 def read(store: Store, sweep: str | None = None) -> list[Submission]:
-    """Return all launches, or those of one sweep, latest first. Unreadable and invalid records are skipped."""
+    """Return all launches, or those of one sweep, latest first. Skip unreadable and invalid records, and say so."""
     records = []
-    for path in (store.root / "jobs").glob(f"*/{FILE}"):
-        with suppress(TypeError, KeyError, OSError, msgspec.ValidationError):
-            data = read_json(path) or {}
-            jobs = [[entry[key] for key in JobEntry._fields] for entry in data["tickets"]]
-            about = data | {"folder": path.parent, "jobs": jobs}
-            record = msgspec.convert([about[key] for key in Submission._fields], Submission)
-            if all(JOB.fullmatch(entry.job) for entry in record.jobs):
-                records.append(record)
+    for folder in (store.root / "jobs").glob("*"):
+        path = folder / FILE
+        try:
+            if (data := read_json(path)) is not None or path.exists():
+                records.append(_submission(folder, data or {}))
+        except OSError as error:
+            _remark(path, f"cannot be read: {error.strerror}")
+        except (TypeError, KeyError, ValueError):
+            _remark(path, "is not a record of jobs")
     chosen = [record for record in records if sweep is None or record.sweep == sweep]
     return sorted(chosen, key=lambda record: -record.submitted)
+
+
+def _submission(folder: Path, data: dict[str, Any]) -> Submission:
+    """Return a launch from its record. Raise TypeError, KeyError or ValueError if the record is invalid."""
+    jobs = [[entry[key] for key in JobEntry._fields] for entry in data["tickets"]]
+    about = data | {"folder": folder, "jobs": jobs}
+    record = msgspec.convert([about[key] for key in Submission._fields], Submission)
+    if odd := next((entry.job for entry in record.jobs if not JOB.fullmatch(entry.job)), None):
+        raise ValueError(odd)
+    return record
+
+
+@functools.cache
+def _remark(path: Path, why: str) -> None:
+    """Print, once, that the jobs of a launch are not known."""
+    print(f"alignbench: {path}: {why}; its jobs are taken for not submitted", file=sys.stderr)
+
+
+def queued(records: Iterable[Submission]) -> set[str]:
+    """Return the jobs of these launches that SLURM lists. Raise NoAnswer if it cannot be asked."""
+    on_slurm = [record for record in records if record.launcher == "slurm"]
+    return slurm.live({record.name for record in on_slurm}).keys() & {e.job for r in on_slurm for e in r.jobs}
 
 
 class SlurmJobs(NamedTuple):

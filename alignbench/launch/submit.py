@@ -17,7 +17,7 @@ from alignbench.experiment.plan import Plan
 from alignbench.experiment.resources import Slurm
 from alignbench.launch import slurm, submissions
 from alignbench.launch.pending import PendingRun, new_folder, task, unfinished
-from alignbench.launch.submissions import JobEntry
+from alignbench.launch.submissions import JobEntry, Submission
 from alignbench.run.code_snapshot import Snapshot, take
 from alignbench.store.artefacts import Artefact, Store
 from alignbench.store.files import write_json
@@ -37,10 +37,10 @@ def submit(
 
     Raise UserError if SLURM refuses an array; the arrays that this call has already submitted are cancelled.
     """
-    pending = unfinished(plan, cells, store)
+    pending, records = unfinished(plan, cells, store), submissions.read(store)
     wanted = {artefact.id for run in pending for artefact in run.missing}
-    under_way = submissions.slurm_jobs(submissions.read(store), wanted).live
-    arrays = _affordable(plan, pending, options, {id: job.job for id, (job, _) in under_way.items()})
+    under_way = submissions.slurm_jobs(records, wanted).live
+    arrays = _affordable(plan, pending, options, {id: job.job for id, (job, _) in under_way.items()}, records)
     for array in arrays:
         if array.stage is Stage.TRAIN:
             for cell in array.cells:
@@ -59,15 +59,24 @@ def submit(
             slurm.submit(array, folder, name, code)
             jobs += _job_entries(store, array, folder)
             submissions.write(folder, Path(plan.document.manifest).stem, "slurm", jobs, name, options)
-    except BaseException:  # a sweep is submitted whole or not at all
-        slurm.cancel([array.job for array in arrays if array.job])
+    except BaseException as error:  # a sweep is submitted whole or not at all
+        submitted = [array.job for array in arrays if array.job]
+        try:
+            slurm.cancel(submitted)
+        except UserError as left:  # their record stays, too
+            what = f"the jobs {', '.join(submitted)} were submitted and could not be cancelled"
+            raise UserError(f"{error or 'interrupted'}; {what}: {left}") from error
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return sum(len(array.cells) for array in arrays)
 
 
 def _affordable(
-    plan: Plan, pending: Sequence[PendingRun], options: dict[str, Any], live: dict[str, str]
+    plan: Plan,
+    pending: Sequence[PendingRun],
+    options: dict[str, Any],
+    live: dict[str, str],
+    records: Sequence[Submission],
 ) -> list[slurm.Array]:
     """Return the arrays of as many runs as ``submit_limit`` allows, and say how many are left for another time."""
     arrays = slurm.arrays(options, pending, plan.scored, live)
@@ -75,11 +84,12 @@ def _affordable(
     if limit is None or not arrays:
         return arrays
     jobs = Counter(id(cell) for array in arrays for cell in array.cells)
-    free = limit - len(set(live.values()))
+    queued = {*live.values(), *submissions.queued(records)}  # other sweeps' jobs count, too
+    free = limit - len(queued)
     ends = list(accumulate(jobs[id(run.cell)] for run in pending))
     fit = sum(end <= free for end in ends)
     if fit < len(pending):
-        if not live and not fit:
+        if not queued and not fit:
             raise UserError(f"slurm.submit_limit: {limit} jobs, but the first run alone needs {ends[0]}; raise it")
         left = f"slurm.submit_limit: {len(pending) - fit} of {len(pending)} runs do not fit into {limit} jobs at a time"
         print(f"alignbench: {left}; type the same command again when some have ended", file=sys.stderr)

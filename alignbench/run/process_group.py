@@ -78,7 +78,8 @@ class ProcessGroup:
         import torch
         from torch.distributed import PrefixStore
 
-        self._store = PrefixStore("alignbench", self._connect(self.is_main))
+        job = os.environ.get("SLURM_JOB_ID", "")  # another job on this node may have the same port
+        self._store = PrefixStore(f"alignbench {job}", self._connect(self.is_main))
         threading.Thread(target=self._watch, daemon=True).start()
         started = time.monotonic()
 
@@ -93,7 +94,7 @@ class ProcessGroup:
         store = self._connect(False)  # a connection of its own: torch blocks it while it waits, and hearts must beat
         store.set_timeout(PATIENCE)
         torch.distributed.init_process_group(
-            backend, store=PrefixStore("torch", store), rank=self.rank, world_size=self.size, timeout=PATIENCE
+            backend, store=PrefixStore(f"torch {job}", store), rank=self.rank, world_size=self.size, timeout=PATIENCE
         )
 
     def broadcast(self, make: Callable[[], Any]) -> Any:

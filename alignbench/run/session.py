@@ -290,8 +290,9 @@ def stores_embeddings(backend: Any) -> bool:
 
 def _reason(error: BaseException, store: Path) -> str:
     """Return the reason of a failure in one line. Checks for a full disk, which torch and parquet report obscurely."""
-    if shutil.disk_usage(store).free < MEGABYTE:
-        error = OSError(errno.ENOSPC, "", str(store))
+    with suppress(OSError):  # the store is gone, or was never made
+        if shutil.disk_usage(store).free < MEGABYTE:
+            error = OSError(errno.ENOSPC, "", str(store))
     if isinstance(error, OSError) and error.errno is not None:
         return cannot_write(error.filename or "store", error)
     text = " ".join(str(error).split())[:300]

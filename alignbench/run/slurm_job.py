@@ -39,6 +39,9 @@ class Signals:
 def main(file: str) -> int:
     """Execute this job's task and return the exit code. Rank 0 acts for all."""
     signals = Signals()  # before anything slow: an early signal would end the process
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        print("SLURM_ARRAY_TASK_ID is not set: let the container, or the setup lines, pass SLURM's variables on")
+        return FAILED
     task = _task(Path(file))
     if task is None:
         print(f"{file}: not visible on {socket.gethostname()}; the store must lie on a disk that all nodes share")
@@ -60,7 +63,7 @@ def _task(file: Path) -> dict[str, Any] | None:
     """Return this job's task, once this node sees its file; None if that takes too long."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        with suppress(FileNotFoundError):
+        with suppress(OSError, ValueError):  # absent, or shown in part
             return json.loads(file.read_text(encoding="utf-8"))["tasks"][os.environ["SLURM_ARRAY_TASK_ID"]]
         time.sleep(1)
     return None

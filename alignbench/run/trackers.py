@@ -6,16 +6,18 @@ The store remains the source of truth: no id, result or failure depends on a tra
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench.config import UserError, did_you_mean, flatten
 from alignbench.store.files import read_json, write_json
+from alignbench.store.locks import create
 
 NAMES = ("tensorboard", "wandb", "trackio")  # as in pip
 PROJECT = "alignbench"
@@ -79,8 +81,7 @@ class Trackers:
         self._open: dict[str, Any] = {}
         self._told: list[str] = []
         self._file = store / "runs" / run.id / FILE
-        known = read_json(self._file) if names else {}
-        self._known = known or {"id": f"{run.id}-{uuid.uuid4().hex[:8]}", "updates": {}}
+        self._known = (names and self._kept()) or {"id": f"{run.id}-{uuid.uuid4().hex[:8]}", "updates": {}}
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Log the numbers of an update once, although a resumed run repeats the updates since its checkpoint."""
@@ -106,13 +107,28 @@ class Trackers:
             with self._harmless(name):
                 self._open.pop(name).finish()
 
+    def _kept(self) -> dict[str, Any] | None:
+        """Return what the run's folder keeps; None if there is nothing, or nothing that can be used."""
+        known = read_json(self._file) or {}
+        return known if isinstance(known.get("id"), str) and isinstance(known.get("updates"), dict) else None
+
+    def _agree(self) -> None:
+        """Keep the name in the run's folder, or take the one that another job of the run has kept meanwhile."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            create(self._file, json.dumps(self._known))
+        if (known := self._kept()) is None:
+            write_json(self._file, self._known)
+        else:
+            self._known["id"] = known["id"]
+
     def _tracker(self, name: str, update: int | None = None) -> Any:
         """Return the tracker, started on first use. ``update``: at which training begins or resumes; None: scores."""
         if name not in self._open:
             if name == "tensorboard":
                 self._open[name] = TensorBoard(self.store / FOLDER / self.run.id, self.run.config, update)
             else:
-                write_json(self._file, self._known)
+                self._agree()
                 self._open[name] = (WandB if name == "wandb" else Trackio)(self.run, self._known["id"], self.store)
         return self._open[name]
 
@@ -123,7 +139,7 @@ class Trackers:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 yield
-        except Exception as error:  # whatever a tracker raises, the run continues
+        except (Exception, SystemExit) as error:  # whatever a tracker raises, the run continues
             self.names.remove(name)
             self._open.pop(name, None)
             self.warn(f"{name} failed and is no longer used: {_line(error)}")
@@ -196,5 +212,5 @@ class Trackio:
         self.run.finish()
 
 
-def _line(error: Exception | Warning | str) -> str:
+def _line(error: BaseException | str) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -60,7 +60,7 @@ class Lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._abandoned():
                 self._remove_stale()
-            _create(self.path, json.dumps(me))
+            create(self.path, json.dumps(me))
         except FileExistsError:
             return False
         except OSError as error:
@@ -88,7 +88,7 @@ class Lock:
         with suppress(OSError):
             if time.time() - guard.stat().st_mtime > STALE:
                 guard.unlink()
-        _create(guard, "")
+        create(guard, "")
         try:
             if self._abandoned():  # not if absent: another process may be creating its own right now
                 self.path.unlink(missing_ok=True)
@@ -117,7 +117,7 @@ def locks_held(root: Path) -> list[Path]:
     return [path for path in (root / "locks").glob("*.lock") if holder(path) is not None]
 
 
-def _create(path: Path, text: str) -> None:
+def create(path: Path, text: str) -> None:
     """Make a file that is complete as soon as it exists. Raise FileExistsError if it exists already."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

@@ -13,12 +13,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from alignbench.config import UserError
 
 T = TypeVar("T")
 TRIES, PAUSE = 3, 2.0  # how often SLURM is asked, and the seconds in between
+LIMIT = 120.0  # seconds that a command of SLURM may take: its own limits are shorter
 OF_SLURM = re.compile(r"(SLURMD?|SBATCH|SALLOC|SRUN|SQUEUE|SACCT|SCANCEL|SCONTROL)_")
 OF_THE_CLUSTER = re.compile(r"SLURM_(CONF|CONF_SERVER|CLUSTERS|JWT|SACK_\w+)")  # name it, or give access to it
 OF_THE_ALLOCATION = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK")
@@ -72,12 +73,14 @@ def ignored_defaults() -> list[str]:
 
 
 def slurm_command(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run one of SLURM's commands, and return its output and exit code. Raise NoAnswer if it is not installed."""
+    """Run one of SLURM's commands, and return its output and exit code. Raise NoAnswer if it is missing or hangs."""
     if shutil.which(words[0]) is None:
         raise NoAnswer(f"unknown here: there is no {words[0]} on this machine; ask on a login node of the cluster")
-    return subprocess.run(
-        words, env=slurm_environment(), capture_output=True, encoding="utf-8", errors="replace", check=False
-    )
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": LIMIT}
+    try:
+        return subprocess.run(words, env=slurm_environment(), encoding="utf-8", errors="replace", **options)
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"SLURM does not answer: {words[0]} takes more than {LIMIT:.0f} seconds; try again") from None
 
 
 def slurm_answer(*words: str, read: Callable[[str], T] = str) -> T:  # type: ignore[assignment]  # T is str by default

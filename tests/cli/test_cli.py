@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -508,6 +509,28 @@ def test_a_reader_that_stops_early_is_not_a_failure():
     ls = f"set -o pipefail; {sys.executable} -m alignbench.cli ls | head -1"
     done = subprocess.run(["bash", "-c", ls], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "methods:\n", "")
+
+
+def test_a_sweep_whose_reader_stops_early_is_interrupted(tmp_path):
+    """`alignbench sweep ... 2>&1 | head -1` does not say that everything is done."""
+    words = (
+        f"{sys.executable} -m alignbench.cli sweep {sweep_file(tmp_path)} --plugin {PLUGIN} --store {tmp_path / 's'}"
+    )
+    command = f"set -o pipefail; {words} --launcher debug 2>&1 | true"
+    assert subprocess.run(["bash", "-c", command]).returncode == 130
+
+
+def test_a_store_that_may_only_be_read_has_a_status(tmp_path, monkeypatch, capsys):
+    """Who may not write to a colleague's store sees what is done, and the logs."""
+    path = sweep_file(tmp_path)
+    (tmp_path / "store").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert alignbench("sweep", path, store=tmp_path / "store") == 1
+    assert "is not writable; choose another folder" in capsys.readouterr().err
+    assert alignbench("status", store=tmp_path / "store", plugin=False) == 0
+    assert "no sweep was run" in capsys.readouterr().out
+    assert alignbench("logs", "last", store=tmp_path / "store", plugin=False) == 1
+    assert "there is no such run" in capsys.readouterr().err
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -352,6 +353,16 @@ def test_groups_that_do_not_divide_among_ranks_are_refused_before_submission(tmp
     assert "ranks" not in capsys.readouterr().err
 
 
+def test_jobs_of_another_sweep_count_against_the_limit_of_the_queue(tmp_path, queue):
+    """A QOS limits a user's jobs, whichever sweep they belong to."""
+    store = Store(tmp_path / "store")
+    submitted(planned(tmp_path), store)
+    assert len(queue.live) == 11
+    other = planned(tmp_path, name="other", evaluation={"protocol": {"steps": 3}})
+    assert submitted(other, store, {"submit_limit": 14}) == 3
+    assert submitted(other, store, {"submit_limit": 14}) == 0
+
+
 def test_a_machine_without_slurm_says_what_to_do(tmp_path, monkeypatch, capsys):
     """The error is one line, and nothing is written."""
     monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
@@ -435,6 +446,38 @@ def test_a_sweep_asks_for_what_its_file_says_inside_an_allocation_too(tmp_path, 
         assert (seen["SLURM_CONF"], seen["KEPT"]) == ("/etc/s", "1")
 
 
+BASE = {"cases": [{"label": "Base", "method": {"name": "base"}}]}
+
+
+def test_a_jobs_id_is_the_one_that_sbatch_says(tmp_path, tools, capsys):
+    """A site's wrapper may print more, and numbers of its own; where no job is named, that is an error."""
+    for name in ("srun", "squeue", "sacct"):
+        tools(name, "")
+    tools("sbatch", "Checking job 1 of 2 for its budget\nSubmitted batch job 77\nSee https://x/job 5")
+    alignbench("sweep", sweep_file(tmp_path, BASE), "--launcher", "slurm", store=tmp_path / "store")
+    assert {job.job for job in submissions.read(Store(tmp_path / "store"))[0].jobs} == {"77_0"}
+    tools("sbatch", "Checking job 1 of 2 for its budget")
+    assert alignbench("sweep", sweep_file(tmp_path, BASE), "--launcher", "slurm", store=tmp_path / "other") == 1
+    assert "sbatch says 'Checking job 1 of 2 for its budget', which does not name one job" in capsys.readouterr().err
+
+
+def test_jobs_that_are_left_after_a_refusal_are_named_with_its_reason(tmp_path, tools, capsys):
+    """If SLURM refuses the second array and does not cancel the first, both errors are told and the record stays."""
+    for name in ("srun", "squeue", "sacct"):
+        tools(name, "")
+    (tools.folder / "scancel").write_text("#!/bin/sh\necho 'scancel: error: Unable to contact it' >&2; exit 1\n")
+    mark, once = tmp_path / "once", "echo Submitted batch job 77"
+    refusal = "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
+    (tools.folder / "sbatch").write_text(f"#!/bin/sh\n[ -e {mark} ] && {{ {refusal}; }}; touch {mark}; {once}\n")
+    for name in ("scancel", "sbatch"):
+        (tools.folder / name).chmod(0o755)
+    assert alignbench("sweep", sweep_file(tmp_path, BASE), "--launcher", "slurm", store=tmp_path / "store") == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "QOSMaxSubmitJobPerUserLimit; set slurm.submit_limit" in line
+    assert "the jobs 77 were submitted and could not be cancelled: scancel says Unable to contact" in line
+    assert submissions.read(Store(tmp_path / "store"))[0].jobs[0].job == "77_0"
+
+
 def test_a_line_that_is_no_job_is_not_a_lost_job(tools):
     """A message among squeue's lines is one error, instead of a job that would be submitted again."""
     for line in (
@@ -469,6 +512,12 @@ def test_jobs_that_cannot_be_cancelled_are_an_error(tools):
         patch.setenv("TEXT", "Unable to contact slurm controller (connect failure)")
         with pytest.raises(UserError, match=r"Unable to contact slurm controller .*; jobs may still be in the queue"):
             slurm.cancel(["7_0"])
+        patch.setenv("TEXT", "Kill job error on job id 7: Access/permission denied")
+        with pytest.raises(UserError, match=r"^scancel says Kill job error .*: Access/permission denied; jobs may"):
+            slurm.cancel(["7_0"])
+    (tools.folder / "scancel").write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(UserError, match=r"^scancel says exit code 3; jobs may still be in the queue"):
+        slurm.cancel(["7_0"])
 
 
 @pytest.mark.slow
@@ -495,8 +544,18 @@ def test_a_task_file_that_is_not_visible_yet_is_awaited(tmp_path, monkeypatch, c
     assert "0.json: not visible on" in capsys.readouterr().out
     monkeypatch.setattr(slurm_job, "PATIENCE", 60.0)
     task = json.dumps({"tasks": {"3": {"stages": []}}})
+    (tmp_path / "0.json").write_text(task[:9])  # only its beginning
     monkeypatch.setattr(slurm_job.time, "sleep", lambda seconds: (tmp_path / "0.json").write_text(task))
     assert slurm_job.main(str(tmp_path / "0.json")) == slurm_job.DONE
+
+
+def test_a_container_that_hides_the_job_is_one_line(tmp_path, monkeypatch, capsys):
+    """Without SLURM's variables a job knows neither its task nor its ranks."""
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    monkeypatch.setattr(slurm_job, "Signals", lambda: None)
+    assert slurm_job.main(str(tmp_path / "0.json")) == slurm_job.FAILED
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("SLURM_ARRAY_TASK_ID is not set: let the container")
 
 
 def test_a_node_without_scontrol_ends_the_job_with_one_line(monkeypatch, capsys):
@@ -539,8 +598,8 @@ def record(store: Store, **changes) -> None:
     write_json(store.root / "jobs" / f"tiny-{len(changes)}" / submissions.FILE, data)
 
 
-def test_an_invalid_record_is_skipped(tmp_path):
-    """Records with unsafe job ids, missing keys, wrong types or invalid JSON are skipped, and the others are read."""
+def test_an_invalid_record_is_skipped(tmp_path, capsys):
+    """Records with unsafe job ids, missing keys, wrong types or invalid JSON are named, and the others are read."""
     store = Store(tmp_path)
     record(store)
     record(store, job="7_0; rm -rf ~")
@@ -553,7 +612,25 @@ def test_an_invalid_record_is_skipped(tmp_path):
         ({"submitted": "x"}, {"pid": "x"}, {"tickets": 3}, {"tickets": [entry | {"makes": 5}]})
     ):
         write_json(tmp_path / "jobs" / f"wrong-{place}" / submissions.FILE, valid | change)
-    assert [submission.jobs[0].job for submission in submissions.read(store, "tiny-1")] == ["7_0"]
+    (tmp_path / "jobs" / "begins").mkdir()  # its record is not there yet
+    for _ in range(2):
+        assert [submission.jobs[0].job for submission in submissions.read(store, "tiny-1")] == ["7_0"]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 + 3 + 4
+    assert all(line.endswith(".json: is not a record of jobs; its jobs are taken for not submitted") for line in told)
+
+
+def test_a_record_that_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):
+    """Another user's launch, with a umask of 077, would be submitted a second time without a word."""
+    store = Store(tmp_path)
+    record(store)
+
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(submissions, "read_json", denied)
+    assert submissions.read(store) == []
+    assert "jobs.json: cannot be read: Permission denied; its jobs are taken for" in capsys.readouterr().err
 
 
 def test_a_row_is_one_line_without_control_characters():
@@ -562,6 +639,16 @@ def test_a_row_is_one_line_without_control_characters():
     line = status_table.table([row]).splitlines()[1]
     assert line.endswith("a b [2J c")
     assert "\x1b" not in line
+
+
+def test_who_waits_for_jobs_waits_while_slurm_does_not_answer(tmp_path, monkeypatch, capsys):
+    """A controller that restarts does not end `--wait`; that it did not answer is told."""
+    states = [("queued", ""), ("unknown here", "SLURM does not answer"), ("running", ""), ("done", "")]
+    row = partial(status_table.Row, "Last", "last-1", step="", left="", job="")
+    rows = [row(state=state, reason=reason) for state, reason in states]
+    monkeypatch.setattr(status_table, "rows", lambda *_: [rows.pop(0)])
+    status_table.follow(Store(tmp_path), None, every=0.0)  # type: ignore[arg-type]
+    assert capsys.readouterr().err.splitlines() == ["Last: unknown here (SLURM does not answer)", "Last: done"]
 
 
 def test_exit_codes():

@@ -24,7 +24,7 @@ from alignbench.launch import pending
 from alignbench.plugins import Registry
 from alignbench.run import Task, execute, process_group, provenance
 from alignbench.run.process_group import OtherFailed, ProcessGroup
-from alignbench.run.session import RunSession
+from alignbench.run.session import RunSession, _reason
 from alignbench.store.artefacts import Store, milestone_file
 from alignbench.store.locks import Lock
 from alignbench.training.checkpoint import FINAL, read_state, saved_states
@@ -194,6 +194,8 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
 
 
 TROUBLE = [  # where, how, rank, parallel, the reason that the run's status gives
+    ("starting", "fails", 1, "ddp", "training: rank 1 has not started within 10 seconds; see its log"),
+    ("starting", "killed", 1, "fsdp", "training: rank 1 has not started within 10 seconds; see its log"),
     ("training", "fails", 0, "fsdp", "training: rank 0: RuntimeError: fell over"),
     ("training", "fails", 1, "ddp", "training: rank 1: RuntimeError: fell over"),
     ("training", "spoils", 1, "fsdp", "training: rank 1: training, step 1, update 1: the reward is not finite"),
@@ -211,7 +213,7 @@ TROUBLE = [  # where, how, rank, parallel, the reason that the run's status give
 def test_a_rank_that_fails_or_dies_ends_the_run_with_its_reason(tmp_path, where, how, rank, parallel, reason):
     """Status and log give the reason, the lock is free, nobody is left waiting, and the next attempt makes the rest."""
     store, plain = task(tmp_path, parallel)
-    rank_process.together("execute", tmp_path, where, how, str(rank), expect=1)
+    rank_process.together("execute", tmp_path, where, how, str(rank), fail=True)
     run, images = store.run(plain["run"], True), store.images(plain["images"])
     artefact = run if reason.startswith("training") else images
     assert artefact.failure == reason
@@ -223,13 +225,31 @@ def test_a_rank_that_fails_or_dies_ends_the_run_with_its_reason(tmp_path, where,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("how", "state"), [("fails", "failed"), ("killed", None), ("stopped", "interrupted")])
+def test_scoring_concerns_rank_0_alone(tmp_path, how, state):
+    """The other rank has ended well by then, and the next attempt makes the scores that are missing, nothing else."""
+    _, plain = task(tmp_path)
+    first, second = rank_process.together("execute", tmp_path, "scoring", how, "0", fail=(True, False))
+    assert ((first or {}).get("state"), second["state"]) == (state, "done")
+    again = execute(plain)
+    assert again["state"] == "done"
+    assert set(again["made"]) == {"scores"}
+
+
+def test_a_run_whose_store_is_gone_ends_with_the_reason(tmp_path):
+    """What made it fail is told, not that the disk's free space cannot be asked for."""
+    error = RuntimeError("fell over")
+    assert _reason(error, tmp_path / "gone") == "RuntimeError: fell over"
+
+
+@pytest.mark.slow
 def test_a_stop_is_not_a_failure_on_any_rank(tmp_path):
     """A signal on one rank that makes images stops both, which record no failure and keep the images made so far.
 
     The other rank, which waits for it or works, ends as interrupted too, so that a job can be queued again.
     """
     store, plain = task(tmp_path)
-    notes = rank_process.together("execute", tmp_path, "generating", "stopped", "1", expect=1)
+    notes = rank_process.together("execute", tmp_path, "generating", "stopped", "1", fail=True)
     assert [note["state"] for note in notes] == ["interrupted"] * 2
     images = store.images(plain["images"])
     assert images.failure is None
@@ -320,6 +340,22 @@ def test_a_rank_that_waits_obeys_a_stop_and_takes_its_partner_along(pair):
     assert second.abort(process_group.STOPPED) == process_group.STOPPED
     with pytest.raises(Interrupted):
         first.check()
+
+
+def test_a_rank_does_not_join_another_job_that_has_its_port(monkeypatch):
+    """It would read that job's messages, and its failure would end that job."""
+    shared = torch.distributed.HashStore()
+    monkeypatch.setattr(ProcessGroup, "_connect", lambda self, host: shared)
+    monkeypatch.setattr(process_group, "START", 0.01)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("joined"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, other in (("0", "rank 1"), ("1", "rank 0")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("SLURM_JOB_ID", f"1000{rank}")
+        group = ProcessGroup()
+        with pytest.raises(OtherFailed, match=f"{other} has not started"):
+            group.join()
+        group._ended.set()
 
 
 def test_a_stop_while_waiting_for_a_lock_is_obeyed(tmp_path):

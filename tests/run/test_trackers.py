@@ -172,6 +172,36 @@ def test_a_tracker_that_fails_gives_a_warning_and_the_run_continues(fake, tmp_pa
     assert len(scalars(tmp_path / "tensorboard" / "last-0")["loss"]) == 3
 
 
+def test_a_tracker_that_exits_does_not_end_the_run(fake, tmp_path):
+    """Some end the process where they cannot go on; that is a warning like any other."""
+    told: list[str] = []
+    fake.init = lambda *_, **__: sys.exit("no such entity")
+    show(tmp_path, range(3), told.append, names=[fake.name])
+    assert told == [f"{fake.name} failed and is no longer used: SystemExit: no such entity"]
+
+
+@pytest.mark.parametrize("kept", ['{"id": "x"}', '{"id": 5, "updates": {}}', "[]", "", '{"id": "x", "updates": []}'])
+@pytest.mark.parametrize("fake", ["wandb"], indirect=True)
+def test_a_damaged_record_of_a_tracker_does_not_end_the_run(fake, kept, tmp_path):
+    """The run is drawn under a new name, and drawn there when it is resumed."""
+    file = tmp_path / "runs/last-0" / trackers.FILE
+    file.parent.mkdir(parents=True)
+    file.write_text(kept)
+    show(tmp_path, range(2), names=["wandb"])
+    show(tmp_path, range(3), names=["wandb"])
+    first, second = fake.runs
+    assert first.given["id"] == second.given["id"] != "x"
+    assert [entry["update"] for entry in first.logged + second.logged] == [0, 1, 2]
+
+
+def test_jobs_that_score_one_run_at_once_draw_it_once(fake, tmp_path):
+    """On a cluster the evaluators of an untrained row begin together, before any of them has kept a name."""
+    jobs = [Trackers([fake.name], tmp_path, SHOWN, pytest.fail) for _ in range(2)]
+    for job in jobs:
+        job.scores({"brightness": 0.5}, 0)
+    assert len({run.given["name"] for run in fake.runs}) == 1
+
+
 def test_what_a_tracker_warns_of_is_told_once(fake, tmp_path, recwarn):
     """A tracker that goes on without its server says so by a Python warning, which becomes one of the run's."""
     told: list[str] = []

@@ -91,7 +91,7 @@ def test_a_machine_without_slurm_does_not_know_what_became_of_jobs(tiny, swept, 
     assert "there is no squeue on this machine; ask on a login node" in shown
     assert "7_0 was submitted on login" in shown
     assert alignbench("retry", str(swept / "tiny.yaml"), store=store.root) == 3
-    assert "no run has failed or was lost; Last, seed 0 is unknown here: there is no squeue" in capsys.readouterr().err
+    assert "no run has failed or was lost; Last, seed 0: unknown here: there is no squeue" in capsys.readouterr().err
     assert alignbench("cancel", str(swept / "tiny.yaml"), store=store.root) == 1
     assert "unknown here: there is no squeue on this machine" in capsys.readouterr().err
     assert [entry.sweep for entry in submissions.read(store) if cleanup._live(entry)] == [name]

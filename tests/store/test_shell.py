@@ -77,6 +77,17 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(tool, tmp_path):
         slurm_answer("squeue")
 
 
+def test_a_command_that_hangs_is_no_answer(tool, monkeypatch):
+    """It is ended, and one line says so; it does not read what is typed for alignbench."""
+    monkeypatch.setattr(shell, "LIMIT", 0.1)
+    tool("squeue", "exec sleep 60")
+    with pytest.raises(NoAnswer, match="SLURM does not answer: squeue takes more than 0 seconds; try again"):
+        slurm_answer("squeue")
+    monkeypatch.setattr(shell, "LIMIT", 60.0)
+    tool("squeue", "cat; echo end")
+    assert slurm_answer("squeue") == "end\n"
+
+
 def test_a_machine_without_slurm_cannot_know(monkeypatch):
     """The line says where to ask."""
     monkeypatch.setenv("PATH", "/nowhere")
