@@ -229,7 +229,9 @@ def _class_at(cls: type[Config], path: str) -> type[Config]:
 
 
 def _choices(cls: type[Config], path: str) -> str:
-    values = [v for t in _types_at(cls, path) if typing.get_origin(t) is typing.Literal for v in typing.get_args(t)]
+    types = _types_at(cls, path)
+    types += [typing.get_args(t)[0] for t in types if typing.get_origin(t) is dict]  # of its keys
+    values = [v for t in types if typing.get_origin(t) is typing.Literal for v in typing.get_args(t)]
     return f"; choose one of {', '.join(map(str, values))}" if values else ""
 
 

@@ -35,6 +35,8 @@ PATIENCE = 2.0  # seconds before the second request, doubled before each further
 LONGEST_PAUSE = 60.0  # seconds between two requests, unless the server asks for more
 OUTAGE = 300.0  # seconds for which a question is asked again while the server is away: it may load its model
 LARGEST = 2**20  # bytes of the largest answer
+TOO_LONG = ("length", "max_tokens", "model_length")  # what servers say of an answer at the limit of tokens ...
+BROKEN_OFF = ("abort", "aborted", "cancelled", "error")  # ... and of one that they did not finish
 
 
 class Answer(NamedTuple):
@@ -171,10 +173,12 @@ class Server:
         quote = " ".join(data.decode("utf-8", "replace").split())[:200]
         quote = quote.replace(os.environ.get(self.key) or "\0", "***")  # some servers repeat the key
         says = f"the server answers {status}: {quote}"
-        if status in (408, 425, 429) or status >= 500:
+        if status in (408, 409, 423, 425, 429, 498, 499) or status >= 500:
             raise Busy(says, _pause(response.headers.get("Retry-After")), away=status != 500)
-        if status in (401, 403):
-            raise Refused(f"{says}; set the environment variable {self.key} to a key that it accepts")
+        if status in (401, 402, 403):
+            raise Refused(
+                f"{says}; set the environment variable {self.key} to a key that it accepts and that has credit"
+            )
         if 300 <= status < 400 or status in (404, 405, 407, 410):
             raise Refused(f"{says}; correct its address, or the name of the model")
         if status != 200:
@@ -223,32 +227,42 @@ def _answer(answer: Any) -> Answer:
             parts = [part for part in content if isinstance(part, dict) and part.get("type") in ("text", "output_text")]
             content = "".join(part["text"] for part in parts)
         refusal = message.get("refusal")
+        finish = str(finish or "").lower()
     except (KeyError, TypeError, AttributeError, IndexError):
         raise Unanswered("the server's answer holds no text", passing=True) from None
+    if finish in BROKEN_OFF:
+        raise Unanswered(f"the server broke the answer off: {finish}", passing=True)
     if refusal or finish == "content_filter":
         raise Unanswered(f"the model refuses to answer: {' '.join(str(refusal or finish).split())[:200]}")
     if not isinstance(content, str):
-        raise Unanswered("the server's answer holds no text" + ", it was cut off" * (finish == "length"))
-    return Answer(content, finish == "length")
+        raise Unanswered("the server's answer holds no text" + ", it was cut off" * (finish in TOO_LONG))
+    return Answer(content, finish in TOO_LONG)
 
 
 # -- the score in an answer -------------------------------------------------------------------------------------------
 
 THOUGHTS = r"(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|analysis)"
-OPENED, CLOSED = rf"[<\[◁]{THOUGHTS}[>\]▷]", rf"[<\[◁]/{THOUGHTS}[>\]▷]"
+OPENED = rf"(?:[<\[◁](?:\w+:)?{THOUGHTS}[>\]▷]|<\|begin_of_{THOUGHTS}\|>|<\|channel\|>analysis<\|message\|>)"
+CLOSED = rf"(?:[<\[◁]/(?:\w+:)?{THOUGHTS}[>\]▷]|<\|end_of_{THOUGHTS}\|>|<\|channel\|>final<\|message\|>)"
 DASHES = dict.fromkeys(map(ord, "‐‑‒–—―−﹘﹣－"), "-") | dict.fromkeys(map(ord, "⁄∕"), "/")
 UNSEEN = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff*`#\\"))  # zero width; markdown's marks
 FIGURE = r"\d+(?:\.\d+)?"
+SPELT = {"five": "5", "six": "6", "seven": "7", "ten": "10", "twenty": "20", "hundred": "100"}  # of scales
+SAID_SCALE = re.compile(rf"\bscale\b\W+(?:(?:of|from|is)\W+)*(?:0|1)\s*(?:-|to)\s*({FIGURE})", re.IGNORECASE)
 SCALE = r"(?:\s*[(\[](?P<scale>[^()\[\]]*)[)\]])?"  # as in "Style Score (1-5)"
 NUMBER = re.compile(rf"[\s\"'(\[]*(?P<number>-?{FIGURE})(?P<tail>.*)")
 OTHER_SCALE = (  # what follows a number and tells its scale
     re.compile(rf"[\s\"']*(?:stars?|points?)?[\s(\[,]*(?:/|(?:out\s+)?of\b(?:\s+[a-z]+){{0,3}}?)\s*({FIGURE})", re.I),
     re.compile(rf"\s*[(\[]\s*{FIGURE}\s*-\s*({FIGURE})"),  # (1-10)
+    re.compile(rf"\s*(?:points?)?\s*[(\[]\s*max[a-z.:= ]*({FIGURE})", re.I),  # (max. 10)
+    re.compile(rf"\s*(?:points?)?\s*[(\[][a-z ]*?({FIGURE}) (?:is|being) (?:the )?(?:best|highest|max)", re.I),
     re.compile(rf"[\s\"']*\|[\s\"']*({FIGURE})\s*(?:\||$)"),  # the next cell of a table
 )
 LONE = re.compile(rf"\W*{FIGURE}\W*(?:(?:out\s+of|of)?\s*{FIGURE}\W*)?")  # a number alone, or with its scale
 UNCLEAR = re.compile(  # what makes the number before it unclear: "4th", "4%", "4,5", "3 to 4"
-    r"[^\W_]|\s*(?:%|per\s?cent)|[+^°]|[.,:]\d|\.\.|\s*(?:[-~±+]|to\b|or\b|and\b)?\s*\d", re.IGNORECASE
+    r"[^\W_]|\s*(?:%|per\s?cent)|[+^°]|[.,:]\d|\.\.|\s*(?:-?[-~±+&×→>]|(?:to|or|and|x|minus|plus|times|through|till)\b)?"
+    r"(?:\s*(?:maybe|perhaps|possibly|even))?\s*\d",
+    re.IGNORECASE,
 )
 
 
@@ -264,6 +278,8 @@ def read_score(answer: Answer, label: str) -> float:
     spoken, *unfinished = re.split(OPENED, spoken, maxsplit=1, flags=re.IGNORECASE)
     if answer.cut:
         spoken = spoken[: max(map(spoken.rfind, ("\n", ", ", ". ", "; "))) + 1]  # the last clause may lack its end
+    if other := next((scale for scale in SAID_SCALE.findall(spoken) if float(scale) != 5), None):
+        raise ValueError(f"the answer is on another scale than 1 to 5: to {other}")
     found = sorted({number for rest in _after(label, spoken) if (number := _number(rest, label)) is not None})
     if not found:
         why = ", it ends within its thoughts" if unfinished else ", it was cut off" if answer.cut else ""
@@ -280,7 +296,7 @@ def _after(label: str, text: str) -> Iterator[str]:
     """Yield what follows ``label`` wherever a line of ``text`` has it; "Style: 4" as a line of its own counts, too."""
     lines = [line.translate(UNSEEN).replace("_", " ").strip() for line in [*_json(text), *_lines(text)]]
     name, short = (re.escape(words).replace(r"\ ", r"\s+") for words in (label, label.removesuffix(" Score")))
-    sign = r"[\s\"']*(?:[:=|]+|->|\bis\b|\bof\b|(?<=\s)-(?=\s))"
+    sign = r"[\s\"']*(?:[:=|]+|->|\bis\b[\s\"']*:?|\bof\b|(?<=\s)-(?=\s))"
     long = re.compile(rf"(?<!\w){name}{SCALE}(?:{sign}|(?=\s+\d)|[\s\"']*$)", re.IGNORECASE)
     alone = re.compile(rf"\W*(?:\d+[.)])?\W*{short}{SCALE}[\s\"']*[:=|]", re.IGNORECASE)
     for i, line in enumerate(lines):
@@ -309,7 +325,10 @@ def _number(text: str, label: str) -> float | None:
     match = NUMBER.match(text)
     if match is None:
         return None
-    tail, said = match["tail"], f"'{label}: {' '.join(text.split())[:40]}'"
+    tail = re.sub(
+        r"\b(" + "|".join(SPELT) + r")\b", lambda word: SPELT[word[0].lower()], match["tail"], flags=re.IGNORECASE
+    )
+    said = f"'{label}: {' '.join(text.split())[:40]}'"
     scales = [float(found[1]) for pattern in OTHER_SCALE if (found := pattern.match(tail))]
     if "scale" in tail.lower():
         scales += [float(number) for number in re.findall(FIGURE, tail) if float(number) != 1]

@@ -104,8 +104,7 @@ class UnifiedReward(Evaluator):
     def __post_init__(self) -> None:
         if self.server is None:
             return
-        url = urlsplit(self.server)
-        if url.scheme not in ("http", "https") or not url.hostname or url.username:
+        if not _is_address(self.server):
             raise UserError(f"unifiedreward.server: not of the form http://host:port; a key belongs in ${KEY}")
         if self.revision is None:
             what = "'revision' is missing: a server does not tell which weights it serves"
@@ -326,6 +325,15 @@ class UnifiedReward(Evaluator):
         automatic = "bfloat16" if device().type == "cuda" else "float32"
         dtype = getattr(torch, automatic if self.dtype == "auto" else self.dtype)
         return weights.pretrained(AutoModelForImageTextToText, self.folder, "unifiedreward.weights", dtype)
+
+
+def _is_address(server: str) -> bool:
+    """Return whether ``server`` has the form http://host:port, without a name or key of a user."""
+    try:
+        url = urlsplit(server)
+        return url.scheme in ("http", "https") and bool(url.hostname) and not url.username and url.port != 0
+    except ValueError:  # a port that is none
+        return False
 
 
 def question_file(file: str) -> Path:

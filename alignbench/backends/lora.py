@@ -60,6 +60,8 @@ def read_lora(
     ranks = {own_layer(layer): len(tensors[pair.a]) for layer, pair in found.items()}
     said = sources(files, path, metadata, bool(alphas), decided)
     strength = strengths(said, ranks, alphas, path, alpha, scale)
+    if not any(tensors[pair.b].any() for pair in found.values()):
+        raise UserError(f"{path}: every lora_B is zero, as before training: the row would be the base model")
     scaled: dict[str, Tensor] = {}
     origins: dict[str, str] = {}
     for layer, pair in found.items():

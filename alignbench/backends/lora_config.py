@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -74,6 +74,8 @@ def strengths(
     rooted = {bool(source.settings.get("use_rslora")) for source in sources}
     if len(rooted) > 1 and scale is None:
         raise UserError(f"{path}: {_both(sources)} differ in use_rslora; {STATE.replace('method.alpha, or ', '')}")
+    if alpha is None and scale is None:
+        _check_patterns(sources, ranks)
     root = rooted == {True}
     factors = {}
     for layer, rank in ranks.items():
@@ -86,6 +88,15 @@ def strengths(
         divisor = math.sqrt(rank) if root else rank
         factors[layer] = scale if scale is not None else 1.0 if value is None else value / divisor
     return Strength(factors, bool(sources or alphas) or alpha is not None or scale is not None)
+
+
+def _check_patterns(sources: Sequence[Source], layers: Collection[str]) -> None:
+    """Raise UserError for a pattern that fits no layer: whoever wrote it meant one."""
+    for name, settings in sources:
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in settings.get(key) or ():
+                if not any(_fits(pattern, layer) for layer in layers):
+                    raise UserError(f"{name}: {key}: '{pattern}' fits no layer of the file; correct or remove it")
 
 
 def _check_agreement(path: Path, layer: str, said: Mapping[str, float], others: bool) -> None:
@@ -117,8 +128,12 @@ def _alphas(sources: Sequence[Source], layer: str, rank: int, required: bool) ->
 def _pattern(settings: Mapping[str, Any], key: str, layer: str, default: Any) -> Any:
     """Return a layer's value in one of peft's patterns, found as peft does."""
     patterns = settings.get(key) or {}
-    found = next((name for name in patterns if re.match(rf"(.*\.)?({name})$", layer)), None)
+    found = next((name for name in patterns if _fits(name, layer)), None)
     return default if found is None else patterns[found]
+
+
+def _fits(pattern: str, layer: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", layer) is not None
 
 
 def check_targets(source: Source, adapted: Collection[str], layers: Collection[str]) -> None:
@@ -126,7 +141,11 @@ def check_targets(source: Source, adapted: Collection[str], layers: Collection[s
     settings = source.settings
     if not settings.get("target_modules"):
         return
-    meant = {layer for layer in layers if _targets(settings)(layer)}
+    try:
+        meant = {layer for layer in layers if _targets(settings)(layer)}
+    except (re.error, TypeError, ValueError) as error:
+        said = {key: settings[key] for key in TARGETS if settings.get(key)}
+        raise UserError(f"{source.name}: {_short(said)} cannot be read: {error}; correct it, or leave it out") from None
     if lacking := sorted(meant - set(adapted)):
         what = f"target_modules mean {lacking[0]} and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         what = what or f"target_modules mean {lacking[0]}"
@@ -156,24 +175,24 @@ def sources(
 
     ``tensors_say``: alphas are among the tensors. ``decided``: the row says the strength.
     """
-    readers: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]]
-    readers = {"adapter_config.json": dict, "lora_config.json": _trainers}
-    found = [
-        Source(str(file), readers[file.name](_mapping(file.read_text(encoding="utf-8"), str(file))))
-        for file in files
-        if file.name in readers
-    ]
+    found = []
+    for file in files:
+        if file.name in ("adapter_config.json", "lora_config.json"):
+            content = _mapping(file.read_text(encoding="utf-8"), str(file))
+            found.append(
+                Source(str(file), _trainers(content, str(file)) if file.name == "lora_config.json" else content)
+            )
     if METADATA in metadata:
         place = f"{path}: {METADATA}"
         settings = _mapping(metadata[METADATA], place)
         if others := sorted(key for key in settings if key.startswith("text_encoder")):
             raise UserError(f"{place}: {others[0]}: {TEXT_ENCODER}")
-        settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
-        found.append(Source(place, settings))
+        found.append(Source(place, _renamed(settings.items(), lambda key: key.removeprefix("transformer."), place)))
     plain = {} if decided else PLAIN if tensors_say else PLAIN | SD_SCRIPTS
-    said = {plain[key]: _number(path, key, value) for key, value in metadata.items() if key in plain}
-    if "lora_alpha" in said:
-        found.append(Source(f"{path}: its header", said))
+    said = {key: _number(path, key, value) for key, value in metadata.items() if key in plain}
+    rank = _renamed([item for item in said.items() if plain[item[0]] == "r"], lambda _: "r", f"{path}: its header")
+    alphas = [key for key in said if plain[key] == "lora_alpha"]
+    found += [Source(f"{path}: its header's {key}", {"lora_alpha": said[key], **rank}) for key in alphas]
     for source in found:
         _check_keys(source, decided)
     return found
@@ -192,13 +211,22 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
     return content
 
 
-def _trainers(content: Mapping[str, Any]) -> dict[str, Any]:
+def _trainers(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a trainer's lora_config.json under peft's keys; unknown ones stay as they are, to be refused."""
     inner = content.get("lora_params", {})
-    flat = {key: value for key, value in content.items() if key not in ("step", "lora_params")}
-    flat |= inner if isinstance(inner, dict) else {"lora_params": inner}
-    renamed = {TRAINER[key]: value for key, value in flat.items() if key in TRAINER and TRAINER[key] not in flat}
-    return renamed | {key: value for key, value in flat.items() if TRAINER.get(key) not in renamed}
+    if not isinstance(inner, dict):
+        raise UserError(f"{where}: lora_params is {_short(inner)}, not keys and values")
+    outer = {key: value for key, value in content.items() if key not in ("step", "lora_params")}
+    return _renamed([*outer.items(), *inner.items()], lambda key: TRAINER.get(key, key), where)
+
+
+def _renamed(settings: Iterable[tuple[str, Any]], name: Callable[[str], str], where: str) -> dict[str, Any]:
+    """Return settings under other names. UserError if two of them say different things under one."""
+    renamed: dict[str, Any] = {}
+    for key, value in settings:
+        if (other := renamed.setdefault(name(key), value)) != value:
+            raise UserError(f"{where}: {name(key)} is {_short(other)} and, again, {_short(value)}; keep one of them")
+    return renamed
 
 
 def _number(path: Path, key: str, value: str) -> float:
@@ -226,16 +254,27 @@ def _check_keys(source: Source, decided: bool) -> None:
             f"{name}: init_lora_weights is {start}, which changes the base model as well; save the adapters with "
             "peft's path_initial_model_for_weight_conversion, or merge them into the model"
         )
+    if (rooted := settings.get("use_rslora")) not in (None, True, False):
+        raise UserError(f"{name}: use_rslora is {_short(rooted)}, neither true nor false; write one of them")
     numbers = {key: settings.get(key) for key in ("r", "lora_alpha")}
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = settings.get(key) or {}
         if not isinstance(pattern, dict):
             raise UserError(f"{name}: {key} is {_short(pattern)}, not values by layer")
+        for layer in pattern:
+            _check_regex(name, key, layer)
         numbers |= {f"{key}.{layer}": value for layer, value in pattern.items()}
     for key, value in numbers.items():
         fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
         if value is not None and not fine and not (decided and "alpha" in key.split(".")[0]):
             raise UserError(f"{name}: {key} is {_short(value)}, not a positive number; {STATE}")
+
+
+def _check_regex(name: str, key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{name}: {key}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def _short(value: Any) -> str:
@@ -255,10 +294,10 @@ def check_companions(
         read = path in files and not _of_trainer(path)
         if read or not path.is_file() or path.name.startswith(".") or path.name.endswith(HARMLESS):
             continue
-        if path.suffix in DATA and not decided and not _sweep(path):
+        if path.suffix.lower() in DATA and not decided and not _sweep(path):
             what = "is unknown, and may say how strong they are"
             raise UserError(f"{path} stands beside adapters and {what}; {STATE}, or remove it")
-        if path.suffix in TENSORS and not STATES.fullmatch(path.name) and not named:
+        if path.suffix.lower() in TENSORS and not STATES.fullmatch(path.name) and not named:
             raise UserError(f"{path} stands beside adapters and is not read; name their file as method.file")
     for key in metadata:
         known = key in (*PLAIN, METADATA) or NO_STRENGTH.fullmatch(key)

@@ -41,6 +41,7 @@ BFL = re.compile(
 )
 XLABS = re.compile(r"(diffusion_model\.)?(double|single)_blocks\.\d+\.processor\.")  # its trainer has no alpha
 FORMATS = {  # the origin of names that are not the model's
+    r"(ema|last)\.": "alignbench's own weights of a run",
     r"lycoris_": "LyCORIS",
     r"lora_transformer_": "OneTrainer",
     r"lora_unet_": "sd-scripts (kohya)",

@@ -15,7 +15,12 @@ from typing import NamedTuple
 
 from alignbench.config import UserError
 
-PROMPT_WORDS, SEED_WORDS = {"p", "prompt", "prompts", "caption"}, {"s", "seed"}
+PROMPT_WORDS = {"p", "prompt", "prompts", "caption"}
+OTHER_WORDS = {"s", "seed", "iter", "iteration", "rank", "gpu", "device", "worker"}  # their numbers never count prompts
+SETTING_WORDS = {  # images that differ in these have no mean in common
+    *("step", "steps", "epoch", "ckpt", "checkpoint", "update"),
+    *("cfg", "guidance", "scale", "strength", "alpha", "lora"),
+}
 REMEDY = 'write a .jsonl list with "prompt" and "file" in every line'
 
 
@@ -31,8 +36,9 @@ def places(files: Sequence[Path], prompts: int, source: str) -> list[tuple[Path,
     """Return (file, position of its prompt, index among the prompt's images), prompt by prompt.
 
     The number that counts the prompts from 0 or 1, without a gap, is the one called "prompt" or "p", or else the only
-    one that can: as many values as there are prompts, and not a seed. Every prompt has the same number of images. Raise
-    UserError for other names. ``prompts``: their number; ``source``: the list's name.
+    one that can: as many values as there are prompts, and not a seed or the like. Every prompt has the same number of
+    images. Raise UserError for other names, and for images of several steps or settings. ``prompts``: their number;
+    ``source``: the list's name.
     """
     folder, numbered = files[0].parent, sorted(map(_read, files), key=lambda each: each.numbers)
     _check_names(numbered)
@@ -84,11 +90,17 @@ def _counting_fields(numbered: Sequence[NumberedFile]) -> list[int]:
     """Return the positions of the numbers that may count the prompts, likeliest first."""
     columns = list(zip(*(each.numbers for each in numbered)))
     varying = [i for i, column in enumerate(columns) if len(set(column)) > 1]
-    words = {i: _word(numbered[0].text[i]) for i in varying}
+    words = {i: _word(numbered[0].text[: i + 1]) for i in varying}
+    settings = [i for i in varying if words[i] in SETTING_WORDS]
+    if settings and len(varying) > 1:
+        names = [min(numbered, key=lambda each: each.numbers[settings[0]]).file.name]
+        names += [max(numbered, key=lambda each: each.numbers[settings[0]]).file.name]
+        what = f"{names[0]} and {names[1]} differ in '{words[settings[0]]}'"
+        raise UserError(f"{numbered[0].file.parent}: {what}; put images that were made differently into folders apart")
     if named := [i for i in varying if words[i] in PROMPT_WORDS]:
         varying = named
     elif len(varying) > 1:
-        varying = [i for i in varying if words[i] not in SEED_WORDS]
+        varying = [i for i in varying if words[i] not in OTHER_WORDS]
     return [i for i in varying if first_gap(columns[i]) is None]
 
 
@@ -98,9 +110,10 @@ def _rivals(numbered: Sequence[NumberedFile], fields: Sequence[int], prompts: in
     return [i for i, values in counts if len(values) == prompts and len(set(values.values())) == 1]
 
 
-def _word(text: str) -> str:
-    """Return the last word in ``text``, which stands before a number."""
-    return (re.findall("[a-z]+", text) or [""])[-1]
+def _word(text: Sequence[str]) -> str:
+    """Return the last word before a number, or before one of which it is the fraction. ``text``: around the numbers."""
+    before = text[-2] if text[-1] == "." and len(text) > 1 else text[-1]
+    return (re.findall("[a-z]+", before) or [""])[-1]
 
 
 def first_gap(numbers: Sequence[int]) -> int | None:
@@ -108,6 +121,15 @@ def first_gap(numbers: Sequence[int]) -> int | None:
     known = set(numbers)
     start = min(min(known), 1)
     return next((i for i in range(start, max(known)) if i not in known), None)
+
+
+def counts_otherwise(names: Sequence[str]) -> bool:
+    """Return whether names or ids, one for each line of a list, count from 0 or 1 in another order than the lines."""
+    read = [_read(Path(name)) for name in names]
+    numbers = [each.numbers for each in read]
+    if len({each.text for each in read}) > 1 or {*map(len, numbers)} != {1} or len({*numbers}) < len(numbers):
+        return False
+    return numbers != sorted(numbers) and first_gap([number for (number,) in numbers]) is None
 
 
 def _no_count(numbered: Sequence[NumberedFile]) -> str:

@@ -6,12 +6,12 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench.config import UserError, read_text
-from alignbench.evaluation.file_numbers import REMEDY, first_gap, places
+from alignbench.evaluation.file_numbers import REMEDY, counts_otherwise, first_gap, places
 from alignbench.prompts import Prompt, formats, load_prompts, parse_prompt
 
 OUR_STEM = re.compile(r"([0-9a-f]{12})-(\d+)")  # alignbench's own file names: prompt id and image index
@@ -21,6 +21,7 @@ FILE_KEYS = (  # of a list's line: the name of its image
     *("file", "file_name", "filename", "file_path", "filepath", "image", "image_file", "image_path"),
     *("img", "img_path", "path"),
 )
+NAMED = re.compile(rf"\S+({'|'.join(map(re.escape, SUFFIXES))})\b", re.IGNORECASE)  # text that begins with a name
 SHOWN = 3  # examples in a remark
 
 
@@ -177,6 +178,7 @@ def _listed_images(folder: Path, prompts: str) -> ImageFolder:
         absent = len({prompt.id for prompt in prompt_list} - {image.prompt.id for image in images})
         remarks = [f"{absent} of the {len(prompt_list)} prompts of {prompts} have no image"] * bool(absent)
     else:
+        _check_order(rows, prompts)
         images = [
             FolderImage(file, prompt_list[place], index, place)
             for file, place, index in places(files, len(prompt_list), prompts)
@@ -210,11 +212,42 @@ def _file_key(rows: Sequence[tuple[str, Prompt]], folder: Path, source: str) -> 
 def _names_image(key: str, value: Any, folder: Path) -> bool:
     """Return whether a list's entry names an image: by its key, or because it looks like the name of an image.
 
-    HPDv2's lists have several images of other models in every line: those are not of this folder.
+    HPDv2's lists have several images of other models in every line, Pick-a-Pic's have addresses in the web: those are
+    not of this folder.
     """
     if isinstance(value, list):
         return any(isinstance(name, str) and os.path.isfile(folder / name) for name in value)
-    return value is not None and (key in FILE_KEYS or (isinstance(value, str) and value.lower().endswith(SUFFIXES)))
+    if value is None or (isinstance(value, str) and "://" in value):
+        return False
+    known = key.strip().lower().replace(" ", "_") in FILE_KEYS
+    return known or (isinstance(value, str) and value.lower().endswith(SUFFIXES))
+
+
+def _check_order(rows: Sequence[tuple[str, Prompt]], source: str) -> None:
+    """Raise UserError if the list itself counts its prompts in another order, or if its prompts begin with file names.
+
+    Then a number in a file name has two readings.
+    """
+    columns: dict[str, list[str]] = {}
+    for _, prompt in rows:
+        for key, value in _entries(prompt.metadata or {}):
+            columns.setdefault(key, []).append(value)
+    for key, values in columns.items():
+        if len(values) == len(rows) and counts_otherwise(values):
+            what = f'"{key}" counts the prompts in another order than the lines, so numbers in names have two readings'
+            raise UserError(f'{source}: {what}; sort the lines by it, or name each line\'s image under "file"')
+    if all(NAMED.match(prompt.text) for _, prompt in rows):
+        raise UserError(f"{rows[0][0]}: the prompt begins with the name of an image; {REMEDY}")
+
+
+def _entries(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (key, value) of the texts and numbers in a list's line, nested or alone in a list."""
+    for key, value in data.items():
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", entry) for inner, entry in _entries(value))
+        elif isinstance(value, str | int) and not isinstance(value, bool):
+            yield key, str(value)
 
 
 def _named_images(

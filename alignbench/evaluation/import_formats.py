@@ -14,6 +14,7 @@ because nothing in these files proves the scorer's version, weights or preproces
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 import os
@@ -297,12 +298,18 @@ def _prompt(text: str, spot: str, metadata: dict[str, Any] | None = None) -> Pro
 def _locate(named: str, parts: int, folder: Path, image_folder: Path | None) -> Path:
     """Return the path of an image file: in ``image_folder`` if given, else as named, else in ``folder``.
 
-    The file may be missing. ``parts``: how many parts at the end of ``named`` to keep within a folder.
+    The file may be missing. ``parts``: how many parts at the end of ``named`` to keep within a folder. Raise UserError
+    if two files are meant: as named, perhaps from the current folder, may be an image of another model.
     """
     tail = Path(*Path(named.replace("\\", "/")).parts[-parts:])
     if image_folder is not None:
         return image_folder / tail
-    return Path(named) if os.path.isfile(named) else folder / tail
+    beside = folder / tail
+    if not os.path.isfile(named):
+        return beside
+    if os.path.isfile(beside) and not filecmp.cmp(named, beside, shallow=False):
+        raise UserError(f"{os.path.abspath(named)} and {beside} differ; say which folder is meant with --images")
+    return Path(named)
 
 
 def _size(width: Any, height: Any) -> Any:

@@ -15,7 +15,7 @@ BUDGET = "base.training.budget"
 class Inherited(NamedTuple):
     """What a sweep file has from the files that it extends.
 
-    - ``replaced``: a sentence for each list, and for the budget, that it replaces.
+    - ``replaced``: a sentence for each list, for the budget, and for each model and evaluator that it replaces.
     - ``overrides``: for each override, the file that it comes from; "" for the sweep's own.
     - ``changed``: by file, the settings of its ``base`` that have another value here: {path: value there}.
     """
@@ -80,25 +80,47 @@ def _settings(data: dict[str, Any]) -> dict[str, Any]:
 
 def _replaced(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
     """Yield ``overrides: 1 (training.batch) in place of 2 (training.optimizer.lr; method.shift)``, and the like."""
-    lists = dict(_lists(after))
-    for path, old in _lists(before):
-        if (new := lists.get(path, []))[: len(old)] != old:
+    for path, old, new in _pairs(before, after):
+        if isinstance(old, list) and isinstance(new, list):
+            if new[: len(old)] != old:
+                yield f"{path}: {_summary(new)} in place of {_summary(old)}"
+        elif isinstance(old, list | dict):
             yield f"{path}: {_summary(new)} in place of {_summary(old)}"
+        elif path.endswith(".name") and old != new:
+            yield f"{path}: {new} in place of {old}{_kept(before, after, path)}"
     old_budget, new_budget = ({k: v for k, v in _at(data, BUDGET).items() if v is not None} for data in (before, after))
     if old_budget and old_budget.keys() != new_budget.keys():
         kinds = [" ".join(f"{kind} {n}" for kind, n in budget.items()) for budget in (new_budget, old_budget)]
         yield f"{BUDGET}: {' in place of '.join(kinds)}"
 
 
-def _lists(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _lists(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield f"{prefix}{key}", value
+def _pairs(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield path, old and new value of every setting that both have; below what is a mapping in both, each alone."""
+    for key, value in old.items():
+        other = new.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            yield from _pairs(value, other, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value, other
 
 
-def _summary(items: list[Any]) -> str:
+def _kept(before: dict[str, Any], after: dict[str, Any], path: str) -> str:
+    """Return which settings of a model, method or evaluator the one in its place has as well; "" if none.
+
+    An evaluator's margin and weight stand around it.
+    """
+    place = path.removesuffix(".name")
+    around = [place, place.removesuffix(".evaluator")] if place.endswith(".evaluator") else [place]
+    both = [(_at(before, where), _at(after, where)) for where in around]
+    kept = [key for old, new in both for key in old if key != "evaluator" and key in new and old[key] == new[key]]
+    return f", with the same {', '.join(kept)}" if kept else ""
+
+
+def _summary(items: Any) -> str:
+    if isinstance(items, dict):
+        return ", ".join(f"{key} {_name(value)}" for key, value in items.items() if not isinstance(value, list))
+    if not isinstance(items, list):
+        return "none" if items is None else str(items)
     if not any(isinstance(item, dict) for item in items):
         return str(items) if items else "none"
     return f"{len(items)} ({'; '.join(map(_name, items))})"

@@ -94,6 +94,7 @@ class Plan:
             runs=[self._run(cell) for cell in self.cells],
             plugins=list(plugins),
             replaced=list(self.document.inherited.replaced),
+            remarks=[remark.removeprefix(f"{self.document.path}: ") for remark in self.remarks],
         )
 
     def _run(self, cell: PlannedRun) -> ManifestRun:

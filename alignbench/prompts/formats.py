@@ -9,12 +9,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignbench.config import UserError, read_text
 
+PLAIN = ("string", "large_string", "int8", "int16", "int32", "int64")  # parquet's columns that describe a prompt
 TEXT, TAG = ("prompt", "prompts", "caption", "captions", "text"), ("tag", "category")
 
 
@@ -69,12 +71,26 @@ def parse_json(text: str, spot: str) -> Any:
 
 
 def _text(path: Path) -> Iterator[Line]:
+    """Yield the lines of a text. Raise UserError if the first one shows that the file is of another format."""
+    lines = list(_lines(path))
+    first = lines[0].text.strip()
+    if re.fullmatch(r'\{\s*".*\}', first):
+        raise UserError(f"{lines[0].spot}: {first[:40]!r} is JSON, not a prompt; name the file .jsonl")
+    names = [name.strip().strip('"').lower() for name in re.split(r"[,;\t]", first)]
+    if len(lines) > 1 and {*names} & {*TEXT} and all(re.fullmatch(r"\w*", name) for name in names):
+        raise UserError(
+            f"{lines[0].spot}: {first[:40]!r} names columns; name the file .csv or .tsv, or remove the line"
+        )
+    return iter(lines)
+
+
+def _lines(path: Path) -> Iterator[Line]:
     lines = read_text(path).rstrip().split("\n")  # not splitlines(): it also splits at U+2028 and others
     return (Line(f"{path}:{number}", line) for number, line in enumerate(lines, 1))
 
 
 def _json_lines(path: Path) -> Iterator[Line]:
-    return (json_line(line, spot) for spot, line, *_ in _text(path))
+    return (json_line(line, spot) for spot, line, *_ in _lines(path))
 
 
 def json_line(line: str, spot: str) -> Line:
@@ -85,7 +101,7 @@ def json_line(line: str, spot: str) -> Line:
 
 
 def _json(path: Path) -> Iterator[Line]:
-    """Yield the prompts of a list of texts or objects, {id: object}, or {"prompts": list}."""
+    """Yield the prompts of a list of texts or objects, {key: object}, or {"prompts": list}."""
     data = parse_json(read_text(path), str(path))
     if isinstance(data, dict) and not all(isinstance(value, dict) for value in data.values()):
         data = data[column(data, TEXT, str(path))]
@@ -93,7 +109,8 @@ def _json(path: Path) -> Iterator[Line]:
         raise UserError(f'{path}: expected a list of prompts, or of objects with a text "prompt"')
     for key, item in data.items() if isinstance(data, dict) else enumerate(data):
         spot = f"{path}: [{key}]"
-        yield Line(spot, item) if isinstance(item, str) else from_object(item, spot, TAG)
+        about = {"key": key, **item} if isinstance(data, dict) and isinstance(item, dict) else item
+        yield Line(spot, item) if isinstance(item, str) else from_object(about, spot, TAG)
 
 
 def _comma_separated(path: Path) -> Iterator[Line]:
@@ -101,7 +118,7 @@ def _comma_separated(path: Path) -> Iterator[Line]:
     first = text.lstrip().partition("\n")[0]
     headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in ",;\t"}
     known = [delimiter for delimiter, names in headers.items() if {name.strip().lower() for name in names} & {*TEXT}]
-    return _table(path, _rows(path, text, known[0] if known else ","))
+    return _table(path, _rows(path, text, known[0] if known else ",", skipinitialspace=True))
 
 
 def _tab_separated(path: Path) -> Iterator[Line]:
@@ -147,21 +164,23 @@ def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Line]:
 
 
 def _parquet(path: Path) -> Iterator[Line]:
-    """Yield the prompts of a parquet file. Columns with images, as in Pick-a-Pic, are not read."""
+    """Yield the prompts of a parquet file. Of further columns those of texts and whole numbers are read, not images."""
     import pyarrow.parquet
 
     try:
-        names = pyarrow.parquet.read_schema(path).names
-        text = column(names, TEXT, str(path))
-        tag = next((name for known in TAG for name in names if name.strip().lower() == known), None)
-        table = pyarrow.parquet.read_table(path, columns=[text, *([tag] if tag else [])])
+        schema = pyarrow.parquet.read_schema(path)
+        text = column(schema.names, TEXT, str(path))
+        tag = next((name for known in TAG for name in schema.names if name.strip().lower() == known), None)
+        plain = [field.name for field in schema if str(field.type).removeprefix("u") in PLAIN]
+        table = pyarrow.parquet.read_table(path, columns=list(dict.fromkeys([text, *([tag] if tag else []), *plain])))
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    tags = table[tag].to_pylist() if tag else [None] * len(table)
-    for number, (value, name) in enumerate(zip(table[text].to_pylist(), tags)):
-        if not isinstance(value, str):
-            raise UserError(f"{path}: row {number}: {text} is {value!r}; it must be text")
-        yield Line(f"{path}: row {number}", value, "" if name is None else str(name))
+    rows = (row for batch in table.to_batches() for row in batch.to_pylist())
+    for number, row in enumerate(rows):
+        if not isinstance(row[text], str):
+            raise UserError(f"{path}: row {number}: {text} is {row[text]!r}; it must be text")
+        name = row[tag] if tag else None
+        yield Line(f"{path}: row {number}", row[text], "" if name is None else str(name), row)
 
 
 READERS: dict[str, Callable[[Path], Iterator[Line]]] = {

@@ -122,13 +122,14 @@ def parse_prompt(line: str, spot: str) -> Prompt:
     return _prompt(formats.json_line(line, spot))
 
 
+INVISIBLE = ("Cf", "Zs", "Zl", "Zp")  # categories of spaces and of what has no width
 BREAKS = re.compile(r"\s*[\t\n\r\v\f\x1c-\x1f\x85\u2028\u2029]\s*")
 
 
 def _plain(text: str, spot: str) -> str:
     """Return a prompt on one line, without space or byte-order marks around it. Raise UserError for unusable text."""
     text = BREAKS.sub(" ", text.strip("\ufeff")).strip()
-    if not text:
+    if all(unicodedata.category(character) in INVISIBLE for character in text):
         raise UserError(f"{spot}: the prompt is empty; remove the line")
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs"):

@@ -165,10 +165,11 @@ def _of_runs(runs: Sequence[ManifestRun], part: str) -> list[str]:
     return [text for text in distinct if text]
 
 
-def warnings_section(costs: pd.DataFrame) -> list[str]:
-    """Return the section on training runs whose records look unintended."""
+def warnings_section(manifest: Manifest, costs: pd.DataFrame) -> list[str]:
+    """Return the section on rows, and on the records of training runs, that look unintended."""
     warned = [run for run in costs.to_dict("records") if isinstance(run.get("warning"), str) and run["warning"]]
     lines = [f"- **{escape(run['label'])}, seed {run['seed']}**: {escape(run['warning'])}" for run in warned]
+    lines = [*(f"- {escape(remark)}" for remark in manifest.remarks), *lines]
     return ["## Warnings", "\n".join(lines)] if lines else []
 
 

@@ -209,7 +209,7 @@ def sections(
         *imports_section(manifest),
         *overrides_section(manifest),
         *settings_section(manifest),
-        *warnings_section(costs),
+        *warnings_section(manifest, costs),
         *missing_section(analysis, costs),
         *coverage_section(manifest, analysis, gaps),
         *protocol_section(manifest, analysis, origins),

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alignbench.config import UserError
+from alignbench.digests import content_id
 from alignbench.evaluation.reading import read_image
 from alignbench.evaluation.scoring import Kept, in_threads, kept_beside, score_kept, score_rows, write_scores
 from alignbench.experiment.ids import score_content
+from alignbench.prompts import digest
 from alignbench.run import provenance
 from alignbench.run.session import RunSession
 from alignbench.run.task import Failed, Target
@@ -51,7 +53,9 @@ class _Judge:
         with self.session.making(artefact, target.run) as lock:
             if lock is None:
                 return
+            self._check_unchanged(target)
             table = self._scored(target, kept_beside(artefact))
+            self._check_unchanged(target)
             lock.check()
             if again := write_scores(artefact, table, self._made_by(), str(self.session.log(target.run))):
                 raise UserError(f"{self.entry['name']}: {again}")
@@ -74,6 +78,18 @@ class _Judge:
         content = score_content(evaluator, self.session.registry) | {"name": evaluator.name}
         files = provenance.weights(evaluator.files())
         return {"evaluator": content, "weights": files, "made_by": provenance.made_by(self.session.code)}
+
+    def _check_unchanged(self, target: Target) -> None:
+        """Raise UserError if the evaluator, or the prompts of the images, are not those that name the score file."""
+        evaluator = self._make()
+        made = read_json(self.session.images(target).folder / "protocol.json") or {}
+        prompts = digest(target.prompts)
+        if content_id(score_content(evaluator, self.session.registry)) not in self.entry["file"]:
+            raise UserError(
+                f"{evaluator.name}: its weights or code changed since the sweep was started; start it again"
+            )
+        if made.get("prompts_digest", prompts) != prompts:
+            raise UserError("the prompts or their metadata changed since the images were made; start the sweep again")
 
     def _scored(self, target: Target, kept: Kept) -> pd.DataFrame:
         """Return one row per image, in the order of the manifest; computed in passes, reusing those in ``kept``."""

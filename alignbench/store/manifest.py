@@ -160,6 +160,7 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
     runs: list[ManifestRun]
     plugins: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)  # lists of the sweep that it extends, and what replaces them
+    remarks: list[str] = field(default_factory=list)  # warnings about its rows, as `validate` prints them
 
     def __post_init__(self) -> None:
         own = [run if run.protocol else structs.replace(run, protocol=self.protocol) for run in self.runs]
@@ -231,11 +232,11 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 def manifest_data(manifest: Manifest) -> dict[str, Any]:
     """Return the content of the file: all fields in order, except those that only the other kind of sweep has.
 
-    Milestones, the primary measure and replaced lists are left out if there are none, as in files of earlier versions.
+    Milestones, the primary measure, replaced lists and remarks are left out if there are none, as in earlier versions.
     """
     absent, absent_in_runs = (MADE_ONLY, ()) if manifest.imported else (("imported",), IMPORTED_ONLY)
     data = {key: value for key, value in msgspec.to_builtins(manifest).items() if key not in absent}
-    data = {key: value for key, value in data.items() if value or key not in ("primary", "replaced")}
+    data = {key: value for key, value in data.items() if value or key not in ("primary", "replaced", "remarks")}
     data["runs"] = [
         {key: value for key, value in run.items() if key not in absent_in_runs and (value or key != "milestones")}
         for run in data["runs"]

@@ -58,6 +58,6 @@ def _errors(path: Path) -> list[str]:
     try:
         table = parquet.read_table(path, columns=["ok", "error"])
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it, and run the sweep again") from None
+        raise UserError(f"{path}: cannot be read ({error}); run its sweep again, which makes it anew") from None
     rows = zip(table["ok"].to_pylist(), table["error"].to_pylist())
     return ["" if ok else str(error or "the score is not a number") for ok, error in rows]

@@ -142,6 +142,7 @@ def test_names_of_flux_2(tmp_path, state, targets):
         ("StableDiffusion3Pipeline", kohya("lora_unet_joint_blocks_0_x_block_attn_qkv"), r"sd-scripts \(kohya\): dif"),
         ("StableDiffusion3Pipeline", halves("diffusion_model.joint_blocks.0.x_block.attn.qkv"), "Stability AI's own"),
         ("Flux2KleinPipeline", kohya("lora_unet_single_stream_modulation_lin"), "converts no such name for Flux2Klein"),
+        ("FluxPipeline", halves(f"ema.{Q}"), "alignbench's own weights of a run: diffusers converts no such name"),
         ("SiTPipeline", kohya("lora_unet_blocks_0_attn_qkv"), "converts no such name for SiTPipeline"),
     ],
 )
@@ -199,6 +200,7 @@ def test_parts_that_are_not_loaded_are_named(tmp_path, name, what):
         (halves(Q) | {f"{Q}.lora_B.weight": torch.ones(D, 3)}, "do not make a pair of matrices"),
         (halves(Q) | {f"{Q}.alpha": torch.ones(2)}, "is not one positive number"),
         (halves(Q, alpha=0), "is not one positive number"),
+        (halves(Q) | {f"{Q}.lora_B.weight": torch.zeros(D, 2)}, "every lora_B is zero, as before training"),
         ({}, "there are no tensors in it"),
     ],
 )
@@ -283,6 +285,11 @@ def test_a_strength_that_nothing_says_is_one_and_reported(tmp_path):
         ({"lora_config.json": {"lora_rank": 2, "lora_alpha": "4"}}, 'lora_alpha is "4", not a positive number'),
         ({"lora_config.json": [4]}, "expected keys and values, got a list"),
         ({"adapter_config.json": PEFT, "lora_config.json": {"lora_alpha": 6}}, "is 4 in .*adapter_config.* and 6 in"),
+        ({"lora_config.json": DANCE | {"lora_alpha": 8}}, "lora_alpha is 8 and, again, 4"),
+        ({"lora_config.json": {"lora_rank": 2, "r": 4, "lora_alpha": 4}}, "r is 2 and, again, 4"),
+        ({"lora_config.json": {"lora_params": [4]}}, r"lora_params is \[4\], not keys and values"),
+        ({"LORA_CONFIG.JSON": DANCE}, "LORA_CONFIG.JSON stands beside adapters and is unknown"),
+        ({"more.SAFETENSORS": "x"}, "more.SAFETENSORS stands beside adapters and is not read"),
     ],
 )
 def test_companions_that_leave_the_strength_open_are_refused(tmp_path, place, line):
@@ -292,7 +299,18 @@ def test_companions_that_leave_the_strength_open_are_refused(tmp_path, place, li
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("header", [{"lora_alpha": "much"}, {"network_scale": "2"}, {"lora_adapter_metadata": "{"}])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"lora_alpha": "much"},
+        {"network_scale": "2"},
+        {"lora_adapter_metadata": "{"},
+        {"alpha": "8", "lora_alpha": "4"},
+        {"ss_network_alpha": "8", "lora_alpha": "4"},
+        {"r": "8", "rank": "2", "lora_alpha": "4"},
+        {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4, "lora_alpha": 8})},
+    ],
+)
 def test_headers_that_leave_the_strength_open_are_refused(tmp_path, header):
     """The key is named; keys that concern training or the file's format are none of these."""
     with pytest.raises(UserError, match=next(iter(header))):
@@ -321,6 +339,12 @@ def test_headers_that_leave_the_strength_open_are_refused(tmp_path, header):
         ("layer_replication", [[0, 1]]),
         ("kasa_config", {"a": 1}),
         ("a_new_key", False),
+        ("use_rslora", "false"),
+        ("alpha_pattern", {"(": 4}),
+        ("alpha_pattern", {"to_k": 8}),
+        ("alpha_pattern", {f"transformer.{Q}": 8}),
+        ("target_modules", "("),
+        ("target_modules", 5),
         ("lora_alpha", None),
         ("lora_alpha", -4),
         ("r", 8),

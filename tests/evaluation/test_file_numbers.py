@@ -49,6 +49,7 @@ SEVERAL = {  # names of images of twelve prompts, two each: of prompt i and imag
     "words": "prompt-{i}_seed-{j}.png",
     "seeds first": "seed{j}_prompt{i}.png",
     "seeds first, and a bare number": "seed{j}_{i}.png",
+    "ranks and a counter of their own": "rank{j}_{i}.png",
     "large seeds": "{i}-{seed}.png",
     "large seeds first": "{seed}-{i}.png",
 }
@@ -105,6 +106,17 @@ REFUSED = {  # mistake: (names, number of prompts, error message)
     ),
     "another list": ([f"{i}_{j}.png" for i in range(4) for j in (0, 1)], 2, "count 4 prompts, but list.txt has 2"),
     "the prompts of another list": ([f"prompt{i}_seed{j}.png" for i in range(4) for j in (0, 1)], 2, "count 4 prompts"),
+    "epochs": (
+        [f"epoch{i}_{j}.png" for i in (0, 1) for j in (0, 1)],
+        2,
+        "epoch0_0.png and epoch1_0.png differ in 'epoch'",
+    ),
+    "checkpoints": ([f"p{i}_step{j}.png" for i in (0, 1) for j in (100, 200)], 2, "p0_step100.png and p0_step200.png"),
+    "settings": (
+        [f"{i}_cfg3.{j}.png" for i in (0, 1) for j in (0, 5)],
+        2,
+        "differ in 'cfg'; put images that were made",
+    ),
     "images that are only counted": ([f"{i}.png" for i in range(24)], 12, "may follow each other, or come in rounds"),
     "a square": ([f"{i}_{j}.png" for i in range(3) for j in range(3)], 3, "either number in the names .* may count"),
     "two counters": (["0_0.png", "1_1.png", "2_0.png", "3_1.png"], 2, "count 4 prompts, but list.txt has 2"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 from support.image_folders import TEXTS, draw
 
@@ -94,7 +95,7 @@ def write_list(path, *lines):
     return str(path)
 
 
-@pytest.mark.parametrize("key", [*FILE_KEYS, "picture"])
+@pytest.mark.parametrize("key", [*FILE_KEYS, "picture", "Image", "File Name"])
 def test_a_list_may_name_its_images_under_other_keys(listed, key):
     """Known keys, and any whose values look like images, are read; lines need not be in the order of the names."""
     draw(listed / "images", ["0.png", "1.png", "2.png"])
@@ -153,6 +154,64 @@ def test_a_list_may_have_other_files_beside_file(listed):
     lines = [{"prompt": text, "image_path": ["a.jpg", "b.jpg"]} for text in TEXTS]
     images = folder_images(listed / "images", write_list(listed / "n.jsonl", *lines))
     assert [p.file.name for p in images] == ["0.png", "1.png", "2.png"]
+
+
+ORDERS = {  # of images 0, 1, 2 in lines 2, 1, 0: what else a line says of its image
+    "a number": lambda i: {"id": i},
+    "a padded number": lambda i: {"image_id": f"{i:04}"},
+    "a number from 1": lambda i: {"n": i + 1},
+    "a name without extension": lambda i: {"name": f"img_{i}"},
+    "a name within an object": lambda i: {"meta": {"file": f"{i}.png"}},
+    "a list of one name elsewhere": lambda i: {"images": [f"out/{i}.png"]},
+    "an address": lambda i: {"url": f"https://host/{i}.png"},
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_a_list_that_counts_otherwise_than_its_lines_is_refused(listed, case):
+    """A number in a file name may then mean the line or what the line says; sorted lines have one reading."""
+    draw(listed / "images", ["0.png", "1.png", "2.png"])
+    lines = [{"prompt": text, **ORDERS[case](2 - i)} for i, text in enumerate(TEXTS)]
+    with pytest.raises(UserError, match=r"n.jsonl: \".*\" counts the prompts in another order than the lines"):
+        folder_images(listed / "images", write_list(listed / "n.jsonl", *lines))
+    images = folder_images(listed / "images", write_list(listed / "n.jsonl", *lines[::-1]))
+    assert [p.prompt.text for p in images] == TEXTS[::-1]
+
+
+def test_the_keys_of_a_json_file_count_its_prompts(listed):
+    """Keys that are names of images pair them, keys in another order than the file are refused."""
+    draw(listed / "images", ["0.png", "1.png", "2.png"])
+    file = listed / "n.json"
+    file.write_text(json.dumps({f"{2 - i}.png": {"prompt": text} for i, text in enumerate(TEXTS)}))
+    assert [p.file.name for p in folder_images(listed / "images", str(file))] == ["2.png", "1.png", "0.png"]
+    file.write_text(json.dumps({str(2 - i): {"prompt": text} for i, text in enumerate(TEXTS)}))
+    with pytest.raises(UserError, match='"key" counts the prompts in another order'):
+        folder_images(listed / "images", str(file))
+
+
+def test_a_parquet_file_names_its_images(listed):
+    """Its columns of texts are read as those of a csv; images are not."""
+    draw(listed / "images", ["0.png", "1.png", "2.png"])
+    rows = {"prompt": TEXTS, "file_name": ["2.png", "1.png", "0.png"], "jpg": [b"x"] * 3}
+    pd.DataFrame(rows).to_parquet(listed / "n.parquet")
+    images = folder_images(listed / "images", str(listed / "n.parquet"))
+    assert [p.file.name for p in images] == ["2.png", "1.png", "0.png"]
+    assert images[0].prompt.metadata == {"prompt": TEXTS[0], "file_name": "2.png"}
+
+
+def test_a_text_list_with_file_names_is_refused(listed):
+    """They would be scored as words of the prompts."""
+    draw(listed / "images", ["0.png", "1.png", "2.png"])
+    (listed / "n.txt").write_text("".join(f"{2 - i}.png\t{text}\n" for i, text in enumerate(TEXTS)))
+    with pytest.raises(UserError, match=r"n\.txt:1: the prompt begins with the name of an image"):
+        folder_images(listed / "images", str(listed / "n.txt"))
+
+
+def test_addresses_in_the_web_name_no_images_here(listed):
+    """Pick-a-Pic's lines have addresses of other images; these are counted by their names."""
+    draw(listed / "images", ["0.png", "1.png", "2.png"])
+    lines = [{"caption": text, "image_0_url": "http://h/a.png", "image_1_url": "http://h/b.png"} for text in TEXTS]
+    assert len(folder_images(listed / "images", write_list(listed / "n.jsonl", *lines))) == 3
 
 
 A, B, C = ({"prompt": text, "image": f"{i}.png"} for i, text in enumerate(TEXTS))

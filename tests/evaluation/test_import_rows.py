@@ -234,6 +234,18 @@ def test_unirls_scores_are_kept_as_they_are(tmp_path):
     assert "SUBSET" in section(report(store), "Imported rows")
 
 
+def test_images_of_another_model_are_not_taken_for_those_of_a_file(tmp_path, monkeypatch, capsys):
+    """A name relative to where the benchmark ran may be that of another image where we are: two files are refused."""
+    folder, other = unirl(tmp_path / "bench"), tmp_path / "other"
+    draw(other / "p00000_s0.png", 255)
+    monkeypatch.chdir(other)
+    assert do_import(tmp_path / "store", "unirl", folder, "--label", "A") == 1
+    assert "p00000_s0.png differ; say which folder is meant with --images" in capsys.readouterr().err
+    assert do_import(tmp_path / "store", "unirl", folder, "--label", "A", "--images", str(folder / "images")) == 0
+    monkeypatch.chdir(folder / "images")
+    assert do_import(tmp_path / "store", "unirl", folder, "--label", "B") == 0
+
+
 def test_a_text_benchmark_is_refused(tmp_path, capsys):
     """UniRL's text benchmarks also write a scores.jsonl."""
     (tmp_path / "scores.jsonl").write_text('{"id": "a1", "acc": 0.5, "n": 4}\n')

@@ -469,6 +469,8 @@ def test_how_a_server_is_reached_is_in_no_id(change, same):
     [
         ({"revision": None}, "'revision' is missing"),
         ({"server": "localhost:8080"}, "not of the form"),
+        ({"server": "http://host:port"}, "not of the form"),
+        ({"server": "http://host:99999"}, "not of the form"),
         ({"concurrency": 0}, "must be positive"),
         ({"timeout": 0.0}, "must be positive"),
     ],

@@ -129,6 +129,25 @@ def test_an_inherited_reason_says_under_which_settings_it_was_written(tmp_path):
     assert "- cases: 1 (A) in place of 2 (A; B) of tiny.yaml" in text
 
 
+def test_a_model_or_reward_in_place_of_another_is_said(tmp_path):
+    """With the settings that it has from the other's; a list in place of settings, and settings in place of a list."""
+    reward = {"evaluator": {"name": "bright"}, "margin": 0.5}
+    parent = {"base": {"reward": reward}}
+
+    def said(**base):
+        return child(tmp_path, parent, base=base).inherited.replaced
+
+    (line,) = said(reward={"evaluator": {"name": "imagereward"}})
+    assert line == "base.reward.evaluator.name: imagereward in place of bright, with the same margin of tiny.yaml"
+    (line,) = said(backend={"name": "sd3", "model": "x", "size": 64, "max_sequence_length": 8})
+    assert line == "base.backend.name: sd3 in place of flux, with the same dtype of tiny.yaml"
+    (line,) = said(reward=[{"evaluator": {"name": "bright"}}])
+    assert line == "base.reward: 1 (evaluator) in place of evaluator bright, margin 0.5 of tiny.yaml"
+    parent = {"base": {"reward": [reward]}}
+    (line,) = said(reward={"evaluator": {"name": "bright"}})
+    assert line == "base.reward: evaluator bright in place of 1 (evaluator, margin) of tiny.yaml"
+
+
 def test_a_base_that_an_inherited_override_replaces_is_refused(tmp_path):
     """What the sweep's own base sets anew would reach no run; an override of its own, or on top, does."""
     base = {"training": {"optimizer": {"lr": 1e-2}}}

@@ -144,7 +144,7 @@ def test_log_terminal_and_report_show_the_warning(tmp_path, capsys):
     path = sweep_file(tmp_path, changes | {"grid": {"training.seed": [0]}})
     assert debug_sweep(path, tmp_path / "store") == 0
     line = "the hinge of bright was closed for every image of the first 4 batches: margin -0.5 is below all scores"
-    assert capsys.readouterr().err.count(f"alignbench: Last: {line}") == 1
+    assert capsys.readouterr().err.count(f"alignbench: Last, seed 0: {line}") == 1
     (run_,) = read_json(Store(tmp_path / "store").manifests()[0])["runs"]
     assert (tmp_path / "store" / "runs" / run_["id"] / "log.txt").read_text().count(f"warning: {line}") == 1
     assert alignbench("report", path, "--out", str(tmp_path), store=tmp_path / "store", plugin=False) == 0

@@ -317,6 +317,25 @@ def test_inputs_that_change_during_a_sweep_are_noticed(tmp_path):
     assert "changed since the sweep was started" in outcome.reason
 
 
+@pytest.mark.parametrize("what", ["evaluator", "prompts"])
+def test_what_scores_depend_on_may_not_change_before_them(copy, what):
+    """A worker that finds another evaluator than was planned, or images of other prompts, stores no score."""
+    from alignbench.launch.local import launch
+
+    store, plan = copy / "store", resolve(read(sweep_file(copy)), Registry([PLUGIN]))
+    cell = plan.cells[0]
+    if what == "evaluator":
+        plan.scores[0] = plan.scores[0]._replace(file="bright@1-0123456789.parquet")
+    else:
+        protocol = store / "images" / cell.images / "protocol.json"
+        protocol.write_text(json.dumps({**json.loads(protocol.read_text()), "prompts_digest": "0123"}))
+        (store / "scores" / cell.images / plan.scores[0].file).unlink()
+    (outcome,) = launch(plan, [cell], Store(store), launcher="debug", plugins=[PLUGIN])
+    assert outcome.state == "failed"
+    assert "changed since" in outcome.reason
+    assert not (store / "scores" / cell.images / plan.scores[0].file).exists()
+
+
 def test_one_run_in_the_foreground(swept, tmp_path, capsys):
     """`alignbench run --method last` makes one run of the sweep and prints its scores; the sweep then has it."""
     assert alignbench("run", sweep_file(tmp_path), "--method", "last", "seed=1", store=tmp_path / "store") == 0

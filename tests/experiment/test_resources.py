@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from alignbench.config import UserError, decode, parse_yaml
-from alignbench.experiment.resources import Resources
+from alignbench.experiment.resources import Resources, Slurm
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,9 @@ def test_other_forms_are_refused_with_those_that_exist(name: str, value: Any, fo
     """A form that SLURM does not know is refused when the file is read, not by sbatch."""
     with pytest.raises(UserError, match=f"^c.yaml: {name}: .*{form}"):
         decode(Resources, {name: value}, "c.yaml: ")
+
+
+def test_a_stage_that_there_is_not_is_answered_with_those_that_there_are() -> None:
+    """The keys of ``stages`` are listed, as the values of a setting are."""
+    with pytest.raises(UserError, match=r"stages: invalid enum value 'training'; choose one of train, generate, score"):
+        decode(Slurm, {"stages": {"training": {}}}, "x.yaml: slurm")

@@ -54,6 +54,29 @@ FORMATS = {
 }  # fmt: skip
 
 
+def test_space_after_a_comma_does_not_hide_quotes(tmp_path):
+    """``x, "a, b"`` is the tag x and the prompt a, b."""
+    (prompt,) = load_prompts(written(tmp_path, "a.csv", 'tag, prompt\nx, "a, b"\n'))
+    assert (prompt.text, prompt.tag) == ("a, b", "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"prompt": "a dog"}\n{"prompt": "a cat"}\n', r"a.txt:1: .* is JSON, not a prompt; name the file .jsonl"),
+        ("prompt,tag\na dog,x\n", "a.txt:1: 'prompt,tag' names columns"),
+        ("id\tCaption\n1\ta dog\n", "a.txt:1: .* names columns"),
+        ("a dog\n\u200b\n", "a.txt:2: the prompt is empty"),
+    ],
+)
+def test_a_text_that_is_no_list_of_prompts_is_refused(tmp_path, content, line):
+    """Objects and tables with the suffix of a text, lines without anything to see; but braces and commas are text."""
+    with pytest.raises(UserError, match=line):
+        load_prompts(written(tmp_path, "a.txt", content))
+    fine = ["{a cat, a dog}", "text, a poster"]
+    assert [prompt.text for prompt in load_prompts(written(tmp_path, "b.txt", "\n".join(fine)))] == fine
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_gives_the_same_prompts(tmp_path, kind):
     """Texts, tags and ids are those of the list, whatever its format; an id is that of the text."""

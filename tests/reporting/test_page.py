@@ -93,7 +93,8 @@ def test_a_table_is_one_for_those_who_do_not_see_it():
 def test_nothing_that_the_markdown_says_is_missing_in_the_page(tmp_path):
     """Every word and number of the markdown is in the page, at least as often; so are the stamps."""
     given = results(tmp_path, name="quickstart")
-    given.manifest = structs.replace(given.manifest, rehearsal=True, subset=60)
+    remarks = ["Found: method.weights: nothing says how strong"]
+    given.manifest = structs.replace(given.manifest, rehearsal=True, subset=60, remarks=remarks)
     given.costs.loc[3, ["state", "reason"]] = ["failed", "loss is nan at step 7 | see log"]
     given.costs["warning"] = "a hinge was closed"
     given.scores.loc[given.scores.index[5], "score"] = np.nan
@@ -105,6 +106,7 @@ def test_nothing_that_the_markdown_says_is_missing_in_the_page(tmp_path):
     found = words(Reader(text).text).reindex(wanted.index, fill_value=0)
     assert wanted[found < wanted].to_dict() == {}
     assert len(wanted) > 300
+    assert "- Found: method.weights: nothing says how strong" in report.markdown(said)
     assert '<p class="stamp">REHEARSAL' in text
     assert '<p class="stamp">SUBSET: the first 60 prompts</p>' in text
 

@@ -568,7 +568,7 @@ def test_weights_of_another_model_stop_the_sweep_at_once(tmp_path, kind, line):
 
 
 def test_a_strength_that_nothing_says_is_a_warning(tmp_path, capsys):
-    """``validate`` names the row and the setting, and its exit code is 0; with the setting it says nothing."""
+    """``validate`` names row and setting, with exit code 0, and reports repeat it; the setting silences both."""
     own = load_file(Flux(model="shapes").folder / "transformer" / SINGLE)
     rows, columns = own["proj_out.weight"].shape
     halves = {"proj_out.lora_A.weight": torch.ones(2, columns), "proj_out.lora_B.weight": torch.ones(rows, 2)}
@@ -579,6 +579,10 @@ def test_a_strength_that_nothing_says_is_a_warning(tmp_path, capsys):
         path = sweep_file(tmp_path, {"cases": [SWEEP["cases"][0], row]})
         assert alignbench("validate", path, store=tmp_path / "store") == 0
         assert ("Found: method.weights: nothing says how strong" in capsys.readouterr().err) == said
+        remarks = resolve(read(path), Registry([PLUGIN])).manifest().remarks
+        assert [remark.partition(" how strong")[0] for remark in remarks] == [
+            "Found: method.weights: nothing says"
+        ] * said
 
 
 def test_a_checkpoint_that_is_missing_stops_the_sweep_at_once(tmp_path):
