@@ -232,6 +232,7 @@ def test_the_decoder_is_differentiable(load):
     torch.testing.assert_close(slope.double(), difference.double(), rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_weights(load):
     """Trained weights and velocities are fp32, frozen parts bfloat16; the velocity is near fp32's, full or LoRA."""
     exact = load()
@@ -280,6 +281,7 @@ def test_published_weights_take_the_place_of_the_models(load, tmp_path):
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_small_transformer_costs_what_torch_counts(load, family, small):
     """Forward FLOPs, parameters, adapters and text encoders exactly; two branches are two forwards."""
     flow, made = load(), FAMILIES[family](**small[family])

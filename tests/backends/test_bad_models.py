@@ -109,6 +109,7 @@ def test_a_size_without_whole_tokens(tmp_path, capsys):
     assert re.search(r"evaluation.protocol.size: 36 pixels are not a multiple of 8", line)
 
 
+@pytest.mark.slow
 def test_float16(tmp_path, capsys):
     """The error says what to use instead, and why float16 is missing."""
     line = told(capsys, tmp_path, of(dtype="float16"))
@@ -140,6 +141,7 @@ def overflow(folder: Path, part: str, name: str) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "name", "words"),
     [

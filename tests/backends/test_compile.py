@@ -49,6 +49,7 @@ def test_a_rollout_and_the_base_model_are_compiled_once(load, traced):
         near(rollout(flow), rollout(flow), 0)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_unless_asked(load, traced):
     """The default."""
     before = counters["stats"]["unique_graphs"]

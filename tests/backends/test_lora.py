@@ -210,6 +210,7 @@ def test_files_that_cannot_be_right_are_refused(tmp_path, state, line):
         read(tmp_path, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float64])
 def test_every_floating_point_format_is_read_exactly(tmp_path, dtype):
     """The stored values, in float32."""

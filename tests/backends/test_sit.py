@@ -160,6 +160,7 @@ def test_same_latents_in_same_image_out(make, state, folder):
     assert (ours - theirs.clamp(0, 1)).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_perfect_network_would_lead_to_the_image(make, monkeypatch):
     """With the velocity that SiT is trained for, image - noise, any leap from any time lands on the image."""
     flow = make(guidance=1.0).load()

@@ -862,6 +862,7 @@ def test_a_paired_evaluator_is_refused(tmp_path):
         import_flowbp(tmp_path / "store", flowbp(tmp_path / "eval"), SimpleNamespace(name="base_distance", paired=True))
 
 
+@pytest.mark.slow
 def test_importing_does_not_load_torch(tmp_path):
     """Without -e, `alignbench import` does not load torch."""
     folder = flowbp(tmp_path / "eval")

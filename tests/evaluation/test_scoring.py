@@ -212,6 +212,7 @@ def test_score_writes_a_table_and_what_made_it(listed, capsys):
     assert pd.read_parquet(listed / "out.parquet")["ok"].tolist() == [True, False, True]
 
 
+@pytest.mark.slow
 def test_score_goes_on_where_it_stopped(listed, capsys, monkeypatch):
     """What is scored is kept until nothing is missing: the same command asks only for the rest, and for new files."""
     draw(listed / "images", [f"{i}_{j}.png" for i in range(3) for j in range(2)])
@@ -230,6 +231,7 @@ def test_score_goes_on_where_it_stopped(listed, capsys, monkeypatch):
     assert not (listed / "out.parts").exists()
 
 
+@pytest.mark.slow
 def test_an_evaluator_that_fails_costs_no_other_its_scores(listed, capsys, monkeypatch):
     """The others' table is written, the error comes last, and the same command continues."""
     draw(listed / "images", [f"{i}.png" for i in range(3)])

@@ -153,6 +153,7 @@ def compared(folder: Path, evaluation=None, **changes):
     return {cell.spec.label: (cell.base, cell.images, plan.scored(cell)[0].file) for cell in plan.cells}
 
 
+@pytest.mark.slow
 def test_the_base_image_set_is_part_of_the_id(tmp_path):
     """Other evaluation steps change the base image set and the file; a row with hybrid inference keeps both."""
     first = compared(tmp_path)

@@ -242,6 +242,7 @@ def official_imagereward(folder, image, text):
     return ((score - 0.16717362830052426) / 1.0333394966054072).item()
 
 
+@pytest.mark.slow
 def test_imagereward_equals_the_official_computation(image_reward, images):
     """Scores of five sizes, odd characters and a long prompt are within 2e-6 of the package's, on a scale of 1."""
     ours = image_reward.score(images, PROMPTS)["imagereward"]

@@ -107,6 +107,7 @@ def asked(prompt):
     return (mirror[relation], a[:3], b) if relation in mirror else (relation, b, a[:3])
 
 
+@pytest.mark.slow
 def test_no_scene_of_the_test_list_is_trained_on(train_list, test_list):
     """Neither with its objects swapped nor with its position mirrored, as strings alone would let pass.
 

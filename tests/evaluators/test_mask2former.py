@@ -237,6 +237,7 @@ MMDET = [  # the class, pixels and score of the best objects in random_image(60,
 ]
 
 
+@pytest.mark.slow
 def test_the_converted_model_finds_what_mmdet_finds(checkpoint):
     """Classes, masks and scores of the five best objects, as mmdet 3.3.0 itself gave them for this checkpoint."""
     found = sorted(

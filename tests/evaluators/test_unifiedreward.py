@@ -515,6 +515,7 @@ def as_the_repository(folder, image, text, tokens):
     return processor.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+@pytest.mark.slow
 def test_the_model_is_asked_as_in_the_repository(local):
     """Two checkpoint families give the script's answers for images of several shapes; random answers have no scores."""
     asked = [random_image(*size, seed) for seed, size in enumerate([(64, 64), (90, 50), (33, 120)])]

@@ -176,6 +176,7 @@ def test_roles(tmp_path):
     assert [score.role for score in found] == ["train", "held-out", "check"]
 
 
+@pytest.mark.slow
 def test_the_packaged_sweeps_are_valid_and_share(tmp_path):
     """quickstart has six rows at two seeds or more with equal budgets; shapes has the same rows at five seeds."""
     quickstart, shapes = (resolve(read(name), registry(PLUGIN)) for name in ("quickstart", "shapes"))

@@ -271,6 +271,7 @@ def test_what_is_queued_is_awaited_rather_than_submitted_again(tmp_path, queue):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_second_sweep_waits_for_the_first_ones_training_runs(tmp_path, queue):
     """It makes other images of the same weights, so it submits no training, and its tasks wait for the queued ones."""
     store = Store(tmp_path / "store")
@@ -310,6 +311,7 @@ def test_nothing_is_lost_that_accounting_calls_running(tmp_path, queue):
     assert all("has ended (CANCELLED)" in row.reason for row in rows)
 
 
+@pytest.mark.slow
 def test_arrays_and_the_queue_have_the_sizes_that_the_cluster_allows(tmp_path, queue, capsys):
     """``array_size`` splits arrays, task by task; ``submit_limit`` leaves runs for later, and says how many."""
     assert [array.tasks for array in ask(tmp_path, {"array_size": 1}) if array.title == "train"] == [[0], [0]]
@@ -336,6 +338,7 @@ GROUPS = {  # four ranks of three samples, where a group has twelve images
 }
 
 
+@pytest.mark.slow
 def test_groups_that_do_not_divide_among_ranks_are_refused_before_submission(tmp_path, monkeypatch, capsys):
     """The error names the ranks and their share; `validate` warns, as another launcher may be meant."""
     monkeypatch.setattr(slurm, "check", lambda: None)

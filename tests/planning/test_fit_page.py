@@ -158,6 +158,7 @@ def test_gradients_of_several_backwards_are_float32():
     assert bytes_per_weight(memory(LEAPALIGN, 16, 2, tune="full", training=LEAST, ranks=8)) == once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "moments"), [("float32", "float32"), ("master", "float32"), ("stochastic", "8bit")])
 def test_a_run_holds_what_is_computed(kind, moments):
     """The bytes of the shapes model's weights, gradients, moments and EMA after an update agree to 5 %.
@@ -227,6 +228,7 @@ def test_each_remedy_saves_what_is_said():
         assert changed.backend["size"] == asked.backend["size"]
 
 
+@pytest.mark.slow
 def test_a_group_is_not_divided():
     """With a policy-gradient method, the smallest micro-batch offered is one whole group."""
     asked = spec(MIXGRPO, 16)
@@ -280,6 +282,7 @@ def test_only_what_surely_does_not_fit_is_refused():
     assert "are free" in told
 
 
+@pytest.mark.slow
 def test_a_run_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
     """A CUDA device with 2 kB of memory is refused, with the figures; a CPU is not."""
     plan = resolve(read(sweep_file(tmp_path)), Registry([PLUGIN]))

@@ -223,6 +223,7 @@ def test_published_scores_are_compared_if_images_and_weights_exist(capsys, tmp_p
     assert "is a different image" in rows[row][1]
 
 
+@pytest.mark.slow
 def test_published_scores_of_hpsv2_need_its_v2_0_file(tmp_path):
     """They need v2.0, not the v2.1 checkpoint that tables use; the error names the file and how to fetch it."""
     folder = tiny_clip.hps_folder(tmp_path / "hps")

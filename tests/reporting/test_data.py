@@ -274,6 +274,7 @@ def test_the_notebook_runs(store, monkeypatch, tmp_path):
 # -- one number for one thing -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_mean_is_printed_alike_everywhere(tmp_path):
     """Of one training run: the report's table, `compare`, `alignbench run`, the CSV and the frames print one number."""
     store = make(tmp_path / "store", seeds=(0,))

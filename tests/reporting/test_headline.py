@@ -153,6 +153,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told_in_words(case, seeds):

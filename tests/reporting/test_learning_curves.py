@@ -91,6 +91,7 @@ def test_milestones_end_and_base_are_in_one_frame(whole):
     pd.testing.assert_frame_equal(end, given[end.columns].astype(learning_curves.TEXTS))
 
 
+@pytest.mark.slow
 def test_a_milestone_at_the_very_end_is_the_end(whole, tmp_path):
     """It is counted once, with all its prompts."""
     results, _, _ = whole
@@ -336,6 +337,7 @@ def test_nothing_trained_says_nothing(tmp_path, bare):
     assert curves_section.sections(Results(tmp_path, results.manifest), analysis) == []
 
 
+@pytest.mark.slow
 def test_an_unreached_milestone_is_named(whole, tmp_path):
     """With its run, and where the training ended before it."""
     results, analysis, _ = whole
@@ -386,6 +388,7 @@ def test_a_task_with_one_prompt_leaves_intervals_unknown(tmp_path):
     assert report.build(results, tmp_path / "out", ["svg"])
 
 
+@pytest.mark.slow
 def test_curves_need_no_torch_and_no_matplotlib():
     """Importing them, and making a report, loads neither."""
     code = "import sys, alignbench.reporting.report; sys.exit(bool({'torch', 'matplotlib'} & sys.modules.keys()))"

@@ -228,6 +228,7 @@ def test_further_images_come_as_far_as_the_budget_allows(tmp_path, monkeypatch):
     assert "at most 128 pixels" in built(given, tmp_path)
 
 
+@pytest.mark.slow
 def test_every_row_holds_its_own_methods_images(tmp_path):
     """Line by line, the base64 of a row is the image of that prompt by that method, as the store has it."""
     given = results(tmp_path)
@@ -262,6 +263,7 @@ def test_a_page_does_not_tell_of_folders_far_away(tmp_path):
     assert str(tmp_path) not in text
 
 
+@pytest.mark.slow
 def test_no_text_becomes_markup(tmp_path):
     """Hostile prompts, labels, tasks and reasons: the page has our scripts alone and no handler, and drops nothing."""
     given = results(tmp_path)

@@ -165,6 +165,7 @@ def test_two_sweeps_of_one_store(tmp_path):
     assert result.change.estimate.seeds == 2
 
 
+@pytest.mark.slow
 def test_other_weights_are_not_compared(tmp_path, capsys):
     """An evaluator with another hash of settings and weights makes another quantity: said, and left out."""
     root = tmp_path / "store"
@@ -206,6 +207,7 @@ def test_the_images_are_of_that_prompt(made):
         assert image.parent.name in [run.images for run in side.runs]
 
 
+@pytest.mark.slow
 def test_what_is_written(made, tmp_path, capsys):
     """--out has the page as printed, every number in full precision, and the images of both one above the other."""
     out = tmp_path / "out"
@@ -241,6 +243,7 @@ def test_protocols_that_differ_are_told_first(tmp_path):
     assert same[-1] == "pairs share the prompt and the noise"
 
 
+@pytest.mark.slow
 def test_seeds_that_never_meet_are_told(tmp_path):
     """Trainings pair by their seed: without one in common there is no number, and the page says why."""
     root = tmp_path / "store"
@@ -323,6 +326,7 @@ def test_a_bad_name_is_one_line(case, made, capsys):
     assert len(said.err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_row_of_two_sweeps_must_be_told_apart(tmp_path):
     """A label alone names a row only while one sweep has it; a sweep's name only while there is one of it."""
     root = tmp_path / "store"

@@ -177,6 +177,7 @@ def test_an_untrained_row_has_no_training_to_differ_in():
     assert "protocol differs" in verdicts(table(figure, protocol={**HERE, "evaluation.size": 512}), made).values()
 
 
+@pytest.mark.slow
 def test_rehearsals_subsets_and_missing_prompts_are_never_compared():
     """A rehearsal, a subset of prompts, and a mean over fewer prompts than it should have are other protocols."""
     figure = ("ReFL", "PickScore x 10", "210.0")
@@ -209,6 +210,7 @@ def test_leapaligns_table_is_as_printed():
         assert overall == pytest.approx(np.mean(six) / 100, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_page_has_the_published_numbers(tmp_path, monkeypatch):
     """A sweep whose module names a table has it on its page, in its LaTeX and as a CSV; reasons stand below by number;
     one without has none of it."""

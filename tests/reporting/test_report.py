@@ -135,6 +135,7 @@ def test_published_weights_are_compared_like_any_row():
             assert alone.changes[measure][label].estimate == pytest.approx(changes[label].estimate)
 
 
+@pytest.mark.slow
 def test_hybrid_inference_is_marked():
     """A row whose last steps are the base model's has a dagger, a footnote and a line in the protocol; others none."""
     given = results()

@@ -57,6 +57,7 @@ def test_the_legend_speaks_of_what_the_intervals_can_speak_of():
     )
 
 
+@pytest.mark.slow
 def test_a_row_of_fewer_prompts_says_how_many():
     """A mean over 51 prompts beside means over 60 has its number in the cell, and the legend says why."""
     given = results()

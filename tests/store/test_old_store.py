@@ -59,6 +59,7 @@ def ids(manifest: dict[str, Any]) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", ["old.yaml", "elsewhere"])
 def test_every_run_is_in_the_state_that_it_was_in(copy, sweep):
     """`status` shows the old states: done, failed with its reason, half made, never begun, imported."""

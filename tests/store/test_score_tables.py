@@ -218,6 +218,7 @@ def test_two_reports_at_once_do_not_disturb_each_other(tmp_path, kept):
     assert sorted(path.name for path in kept.parent.iterdir()) == ["scores.feather", "scores.json"]
 
 
+@pytest.mark.slow
 def test_more_rows_than_a_batch_of_arrow_keep_their_categories(tmp_path, kept):
     """100,000 images whose names are longer than a page, in two files, the second with other names first."""
     names = [f"{'a prompt of some length ' * 2}{i:06d}" for i in range(50_000)]

@@ -298,6 +298,7 @@ def test_an_invalid_lock_file_does_not_lock(store, text):
     assert Lock(path).try_acquire()
 
 
+@pytest.mark.slow
 def test_of_many_that_notice_a_stale_lock_one_takes_it_over(store, monkeypatch):
     """Taking over a dead holder's lock is a race that at most one wins; if none did, the next attempt does."""
     monkeypatch.setattr(stores, "WATCHED", 0.0)

@@ -128,6 +128,7 @@ def test_images_are_those_of_a_pipeline_with_these_weights(folder, tuned, publis
     assert (images(flow) - before).abs().max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_the_reference_is_still_the_base(folder, published, tune):
     """Bitwise, in a view made before and in one made after the weights were loaded."""
@@ -142,6 +143,7 @@ def test_the_reference_is_still_the_base(folder, published, tune):
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["full", "lora"])
 @pytest.mark.parametrize(
     "more",
@@ -501,6 +503,7 @@ def test_a_sweep_of_base_checkpoint_and_hybrid(tmp_path, capsys):
     assert "No training run has finished" not in page
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docs(tmp_path):
     """The YAML of docs/adding-a-method.md, with local weights in the place of the hub's, is a valid sweep."""
     text = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
@@ -613,6 +616,7 @@ def test_what_a_row_may_not_have_of_its_own(tmp_path, changes, line):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_rows_protocol_is_its_own_and_needs_a_reason(tmp_path):
     """Only the row's images are new, its weights are not; without a reason it is refused; the command line beats it."""
     override = {"match": {"method": "last", "seed": 1}, "reason": "to see"}

@@ -203,6 +203,7 @@ def test_a_milestone_beyond_the_end_is_said_and_not_missing(swept, capsys):
     assert "2 done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_missing_milestone_is_made_again(swept, tmp_path, capsys):
     """Its images alone: status says what is open, the same command makes the same bytes, and nothing is trained."""
     shutil.copytree(swept, tmp_path / "copy")

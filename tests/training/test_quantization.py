@@ -143,6 +143,7 @@ def test_bytes_of_the_moments():
     assert found == {SMALL - 1: 8, SMALL: 2 + 8 / BLOCK, 4 * SMALL: 2 + 8 / BLOCK}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "master", "stochastic"])
 def test_resumed_it_is_the_undisturbed_run(kind, tmp_path):
     """Bitwise, through checkpoints that hold codes and scales."""
