@@ -40,6 +40,8 @@ def _replace(path: Path, content: Callable[[Path], object], *, sealed: bool = Fa
     try:
         write(path, content, sealed=sealed)
     except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
+        if isinstance(error.__context__, KeyboardInterrupt):  # torch's writer cannot end a file that is interrupted
+            raise error.__context__ from None
         why = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be written ({why}); free space there, or choose another store") from error
 

@@ -34,7 +34,7 @@ from alignbench.methods.leapalign import LeapAlign
 from alignbench.methods.refl import ReFL
 from alignbench.testing.method_contract import unclocked
 from alignbench.training import batches as batches_module
-from alignbench.training import loop, state
+from alignbench.training import checkpoint, loop, state
 from alignbench.training.checkpoint import (
     FINAL,
     load_records,
@@ -762,6 +762,24 @@ def test_asked_to_stop(tmp_path):
     same_run(tmp_path, flow, undisturbed, load_records(tmp_path / "resumed"))
     parts = LEAP, AffineFlow(STEPS), QuadraticReward(), PROMPTS, settings(batches=1)
     assert len(list(loop.train(*parts, accelerator=Accelerator(cpu=True), stop=lambda: True))) == 1
+
+
+def test_a_state_whose_writing_is_interrupted_is_an_interruption(tmp_path, monkeypatch):
+    """Ctrl-C in the middle of a file, which torch reports as a broken file, is not a failure; the last state stays."""
+    whole = save_state(tmp_path, {"step": 1, "records": [1]})
+
+    write, sizes = checkpoint._HashingFile.write, []
+
+    def interrupted(file, data):
+        sizes.append(len(data))
+        if len(sizes) == 5:  # once: torch then tries to end the file
+            raise KeyboardInterrupt
+        return write(file, data)
+
+    monkeypatch.setattr(checkpoint._HashingFile, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_state(tmp_path, {"step": 2, "big": torch.zeros(100_000)})
+    assert saved_states(tmp_path) == [whole]
 
 
 def test_a_disk_that_cannot_be_written_is_one_line(tmp_path):
