@@ -1,4 +1,7 @@
-"""LoRA adapters from a file, read strictly: no tensor is ignored, no key either, and no strength is guessed."""
+"""LoRA adapters from a file, read strictly: no tensor is ignored, and no key either.
+
+Contradictions about their strength are refused. If nothing says it, it is 1, as in diffusers, with a warning.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ STATES = re.compile(  # what trainers keep beside their adapters in order to res
 
 
 class Source(NamedTuple):
-    """What one place says about adapters, under peft's keys. ``name``: the place, for errors."""
+    """Statements of one place about adapters, under peft's keys. ``name``: the place, for errors."""
 
     name: str
     settings: Mapping[str, Any]

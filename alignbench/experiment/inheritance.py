@@ -13,7 +13,7 @@ BUDGET = "base.training.budget"
 
 
 class Inherited(NamedTuple):
-    """What a sweep file has from the files that it extends.
+    """Heritage of a sweep file: facts about the files that it extends.
 
     - ``replaced``: a sentence for each list, for the budget, and for each model and evaluator that it replaces.
     - ``overrides``: for each override, the file that it comes from; "" for the sweep's own.

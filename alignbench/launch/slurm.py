@@ -60,7 +60,7 @@ class Array:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What the tasks of one array have in common."""
+        """The properties that the tasks of one array have in common."""
         return self.stage, self.resources, self.evaluator, self.after
 
     @property

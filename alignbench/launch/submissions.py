@@ -104,7 +104,7 @@ def queued(records: Iterable[Submission]) -> set[str]:
 
 
 class SlurmJobs(NamedTuple):
-    """What SLURM says about the jobs that make some artefacts."""
+    """SLURM's answer about the jobs that make some artefacts."""
 
     live: dict[str, tuple[JobEntry, slurm.LiveJob]]  # artefact -> the queued or running job that makes it
     ended: dict[str, str]  # job -> how it ended, in SLURM's words
