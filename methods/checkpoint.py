@@ -25,6 +25,7 @@ class Checkpoint(AlignMethod):
     name: ClassVar[str] = "checkpoint"
     title: ClassVar[str] = "Published weights"
     trains: ClassVar[bool] = False
+    omitted_unset: ClassVar[tuple[str, ...]] = ("file", "alpha", "scale")  # as in older run ids
     weights: str  # type: ignore[misc]  # a hub id, a folder or a .safetensors file; keyword-only, as all settings are
     revision: str | None = None  # revision of the hub id
     kind: Literal["transformer", "lora"] = "transformer"

@@ -51,8 +51,8 @@ def run_id(spec: RunSpec, parts: Parts, registry: Registry, prompts: Sequence[Pr
         training_only = set(getattr(backend, "training_only", ()))
         sampled = {key: value for key, value in described.items() if key not in training_only}
         if files:
-            unset = {name for name in ("file", "alpha", "scale") if spec.method.get(name) is None}  # as in older ids
-            brought["method"] = {key: value for key, value in spec.method.items() if key not in {"steps", *unset}}
+            omitted = {name for name in getattr(method, "omitted_unset", ()) if spec.method.get(name) is None}
+            brought["method"] = {key: value for key, value in spec.method.items() if key not in {"steps", *omitted}}
             brought["method source"] = registry.source("method", spec.method["name"])
         return content_id({"backend": sampled, "backend files": fingerprint(backend.files()), **brought})
     rewards = [
